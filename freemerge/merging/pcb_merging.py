@@ -10,7 +10,7 @@ from torch import Tensor
 
 from freemerge.merging.filters import Filter
 from freemerge.merging.method import MergeMethod, flat, require, require_number
-from freemerge.merging.order_statistics import order_statistics
+from freemerge.merging.ranks import order_statistics
 from freemerge.merging.vectors import Vectors
 
 

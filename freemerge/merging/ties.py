@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from freemerge.merging.method import MergeMethod, flat, require, require_number
-from freemerge.merging.order_statistics import order_statistics
+from freemerge.merging.ranks import order_statistics
 from freemerge.merging.vectors import Vectors
 
 
