@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from conftest import finetune
+from merging_models import finetune
 from torch import nn
 
 from freemerge.checkpoints import CheckpointError, load_checkpoint, open_checkpoint, save_checkpoint

@@ -6,10 +6,10 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from conftest import METHODS, finetune
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from merging_models import METHODS, finetune
 
 from freemerge.merging import (
     FRMerging,
