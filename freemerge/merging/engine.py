@@ -67,7 +67,7 @@ def merge(
         tensors = dict(_merged(plan, method, statistics, list(plan.specs)))
         return {name: tensors[plan.tied.get(name, name)] for name in plan.base.names}
     specs = plan.specs
-    write_safetensors(output, specs, _merged(plan, method, statistics, storage_order(specs)), plan.tied)
+    write_safetensors(output, specs, _merged(plan, method, statistics, storage_order(specs)), tied=plan.tied)
     return output
 
 

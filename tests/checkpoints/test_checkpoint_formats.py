@@ -120,18 +120,34 @@ def test_ties_are_seen_and_survive_a_file(tmp_path):
     fused = torch.randn(6, 2)
     state = {"wte": shared, "q": fused[:3], "k": fused[3:], "transposed": fused.T, "head": shared}
     assert open_checkpoint(state).tied == {"head": "wte"}
-    save_checkpoint(tmp_path / "t.safetensors", state, {"note": "hello"})
+    save_checkpoint(tmp_path / "t.safetensors", state, {"note": "wte"})
     with safetensors.safe_open(tmp_path / "t.safetensors", "pt") as file:
         assert sorted(file.keys()) == ["k", "q", "transposed", "wte"]
-        assert file.metadata() == {"note": "hello", "head": "wte", "format": "pt"}
+        assert file.metadata() == {"note": "wte", "head": "wte", "format": "pt", "freemerge.tied": "head"}
     loaded = load_checkpoint(tmp_path / "t.safetensors")
     assert all(torch.equal(loaded[name], state[name]) for name in state)
+    assert set(loaded) == set(state)
     assert loaded["head"] is loaded["wte"]
     assert loaded["q"].untyped_storage().data_ptr() != loaded["k"].untyped_storage().data_ptr()
     # The left-out name can be read, though it is not listed; and the prefix goes from both names.
     assert torch.equal(open_checkpoint(tmp_path / "t.safetensors").tensor("head"), shared)
     prefixed = open_checkpoint({f"m.{name}": tensor for name, tensor in state.items()}, prefix="m.")
     assert prefixed.tied == {"head": "wte"}
+
+
+def test_ties_of_safetensors_own_files_are_seen(tmp_path):
+    module = nn.ModuleDict({"wte": nn.Linear(3, 3, bias=False), "head": nn.Linear(3, 3, bias=False)})
+    module["head"].weight = module["wte"].weight
+    safetensors.torch.save_model(module, str(tmp_path / "m.safetensors"))
+    loaded = load_checkpoint(tmp_path / "m.safetensors")
+    assert set(loaded) == {"wte.weight", "head.weight"}
+    assert loaded["wte.weight"] is loaded["head.weight"]
+
+
+def test_a_tensor_called_like_metadata_is_not_tied(tmp_path):
+    for save in (safetensors.torch.save_file, lambda tensors, path: save_checkpoint(path, tensors)):
+        save({"pt": torch.zeros(1)}, tmp_path / "m.safetensors")
+        assert set(load_checkpoint(tmp_path / "m.safetensors")) == {"pt"}
 
 
 def test_a_loaded_checkpoint_owns_its_memory(tmp_path):
