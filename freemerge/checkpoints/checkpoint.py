@@ -28,7 +28,8 @@ class Checkpoint(Mapping[str, Tensor]):
     Args:
         label: how messages call this model, for example its file name.
         specs: shape and dtype of every tensor, in storage order.
-        read: returns the tensor of a given name; must be safe to call from several threads.
+        read: returns the tensor of a given name or, given a run (start, stop) as well, these values of it in row-major
+            order; must be safe to call from several threads.
         tied: for each name that shares its storage with an earlier one, that earlier name. Tied names that a file
             leaves out (safetensors stores a shared tensor once) need not appear in `specs`.
         outside: names of the source that lie outside its prefix (heads, criteria) and are therefore not part of it.
@@ -38,7 +39,7 @@ class Checkpoint(Mapping[str, Tensor]):
         self,
         label: str,
         specs: Mapping[str, TensorSpec],
-        read: Callable[[str], Tensor],
+        read: Callable[[str, tuple[int, int] | None], Tensor],
         *,
         tied: Mapping[str, str] | None = None,
         outside: Iterable[str] = (),
@@ -70,7 +71,15 @@ class Checkpoint(Mapping[str, Tensor]):
         Raises:
             CheckpointError: there is no such tensor, or its bytes cannot be read.
         """
-        return self._read(self._stored(name))
+        return self._read(self._stored(name), None)
+
+    def run(self, name: str, start: int, stop: int) -> Tensor:
+        """Read the values `start` to `stop` of a tensor in row-major order, as (stop − start,), without the others.
+
+        Raises:
+            CheckpointError: see `tensor`.
+        """
+        return self._read(self._stored(name), (start, stop))
 
     def _stored(self, name: str) -> str:
         stored = name if name in self._specs else self.tied.get(name, name)
@@ -103,7 +112,11 @@ class Checkpoint(Mapping[str, Tensor]):
         }
         outside = [name for name in self._specs if not name.startswith(prefix)]
         return Checkpoint(
-            self.label, specs, lambda name: self._read(prefix + name), tied=tied, outside=(*self.outside, *outside)
+            self.label,
+            specs,
+            lambda name, run: self._read(prefix + name, run),
+            tied=tied,
+            outside=(*self.outside, *outside),
         )
 
     def relative_to(self, reference: Iterable[str]) -> Checkpoint:
@@ -133,7 +146,7 @@ class Checkpoint(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._specs:
             raise KeyError(name)
-        return self._read(name)
+        return self._read(name, None)
 
     def __contains__(self, name: object) -> bool:
         return name in self._specs

@@ -15,7 +15,8 @@ from freemerge.checkpoints.opening import Source
 from freemerge.checkpoints.safetensors_files import storage_order, write_safetensors
 from freemerge.merging.errors import MergeError
 from freemerge.merging.method import MergeMethod
-from freemerge.merging.plan import Plan, make_plan
+from freemerge.merging.plan import Operands, Plan, make_plan
+from freemerge.merging.streaming import pieces, read_ahead
 from freemerge.merging.vectors import add
 
 
@@ -87,25 +88,48 @@ def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
 
 def _merged(plan: Plan, method: MergeMethod, statistics: Any, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
     """The tensors of the result, one by one, in memory of their own."""
-    merged = set(plan.merged)
+    chosen = set(plan.merged)
+    merged = [name for name in names if name in chosen]
+    # An elementwise method sees pieces: memory is then bounded by the piece, not by the largest tensor times K.
+    shapes = {name: torch.Size(plan.base.spec(name).shape) for name in merged}
+    jobs = pieces(shapes, len(plan.models)) if method.elementwise else iter(merged)
+    operands = read_ahead(plan.read, jobs, depth=2 if method.elementwise else 1)
     for name in names:
-        if name not in merged:
+        if name not in chosen:
             yield name, plan.base.tensor(name).to(plan.output_dtype(name), copy=True).contiguous()
-            continue
-        base, tensors, deltas = plan.read(name)
-        delta = method.combine(name, deltas, statistics)
-        if delta.shape != base.shape:
-            raise MergeError(
-                f"{type(method).__name__}.combine returned shape {list(delta.shape)} for the tensor '{name}' of shape "
-                f"{list(base.shape)}"
-            )
-        result = add(base, delta, plan.output_dtype(name))
-        if len(tensors) == 1:
-            # Where a single model's entry comes through unchanged, base + (model − base) is meant to be the model's
-            # own value, and in floating point it is not always.
-            own = tensors[0].to(base.device, result.dtype)
-            result = torch.where(delta == deltas[0], own, result)
-        yield name, result.contiguous()
+        elif not method.elementwise:
+            yield name, _combined(name, next(operands), plan, method, statistics).contiguous()
+        else:
+            result: Tensor | None = None
+            done, total = 0, shapes[name].numel()
+            while done < total:
+                part = _combined(name, next(operands), plan, method, statistics)
+                if result is None:
+                    result = part if len(part) == total else part.new_empty(total)
+                if result is not part:
+                    result[done : done + len(part)] = part
+                done += len(part)
+            if result is None:  # a tensor without values
+                result = torch.empty(0, dtype=plan.output_dtype(name))
+            yield name, result.view(shapes[name])
+
+
+def _combined(name: str, operands: Operands, plan: Plan, method: MergeMethod, statistics: Any) -> Tensor:
+    """Merge a tensor or a piece of one and add it to the base's."""
+    base, tensors, deltas = operands
+    single = deltas[0].clone() if len(tensors) == 1 else None  # a method may overwrite what it is given
+    delta = method.combine(name, deltas, statistics)
+    if delta.shape != base.shape:
+        raise MergeError(
+            f"{type(method).__name__}.combine returned shape {list(delta.shape)} for the tensor '{name}', expected "
+            f"{list(base.shape)}"
+        )
+    result = add(base, delta, plan.output_dtype(name))
+    if single is not None:
+        # Where a single model's entry comes through unchanged, base + (model − base) is meant to be the model's own
+        # value, and in floating point it is not always.
+        result = torch.where(delta == single, tensors[0].to(result.device, result.dtype), result)
+    return result
 
 
 def _labelled(finetuned: Sequence[Source] | Mapping[str, Source]) -> list[tuple[str | None, Source]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,7 +16,16 @@ from torch import Tensor
 from freemerge.checkpoints import Checkpoint, TensorSpec
 from freemerge.merging.errors import MergeError
 from freemerge.merging.patterns import select, unmatched
-from freemerge.merging.vectors import Vectors, difference
+from freemerge.merging.streaming import Piece
+from freemerge.merging.vectors import Vectors, differences
+
+
+class Operands(NamedTuple):
+    """What is read of a tensor, or of a piece of one (n values), to merge it."""
+
+    base: Tensor  # (*shape) or (n,), as stored
+    tensors: list[Tensor]  # the K models' own values, as stored
+    deltas: Tensor  # (K, *shape) or (K, n) float32, in memory of their own
 
 
 @dataclass(frozen=True)
@@ -57,25 +67,29 @@ class Plan:
         return Vectors(
             [model.label for model in self.models],
             {name: self.base.spec(name).shape for name in self.merged},
-            lambda name: self.read(name)[2],
+            lambda name: self.read(name).deltas,
+            lambda piece: self.read(piece).deltas,
         )
 
-    def read(self, name: str) -> tuple[Tensor, list[Tensor], Tensor]:
-        """The base's tensor, the models' tensors as stored, and their differences (K, *shape) float32.
+    def read(self, what: str | Piece) -> Operands:
+        """Read all models' values of a tensor, or of a piece of one.
 
         Raises:
             MergeError: a value is NaN or infinite.
         """
-        base = self.base.tensor(name)
-        tensors = [model.tensor(name) for model in self.models]
-        deltas = torch.empty(len(tensors), *base.shape, dtype=torch.float32, device=base.device)
-        for row, tensor in zip(deltas, tensors, strict=True):
-            row.copy_(difference(base, tensor))
+        checkpoints = (self.base, *self.models)
+        if isinstance(what, Piece):
+            name = what.name
+            base, *tensors = (checkpoint.run(*what) for checkpoint in checkpoints)
+        else:
+            name = what
+            base, *tensors = (checkpoint.tensor(name) for checkpoint in checkpoints)
+        deltas = differences(base, tensors)
         # One sum finds any NaN or infinity; only when it does (or overflows) is it worth asking where.
         if not bool(torch.isfinite(deltas.sum())):
-            for checkpoint, tensor in zip((self.base, *self.models), (base, *tensors), strict=True):
-                _require_finite(checkpoint.label, name, tensor)
-        return base, tensors, deltas
+            for checkpoint in checkpoints:
+                _require_finite(checkpoint.label, name, checkpoint.tensor(name))
+        return Operands(base, tensors, deltas)
 
 
 def make_plan(

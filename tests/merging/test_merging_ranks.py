@@ -7,18 +7,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from freemerge.merging import order_statistics
-from freemerge.merging.ranks import _keys, _values
+from freemerge.merging.ranks import float_keys, key_floats
 
 
-def assert_exact(values, ranks, cuts):
-    """values (K, n) float32 streamed in blocks that end at `cuts`."""
+def assert_exact(values, ranks, cuts, sample=None):
+    """values (K, n) float32 streamed in blocks that end at `cuts`; returns the number of passes."""
     passes = []
 
     def stream():
         passes.append(1)
         yield from torch.tensor_split(values, cuts, dim=1)
 
-    found = order_statistics(stream, ranks)
+    found = order_statistics(stream, ranks, values.shape[1], sample)
     assert torch.equal(found, values.sort(dim=1).values[:, ranks])
     return len(passes)
 
@@ -47,13 +47,30 @@ def kinds(rows, total, generator):
 def small_batches(monkeypatch):
     """Batches so small that a few thousand values are a long stream."""
     monkeypatch.setattr("freemerge.merging.ranks._BATCH", 256)
+    monkeypatch.setattr("freemerge.merging.ranks._SMALL", 256)
 
 
 @pytest.mark.parametrize("kind", kinds(1, 4, None))
 def test_exact_for_every_kind_of_values(small_batches, kind):
     values = kinds(2, 1201, torch.Generator().manual_seed(0))[kind]
     ranks = [0, 1, 300, 600, 601, 1199, 1200, 600]
-    assert assert_exact(values, ranks, [1, 2, 500, 500, 700]) <= 2
+    cuts = [1, 2, 500, 500, 700]
+    assert assert_exact(values, ranks, cuts) == 2
+    assert assert_exact(values, ranks, cuts, values[:, ::3]) == 1
+    # A sample that misleads costs passes and nothing else.
+    assert assert_exact(values, ranks, cuts, values[:, :1] + 5) <= 3
+    assert assert_exact(values, ranks, cuts, torch.zeros(2, 1000)) <= 3
+    assert assert_exact(values, ranks, cuts, values[:, :0]) == 2
+
+
+def test_brackets_that_hold_too_much_are_given_up(small_batches, monkeypatch):
+    values = torch.randn(2, 1201, generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr("freemerge.merging.brackets._COUNTERS", 8)
+    assert assert_exact(values, [0, 600, 1200], [], values[:, ::3]) == 1  # collected, not counted
+    monkeypatch.setattr("freemerge.merging.brackets._COLLECTED", 10)
+    assert assert_exact(values, [0, 600, 1200], [], values[:, ::3]) == 3
+    constant = torch.zeros(2, 1201)
+    assert assert_exact(constant, [0, 600, 1200], [], constant[:, ::3]) <= 3
 
 
 @settings(max_examples=60, deadline=None)
@@ -70,7 +87,9 @@ def test_exact_for_any_floats(values, data):
     cuts = sorted(data.draw(st.lists(index, max_size=4)))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("freemerge.merging.ranks._BATCH", data.draw(st.sampled_from([7, 1 << 20])))
-        assert_exact(tensor, ranks, cuts)
+        patch.setattr("freemerge.merging.ranks._SMALL", 7)
+        sample = tensor[:, : data.draw(index)] if data.draw(st.booleans()) else None
+        assert_exact(tensor, ranks, cuts, sample)
 
 
 def test_what_fits_in_a_batch_takes_one_pass():
@@ -78,20 +97,23 @@ def test_what_fits_in_a_batch_takes_one_pass():
 
 
 def test_a_large_stream():
-    assert_exact(torch.randn(2, 2_500_000, generator=torch.Generator().manual_seed(0)), [0, 7, 2_000_000], [99])
+    values = torch.randn(2, 2_500_000, generator=torch.Generator().manual_seed(0))
+    ranks = [0, 7, 250, 2_000_000, 2_499_999]
+    assert assert_exact(values, ranks, [99]) == 2
+    assert assert_exact(values, ranks, [99], values[:, ::100]) == 1
 
 
 def test_keys_sort_like_the_values():
     values = torch.tensor([float("-inf"), -1.5, -1e-44, -0.0, 0.0, 1e-44, 1.0, 1e38, float("inf")])
-    keys = _keys(values)
+    keys = float_keys(values)
     assert torch.equal(keys.sort().values, keys)
-    assert torch.equal(_values(keys), values)
+    assert torch.equal(key_floats(keys), values)
 
 
 def test_ranks_that_no_value_has(small_batches):
     for total in (10, 1000):
         for rank in (-1, total):
             with pytest.raises(ValueError, match=f"there is no value of rank {rank} among {total}"):
-                order_statistics(lambda total=total: [torch.zeros(1, total)], [rank])
+                order_statistics(lambda total=total: [torch.zeros(1, total)], [rank], total)
     with pytest.raises(ValueError, match="rank 0 among 0"):
-        order_statistics(lambda: [], [0])
+        order_statistics(lambda: [], [0], 0)
