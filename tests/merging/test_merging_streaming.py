@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -155,22 +156,24 @@ def test_errors_of_the_reading_thread_arrive_and_it_ends():
     assert threading.active_count() == before
 
 
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from Linux's /proc")
 def test_memory_does_not_grow_with_the_model(tmp_path):
     """A tensor of 32 MiB in bfloat16, base and three models: 256 MiB in float32, and the merge needs a part of it."""
     weight = torch.empty(2048, 8192, dtype=torch.bfloat16)
     for name in "abcd":
         save_checkpoint(tmp_path / f"{name}.safetensors", {"w": weight.normal_()})
     code = """
-import resource, sys
+import re, sys
 from freemerge.merging import PCBMerging, merge
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+# Not ru_maxrss: that one is inherited from the process that started this one.
+peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
 paths = [f"{sys.argv[1]}/{name}.safetensors" for name in "abcd"]
 before = peak()
 merge(paths[0], paths[1:], PCBMerging(), output=f"{sys.argv[1]}/o.safetensors")
 print((peak() - before) / 1024)
 """
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, capture_output=True, text=True)
-    assert 1 < float(done.stdout) < 80
+    assert 1 < float(done.stdout) < 160
 
 
 def test_files_are_read_piece_by_piece(tmp_path, tiny_pieces, base, models):
