@@ -22,12 +22,14 @@ class Backbone(nn.Module):
     Args:
         model: the module whose weights are fine-tuned and merged.
         feature_dim: width F of the features.
+        pretrained: whether the weights come from pretraining, rather than from a random start.
     """
 
-    def __init__(self, model: nn.Module, feature_dim: int) -> None:
+    def __init__(self, model: nn.Module, feature_dim: int, pretrained: bool = True) -> None:
         super().__init__()
         self.model = model
         self.feature_dim = feature_dim
+        self.pretrained = pretrained
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Features (B, F) of a batch of inputs."""
@@ -74,7 +76,7 @@ class TransformersBackbone(Backbone):
                 raise ValueError("TransformersBackbone: `config` needs a `model_type`, for instance `vit`")
             model_config = AutoConfig.for_model(settings.pop("model_type"), **settings)
             model = AutoModel.from_config(model_config, **_pooler_option(model_config, pooling))
-        super().__init__(model, feature_dim=model.config.hidden_size)
+        super().__init__(model, feature_dim=model.config.hidden_size, pretrained=pretrained is not None)
         self.pooling = pooling
 
     def forward(self, inputs: Tensor) -> Tensor:
