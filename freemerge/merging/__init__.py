@@ -1,0 +1,34 @@
+"""The merging algorithms and the engine that runs them: task vectors in, one merged model out."""
+
+from freemerge.merging.engine import merge
+from freemerge.merging.errors import MergeError
+from freemerge.merging.filters import Butterworth, Filter, Gaussian, HighPass, NyquistDisc
+from freemerge.merging.fr_merging import FRMerging
+from freemerge.merging.method import MergeMethod
+from freemerge.merging.order_statistics import order_statistics
+from freemerge.merging.pcb_merging import PCBMerging
+from freemerge.merging.task_arithmetic import TaskArithmetic
+from freemerge.merging.ties import Ties
+from freemerge.merging.vectors import Vectors, apply_task_vector, merge_task_vectors, task_vector
+from freemerge.merging.weight_average import WeightAverage
+
+__all__ = [
+    "Butterworth",
+    "FRMerging",
+    "Filter",
+    "Gaussian",
+    "HighPass",
+    "MergeError",
+    "MergeMethod",
+    "NyquistDisc",
+    "PCBMerging",
+    "TaskArithmetic",
+    "Ties",
+    "Vectors",
+    "WeightAverage",
+    "apply_task_vector",
+    "merge",
+    "merge_task_vectors",
+    "order_statistics",
+    "task_vector",
+]

@@ -1,0 +1,111 @@
+"""Open whatever a user calls a model: a state dict, a module, a file, a Hugging Face folder."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from freemerge.checkpoints.checkpoint import Checkpoint
+from freemerge.checkpoints.errors import CheckpointError
+from freemerge.checkpoints.memory import from_tensors
+from freemerge.checkpoints.safetensors_files import open_safetensors
+from freemerge.checkpoints.torch_files import open_torch
+
+Source = Mapping[str, Tensor] | nn.Module | str | os.PathLike[str]
+
+_TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
+_WEIGHT_FILES = (  # in the order in which transformers looks for them
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+
+
+def open_checkpoint(source: Source, *, label: str | None = None, prefix: str | None = None) -> Checkpoint:
+    """Open a model's tensors; nothing but names, shapes and dtypes is read yet.
+
+    Args:
+        source: a state dict, a module, a checkpoint that is already open, or a path: a `.safetensors` file, a
+            `torch.save` file (`.pt`, `.pth`, `.bin`, or a Lightning `.ckpt`), or a Hugging Face folder
+            (`model.safetensors`, `pytorch_model.bin`, or the index of their shards).
+        label: how messages call this model; by default its path, or its class.
+        prefix: take only the tensors whose names start with it, and strip it (`backbone.model.`).
+            `Checkpoint.relative_to` finds it.
+
+    Raises:
+        CheckpointError: one line that names the file, what is wrong and what to do.
+        TypeError: `source` is none of the above.
+    """
+    return _open(source, label).with_prefix(prefix or "")
+
+
+def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """Read all tensors of a checkpoint into memory; tied ones come back tied.
+
+    Args:
+        path: any path that `open_checkpoint` accepts.
+
+    Returns:
+        name → tensor, in the stored shapes and dtypes.
+
+    Raises:
+        CheckpointError: see `open_checkpoint`.
+    """
+    checkpoint = open_checkpoint(path)
+    # A clone frees the values from the file they may be mapped to.
+    tensors = {name: checkpoint.tensor(name).clone() for name in checkpoint.names if name not in checkpoint.tied}
+    return tensors | {name: tensors[first] for name, first in checkpoint.tied.items()}
+
+
+def _open(source: Source, label: str | None) -> Checkpoint:
+    if isinstance(source, Checkpoint):
+        return source if label is None else source.with_label(label)
+    if isinstance(source, nn.Module):
+        tensors = {name: value for name, value in source.state_dict().items() if isinstance(value, Tensor)}
+        return from_tensors(tensors, label or type(source).__name__)
+    if isinstance(source, Mapping):
+        return from_tensors(source, label or "state dict")
+    if isinstance(source, (str, os.PathLike)):
+        return _open_path(Path(source), label or str(source))
+    raise TypeError(f"a model is a state dict, a module or a path, not a {type(source).__name__}")
+
+
+def _open_path(path: Path, label: str) -> Checkpoint:
+    if path.is_dir():
+        for name in _WEIGHT_FILES:
+            if (path / name).is_file():
+                return _open_path(path / name, label)
+        if (path / "adapter_config.json").is_file():
+            raise CheckpointError(f"{path}: is a LoRA adapter, not a model; merge it into its base model first")
+        raise CheckpointError(f"{path}: no weights in this folder; expected one of {', '.join(_WEIGHT_FILES)}")
+    if not path.exists():
+        raise CheckpointError(f"{path}: does not exist; check the path (a model of the Hub must be downloaded first)")
+    if path.name.endswith(".index.json"):
+        shards = _shards(path)
+        return open_torch(shards, label) if shards[0].suffix == ".bin" else open_safetensors(shards, label)
+    if path.suffix == ".safetensors":
+        return open_safetensors([path], label)
+    if path.suffix in _TORCH_SUFFIXES:
+        return open_torch([path], label)
+    raise CheckpointError(
+        f"{path}: unknown kind of file; expected a folder, .safetensors, {', '.join(_TORCH_SUFFIXES)}"
+    )
+
+
+def _shards(index: Path) -> list[Path]:
+    try:
+        weight_map = json.loads(index.read_text())["weight_map"]
+        shards = [index.parent / name for name in dict.fromkeys(weight_map.values())]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{index}: not an index of shards ({error}); copy or download it again") from None
+    if not shards:
+        raise CheckpointError(f"{index}: lists no shards; copy or download it again")
+    for shard in shards:
+        if not shard.is_file():
+            raise CheckpointError(f"{shard}: missing, though {index.name} lists it; download it")
+    return shards

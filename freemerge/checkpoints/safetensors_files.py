@@ -1,0 +1,245 @@
+"""Safetensors files, read and written tensor by tensor.
+
+- Plain reads into fresh memory instead of a memory map: what is read belongs to the reader, resident memory is what
+  is in use and no more, and several threads may read at once.
+- The header is checked against the length of the file when it is opened: a truncated download fails at once.
+- Writing is atomic: a temporary sibling is written, synced, read back and renamed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import struct
+import tempfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from freemerge.checkpoints.checkpoint import Checkpoint, TensorSpec
+from freemerge.checkpoints.errors import CheckpointError
+
+_DTYPES = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "U16": torch.uint16,
+    "I16": torch.int16,
+    "U32": torch.uint32,
+    "I32": torch.int32,
+    "U64": torch.uint64,
+    "I64": torch.int64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "C64": torch.complex64,
+}
+_CODES = {dtype: code for code, dtype in _DTYPES.items()}
+_MAX_HEADER = 100_000_000  # the format's own limit
+
+
+class SafetensorsFile:
+    """The header of a safetensors file and a reader of its tensors.
+
+    Args:
+        path: the file.
+
+    Raises:
+        CheckpointError: the file is missing, truncated or not a safetensors file.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self.specs: dict[str, TensorSpec] = {}
+        self._places: dict[str, tuple[int, int]] = {}
+        try:
+            with self.path.open("rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                header, start = self._read_header(file, size)
+        except OSError as error:
+            raise CheckpointError(f"{self.path}: cannot be read: {error.strerror or error}") from None
+        self.metadata: dict[str, str] = header.pop("__metadata__", None) or {}
+        end = start
+        try:
+            entries = sorted(header.items(), key=lambda entry: entry[1]["data_offsets"])
+            for name, entry in entries:
+                begin, stop = (start + offset for offset in entry["data_offsets"])
+                dtype, shape = _DTYPES.get(entry["dtype"]), tuple(entry["shape"])
+                if dtype is None:
+                    raise CheckpointError(
+                        f"{self.path}: the tensor '{name}' has the dtype {entry['dtype']}, which is not supported; "
+                        "convert the file to bfloat16 or float32 first"
+                    )
+                if stop - begin != torch.Size(shape).numel() * dtype.itemsize:
+                    raise self._corrupt(f"the tensor '{name}' has another length than its shape {list(shape)} asks for")
+                self.specs[name] = TensorSpec(shape, dtype)
+                self._places[name] = (begin, stop)
+                end = max(end, stop)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            if isinstance(error, CheckpointError):
+                raise
+            raise self._corrupt(f"its header is malformed ({error})") from None
+        if end > size:
+            raise CheckpointError(
+                f"{self.path}: truncated: its header promises {end:,} bytes and the file has {size:,}; copy or "
+                "download it again"
+            )
+
+    def _read_header(self, file, size: int) -> tuple[dict, int]:
+        head = file.read(8)
+        length = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
+        if not 0 < length <= _MAX_HEADER:
+            raise self._corrupt("it does not begin with a safetensors header")
+        if 8 + length > size:
+            raise self._corrupt(f"its header alone has {length:,} bytes and the file has {size:,}")
+        try:
+            header = json.loads(file.read(length))
+        except ValueError:
+            raise self._corrupt("its header is no JSON") from None
+        if not isinstance(header, dict):
+            raise self._corrupt("its header is no table")
+        return header, 8 + length
+
+    def _corrupt(self, what: str) -> CheckpointError:
+        return CheckpointError(f"{self.path}: truncated or not a safetensors file: {what}; copy or download it again")
+
+    def read(self, name: str) -> Tensor:
+        """Read one tensor into fresh memory.
+
+        Raises:
+            CheckpointError: the file vanished or got shorter since it was opened.
+        """
+        spec, (begin, stop) = self.specs[name], self._places[name]
+        data = torch.empty(stop - begin, dtype=torch.uint8)
+        if stop > begin:
+            view = memoryview(data.numpy())
+            try:
+                # Opened for each read: no handle outlives its use, and a thousand shards need no thousand handles.
+                with self.path.open("rb", buffering=0) as file:
+                    file.seek(begin)
+                    done = 0
+                    while done < len(view):  # one read returns at most 2 GiB
+                        count = file.readinto(view[done:])
+                        if not count:
+                            raise CheckpointError(
+                                f"{self.path}: ended inside the tensor '{name}': the file changed while it was read"
+                            )
+                        done += count
+            except OSError as error:
+                raise CheckpointError(f"{self.path}: cannot be read: {error.strerror or error}") from None
+        return data.view(spec.dtype).reshape(spec.shape)
+
+
+def open_safetensors(paths: Iterable[Path], label: str) -> Checkpoint:
+    """One checkpoint over the tensors of one or several safetensors files.
+
+    Args:
+        paths: the file, or all shards.
+        label: how messages call this model.
+
+    Raises:
+        CheckpointError: a file is missing or broken, or two shards hold the same tensor.
+    """
+    place: dict[str, SafetensorsFile] = {}
+    specs: dict[str, TensorSpec] = {}
+    tied: dict[str, str] = {}
+    for path in paths:
+        file = SafetensorsFile(path)
+        for name, spec in file.specs.items():
+            if name in place:
+                raise CheckpointError(f"{path}: the tensor '{name}' is also in {place[name].path}; keep one of them")
+            place[name], specs[name] = file, spec
+        # safetensors' own convention for shared tensors: metadata {left-out name: stored name}
+        tied.update({name: first for name, first in file.metadata.items() if first in file.specs})
+    tied = {name: first for name, first in tied.items() if name not in specs}
+    return Checkpoint(label, specs, lambda name: place[name].read(name), tied=tied)
+
+
+def write_safetensors(
+    path: str | os.PathLike[str],
+    specs: Mapping[str, TensorSpec],
+    tensors: Iterable[tuple[str, Tensor]],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write a safetensors file from a stream of tensors, atomically.
+
+    Whatever stops it (an error in the stream, a full disk, a kill), `path` is the old file or the new one, whole.
+
+    Args:
+        path: the file to write; its folder is created. An existing file is replaced.
+        specs: shape and dtype of every tensor to come.
+        tensors: name and tensor for every entry of `specs`, in the order of `storage_order(specs)`.
+        metadata: strings for the header.
+
+    Raises:
+        CheckpointError: a dtype that the format does not have, or a file that cannot be written.
+        ValueError: the stream does not match `specs`.
+    """
+    path = Path(path)
+    order = storage_order(specs)
+    header: dict[str, object] = {"__metadata__": {**(metadata or {}), "format": "pt"}}
+    offset = 0
+    for name in order:
+        shape, dtype = specs[name]
+        if dtype not in _CODES:
+            raise CheckpointError(f"{path}: safetensors has no {dtype}, the dtype of the tensor '{name}'")
+        size = torch.Size(shape).numel() * dtype.itemsize
+        header[name] = {"dtype": _CODES[dtype], "shape": list(shape), "data_offsets": [offset, offset + size]}
+        offset += size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # keeps the data aligned
+
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+        with os.fdopen(handle, "wb") as file:
+            file.write(struct.pack("<Q", len(text)) + text)
+            for expected, (name, tensor) in zip(order, tensors, strict=True):
+                if name != expected or TensorSpec(tuple(tensor.shape), tensor.dtype) != specs[name]:
+                    raise ValueError(f"{path}: expected the tensor '{expected}' {specs[expected]}, got '{name}'")
+                if tensor.numel():
+                    file.write(memoryview(tensor_bytes(tensor)))
+            file.flush()
+            os.fsync(file.fileno())
+        if SafetensorsFile(temporary).specs != dict(specs):
+            raise CheckpointError(f"{path}: what was written does not read back; is the disk full?")
+        # mkstemp makes private files; give this one the permissions that any new file would have had.
+        mask = os.umask(0)
+        os.umask(mask)
+        os.chmod(temporary, 0o666 & ~mask)
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be written: {error.strerror or error}") from None
+    finally:
+        if temporary is not None:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(temporary)
+
+
+def storage_order(specs: Mapping[str, TensorSpec]) -> list[str]:
+    """The order in which tensors lie in a file: widest dtype first, so that all stay aligned, else as given."""
+    return sorted(specs, key=lambda name: -specs[name].dtype.itemsize)
+
+
+def tensor_bytes(tensor: Tensor):
+    """The bytes of a tensor, as a flat uint8 NumPy array in row-major order."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy()
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename durable, where the platform can sync folders."""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

@@ -1,0 +1,99 @@
+"""What a merging method is: two verbs, `survey` and `combine`.
+
+- `survey` looks at all task vectors, as often as it needs, and returns what has to be known of the whole model.
+- `combine` merges one tensor.
+- Statistics are handed from the one to the other and never stored in the method: methods stay plain, immutable values,
+  and a search over `scale` or `ratio` surveys once.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from freemerge.merging.errors import MergeError
+from freemerge.merging.vectors import Vectors
+
+
+class MergeMethod(ABC):
+    """A way to merge task vectors; subclasses are frozen dataclasses whose fields are the method's parameters.
+
+    A new method is one file: fields, their check in `__post_init__`, `combine`, and `survey` if it is global.
+    """
+
+    def check(self, labels: Sequence[str]) -> None:
+        """Raise a `MergeError` if the method cannot merge these models; called before any work.
+
+        Args:
+            labels: the names of the K models.
+        """
+        if not labels:
+            raise MergeError("there is no fine-tuned model to merge; name at least one")
+        for field in ("scale", "coefficients"):
+            values = getattr(self, field, None)
+            if isinstance(values, (list, tuple)) and len(values) != len(labels):
+                raise MergeError(
+                    f"{type(self).__name__} has {len(values)} values in `{field}` for {len(labels)} fine-tuned models; "
+                    "give one per model, or a single number"
+                )
+
+    def survey(self, vectors: Vectors) -> Any:
+        """Gather what `combine` has to know of all tensors; by default nothing, without a pass.
+
+        Args:
+            vectors: iterating yields (name, deltas) with deltas (K, *shape) float32; it can be iterated again.
+
+        Returns:
+            Statistics for `combine`, or None.
+        """
+        return None
+
+    @abstractmethod
+    def combine(self, name: str, deltas: Tensor, statistics: Any) -> Tensor:
+        """Merge one tensor.
+
+        Args:
+            name: the tensor's name.
+            deltas: the K models' task vectors, (K, *shape) float32; may be overwritten.
+            statistics: what `survey` returned.
+
+        Returns:
+            The merged task vector, (*shape) float32.
+        """
+
+
+def weighted_sum(deltas: Tensor, weights: float | Sequence[float] | Tensor) -> Tensor:
+    """Σ_k λ_k · v_k, summed in the order of the models.
+
+    Args:
+        deltas: (K, *shape) float32.
+        weights: one λ for all, or K of them.
+
+    Returns:
+        (*shape) float32, in new memory.
+    """
+    if isinstance(weights, (int, float)):
+        weights = [float(weights)] * len(deltas)
+    values = weights.tolist() if isinstance(weights, Tensor) else [float(weight) for weight in weights]
+    total = deltas[0] * values[0]
+    for delta, value in zip(deltas[1:], values[1:], strict=True):
+        total.add_(delta, alpha=value)
+    return total
+
+
+def require(condition: bool, method: object, message: str) -> None:
+    """Raise a ValueError that begins with the method's class unless the condition holds."""
+    if not condition:
+        raise ValueError(f"{type(method).__name__}: {message}")
+
+
+def require_number(method: object, name: str, value: object) -> None:
+    """Require a finite number, or a list of them."""
+    values = value if isinstance(value, (list, tuple)) else [value]
+    numbers = all(isinstance(number, (int, float)) and not isinstance(number, bool) for number in values)
+    finite = numbers and bool(torch.isfinite(torch.tensor(values, dtype=torch.float64)).all())
+    require(finite and len(values) > 0, method, f"`{name}` must be a finite number, got {value!r}")

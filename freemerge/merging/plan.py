@@ -1,0 +1,172 @@
+"""What a merge will do with every tensor, decided and checked from names, shapes and dtypes before any value is read.
+
+Each tensor of the base is merged, kept, or tied to another; each tensor of a fine-tuned model takes part, is excluded,
+or is an error. None is dropped in silence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from freemerge.checkpoints import Checkpoint, TensorSpec
+from freemerge.merging.errors import MergeError
+from freemerge.merging.selection import select, unmatched
+from freemerge.merging.vectors import Vectors, difference
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A merge whose inputs fit together.
+
+    Args:
+        base: the pretrained model.
+        models: the fine-tuned models.
+        merged: names of the tensors to merge.
+        kept: names of the tensors that stay as in the base (excluded, or not of floating point).
+        tied: name → the name earlier in the base whose memory it shares, in the base and in every model.
+        dtype: of the merged model's floating-point tensors; None for the base's own.
+    """
+
+    base: Checkpoint
+    models: tuple[Checkpoint, ...]
+    merged: tuple[str, ...]
+    kept: tuple[str, ...]
+    tied: Mapping[str, str]
+    dtype: torch.dtype | None
+
+    @property
+    def specs(self) -> dict[str, TensorSpec]:
+        """Shape and dtype of every tensor of the result but the tied ones, in the base's order."""
+        return {
+            name: TensorSpec(self.base.spec(name).shape, self.output_dtype(name))
+            for name in self.base.names
+            if name not in self.tied
+        }
+
+    def output_dtype(self, name: str) -> torch.dtype:
+        """The dtype of a tensor of the result."""
+        dtype = self.base.spec(name).dtype
+        return self.dtype if self.dtype is not None and dtype.is_floating_point else dtype
+
+    def vectors(self) -> Vectors:
+        """The models' task vectors, computed from the checkpoints whenever they are asked for."""
+        return Vectors(
+            [model.label for model in self.models],
+            {name: self.base.spec(name).shape for name in self.merged},
+            lambda name: self.read(name)[2],
+        )
+
+    def read(self, name: str) -> tuple[Tensor, list[Tensor], Tensor]:
+        """The base's tensor, the models' tensors as stored, and their differences (K, *shape) float32.
+
+        Raises:
+            MergeError: a value is NaN or infinite.
+        """
+        base = self.base.tensor(name)
+        tensors = [model.tensor(name) for model in self.models]
+        deltas = torch.empty(len(tensors), *base.shape, dtype=torch.float32, device=base.device)
+        for row, tensor in zip(deltas, tensors, strict=True):
+            row.copy_(difference(base, tensor))
+        # One sum finds any NaN or infinity; only when it does (or overflows) is it worth asking where.
+        if not bool(torch.isfinite(deltas.sum())):
+            for checkpoint, tensor in zip((self.base, *self.models), (base, *tensors), strict=True):
+                _require_finite(checkpoint.label, name, tensor)
+        return base, tensors, deltas
+
+
+def make_plan(
+    base: Checkpoint,
+    models: Sequence[Checkpoint],
+    include: Sequence[str] | None = None,
+    exclude: Sequence[str] | None = None,
+    dtype: torch.dtype | None = None,
+) -> Plan:
+    """Check that the models fit the base and decide what becomes of every tensor.
+
+    A fine-tuned model that holds the base's tensors under a prefix (a Lightning module's `backbone.`) is read without
+    it.
+
+    Args:
+        base: the pretrained model.
+        models: the fine-tuned models.
+        include: patterns of the tensors to merge; None for all. See `selection.select`.
+        exclude: patterns of the tensors to keep as in the base.
+        dtype: of the result's floating-point tensors; None for the base's own.
+
+    Raises:
+        MergeError: nothing to merge, a pattern that matches nothing, a tensor that is missing, extra or of another
+            shape.
+    """
+    if not models:
+        raise MergeError("there is no fine-tuned model to merge; name at least one")
+    if dtype is not None and not dtype.is_floating_point:
+        raise MergeError(f"the dtype of a merged model must be a floating-point one, not {dtype}")
+    if repeated := sorted({m.label for m in models if sum(m.label == other.label for other in models) > 1}):
+        raise MergeError(f"two fine-tuned models have the same name '{repeated[0]}'; give each its own")
+    models = tuple(model.relative_to(base.names) for model in models)
+
+    everything = dict.fromkeys((*base.names, *(name for model in models for name in (*model.names, *model.outside))))
+    for patterns, argument in ((include, "include"), (exclude, "exclude")):
+        if nothing := unmatched(everything, patterns, argument):
+            raise MergeError(f"{argument}: the pattern '{nothing[0]}' matches no tensor of any model; is it misspelt?")
+
+    selected = set(select(everything, include, exclude))
+    tied = {name: first for name, first in base.tied.items() if name in base and _tied_everywhere(name, first, models)}
+    floating = [name for name in base.names if base.spec(name).dtype.is_floating_point and name not in tied]
+    merged = tuple(name for name in floating if name in selected)
+    taken = {*merged, *tied}
+    kept = tuple(name for name in base.names if name not in taken)
+    _compare(base, models, merged, selected)
+    if not merged:
+        raise MergeError("include and exclude leave no floating-point tensor of the base to merge")
+    return Plan(base, models, merged, kept, tied, dtype)
+
+
+def _tied_everywhere(name: str, first: str, models: Sequence[Checkpoint]) -> bool:
+    return all(name not in model or model.tied.get(name) == first for model in models)
+
+
+def _compare(base: Checkpoint, models: Sequence[Checkpoint], merged: Sequence[str], selected: set[str]) -> None:
+    """Raise one error that names the first misfit and counts the others."""
+    problems = []
+    for model in models:
+        for name in merged:
+            if name not in model and name not in model.tied:
+                problems.append(
+                    f"{model.label}: the tensor '{name}' is missing; {base.label} has it with shape "
+                    f"{list(base.spec(name).shape)}; exclude=['{name}'] keeps the base's"
+                )
+            elif not model.spec(name).dtype.is_floating_point:
+                problems.append(
+                    f"{model.label}: the tensor '{name}' has dtype {model.spec(name).dtype}, expected a floating-point "
+                    f"one; a quantized model must be dequantized first"
+                )
+            elif model.spec(name).shape != base.spec(name).shape:
+                problems.append(
+                    f"{model.label}: the tensor '{name}' has shape {list(model.spec(name).shape)}, expected "
+                    f"{list(base.spec(name).shape)} as in {base.label}; exclude=['{name}'] keeps the base's"
+                )
+        for name in model.names:
+            extra = name not in base and name in selected and model.spec(name).dtype.is_floating_point
+            if extra and model.tied.get(name) not in base:
+                problems.append(
+                    f"{model.label}: the tensor '{name}' with shape {list(model.spec(name).shape)} is not in "
+                    f"{base.label}; if it is a head, leave it out with exclude=['{name}']"
+                )
+    if problems:
+        more = f" (and {len(problems) - 1} more such misfits)" if len(problems) > 1 else ""
+        raise MergeError(problems[0] + more)
+
+
+def _require_finite(label: str, name: str, tensor: Tensor) -> None:
+    finite = torch.isfinite(tensor.float() if tensor.dtype.itemsize < 2 else tensor)
+    if not bool(finite.all()):
+        wrong = tensor[~finite]
+        raise MergeError(
+            f"{label}: the tensor '{name}' has {wrong.numel():,} values that are NaN or infinite (the first is "
+            f"{float(wrong[0])}); repair the model, or exclude the tensor"
+        )

@@ -1,0 +1,27 @@
+"""Task arithmetic: the sum of the task vectors, scaled (Ilharco et al., ICLR 2023, arXiv 2212.04089)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from freemerge.merging.method import MergeMethod, require_number, weighted_sum
+
+
+@dataclass(frozen=True)
+class TaskArithmetic(MergeMethod):
+    """τ = Σ_k λ_k · v_k. One pass.
+
+    Args:
+        scale: λ, one number for all models or one per model.
+    """
+
+    scale: float | list[float] = 0.3
+
+    def __post_init__(self) -> None:
+        require_number(self, "scale", self.scale)
+
+    def combine(self, name: str, deltas: Tensor, statistics: Any) -> Tensor:
+        return weighted_sum(deltas, self.scale)

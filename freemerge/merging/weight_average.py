@@ -1,0 +1,18 @@
+"""Weight averaging: the mean of the fine-tuned models (Wortsman et al., ICML 2022, arXiv 2203.05482)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from freemerge.merging.method import MergeMethod, weighted_sum
+
+
+@dataclass(frozen=True)
+class WeightAverage(MergeMethod):
+    """τ = (1/K) · Σ_k v_k. One pass."""
+
+    def combine(self, name: str, deltas: Tensor, statistics: Any) -> Tensor:
+        return weighted_sum(deltas, 1.0 / len(deltas))
