@@ -1,0 +1,164 @@
+"""The quickstart's tasks on characters: `letters`, `scripts` and `typefaces`."""
+
+from __future__ import annotations
+
+import random
+import string
+
+from freemerge.data.augment import Compose, GaussianNoise, RandomAffine
+from freemerge.data.canvas import Distortion, dataset, render
+from freemerge.data.glyphs import FONTS, distinct_characters, draw_glyph, draw_text, stack
+from freemerge.data.loaders import derive_seed
+from freemerge.data.tasks import Task
+
+# ---- letters: the fonts of each split. Every family and style occurs in training, none in the same combination.
+VAL_FONTS = ("DejaVu Serif Italic", "DejaVu Mono Bold", "STIX Bold")
+TEST_FONTS = (
+    "DejaVu Sans Bold Oblique",
+    "DejaVu Serif Bold",
+    "STIX Bold Italic",
+    "Computer Modern Bold",
+    "Computer Modern Sans",
+)
+TRAIN_FONTS = tuple(font for font in FONTS if font not in VAL_FONTS + TEST_FONTS)
+
+# ---- scripts: Unicode ranges whose characters are drawn alone, are not Latin look-alikes, and are in DejaVu Sans.
+SCRIPTS: dict[str, tuple[tuple[int, int], ...]] = {
+    "Arabic": ((0x0621, 0x063A), (0x0641, 0x064A), (0x066E, 0x06D3)),
+    "Armenian": ((0x0531, 0x0556), (0x0561, 0x0587)),
+    "Braille": ((0x2801, 0x28FF),),
+    "Canadian syllabics": ((0x1401, 0x1676),),
+    "Georgian": ((0x10D0, 0x10F0), (0x10A0, 0x10C5)),
+    "Hebrew": ((0x05D0, 0x05EA), (0xFB1D, 0xFB4F)),
+    "hexagrams": ((0x4DC0, 0x4DFF),),
+    "Lao": ((0x0E81, 0x0EAE), (0x0ED0, 0x0EDD)),
+    "N'Ko": ((0x07C0, 0x07EA),),
+    "Ogham": ((0x1681, 0x169A),),
+    "Tifinagh": ((0x2D30, 0x2D65),),
+    "arrows": ((0x2190, 0x21FF),),
+}
+
+# ---- typefaces: told apart by the shapes of letters, so the letters themselves are split.
+TYPEFACES = (
+    "DejaVu Sans",
+    "DejaVu Sans Bold",
+    "DejaVu Mono",
+    "DejaVu Serif",
+    "DejaVu Serif Bold Italic",
+    "STIX",
+    "STIX Bold Italic",
+    "Computer Modern Typewriter",
+    "Computer Modern Italic",
+    "Computer Modern Sans",
+)
+
+_AUGMENT = Compose(RandomAffine(8, (0.9, 1.1), 0.06, 0.08), GaussianNoise(0.04))
+
+
+def build_letters(seed: int) -> Task:
+    """Which letter, capital or small: 26 classes, fonts of the test set never seen.
+
+    Args:
+        seed: The suite's seed.
+
+    Returns:
+        The task.
+    """
+    distortion = Distortion(degrees=14, scale=(0.75, 1.1), shift=0.08, shear=0.15, noise=0.08)
+    sets = {}
+    for split, fonts, per_class in (("train", TRAIN_FONTS, 84), ("val", VAL_FONTS, 10), ("test", TEST_FONTS, 20)):
+        drawn, labels = [], []
+        for label, letter in enumerate(string.ascii_uppercase):
+            for number in range(per_class):
+                character = letter if number % 2 else letter.lower()
+                drawn.append(draw_glyph(fonts[number // 2 % len(fonts)], character))
+                labels.append(label)
+        images = render(stack(drawn), distortion, seed, "letters", split)
+        sets[split] = dataset(images, labels, _AUGMENT if split == "train" else None)
+    return Task("letters", tuple(string.ascii_uppercase), **sets)
+
+
+def script_characters(seed: int) -> dict[str, dict[str, tuple[str, ...]]]:
+    """Deals the characters of each script out to the splits.
+
+    Args:
+        seed: The suite's seed.
+
+    Returns:
+        script → split → characters; 60 % train, 15 % val, the rest test.
+    """
+    dealt: dict[str, dict[str, tuple[str, ...]]] = {}
+    for script, ranges in SCRIPTS.items():
+        characters = [c for first, last in ranges for c in distinct_characters(first, last)]
+        random.Random(derive_seed(seed, "scripts", script)).shuffle(characters)
+        first, second = len(characters) * 60 // 100, len(characters) * 75 // 100
+        dealt[script] = {
+            "train": tuple(characters[:first]),
+            "val": tuple(characters[first:second]),
+            "test": tuple(characters[second:]),
+        }
+    return dealt
+
+
+def build_scripts(seed: int) -> Task:
+    """Which script a character is from: 12 classes, characters of the test set never seen.
+
+    Args:
+        seed: The suite's seed.
+
+    Returns:
+        The task.
+    """
+    distortion = Distortion(degrees=10, scale=(0.8, 1.15), shift=0.06, shear=0.1, noise=0.08)
+    dealt = script_characters(seed)
+    sets = {}
+    for split, per_class in (("train", 150), ("val", 20), ("test", 42)):
+        drawn, labels = [], []
+        for label, script in enumerate(SCRIPTS):
+            characters = dealt[script][split]
+            drawn += [draw_glyph("DejaVu Sans", characters[i % len(characters)]) for i in range(per_class)]
+            labels += [label] * per_class
+        images = render(stack(drawn), distortion, seed, "scripts", split)
+        sets[split] = dataset(images, labels, _AUGMENT if split == "train" else None)
+    return Task("scripts", tuple(SCRIPTS), **sets)
+
+
+def typeface_letters(seed: int) -> dict[str, str]:
+    """Deals the alphabet out to the splits, each letter with its capital.
+
+    Args:
+        seed: The suite's seed.
+
+    Returns:
+        split → its letters: 15 for train, 4 for val, 7 for test.
+    """
+    alphabet = list(string.ascii_lowercase)
+    random.Random(derive_seed(seed, "typefaces")).shuffle(alphabet)
+    parts = {"train": alphabet[:15], "val": alphabet[15:19], "test": alphabet[19:]}
+    return {split: "".join(part) + "".join(part).upper() for split, part in parts.items()}
+
+
+def build_typefaces(seed: int) -> Task:
+    """Which typeface two short lines are set in: 10 classes, letters of the test set never seen.
+
+    Args:
+        seed: The suite's seed.
+
+    Returns:
+        The task.
+    """
+    distortion = Distortion(degrees=4, scale=(0.9, 1.1), shift=0.06, shear=0.0, noise=0.05)
+    letters = typeface_letters(seed)
+    sets = {}
+    for split, per_class in (("train", 200), ("val", 25), ("test", 50)):
+        generator = random.Random(derive_seed(seed, "typefaces", split))
+        drawn, labels = [], []
+        for label, font in enumerate(TYPEFACES):
+            for _ in range(per_class):
+                lines = tuple("".join(generator.choices(letters[split], k=4)) for _ in range(2))
+                drawn.append(draw_text(font, lines, generator.randint(24, 28)))
+                labels.append(label)
+        images = render(stack(drawn), distortion, seed, "typefaces", split)
+        augment = Compose(RandomAffine(2, (0.95, 1.05), 0.06), GaussianNoise(0.03))
+        sets[split] = dataset(images, labels, augment if split == "train" else None)
+    return Task("typefaces", TYPEFACES, **sets)
