@@ -200,7 +200,13 @@ class FreemergeCLI(LightningCLI):
 def quieten() -> None:
     """Keep Lightning's per-Trainer chatter out of a run of many fits; warnings that matter stay."""
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
-    for message in ("does not have many workers", "Checkpoint directory .* exists", "is smaller than the logging"):
+    harmless = (
+        "does not have many workers",
+        "Checkpoint directory .* exists",
+        "is smaller than the logging",
+        "`isinstance\\(treespec, LeafSpec\\)` is deprecated",  # Lightning's own affair with torch ≥ 2.10
+    )
+    for message in harmless:
         warnings.filterwarnings("ignore", message=f".*{message}")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -209,7 +215,7 @@ def main(args: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     arguments = sys.argv[1:] if args is None else args
     if arguments[:1] == ["merge"]:
-        return merge_command.main(arguments[1:])
+        return merge_command.run(merge_command.build_parser().parse_args(arguments[1:]))
     quieten()
     try:
         FreemergeCLI(args)

@@ -47,7 +47,7 @@ def save_expert(path: str | Path, expert: SparseExpert, dtype: torch.dtype = tor
     save_checkpoint(
         path,
         {"gaps": torch.from_numpy(gaps), "values": expert.flat_values().detach().cpu().to(dtype)},
-        metadata={**expert.metadata, "format": FORMAT, "layout": layout},
+        metadata={**expert.metadata, "kind": FORMAT, "layout": layout},
     )
     return path
 
@@ -66,8 +66,8 @@ def load_expert(path: str | Path, merged: Mapping[str, Tensor] | None = None) ->
     try:
         with safe_open(path, framework="pt") as file:
             metadata = dict(file.metadata() or {})
-            if metadata.get("format") != FORMAT:
-                raise CheckpointError(f"{path}: not an expert file (format {metadata.get('format')!r}, expected {FORMAT!r})")
+            if metadata.get("kind") != FORMAT:
+                raise CheckpointError(f"{path}: not an expert file (kind {metadata.get('kind')!r}, expected {FORMAT!r})")
             gaps, values = file.get_tensor("gaps").numpy(), file.get_tensor("values").float()
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: no such expert file") from error
@@ -76,7 +76,8 @@ def load_expert(path: str | Path, merged: Mapping[str, Tensor] | None = None) ->
     if merged is not None:
         check_merged_hash(metadata, hash_tensors(merged), path)
     layout = json.loads(metadata.pop("layout"))
-    metadata.pop("format")
+    for key in ("kind", "format"):  # "format" is safetensors' own
+        metadata.pop(key, None)
     ends = np.cumsum([math.prod(shape) for _, shape in layout])
     positions = decode_positions(gaps)
     if len(positions) != values.numel() or (len(positions) and positions[-1] >= ends[-1]):

@@ -83,16 +83,18 @@ class MergeSettings:
     """The stage that merges the task vectors, by every method, each at the scale that does best on validation data.
 
     Args:
-        methods: line of the report → merging method.
+        methods: line of the report → merging method; if not given, plain averaging, task arithmetic, TIES, PCB and FR.
         scales: the grid of scales, the same for every method that has one.
         free: the method whose merged backbone carries the experts.
     """
 
-    methods: dict[str, MergeMethod] = field(default_factory=default_methods)
+    methods: dict[str, MergeMethod] | None = None
     scales: list[float] = field(default_factory=lambda: [0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0, 1.4, 2.0])
     free: str = "FR"
 
     def __post_init__(self) -> None:
+        if self.methods is None:  # not a default factory: a configuration file cannot show instances
+            self.methods = default_methods()
         if not self.scales:
             raise ValueError("merge.scales: give at least one scale")
         if self.free not in self.methods:
