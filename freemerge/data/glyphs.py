@@ -109,6 +109,23 @@ def draw_glyph(font: str, character: str, size: int = 40, limit: int = 54) -> np
     return np.asarray(canvas)
 
 
+def draw_pair(font: str, left: str, right: str) -> np.ndarray:
+    """Two characters side by side, each centred in its half.
+
+    Args:
+        font: A key of `FONTS`.
+        left: The left character.
+        right: The right character.
+
+    Returns:
+        uint8 (CANVAS, CANVAS), 255 is ink.
+    """
+    # A glyph that fits into half the canvas has nothing in the columns that the roll wraps around.
+    limit = CANVAS // 2 - 4
+    pair = [np.roll(draw_glyph(font, c, 34, limit), shift, 1) for c, shift in ((left, -15), (right, 15))]
+    return np.maximum(*pair)
+
+
 def draw_text(font: str, lines: tuple[str, ...], size: int) -> np.ndarray:
     """Short lines of text, one under another, each centred.
 
