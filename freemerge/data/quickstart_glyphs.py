@@ -7,7 +7,7 @@ import string
 
 from freemerge.data.augment import Compose, GaussianNoise, RandomAffine
 from freemerge.data.canvas import Distortion, dataset, render
-from freemerge.data.glyphs import FONTS, distinct_characters, draw_glyph, draw_pair, draw_text, stack
+from freemerge.data.glyphs import FONTS, distinct_characters, draw_glyph, draw_pair, draw_text, shape, stack
 from freemerge.data.loaders import derive_seed
 from freemerge.data.tasks import Task
 
@@ -23,6 +23,7 @@ TEST_FONTS = (
 TRAIN_FONTS = tuple(font for font in FONTS if font not in VAL_FONTS + TEST_FONTS)
 
 # ---- scripts: Unicode ranges whose characters are drawn alone, are not Latin look-alikes, and are in DejaVu Sans.
+SCRIPT_FONT = "DejaVu Sans"
 SCRIPTS: dict[str, tuple[tuple[int, int], ...]] = {
     "Arabic": ((0x0621, 0x063A), (0x0641, 0x064A), (0x066E, 0x06D3)),
     "Armenian": ((0x0531, 0x0556), (0x0561, 0x0587)),
@@ -88,8 +89,10 @@ def script_characters(seed: int) -> dict[str, dict[str, tuple[str, ...]]]:
         script → split → characters; 60 % train, 15 % val, the rest test.
     """
     dealt: dict[str, dict[str, tuple[str, ...]]] = {}
+    taken: set[bytes] = set()  # a shape that two scripts have counts for the first only
     for script, ranges in SCRIPTS.items():
-        characters = [c for first, last in ranges for c in distinct_characters(first, last)]
+        characters = list(distinct_characters(ranges, SCRIPT_FONT, frozenset(taken)))
+        taken |= {shape(SCRIPT_FONT, character) for character in characters}
         random.Random(derive_seed(seed, "scripts", script)).shuffle(characters)
         first, second = len(characters) * 60 // 100, len(characters) * 75 // 100
         dealt[script] = {
@@ -116,7 +119,7 @@ def build_scripts(seed: int) -> Task:
         generator = random.Random(derive_seed(seed, "scripts", split))
         drawn, labels = [], []
         for label, script in enumerate(SCRIPTS):
-            drawn += [draw_pair("DejaVu Sans", *generator.sample(dealt[script][split], 2)) for _ in range(per_class)]
+            drawn += [draw_pair(SCRIPT_FONT, *generator.sample(dealt[script][split], 2)) for _ in range(per_class)]
             labels += [label] * per_class
         images = render(stack(drawn), distortion, seed, "scripts", split)
         sets[split] = dataset(images, labels, _AUGMENT if split == "train" else None)

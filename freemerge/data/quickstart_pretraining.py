@@ -15,10 +15,10 @@ import torch
 
 from freemerge.data.augment import Compose, GaussianNoise, RandomAffine
 from freemerge.data.canvas import SIDE, Distortion, dataset, render
-from freemerge.data.glyphs import coverage, distinct_characters, draw_glyph, draw_text, stack
+from freemerge.data.glyphs import distinct_characters, draw_glyph, draw_text, shape, stack
 from freemerge.data.loaders import derive_seed
 from freemerge.data.photographs import PHOTOGRAPHS, Rectangle, cells, crop, random_rectangles
-from freemerge.data.quickstart_glyphs import TRAIN_FONTS, script_characters, typeface_letters
+from freemerge.data.quickstart_glyphs import SCRIPT_FONT, TRAIN_FONTS, script_characters, typeface_letters
 from freemerge.data.quickstart_pictures import CROP
 from freemerge.data.tasks import Task
 
@@ -46,17 +46,20 @@ def _text(font: str, lines: tuple[str, ...]) -> Source:
 
 def _glyph_sources(seed: int, rng: random.Random) -> dict[str, Source]:
     """Class name → how to draw it, for characters and texts."""
-    sources: dict[str, Source] = {}
+    scripts = script_characters(seed)
+    held_out = {shape(SCRIPT_FONT, c) for dealt in scripts.values() for c in dealt["val"] + dealt["test"]}
     latin = typeface_letters(seed)["train"]
-    extra = sorted({c for first, last in EXTRA_RANGES for c in distinct_characters(first, last)})
+    extra = distinct_characters(EXTRA_RANGES, taken=frozenset(held_out))
+    sources: dict[str, Source] = {}
     for character in [*latin, *string.digits, *rng.sample(extra, EXTRA_CHARACTERS)]:
         # Computer Modern's tables have other symbols in the places of most non-Latin characters.
-        plain = character.isascii()
-        fonts = [f for f in TRAIN_FONTS if ord(character) in coverage(f) and (plain or "Modern" not in f)]
+        families = TRAIN_FONTS if character.isascii() else [f for f in TRAIN_FONTS if "Modern" not in f]
+        # An O may look just like a character of some script's test set, in that set's font.
+        fonts = [font for font in families if shape(font, character) not in held_out | {b""}]
         sources[f"character {character}"] = _character(character, fonts)
-    for dealt in script_characters(seed).values():
+    for dealt in scripts.values():
         for character in rng.sample(dealt["train"], min(CHARACTERS_PER_SCRIPT, len(dealt["train"]))):
-            sources[f"character {character}"] = _character(character, ["DejaVu Sans"])
+            sources[f"character {character}"] = _character(character, [SCRIPT_FONT])
     for _ in range(TEXTS):
         lines = tuple("".join(rng.choices(latin, k=4)) for _ in range(2))
         for font in rng.sample(TRAIN_FONTS, TEXT_FONTS):
