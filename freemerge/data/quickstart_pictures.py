@@ -111,6 +111,20 @@ def _medallion() -> Tensor:
     return (axis[:, None] ** 2 + axis[None, :] ** 2 <= (SIDE / 2) ** 2).to(torch.uint8)
 
 
+def face_parts(seed: int) -> dict[str, list[int]]:
+    """Deals the 100 faces out to the splits, and the 100 other pictures likewise.
+
+    Args:
+        seed: The suite's seed.
+
+    Returns:
+        split → indices below 100.
+    """
+    order = list(range(100))
+    random.Random(derive_seed(seed, "faces")).shuffle(order)
+    return {"train": order[:46], "val": order[46:60], "test": order[60:]}
+
+
 def build_faces(seed: int) -> Task:
     """Face or not, in a circle: 2 classes, each picture and its mirror image in the same set.
 
@@ -124,10 +138,9 @@ def build_faces(seed: int) -> Task:
     pictures = _enlarge(pictures, 2 * SIDE)
     distortion = Distortion(degrees=10, scale=(1.0, 1.2), shift=0.04, shear=0.0, noise=0.04)
     augment = Compose(RandomAffine(8, (0.95, 1.1), 0.06), RandomContrast((0.7, 1.2), 0.1), GaussianNoise(0.03))
-    order = list(range(100))
-    random.Random(derive_seed(seed, "faces")).shuffle(order)
     sets = {}
-    for split, part, copies in (("train", order[:46], 5), ("val", order[46:60], 2), ("test", order[60:], 2)):
+    for split, part in face_parts(seed).items():
+        copies = 5 if split == "train" else 2
         chosen, labels = [], []
         for label in range(2):
             for index in part:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 import string
-from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -32,16 +32,20 @@ TEXT_FONTS = 8
 REGIONS_PER_PHOTOGRAPH = 4
 PER_CLASS = {"train": 44, "val": 2, "test": 2}
 
-Source = Callable[[random.Random], np.ndarray]
-"""Draws another picture of its class: uint8 (CANVAS, CANVAS)."""
 
+@dataclass(frozen=True)
+class Source:
+    """One class of glyph pictures: a character (one line) or a text (two), in any of some fonts."""
 
-def _character(character: str, fonts: Sequence[str]) -> Source:
-    return lambda rng: draw_glyph(rng.choice(fonts), character, rng.randint(36, 50))
+    fonts: tuple[str, ...]
+    lines: tuple[str, ...]
 
-
-def _text(font: str, lines: tuple[str, ...]) -> Source:
-    return lambda rng: draw_text(font, lines, rng.randint(24, 28))
+    def draw(self, rng: random.Random) -> np.ndarray:
+        """Another picture of the class: uint8 (CANVAS, CANVAS)."""
+        font = rng.choice(self.fonts)
+        if len(self.lines) == 1:
+            return draw_glyph(font, self.lines[0], rng.randint(36, 50))
+        return draw_text(font, self.lines, rng.randint(24, 28))
 
 
 def _glyph_sources(seed: int, rng: random.Random) -> dict[str, Source]:
@@ -55,15 +59,15 @@ def _glyph_sources(seed: int, rng: random.Random) -> dict[str, Source]:
         # Computer Modern's tables have other symbols in the places of most non-Latin characters.
         families = TRAIN_FONTS if character.isascii() else [f for f in TRAIN_FONTS if "Modern" not in f]
         # An O may look just like a character of some script's test set, in that set's font.
-        fonts = [font for font in families if shape(font, character) not in held_out | {b""}]
-        sources[f"character {character}"] = _character(character, fonts)
+        fonts = tuple(font for font in families if shape(font, character) not in held_out | {b""})
+        sources[f"character {character}"] = Source(fonts, (character,))
     for dealt in scripts.values():
         for character in rng.sample(dealt["train"], min(CHARACTERS_PER_SCRIPT, len(dealt["train"]))):
-            sources[f"character {character}"] = _character(character, [SCRIPT_FONT])
+            sources[f"character {character}"] = Source((SCRIPT_FONT,), (character,))
     for _ in range(TEXTS):
         lines = tuple("".join(rng.choices(latin, k=4)) for _ in range(2))
         for font in rng.sample(TRAIN_FONTS, TEXT_FONTS):
-            sources[f"text {' '.join(lines)} in {font}"] = _text(font, lines)
+            sources[f"text {' '.join(lines)} in {font}"] = Source((font,), lines)
     return sources
 
 
@@ -93,7 +97,7 @@ def build_pretraining(seed: int) -> Task:
     augment = Compose(RandomAffine(5, (0.92, 1.08), 0.05), GaussianNoise(0.03))
     sets = {}
     for split, count in PER_CLASS.items():
-        drawn = stack([draw(rng) for draw in sources.values() for _ in range(count)])
+        drawn = stack([source.draw(rng) for source in sources.values() for _ in range(count)])
         crops = [
             crop(name, square, SIDE)
             for name, region in regions.values()
