@@ -37,9 +37,9 @@ class Distortion:
     scale: tuple[float, float] = (0.8, 1.1)
     shift: float = 0.06
     shear: float = 0.1
-    noise: float = 0.06
-    contrast: tuple[float, float] = (0.6, 1.0)
-    brightness: float = 0.08
+    noise: float = 0.04
+    contrast: tuple[float, float] = (0.75, 1.0)
+    brightness: float = 0.05
 
 
 def render(pictures: Tensor, distortion: Distortion, seed: int, *keys: object) -> Tensor:

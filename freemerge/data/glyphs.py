@@ -7,6 +7,7 @@ used, because the other one (Raqm) is there on some machines only and would draw
 
 from __future__ import annotations
 
+import hashlib
 from functools import lru_cache
 from pathlib import Path
 
@@ -109,6 +110,23 @@ def draw_glyph(font: str, character: str, size: int = 40, limit: int = 54) -> np
     return np.asarray(canvas)
 
 
+def draw_pair(font: str, left: str, right: str) -> np.ndarray:
+    """Two characters side by side, each centred in its half.
+
+    Args:
+        font: A key of `FONTS`.
+        left: The left character.
+        right: The right character.
+
+    Returns:
+        uint8 (CANVAS, CANVAS), 255 is ink.
+    """
+    # A glyph that fits into half the canvas has nothing in the columns that the roll wraps around.
+    limit = CANVAS // 2 - 4
+    pair = [np.roll(draw_glyph(font, c, 34, limit), shift, 1) for c, shift in ((left, -15), (right, 15))]
+    return np.maximum(*pair)
+
+
 def draw_text(font: str, lines: tuple[str, ...], size: int) -> np.ndarray:
     """Short lines of text, one under another, each centred.
 
@@ -130,28 +148,45 @@ def draw_text(font: str, lines: tuple[str, ...], size: int) -> np.ndarray:
     return np.asarray(canvas)
 
 
-@lru_cache(maxsize=64)
-def distinct_characters(first: int, last: int, font: str = "DejaVu Sans") -> tuple[str, ...]:
-    """The characters of a Unicode range that look different from each other.
+@lru_cache(maxsize=4096)
+def shape(font: str, character: str) -> bytes:
+    """What a character looks like, for comparing.
+
+    Args:
+        font: A key of `FONTS`.
+        character: The character.
+
+    Returns:
+        A hash of its picture; empty if it has no glyph or no ink.
+    """
+    if ord(character) not in coverage(font):
+        return b""
+    picture = draw_glyph(font, character)
+    return hashlib.blake2b(picture.tobytes(), digest_size=16).digest() if picture.any() else b""
+
+
+def distinct_characters(
+    ranges: tuple[tuple[int, int], ...], font: str = "DejaVu Sans", taken: frozenset[bytes] = frozenset()
+) -> tuple[str, ...]:
+    """The characters of some Unicode ranges that look different from each other.
 
     Scripts contain the same shape several times (compatibility forms, characters that differ in meaning alone). A
     shape must not be in the training set under one code point and in the test set under another.
 
     Args:
-        first: First code point.
-        last: Last code point, included.
+        ranges: First and last code point of each range, both included.
         font: A key of `FONTS`.
+        taken: Shapes (see `shape`) to leave out.
 
     Returns:
-        Characters with ink and a glyph of their own, in code point order, the first of each shape.
+        Characters with a glyph of their own, in order, the first of each shape.
     """
-    known = coverage(font)
     seen: dict[bytes, str] = {}
-    for code in range(first, last + 1):
-        if code in known:
-            picture = draw_glyph(font, chr(code))
-            if picture.any():
-                seen.setdefault(picture.tobytes(), chr(code))
+    for first, last in ranges:
+        for code in range(first, last + 1):
+            look = shape(font, chr(code))
+            if look and look not in taken:
+                seen.setdefault(look, chr(code))
     return tuple(seen.values())
 
 

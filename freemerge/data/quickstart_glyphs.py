@@ -7,7 +7,7 @@ import string
 
 from freemerge.data.augment import Compose, GaussianNoise, RandomAffine
 from freemerge.data.canvas import Distortion, dataset, render
-from freemerge.data.glyphs import FONTS, distinct_characters, draw_glyph, draw_text, stack
+from freemerge.data.glyphs import FONTS, distinct_characters, draw_glyph, draw_pair, draw_text, shape, stack
 from freemerge.data.loaders import derive_seed
 from freemerge.data.tasks import Task
 
@@ -23,6 +23,7 @@ TEST_FONTS = (
 TRAIN_FONTS = tuple(font for font in FONTS if font not in VAL_FONTS + TEST_FONTS)
 
 # ---- scripts: Unicode ranges whose characters are drawn alone, are not Latin look-alikes, and are in DejaVu Sans.
+SCRIPT_FONT = "DejaVu Sans"
 SCRIPTS: dict[str, tuple[tuple[int, int], ...]] = {
     "Arabic": ((0x0621, 0x063A), (0x0641, 0x064A), (0x066E, 0x06D3)),
     "Armenian": ((0x0531, 0x0556), (0x0561, 0x0587)),
@@ -64,14 +65,14 @@ def build_letters(seed: int) -> Task:
     Returns:
         The task.
     """
-    distortion = Distortion(degrees=14, scale=(0.75, 1.1), shift=0.08, shear=0.15, noise=0.08)
+    distortion = Distortion(degrees=12, scale=(0.8, 1.1), shift=0.07, shear=0.15)
     sets = {}
     for split, fonts, per_class in (("train", TRAIN_FONTS, 84), ("val", VAL_FONTS, 10), ("test", TEST_FONTS, 20)):
         drawn, labels = [], []
         for label, letter in enumerate(string.ascii_uppercase):
             for number in range(per_class):
                 character = letter if number % 2 else letter.lower()
-                drawn.append(draw_glyph(fonts[number // 2 % len(fonts)], character))
+                drawn.append(draw_glyph(fonts[number // 2 % len(fonts)], character, size=50))
                 labels.append(label)
         images = render(stack(drawn), distortion, seed, "letters", split)
         sets[split] = dataset(images, labels, _AUGMENT if split == "train" else None)
@@ -88,8 +89,10 @@ def script_characters(seed: int) -> dict[str, dict[str, tuple[str, ...]]]:
         script → split → characters; 60 % train, 15 % val, the rest test.
     """
     dealt: dict[str, dict[str, tuple[str, ...]]] = {}
+    taken: set[bytes] = set()  # a shape that two scripts have counts for the first only
     for script, ranges in SCRIPTS.items():
-        characters = [c for first, last in ranges for c in distinct_characters(first, last)]
+        characters = list(distinct_characters(ranges, SCRIPT_FONT, frozenset(taken)))
+        taken |= {shape(SCRIPT_FONT, character) for character in characters}
         random.Random(derive_seed(seed, "scripts", script)).shuffle(characters)
         first, second = len(characters) * 60 // 100, len(characters) * 75 // 100
         dealt[script] = {
@@ -101,7 +104,7 @@ def script_characters(seed: int) -> dict[str, dict[str, tuple[str, ...]]]:
 
 
 def build_scripts(seed: int) -> Task:
-    """Which script a character is from: 12 classes, characters of the test set never seen.
+    """Which script two characters are from: 12 classes, characters of the test set never seen.
 
     Args:
         seed: The suite's seed.
@@ -109,14 +112,14 @@ def build_scripts(seed: int) -> Task:
     Returns:
         The task.
     """
-    distortion = Distortion(degrees=10, scale=(0.8, 1.15), shift=0.06, shear=0.1, noise=0.08)
+    distortion = Distortion(degrees=8, scale=(0.85, 1.1), shift=0.05, shear=0.1)
     dealt = script_characters(seed)
     sets = {}
     for split, per_class in (("train", 150), ("val", 20), ("test", 42)):
+        generator = random.Random(derive_seed(seed, "scripts", split))
         drawn, labels = [], []
         for label, script in enumerate(SCRIPTS):
-            characters = dealt[script][split]
-            drawn += [draw_glyph("DejaVu Sans", characters[i % len(characters)]) for i in range(per_class)]
+            drawn += [draw_pair(SCRIPT_FONT, *generator.sample(dealt[script][split], 2)) for _ in range(per_class)]
             labels += [label] * per_class
         images = render(stack(drawn), distortion, seed, "scripts", split)
         sets[split] = dataset(images, labels, _AUGMENT if split == "train" else None)
@@ -147,7 +150,7 @@ def build_typefaces(seed: int) -> Task:
     Returns:
         The task.
     """
-    distortion = Distortion(degrees=4, scale=(0.9, 1.1), shift=0.06, shear=0.0, noise=0.05)
+    distortion = Distortion(degrees=4, scale=(0.9, 1.1), shift=0.06, shear=0.0)
     letters = typeface_letters(seed)
     sets = {}
     for split, per_class in (("train", 200), ("val", 25), ("test", 50)):
