@@ -9,6 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rich import box
+from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 
 
@@ -88,22 +91,29 @@ class Report:
         os.replace(temporary, path)
 
     def table(self) -> Table:
-        """The report as a rich table: percent, the best merged model of each column in bold."""
+        """The report as a rich table; accuracies in percent."""
         tasks = list(self.rows[0].scores)
-        table = Table(title=self.title, title_justify="left", title_style="bold")
-        table.add_column("model", no_wrap=True)
+        table = Table(title=self.title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+        table.add_column("", no_wrap=True)
         for heading in [*tasks, "average", "normalized", "worst drop", "extra bytes"]:
-            table.add_column(heading, justify="right", no_wrap=heading != "worst drop")
+            table.add_column(heading, justify="right", no_wrap=True)
         for row in self.rows:
             cells = [f"{100 * row.scores[task]:.1f}" for task in tasks] + [f"{100 * row.average:.1f}"]
             if row.kind == "model":
                 drop, task = self.worst_drop(row)
-                cells += [f"{100 * self.normalized(row):.1f}", f"{100 * drop:+.1f} {task}" if drop < 0 else "none"]
+                cells += [f"{100 * self.normalized(row):.1f}", f"{100 * drop:.1f} {task}" if drop < 0 else "none"]
             else:
                 cells += ["", ""]
             cells.append(format_bytes(row.extra_bytes) if row.extra_bytes is not None else "")
             table.add_row(row.name, *cells, style="dim" if row.kind == "router" else None)
         return table
+
+    def print(self, console: Console) -> None:
+        """Print the table at its full width: a narrow terminal wraps its lines, but no number is cut off."""
+        table = self.table()
+        width = Measurement.get(console, console.options.update(max_width=10_000), table).maximum
+        title = len(self.title)
+        console.print(table, width=max(console.width, width, title), crop=False, soft_wrap=False)
 
     def plot(self, path: str | Path) -> None:
         """Draw grouped bars, a group for each task and one for the average, and write them as an image."""

@@ -88,7 +88,15 @@ class TransformersBackbone(Backbone):
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write the model as a Hugging Face folder, which `AutoModel.from_pretrained` loads without freemerge."""
-        self.model.save_pretrained(directory)
+        from transformers.utils import logging
+
+        bars = logging.is_progress_bar_enabled()
+        logging.disable_progress_bar()  # a bar for a file that takes milliseconds would tear a run's own output
+        try:
+            self.model.save_pretrained(directory)
+        finally:
+            if bars:
+                logging.enable_progress_bar()
 
 
 def _pooler_option(config: Any, pooling: str) -> dict[str, bool]:

@@ -286,18 +286,18 @@ class SuiteRun:
         router_bytes = self._file_size(self._router_stage().path / "router.safetensors")
         rows += [
             Row(
-                "FREE, extracted experts (oracle)",
+                "FREE extracted (oracle)",
                 self._evaluate_free(FreeModel(self._backbone(merged), heads, extracted), loaders, oracle=True),
                 sum(self._file_size(self._extracted_path(task)) for task in tasks),
                 chosen=extraction["best"],
             ),
             Row(
-                "FREE, trained experts (routed)",
+                "FREE trained (routed)",
                 self._evaluate_free(model, loaders, oracle=False),
                 expert_bytes + router_bytes,
             ),
             Row(
-                "FREE, trained experts (oracle)",
+                "FREE trained (oracle)",
                 self._evaluate_free(model, loaders, oracle=True),
                 expert_bytes,
             ),
@@ -307,14 +307,14 @@ class SuiteRun:
         report = Report(
             title=f"{type(self.suite).__name__}: test accuracy (%), {len(tasks)} tasks, seed {self.seed}",
             rows=rows,
-            search={**search, "FREE, extracted experts": extraction["search"]},
+            search={**search, "FREE extracted": extraction["search"]},
             settings=self._provenance(size),
         )
         if rank_zero_only.rank == 0:
             model.save_pretrained(self.folder / "free_model")
             report.write_json(self.folder / "report.json")
             report.plot(self.folder / "report.png")
-            self.console.print(report.table())
+            report.print(self.console)
             self.console.print(f"[dim]{self.folder}/report.json, report.png and free_model/ hold the rest[/dim]")
         return report
 
