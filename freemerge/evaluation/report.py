@@ -110,10 +110,13 @@ class Report:
 
     def print(self, console: Console) -> None:
         """Print the table at its full width: a narrow terminal wraps its lines, but no number is cut off."""
-        table = self.table()
-        width = Measurement.get(console, console.options.update(max_width=10_000), table).maximum
-        title = len(self.title)
-        console.print(table, width=max(console.width, width, title), crop=False, soft_wrap=False)
+        table, narrow = self.table(), console.width
+        needed = Measurement.get(console, console.options.update(max_width=10_000), table).maximum
+        try:
+            console.width = max(narrow, needed)
+            console.print(table)
+        finally:
+            console.width = narrow
 
     def plot(self, path: str | Path) -> None:
         """Draw grouped bars, a group for each task and one for the average, and write them as an image."""
