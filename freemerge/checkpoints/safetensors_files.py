@@ -41,6 +41,7 @@ _DTYPES = {
     "C64": torch.complex64,
 }
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
+_TIED = "freemerge.tied"  # metadata: the left-out names, one a line
 _MAX_HEADER = 100_000_000  # the format's own limit
 
 
@@ -65,6 +66,7 @@ class SafetensorsFile:
         except OSError as error:
             raise CheckpointError(f"{self.path}: cannot be read: {error.strerror or error}") from None
         self.metadata: dict[str, str] = header.pop("__metadata__", None) or {}
+        self.tied: dict[str, str] = {}
         end = start
         try:
             entries = sorted(header.items(), key=lambda entry: entry[1]["data_offsets"])
@@ -90,6 +92,20 @@ class SafetensorsFile:
                 f"{self.path}: truncated: its header promises {end:,} bytes and the file has {size:,}; copy or "
                 "download it again"
             )
+
+        self.tied = self._read_tied()
+
+    def _read_tied(self) -> dict[str, str]:
+        """Left-out name → stored name, of tensors that share their memory.
+
+        safetensors' convention is an entry of the metadata for each left-out name. It cannot tell such an entry from
+        other metadata that happens to equal a tensor's name, so files written here list the left-out names as well.
+        """
+        tied = {name: first for name, first in self.metadata.items() if first in self.specs and name != "format"}
+        listed = self.metadata.get(_TIED)
+        if listed is None:
+            return tied
+        return {name: first for name, first in tied.items() if name in listed.split("\n")}
 
     def _read_header(self, file, size: int) -> tuple[dict, int]:
         head = file.read(8)
@@ -155,8 +171,7 @@ def open_safetensors(paths: Iterable[Path], label: str) -> Checkpoint:
             if name in place:
                 raise CheckpointError(f"{path}: the tensor '{name}' is also in {place[name].path}; keep one of them")
             place[name], specs[name] = file, spec
-        # safetensors' own convention for shared tensors: metadata {left-out name: stored name}
-        tied.update({name: first for name, first in file.metadata.items() if first in file.specs})
+        tied.update(file.tied)
     tied = {name: first for name, first in tied.items() if name not in specs}
     return Checkpoint(label, specs, lambda name: place[name].read(name), tied=tied)
 
@@ -166,6 +181,7 @@ def write_safetensors(
     specs: Mapping[str, TensorSpec],
     tensors: Iterable[tuple[str, Tensor]],
     metadata: Mapping[str, str] | None = None,
+    tied: Mapping[str, str] | None = None,
 ) -> None:
     """Write a safetensors file from a stream of tensors, atomically.
 
@@ -176,6 +192,7 @@ def write_safetensors(
         specs: shape and dtype of every tensor to come.
         tensors: name and tensor for every entry of `specs`, in the order of `storage_order(specs)`.
         metadata: strings for the header.
+        tied: left-out name → stored name, of tensors that share their memory.
 
     Raises:
         CheckpointError: a dtype that the format does not have, or a file that cannot be written.
@@ -183,7 +200,9 @@ def write_safetensors(
     """
     path = Path(path)
     order = storage_order(specs)
-    header: dict[str, object] = {"__metadata__": {**(metadata or {}), "format": "pt"}}
+    tied = tied or {}
+    notes = {**(metadata or {}), **tied, "format": "pt", _TIED: "\n".join(tied)}
+    header: dict[str, object] = {"__metadata__": notes}
     offset = 0
     for name in order:
         shape, dtype = specs[name]

@@ -32,4 +32,4 @@ def save_checkpoint(
     checkpoint = from_tensors(tensors, str(path))
     specs = {name: checkpoint.spec(name) for name in checkpoint.names if name not in tied}
     stream = ((name, checkpoint.tensor(name)) for name in storage_order(specs))
-    write_safetensors(path, specs, stream, {**(metadata or {}), **tied})
+    write_safetensors(path, specs, stream, metadata, tied)

@@ -5,8 +5,8 @@ from freemerge.merging.errors import MergeError
 from freemerge.merging.filters import Butterworth, Filter, Gaussian, HighPass, NyquistDisc
 from freemerge.merging.fr_merging import FRMerging
 from freemerge.merging.method import MergeMethod
-from freemerge.merging.order_statistics import order_statistics
 from freemerge.merging.pcb_merging import PCBMerging
+from freemerge.merging.ranks import order_statistics
 from freemerge.merging.task_arithmetic import TaskArithmetic
 from freemerge.merging.ties import Ties
 from freemerge.merging.vectors import Vectors, apply_task_vector, merge_task_vectors, task_vector

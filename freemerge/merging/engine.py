@@ -67,7 +67,7 @@ def merge(
         tensors = dict(_merged(plan, method, statistics, list(plan.specs)))
         return {name: tensors[plan.tied.get(name, name)] for name in plan.base.names}
     specs = plan.specs
-    write_safetensors(output, specs, _merged(plan, method, statistics, storage_order(specs)), plan.tied)
+    write_safetensors(output, specs, _merged(plan, method, statistics, storage_order(specs)), tied=plan.tied)
     return output
 
 
@@ -99,13 +99,13 @@ def _merged(plan: Plan, method: MergeMethod, statistics: Any, names: Sequence[st
                 f"{type(method).__name__}.combine returned shape {list(delta.shape)} for the tensor '{name}' of shape "
                 f"{list(base.shape)}"
             )
-        result = add(base, delta)
+        result = add(base, delta, plan.output_dtype(name))
         if len(tensors) == 1:
             # Where a single model's entry comes through unchanged, base + (model − base) is meant to be the model's
             # own value, and in floating point it is not always.
-            own = tensors[0].to(base.device, base.dtype)
+            own = tensors[0].to(base.device, result.dtype)
             result = torch.where(delta == deltas[0], own, result)
-        yield name, result.to(plan.output_dtype(name)).contiguous()
+        yield name, result.contiguous()
 
 
 def _labelled(finetuned: Sequence[Source] | Mapping[str, Source]) -> list[tuple[str | None, Source]]:

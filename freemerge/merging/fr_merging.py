@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from freemerge.merging.filters import Filter, NyquistDisc
-from freemerge.merging.method import MergeMethod, require, require_number, weighted_sum
+from freemerge.merging.method import MergeMethod, flat, require, require_number, weighted_sum
 from freemerge.merging.vectors import Vectors
 
 _NAMED = ("align", "mean", "uniform")
@@ -81,8 +81,8 @@ def alignment(filtered: Tensor, deltas: Tensor) -> Tensor:
     Returns:
         (K,) float64, on the CPU.
     """
-    left = filtered.flatten(1).abs().mean(1, dtype=torch.float64).cpu()
-    before = deltas.flatten(1).abs().mean(1, dtype=torch.float64).cpu()
+    left = flat(filtered).abs().mean(1, dtype=torch.float64).cpu()
+    before = flat(deltas).abs().mean(1, dtype=torch.float64).cpu()
     something = left > before * torch.finfo(torch.float32).eps
     left = torch.where(something, left, 0.0)
     return torch.where(something, left.max() / left, 0.0)

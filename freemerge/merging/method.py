@@ -66,6 +66,11 @@ class MergeMethod(ABC):
         """
 
 
+def flat(deltas: Tensor) -> Tensor:
+    """(K, *shape) → (K, n), for scalars and empty tensors too."""
+    return deltas.reshape(len(deltas), deltas.shape[1:].numel())
+
+
 def weighted_sum(deltas: Tensor, weights: float | Sequence[float] | Tensor) -> Tensor:
     """Σ_k λ_k · v_k, summed in the order of the models.
 

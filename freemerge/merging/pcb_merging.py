@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from freemerge.merging.filters import Filter
-from freemerge.merging.method import MergeMethod, require, require_number
-from freemerge.merging.order_statistics import order_statistics
+from freemerge.merging.method import MergeMethod, flat, require, require_number
+from freemerge.merging.ranks import order_statistics
 from freemerge.merging.vectors import Vectors
 
 
@@ -65,6 +65,8 @@ class PCBMerging(MergeMethod):
             self,
             f'`inter` must be "sum", "normalized" or "pairwise", got {self.inter!r}',
         )
+        valid = self.filter is None or isinstance(self.filter, Filter)
+        require(valid, self, f"`filter` must be a Filter or None, got {self.filter!r}")
 
     def survey(self, vectors: Vectors) -> PCBStatistics | None:
         """Find the clamp of the magnitudes and the range of the scores that take part, exactly."""
@@ -104,7 +106,7 @@ class PCBMerging(MergeMethod):
         """(K, *shape) → (K, n), through the filter if there is one."""
         if self.filter is not None:
             deltas = torch.stack([self.filter(delta) for delta in deltas])
-        return deltas.flatten(1)
+        return flat(deltas)
 
     def _scores(self, values: Tensor, low: Tensor, high: Tensor) -> Tensor:
         """(K, n) task vectors and (K, 1) bounds → (K, n) scores."""

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from freemerge.checkpoints import Checkpoint, TensorSpec
 from freemerge.merging.errors import MergeError
-from freemerge.merging.selection import select, unmatched
+from freemerge.merging.patterns import select, unmatched
 from freemerge.merging.vectors import Vectors, difference
 
 
@@ -93,7 +93,7 @@ def make_plan(
     Args:
         base: the pretrained model.
         models: the fine-tuned models.
-        include: patterns of the tensors to merge; None for all. See `selection.select`.
+        include: patterns of the tensors to merge; None for all. See `patterns.select`.
         exclude: patterns of the tensors to keep as in the base.
         dtype: of the result's floating-point tensors; None for the base's own.
 

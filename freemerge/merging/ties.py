@@ -8,8 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from freemerge.merging.method import MergeMethod, require, require_number
-from freemerge.merging.order_statistics import order_statistics
+from freemerge.merging.method import MergeMethod, flat, require, require_number
+from freemerge.merging.ranks import order_statistics
 from freemerge.merging.vectors import Vectors
 
 
@@ -44,10 +44,10 @@ class Ties(MergeMethod):
         if self.scope == "tensor" or self.density == 1 or vectors.numel == 0:
             return None
         rank = vectors.numel - max(1, int(vectors.numel * self.density))
-        return order_statistics(lambda: (deltas.flatten(1).abs() for _, deltas in vectors), [rank])[:, 0]
+        return order_statistics(lambda: (flat(deltas).abs() for _, deltas in vectors), [rank])[:, 0]
 
     def combine(self, name: str, deltas: Tensor, statistics: Tensor | None) -> Tensor:
-        values = deltas.flatten(1)
+        values = flat(deltas)
         if values.shape[1] == 0:
             return deltas[0].clone()
         if self.density < 1:

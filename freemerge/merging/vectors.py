@@ -156,10 +156,9 @@ def difference(base: Tensor, finetuned: Tensor) -> Tensor:
     return delta.to(torch.float32)
 
 
-def add(base: Tensor, delta: Tensor) -> Tensor:
-    """θ_base + τ in float32 (float64 for a float64 base), in the base's dtype, always in new memory."""
-    dtype = working_dtype(base.dtype)
-    return (base.detach().to(dtype) + delta).to(base.dtype)
+def add(base: Tensor, delta: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """θ_base + τ in float32 (float64 for a float64 base), rounded once, to `dtype` or the base's; in new memory."""
+    return (base.detach().to(working_dtype(base.dtype)) + delta).to(dtype or base.dtype)
 
 
 def working_dtype(*dtypes: torch.dtype) -> torch.dtype:

@@ -1,0 +1,56 @@
+"""Small models to merge, and methods with parameters of every kind."""
+
+from __future__ import annotations
+
+import torch
+
+from freemerge.merging import (
+    Butterworth,
+    FRMerging,
+    Gaussian,
+    HighPass,
+    PCBMerging,
+    TaskArithmetic,
+    Ties,
+    WeightAverage,
+)
+
+METHODS = [
+    TaskArithmetic(0.3),
+    TaskArithmetic([0.5, 0.2, 0.9]),
+    WeightAverage(),
+    Ties(),
+    Ties(density=0.5, scale=0.7, scope="tensor"),
+    FRMerging(),
+    FRMerging(coefficients="mean"),
+    FRMerging(coefficients="uniform", scale=0.3),
+    FRMerging(coefficients=[0.2, 0.3, 0.5], filter=HighPass(0.2)),
+    FRMerging(filter=Butterworth(0.1)),
+    FRMerging(filter=Gaussian(0.1), coefficients="uniform"),
+    PCBMerging(),
+    PCBMerging(ratio=0.3, inter="normalized", scale=1.2),
+    PCBMerging(ratio=0.3, inter="pairwise", scale=[1.0, 0.5, 2.0], clip=0.01),
+    PCBMerging(ratio=1.0, clip=0.0, inter="normalized", filter=HighPass(0.1)),
+]
+
+
+def make_base(seed: int = 0) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        "embed.weight": torch.randn(20, 6, generator=generator),
+        "conv.weight": torch.randn(4, 3, 3, 3, generator=generator),
+        "norm.bias": torch.randn(6, generator=generator),
+        "temperature": torch.randn((), generator=generator),
+        "steps": torch.tensor(3),
+        "mask": torch.tensor([True, False]),
+    }
+
+
+def finetune(base: dict[str, torch.Tensor], seed: int, size: float = 0.1) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1000 + seed)
+    return {
+        name: tensor + size * torch.randn(tensor.shape, generator=generator).to(tensor.dtype)
+        if tensor.is_floating_point()
+        else tensor.clone()
+        for name, tensor in base.items()
+    }
