@@ -98,6 +98,10 @@ class FreemergeCLI(LightningCLI):
         for key, settings in _STAGE_SETTINGS.items():
             parser.add_class_arguments(settings, key)
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: list[str] | None) -> None:
+        """Parse; unlike Lightning's own, without a warning where `main` is called with arguments from Python."""
+        self.config = parser.parse_args(args)
+
     # -- what the subcommands do --------------------------------------------------------------------------------------
 
     def fit(self, model: FineTuner, datamodule: TaskSuite, ckpt_path: str | None = None, **_: Any) -> None:
@@ -182,7 +186,7 @@ class FreemergeCLI(LightningCLI):
         arguments = {**copy.deepcopy(self._get(self.config_init, "trainer")), **overrides}
         arguments["default_root_dir"] = arguments["default_root_dir"] or str(folder)
         if arguments["logger"] in (None, True):
-            arguments["logger"] = CSVLogger(folder, name=None, version="logs")
+            arguments["logger"] = CSVLogger(folder, name="logs")  # a resumed fit gets a version of its own
         own = arguments["callbacks"] or []
         arguments["callbacks"] = (own if isinstance(own, list) else [own]) + (
             [] if arguments["fast_dev_run"] or arguments["enable_checkpointing"] is False else callbacks
@@ -199,7 +203,8 @@ class FreemergeCLI(LightningCLI):
 
 def quieten() -> None:
     """Keep Lightning's per-Trainer chatter out of a run of many fits; warnings that matter stay."""
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     harmless = (
         "does not have many workers",
         "Checkpoint directory .* exists",

@@ -6,6 +6,8 @@ are the model's own, so a merged file is loadable where the model came from), an
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -69,7 +71,9 @@ class TransformersBackbone(Backbone):
         if (pretrained is None) == (config is None):
             raise ValueError("TransformersBackbone: give either `pretrained` (hub id or folder) or `config`, not both")
         if pretrained is not None:
-            model = AutoModel.from_pretrained(pretrained, **_pooler_option(AutoConfig.from_pretrained(pretrained), pooling))
+            options = _pooler_option(AutoConfig.from_pretrained(pretrained), pooling)
+            with _without_progress_bars():
+                model = AutoModel.from_pretrained(pretrained, **options)
         else:
             settings = dict(config)
             if "model_type" not in settings:
@@ -88,15 +92,22 @@ class TransformersBackbone(Backbone):
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write the model as a Hugging Face folder, which `AutoModel.from_pretrained` loads without freemerge."""
-        from transformers.utils import logging
-
-        bars = logging.is_progress_bar_enabled()
-        logging.disable_progress_bar()  # a bar for a file that takes milliseconds would tear a run's own output
-        try:
+        with _without_progress_bars():
             self.model.save_pretrained(directory)
-        finally:
-            if bars:
-                logging.enable_progress_bar()
+
+
+@contextmanager
+def _without_progress_bars() -> Iterator[None]:
+    """transformers draws a bar for every file it reads or writes; it would tear a run's own output."""
+    from transformers.utils import logging
+
+    were_on = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if were_on:
+            logging.enable_progress_bar()
 
 
 def _pooler_option(config: Any, pooling: str) -> dict[str, bool]:

@@ -25,7 +25,7 @@ from freemerge.models.router import Router
 FORMAT = "freemerge-free-model-1"
 
 
-@dataclass(frozen=True)
+@dataclass  # not frozen: Lightning moves predictions to the CPU field by field
 class FreeOutput:
     """What a FreeModel says of a batch.
 
