@@ -1,7 +1,7 @@
 """freemerge: fine-tune one backbone on several tasks, merge the task vectors, mend the merge with lightweight experts.
 
-The public names are loaded when they are first used, so that `import freemerge` and a merge of checkpoints start without
-Lightning and transformers.
+The public names are loaded when they are first used, so that `import freemerge` and a merge of checkpoints start
+without Lightning and transformers.
 """
 
 from importlib import import_module
@@ -36,7 +36,7 @@ _HOMES = {
     "RouterTrainer": "freemerge.training",
 }
 
-__all__ = ["__version__", *_HOMES]  # noqa: PLE0604
+__all__ = ["__version__", *_HOMES]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""The command line: a whole tiny run, resuming it, choosing from it, evaluating it, and refusing what makes no sense."""
+"""The command line: a whole tiny run, resuming, choosing from and evaluating it, and refusing what makes no sense."""
 
 import csv
 import json
@@ -184,7 +184,15 @@ def test_ckpt_path_resumes_one_fit_and_is_refused_for_several(run: Path, tmp_pat
 
 
 def test_several_configs_layer_and_the_command_line_wins(capsys) -> None:
-    arguments = ["fit", "--config", TINY, "--config", str(ROOT / "configs" / "short.yaml"), "--trainer.gradient_clip_val", "0.5"]
+    arguments = [
+        "fit",
+        "--config",
+        TINY,
+        "--config",
+        str(ROOT / "configs" / "short.yaml"),
+        "--trainer.gradient_clip_val",
+        "0.5",
+    ]
     with pytest.raises(SystemExit) as stop:
         main([*arguments, "--print_config"])
     assert stop.value.code == 0

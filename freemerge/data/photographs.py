@@ -86,9 +86,9 @@ def photograph(name: str) -> np.ndarray:
         return np.asarray(image.convert("L").reduce(reduction))
 
 
-def cells(name: str, seed: int, grid: int = 5, margin: int = 2, shares: Sequence[int] = (14, 4, 7)) -> dict[
-    str, list[Rectangle]
-]:
+def cells(
+    name: str, seed: int, grid: int = 5, margin: int = 2, shares: Sequence[int] = (14, 4, 7)
+) -> dict[str, list[Rectangle]]:
     """Divides a photograph into cells and deals them out to the splits.
 
     Args:

@@ -1,8 +1,8 @@
 """Metrics of several tasks at once, exact on any number of ranks.
 
-A routed model may take a sample for another task's. So that accuracy means the same for every model, classes are compared
-in the union of all label spaces: class c of task t is the global class offset(t) + c, and a prediction counts only if
-both its task and its class are right. For a model that is told the task this is plain accuracy.
+A routed model may take a sample for another task's. So that accuracy means the same for every model, classes are
+compared in the union of all label spaces: class c of task t is the global class offset(t) + c, and a prediction counts
+only if both its task and its class are right. For a model that is told the task this is plain accuracy.
 """
 
 from __future__ import annotations
@@ -48,7 +48,9 @@ class LabelSpace:
         if isinstance(output, FreeOutput):
             missing = [name for name in output.tasks if name not in self.num_classes]
             if missing:
-                raise ValueError(f"the model routes to {', '.join(missing)}, not among the tasks: {', '.join(self.tasks)}")
+                raise ValueError(
+                    f"the model routes to {', '.join(missing)}, not among the tasks: {', '.join(self.tasks)}"
+                )
             offsets = torch.stack([self._offsets[self.tasks.index(name)] for name in output.tasks])
             return output.labels + offsets.to(output.task.device)[output.task]
         return self.to_global(task, output.argmax(dim=1))

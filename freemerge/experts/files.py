@@ -1,9 +1,9 @@
 """Expert files: one safetensors file, packed so that the file is small, not only the count of its values.
 
-All tensors of the expert are laid end to end (the layout, names and shapes, is in the metadata). `gaps` (uint8) codes the
-ascending positions by their differences in base 255: a difference 255·q + r is q bytes of 255 followed by the byte r, so
-that positions are the running sum of the bytes wherever the byte is not 255. At density 0.01 nearly all differences fit
-one byte. `values` holds the values in the same order, in bfloat16 unless asked otherwise.
+All tensors of the expert are laid end to end (the layout, names and shapes, is in the metadata). `gaps` (uint8) codes
+the ascending positions by their differences in base 255: a difference 255·q + r is q bytes of 255 followed by the byte
+r, so that positions are the running sum of the bytes wherever the byte is not 255. At density 0.01 nearly all
+differences fit one byte. `values` holds the values in the same order, in bfloat16 unless asked otherwise.
 """
 
 from __future__ import annotations
@@ -67,7 +67,9 @@ def load_expert(path: str | Path, merged: Mapping[str, Tensor] | None = None) ->
         with safe_open(path, framework="pt") as file:
             metadata = dict(file.metadata() or {})
             if metadata.get("kind") != FORMAT:
-                raise CheckpointError(f"{path}: not an expert file (kind {metadata.get('kind')!r}, expected {FORMAT!r})")
+                raise CheckpointError(
+                    f"{path}: not an expert file (kind {metadata.get('kind')!r}, expected {FORMAT!r})"
+                )
             gaps, values = file.get_tensor("gaps").numpy(), file.get_tensor("values").float()
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: no such expert file") from error

@@ -138,9 +138,7 @@ def _top_of_model(tensors: Mapping[str, Tensor], density: float) -> dict[str, Te
     sizes = torch.tensor([tensor.numel() for tensor in tensors.values()], device=keep.device)
     ends = sizes.cumsum(0)
     owner = torch.bucketize(keep, ends, right=True)  # which tensor each kept position falls into
-    indices = {
-        name: keep[owner == i] - (ends[i] - sizes[i]) for i, name in enumerate(tensors)
-    }
+    indices = {name: keep[owner == i] - (ends[i] - sizes[i]) for i, name in enumerate(tensors)}
     return {name: index for name, index in indices.items() if index.numel() > 0}
 
 

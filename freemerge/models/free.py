@@ -3,8 +3,8 @@
     FreeModel(images)              routes each sample, runs each expert's group, returns routed tasks and logits
     FreeModel(images, task="x")    uses task x's expert and head for the whole batch
 
-There is one backbone in memory. Experts are switched into its weights for the duration of their group and out again, bit
-for bit (`ExpertSwitch`).
+There is one backbone in memory. Experts are switched into its weights for the duration of their group and out again,
+bit for bit (`ExpertSwitch`).
 """
 
 from __future__ import annotations
@@ -82,17 +82,21 @@ class FreeModel(nn.Module):
         self.class_names = {task: list(names) for task, names in (class_names or {}).items()}
         for task, expert in self.experts.items():
             if task not in self.heads:
-                raise ValueError(f"FreeModel: there is an expert for {task!r} but no head; tasks: {', '.join(self.tasks)}")
+                raise ValueError(
+                    f"FreeModel: there is an expert for {task!r} but no head; tasks: {', '.join(self.tasks)}"
+                )
             check_fits(expert, backbone.weights())
         if router is not None and router.config["num_tasks"] != len(self.heads):
-            raise ValueError(f"FreeModel: the router knows {router.config['num_tasks']} tasks, there are {len(self.heads)} heads")
+            raise ValueError(
+                f"FreeModel: the router knows {router.config['num_tasks']} tasks, there are {len(self.heads)} heads"
+            )
 
     @property
     def tasks(self) -> tuple[str, ...]:
         """The task names, in the order of the router's outputs."""
         return tuple(self.heads)
 
-    def _apply(self, fn, recurse: bool = True):  # noqa: ANN001 - nn.Module's own signature
+    def _apply(self, fn, recurse: bool = True):
         super()._apply(fn, recurse)
         device = next(self.parameters()).device
         self.experts = {task: expert.to(device) for task, expert in self.experts.items()}

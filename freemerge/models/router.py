@@ -1,7 +1,7 @@
 """The router: which task does an input belong to?
 
-R(x) → task logits (FREE-Merging, arXiv 2411.16815, section 4.2). It looks at the input alone, so that a sample is routed
-before any expert is switched in, at a cost that vanishes beside a forward pass of the backbone.
+R(x) → task logits (FREE-Merging, arXiv 2411.16815, section 4.2). It looks at the input alone, so that a sample is
+routed before any expert is switched in, at a cost that vanishes beside a forward pass of the backbone.
 """
 
 from __future__ import annotations

@@ -23,8 +23,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 def from_rank_zero(compute: Any) -> Any:
     """`compute()` on rank 0, its result on all ranks.
 
-    Before the first fit has launched the other ranks, they do not exist, and when they start they run this code anew and
-    find what rank 0 left behind; so without a process group each computes for itself.
+    Before the first fit has launched the other ranks, they do not exist, and when they start they run this code anew
+    and find what rank 0 left behind; so without a process group each computes for itself.
     """
     if not (dist.is_available() and dist.is_initialized()):
         return compute()

@@ -21,7 +21,7 @@ import copy
 import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +36,10 @@ import freemerge
 from freemerge.checkpoints import hash_tensors, load_checkpoint, save_checkpoint
 from freemerge.data import TaskSuite
 from freemerge.evaluation import LabelSpace, Report, Row, evaluate, mean_score
-from freemerge.experts import SparseExpert, attached, extract, load_expert, save_expert
-from freemerge.merging import MergeMethod, apply_task_vector, merge, merge_task_vectors, task_vector
+from freemerge.experts import extract, load_expert, save_expert
+from freemerge.merging import apply_task_vector, merge, merge_task_vectors, task_vector
 from freemerge.models import FreeModel, Router
-from freemerge.pipeline.folder import StageFolder, from_rank_zero
+from freemerge.pipeline.folder import StageFolder
 from freemerge.pipeline.settings import STAGES, Settings
 from freemerge.training import ExpertTrainer, FineTuner, RouterTrainer
 
@@ -434,7 +434,11 @@ class SuiteRun:
     # -- stages and their keys ----------------------------------------------------------------------------------------
 
     def _key(self, *parts: str) -> dict[str, Any]:
-        return {"freemerge": freemerge.__version__, "seed": self.seed, **{part: self.config.get(part) for part in parts}}
+        return {
+            "freemerge": freemerge.__version__,
+            "seed": self.seed,
+            **{part: self.config.get(part) for part in parts},
+        }
 
     def _pretrain_stage(self) -> StageFolder | None:
         if self.tuner.backbone.pretrained or type(self.suite).pretraining is TaskSuite.pretraining:

@@ -23,7 +23,9 @@ def check_trainer(where: str, overrides: dict[str, Any]) -> None:
     for key in overrides:
         if key not in known:
             near = get_close_matches(key, known, n=1)
-            raise ValueError(f"{where}.trainer: Trainer has no argument {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+            raise ValueError(
+                f"{where}.trainer: Trainer has no argument {key!r}" + (f"; did you mean {near[0]!r}?" if near else "")
+            )
 
 
 @dataclass

@@ -56,7 +56,9 @@ def test_float32_values_are_kept_exactly(tmp_path, weights) -> None:
 
 
 def test_another_merged_backbone_is_refused(tmp_path, weights) -> None:
-    path = save_expert(tmp_path / "e.safetensors", extract(weights, 0.01, metadata={"merged_hash": hash_tensors(weights)}))
+    path = save_expert(
+        tmp_path / "e.safetensors", extract(weights, 0.01, metadata={"merged_hash": hash_tensors(weights)})
+    )
     other = {**weights, "norm.weight": weights["norm.weight"] + 1}
     with pytest.raises(CheckpointError, match=r"e\.safetensors: this expert belongs to merged weights"):
         load_expert(path, other)

@@ -41,7 +41,8 @@ def test_attached_weights_are_the_float32_sum_rounded_once(dtype: torch.dtype) -
     model, expert = module(dtype), experts(module(dtype))[0]
     dense = expert.dense()
     expected = {
-        name: (t.float() + dense[name]).to(dtype) if name in dense else t.clone() for name, t in model.state_dict().items()
+        name: (t.float() + dense[name]).to(dtype) if name in dense else t.clone()
+        for name, t in model.state_dict().items()
     }
     with attached(model, expert):
         assert all(torch.equal(expected[name], tensor) for name, tensor in model.state_dict().items())

@@ -6,7 +6,9 @@ from freemerge.pipeline import ExpertSettings, MergeSettings, PretrainSettings
 
 
 def test_a_misspelt_trainer_argument_is_named_with_the_right_one() -> None:
-    with pytest.raises(ValueError, match=r"pretrain\.trainer: Trainer has no argument 'max_epoch'; did you mean 'max_epochs'"):
+    with pytest.raises(
+        ValueError, match=r"pretrain\.trainer: Trainer has no argument 'max_epoch'; did you mean 'max_epochs'"
+    ):
         PretrainSettings(trainer={"max_epoch": 1})
 
 

@@ -93,7 +93,12 @@ def test_schedule_warms_up_then_falls_to_zero(tmp_path) -> None:
 def teacher_and_merged() -> tuple:
     """A fine-tuned teacher with its head, and the base standing in for a merged backbone."""
     tuner = FineTuner(tiny_backbone(), optimizer=adam(3e-3)).for_task(4)
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+    quiet = {
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": False,
+    }
     loop = L.Trainer(accelerator="cpu", max_epochs=12, **quiet)
     loop.fit(tuner, datamodule=TinySuite().for_task("corners"))
     return tuner, tiny_backbone()
