@@ -31,7 +31,7 @@ from freemerge.evaluation import MultiTaskEvaluator
 from freemerge.merging import command as merge_command
 from freemerge.models import FreeModel
 from freemerge.pipeline import (
-    ExpertSettings,
+    ExpertsSettings,
     FinetuneSettings,
     MergeSettings,
     PretrainSettings,
@@ -51,7 +51,7 @@ _STAGE_SETTINGS = {
     "pretrain": PretrainSettings,
     "finetune": FinetuneSettings,
     "merge": MergeSettings,
-    "experts": ExpertSettings,
+    "experts": ExpertsSettings,
     "router": RouterSettings,
 }
 

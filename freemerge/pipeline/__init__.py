@@ -3,7 +3,7 @@
 from freemerge.pipeline.run import SuiteRun
 from freemerge.pipeline.settings import (
     STAGES,
-    ExpertSettings,
+    ExpertsSettings,
     FinetuneSettings,
     MergeSettings,
     PretrainSettings,
@@ -14,7 +14,7 @@ from freemerge.pipeline.settings import (
 
 __all__ = [
     "STAGES",
-    "ExpertSettings",
+    "ExpertsSettings",
     "FinetuneSettings",
     "MergeSettings",
     "PretrainSettings",

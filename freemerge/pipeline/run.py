@@ -5,20 +5,21 @@
 Every stage has its folder under the run's, is skipped when it is done, and goes on where it was interrupted
 (`StageFolder`). Every fit has a fresh Trainer, so all of Lightning's flags keep their meaning in each.
 
-    <run>/pretrain/               base/                      the base, as a Hugging Face folder
+    <run>/pretrain/               base.safetensors           (or in the cache of pretrained backbones)
     <run>/finetune/<task>/        backbone.safetensors, head.safetensors
     <run>/merge/                  <method>.safetensors       merged backbones
     <run>/extracted/              <task>.safetensors         experts cut out of the residuals
     <run>/experts/<task>/         expert.safetensors         trained
     <run>/router/                 router.safetensors
     <run>/free_model/             everything, for FreeModel.from_pretrained
-    <run>/report.json, report.png
+    <run>/base.safetensors, report.json, report.png
 """
 
 from __future__ import annotations
 
 import copy
 import hashlib
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -124,14 +125,19 @@ class SuiteRun:
     def pretrain(self) -> None:
         """Fit the backbone on the suite's pretraining data, and keep it as the base."""
         stage = self._pretrain_stage()
-        if stage is None or self._done(stage):
+        if stage is None:
             return
+        if not self._done(stage):
+            self._pretrain(stage)
+        if rank_zero_only.rank == 0:  # where the run's own folder shows it, and other commands find it
+            shutil.copyfile(stage.path / "base.safetensors", self.folder / "base.safetensors")
+
+    def _pretrain(self, stage: StageFolder) -> None:
         resume = stage.begin(self.ckpt_path)
         settings = self.settings.pretrain
         data = self.suite.pretraining_data(batch_size=settings.batch_size)
         self._seed(stage)
-        tuner = self.tuner.for_task(data.num_classes, head="linear")
-        tuner.optimizer, tuner.schedule, tuner.warmup = settings.optimizer, settings.schedule, settings.warmup
+        tuner = FineTuner(copy.deepcopy(self.tuner.backbone), data.num_classes, head="linear", **settings.optimization)
         trainer = self._fit(stage, tuner, data, settings.trainer, resume, monitor="val/acc")
         self._write(stage.path / "base.safetensors", tuner.backbone.weights())
         self._finish(stage, {"val/acc": _metric(trainer, "val/acc")})
@@ -204,9 +210,7 @@ class SuiteRun:
                 head,
                 teacher,
                 start,
-                optimizer=settings.optimizer,
-                schedule=settings.schedule,
-                warmup=settings.warmup,
+                **settings.optimization,
                 feature_weight=settings.feature_weight,
                 logit_weight=settings.logit_weight,
                 temperature=settings.temperature,
@@ -256,9 +260,7 @@ class SuiteRun:
         self._seed(stage)
         module = RouterTrainer(
             Router(len(self.suite.names), self.suite.image_shape[0], settings.grid, settings.hidden),
-            optimizer=settings.optimizer,
-            schedule=settings.schedule,
-            warmup=settings.warmup,
+            **settings.optimization,
         )
         trainer = self._fit(stage, module, data, settings.trainer, resume, monitor="val/acc")
         self._write(stage.path / "router.safetensors", module.router.state_dict())
@@ -446,7 +448,6 @@ class SuiteRun:
         settings = self.settings.pretrain
         inputs = self._key("trainer", "pretrain") | {
             "backbone": _architecture(self.tuner),
-            "label_smoothing": self.tuner.label_smoothing,
             "data": self.suite.fingerprint(selection=False),
             "batch_size": settings.batch_size or self.suite.batch_size,
         }

@@ -29,17 +29,15 @@ def check_trainer(where: str, overrides: dict[str, Any]) -> None:
 
 
 @dataclass
-class PretrainSettings:
-    """The stage that pretrains the backbone on the suite's own pretraining data; skipped by suites that have none.
+class FitSettings:
+    """What every stage that fits something can be told.
 
     Args:
         trainer: Trainer arguments for this stage, over those of `trainer`.
         batch_size: training batch size; the suite's if not given.
         optimizer: makes the optimizer.
-        schedule: how the learning rate falls.
+        schedule: how the learning rate falls after warm-up.
         warmup: share of the steps over which the learning rate rises.
-        cache: folder where pretrained backbones are kept by the hash of what they depend on, for all runs; without
-            one it is kept in the run's own folder.
     """
 
     trainer: dict[str, Any] = field(default_factory=dict)
@@ -47,10 +45,26 @@ class PretrainSettings:
     optimizer: OptimizerCallable = torch.optim.AdamW
     schedule: Schedule = "cosine"
     warmup: float = 0.1
-    cache: str | None = None
 
     def __post_init__(self) -> None:
-        check_trainer("pretrain", self.trainer)
+        check_trainer(type(self).__name__.removesuffix("Settings").lower(), self.trainer)
+
+    @property
+    def optimization(self) -> dict[str, Any]:
+        """The arguments that every trainer's optimizer set-up takes."""
+        return {"optimizer": self.optimizer, "schedule": self.schedule, "warmup": self.warmup}
+
+
+@dataclass
+class PretrainSettings(FitSettings):
+    """The stage that pretrains the backbone on the suite's own pretraining data; skipped by suites that have none.
+
+    Args:
+        cache: folder where pretrained backbones are kept by the hash of what they depend on, for all runs; without
+            one it is kept in the run's own folder.
+    """
+
+    cache: str | None = None
 
 
 @dataclass
@@ -104,18 +118,13 @@ class MergeSettings:
 
 
 @dataclass
-class ExpertSettings:
+class ExpertsSettings(FitSettings):
     """The stage that makes each task's expert: extract it from the residual, then train it against the teacher.
 
     Args:
         density: share d of the backbone's entries that an expert holds.
         scope: where the top-d entries are ranked: over the whole model, in each tensor, or in each row.
         rescale: `none`, or `released` for the released code's rescaling of extracted values.
-        trainer: Trainer arguments for this stage, over those of `trainer`.
-        batch_size: training batch size; the suite's if not given.
-        optimizer: makes the optimizer of the values.
-        schedule: how the learning rate falls.
-        warmup: share of the steps over which the learning rate rises.
         feature_weight: weight of the features' loss.
         logit_weight: weight of the logits' loss.
         temperature: of the softened logits.
@@ -124,45 +133,27 @@ class ExpertSettings:
     density: float = 0.01
     scope: Literal["model", "tensor", "row"] = "model"
     rescale: Literal["none", "released"] = "none"
-    trainer: dict[str, Any] = field(default_factory=dict)
-    batch_size: int | None = None
-    optimizer: OptimizerCallable = torch.optim.Adam
-    schedule: Schedule = "cosine"
-    warmup: float = 0.1
     feature_weight: float = 1.0
     logit_weight: float = 1.0
     temperature: float = 2.0
 
     def __post_init__(self) -> None:
-        check_trainer("experts", self.trainer)
+        super().__post_init__()
         if not 0.0 < self.density <= 1.0:
             raise ValueError(f"experts.density: must be in (0, 1], got {self.density}")
 
 
 @dataclass
-class RouterSettings:
+class RouterSettings(FitSettings):
     """The stage that trains the router on a balanced mixture of all tasks.
 
     Args:
-        trainer: Trainer arguments for this stage, over those of `trainer`.
-        batch_size: training batch size; the suite's if not given.
         grid: side of the coarse grid the router looks at.
         hidden: width of its hidden layer.
-        optimizer: makes the optimizer.
-        schedule: how the learning rate falls.
-        warmup: share of the steps over which the learning rate rises.
     """
 
-    trainer: dict[str, Any] = field(default_factory=dict)
-    batch_size: int | None = None
     grid: int = 8
     hidden: int = 64
-    optimizer: OptimizerCallable = torch.optim.AdamW
-    schedule: Schedule = "cosine"
-    warmup: float = 0.1
-
-    def __post_init__(self) -> None:
-        check_trainer("router", self.trainer)
 
 
 @dataclass
@@ -187,5 +178,5 @@ class Settings:
     pretrain: PretrainSettings = field(default_factory=PretrainSettings)
     finetune: FinetuneSettings = field(default_factory=FinetuneSettings)
     merge: MergeSettings = field(default_factory=MergeSettings)
-    experts: ExpertSettings = field(default_factory=ExpertSettings)
+    experts: ExpertsSettings = field(default_factory=ExpertsSettings)
     router: RouterSettings = field(default_factory=RouterSettings)

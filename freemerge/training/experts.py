@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import lightning as L
 import torch
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
@@ -17,10 +16,10 @@ from torch.nn import functional as F
 
 from freemerge.experts import SparseExpert, check_fits
 from freemerge.models import Backbone
-from freemerge.training.optimization import Schedule, configure
+from freemerge.training.optimization import OptimizedModule, Schedule
 
 
-class ExpertTrainer(L.LightningModule):
+class ExpertTrainer(OptimizedModule):
     """Trains one task's expert on the functional residual teacher(x) − merged(x).
 
     Loss: w_f · ‖f_s − f_t‖² / ‖f_t − mean f_t‖² + w_l · T² · KL(softmax(l_t / T) ‖ softmax(l_s / T)), where f are
@@ -52,7 +51,7 @@ class ExpertTrainer(L.LightningModule):
         logit_weight: float = 1.0,
         temperature: float = 2.0,
     ) -> None:
-        super().__init__()
+        super().__init__(optimizer, schedule, warmup)
         check_fits(expert, backbone.weights())
         self.backbone = backbone.requires_grad_(False)
         self.head = head.requires_grad_(False)
@@ -60,9 +59,6 @@ class ExpertTrainer(L.LightningModule):
         self.__dict__["teacher"] = {f"model.{name}": tensor.detach() for name, tensor in teacher.items()}
         self.start = expert
         self.values = nn.Parameter(expert.flat_values().clone())
-        self.optimizer = optimizer
-        self.schedule = schedule
-        self.warmup = warmup
         self.feature_weight = feature_weight
         self.logit_weight = logit_weight
         self.temperature = temperature
@@ -128,6 +124,3 @@ class ExpertTrainer(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
         checkpoint["state_dict"] = {"values": checkpoint["state_dict"]["values"]}
-
-    def configure_optimizers(self):
-        return configure(self, [self.values], self.optimizer, self.schedule, self.warmup)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from typing import Literal
 
-import lightning as L
 import torch
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
@@ -14,11 +13,11 @@ from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
 from freemerge.models import Backbone, extract_features
-from freemerge.training.optimization import Schedule, configure
+from freemerge.training.optimization import OptimizedModule, Schedule
 from freemerge.training.probe import fit_probe
 
 
-class FineTuner(L.LightningModule):
+class FineTuner(OptimizedModule):
     """Fine-tunes a backbone on a classification task.
 
     In a suite one FineTuner is the template: `for_task` makes a fresh one for each task, from the same base weights.
@@ -45,14 +44,11 @@ class FineTuner(L.LightningModule):
         warmup: float = 0.1,
         label_smoothing: float = 0.0,
     ) -> None:
-        super().__init__()
+        super().__init__(optimizer, schedule, warmup)
         if head not in ("probe", "linear"):
             raise ValueError(f"FineTuner: head must be 'probe' or 'linear', got {head!r}")
         self.backbone = backbone
         self.head_kind = head
-        self.optimizer = optimizer
-        self.schedule = schedule
-        self.warmup = warmup
         self.label_smoothing = label_smoothing
         # In the state dict, so that a resumed fit does not fit its probe again on a half-tuned backbone.
         self.register_buffer("head_ready", torch.tensor(False))
@@ -113,6 +109,3 @@ class FineTuner(L.LightningModule):
         metrics["loss"].update(F.cross_entropy(logits, labels, reduction="none"))
         for name, metric in metrics.items():
             self.log(f"{split}/{name}", metric, prog_bar=name == "acc", on_epoch=True, batch_size=len(labels))
-
-    def configure_optimizers(self):
-        return configure(self, self.parameters(), self.optimizer, self.schedule, self.warmup)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import lightning as L
 import torch
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
@@ -10,10 +9,10 @@ from torch.nn import functional as F
 from torchmetrics.classification import MulticlassAccuracy
 
 from freemerge.models import Router
-from freemerge.training.optimization import Schedule, configure
+from freemerge.training.optimization import OptimizedModule, Schedule
 
 
-class RouterTrainer(L.LightningModule):
+class RouterTrainer(OptimizedModule):
     """Trains a router by cross-entropy; a batch is (inputs, task index).
 
     Args:
@@ -30,11 +29,8 @@ class RouterTrainer(L.LightningModule):
         schedule: Schedule = "cosine",
         warmup: float = 0.1,
     ) -> None:
-        super().__init__()
+        super().__init__(optimizer, schedule, warmup)
         self.router = router
-        self.optimizer = optimizer
-        self.schedule = schedule
-        self.warmup = warmup
         self.accuracy = MulticlassAccuracy(router.config["num_tasks"], average="micro")
 
     def forward(self, inputs: Tensor) -> Tensor:
@@ -51,6 +47,3 @@ class RouterTrainer(L.LightningModule):
         inputs, tasks = batch
         self.accuracy.update(self(inputs), tasks)
         self.log("val/acc", self.accuracy, prog_bar=True, on_epoch=True, batch_size=len(tasks))
-
-    def configure_optimizers(self):
-        return configure(self, self.parameters(), self.optimizer, self.schedule, self.warmup)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from freemerge.pipeline import ExpertSettings, MergeSettings, PretrainSettings
+from freemerge.pipeline import ExpertsSettings, MergeSettings, PretrainSettings
 
 
 def test_a_misspelt_trainer_argument_is_named_with_the_right_one() -> None:
@@ -22,4 +22,4 @@ def test_merge_settings_need_scales_and_a_known_method() -> None:
 
 def test_density_is_a_share() -> None:
     with pytest.raises(ValueError, match=r"experts\.density: must be in \(0, 1\], got 1\.5"):
-        ExpertSettings(density=1.5)
+        ExpertsSettings(density=1.5)
