@@ -11,7 +11,7 @@ from freemerge.data.glyphs import FONTS, distinct_characters, draw_glyph, draw_g
 from freemerge.data.loaders import derive_seed
 from freemerge.data.tasks import Task
 
-# ---- letters: the fonts of each split. Every family and style occurs in training, none in the same combination.
+# ---- letters: the fonts of each split. Every family has some in training, but no test font is a training font.
 VAL_FONTS = ("DejaVu Serif Italic", "DejaVu Mono Bold", "STIX Bold")
 TEST_FONTS = (
     "DejaVu Sans Bold Oblique",
@@ -22,7 +22,7 @@ TEST_FONTS = (
 )
 TRAIN_FONTS = tuple(font for font in FONTS if font not in VAL_FONTS + TEST_FONTS)
 
-# ---- scripts: Unicode ranges whose characters are drawn alone, are not Latin look-alikes, and are in DejaVu Sans.
+# ---- scripts: Unicode ranges of DejaVu Sans whose characters stand alone and seldom look Latin.
 SCRIPT_FONT = "DejaVu Sans"
 SCRIPTS: dict[str, tuple[tuple[int, int], ...]] = {
     "Arabic": ((0x0621, 0x063A), (0x0641, 0x064A), (0x066E, 0x06D3)),
