@@ -8,6 +8,7 @@ used, because the other one (Raqm) is there on some machines only and would draw
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -110,21 +111,24 @@ def draw_glyph(font: str, character: str, size: int = 40, limit: int = 54) -> np
     return np.asarray(canvas)
 
 
-def draw_pair(font: str, left: str, right: str) -> np.ndarray:
-    """Two characters side by side, each centred in its half.
+def draw_grid(font: str, characters: Sequence[str]) -> np.ndarray:
+    """Four characters, each centred in its quarter.
 
     Args:
         font: A key of `FONTS`.
-        left: The left character.
-        right: The right character.
+        characters: Top left, top right, bottom left, bottom right.
 
     Returns:
         uint8 (CANVAS, CANVAS), 255 is ink.
     """
-    # A glyph that fits into half the canvas has nothing in the columns that the roll wraps around.
-    limit = CANVAS // 2 - 4
-    pair = [np.roll(draw_glyph(font, c, 34, limit), shift, 1) for c, shift in ((left, -15), (right, 15))]
-    return np.maximum(*pair)
+    # A glyph smaller than a quarter has nothing in the rows and columns that the roll wraps around.
+    quarter = CANVAS // 4
+    places = [(-quarter, -quarter), (-quarter, quarter), (quarter, -quarter), (quarter, quarter)]
+    parts = [
+        np.roll(draw_glyph(font, character, 30, 2 * quarter - 4), place, (0, 1))
+        for character, place in zip(characters, places, strict=True)
+    ]
+    return np.maximum.reduce(parts)
 
 
 def draw_text(font: str, lines: tuple[str, ...], size: int) -> np.ndarray:

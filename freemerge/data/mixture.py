@@ -48,6 +48,9 @@ class TaskData(L.LightningDataModule):
         self._prepare = prepare
         self._task: Task | None = None
 
+    def __str__(self) -> str:
+        return f"{type(self).__name__}({self.name})"  # Lightning's own would build the task
+
     @property
     def task(self) -> Task:
         """The task, built on first use."""
@@ -165,6 +168,9 @@ class TaskMixture(L.LightningDataModule):
         self.seed = seed
         self._load = load
         self._prepare = prepare
+
+    def __str__(self) -> str:
+        return f"{type(self).__name__}({', '.join(self.names)})"  # Lightning's own would build the tasks
 
     @property
     def num_classes(self) -> int:

@@ -99,7 +99,10 @@ def cells(
         shares: How many cells train, val and test get; their sum is grid².
 
     Returns:
-        For each split, its rectangles.
+        split → its rectangles.
+
+    Raises:
+        ValueError: If the shares do not add up.
     """
     if sum(shares) != grid * grid:
         raise ValueError(f"shares {tuple(shares)} must add up to {grid * grid} cells")
@@ -135,13 +138,13 @@ def crop(name: str, rectangle: Rectangle, size: int) -> Tensor:
 
 
 def random_rectangles(
-    name: str, cells: Sequence[Rectangle], count: int, side: int, generator: random.Random, least_contrast: float = 0.0
+    name: str, within: Sequence[Rectangle], count: int, side: int, generator: random.Random, least_contrast: float = 0.0
 ) -> list[Rectangle]:
     """Squares at random places inside the given cells, taken from them in turn.
 
     Args:
         name: A key of `PHOTOGRAPHS`.
-        cells: Rectangles to stay inside.
+        within: Rectangles to stay inside, such as a split's cells.
         count: How many squares.
         side: Their side in pixels; in a cell too small for it, the largest square that fits.
         generator: Source of randomness.
@@ -156,7 +159,7 @@ def random_rectangles(
     for number in range(count):
         for attempt in range(30):
             # A cell that has no contrast anywhere passes its turn to the next.
-            left, top, right, bottom = cells[(number + attempt // 5) % len(cells)]
+            left, top, right, bottom = within[(number + attempt // 5) % len(within)]
             fit = min(side, right - left, bottom - top)
             x, y = generator.randint(left, right - fit), generator.randint(top, bottom - fit)
             if picture[y : y + fit, x : x + fit].std() >= least_contrast:

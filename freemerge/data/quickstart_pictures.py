@@ -20,17 +20,15 @@ TEXTURES = (
     "grass",
     "gravel",
     "cat",
-    "coffee",
     "coins",
     "galaxies",
     "tissue",
     "motorcycle",
     "page",
-    "retina",
-    "temple",
+    "handwriting",
 )
 
-CROP = 44
+CROP = 56
 """Side of a texture crop in photograph pixels, before it is shrunk to an image."""
 
 
@@ -76,7 +74,7 @@ def texture_rectangles(seed: int) -> dict[str, dict[str, list[Rectangle]]]:
         split → photograph → rectangles; those of different splits are apart.
     """
     places: dict[str, dict[str, list[Rectangle]]] = {}
-    for split, count in (("train", 160), ("val", 20), ("test", 42)):
+    for split, count in (("train", 220), ("val", 25), ("test", 50)):
         places[split] = {}
         for name in TEXTURES:
             generator = random.Random(derive_seed(seed, "textures", name, split))
@@ -85,7 +83,7 @@ def texture_rectangles(seed: int) -> dict[str, dict[str, list[Rectangle]]]:
 
 
 def build_textures(seed: int) -> Task:
-    """Which photograph a crop is from: 12 classes.
+    """Which photograph a crop is from: 10 classes.
 
     Args:
         seed: The suite's seed.
@@ -126,7 +124,9 @@ def face_parts(seed: int) -> dict[str, list[int]]:
 
 
 def build_faces(seed: int) -> Task:
-    """Face or not, in a circle: 2 classes, each picture and its mirror image in the same set.
+    """Which way up a face in a circle is, or that it is none: 5 classes.
+
+    A picture's copies (turned, mirrored, distorted) are all in the same set.
 
     Args:
         seed: The suite's seed.
@@ -134,19 +134,21 @@ def build_faces(seed: int) -> Task:
     Returns:
         The task.
     """
-    pictures = np.load(packaged_file("skimage", "data", "lfw_subset.npy"))  # (200, 25, 25): faces, then others
+    pictures = np.load(packaged_file("skimage", "data", "lfw_subset.npy"))  # (200, 25, 25): 100 faces, 100 others
     pictures = _enlarge(pictures, 2 * SIDE)
-    distortion = Distortion(degrees=10, scale=(1.0, 1.2), shift=0.04, shear=0.0, noise=0.04)
+    distortion = Distortion(degrees=12, scale=(1.0, 1.2), shift=0.04, shear=0.0)
     augment = Compose(RandomAffine(8, (0.95, 1.1), 0.06), RandomContrast((0.7, 1.2), 0.1), GaussianNoise(0.03))
     sets = {}
     for split, part in face_parts(seed).items():
-        copies = 5 if split == "train" else 2
+        copies = 2 if split == "train" else 1
         chosen, labels = [], []
-        for label in range(2):
-            for index in part:
-                picture = pictures[index + 100 * (1 - label)]
-                chosen += [picture, picture.flip(2)] * copies
+        for index in part:
+            for label in range(5):
+                # The others are turned at random, lest their own upright shadows give them away.
+                turns, source = (label - 1, index) if label else (index % 4, index + 100)
+                picture = pictures[source]
+                chosen += [view.rot90(turns, (1, 2)) for view in (picture, picture.flip(2))] * copies
                 labels += [label] * (2 * copies)
         images = render(torch.stack(chosen), distortion, seed, "faces", split) * _medallion()
         sets[split] = dataset(images, labels, augment if split == "train" else None)
-    return Task("faces", ("other", "face"), **sets)
+    return Task("faces", ("other", "upright", "turned left", "upside down", "turned right"), **sets)

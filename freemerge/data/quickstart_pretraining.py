@@ -18,13 +18,14 @@ from freemerge.data.canvas import SIDE, Distortion, dataset, render
 from freemerge.data.glyphs import distinct_characters, draw_glyph, draw_text, shape, stack
 from freemerge.data.loaders import derive_seed
 from freemerge.data.photographs import PHOTOGRAPHS, Rectangle, cells, crop, random_rectangles
-from freemerge.data.quickstart_glyphs import SCRIPT_FONT, TRAIN_FONTS, script_characters, typeface_letters
+from freemerge.data.quickstart_glyphs import SCRIPT_FONT, TRAIN_FONTS, script_characters, typeface_words
 from freemerge.data.quickstart_pictures import CROP
 from freemerge.data.tasks import Task
 
 # Characters that belong to no task: drawn in several fonts, they teach what a font may change.
 EXTRA_RANGES = ((0x0391, 0x03C9), (0x0410, 0x044F), (0x2200, 0x22A5))
 
+LETTERS = 15
 EXTRA_CHARACTERS = 24
 CHARACTERS_PER_SCRIPT = 6
 TEXTS = 5
@@ -45,14 +46,15 @@ class Source:
         font = rng.choice(self.fonts)
         if len(self.lines) == 1:
             return draw_glyph(font, self.lines[0], rng.randint(36, 50))
-        return draw_text(font, self.lines, rng.randint(24, 28))
+        return draw_text(font, self.lines, rng.randint(29, 33))
 
 
 def _glyph_sources(seed: int, rng: random.Random) -> dict[str, Source]:
     """Class name → how to draw it, for characters and texts."""
     scripts = script_characters(seed)
     held_out = {shape(SCRIPT_FONT, c) for dealt in scripts.values() for c in dealt["val"] + dealt["test"]}
-    latin = typeface_letters(seed)["train"]
+    letters = "".join(rng.sample(string.ascii_lowercase, LETTERS))
+    latin, words = letters + letters.upper(), typeface_words(seed)["train"]
     extra = distinct_characters(EXTRA_RANGES, taken=frozenset(held_out))
     sources: dict[str, Source] = {}
     for character in [*latin, *string.digits, *rng.sample(extra, EXTRA_CHARACTERS)]:
@@ -65,7 +67,7 @@ def _glyph_sources(seed: int, rng: random.Random) -> dict[str, Source]:
         for character in rng.sample(dealt["train"], min(CHARACTERS_PER_SCRIPT, len(dealt["train"]))):
             sources[f"character {character}"] = Source((SCRIPT_FONT,), (character,))
     for _ in range(TEXTS):
-        lines = tuple("".join(rng.choices(latin, k=4)) for _ in range(2))
+        lines = tuple(rng.sample(words, 2))
         for font in rng.sample(TRAIN_FONTS, TEXT_FONTS):
             sources[f"text {' '.join(lines)} in {font}"] = Source((font,), lines)
     return sources

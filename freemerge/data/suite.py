@@ -236,6 +236,10 @@ class TaskSuite(L.LightningDataModule):
             identity["tasks"] = list(self.names)
         return hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
 
+    def __str__(self) -> str:
+        # Lightning's own builds every loader, hence every task, and fails where there are several.
+        return f"{type(self).__name__}({', '.join(self.names)}; seed={self.seed})"
+
     # ---- inside
 
     def _check(self, name: str) -> None:

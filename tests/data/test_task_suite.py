@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from freemerge.data import ArrayDataset, Task, TaskData, TaskMixture, TaskSuite, collate
+from freemerge.data import ArrayDataset, QuickstartSuite, Task, TaskData, TaskMixture, TaskSuite, collate
 from freemerge.data.loaders import BalancedSampler, ShuffleSampler, derive_seed
 from freemerge.data.mixture import MixtureDataset
 
@@ -104,6 +107,24 @@ def test_selection_keeps_its_order() -> None:
     assert suite.task("beta").name == "beta"
 
 
+def test_the_command_line_builds_a_suite_by_its_name() -> None:
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser()
+    parser.add_subclass_arguments(TaskSuite, "data")
+    arguments = ["--data=QuickstartSuite", "--data.tasks=[faces, digits]", "--data.batch_size=8", "--data.seed=3"]
+    suite = parser.instantiate_classes(parser.parse_args(arguments)).data
+    assert isinstance(suite, QuickstartSuite)
+    assert (suite.names, suite.batch_size, suite.seed) == (("faces", "digits"), 8, 3)
+
+
+def test_parts_can_be_copied_to_other_processes() -> None:
+    suite = QuickstartSuite(tasks=["faces"])
+    data = pickle.loads(pickle.dumps(suite.for_task("faces")))
+    assert (data.name, data.num_classes) == ("faces", 5)
+    assert copy.deepcopy(suite.mixture()).names == ("faces",)
+
+
 @pytest.mark.parametrize(
     ("tasks", "message"),
     [
@@ -136,6 +157,8 @@ def test_tasks_are_built_once_and_only_when_needed() -> None:
     suite.for_task("beta")
     suite.mixture()
     suite.fingerprint()
+    texts = str(suite), str(suite.for_task("beta")), str(suite.mixture())
+    assert texts == ("ToySuite(beta; seed=0)", "TaskData(beta)", "TaskMixture(beta)")
     assert not hasattr(suite, "calls")
     suite.setup("fit")
     suite.train_dataloader()
