@@ -21,7 +21,7 @@ import copy
 import hashlib
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from rich.console import Console
+from rich.progress import track
 from torch import Tensor, nn
 
 import freemerge
@@ -178,7 +179,7 @@ class SuiteRun:
             # Every method's result is linear in its scale: merge once, try all scales on the one merged vector.
             merged = merge_task_vectors(vectors, replace(method, scale=1.0) if scalable else method)
             search = []
-            for scale in self.settings.merge.scales if scalable else [1.0]:
+            for scale in self._each_scale(f"merge: {name}") if scalable else [1.0]:
                 scores = self._evaluate_shared(apply_task_vector(base, merged, scale), heads, loaders)
                 search.append({"scale": scale, "mean_acc": mean_score(scores)})
             best = max(search, key=lambda candidate: candidate["mean_acc"])
@@ -238,7 +239,7 @@ class SuiteRun:
         }
         loaders = self._loaders("val")
         search = []
-        for scale in self.settings.merge.scales:
+        for scale in self._each_scale("experts: extracted"):
             scaled = {task: expert.scaled(scale) for task, expert in experts.items()}
             scores = self._evaluate_free(FreeModel(self._backbone(merged), heads, scaled), loaders, oracle=True)
             search.append({"scale": scale, "mean_acc": mean_score(scores)})
@@ -521,6 +522,11 @@ class SuiteRun:
         record = stage.finish(results)
         numbers = ", ".join(f"{key} {value:.3f}" for key, value in results.items() if isinstance(value, float))
         self.console.print(f"{stage.name}: {numbers + ', ' if numbers else ''}{record['seconds']:.0f} s")
+
+    def _each_scale(self, what: str) -> Iterable[float]:
+        """The grid of scales, with a bar that goes away when it is through."""
+        quiet = not self.console.is_terminal
+        return track(self.settings.merge.scales, what, console=self.console, transient=True, disable=quiet)
 
     def _say(self, what: str, accuracy: float) -> None:
         self.console.print(f"{what}: val acc {accuracy:.3f}")
