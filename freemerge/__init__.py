@@ -1,0 +1,49 @@
+"""freemerge: fine-tune one backbone on several tasks, merge the task vectors, mend the merge with lightweight experts.
+
+The public names are loaded when they are first used, so that `import freemerge` and a merge of checkpoints start
+without Lightning and transformers.
+"""
+
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from freemerge.data import Task as Task
+    from freemerge.data import TaskSuite as TaskSuite
+    from freemerge.experts import SparseExpert as SparseExpert
+    from freemerge.experts import extract as extract
+    from freemerge.merging import merge as merge
+    from freemerge.models import FreeModel as FreeModel
+    from freemerge.training import ExpertTrainer as ExpertTrainer
+    from freemerge.training import FineTuner as FineTuner
+    from freemerge.training import RouterTrainer as RouterTrainer
+
+try:
+    __version__ = version("freemerge")
+except PackageNotFoundError:  # run from a source tree that is not installed
+    __version__ = "0+unknown"
+
+_HOMES = {
+    "merge": "freemerge.merging",
+    "extract": "freemerge.experts",
+    "SparseExpert": "freemerge.experts",
+    "FreeModel": "freemerge.models",
+    "Task": "freemerge.data",
+    "TaskSuite": "freemerge.data",
+    "FineTuner": "freemerge.training",
+    "ExpertTrainer": "freemerge.training",
+    "RouterTrainer": "freemerge.training",
+}
+
+__all__ = ["__version__", *_HOMES]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'freemerge' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,8 @@
+"""The multi-task evaluation loop and the report."""
+
+from freemerge.evaluation.evaluator import MultiTaskEvaluator
+from freemerge.evaluation.loop import evaluate
+from freemerge.evaluation.metrics import LabelSpace, MultiTaskMetrics
+from freemerge.evaluation.report import Report, Row, mean_score
+
+__all__ = ["LabelSpace", "MultiTaskEvaluator", "MultiTaskMetrics", "Report", "Row", "evaluate", "mean_score"]

@@ -1,0 +1,231 @@
+"""The command line: `fit`, `validate`, `test`, `predict` on Lightning's CLI, and `merge`, which needs no data.
+
+    python -m freemerge fit --config configs/quickstart.yaml
+
+`fit` runs a suite's pipeline (`freemerge.pipeline`); `validate`, `test` and `predict` run the finished FREE model. All
+of Lightning's flags keep their meaning.
+"""
+
+from __future__ import annotations
+
+import copy
+import csv
+import logging
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import freemerge_callbacks  # noqa: F401 - short class names in configurations resolve once their module is imported
+import lightning as L
+from jsonargparse import set_parsing_settings
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from rich.console import Console
+
+from freemerge.data import TaskSuite
+from freemerge.evaluation import MultiTaskEvaluator
+from freemerge.merging import command as merge_command
+from freemerge.models import FreeModel
+from freemerge.pipeline import (
+    ExpertsSettings,
+    FinetuneSettings,
+    MergeSettings,
+    PretrainSettings,
+    RouterSettings,
+    RunSettings,
+    Settings,
+    SuiteRun,
+)
+from freemerge.training import FineTuner
+
+# What says where and how visibly a fit runs, not what comes out of it: a change of these does not redo a stage.
+_PRESENTATION = (
+    "accelerator", "devices", "num_nodes", "strategy", "logger", "enable_progress_bar", "enable_model_summary",
+    "log_every_n_steps", "default_root_dir", "profiler", "detect_anomaly", "enable_autolog_hparams", "callbacks",
+)  # fmt: skip
+_STAGE_SETTINGS = {
+    "pretrain": PretrainSettings,
+    "finetune": FinetuneSettings,
+    "merge": MergeSettings,
+    "experts": ExpertsSettings,
+    "router": RouterSettings,
+}
+
+
+class FreemergeCLI(LightningCLI):
+    """Lightning's CLI with a suite's pipeline behind `fit`."""
+
+    def __init__(self, args: list[str] | None = None) -> None:
+        set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
+        super().__init__(
+            FineTuner,
+            TaskSuite,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            save_config_callback=None,  # one run is many fits: `fit` keeps the configuration once, in the run's folder
+            seed_everything_default=0,
+            auto_configure_optimizers=False,
+            parser_kwargs={
+                "prog": "python -m freemerge",
+                "description": "Fine-tune one backbone on several tasks, merge them, mend the merge with experts.",
+                "parser_mode": "omegaconf+",
+            },
+            args=args,
+        )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Lightning's subcommands; `merge` is added in `_add_subcommands`."""
+        return LightningCLI.subcommands()
+
+    def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
+        descriptions = {
+            "fit": "Fine-tune on every task, merge, train experts and the router, and report.",
+            "validate": "Evaluate the finished FREE model on every task's validation data.",
+            "test": "Evaluate the finished FREE model on every task's test data.",
+            "predict": "Run the finished FREE model and write its predictions to a CSV file.",
+        }
+        kwargs = {name: {"description": text, **kwargs.get(name, {})} for name, text in descriptions.items()}
+        super()._add_subcommands(parser, **kwargs)
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the run's and the stages' settings."""
+        parser.add_class_arguments(RunSettings, "run")
+        for key, settings in _STAGE_SETTINGS.items():
+            parser.add_class_arguments(settings, key)
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: list[str] | None) -> None:
+        """Parse; unlike Lightning's own, without a warning where `main` is called with arguments from Python."""
+        self.config = parser.parse_args(args)
+
+    # -- what the subcommands do --------------------------------------------------------------------------------------
+
+    def fit(self, model: FineTuner, datamodule: TaskSuite, ckpt_path: str | None = None, **_: Any) -> None:
+        """Run the suite's stages."""
+        run_settings = self._get(self.config_init, "run")
+        settings = Settings(**{key: self._get(self.config_init, key) for key in _STAGE_SETTINGS})
+        folder = Path(run_settings.folder)
+        if rank_zero_only.rank == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            text = self._parser(self.subcommand).dump(self.config[self.subcommand], skip_none=False)
+            (folder / "config.yaml").write_text(f"# python -m freemerge fit --config {folder / 'config.yaml'}\n{text}")
+        SuiteRun(
+            model,
+            datamodule,
+            folder,
+            self.make_trainer,
+            settings,
+            config=self._dependencies(),
+            seed=self._get(self.config, "seed_everything"),
+            ckpt_path=ckpt_path,
+        ).run(run_settings.stages)
+
+    def validate(self, model: FineTuner, datamodule: TaskSuite, ckpt_path: str | None = None, **_: Any) -> None:
+        """Evaluate the FREE model on validation data."""
+        self._evaluate("validate", datamodule, ckpt_path)
+
+    def test(self, model: FineTuner, datamodule: TaskSuite, ckpt_path: str | None = None, **_: Any) -> None:
+        """Evaluate the FREE model on test data."""
+        self._evaluate("test", datamodule, ckpt_path)
+
+    def _evaluate(self, verb: str, suite: TaskSuite, ckpt_path: str | None) -> None:
+        evaluator = self._evaluator(suite, ckpt_path)
+        getattr(self.trainer, verb)(evaluator, datamodule=suite, verbose=False)
+        if self.trainer.is_global_zero:
+            from rich.table import Table
+
+            table = Table(title=f"{verb}: accuracy (%)", title_justify="left")
+            table.add_column("task")
+            table.add_column("routed", justify="right")
+            for task, value in evaluator.results.items():
+                table.add_row(task, f"{100 * value:.1f}")
+            Console().print(table)
+
+    def predict(self, model: FineTuner, datamodule: TaskSuite, ckpt_path: str | None = None, **_: Any) -> None:
+        """Run the FREE model; write one line per sample: its routed task and class."""
+        evaluator = self._evaluator(datamodule, ckpt_path)
+        predictions = self.trainer.predict(evaluator, datamodule=datamodule)
+        per_loader = predictions if len(datamodule.names) > 1 else [predictions]
+        path = Path(self._get(self.config_init, "run").folder) / f"predictions{self._rank_suffix()}.csv"
+        with path.open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["loader", "index", "routed_task", "class", "probability"])
+            for task, outputs in zip(datamodule.names, per_loader, strict=True):
+                index = 0
+                for output in outputs:
+                    probabilities = output.logits.softmax(dim=1).max(dim=1).values.tolist()
+                    rows = zip(output.task_names, output.labels.tolist(), probabilities, strict=True)
+                    for routed, label, probability in rows:
+                        names = evaluator.model.class_names.get(routed)
+                        writer.writerow([task, index, routed, names[label] if names else label, f"{probability:.4f}"])
+                        index += 1
+        print(path)
+
+    def _rank_suffix(self) -> str:
+        return f"-rank{self.trainer.global_rank}" if self.trainer.world_size > 1 else ""
+
+    def _evaluator(self, suite: TaskSuite, ckpt_path: str | None) -> MultiTaskEvaluator:
+        """The finished model: the folder in `--ckpt_path`, or the run's own."""
+        folder = Path(ckpt_path) if ckpt_path else Path(self._get(self.config_init, "run").folder) / "free_model"
+        return MultiTaskEvaluator(FreeModel.from_pretrained(folder), suite.names)
+
+    # -- trainers -----------------------------------------------------------------------------------------------------
+
+    def make_trainer(self, folder: Path, overrides: dict[str, Any], callbacks: list[Callback]) -> L.Trainer:
+        """A fresh Trainer from the configuration, with its own copies of callbacks and loggers.
+
+        Args:
+            folder: where it logs and keeps checkpoints, unless the configuration says otherwise.
+            overrides: arguments over those of the configuration.
+            callbacks: further callbacks; a ModelCheckpoint among them gives way to one of the configuration's.
+        """
+        arguments = {**copy.deepcopy(self._get(self.config_init, "trainer")), **overrides}
+        arguments["default_root_dir"] = arguments["default_root_dir"] or str(folder)
+        if arguments["logger"] in (None, True):
+            arguments["logger"] = CSVLogger(folder, name="logs")  # a resumed fit gets a version of its own
+        own = arguments["callbacks"] or []
+        arguments["callbacks"] = (own if isinstance(own, list) else [own]) + (
+            [] if arguments["fast_dev_run"] or arguments["enable_checkpointing"] is False else callbacks
+        )
+        return self.trainer_class(**arguments)
+
+    def _dependencies(self) -> dict[str, Any]:
+        """The configuration as plain data, less what does not change a result."""
+        self._dump_config()
+        config = copy.deepcopy(self.config_dump)
+        config["trainer"] = {key: value for key, value in config["trainer"].items() if key not in _PRESENTATION}
+        return {key: config[key] for key in ("trainer", "model", *_STAGE_SETTINGS)}
+
+
+def quieten() -> None:
+    """Keep Lightning's per-Trainer chatter out of a run of many fits; warnings that matter stay."""
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    harmless = (
+        "does not have many workers",
+        "Checkpoint directory .* exists",
+        "is smaller than the logging",
+        "in eval mode at the start of training",  # ExpertTrainer keeps its frozen backbone there on purpose
+        "`isinstance\\(treespec, LeafSpec\\)` is deprecated",  # Lightning's own affair with torch ≥ 2.10
+    )
+    for message in harmless:
+        warnings.filterwarnings("ignore", message=f".*{message}")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def main(args: list[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    arguments = sys.argv[1:] if args is None else args
+    if arguments[:1] == ["merge"]:
+        return merge_command.run(merge_command.build_parser().parse_args(arguments[1:]))
+    quieten()
+    try:
+        FreemergeCLI(args)
+    except ValueError as error:
+        Console(stderr=True, highlight=False).print(f"[bold red]error:[/bold red] {error}", soft_wrap=True)
+        return 2
+    return 0

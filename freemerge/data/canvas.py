@@ -1,0 +1,82 @@
+"""From pictures to the quickstart's images: distort, shrink, vary the light, quantize."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from freemerge.data.augment import Compose, GaussianNoise, RandomAffine, RandomContrast
+from freemerge.data.loaders import derive_seed
+from freemerge.data.tasks import ArrayDataset, Augmentation
+
+SIDE = 32
+"""Side of an image in pixels."""
+
+# One normalisation for the whole suite, because one backbone sees all of it.
+MEAN, STD = 0.3, 0.3
+
+
+@dataclass(frozen=True)
+class Distortion:
+    """How differently the same picture may come out.
+
+    Args:
+        degrees: Rotation, uniform in ±degrees.
+        scale: Zoom, uniform in [low, high].
+        shift: Shift in x and y, uniform in ±shift of the side.
+        shear: Horizontal shear, uniform in ±shear.
+        noise: Standard deviation of the pixel noise on the scale [0, 1].
+        contrast: Factor of the contrast, uniform in [low, high].
+        brightness: Brightness, uniform in ±brightness.
+    """
+
+    degrees: float = 10.0
+    scale: tuple[float, float] = (0.8, 1.1)
+    shift: float = 0.06
+    shear: float = 0.1
+    noise: float = 0.04
+    contrast: tuple[float, float] = (0.75, 1.0)
+    brightness: float = 0.05
+
+
+def render(pictures: Tensor, distortion: Distortion, seed: int, *keys: object) -> Tensor:
+    """Makes images of pictures, each distorted in its own way.
+
+    Args:
+        pictures: uint8 (N, 1, H, W).
+        distortion: How much.
+        seed: The suite's seed.
+        *keys: What the randomness is for, such as a task and a split.
+
+    Returns:
+        uint8 (N, 1, SIDE, SIDE).
+    """
+    generator = torch.Generator().manual_seed(derive_seed(seed, "render", *keys))
+    warp = RandomAffine(distortion.degrees, distortion.scale, distortion.shift, distortion.shear, generator)
+    light = Compose(
+        RandomContrast(distortion.contrast, distortion.brightness, generator),
+        GaussianNoise(distortion.noise, generator),
+    )
+    parts = []
+    for part in pictures.split(1024):  # bounds the memory of the sampling grids
+        images = warp(part.float() / 255)
+        images = F.interpolate(images, (SIDE, SIDE), mode="area")
+        parts.append((light(images) * 255).round().to(torch.uint8))
+    return torch.cat(parts)
+
+
+def dataset(images: Tensor, labels: list[int], augment: Augmentation | None = None) -> ArrayDataset:
+    """A dataset of the suite.
+
+    Args:
+        images: uint8 (N, 1, SIDE, SIDE).
+        labels: N class indices.
+        augment: For a training set.
+
+    Returns:
+        The dataset, normalised as all of the suite is.
+    """
+    return ArrayDataset(images, torch.tensor(labels, dtype=torch.int64), MEAN, STD, augment)

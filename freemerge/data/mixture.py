@@ -1,0 +1,211 @@
+"""Data of one task, and the mixture of all tasks that a router learns from."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from itertools import accumulate
+from typing import Any
+
+import lightning as L
+import torch
+from torch.utils.data import DataLoader, Dataset, Subset
+
+from freemerge.data.loaders import BalancedSampler, ShuffleSampler, derive_seed, evaluation_loader, training_loader
+from freemerge.data.tasks import StackedBatch, Task
+
+
+class TaskData(L.LightningDataModule):
+    """The train, val and test data of one task.
+
+    Args:
+        name: The task's name.
+        load: Returns the task; called once, in `setup`, or when `task` is first read.
+        batch_size: Images per training batch.
+        eval_batch_size: Images per batch of validation, test and prediction.
+        num_workers: Worker processes per loader.
+        seed: Seed of the training order.
+        prepare: Called by `prepare_data`, such as a suite's download.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        load: Callable[[], Task],
+        batch_size: int = 64,
+        eval_batch_size: int = 256,
+        num_workers: int = 0,
+        seed: int = 0,
+        prepare: Callable[[], None] | None = None,
+    ) -> None:
+        super().__init__()
+        self.name = name
+        self.batch_size = batch_size
+        self.eval_batch_size = eval_batch_size
+        self.num_workers = num_workers
+        self.seed = seed
+        self._load = load
+        self._prepare = prepare
+        self._task: Task | None = None
+
+    def __str__(self) -> str:
+        return f"{type(self).__name__}({self.name})"  # Lightning's own would build the task
+
+    @property
+    def task(self) -> Task:
+        """The task, built on first use."""
+        if self._task is None:
+            self._task = self._load()
+        return self._task
+
+    @property
+    def num_classes(self) -> int:
+        """How many classes the task has."""
+        return self.task.num_classes
+
+    def prepare_data(self) -> None:
+        if self._prepare is not None:
+            self._prepare()
+
+    def setup(self, stage: str | None = None) -> None:
+        _ = self.task
+
+    def train_dataloader(self) -> DataLoader:
+        """Shuffled anew each epoch from (seed, epoch); an incomplete last batch is dropped."""
+        dataset = self.task.train
+        sampler = ShuffleSampler(len(dataset), derive_seed(self.seed, "order", self.name))  # type: ignore[arg-type]
+        return training_loader(dataset, sampler, self.batch_size, self.num_workers)
+
+    def val_dataloader(self) -> DataLoader:
+        return evaluation_loader(self.task.val, self.eval_batch_size, self.num_workers)
+
+    def test_dataloader(self) -> DataLoader:
+        return evaluation_loader(self.task.test, self.eval_batch_size, self.num_workers)
+
+    def predict_dataloader(self) -> DataLoader:
+        return self.test_dataloader()
+
+
+class MixtureDataset(Dataset):
+    """Several datasets laid end to end, whose label is the index of the dataset that a sample came from.
+
+    Args:
+        datasets: Datasets of (image, label) whose images have equal shapes.
+    """
+
+    def __init__(self, datasets: Sequence[Dataset]) -> None:
+        self.datasets = list(datasets)
+        self.sizes = [len(dataset) for dataset in self.datasets]  # type: ignore[arg-type]
+        self._ends = list(accumulate(self.sizes))
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def _locate(self, index: int) -> tuple[int, int]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"index {index} is outside the mixture of {len(self)} samples")
+        which = bisect_right(self._ends, index)
+        return which, index - (self._ends[which] - self.sizes[which])
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        which, inner = self._locate(index)
+        return self.datasets[which][inner][0], torch.tensor(which)
+
+    def __getitems__(self, indices: Sequence[int]) -> Any:
+        """Fetches a batch with one call per dataset."""
+        places = [self._locate(int(index)) for index in indices]
+        positions: dict[int, list[int]] = {}
+        for position, (which, _) in enumerate(places):
+            positions.setdefault(which, []).append(position)
+        images: list[Any] = [None] * len(places)
+        for which, chosen in positions.items():
+            inner = [places[position][1] for position in chosen]
+            for position, image in zip(chosen, self._images(which, inner), strict=True):
+                images[position] = image
+        return StackedBatch(torch.stack(images), torch.tensor([which for which, _ in places]))
+
+    def _images(self, which: int, inner: list[int]) -> Any:
+        dataset = self.datasets[which]
+        if not hasattr(dataset, "__getitems__"):
+            return [dataset[index][0] for index in inner]
+        batch = dataset.__getitems__(inner)
+        return batch.images if isinstance(batch, StackedBatch) else [sample[0] for sample in batch]
+
+
+class TaskMixture(L.LightningDataModule):
+    """All tasks mixed in equal parts; the label says which task an image belongs to.
+
+    Args:
+        names: The tasks' names; a label is an index into it.
+        load: Returns the task of a name.
+        per_task: Training images of each task per epoch. None takes as many as the average task has.
+        batch_size: Images per training batch.
+        eval_batch_size: Images per batch of validation, test and prediction.
+        num_workers: Worker processes per loader.
+        seed: Seed of the training order.
+        prepare: Called by `prepare_data`, such as a suite's download.
+    """
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        load: Callable[[str], Task],
+        per_task: int | None = None,
+        batch_size: int = 64,
+        eval_batch_size: int = 256,
+        num_workers: int = 0,
+        seed: int = 0,
+        prepare: Callable[[], None] | None = None,
+    ) -> None:
+        super().__init__()
+        if per_task is not None and per_task < 1:
+            raise ValueError(f"per_task must be at least 1, got {per_task}")
+        self.names = tuple(names)
+        self.per_task = per_task
+        self.batch_size = batch_size
+        self.eval_batch_size = eval_batch_size
+        self.num_workers = num_workers
+        self.seed = seed
+        self._load = load
+        self._prepare = prepare
+
+    def __str__(self) -> str:
+        return f"{type(self).__name__}({', '.join(self.names)})"  # Lightning's own would build the tasks
+
+    @property
+    def num_classes(self) -> int:
+        """How many tasks there are to tell apart."""
+        return len(self.names)
+
+    def prepare_data(self) -> None:
+        if self._prepare is not None:
+            self._prepare()
+
+    def setup(self, stage: str | None = None) -> None:
+        for name in self.names:
+            self._load(name)
+
+    def train_dataloader(self) -> DataLoader:
+        """Equally many images of each task, drawn and shuffled anew each epoch from (seed, epoch)."""
+        dataset = MixtureDataset([self._load(name).train for name in self.names])
+        per_task = self.per_task or len(dataset) // len(dataset.datasets)
+        sampler = BalancedSampler(dataset.sizes, max(1, per_task), derive_seed(self.seed, "order", "mixture"))
+        return training_loader(dataset, sampler, self.batch_size, self.num_workers)
+
+    def val_dataloader(self) -> DataLoader:
+        return self._evaluation("val")
+
+    def test_dataloader(self) -> DataLoader:
+        return self._evaluation("test")
+
+    def predict_dataloader(self) -> DataLoader:
+        return self.test_dataloader()
+
+    def _evaluation(self, split: str) -> DataLoader:
+        """As many images of each task as the smallest has, evenly spaced, because sets may be sorted by class."""
+        dataset = MixtureDataset([getattr(self._load(name), split) for name in self.names])
+        share, offset, chosen = min(dataset.sizes), 0, []
+        for size in dataset.sizes:
+            chosen += [offset + i * size // share for i in range(share)]
+            offset += size
+        return evaluation_loader(Subset(dataset, chosen), self.eval_batch_size, self.num_workers)

@@ -1,0 +1,265 @@
+"""A suite: a set of tasks that one backbone is fine-tuned on, one by one, before the results are merged.
+
+`TaskSuite` is a `LightningDataModule`, so a whole suite goes to `Trainer.fit`, `validate`, `test` and `predict`. It
+also hands out its parts: one task (`for_task`), the mixture that trains a router (`mixture`), and the data that a
+backbone may be pretrained on (`pretraining`).
+
+Your own suite is a tuple of names and one method:
+
+    class MySuite(TaskSuite):
+        TASKS = ("birds", "planes")
+
+        def build(self, name: str) -> Task:
+            return Task(name, class_names, train, val, test)
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import inspect
+import json
+from functools import partial
+from typing import Any, ClassVar
+
+import lightning as L
+from torch.utils.data import DataLoader
+
+from freemerge.data.mixture import TaskData, TaskMixture
+from freemerge.data.tasks import Task
+
+# How data is loaded does not change what it is: these arguments stay out of the fingerprint.
+_LOADING = {"self", "tasks", "batch_size", "eval_batch_size", "num_workers"}
+
+
+class TaskSuite(L.LightningDataModule):
+    """Base class of task suites.
+
+    A subclass sets `TASKS` and implements `build`. One with arguments of its own stores each under the argument's name
+    (`self.root = root`) before it calls `super().__init__`, and the fingerprint covers it.
+
+    Args:
+        tasks: Which tasks, in this order; None is all of them.
+        batch_size: Images per training batch, of each task.
+        eval_batch_size: Images per batch of validation, test and prediction.
+        num_workers: Worker processes per loader. Data in memory is served fastest by none.
+        seed: Determines the data, where it is drawn, and the order of training.
+
+    Raises:
+        ValueError: If a task is unknown or chosen twice, none is chosen, or a size is not positive.
+    """
+
+    TASKS: ClassVar[tuple[str, ...]] = ()
+    DATA_VERSION: ClassVar[int] = 1
+    """Raise it in a subclass whenever the same arguments come to mean other data: the fingerprint then changes."""
+
+    def __init__(
+        self,
+        tasks: list[str] | None = None,
+        batch_size: int = 64,
+        eval_batch_size: int = 256,
+        num_workers: int = 0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        for what, value, least in (
+            ("batch_size", batch_size, 1),
+            ("eval_batch_size", eval_batch_size, 1),
+            ("num_workers", num_workers, 0),
+        ):
+            if value < least:
+                raise ValueError(f"{what} must be at least {least}, got {value}")
+        self.batch_size = batch_size
+        self.eval_batch_size = eval_batch_size
+        self.num_workers = num_workers
+        self.seed = seed
+        self._built: dict[str, Task] = {}
+        names = self.available() if tasks is None else tuple(tasks)
+        if not names:
+            raise ValueError(f"{type(self).__name__}: no task chosen; known tasks: {', '.join(self.available())}")
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"{type(self).__name__}: chosen twice: {', '.join(twice)}")
+        for name in names:
+            self._check(name)
+        self._names = names
+
+    # ---- what there is
+
+    def available(self) -> tuple[str, ...]:
+        """The names of all tasks that the suite can build."""
+        return self.TASKS
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the selected tasks, in order; a router's label is an index into it."""
+        return self._names
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(channels, height, width) of every image; builds the first task unless a subclass knows better."""
+        image, _ = self.task(self.names[0]).test[0]
+        return tuple(image.shape)
+
+    def build(self, name: str) -> Task:
+        """Builds one task: the method to implement.
+
+        Args:
+            name: One of `available()`.
+
+        Returns:
+            The task; the suite keeps it, so this is called once per name.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must implement build(name) -> Task")
+
+    def task(self, name: str) -> Task:
+        """One task, built on first use; it need not be among the selected.
+
+        Args:
+            name: One of `available()`.
+
+        Returns:
+            The task.
+
+        Raises:
+            ValueError: If the suite has no such task.
+        """
+        if name not in self._built:
+            self._check(name)
+            self._built[name] = self.build(name)
+        return self._built[name]
+
+    def pretraining(self) -> Task | None:
+        """Data to pretrain a backbone on, disjoint from the test data of every task; None where there is none."""
+        return None
+
+    # ---- the parts, as data modules
+
+    def for_task(self, name: str, batch_size: int | None = None) -> TaskData:
+        """The data module of one task, for fine-tuning on it.
+
+        Args:
+            name: One of `available()`.
+            batch_size: Images per training batch; None is the suite's.
+
+        Returns:
+            Its data module; nothing is built before its `setup`.
+        """
+        self._check(name)
+        return TaskData(name, partial(self.task, name), **self._loading(batch_size))
+
+    def mixture(self, per_task: int | None = None, batch_size: int | None = None) -> TaskMixture:
+        """The selected tasks mixed in equal parts, labelled by their index in `names`, for training a router.
+
+        Args:
+            per_task: Training images of each task per epoch; None takes as many as the average task has.
+            batch_size: Images per training batch; None is the suite's.
+
+        Returns:
+            Its data module; nothing is built before its `setup`.
+        """
+        return TaskMixture(self.names, self.task, per_task=per_task, **self._loading(batch_size))
+
+    def pretraining_data(self, batch_size: int | None = None) -> TaskData:
+        """The data module of `pretraining()`.
+
+        Args:
+            batch_size: Images per training batch; None is the suite's.
+
+        Returns:
+            Its data module; nothing is built before its `setup`, which raises a ValueError if the suite has none.
+        """
+        return TaskData("pretraining", self._pretraining, **self._loading(batch_size))
+
+    # ---- Lightning's hooks
+
+    def prepare_data(self) -> None:
+        """Downloads what `build` needs; nothing by default. Lightning calls it in one process per node."""
+
+    def setup(self, stage: str | None = None) -> None:
+        for name in self.names:
+            self.task(name)
+
+    def train_dataloader(self) -> dict[str, DataLoader]:
+        """One shuffled loader per selected task; Lightning combines them (by default until the longest is through)."""
+        return {name: self.for_task(name).train_dataloader() for name in self.names}
+
+    def val_dataloader(self) -> dict[str, DataLoader]:
+        return {name: self.for_task(name).val_dataloader() for name in self.names}
+
+    def test_dataloader(self) -> dict[str, DataLoader]:
+        return {name: self.for_task(name).test_dataloader() for name in self.names}
+
+    def predict_dataloader(self) -> dict[str, DataLoader]:
+        return self.test_dataloader()
+
+    # ---- identity
+
+    def identity(self) -> dict[str, Any]:
+        """What determines the data, as JSON-compatible values (others count by their `str`).
+
+        The class, its `DATA_VERSION`, and every constructor argument that is not about loading, read from the
+        attribute of the same name. Override it to add or leave out something.
+
+        Raises:
+            TypeError: If an argument of the constructor is not kept under its name.
+        """
+        values: dict[str, Any] = {}
+        for cls in type(self).__mro__:
+            if "__init__" not in vars(cls):
+                continue
+            for name, parameter in inspect.signature(cls.__init__).parameters.items():
+                if name in _LOADING or parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+                    continue
+                if not hasattr(self, name):
+                    raise TypeError(
+                        f"{type(self).__name__} does not keep its argument {name!r} as self.{name}, so its fingerprint "
+                        f"cannot cover it: store it, or override identity()"
+                    )
+                values[name] = getattr(self, name)
+            if cls is TaskSuite:
+                break
+        kind = type(self)
+        return {"class": f"{kind.__module__}.{kind.__qualname__}", "version": self.DATA_VERSION, "arguments": values}
+
+    def fingerprint(self, selection: bool = True) -> str:
+        """A hash of what determines the data; cheap, because no data is built.
+
+        Args:
+            selection: Whether the chosen tasks and their order count. Without them it identifies what any `task(name)`
+                and `pretraining()` hold.
+
+        Returns:
+            A SHA-256 as 64 hexadecimal digits.
+        """
+        identity = self.identity()
+        if selection:
+            identity["tasks"] = list(self.names)
+        return hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
+
+    def __str__(self) -> str:
+        # Lightning's own builds every loader, hence every task, and fails where there are several.
+        return f"{type(self).__name__}({', '.join(self.names)}; seed={self.seed})"
+
+    # ---- inside
+
+    def _check(self, name: str) -> None:
+        known = self.available()
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"{type(self).__name__} has no task {name!r}.{hint} Known tasks: {', '.join(known)}")
+
+    def _loading(self, batch_size: int | None) -> dict[str, Any]:
+        return {
+            "batch_size": batch_size or self.batch_size,
+            "eval_batch_size": self.eval_batch_size,
+            "num_workers": self.num_workers,
+            "seed": self.seed,
+            "prepare": self.prepare_data,
+        }
+
+    def _pretraining(self) -> Task:
+        task = self.pretraining()
+        if task is None:
+            raise ValueError(f"{type(self).__name__} has no pretraining data: start from a pretrained backbone")
+        return task

@@ -1,0 +1,77 @@
+"""MultiTaskEvaluator: evaluate or run one finished model through Lightning's `validate`, `test` and `predict`."""
+
+from __future__ import annotations
+
+import lightning as L
+from torch import Tensor
+
+from freemerge.evaluation.metrics import LabelSpace, MultiTaskMetrics
+from freemerge.models import FreeModel, FreeOutput
+
+
+class MultiTaskEvaluator(L.LightningModule):
+    """Evaluates a FreeModel on a suite: every dataloader is one task, in the suite's order.
+
+    Args:
+        model: the model; it routes each sample by itself.
+        tasks: the task of each dataloader, in order.
+        oracle: name the true task to the model instead of letting it route.
+    """
+
+    def __init__(self, model: FreeModel, tasks: tuple[str, ...], oracle: bool = False) -> None:
+        super().__init__()
+        unknown = [task for task in tasks if task not in model.tasks]
+        if unknown:
+            raise ValueError(f"the model has no task {', '.join(unknown)}; it has {', '.join(model.tasks)}")
+        self.model = model
+        self.tasks = tasks
+        self.oracle = oracle
+        self.label_space = LabelSpace({task: model.heads[task].out_features for task in model.tasks})
+        self.metrics = MultiTaskMetrics(self.label_space)
+        self.results: dict[str, float] = {}
+
+    def forward(self, inputs: Tensor, task: str | None = None) -> FreeOutput:
+        return self.model(inputs, task=task)
+
+    def _step(self, batch: tuple[Tensor, Tensor], batch_idx: int, dataloader_idx: int) -> None:
+        inputs, labels = batch
+        task = self.tasks[dataloader_idx]
+        keep = self._own_samples(batch_idx, len(labels), dataloader_idx)
+        output = self.model(inputs[:keep], task=task if self.oracle else None)
+        self.metrics.update(task, output, labels[:keep])
+
+    def _own_samples(self, batch_idx: int, size: int, dataloader_idx: int) -> int:
+        """How many leading samples of this batch are not padding of the distributed sampler.
+
+        The sampler deals samples out in turn (without shuffling: rank + world · position) and repeats some at the end.
+        """
+        world = self.trainer.world_size
+        if world == 1:
+            return size
+        loaders = self.trainer.val_dataloaders if self.trainer.validating else self.trainer.test_dataloaders
+        loader = list(loaders.values())[dataloader_idx]
+        total, first = len(loader.dataset), self.trainer.global_rank + world * batch_idx * loader.batch_size
+        return max(0, min(size, -(-(total - first) // world)))
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
+        self._step(batch, batch_idx, dataloader_idx)
+
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
+        self._step(batch, batch_idx, dataloader_idx)
+
+    def predict_step(self, batch: tuple[Tensor, Tensor], batch_idx: int, dataloader_idx: int = 0) -> FreeOutput:
+        """Predictions come from the inputs alone, routed unless `oracle`."""
+        return self.model(batch[0], task=self.tasks[dataloader_idx] if self.oracle else None)
+
+    def _log_results(self, split: str) -> None:
+        computed = self.metrics.compute()
+        self.results = {task: computed[task] for task in self.tasks}
+        self.metrics.reset()
+        self.log_dict({f"{split}/{task}/acc": value for task, value in self.results.items()}, sync_dist=False)
+        self.log(f"{split}/mean_acc", sum(self.results.values()) / len(self.results))
+
+    def on_validation_epoch_end(self) -> None:
+        self._log_results("val")
+
+    def on_test_epoch_end(self) -> None:
+        self._log_results("test")

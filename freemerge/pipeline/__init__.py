@@ -1,0 +1,25 @@
+"""The suite's pipeline: stages, their folders, and what they can be told."""
+
+from freemerge.pipeline.run import SuiteRun
+from freemerge.pipeline.settings import (
+    STAGES,
+    ExpertsSettings,
+    FinetuneSettings,
+    MergeSettings,
+    PretrainSettings,
+    RouterSettings,
+    RunSettings,
+    Settings,
+)
+
+__all__ = [
+    "STAGES",
+    "ExpertsSettings",
+    "FinetuneSettings",
+    "MergeSettings",
+    "PretrainSettings",
+    "RouterSettings",
+    "RunSettings",
+    "Settings",
+    "SuiteRun",
+]

@@ -1,0 +1,182 @@
+"""What the stages of a run can be told: one dataclass per stage, one key in the configuration for each."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from lightning.pytorch.cli import OptimizerCallable
+
+from freemerge.merging import FRMerging, MergeMethod, PCBMerging, TaskArithmetic, Ties, WeightAverage
+from freemerge.training.optimization import Schedule
+
+STAGES = ("pretrain", "finetune", "merge", "experts", "router", "evaluate")
+
+
+def check_trainer(where: str, overrides: dict[str, Any]) -> None:
+    """Raise a ValueError if `overrides` has a key that Lightning's Trainer does not know."""
+    known = inspect.signature(L.Trainer.__init__).parameters
+    for key in overrides:
+        if key not in known:
+            near = get_close_matches(key, known, n=1)
+            raise ValueError(
+                f"{where}.trainer: Trainer has no argument {key!r}" + (f"; did you mean {near[0]!r}?" if near else "")
+            )
+
+
+@dataclass
+class FitSettings:
+    """What every stage that fits something can be told.
+
+    Args:
+        trainer: Trainer arguments for this stage, over those of `trainer`.
+        batch_size: training batch size; the suite's if not given.
+        optimizer: makes the optimizer.
+        schedule: how the learning rate falls after warm-up.
+        warmup: share of the steps over which the learning rate rises.
+    """
+
+    trainer: dict[str, Any] = field(default_factory=dict)
+    batch_size: int | None = None
+    optimizer: OptimizerCallable = torch.optim.AdamW
+    schedule: Schedule = "cosine"
+    warmup: float = 0.1
+
+    def __post_init__(self) -> None:
+        check_trainer(type(self).__name__.removesuffix("Settings").lower(), self.trainer)
+
+    @property
+    def optimization(self) -> dict[str, Any]:
+        """The arguments that every trainer's optimizer set-up takes."""
+        return {"optimizer": self.optimizer, "schedule": self.schedule, "warmup": self.warmup}
+
+
+@dataclass
+class PretrainSettings(FitSettings):
+    """The stage that pretrains the backbone on the suite's own pretraining data; skipped by suites that have none.
+
+    Args:
+        cache: folder where pretrained backbones are kept by the hash of what they depend on, for all runs; without
+            one it is kept in the run's own folder.
+    """
+
+    cache: str | None = None
+
+
+@dataclass
+class FinetuneSettings:
+    """The stage that fine-tunes the base on each task; how is said by `model` and `trainer`.
+
+    Args:
+        trainer: Trainer arguments for this stage, over those of `trainer`.
+        weights: which weights make the task vector: those at the end of the fit, or those with the best val/acc.
+    """
+
+    trainer: dict[str, Any] = field(default_factory=dict)
+    weights: Literal["last", "best"] = "last"
+
+    def __post_init__(self) -> None:
+        check_trainer("finetune", self.trainer)
+
+
+def default_methods() -> dict[str, MergeMethod]:
+    """The methods of the report, by the name of their line."""
+    return {
+        "average": WeightAverage(),
+        "task arithmetic": TaskArithmetic(),
+        "TIES": Ties(),
+        "PCB": PCBMerging(),
+        "FR": FRMerging(),
+    }
+
+
+@dataclass
+class MergeSettings:
+    """The stage that merges the task vectors, by every method, each at the scale that does best on validation data.
+
+    Args:
+        methods: line of the report → merging method; if not given, plain averaging, task arithmetic, TIES, PCB and FR.
+        scales: the grid of scales, the same for every method that has one.
+        free: the method whose merged backbone carries the experts.
+    """
+
+    methods: dict[str, MergeMethod] | None = None
+    scales: list[float] = field(default_factory=lambda: [0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0, 1.4, 2.0])
+    free: str = "FR"
+
+    def __post_init__(self) -> None:
+        if self.methods is None:  # not a default factory: a configuration file cannot show instances
+            self.methods = default_methods()
+        if not self.scales:
+            raise ValueError("merge.scales: give at least one scale")
+        if self.free not in self.methods:
+            raise ValueError(f"merge.free: there is no method {self.free!r}; methods: {', '.join(self.methods)}")
+
+
+@dataclass
+class ExpertsSettings(FitSettings):
+    """The stage that makes each task's expert: extract it from the residual, then train it against the teacher.
+
+    Args:
+        density: share d of the backbone's entries that an expert holds.
+        scope: where the top-d entries are ranked: over the whole model, in each tensor, or in each row.
+        rescale: `none`, or `released` for the released code's rescaling of extracted values.
+        feature_weight: weight of the features' loss.
+        logit_weight: weight of the logits' loss.
+        temperature: of the softened logits.
+    """
+
+    density: float = 0.01
+    scope: Literal["model", "tensor", "row"] = "model"
+    rescale: Literal["none", "released"] = "none"
+    feature_weight: float = 1.0
+    logit_weight: float = 1.0
+    temperature: float = 2.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0.0 < self.density <= 1.0:
+            raise ValueError(f"experts.density: must be in (0, 1], got {self.density}")
+
+
+@dataclass
+class RouterSettings(FitSettings):
+    """The stage that trains the router on a balanced mixture of all tasks.
+
+    Args:
+        grid: side of the coarse grid the router looks at.
+        hidden: width of its hidden layer.
+    """
+
+    grid: int = 8
+    hidden: int = 64
+
+
+@dataclass
+class RunSettings:
+    """Where a run keeps its results, and what of it to do.
+
+    Args:
+        folder: the run's folder; a second run with the same configuration goes on there.
+        stages: which stages to run, of pretrain, finetune, merge, experts, router, evaluate.
+    """
+
+    folder: str = "runs/freemerge"
+    stages: list[Literal["pretrain", "finetune", "merge", "experts", "router", "evaluate"]] = field(
+        default_factory=lambda: list(STAGES)
+    )
+
+
+@dataclass
+class Settings:
+    """All stages' settings."""
+
+    pretrain: PretrainSettings = field(default_factory=PretrainSettings)
+    finetune: FinetuneSettings = field(default_factory=FinetuneSettings)
+    merge: MergeSettings = field(default_factory=MergeSettings)
+    experts: ExpertsSettings = field(default_factory=ExpertsSettings)
+    router: RouterSettings = field(default_factory=RouterSettings)

@@ -1,0 +1,43 @@
+"""The optimizer set-up that all trainers share: any torch optimizer, and a schedule over the whole fit."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import lightning as L
+from lightning.pytorch.cli import OptimizerCallable
+
+Schedule = Literal["constant", "linear", "cosine"]
+
+
+class OptimizedModule(L.LightningModule):
+    """A LightningModule that trains its trainable parameters by one optimizer on one schedule.
+
+    Args:
+        optimizer: makes the optimizer.
+        schedule: how the learning rate falls after warm-up: not at all, linearly, or along a cosine, to 0.
+        warmup: share of all steps over which the learning rate rises linearly from 0.
+
+    Raises:
+        ValueError: for a schedule that does not exist, or a warm-up outside [0, 1].
+    """
+
+    def __init__(self, optimizer: OptimizerCallable, schedule: Schedule, warmup: float) -> None:
+        super().__init__()
+        if schedule not in ("constant", "linear", "cosine"):
+            raise ValueError(f"schedule must be 'constant', 'linear' or 'cosine', got {schedule!r}")
+        if not 0.0 <= warmup <= 1.0:
+            raise ValueError(f"warmup must be a share of the steps, in [0, 1], got {warmup}")
+        self.optimizer = optimizer
+        self.schedule = schedule
+        self.warmup = warmup
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """The optimizer, and the schedule stepped after every batch."""
+        from transformers import get_scheduler
+
+        built = self.optimizer([parameter for parameter in self.parameters() if parameter.requires_grad])
+        steps = int(self.trainer.estimated_stepping_batches)
+        name = "constant_with_warmup" if self.schedule == "constant" else self.schedule
+        scheduler = get_scheduler(name, built, num_warmup_steps=round(self.warmup * steps), num_training_steps=steps)
+        return {"optimizer": built, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

@@ -1,0 +1,52 @@
+"""Linear probes: a task's head, fitted on the frozen base's features before any fine-tuning.
+
+A head that the base's own features already fit keeps fine-tuned backbones close to the base (linear probing then
+fine-tuning, arXiv 2202.10054), and since it stays fixed, every task's knowledge ends up in the backbone, where merging
+can reach it. It plays the part of the zero-shot text head of the CLIP experiments in the merging papers.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import LogisticRegression
+from torch import Tensor, nn
+
+
+def fit_probe(features: Tensor, labels: Tensor, num_classes: int, inverse_regularization: float = 1.0) -> nn.Linear:
+    """Multinomial logistic regression as a linear head.
+
+    Features are standardised for the fit, and the standardisation is folded into the returned weights.
+
+    Args:
+        features: (N, F) float.
+        labels: (N,) int64 in [0, num_classes).
+        num_classes: C; classes without a sample get weights of zero and a bias below all others.
+        inverse_regularization: scikit-learn's C.
+
+    Returns:
+        A linear layer F → C in float32.
+
+    Raises:
+        ValueError: if fewer than two classes occur in `labels`.
+    """
+    x = features.double().cpu().numpy()
+    mean, std = x.mean(axis=0), x.std(axis=0) + 1e-8
+    regression = LogisticRegression(C=inverse_regularization, max_iter=200)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # 200 iterations are plenty for a starting point
+        regression.fit((x - mean) / std, labels.cpu().numpy())
+    coefficients = torch.from_numpy(regression.coef_ / std)  # (C', F), or (1, F) for two classes
+    bias = torch.from_numpy(regression.intercept_) - coefficients @ torch.from_numpy(mean)
+    if len(regression.classes_) == 2:  # one row decides between two classes: give half of it to each
+        coefficients, bias = torch.cat([-coefficients, coefficients]) / 2, torch.cat([-bias, bias]) / 2
+    head = nn.Linear(features.shape[1], num_classes)
+    seen = torch.from_numpy(regression.classes_)
+    with torch.no_grad():
+        head.weight.zero_()
+        head.bias.fill_(float(bias.min()) - 1.0)
+        head.weight[seen] = coefficients.float()
+        head.bias[seen] = bias.float()
+    return head

@@ -1,0 +1,49 @@
+"""RouterTrainer: teach the router which task an input belongs to, on a mixture of all tasks' training data."""
+
+from __future__ import annotations
+
+import torch
+from lightning.pytorch.cli import OptimizerCallable
+from torch import Tensor
+from torch.nn import functional as F
+from torchmetrics.classification import MulticlassAccuracy
+
+from freemerge.models import Router
+from freemerge.training.optimization import OptimizedModule, Schedule
+
+
+class RouterTrainer(OptimizedModule):
+    """Trains a router by cross-entropy; a batch is (inputs, task index).
+
+    Args:
+        router: the router.
+        optimizer: makes the optimizer.
+        schedule: how the learning rate falls over the fit.
+        warmup: share of the steps over which the learning rate rises.
+    """
+
+    def __init__(
+        self,
+        router: Router,
+        optimizer: OptimizerCallable = torch.optim.AdamW,
+        schedule: Schedule = "cosine",
+        warmup: float = 0.1,
+    ) -> None:
+        super().__init__(optimizer, schedule, warmup)
+        self.router = router
+        self.accuracy = MulticlassAccuracy(router.config["num_tasks"], average="micro")
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Task logits (B, K)."""
+        return self.router(inputs)
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        inputs, tasks = batch
+        loss = F.cross_entropy(self(inputs), tasks)
+        self.log("train/loss", loss, prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        inputs, tasks = batch
+        self.accuracy.update(self(inputs), tasks)
+        self.log("val/acc", self.accuracy, prog_bar=True, on_epoch=True, batch_size=len(tasks))

@@ -1,0 +1,142 @@
+"""Metrics, the loop, the evaluator and the report, against counts and sums by hand."""
+
+import json
+import math
+
+import lightning as L
+import pytest
+import torch
+from rich.console import Console
+from torch import nn
+
+from freemerge.evaluation import LabelSpace, MultiTaskEvaluator, MultiTaskMetrics, Report, Row, evaluate
+from freemerge.evaluation.report import format_bytes
+from freemerge.models import FreeModel, FreeOutput, Router
+from tests.tiny import TinySuite, tiny_backbone
+
+SPACE = LabelSpace({"a": 2, "b": 3})
+
+
+def test_label_space_puts_the_tasks_side_by_side() -> None:
+    assert SPACE.size == 5
+    assert SPACE.to_global("b", torch.tensor([0, 2])).tolist() == [2, 4]
+    assert SPACE.predictions("b", torch.tensor([[0.0, 2.0, 1.0]])).tolist() == [3]
+
+
+def test_a_routed_sample_counts_only_if_task_and_class_are_right() -> None:
+    inf = float("-inf")
+    logits = torch.tensor([[0.0, 1.0, inf], [0.0, 0.0, 9.0], [0.0, 1.0, inf], [0.0, 5.0, 1.0]])
+    output = FreeOutput(torch.tensor([0, 1, 0, 1]), logits, None, ("a", "b"))
+    metrics = MultiTaskMetrics(SPACE)
+    # Right task and class; right class of the wrong task (b's 2 for a); right; b's class 1 for a's 1.
+    metrics.update("a", output, torch.tensor([1, 1, 1, 1]))
+    metrics.update("b", torch.tensor([[0.0, 0.0, 9.0], [9.0, 0.0, 0.0], [9.0, 0.0, 0.0]]), torch.tensor([2, 0, 1]))
+    assert metrics.compute() == {"a": 0.5, "b": pytest.approx(2 / 3)}
+    metrics.reset()
+    metrics.update("a", torch.tensor([[1.0, 0.0]]), torch.tensor([0]))
+    metrics.update("b", torch.tensor([[1.0, 0.0, 0.0]]), torch.tensor([1]))
+    assert metrics.compute() == {"a": 1.0, "b": 0.0}
+
+
+def test_a_model_of_other_tasks_is_refused() -> None:
+    output = FreeOutput(torch.tensor([0]), torch.zeros(1, 2), None, ("z",))
+    with pytest.raises(ValueError, match="routes to z, not among the tasks: a, b"):
+        SPACE.predictions("a", output)
+
+
+def loaders() -> dict[str, list]:
+    generator = torch.Generator().manual_seed(0)
+    make = lambda classes, sizes: [  # noqa: E731
+        (torch.randn(n, classes, generator=generator), torch.randint(classes, (n,), generator=generator)) for n in sizes
+    ]
+    return {"a": make(2, (8, 8, 3)), "b": make(3, (5,))}
+
+
+def test_the_loop_counts_every_sample_once() -> None:
+    data = loaders()
+    result = evaluate(lambda inputs, task: inputs, data, SPACE)
+    for task, batches in data.items():
+        right = sum(int((inputs.argmax(1) == labels).sum()) for inputs, labels in batches)
+        assert result[task] == pytest.approx(right / sum(len(labels) for _, labels in batches))
+
+
+@pytest.fixture
+def free_model() -> FreeModel:
+    torch.manual_seed(0)
+    heads = {"corners": nn.Linear(16, 4), "bars": nn.Linear(16, 2)}
+    return FreeModel(tiny_backbone(), heads, router=Router(2, channels=1, grid=4, hidden=8)).eval()
+
+
+@pytest.mark.parametrize("oracle", [False, True])
+def test_lightnings_test_gives_the_loops_numbers(free_model: FreeModel, oracle: bool) -> None:
+    suite = TinySuite(eval_batch_size=8)
+    evaluator = MultiTaskEvaluator(free_model, suite.names, oracle=oracle)
+    trainer = L.Trainer(accelerator="cpu", devices=1, logger=False, enable_progress_bar=False)
+    logged = trainer.test(evaluator, datamodule=suite, verbose=False)[0]
+    direct = evaluate(
+        lambda inputs, task: free_model(inputs, task=task if oracle else None),
+        suite.test_dataloader(),
+        evaluator.label_space,
+    )
+    assert evaluator.results == pytest.approx(direct)
+    assert logged["test/corners/acc"] == pytest.approx(direct["corners"])
+    assert logged["test/mean_acc"] == pytest.approx(sum(direct.values()) / 2)
+
+
+def test_the_evaluator_refuses_tasks_the_model_has_not(free_model: FreeModel) -> None:
+    with pytest.raises(ValueError, match="the model has no task digits; it has corners, bars"):
+        MultiTaskEvaluator(free_model, ("digits",))
+
+
+@pytest.fixture
+def report() -> Report:
+    return Report(
+        "title",
+        [
+            Row("individual", {"a": 0.8, "b": 0.9}, 1_000_000),
+            Row("FR", {"a": 0.6, "b": 0.9}, 0, chosen={"scale": 0.3}),
+            Row("router accuracy", {"a": 1.0, "b": 0.5}, 54_760, kind="router"),
+        ],
+        search={"FR": [{"scale": 0.3, "mean_acc": 0.7}]},
+        settings={"seed": 0},
+    )
+
+
+def test_the_reports_numbers(report: Report, tmp_path) -> None:
+    row = report.row("FR")
+    assert row.average == pytest.approx(0.75)
+    assert report.normalized(row) == pytest.approx((0.6 / 0.8 + 1.0) / 2)
+    drop, task = report.worst_drop(row)
+    assert (drop, task) == (pytest.approx(-0.2), "a")
+    report.write_json(tmp_path / "report.json")
+    data = json.loads((tmp_path / "report.json").read_text())
+    assert [entry["name"] for entry in data["rows"]] == ["individual", "FR", "router accuracy"]
+    assert data["rows"][1]["chosen"] == {"scale": 0.3}
+    assert math.isclose(data["rows"][1]["normalized"], 0.875)
+    assert "normalized" not in data["rows"][2]
+    assert data["search"]["FR"] == [{"scale": 0.3, "mean_acc": 0.7}]
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_the_table_is_whole_on_a_narrow_terminal(report: Report) -> None:
+    console = Console(width=20, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    report.print(console)
+    text = console.export_text()
+    for word in ("individual", "75.0", "87.5", "-20.0 a", "1.0 MB", "54.8 kB", "worst drop"):
+        assert word in text
+    assert "…" not in text
+    assert console.width == 20
+
+
+def test_the_picture_is_a_png_of_some_size(report: Report, tmp_path) -> None:
+    report.plot(tmp_path / "report.png")
+    data = (tmp_path / "report.png").read_bytes()
+    assert data.startswith(b"\x89PNG")
+    width, height = (int.from_bytes(data[i : i + 4], "big") for i in (16, 20))
+    assert (width, height) == (1200, 675)
+
+
+def test_sizes_are_readable() -> None:
+    assert [format_bytes(n) for n in (0, 999, 1000, 54_760, 999_600, 1_234_567_890)] == [
+        "0 B", "999 B", "1.0 kB", "54.8 kB", "1.0 MB", "1.2 GB",
+    ]  # fmt: skip

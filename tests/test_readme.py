@@ -1,0 +1,72 @@
+"""What README tells people to type, and to write, works."""
+
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from freemerge.checkpoints import load_checkpoint, save_checkpoint
+from freemerge.cli import main
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+def commands() -> list[list[str]]:
+    """Every `python -m freemerge …` of README's shell blocks, as arguments."""
+    lines = "\n".join(blocks("bash")).replace("\\\n", " ").splitlines()
+    calls = [part for line in lines for part in line.split("&&") if "python -m freemerge" in part]
+    return [shlex.split(call)[3:] for call in calls]
+
+
+def test_readme_has_the_two_commands_first() -> None:
+    assert blocks("bash")[0].splitlines() == [
+        "pip install -e . && python -m freemerge fit --config configs/quickstart.yaml",
+        'pip install -e ".[test]" && pytest',
+    ]
+
+
+def test_the_merge_command_of_readme_merges(tmp_path, monkeypatch) -> None:
+    from freemerge.__main__ import main as entry
+
+    monkeypatch.chdir(tmp_path)
+    for seed, name in enumerate(("base", "a", "b")):
+        weight = torch.randn(6, 4, generator=torch.Generator().manual_seed(seed))
+        save_checkpoint(f"{name}.safetensors", {"layer.weight": weight, "layer.bias": weight[:, 0]})
+    command = next(command for command in commands() if command[0] == "merge")
+    monkeypatch.setattr(sys, "argv", ["freemerge", *command])
+    assert entry() == 0
+    base, merged = load_checkpoint("base.safetensors"), load_checkpoint("merged.safetensors")
+    # FR-Merging passes biases unfiltered and aligns their mean magnitudes to the larger one.
+    vectors = [load_checkpoint(f"{name}.safetensors")["layer.bias"] - base["layer.bias"] for name in "ab"]
+    means = [vector.abs().mean() for vector in vectors]
+    aligned = sum(vector * max(means) / mean for vector, mean in zip(vectors, means, strict=True))
+    torch.testing.assert_close(merged["layer.bias"], base["layer.bias"] + 0.7 * aligned)
+
+
+def test_the_suite_and_the_configuration_of_readme_go_together(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    source = next(block for block in blocks("python") if "class MySuite" in block)
+    (tmp_path / "my_tasks.py").write_text(source)
+    (tmp_path / "my.yaml").write_text(blocks("yaml")[0])
+    command = next(command for command in commands() if "my.yaml" in command)
+    with pytest.raises(SystemExit) as stop:
+        main([*command, "--print_config"])
+    assert stop.value.code == 0
+    config = yaml.safe_load(capsys.readouterr().out)
+    assert config["data"]["class_path"] == "my_tasks.MySuite"
+    assert config["trainer"]["devices"] in (4, "4")
+
+
+@pytest.mark.parametrize("path", sorted(set(re.findall(r"\]\(((?!http)[^)#]+)\)", README))))
+def test_every_file_that_readme_links_to_exists(path: str) -> None:
+    assert (ROOT / path).exists()

@@ -1,0 +1,165 @@
+"""The three trainers on tiny real data, and the probe against scikit-learn."""
+
+import copy
+
+import lightning as L
+import pytest
+import torch
+from sklearn.linear_model import LogisticRegression
+from sklearn.preprocessing import StandardScaler
+from torch.func import functional_call
+
+from freemerge.experts import extract
+from freemerge.merging import task_vector
+from freemerge.models import Router
+from freemerge.training import ExpertTrainer, FineTuner, RouterTrainer, fit_probe
+from tests.tiny import TinySuite, tiny_backbone
+
+
+def adam(lr: float):
+    return lambda parameters: torch.optim.Adam(parameters, lr=lr)
+
+
+def trainer(tmp_path, **arguments) -> L.Trainer:
+    defaults = {"accelerator": "cpu", "devices": 1, "logger": False, "enable_progress_bar": False, "max_epochs": 3}
+    return L.Trainer(default_root_dir=tmp_path, enable_model_summary=False, **{**defaults, **arguments})
+
+
+@pytest.mark.parametrize("num_classes", [2, 4])
+def test_probe_is_scikit_learns_logistic_regression_folded_into_one_layer(num_classes: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(num_classes, (200,), generator=generator)
+    features = torch.randn(200, 6, generator=generator) * torch.arange(1, 7) + 2 * torch.eye(6)[labels] + 5
+    head = fit_probe(features, labels, num_classes)
+    scaled = StandardScaler().fit_transform(features.double().numpy())
+    expected = LogisticRegression(C=1.0, max_iter=200).fit(scaled, labels.numpy()).predict_proba(scaled)
+    got = head(features).softmax(dim=1).detach()
+    torch.testing.assert_close(got, torch.from_numpy(expected).float(), atol=2e-3, rtol=0)
+
+
+def test_probe_never_predicts_a_class_it_has_not_seen() -> None:
+    features = torch.randn(60, 4, generator=torch.Generator().manual_seed(0))
+    head = fit_probe(features, torch.tensor([0, 3, 4] * 20), num_classes=6)
+    assert set(head(features).argmax(dim=1).tolist()) <= {0, 3, 4}
+
+
+def test_finetuner_with_a_probe_learns_in_the_backbone_alone(tmp_path) -> None:
+    suite = TinySuite()
+    template = FineTuner(tiny_backbone(), optimizer=adam(3e-3))
+    tuner = template.for_task(4)
+    loop = trainer(tmp_path, max_epochs=12, enable_checkpointing=False)
+    loop.fit(tuner, datamodule=suite.for_task("corners"))
+    fitted = {name: tensor.clone() for name, tensor in tuner.head.state_dict().items()}
+    assert bool(tuner.head_ready)
+    assert not any(parameter.requires_grad for parameter in tuner.head.parameters())
+    assert loop.callback_metrics["val/acc"] > 0.9
+    vector = task_vector(template.backbone.weights(), tuner.backbone.weights())
+    assert all(tensor.abs().max() > 0 for tensor in vector.values() if tensor.dim() >= 2)
+    again = trainer(tmp_path, max_epochs=1, enable_checkpointing=False)
+    again.fit(tuner, datamodule=suite.for_task("corners"))  # the head is there: it is not fitted again
+    assert all(torch.equal(fitted[name], tensor) for name, tensor in tuner.head.state_dict().items())
+
+
+def test_finetuner_linear_head_trains_along(tmp_path) -> None:
+    tuner = FineTuner(tiny_backbone(), head="linear", num_classes=2, optimizer=adam(1e-3), schedule="constant")
+    before = tuner.head.weight.detach().clone()
+    trainer(tmp_path, max_epochs=1, enable_checkpointing=False).fit(tuner, datamodule=TinySuite().for_task("bars"))
+    assert not torch.equal(before, tuner.head.weight)
+
+
+def test_finetuner_refusals(tmp_path) -> None:
+    with pytest.raises(ValueError, match="head must be 'probe' or 'linear', got 'mlp'"):
+        FineTuner(tiny_backbone(), head="mlp")
+    with pytest.raises(ValueError, match="give `num_classes`"):
+        trainer(tmp_path, max_epochs=1).fit(FineTuner(tiny_backbone()), datamodule=TinySuite().for_task("bars"))
+
+
+def test_schedule_warms_up_then_falls_to_zero(tmp_path) -> None:
+    rates = []
+
+    class Watch(L.Callback):
+        def on_train_batch_end(self, trainer, *_):
+            rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+    tuner = FineTuner(tiny_backbone(), head="linear", num_classes=2, optimizer=adam(1.0e-3), warmup=0.25)
+    loop = trainer(tmp_path, max_epochs=2, callbacks=[Watch()], enable_checkpointing=False)
+    loop.fit(tuner, datamodule=TinySuite().for_task("bars"))
+    assert len(rates) == 8  # 64 samples, 16 a batch, 2 epochs
+    assert max(rates) == rates[1] == pytest.approx(1e-3)
+    assert rates[-1] == pytest.approx(0.0, abs=1e-9)
+
+
+@pytest.fixture(scope="module")
+def teacher_and_merged() -> tuple:
+    """A fine-tuned teacher with its head, and the base standing in for a merged backbone."""
+    tuner = FineTuner(tiny_backbone(), optimizer=adam(3e-3)).for_task(4)
+    quiet = {
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": False,
+    }
+    loop = L.Trainer(accelerator="cpu", max_epochs=12, **quiet)
+    loop.fit(tuner, datamodule=TinySuite().for_task("corners"))
+    return tuner, tiny_backbone()
+
+
+def test_expert_training_brings_the_student_closer_and_touches_nothing_else(tmp_path, teacher_and_merged) -> None:
+    tuner, backbone = teacher_and_merged
+    teacher = {name: tensor.clone() for name, tensor in tuner.backbone.weights().items()}
+    merged = {name: tensor.clone() for name, tensor in backbone.weights().items()}
+    start = extract(task_vector(merged, teacher), 0.05)
+    module = ExpertTrainer(copy.deepcopy(backbone), copy.deepcopy(tuner.head), teacher, start, optimizer=adam(1e-2))
+    assert [name for name, p in module.named_parameters() if p.requires_grad] == ["values"]
+    assert not any("teacher" in name for name in module.state_dict())
+    images = torch.cat([images for images, _ in TinySuite().test_dataloader()["corners"]])
+
+    def distance(expert) -> float:
+        dense = expert.dense()
+        weights = {f"model.{name}": t + dense.get(name, 0) for name, t in merged.items()}
+        module.backbone.eval()
+        student = functional_call(module.backbone, weights, (images,))
+        target = functional_call(module.backbone, {f"model.{n}": t for n, t in teacher.items()}, (images,))
+        return float((student - target).square().mean().detach())
+
+    before = distance(start)
+    trainer(tmp_path, max_epochs=30, enable_checkpointing=False).fit(module, datamodule=TinySuite().for_task("corners"))
+    trained = module.expert
+    assert distance(trained) < 0.5 * before
+    assert all(torch.equal(trained.indices[name], start.indices[name]) for name in start.indices)
+    assert all(torch.equal(merged[name], tensor) for name, tensor in module.backbone.weights().items())
+
+
+def test_expert_forward_equals_the_attached_expert(teacher_and_merged) -> None:
+    tuner, backbone = teacher_and_merged
+    start = extract(task_vector(backbone.weights(), tuner.backbone.weights()), 0.1)
+    module = ExpertTrainer(copy.deepcopy(backbone), tuner.head, tuner.backbone.weights(), start).eval()
+    images = torch.randn(5, 1, 8, 8)
+    dense = start.dense()
+    summed = copy.deepcopy(backbone).eval()
+    summed.load_weights({name: t + dense[name] if name in dense else t for name, t in backbone.weights().items()})
+    torch.testing.assert_close(module(images), summed(images))
+
+
+def test_expert_checkpoints_hold_the_values_alone_and_resume(tmp_path, teacher_and_merged) -> None:
+    tuner, backbone = teacher_and_merged
+    start = extract(task_vector(backbone.weights(), tuner.backbone.weights()), 0.05)
+
+    def fresh() -> ExpertTrainer:
+        return ExpertTrainer(copy.deepcopy(backbone), copy.deepcopy(tuner.head), tuner.backbone.weights(), start)
+
+    first, loop = fresh(), trainer(tmp_path, max_epochs=1)
+    loop.fit(first, datamodule=TinySuite().for_task("corners"))
+    path = loop.checkpoint_callback.best_model_path
+    assert list(torch.load(path, weights_only=True)["state_dict"]) == ["values"]
+    resumed = fresh()
+    trainer(tmp_path, max_epochs=1).fit(resumed, datamodule=TinySuite().for_task("corners"), ckpt_path=path)
+    assert torch.equal(resumed.values, first.values)
+
+
+def test_router_trainer_tells_the_tiny_tasks_apart(tmp_path) -> None:
+    suite = TinySuite()
+    module = RouterTrainer(Router(2, channels=1, grid=4, hidden=8), optimizer=adam(1e-2))
+    loop = trainer(tmp_path, max_epochs=5, enable_checkpointing=False)
+    loop.fit(module, datamodule=suite.mixture())
+    assert loop.callback_metrics["val/acc"] == 1.0
