@@ -56,8 +56,10 @@ def build_parser() -> jsonargparse.ArgumentParser:
     parser.add_argument(
         "--dtype", type=str | None, default=None, help="Of the merged tensors. Default: the base's own."
     )
-    parser.add_argument("--output", type=str, required=True, help="The .safetensors file to write.")
+    parser.add_argument("--output", type=str, required=True, help="The .safetensors file or the folder to write.")
     parser.add_argument("--overwrite", type=bool, default=False, help="Replace an existing output.")
+    parser.add_argument("--shard_size", type=str, default="5GB", help="Largest file of weights in a folder.")
+    parser.add_argument("--hash_inputs", type=bool, default=True, help="Record the hashes of all inputs in a folder.")
     return parser
 
 
@@ -83,6 +85,8 @@ def run(config: jsonargparse.Namespace) -> int:
             dtype=config.dtype,
             output=config.output,
             overwrite=config.overwrite,
+            shard_size=config.shard_size,
+            hash_inputs=config.hash_inputs,
         )
     except (MergeError, CheckpointError, ValueError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)

@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 
 from freemerge.checkpoints import Checkpoint, open_checkpoint
+from freemerge.checkpoints.folder import check_folder, companions, parse_size, plan_shards, write_folder
 from freemerge.checkpoints.opening import Source
 from freemerge.checkpoints.safetensors_files import storage_order, write_safetensors
 from freemerge.merging.errors import MergeError
 from freemerge.merging.method import MergeMethod
 from freemerge.merging.plan import Operands, Plan, make_plan
+from freemerge.merging.provenance import make_files, make_record
 from freemerge.merging.streaming import pieces, read_ahead
 from freemerge.merging.vectors import add
 
@@ -30,6 +32,8 @@ def merge(
     dtype: torch.dtype | str | None = None,
     output: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
+    shard_size: int | str = "5GB",
+    hash_inputs: bool = True,
 ) -> dict[str, Tensor] | Path:
     """Merge fine-tuned models of one base.
 
@@ -43,8 +47,12 @@ def merge(
         include: names of the tensors to merge: globs, or regular expressions after `re:`. None for all.
         exclude: names of the tensors to leave as in the base, and of the heads that only fine-tuned models have.
         dtype: of the result's floating-point tensors, for example "bfloat16"; None for the base's own.
-        output: a `.safetensors` file to write instead of returning tensors.
-        overwrite: replace an existing `output`.
+        output: what to write instead of returning tensors: a `.safetensors` file, or a folder for Hugging Face's
+            `from_pretrained`, with the base's configuration and tokenizer, a model card and `freemerge.json`. It
+            appears whole or not at all.
+        overwrite: replace an existing `output`; of folders only those that freemerge wrote.
+        shard_size: largest file of weights in a folder, in bytes or such as "500MB".
+        hash_inputs: record hashes of all inputs in the folder's `freemerge.json`, which takes a pass over them.
 
     Returns:
         All tensors of the base by name, in memory of their own, on the base's device; or the path written.
@@ -55,6 +63,7 @@ def merge(
     """
     if output is not None:
         output = _check_output(Path(output), overwrite)
+    shard_bytes = parse_size(shard_size)
     plan = make_plan(
         open_checkpoint(base, label=None if isinstance(base, (str, os.PathLike)) else "base"),
         [open_checkpoint(source, label=label) for label, source in _labelled(finetuned)],
@@ -68,7 +77,20 @@ def merge(
         tensors = dict(_merged(plan, method, statistics, list(plan.specs)))
         return {name: tensors[plan.tied.get(name, name)] for name in plan.base.names}
     specs = plan.specs
-    write_safetensors(output, specs, _merged(plan, method, statistics, storage_order(specs)), tied=plan.tied)
+    if output.suffix == ".safetensors":
+        write_safetensors(output, specs, _merged(plan, method, statistics, storage_order(specs)), tied=plan.tied)
+        return output
+    names = [name for shard in plan_shards(specs, shard_bytes).values() for name in shard]
+    record = make_record(plan, method, include=include, exclude=exclude, hash_inputs=hash_inputs)
+    write_folder(
+        output,
+        specs,
+        _merged(plan, method, statistics, names),
+        make_files(record, _companions(base), output.name),
+        shard_size=shard_bytes,
+        tied=plan.tied,
+        overwrite=overwrite,
+    )
     return output
 
 
@@ -145,9 +167,19 @@ def _labelled(finetuned: Sequence[Source] | Mapping[str, Source]) -> list[tuple[
     ]
 
 
+def _companions(base: Source) -> dict[str, Path]:
+    """The configuration and tokenizer files beside the base's weights, if it is a folder or lies in one."""
+    if not isinstance(base, (str, os.PathLike)):
+        return {}
+    folder = Path(base) if Path(base).is_dir() else Path(base).parent
+    return companions(folder) if (folder / "config.json").is_file() else {}
+
+
 def _check_output(output: Path, overwrite: bool) -> Path:
+    if output.suffix in (".pt", ".pth", ".bin", ".ckpt", ".gguf"):
+        raise MergeError(f"{output}: the output must be a .safetensors file or a folder")
     if output.suffix != ".safetensors":
-        raise MergeError(f"{output}: the output must be a .safetensors file")
-    if output.exists() and not overwrite:
+        check_folder(output, overwrite)
+    elif output.exists() and not overwrite:
         raise MergeError(f"{output}: exists already; choose another output, or overwrite it with overwrite=True")
     return output

@@ -4,11 +4,11 @@ import copy
 
 import pytest
 import torch
-from merging_models import finetune
 from torch import nn
 
 from freemerge.checkpoints import CheckpointError, load_checkpoint, open_checkpoint, save_checkpoint
 from freemerge.merging import MergeError, MergeMethod, PCBMerging, TaskArithmetic, Ties, WeightAverage, merge
+from tests.merging.merging_models import finetune
 
 
 def assert_equal(found, expected):

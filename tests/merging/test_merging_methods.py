@@ -9,7 +9,6 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from merging_models import METHODS, finetune
 
 from freemerge.merging import (
     FRMerging,
@@ -25,6 +24,7 @@ from freemerge.merging import (
     merge_task_vectors,
     task_vector,
 )
+from tests.merging.merging_models import METHODS, finetune
 
 
 def vectors_of(base, models):
