@@ -103,7 +103,7 @@ class PCBMerging(MergeMethod):
     def combine(self, name: str, deltas: Tensor, statistics: PCBStatistics | None) -> Tensor:
         if statistics is None:
             return deltas[0].clone()
-        low, high, threshold, maximum = (value.to(deltas.device) for value in statistics)
+        low, high, threshold, maximum = (bound.to(deltas.device) for bound in statistics)
         values = self._filtered(deltas)
         scores = self._scores(values, low, high)
         spread = maximum - threshold
@@ -125,6 +125,7 @@ class PCBMerging(MergeMethod):
 
     def _scores(self, values: Tensor, low: Tensor, high: Tensor) -> Tensor:
         """(K, n) task vectors and (K, 1) bounds → (K, n) scores."""
+        low, high = low.to(values.device), high.to(values.device)
         spread = high - low
         normalized = values.abs().clamp_(low, high).sub_(low).div_(torch.where(spread > 0, spread, 1.0))
         intra = normalized.square().mul_(len(values)).exp_()

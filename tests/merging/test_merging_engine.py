@@ -23,7 +23,8 @@ def mean_of(base, models):
 
 
 def test_files_and_memory_give_the_same_result(tmp_path, base, models, method):
-    expected = merge(base, models, method)
+    names = [f"task {index}" for index in range(3)]
+    expected = merge(base, dict(zip(names, models, strict=True)), method)
     save_checkpoint(tmp_path / "base.safetensors", base)
     paths = {}
     for index, model in enumerate(models[:2]):
@@ -32,7 +33,7 @@ def test_files_and_memory_give_the_same_result(tmp_path, base, models, method):
     torch.save(models[2], tmp_path / "2.pt")
     paths["task 2"] = str(tmp_path / "2.pt")
     assert_equal(merge(tmp_path / "base.safetensors", paths, method), expected)
-    output = merge(tmp_path / "base.safetensors", list(paths.values()), method, output=tmp_path / "o.safetensors")
+    output = merge(tmp_path / "base.safetensors", paths, method, output=tmp_path / "o.safetensors")
     assert output == tmp_path / "o.safetensors"
     assert_equal(load_checkpoint(output), expected)
 

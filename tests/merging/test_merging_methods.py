@@ -14,6 +14,7 @@ from freemerge.merging import (
     FRMerging,
     HighPass,
     MergeError,
+    MergeMethod,
     NyquistDisc,
     PCBMerging,
     TaskArithmetic,
@@ -33,12 +34,14 @@ def vectors_of(base, models):
 
 def permuted(method, order):
     """The method with its per-model numbers in another order."""
-    lists = {
-        field.name: [value[index] for index in order]
-        for field in dataclasses.fields(method)
-        if isinstance(value := getattr(method, field.name), list)
-    }
-    return dataclasses.replace(method, **lists)
+    changes = {}
+    for field in dataclasses.fields(method):
+        value = getattr(method, field.name)
+        if isinstance(value, list):
+            changes[field.name] = [value[index] for index in order]
+        elif isinstance(value, MergeMethod):
+            changes[field.name] = permuted(value, order)
+    return dataclasses.replace(method, **changes)
 
 
 def test_zero_vectors_give_the_base(base, method):
@@ -47,9 +50,10 @@ def test_zero_vectors_give_the_base(base, method):
 
 
 def test_the_order_of_the_models_does_not_matter(base, models, method):
-    merged = merge(base, models, method)
+    named = dict(zip("abc", models, strict=True))
+    merged = merge(base, named, method)
     order = [2, 0, 1]
-    other = merge(base, [models[index] for index in order], permuted(method, order))
+    other = merge(base, {name: named[name] for name in "cab"}, permuted(method, order))
     for name in base:
         torch.testing.assert_close(merged[name], other[name], rtol=1e-4, atol=1e-5)
 
