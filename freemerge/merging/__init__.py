@@ -10,6 +10,7 @@ from freemerge.merging.fr_merging import FRMerging
 from freemerge.merging.iso_c import IsoC
 from freemerge.merging.method import MergeMethod
 from freemerge.merging.pcb_merging import PCBMerging
+from freemerge.merging.per_pattern import PerPattern
 from freemerge.merging.ranks import order_statistics
 from freemerge.merging.task_arithmetic import TaskArithmetic
 from freemerge.merging.ties import Ties
@@ -31,6 +32,7 @@ __all__ = [
     "MergeMethod",
     "NyquistDisc",
     "PCBMerging",
+    "PerPattern",
     "TSVMerge",
     "TaskArithmetic",
     "Ties",

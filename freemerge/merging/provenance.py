@@ -23,7 +23,7 @@ def describe_method(method: object) -> dict[str, Any]:
     """A method and its parameters in plain values: class path and arguments, as a configuration file writes them.
 
     Args:
-        method: a dataclass; its fields may be dataclasses themselves (filters).
+        method: a dataclass; its fields may be dataclasses themselves (filters, methods behind methods).
     """
     kind = type(method)
     # Our own methods under their public name: in which file of the package they live may change.
@@ -31,10 +31,14 @@ def describe_method(method: object) -> dict[str, Any]:
     described: dict[str, Any] = {"class_path": f"{home}.{kind.__qualname__}"}
     if dataclasses.is_dataclass(method):
         values = {field.name: getattr(method, field.name) for field in dataclasses.fields(method)}
-        described["init_args"] = {
-            name: describe_method(value) if dataclasses.is_dataclass(value) else value for name, value in values.items()
-        }
+        described["init_args"] = {name: _describe_value(value) for name, value in values.items()}
     return described
+
+
+def _describe_value(value: object) -> object:
+    if isinstance(value, dict):
+        return {key: _describe_value(inner) for key, inner in value.items()}
+    return describe_method(value) if dataclasses.is_dataclass(value) else value
 
 
 def make_record(

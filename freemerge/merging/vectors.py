@@ -8,7 +8,7 @@ Notation: K models, D merged parameters in all.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -86,6 +86,10 @@ class Vectors:
                 index += 1
             position += total
         return torch.cat(found, dim=1)
+
+    def subset(self, names: Iterable[str]) -> Vectors:
+        """The same models' vectors of some of the tensors."""
+        return Vectors(self.labels, {name: self.shapes[name] for name in names}, self._read, self._read_piece)
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         return read_ahead(lambda name: (name, self._read(name)), self.shapes, depth=1)

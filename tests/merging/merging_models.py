@@ -14,6 +14,7 @@ from freemerge.merging import (
     HighPass,
     IsoC,
     PCBMerging,
+    PerPattern,
     TaskArithmetic,
     Ties,
     TSVMerge,
@@ -46,6 +47,7 @@ METHODS = [
     IsoC(),
     IsoC(1.3),
     EMRMerging(0.4),
+    PerPattern(PCBMerging(0.5), {"embed.*": FRMerging(), "re:.*bias": WeightAverage()}, scale=0.5),
 ]
 
 

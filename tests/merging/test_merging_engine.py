@@ -52,7 +52,7 @@ def test_modules_and_lightning_checkpoints(tmp_path):
 
 
 def test_the_result_shares_no_memory(base, models, method):
-    merged = merge(base, models, method, exclude=["embed.*"])
+    merged = merge(base, models, method, exclude=["conv.*"])
     memory = {tensor.untyped_storage().data_ptr() for state in (base, *models) for tensor in state.values()}
     assert not memory & {tensor.untyped_storage().data_ptr() for tensor in merged.values()}
     assert not any(tensor.requires_grad for tensor in merged.values())
