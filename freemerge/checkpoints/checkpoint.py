@@ -33,6 +33,9 @@ class Checkpoint(Mapping[str, Tensor]):
         tied: for each name that shares its storage with an earlier one, that earlier name. Tied names that a file
             leaves out (safetensors stores a shared tensor once) need not appear in `specs`.
         outside: names of the source that lie outside its prefix (heads, criteria) and are therefore not part of it.
+        deltas: names of tensors that are differences to a base, not weights (an adapter's).
+        partial: whether tensors of the base that are not named here are unchanged, and not missing.
+        source: the tensors as stored, where these here are computed from them.
     """
 
     def __init__(
@@ -43,10 +46,16 @@ class Checkpoint(Mapping[str, Tensor]):
         *,
         tied: Mapping[str, str] | None = None,
         outside: Iterable[str] = (),
+        deltas: Iterable[str] = (),
+        partial: bool = False,
+        source: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.label = label
         self.tied = dict(tied or {})
         self.outside = tuple(outside)
+        self.deltas = frozenset(deltas)
+        self.partial = partial
+        self.source: Mapping[str, Tensor] = self if source is None else source
         self._specs = dict(specs)
         self._read = read
 
@@ -89,7 +98,16 @@ class Checkpoint(Mapping[str, Tensor]):
 
     def with_label(self, label: str) -> Checkpoint:
         """The same tensors under another label."""
-        return Checkpoint(label, self._specs, self._read, tied=self.tied, outside=self.outside)
+        return Checkpoint(
+            label,
+            self._specs,
+            self._read,
+            tied=self.tied,
+            outside=self.outside,
+            deltas=self.deltas,
+            partial=self.partial,
+            source=None if self.source is self else self.source,
+        )
 
     def with_prefix(self, prefix: str) -> Checkpoint:
         """The tensors whose names start with `prefix`, without it; all others are listed in `outside`.
@@ -117,6 +135,9 @@ class Checkpoint(Mapping[str, Tensor]):
             lambda name, run: self._read(prefix + name, run),
             tied=tied,
             outside=(*self.outside, *outside),
+            deltas=[name[len(prefix) :] for name in self.deltas if name.startswith(prefix)],
+            partial=self.partial,
+            source=None if self.source is self else self.source,
         )
 
     def relative_to(self, reference: Iterable[str]) -> Checkpoint:

@@ -42,7 +42,8 @@ def merge(
 
     Args:
         base: the pretrained model: a state dict, a module, or the path of a checkpoint (see `open_checkpoint`).
-        finetuned: the fine-tuned models, in a list or by name. They may hold the base's tensors under a common prefix.
+        finetuned: the fine-tuned models, in a list or by name. They may hold the base's tensors under a common prefix,
+            or be folders of LoRA adapters.
         method: how to merge.
         include: names of the tensors to merge: globs, or regular expressions after `re:`. None for all.
         exclude: names of the tensors to leave as in the base, and of the heads that only fine-tuned models have.
@@ -138,8 +139,8 @@ def _merged(plan: Plan, method: MergeMethod, statistics: Any, names: Sequence[st
 
 def _combined(name: str, operands: Operands, plan: Plan, method: MergeMethod, statistics: Any) -> Tensor:
     """Merge a tensor or a piece of one and add it to the base's."""
-    base, tensors, deltas = operands
-    single = deltas[0].clone() if len(tensors) == 1 else None  # a method may overwrite what it is given
+    base, deltas, single = operands
+    before = deltas[0].clone() if single is not None else None  # a method may overwrite what it is given
     delta = method.combine(name, deltas, statistics)
     if delta.shape != base.shape:
         raise MergeError(
@@ -150,7 +151,7 @@ def _combined(name: str, operands: Operands, plan: Plan, method: MergeMethod, st
     if single is not None:
         # Where a single model's entry comes through unchanged, base + (model − base) is meant to be the model's own
         # value, and in floating point it is not always.
-        result = torch.where(delta == single, tensors[0].to(result.device, result.dtype), result)
+        result = torch.where(delta == before, single.to(result.device, result.dtype), result)
     return result
 
 

@@ -17,15 +17,15 @@ from freemerge.checkpoints import Checkpoint, TensorSpec
 from freemerge.merging.errors import MergeError
 from freemerge.merging.patterns import select, unmatched
 from freemerge.merging.streaming import Piece
-from freemerge.merging.vectors import Vectors, differences
+from freemerge.merging.vectors import Vectors, differences, working_dtype
 
 
 class Operands(NamedTuple):
     """What is read of a tensor, or of a piece of one (n values), to merge it."""
 
     base: Tensor  # (*shape) or (n,), as stored
-    tensors: list[Tensor]  # the K models' own values, as stored
     deltas: Tensor  # (K, *shape) or (K, n) float32, in memory of their own
+    single: Tensor | None  # the model's own values as stored, if there is one model
 
 
 @dataclass(frozen=True)
@@ -72,24 +72,30 @@ class Plan:
         )
 
     def read(self, what: str | Piece) -> Operands:
-        """Read all models' values of a tensor, or of a piece of one.
+        """Read the base's values of a tensor, or of a piece of one, and what the models add to them.
 
         Raises:
             MergeError: a value is NaN or infinite.
         """
-        checkpoints = (self.base, *self.models)
-        if isinstance(what, Piece):
-            name = what.name
-            base, *tensors = (checkpoint.run(*what) for checkpoint in checkpoints)
-        else:
-            name = what
-            base, *tensors = (checkpoint.tensor(name) for checkpoint in checkpoints)
-        deltas = differences(base, tensors)
+        name = what.name if isinstance(what, Piece) else what
+        base = _read(self.base, what)
+        deltas = torch.empty(len(self.models), *base.shape, dtype=torch.float32, device=base.device)
+        reference = base.to(working_dtype(base.dtype))  # converted once, not once per model
+        single = None
+        for model, row in zip(self.models, deltas, strict=True):
+            if name in model.deltas:
+                row.copy_(_read(model, what))
+            elif name in model or name in model.tied:
+                single = _read(model, what)
+                differences(reference, [single], out=row[None])
+            else:  # an adapter that leaves this tensor as it is
+                row.zero_()
         # One sum finds any NaN or infinity; only when it does (or overflows) is it worth asking where.
         if not bool(torch.isfinite(deltas.sum())):
-            for checkpoint in checkpoints:
-                _require_finite(checkpoint.label, name, checkpoint.tensor(name))
-        return Operands(base, tensors, deltas)
+            for checkpoint in (self.base, *self.models):
+                if name in checkpoint:
+                    _require_finite(checkpoint.label, name, checkpoint.tensor(name))
+        return Operands(base, deltas, single if len(self.models) == 1 else None)
 
 
 def make_plan(
@@ -117,6 +123,8 @@ def make_plan(
     """
     if not models:
         raise MergeError("there is no fine-tuned model to merge; name at least one")
+    if base.deltas:
+        raise MergeError(f"{base.label}: is a LoRA adapter; the base must be the model that it was trained on")
     if dtype is not None and not dtype.is_floating_point:
         raise MergeError(f"the dtype of a merged model must be a floating-point one, not {dtype}")
     if repeated := sorted({m.label for m in models if sum(m.label == other.label for other in models) > 1}):
@@ -140,6 +148,10 @@ def make_plan(
     return Plan(base, models, merged, kept, tied, dtype)
 
 
+def _read(checkpoint: Checkpoint, what: str | Piece) -> Tensor:
+    return checkpoint.run(*what) if isinstance(what, Piece) else checkpoint.tensor(what)
+
+
 def _tied_everywhere(name: str, first: str, models: Sequence[Checkpoint]) -> bool:
     return all(name not in model or model.tied.get(name) == first for model in models)
 
@@ -150,6 +162,8 @@ def _compare(base: Checkpoint, models: Sequence[Checkpoint], merged: Sequence[st
     for model in models:
         for name in merged:
             if name not in model and name not in model.tied:
+                if model.partial:
+                    continue
                 problems.append(
                     f"{model.label}: the tensor '{name}' is missing; {base.label} has it with shape "
                     f"{list(base.spec(name).shape)}; exclude=['{name}'] keeps the base's"

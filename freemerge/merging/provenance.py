@@ -65,7 +65,7 @@ def make_record(
     hashes: list[str | None] = [None] * len(checkpoints)
     if hash_inputs:
         with ThreadPoolExecutor(max_workers=4, thread_name_prefix="freemerge-hash") as pool:
-            hashes = list(pool.map(hash_tensors, checkpoints))
+            hashes = list(pool.map(lambda checkpoint: hash_tensors(checkpoint.source), checkpoints))
     base, *models = (_input(checkpoint, digest) for checkpoint, digest in zip(checkpoints, hashes, strict=True))
     return {
         "versions": {"freemerge": _version("freemerge"), "torch": torch.__version__},

@@ -196,18 +196,19 @@ def merge_task_vectors(vectors: Sequence[Mapping[str, Tensor]], method: MergeMet
     return {name: method.combine(name, deltas, statistics) for name, deltas in source}
 
 
-def differences(base: Tensor, tensors: Sequence[Tensor]) -> Tensor:
+def differences(base: Tensor, tensors: Sequence[Tensor], out: Tensor | None = None) -> Tensor:
     """θ_k − θ_base for K models.
 
     Args:
         base: any shape, any floating-point dtype.
         tensors: K tensors of that shape, in any floating-point dtypes.
+        out: (K, *shape) float32 on the base's device, to write to; new memory if None.
 
     Returns:
-        (K, *shape) float32 on the base's device, in new memory. float64 operands are subtracted in float64.
+        (K, *shape) float32 on the base's device. float64 operands are subtracted in float64.
     """
     reference = base.detach().to(working_dtype(base.dtype, *(tensor.dtype for tensor in tensors)))
-    deltas = torch.empty(len(tensors), *base.shape, dtype=torch.float32, device=base.device)
+    deltas = torch.empty(len(tensors), *base.shape, dtype=torch.float32, device=base.device) if out is None else out
     for index, tensor in enumerate(tensors):
         tensor = tensor.detach().to(base.device)
         if reference.dtype is torch.float32 and tensor.dtype.itemsize > 1:
