@@ -41,7 +41,7 @@ SCRIPTS: dict[str, tuple[tuple[int, int], ...]] = {
 TYPEFACES = (
     "DejaVu Sans",
     "DejaVu Sans Bold Oblique",
-    "DejaVu Sans Bold",
+    "DejaVu Serif",
     "DejaVu Serif Bold",
     "STIX",
     "STIX Bold Italic",
