@@ -1,0 +1,6 @@
+"""Lightning callbacks that merge what your own Trainer fine-tunes, and measure the result on every task."""
+
+from freemerge_callbacks.merge_at_fit_end import MergeAtFitEnd
+from freemerge_callbacks.multi_task_evaluation import MultiTaskEvaluation
+
+__all__ = ["MergeAtFitEnd", "MultiTaskEvaluation"]
