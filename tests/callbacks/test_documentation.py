@@ -1,0 +1,84 @@
+"""The README's project runs as printed; YAML makes every callback; --help says what each argument is."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import freemerge_callbacks
+import jsonargparse
+import pytest
+import yaml
+from freemerge_callbacks import MergeAtFitEnd, MultiTaskEvaluation
+from lightning.pytorch.callbacks import Callback
+
+from freemerge.checkpoints import load_checkpoint
+from freemerge.data import QuickstartSuite
+from freemerge.merging import PCBMerging
+
+README = Path(__file__).parents[2] / "callbacks" / "README.md"
+EXAMPLES = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
+# The import of the callbacks leaves the evaluation, which is slower, for when it is needed.
+LATER = """
+import sys, freemerge_callbacks
+assert not {"freemerge.evaluation", "freemerge.models"} & set(sys.modules)
+"""
+YAML = """
+- class_path: freemerge_callbacks.MergeAtFitEnd
+  init_args:
+    method:
+      class_path: freemerge.merging.PCBMerging
+      init_args: {ratio: 0.2}
+    others: [runs/*/backbone.safetensors]
+    output: merged.safetensors
+    exclude: [head.*]
+- class_path: MultiTaskEvaluation
+  init_args:
+    loaders:
+      class_path: freemerge.data.QuickstartSuite
+      init_args: {tasks: [digits], seed: 3}
+    heads: {digits: runs/digits/head.safetensors}
+    every_n_epochs: 2
+"""
+
+
+def test_the_first_example_is_a_whole_project(tmp_path):
+    assert len(EXAMPLES[0].splitlines()) <= 40
+    run = [sys.executable, "-c", LATER + EXAMPLES[0]]
+    done = subprocess.run(run, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    path, results = done.stdout.strip().splitlines()[-1].split(" ", 1)
+    assert list(load_checkpoint(tmp_path / path)) == ["0.weight", "0.bias", "2.weight", "2.bias"]
+    accuracies = [float(number) for number in re.findall(r"0\.\d+", results)]
+    assert len(accuracies) == 2
+    assert min(accuracies) > 0.75  # by chance: 0.5
+
+
+def test_yaml_by_class_path():
+    parser = jsonargparse.ArgumentParser()
+    parser.add_argument("--callbacks", type=list[Callback])
+    merge, evaluation = parser.instantiate_classes(parser.parse_object({"callbacks": yaml.safe_load(YAML)})).callbacks
+    assert isinstance(merge, MergeAtFitEnd)
+    assert merge.method == PCBMerging(ratio=0.2)
+    assert merge.others == ["runs/*/backbone.safetensors"]
+    assert merge.exclude == ["head.*"]
+    assert isinstance(evaluation, MultiTaskEvaluation)
+    assert isinstance(evaluation.loaders, QuickstartSuite)
+    assert evaluation.loaders.names == ("digits",)
+    assert evaluation.heads == {"digits": "runs/digits/head.safetensors"}
+    assert evaluation.merged == "auto"
+
+
+def test_mistakes_in_yaml_are_named():
+    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+    parser.add_argument("--callbacks", type=list[Callback])
+    with pytest.raises(jsonargparse.ArgumentError, match="sead"):
+        parser.parse_object({"callbacks": yaml.safe_load(YAML.replace("seed: 3", "sead: 3"))})
+
+
+@pytest.mark.parametrize("name", freemerge_callbacks.__all__)
+def test_every_argument_has_its_help(name):
+    parser = jsonargparse.ArgumentParser()
+    parser.add_class_arguments(getattr(freemerge_callbacks, name), None)
+    undocumented = [action.dest for action in parser._actions if action.dest != "help" and not action.help]
+    assert undocumented == []
