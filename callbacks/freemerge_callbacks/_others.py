@@ -6,6 +6,8 @@ from collections.abc import Collection, Sequence
 from glob import glob
 from pathlib import Path
 
+from freemerge_callbacks._task_files import read_record
+
 
 def find_others(patterns: Sequence[str], own: Collection[Path], who: str) -> list[Path]:
     """Resolve paths and globs, in the given order; what a glob matches is sorted.
@@ -38,3 +40,28 @@ def find_others(patterns: Sequence[str], own: Collection[Path], who: str) -> lis
         for path in matches:
             found.setdefault(path.resolve(), path)
     return list(found.values())
+
+
+def base_hashes(paths: Sequence[Path]) -> dict[Path, str]:
+    """The base that each checkpoint was fine-tuned from, for those that keep record of it."""
+    records = {path: read_record(path) for path in paths}
+    return {path: record.base_hash for path, record in records.items() if record is not None}
+
+
+def check_base_hashes(paths: Sequence[Path], expected: str | None, who: str) -> None:
+    """Require that all checkpoints that keep record of their base were fine-tuned from this one.
+
+    Args:
+        paths: the other tasks' checkpoints.
+        expected: hash of this fit's base.
+        who: what messages begin with.
+
+    Raises:
+        ValueError: one was fine-tuned from another base.
+    """
+    for path, found in base_hashes(paths).items():
+        if found != expected:
+            raise ValueError(
+                f"{who}: {path} was fine-tuned from another base than this fit (hash {found[:12]}…, here "
+                f"{str(expected)[:12]}…), so a merge of both means nothing; fine-tune it again, or leave it out"
+            )

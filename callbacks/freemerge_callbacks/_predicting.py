@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import lightning as L
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from freemerge.checkpoints import open_checkpoint
+from freemerge_callbacks._task_files import read_record
 from freemerge_callbacks._weights import find_prefix, is_sharded, relative
 
 Predict = Callable[[Tensor, str], Tensor]
@@ -38,27 +40,31 @@ def evaluating(modules: Sequence[nn.Module], device: torch.device) -> Iterator[N
                 part.training = training
 
 
-def merged_into(module: nn.Module, backbone: str, path: str) -> dict[str, Tensor]:
-    """A merged file's tensors under the module's own names, in its dtypes and on its devices.
+def merged_into(module: nn.Module, backbone: str, merged: str | Path | Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A merged backbone's tensors under the module's own names, in its dtypes and on its devices.
 
     Args:
         module: the module whose backbone was merged.
         backbone: dotted path of the backbone.
-        path: any checkpoint that `open_checkpoint` reads.
+        merged: tensors by name, or any file that `open_checkpoint` reads.
 
     Raises:
-        ValueError: the file has tensors that the backbone has not.
+        ValueError: it is another model's.
     """
     start = f"{backbone}." if backbone else ""
     tensors = {name: value for name, value in module.state_dict().items() if isinstance(value, Tensor)}
     state = {name: tensor for name, tensor in tensors.items() if name.startswith(start)}
     by_name = dict(zip(relative(state, backbone), state, strict=True))
-    checkpoint = open_checkpoint(path)
+    checkpoint = open_checkpoint(merged)
     prefix = find_prefix(by_name, checkpoint.names)
-    if prefix is None:
-        raise ValueError(f"{path}: its tensors are not those of the backbone '{backbone}' of {type(module).__name__}")
-    placed = {by_name[prefix + name]: checkpoint.tensor(name) for name in checkpoint.names}
-    return {name: tensor.to(state[name].device, state[name].dtype) for name, tensor in placed.items()}
+    placed = {by_name[prefix + name]: name for name in checkpoint.names if prefix + name in by_name}
+    bare = {name for name, value in module.named_parameters() if name in state and name not in placed}
+    # What a merge excludes may be only in the module (its head) or only in the file (the base's head), never both.
+    if not placed or (bare and len(placed) < len(checkpoint)):
+        raise ValueError(
+            f"{checkpoint.label}: its tensors are not those of the backbone '{backbone}' of {type(module).__name__}"
+        )
+    return {full: checkpoint.tensor(name).to(state[full].device, state[full].dtype) for full, name in placed.items()}
 
 
 def predictor(
@@ -78,8 +84,10 @@ def predictor(
         weights: tensors to use instead of the module's own, under the module's names. The module keeps its own.
     """
     body = module if heads is None else module.get_submodule(backbone)
+    # `functional_call` needs the module itself, not what `torch.compile` made of it.
+    body = getattr(body, "_orig_mod", body)
     start = 0 if heads is None or not backbone else len(backbone) + 1
-    weights = {name[start:]: tensor for name, tensor in weights.items()}
+    weights = {name[start:].removeprefix("_orig_mod."): tensor for name, tensor in weights.items()}
     precision = trainer.precision_plugin
 
     def predict(inputs: Tensor, task: str) -> Tensor:
@@ -112,16 +120,19 @@ def count_classes(predict: Predict, loaders: Mapping[str, Iterable], device: tor
 
 
 def linear_head(path: str, who: str) -> nn.Linear:
-    """The linear head in a file that holds its `weight` (C, F) and, perhaps, its `bias` (C,).
+    """The linear head in a task file, or in a file of nothing but its `weight` (C, F) and, perhaps, `bias` (C,).
 
     Raises:
         ValueError: the file holds something else.
     """
-    checkpoint = open_checkpoint(path)
+    checkpoint = open_checkpoint(path, prefix="head." if read_record(path) else None)
     if set(checkpoint.names) not in ({"weight"}, {"weight", "bias"}) or len(checkpoint.spec("weight").shape) != 2:
-        raise ValueError(f"{who}: {path}: expected a linear head, `weight` (C, F) and `bias`; found {checkpoint.names}")
+        raise ValueError(
+            f"{who}: {path}: expected a linear head, `weight` (C, F) and `bias`, and found "
+            f"{', '.join(checkpoint.names)}; give a head of another kind as a module"
+        )
     classes, features = checkpoint.spec("weight").shape
-    head = nn.Linear(features, classes, bias="bias" in checkpoint)
+    head = nn.Linear(features, classes, bias="bias" in checkpoint, dtype=checkpoint.spec("weight").dtype)
     head.load_state_dict(dict(checkpoint))
     return head
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,16 +12,9 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from freemerge.data import TaskSuite
-from freemerge_callbacks._predicting import (
-    check_loaders,
-    count_classes,
-    evaluating,
-    linear_head,
-    merged_into,
-    predictor,
-)
-from freemerge_callbacks._ranks import log_metrics, on_rank_zero
-from freemerge_callbacks._weights import get_backbone
+from freemerge_callbacks._predicting import merged_into
+from freemerge_callbacks._ranks import log_metrics
+from freemerge_callbacks._task_evaluation import TaskEvaluation, named_metrics
 from freemerge_callbacks.merge_at_fit_end import MergeAtFitEnd
 
 
@@ -34,9 +26,9 @@ class MultiTaskEvaluation(Callback):
 
     Args:
         loaders: task → loader of (inputs, labels), not shuffled; or a suite.
-        heads: task → head, from the backbone's features to logits: a module, or a .safetensors file with a linear
-            head's `weight` and `bias`. One task may be left out: the one being trained, whose head is the module's own.
-            None: the module's forward gives the logits of every task.
+        heads: task → head, from the backbone's features to logits: a module, TaskCheckpoint's file, or a
+            .safetensors file with a linear head's `weight` and `bias`. One task may be left out: the one being trained,
+            whose head is the module's own. None: the module's forward gives the logits of every task.
         every_n_epochs: evaluate the current weights whenever so many epochs of training have ended, besides the
             evaluation at the end. None: only at the end.
         backbone: dotted path of the module's attribute that holds the backbone; "" for the module itself.
@@ -61,17 +53,12 @@ class MultiTaskEvaluation(Callback):
         split: Literal["val", "test"] = "val",
         prefix: str = "multitask",
     ) -> None:
-        self.loaders = loaders
-        self.heads = heads
+        self.evaluation = TaskEvaluation("MultiTaskEvaluation", loaders, heads, backbone, head, split)
         self.every_n_epochs = every_n_epochs
         self.backbone = backbone
-        self.head = head
         self.merged = merged
-        self.split = split
         self.prefix = prefix
         self.results: dict[str, float] = {}
-        self._loaders: dict[str, Iterable] = {}
-        self._files: dict[str, nn.Module] = {}
 
     @property
     def state_key(self) -> str:
@@ -89,46 +76,32 @@ class MultiTaskEvaluation(Callback):
         if self.every_n_epochs is not None and self.every_n_epochs < 1:
             raise ValueError(f"MultiTaskEvaluation: every_n_epochs must be at least 1, got {self.every_n_epochs}")
         self._check_order(trainer)
-        self._loaders = self._open_loaders(trainer)
-        check_loaders(trainer, self._loaders, "MultiTaskEvaluation")
-        self._check_heads()
+        self.evaluation.open(trainer)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not trainer.fast_dev_run:
-            get_backbone(pl_module, self.backbone, "MultiTaskEvaluation")
-            self._heads(pl_module)
+            self.evaluation.check(pl_module)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         due = self.every_n_epochs is not None and (trainer.current_epoch + 1) % self.every_n_epochs == 0
         if due and not trainer.fast_dev_run:
-            self._evaluate(trainer, pl_module, None)
-            self.log_dict(self._metrics(), sync_dist=True)
+            self.results = self.evaluation.run(trainer, pl_module, {})
+            self.log_dict(named_metrics(self.results, self.prefix), sync_dist=True)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.fast_dev_run:
             return
-        merge = self._merge(trainer)
-        path = merge.merged_path if isinstance(merge, MergeAtFitEnd) else merge
-        self._evaluate(trainer, pl_module, path)
-        log_metrics(trainer, self._metrics())
-        scores = ", ".join(f"{name} {value:.3f}" for name, value in self._metrics().items())
+        path = self._merged_path(trainer)
+        weights = {} if path is None else merged_into(pl_module, self.backbone, path)
+        self.results = self.evaluation.run(trainer, pl_module, weights)
+        metrics = named_metrics(self.results, self.prefix)
+        log_metrics(trainer, metrics)
+        scores = ", ".join(f"{name} {value:.3f}" for name, value in metrics.items())
         rank_zero_info(f"MultiTaskEvaluation: {path or 'current weights'}: {scores}")
 
-    def _evaluate(self, trainer: L.Trainer, module: L.LightningModule, path: str | Path | None) -> None:
-        from freemerge.evaluation import LabelSpace, evaluate
-
-        heads, device = self._heads(module), trainer.strategy.root_device
-        with evaluating([module, *(heads or {}).values()], device):
-            weights = {} if path is None else merged_into(module, self.backbone, path)
-            predict = predictor(trainer, module, self.backbone, heads, weights)
-            classes = count_classes(predict, self._loaders, device, "MultiTaskEvaluation")
-            self.results = evaluate(predict, self._loaders, LabelSpace(classes), device)
-
-    def _metrics(self) -> dict[str, float]:
-        mean = sum(self.results.values()) / len(self.results)
-        return {f"{self.prefix}/{task}/acc": value for task, value in self.results.items()} | {
-            f"{self.prefix}/mean_acc": mean
-        }
+    def _merged_path(self, trainer: L.Trainer) -> str | Path | None:
+        merge = self._merge(trainer)
+        return merge.merged_path if isinstance(merge, MergeAtFitEnd) else merge
 
     def _merge(self, trainer: L.Trainer) -> MergeAtFitEnd | str | None:
         if self.merged != "auto":
@@ -142,29 +115,3 @@ class MultiTaskEvaluation(Callback):
         merge = self._merge(trainer)
         if isinstance(merge, MergeAtFitEnd) and merge not in trainer.callbacks[: trainer.callbacks.index(self)]:
             raise ValueError("MultiTaskEvaluation: put its MergeAtFitEnd before it in the Trainer's callbacks")
-
-    def _open_loaders(self, trainer: L.Trainer) -> dict[str, Iterable]:
-        if not isinstance(self.loaders, TaskSuite):
-            return dict(self.loaders)
-        suite = self.loaders
-        on_rank_zero(trainer, suite.prepare_data)
-        parts = {name: suite.for_task(name) for name in suite.names}
-        return {name: getattr(part, f"{self.split}_dataloader")() for name, part in parts.items()}
-
-    def _check_heads(self) -> None:
-        if self.heads is None:
-            return
-        if unknown := [task for task in self.heads if task not in self._loaders]:
-            raise ValueError(f"MultiTaskEvaluation: a head for '{unknown[0]}', a task without a loader")
-        missing = [task for task in self._loaders if task not in self.heads]
-        if len(missing) > 1:
-            raise ValueError(f"MultiTaskEvaluation: no heads for {', '.join(missing)}; only one task may go without")
-        files = {task: head for task, head in self.heads.items() if not isinstance(head, nn.Module)}
-        self._files = {task: linear_head(head, "MultiTaskEvaluation") for task, head in files.items()}
-
-    def _heads(self, module: L.LightningModule) -> dict[str, nn.Module] | None:
-        if self.heads is None:
-            return None
-        known = {**self.heads, **self._files}
-        own = (get_backbone(module, self.head, "MultiTaskEvaluation") for _ in range(1))
-        return {task: known[task] if task in known else next(own) for task in self._loaders}

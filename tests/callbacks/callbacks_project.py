@@ -70,16 +70,14 @@ class SaveWeights(Callback):
 
 
 class SaveResults(Callback):
-    """Writes what a MultiTaskEvaluation before it found, one file per rank."""
+    """Writes what the callbacks before it found, one file per rank."""
 
     def __init__(self, folder: str) -> None:
         self.folder = folder
 
     def on_fit_end(self, trainer, pl_module):
-        evaluation = next(
-            callback for callback in trainer.callbacks if type(callback).__name__ == "MultiTaskEvaluation"
-        )
-        torch.save(evaluation.results, f"{self.folder}/results-{trainer.global_rank}.pt")
+        results = {type(each).__name__: each.results for each in trainer.callbacks if hasattr(each, "results")}
+        torch.save(results, f"{self.folder}/results-{trainer.global_rank}.pt")
 
 
 def make_data(feature: int, count: int = 64, seed: int = 0) -> TensorDataset:

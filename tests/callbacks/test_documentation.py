@@ -63,9 +63,9 @@ def test_yaml_by_class_path():
     assert merge.others == ["runs/*/backbone.safetensors"]
     assert merge.exclude == ["head.*"]
     assert isinstance(evaluation, MultiTaskEvaluation)
-    assert isinstance(evaluation.loaders, QuickstartSuite)
-    assert evaluation.loaders.names == ("digits",)
-    assert evaluation.heads == {"digits": "runs/digits/head.safetensors"}
+    assert isinstance(evaluation.evaluation.loaders, QuickstartSuite)
+    assert evaluation.evaluation.loaders.names == ("digits",)
+    assert evaluation.evaluation.heads == {"digits": "runs/digits/head.safetensors"}
     assert evaluation.merged == "auto"
 
 

@@ -41,7 +41,7 @@ def test_merges_what_was_trained_with_the_weights_that_training_started_from(tmp
     trained = {name: value.detach() for name, value in module.backbone.state_dict().items()}
     assert not torch.equal(trained["0.weight"], make_backbone()[0].weight)
     assert_equal(load_checkpoint(merge.merged_path), expected_mean(trained, other))
-    assert not merge.kept_base.exists()
+    assert not merge.base.kept.exists()
 
 
 def test_a_given_base_and_a_dotted_backbone(tmp_path, other):
@@ -214,21 +214,21 @@ def interrupted(folder, other, base=None):
 def test_a_resumed_fit_merges_against_what_it_first_started_from(tmp_path, other):
     whole = fit(tmp_path, MergeAtFitEnd(WeightAverage(), [str(other)], str(tmp_path / "whole.safetensors")))
     last, first = interrupted(tmp_path, other)
-    assert first.kept_base.exists()
+    assert first.base.kept.exists()
     assert torch.load(last, weights_only=True)["callbacks"][first.state_key] == first.state_dict()
     merge = MergeAtFitEnd(WeightAverage(), [str(other)], str(tmp_path / "m.safetensors"))
     fit(tmp_path, merge, ckpt_path=last)
     assert_equal(load_checkpoint(merge.merged_path), load_checkpoint(tmp_path / "whole.safetensors"))
     assert_equal(load_checkpoint(merge.merged_path), expected_mean(whole.backbone.state_dict(), other))
-    assert not merge.kept_base.exists()
+    assert not merge.base.kept.exists()
 
 
 def test_a_resumed_fit_whose_base_is_gone_is_refused(tmp_path, other):
     last, first = interrupted(tmp_path, other)
-    save_checkpoint(first.kept_base, {name: value + 1 for name, value in load_checkpoint(first.kept_base).items()})
+    save_checkpoint(first.base.kept, {name: value + 1 for name, value in load_checkpoint(first.base.kept).items()})
     with pytest.raises(ValueError, match="is not what the resumed fit started from"):
         fit(tmp_path, MergeAtFitEnd(WeightAverage(), [str(other)], str(tmp_path / "m.safetensors")), ckpt_path=last)
-    first.kept_base.unlink()
+    first.base.kept.unlink()
     with pytest.raises(ValueError, match="is gone; give the pretrained model with base="):
         fit(tmp_path, MergeAtFitEnd(WeightAverage(), [str(other)], str(tmp_path / "m.safetensors")), ckpt_path=last)
     save_checkpoint(tmp_path / "base.safetensors", make_backbone().state_dict())
@@ -252,7 +252,7 @@ def test_a_resumed_fit_that_began_without_the_callback_is_refused(tmp_path, othe
 
 def test_state_is_small_and_goes_round(tmp_path):
     merge = MergeAtFitEnd(WeightAverage(), ["a"], str(tmp_path / "m.safetensors"))
-    merge._base_hash = "abc"
+    merge.base.hash = "abc"
     again = MergeAtFitEnd(WeightAverage(), ["a"], str(tmp_path / "m.safetensors"))
     again.load_state_dict(merge.state_dict())
     assert again.state_dict() == merge.state_dict() == {"base_hash": "abc"}

@@ -237,3 +237,14 @@ def test_a_forward_that_gives_no_logits(tmp_path):
     module.forward = lambda inputs: module.model["encoder"](inputs).mean(1)
     with pytest.raises(ValueError, match=r"expected logits \(B, C\) for 'a', got shape \[1\]; does it need heads"):
         fit(tmp_path, module, MultiTaskEvaluation(LOADERS, backbone="model.encoder"))
+
+
+def test_a_compiled_backbone(tmp_path, other):
+    module = Plain(torch.compile(make_backbone(), backend="eager"))
+    heads = make_heads()
+    evaluation = MultiTaskEvaluation(LOADERS, heads=heads, merged=str(other))
+    fit(tmp_path, module, evaluation)
+    backbone = make_backbone()
+    backbone.load_state_dict(load_checkpoint(other))
+    for task, loader in LOADERS.items():
+        assert evaluation.results[task] == pytest.approx(accuracy(lambda x, t=task: heads[t](backbone(x)), loader))
