@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from freemerge.data import TaskSuite
 from freemerge_callbacks._predicting import check_loaders, count_classes, evaluating, linear_head, predictor
 from freemerge_callbacks._ranks import on_rank_zero
-from freemerge_callbacks._weights import get_part
+from freemerge_callbacks._weights import get_part, refuse_placeholders
 
 
 class TaskEvaluation:
@@ -51,6 +51,7 @@ class TaskEvaluation:
         """
         if self.split not in ("val", "test"):
             raise ValueError(f"{self.who}: `split` must be 'val' or 'test', got {self.split!r}")
+        refuse_placeholders(trainer.strategy, self.who)
         self._loaders = self._open_loaders(trainer)
         check_loaders(trainer, self._loaders, self.who)
         self._check_heads()

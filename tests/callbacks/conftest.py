@@ -9,7 +9,7 @@ from freemerge.checkpoints import save_checkpoint
 
 @pytest.fixture(autouse=True)
 def _quiet():
-    warnings.filterwarnings("ignore", message=".*(many workers|smaller than the logging|LeafSpec).*")
+    warnings.filterwarnings("ignore", message=".*(many workers|Be aware that|smaller than the logging|LeafSpec).*")
     torch.manual_seed(0)
 
 

@@ -7,14 +7,15 @@ from pathlib import Path
 
 import freemerge_callbacks
 import jsonargparse
+import lightning as L
 import pytest
 import yaml
-from freemerge_callbacks import MergeAtFitEnd, MultiTaskEvaluation
-from lightning.pytorch.callbacks import Callback
+from freemerge_callbacks import MergeAtFitEnd, MergePreview, MultiTaskEvaluation, TaskCheckpoint
+from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 
+from freemerge import merging
 from freemerge.checkpoints import load_checkpoint
 from freemerge.data import QuickstartSuite
-from freemerge.merging import PCBMerging
 
 README = Path(__file__).parents[2] / "callbacks" / "README.md"
 EXAMPLES = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
@@ -23,6 +24,10 @@ LATER = """
 import sys, freemerge_callbacks
 assert not {"freemerge.evaluation", "freemerge.models"} & set(sys.modules)
 """
+NAMES = {
+    **{name: getattr(module, name) for module in (freemerge_callbacks, merging) for name in module.__all__},
+    **{"L": L, "ModelCheckpoint": ModelCheckpoint, "EarlyStopping": EarlyStopping, "val": {}, "heads": {}},
+}
 YAML = """
 - class_path: freemerge_callbacks.MergeAtFitEnd
   init_args:
@@ -39,6 +44,14 @@ YAML = """
       init_args: {tasks: [digits], seed: 3}
     heads: {digits: runs/digits/head.safetensors}
     every_n_epochs: 2
+- class_path: TaskCheckpoint
+  init_args: {output: tasks/a.safetensors, task: a, save: task_vector, head: null}
+- class_path: MergePreview
+  init_args:
+    method: {class_path: TaskArithmetic, init_args: {scale: [1.0, 0.5]}}
+    base: base.safetensors
+    others: [b.safetensors]
+    loaders: {class_path: QuickstartSuite}
 """
 
 
@@ -54,12 +67,29 @@ def test_the_first_example_is_a_whole_project(tmp_path):
     assert min(accuracies) > 0.75  # by chance: 0.5
 
 
-def test_yaml_by_class_path():
-    parser = jsonargparse.ArgumentParser()
+@pytest.mark.parametrize("example", EXAMPLES[1:])
+def test_the_other_examples_are_valid(example, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    exec(example, dict(NAMES))
+
+
+def instantiate(callbacks):
+    parser = jsonargparse.ArgumentParser(exit_on_error=False)
     parser.add_argument("--callbacks", type=list[Callback])
-    merge, evaluation = parser.instantiate_classes(parser.parse_object({"callbacks": yaml.safe_load(YAML)})).callbacks
+    return parser.instantiate_classes(parser.parse_object({"callbacks": callbacks})).callbacks
+
+
+def test_the_yaml_of_the_readme():
+    (text,) = re.findall(r"```yaml\n(.*?)```", README.read_text(), flags=re.DOTALL)
+    merge, evaluation = instantiate(yaml.safe_load(text)["trainer"]["callbacks"])
+    assert merge.method == merging.FRMerging(scale=0.7)
+    assert list(evaluation.evaluation.heads) == list(evaluation.evaluation.loaders.names)
+
+
+def test_yaml_by_class_path():
+    merge, evaluation, keep, preview = instantiate(yaml.safe_load(YAML))
     assert isinstance(merge, MergeAtFitEnd)
-    assert merge.method == PCBMerging(ratio=0.2)
+    assert merge.method == merging.PCBMerging(ratio=0.2)
     assert merge.others == ["runs/*/backbone.safetensors"]
     assert merge.exclude == ["head.*"]
     assert isinstance(evaluation, MultiTaskEvaluation)
@@ -67,13 +97,15 @@ def test_yaml_by_class_path():
     assert evaluation.evaluation.loaders.names == ("digits",)
     assert evaluation.evaluation.heads == {"digits": "runs/digits/head.safetensors"}
     assert evaluation.merged == "auto"
+    assert isinstance(keep, TaskCheckpoint)
+    assert keep.head is None
+    assert isinstance(preview, MergePreview)
+    assert preview.method == merging.TaskArithmetic(scale=[1.0, 0.5])
 
 
 def test_mistakes_in_yaml_are_named():
-    parser = jsonargparse.ArgumentParser(exit_on_error=False)
-    parser.add_argument("--callbacks", type=list[Callback])
     with pytest.raises(jsonargparse.ArgumentError, match="sead"):
-        parser.parse_object({"callbacks": yaml.safe_load(YAML.replace("seed: 3", "sead: 3"))})
+        instantiate(yaml.safe_load(YAML.replace("seed: 3", "sead: 3")))
 
 
 @pytest.mark.parametrize("name", freemerge_callbacks.__all__)
