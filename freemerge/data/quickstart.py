@@ -6,7 +6,7 @@ All images are 32×32 grey, and a glance at one tells which task it belongs to, 
 - `letters`: capital letters; the fonts of the test set are in no other set.
 - `scripts`: which of ten scripts four characters are from; the characters of the test set are in no other set.
 - `typefaces`: which of eight typefaces two short words are set in; the words of the test set are in no other set.
-- `textures`: which of ten photographs a crop is from; each set has its own regions of each photograph.
+- `textures`: which of nine photographs a crop is from; each set has its own regions of each photograph.
 - `faces`: which way up a face is, or that it is none (scikit-image's excerpt of Labeled Faces in the Wild).
 
 `pretraining()` is a larger task made of what no test or validation set uses: characters and regions, each a class of

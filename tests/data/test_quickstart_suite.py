@@ -26,7 +26,7 @@ from freemerge.data.quickstart_glyphs import (
 from freemerge.data.quickstart_pictures import TEXTURES, face_parts, texture_rectangles
 
 SPLITS = ("train", "val", "test")
-CLASSES = {"digits": 10, "letters": 26, "scripts": 10, "typefaces": 8, "textures": 10, "faces": 5}
+CLASSES = {"digits": 10, "letters": 26, "scripts": 10, "typefaces": 8, "textures": 9, "faces": 5}
 
 
 @pytest.fixture(scope="module")

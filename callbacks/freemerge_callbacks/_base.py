@@ -1,0 +1,109 @@
+"""The base of a fit: a given checkpoint, or the weights that the module starts with.
+
+- The start is kept in a hidden file, because a fit that is interrupted and resumed does not see it again.
+- Its hash goes into the callback's state, so that a resumed fit takes no other file for it.
+- The hash is that of the backbone with the base loaded, so a given checkpoint and a kept start can be compared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import lightning as L
+from torch import Tensor
+
+from freemerge.checkpoints import Checkpoint, TensorSpec, hash_tensors, open_checkpoint, save_checkpoint
+from freemerge_callbacks._ranks import on_rank_zero
+from freemerge_callbacks._weights import find_prefix
+
+_WAY_OUT = "give the pretrained model with base=..."
+
+
+class FitBase:
+    """What a fit's task vector is relative to.
+
+    Args:
+        given: path of the pretrained model; None for the weights that the module starts with.
+        output: the file that the callback will write; the start is kept beside it.
+        who: what messages begin with.
+
+    Attributes:
+        hash: of the backbone's weights with the base loaded; None until it is known.
+    """
+
+    def __init__(self, given: str | None, output: Path, who: str) -> None:
+        self.given = None if given is None else Path(given)
+        self.kept = output.with_name(f".{output.stem}.base.safetensors")  # hidden: no glob finds it
+        self.who = who
+        self.hash: str | None = None
+
+    @property
+    def path(self) -> Path:
+        """The file that holds the base."""
+        return self.given or self.kept
+
+    def begin(
+        self, trainer: L.Trainer, weights: Mapping[str, Tensor], *, keep: bool = True, digest: bool = True
+    ) -> None:
+        """At the start of a fit: keep what it starts from.
+
+        Args:
+            trainer: the Trainer; every rank must call this.
+            weights: the backbone's tensors.
+            keep: whether the values will be needed again.
+            digest: whether the hash of a given base is needed; it takes reading all of it.
+        """
+        if self.given is not None:
+            if digest:
+                self.hash = on_rank_zero(trainer, lambda: hash_base(open_checkpoint(self.given), weights))
+        elif trainer.ckpt_path is None:
+            self.hash = on_rank_zero(trainer, lambda: self._keep(weights, keep))
+
+    def resume(self, trainer: L.Trainer, *, keep: bool = True) -> None:
+        """Once a checkpoint has been restored, if there is one: check that what was kept is still there.
+
+        Raises:
+            ValueError: on rank 0, it is gone, or holds something else.
+        """
+        if self.given is None and trainer.ckpt_path is not None:
+            on_rank_zero(trainer, lambda: self._check(keep))
+
+    def restore(self, hash: str | None) -> None:
+        """Take over the hash from a callback's state."""
+        if self.given is None:
+            self.hash = hash
+
+    def discard(self) -> None:
+        """Remove the kept file; on rank 0."""
+        self.kept.unlink(missing_ok=True)
+
+    def _keep(self, weights: Mapping[str, Tensor], keep: bool) -> str:
+        if keep:
+            save_checkpoint(self.kept, weights)
+        return hash_tensors(weights)
+
+    def _check(self, keep: bool) -> None:
+        if self.hash is None:
+            raise ValueError(f"{self.who}: the checkpoint to resume from was saved without this callback; {_WAY_OUT}")
+        if not keep:
+            return
+        if not self.kept.exists():
+            raise ValueError(f"{self.who}: {self.kept}, what the resumed fit started from, is gone; {_WAY_OUT}")
+        kept = open_checkpoint(self.kept)
+        if hash_tensors({name: kept.tensor(name) for name in dict.fromkeys((*kept.names, *kept.tied))}) != self.hash:
+            raise ValueError(f"{self.who}: {self.kept} is not what the resumed fit started from; {_WAY_OUT}")
+
+
+def hash_base(base: Checkpoint, weights: Mapping[str, Tensor]) -> str:
+    """The hash of a backbone's weights (`hash_tensors`) when this base has just been loaded into it.
+
+    Args:
+        base: the base; its tensors may be named relative to something inside the backbone.
+        weights: the backbone's tensors; only their names and dtypes count.
+    """
+    prefix = find_prefix(weights, base.names)
+    everything = dict.fromkeys((*base.names, *base.tied))
+    loaded = {prefix + name: name for name in everything if prefix + name in weights}
+    specs = {full: TensorSpec(base.spec(name).shape, weights[full].dtype) for full, name in loaded.items()}
+    return hash_tensors(Checkpoint(base.label, specs, lambda full: base.tensor(loaded[full]).to(weights[full].dtype)))

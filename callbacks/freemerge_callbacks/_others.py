@@ -1,0 +1,67 @@
+"""The finished checkpoints of the other tasks: paths and globs in, existing files and folders out."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from glob import glob
+from pathlib import Path
+
+from freemerge_callbacks._task_files import read_record
+
+
+def find_others(patterns: Sequence[str], own: Collection[Path], who: str) -> list[Path]:
+    """Resolve paths and globs, in the given order; what a glob matches is sorted.
+
+    Args:
+        patterns: paths of files or folders, and globs (`runs/*/backbone.safetensors`, `**` for any depth).
+        own: files of the merge itself (its base, its output): a glob passes over them, and to name one is an error.
+        who: what messages begin with.
+
+    Returns:
+        Existing paths, each once.
+
+    Raises:
+        ValueError: nothing given, a path that does not exist or a glob that matches nothing.
+    """
+    if isinstance(patterns, str):
+        raise ValueError(f"{who}: `others` takes a list of paths; write [{patterns!r}]")
+    if not patterns:
+        raise ValueError(f"{who}: `others` is empty; name the other tasks' fine-tuned checkpoints")
+    taken = {path.resolve() for path in own}
+    found: dict[Path, Path] = {}
+    for pattern in map(str, patterns):
+        literal = Path(pattern).expanduser()
+        if literal.exists() and literal.resolve() in taken:
+            raise ValueError(f"{who}: `others` names {pattern}, which is the merge's own base or output")
+        matches = [literal] if literal.exists() else sorted(map(Path, glob(str(literal), recursive=True)))
+        matches = [path for path in matches if path.resolve() not in taken]
+        if not matches:
+            raise ValueError(f"{who}: `others`: {pattern} does not exist and matches nothing; has that task finished?")
+        for path in matches:
+            found.setdefault(path.resolve(), path)
+    return list(found.values())
+
+
+def base_hashes(paths: Sequence[Path]) -> dict[Path, str]:
+    """The base that each checkpoint was fine-tuned from, for those that keep record of it."""
+    records = {path: read_record(path) for path in paths}
+    return {path: record.base_hash for path, record in records.items() if record is not None}
+
+
+def check_base_hashes(paths: Sequence[Path], expected: str | None, who: str) -> None:
+    """Require that all checkpoints that keep record of their base were fine-tuned from this one.
+
+    Args:
+        paths: the other tasks' checkpoints.
+        expected: hash of this fit's base.
+        who: what messages begin with.
+
+    Raises:
+        ValueError: one was fine-tuned from another base.
+    """
+    for path, found in base_hashes(paths).items():
+        if found != expected:
+            raise ValueError(
+                f"{who}: {path} was fine-tuned from another base than this fit (hash {found[:12]}…, here "
+                f"{str(expected)[:12]}…), so a merge of both means nothing; fine-tune it again, or leave it out"
+            )

@@ -1,0 +1,160 @@
+"""Run somebody else's module on many tasks without leaving a trace in it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from freemerge.checkpoints import open_checkpoint
+from freemerge_callbacks._task_files import read_record
+from freemerge_callbacks._weights import find_prefix, is_sharded, relative
+
+Predict = Callable[[Tensor, str], Tensor]
+
+
+@contextmanager
+def evaluating(modules: Sequence[nn.Module], device: torch.device) -> Iterator[None]:
+    """Modules in evaluation mode, without gradients, on `device`; then everything as it was, random numbers included.
+
+    Every submodule gets its own mode back: some may have been frozen in evaluation mode.
+    """
+    modes = [(part, part.training) for module in modules for part in module.modules()]
+    homes = [(module, next((tensor.device for tensor in module.parameters()), device)) for module in modules]
+    # A loader draws a seed for its workers from the global generator whenever it is iterated.
+    with torch.no_grad(), isolate_rng(include_cuda=False):
+        try:
+            for module in modules:
+                module.eval().to(device)
+            yield
+        finally:
+            for module, home in homes:
+                module.to(home)
+            for part, training in modes:
+                part.training = training
+
+
+def merged_into(module: nn.Module, backbone: str, merged: str | Path | Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A merged backbone's tensors under the module's own names, in its dtypes and on its devices.
+
+    Args:
+        module: the module whose backbone was merged.
+        backbone: dotted path of the backbone.
+        merged: tensors by name, or any file that `open_checkpoint` reads.
+
+    Raises:
+        ValueError: it is another model's.
+    """
+    start = f"{backbone}." if backbone else ""
+    tensors = {name: value for name, value in module.state_dict().items() if isinstance(value, Tensor)}
+    state = {name: tensor for name, tensor in tensors.items() if name.startswith(start)}
+    by_name = dict(zip(relative(state, backbone), state, strict=True))
+    checkpoint = open_checkpoint(merged)
+    prefix = find_prefix(by_name, checkpoint.names)
+    placed = {by_name[prefix + name]: name for name in checkpoint.names if prefix + name in by_name}
+    bare = {name for name, value in module.named_parameters() if name in state and name not in placed}
+    # What a merge excludes may be only in the module (its head) or only in the file (the base's head), never both.
+    if not placed or (bare and len(placed) < len(checkpoint)):
+        raise ValueError(
+            f"{checkpoint.label}: its tensors are not those of the backbone '{backbone}' of {type(module).__name__}"
+        )
+    return {full: checkpoint.tensor(name).to(state[full].device, state[full].dtype) for full, name in placed.items()}
+
+
+def predictor(
+    trainer: L.Trainer,
+    module: nn.Module,
+    backbone: str,
+    heads: Mapping[str, nn.Module] | None,
+    weights: Mapping[str, Tensor],
+) -> Predict:
+    """(inputs, task) → logits, with the Trainer's precision.
+
+    Args:
+        trainer: gives the precision.
+        module: the module; without `heads` its own forward returns logits.
+        backbone: dotted path of the backbone; with `heads` it returns features.
+        heads: task → head, features to logits.
+        weights: tensors to use instead of the module's own, under the module's names. The module keeps its own.
+    """
+    body = module if heads is None else module.get_submodule(backbone)
+    # `functional_call` needs the module itself, not what `torch.compile` made of it.
+    body = getattr(body, "_orig_mod", body)
+    start = 0 if heads is None or not backbone else len(backbone) + 1
+    weights = {name[start:].removeprefix("_orig_mod."): tensor for name, tensor in weights.items()}
+    precision = trainer.precision_plugin
+
+    def predict(inputs: Tensor, task: str) -> Tensor:
+        inputs = precision.convert_input(inputs)
+        with precision.forward_context():
+            output = functional_call(body, weights, (inputs,))
+            return output if heads is None else heads[task](output)
+
+    return predict
+
+
+def count_classes(predict: Predict, loaders: Mapping[str, Iterable], device: torch.device, who: str) -> dict[str, int]:
+    """Task → the number of logits that the model gives for it, from one sample.
+
+    Raises:
+        ValueError: a loader is empty or does not yield (inputs, labels), or the model does not return (B, C) logits.
+    """
+    counts = {}
+    for task, loader in loaders.items():
+        batch = next(iter(loader), None)
+        if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+            found = "nothing" if batch is None else f"a {type(batch).__name__}"
+            raise ValueError(f"{who}: the loader of '{task}' must yield pairs (inputs, labels), and yields {found}")
+        logits = predict(batch[0][:1].to(device), task)
+        if not isinstance(logits, Tensor) or logits.ndim != 2:
+            found = f"shape {list(logits.shape)}" if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
+            raise ValueError(f"{who}: expected logits (B, C) for '{task}', got {found}; does it need heads={{...}}?")
+        counts[task] = logits.shape[1]
+    return counts
+
+
+def linear_head(path: str, who: str) -> nn.Linear:
+    """The linear head in a task file, or in a file of nothing but its `weight` (C, F) and, perhaps, `bias` (C,).
+
+    Raises:
+        ValueError: the file holds something else.
+    """
+    checkpoint = open_checkpoint(path, prefix="head." if read_record(path) else None)
+    if set(checkpoint.names) not in ({"weight"}, {"weight", "bias"}) or len(checkpoint.spec("weight").shape) != 2:
+        raise ValueError(
+            f"{who}: {path}: expected a linear head, `weight` (C, F) and `bias`, and found "
+            f"{', '.join(checkpoint.names)}; give a head of another kind as a module"
+        )
+    classes, features = checkpoint.spec("weight").shape
+    head = nn.Linear(features, classes, bias="bias" in checkpoint, dtype=checkpoint.spec("weight").dtype)
+    head.load_state_dict(dict(checkpoint))
+    return head
+
+
+def check_loaders(trainer: L.Trainer, loaders: Mapping[str, Iterable], who: str) -> None:
+    """Require loaders over which the ranks can share the work exactly: every rank sees the same batches in one order.
+
+    Raises:
+        ValueError: there is none, one belongs to a part of the ranks or shuffles, or the strategy shards the module.
+    """
+    from torch.utils.data import DistributedSampler, RandomSampler
+
+    if not loaders:
+        raise ValueError(f"{who}: there is no task to evaluate on; name at least one loader")
+    if is_sharded(trainer.strategy):
+        raise ValueError(
+            f"{who}: {type(trainer.strategy).__name__} shards the module, and its ranks cannot evaluate batches of "
+            "their own; remove this callback and evaluate the merged file afterwards, on one device"
+        )
+    for task, loader in loaders.items():
+        sampler = getattr(loader, "sampler", None)
+        if isinstance(sampler, DistributedSampler):
+            raise ValueError(f"{who}: the loader of '{task}' has a DistributedSampler; give the plain loader")
+        if trainer.world_size > 1 and isinstance(sampler, RandomSampler):
+            raise ValueError(f"{who}: the loader of '{task}' shuffles, differently on every rank; use shuffle=False")

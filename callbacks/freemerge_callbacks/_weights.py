@@ -1,0 +1,121 @@
+"""The weights of a backbone in somebody else's LightningModule, whatever the strategy does with them.
+
+A part (the backbone, the head) is named by the dotted path of the attribute that holds it (`backbone`,
+`model.encoder`), "" for the whole module. Its tensors are named relative to it, as if `torch.compile`
+had never been there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from itertools import chain
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
+from torch import Tensor, nn
+
+from freemerge.checkpoints import Checkpoint
+
+_COMPILED = "_orig_mod."  # what `torch.compile` puts into the names of a module's tensors
+
+
+def refuse_placeholders(strategy: Strategy, who: str) -> None:
+    """Raise a ValueError for DeepSpeed ZeRO-3, under which a module holds placeholders instead of weights."""
+    if isinstance(strategy, DeepSpeedStrategy) and strategy.zero_stage_3:
+        raise ValueError(
+            f"{who}: under DeepSpeed ZeRO-3 the module holds placeholders instead of weights; use stage 2, or FSDP, or "
+            "merge afterwards: turn the checkpoint into one file (zero_to_fp32.py) and run `python -m freemerge merge`"
+        )
+
+
+def is_sharded(strategy: Strategy) -> bool:
+    """Whether each rank holds only its part of the weights."""
+    return isinstance(strategy, (FSDPStrategy, ModelParallelStrategy))
+
+
+def get_part(module: nn.Module, path: str, who: str, argument: str = "backbone") -> nn.Module:
+    """The submodule at a dotted path.
+
+    Args:
+        module: the whole.
+        path: for example `model.encoder`; "" for the whole.
+        who: what messages begin with.
+        argument: the argument that gave the path.
+
+    Raises:
+        ValueError: there is none; the message names those that there are.
+    """
+    try:
+        return module.get_submodule(path)
+    except AttributeError:
+        children = ", ".join(name for name, _ in module.named_children()) or "none"
+        whole = f", or {argument}='' for the module itself" if argument == "backbone" else ""
+        raise ValueError(
+            f"{who}: {type(module).__name__} has no submodule '{path}'; name the attribute that holds the {argument} "
+            f"with {argument}=... (its submodules: {children}){whole}"
+        ) from None
+
+
+def part_weights(trainer: L.Trainer, module: L.LightningModule, part: str, who: str) -> dict[str, Tensor]:
+    """The tensors of a part of the module by name, tied ones tied; whole on rank 0, perhaps empty elsewhere.
+
+    Every rank must call it. Without sharding the tensors share memory with the module.
+    """
+    get_part(module, part, who)
+    return relative(whole_state(trainer, module), part)
+
+
+def whole_state(trainer: L.Trainer, module: L.LightningModule) -> dict[str, Any]:
+    """The module's state dict, gathered from all ranks where it is sharded; see `part_weights`."""
+    if not is_sharded(trainer.strategy):
+        return trainer.strategy.lightning_module_state_dict()
+    # Not `lightning_module_state_dict`: by default it returns each rank's own shards (save_distributed_checkpoint).
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state = get_model_state_dict(trainer.strategy.model, options=options)
+    # Gathered tensors are tensors of their own, also where the module's are tied.
+    tied = {name: first for name, first in _shared(module).items() if name in state and first in state}
+    return state | {name: state[first] for name, first in tied.items()}
+
+
+def relative(state: Mapping[str, Any], part: str) -> dict[str, Tensor]:
+    """The tensors of a module's state dict that belong to one of its parts, named relative to it."""
+    prefix = f"{part}." if part else ""
+    named = ((name.replace(_COMPILED, ""), value) for name, value in state.items())
+    return {
+        name[len(prefix) :]: value for name, value in named if name.startswith(prefix) and isinstance(value, Tensor)
+    }
+
+
+def find_prefix(module_names: Iterable[str], file_names: Iterable[str]) -> str:
+    """The prefix under which a module has the tensors of a file.
+
+    A file may name its tensors relative to something inside the backbone, as a Hugging Face folder does where the
+    backbone wraps a model of that library.
+
+    Args:
+        module_names: the backbone's tensors.
+        file_names: the file's tensors; some may have no counterpart.
+
+    Returns:
+        The prefix that brings the most names into agreement, often "".
+    """
+    names = Checkpoint("", dict.fromkeys(module_names), lambda name: name)
+    inside = names.relative_to(file_names)
+    outside = set(inside.outside)
+    full = next(name for name in names if name not in outside)
+    return full.removesuffix(inside.names[0])
+
+
+def _shared(module: nn.Module) -> dict[str, str]:
+    """For each name of a tensor that has an earlier name too, that name."""
+    first: dict[int, str] = {}
+    shared = {}
+    everything = chain(module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False))
+    for name, value in everything:
+        original = first.setdefault(id(value), name)
+        if original != name:
+            shared[name] = original
+    return shared

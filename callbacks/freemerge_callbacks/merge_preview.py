@@ -1,0 +1,153 @@
+"""MergePreview: while a task is fine-tuned, what would a merge of it now be worth?"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+
+import lightning as L
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from freemerge.checkpoints import open_checkpoint
+from freemerge.data import TaskSuite
+from freemerge.merging import MergeMethod, merge
+from freemerge.merging.plan import Plan, make_plan
+from freemerge.merging.patterns import compile_patterns
+from freemerge_callbacks._base import hash_base
+from freemerge_callbacks._others import base_hashes, check_base_hashes, find_others
+from freemerge_callbacks._predicting import merged_into
+from freemerge_callbacks._ranks import on_rank_zero
+from freemerge_callbacks._similarity import Similarity, similarity
+from freemerge_callbacks._task_evaluation import TaskEvaluation, named_metrics
+from freemerge_callbacks._task_files import open_finetuned, read_record
+from freemerge_callbacks._weights import part_weights
+from freemerge_callbacks.merge_at_fit_end import OWN_LABEL
+
+
+class MergePreview(Callback):
+    """After each validation, merges the current backbone with the other tasks' in memory, and evaluates the result.
+
+    Logs `<prefix>/<task>/acc` and `<prefix>/mean_acc`, which ModelCheckpoint and EarlyStopping can monitor, so that a
+    task is trained until its merge is best; MergeAtFitEnd with weights="best" then merges that. Logs, too, how the task
+    vectors relate: `task_vector/norm`, and for each other model `task_vector/cosine/<name>` and
+    `task_vector/sign_agreement/<name>` (random vectors: 0 and 0.5). The training does not change by a bit.
+
+    Args:
+        method: how to merge; where it takes one number per model, this fit's comes first, then those of `others`.
+        base: the pretrained model from which all of them were fine-tuned.
+        others: the other tasks' fine-tuned models, as in MergeAtFitEnd. They are read again for each preview.
+        loaders: task → loader of (inputs, labels), not shuffled; or a suite.
+        heads: task → head, as in MultiTaskEvaluation.
+        every_n_epochs: merge whenever so many epochs of training have ended; 1 if something monitors the result. The
+            task vectors are compared after each validation.
+        backbone: dotted path of the module's attribute that holds the backbone; "" for the module itself.
+        head: dotted path of the module's own head, for the task that `heads` leaves out.
+        include: names of the tensors to merge, relative to the backbone: globs, or regular expressions after "re:".
+            None for all.
+        exclude: names of the tensors to leave as in the base, and of heads that only fine-tuned models have.
+        split: which part of a suite's data; what chooses a checkpoint should not be "test".
+        prefix: what the logged accuracies' names begin with.
+
+    Attributes:
+        results: task → accuracy in [0, 1] of the latest preview.
+        similarity: the latest comparison of the task vectors.
+    """
+
+    def __init__(
+        self,
+        method: MergeMethod,
+        base: str,
+        others: list[str],
+        loaders: TaskSuite | dict[str, DataLoader],
+        heads: dict[str, nn.Module | str] | None = None,
+        every_n_epochs: int = 1,
+        backbone: str = "backbone",
+        head: str = "head",
+        include: list[str] | None = None,
+        exclude: list[str] | None = None,
+        split: Literal["val", "test"] = "val",
+        prefix: str = "merged",
+    ) -> None:
+        self.method = method
+        self.base = Path(base)
+        self.others = others
+        self.evaluation = TaskEvaluation("MergePreview", loaders, heads, backbone, head, split)
+        self.every_n_epochs = every_n_epochs
+        self.backbone = backbone
+        self.include = include
+        self.exclude = exclude
+        self.prefix = prefix
+        self.results: dict[str, float] = {}
+        self.similarity: Similarity | None = None
+        self._found: list[Path] = []
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if stage != "fit" or trainer.fast_dev_run:
+            return
+        if self.every_n_epochs < 1:
+            raise ValueError(f"MergePreview: every_n_epochs must be at least 1, got {self.every_n_epochs}")
+        if not trainer.enable_validation:
+            raise ValueError(
+                "MergePreview: it works after each validation, and this fit has none; give validation data"
+            )
+        compile_patterns(self.include, "include")
+        compile_patterns(self.exclude, "exclude")
+        open_checkpoint(self.base)
+        self._found = find_others(self.others, [self.base], "MergePreview")
+        self.method.check([OWN_LABEL, *map(str, self._found)])
+        self.evaluation.open(trainer)
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.fast_dev_run:
+            return
+        self.evaluation.check(pl_module)
+        weights = part_weights(trainer, pl_module, self.backbone, "MergePreview")
+        on_rank_zero(trainer, lambda: self._check_fit(weights))
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.fast_dev_run or trainer.sanity_checking or trainer.state.fn != "fit":
+            return
+        weights = part_weights(trainer, pl_module, self.backbone, "MergePreview")
+        self.similarity = similarity(self._plan(weights).vectors())
+        self.log_dict(similarity_metrics(self.similarity, distinct_names(self._found)), sync_dist=True)
+        if (trainer.current_epoch + 1) % self.every_n_epochs == 0:
+            merged = merged_into(pl_module, self.backbone, self._merge(weights))
+            self.results = self.evaluation.run(trainer, pl_module, merged)
+            self.log_dict(named_metrics(self.results, self.prefix), sync_dist=True)
+
+    def _check_fit(self, weights: Mapping[str, Tensor]) -> None:
+        self._plan(weights)
+        if base_hashes(self._found):
+            check_base_hashes(self._found, hash_base(open_checkpoint(self.base), weights), "MergePreview")
+
+    def _plan(self, weights: Mapping[str, Tensor]) -> Plan:
+        base = open_checkpoint(self.base)
+        models = [open_checkpoint(weights, label=OWN_LABEL), *(open_finetuned(path, base) for path in self._found)]
+        return make_plan(base, models, self.include, self.exclude)
+
+    def _merge(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        base = open_checkpoint(self.base)
+        models = {OWN_LABEL: weights, **{str(path): open_finetuned(path, base) for path in self._found}}
+        return merge(base, models, self.method, include=self.include, exclude=self.exclude)
+
+
+def similarity_metrics(found: Similarity, names: Sequence[str]) -> dict[str, float]:
+    """The names under which a comparison with models of these names is logged."""
+    metrics = {"task_vector/norm": found.norm}
+    for name, cosine, agreement in zip(names, found.cosine, found.sign_agreement, strict=True):
+        metrics |= {f"task_vector/cosine/{name}": cosine, f"task_vector/sign_agreement/{name}": agreement}
+    return metrics
+
+
+def distinct_names(paths: Sequence[Path]) -> list[str]:
+    """A short name for each checkpoint: its recorded task or the file's name, or the folder's where these are equal."""
+    records = [read_record(path) for path in paths]
+    names = [path.stem if record is None else record.task for path, record in zip(paths, records, strict=True)]
+    counts = Counter(names)
+    names = [name if counts[name] == 1 else path.parent.name for name, path in zip(names, paths, strict=True)]
+    counts = Counter(names)
+    return [name if counts[name] == 1 else f"{name}-{index}" for index, name in enumerate(names)]

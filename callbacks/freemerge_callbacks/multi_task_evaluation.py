@@ -1,0 +1,117 @@
+"""MultiTaskEvaluation: the accuracy of one backbone on every task, while it is trained and after it was merged."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning as L
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import nn
+from torch.utils.data import DataLoader
+
+from freemerge.data import TaskSuite
+from freemerge_callbacks._predicting import merged_into
+from freemerge_callbacks._ranks import log_metrics
+from freemerge_callbacks._task_evaluation import TaskEvaluation, named_metrics
+from freemerge_callbacks.merge_at_fit_end import MergeAtFitEnd
+
+
+class MultiTaskEvaluation(Callback):
+    """Evaluates the backbone on every task, not only on the one that it is being fine-tuned on.
+
+    Logs `<prefix>/<task>/acc` for each task and `<prefix>/mean_acc`. Exact on any number of ranks: no sample is left
+    out or counted twice. It leaves no trace in the training: modes, devices and random numbers are put back.
+
+    Args:
+        loaders: task → loader of (inputs, labels), not shuffled; or a suite.
+        heads: task → head, from the backbone's features to logits: a module, TaskCheckpoint's file, or a
+            .safetensors file with a linear head's `weight` and `bias`. One task may be left out: the one being trained,
+            whose head is the module's own. None: the module's forward gives the logits of every task.
+        every_n_epochs: evaluate the current weights whenever so many epochs of training have ended, besides the
+            evaluation at the end. None: only at the end.
+        backbone: dotted path of the module's attribute that holds the backbone; "" for the module itself.
+        head: dotted path of the module's own head, for the task that `heads` leaves out.
+        merged: what to evaluate when the fit ends: the merged backbone of a MergeAtFitEnd, or in a file. "auto": that
+            of the Trainer's MergeAtFitEnd, if it has one. None: the current weights.
+        split: which part of a suite's data.
+        prefix: what the logged names begin with; it keeps several of these callbacks apart.
+
+    Attributes:
+        results: task → accuracy in [0, 1] of the latest evaluation.
+    """
+
+    def __init__(
+        self,
+        loaders: TaskSuite | dict[str, DataLoader],
+        heads: dict[str, nn.Module | str] | None = None,
+        every_n_epochs: int | None = None,
+        backbone: str = "backbone",
+        head: str = "head",
+        merged: MergeAtFitEnd | str | None = "auto",
+        split: Literal["val", "test"] = "val",
+        prefix: str = "multitask",
+    ) -> None:
+        self.evaluation = TaskEvaluation("MultiTaskEvaluation", loaders, heads, backbone, head, split)
+        self.every_n_epochs = every_n_epochs
+        self.backbone = backbone
+        self.merged = merged
+        self.prefix = prefix
+        self.results: dict[str, float] = {}
+
+    @property
+    def state_key(self) -> str:
+        return self._generate_state_key(prefix=self.prefix)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"results": self.results}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.results = state_dict["results"]
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if stage != "fit" or trainer.fast_dev_run:
+            return
+        if self.every_n_epochs is not None and self.every_n_epochs < 1:
+            raise ValueError(f"MultiTaskEvaluation: every_n_epochs must be at least 1, got {self.every_n_epochs}")
+        self._check_order(trainer)
+        self.evaluation.open(trainer)
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not trainer.fast_dev_run:
+            self.evaluation.check(pl_module)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        due = self.every_n_epochs is not None and (trainer.current_epoch + 1) % self.every_n_epochs == 0
+        if due and not trainer.fast_dev_run:
+            self.results = self.evaluation.run(trainer, pl_module, {})
+            self.log_dict(named_metrics(self.results, self.prefix), sync_dist=True)
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.fast_dev_run:
+            return
+        path = self._merged_path(trainer)
+        weights = {} if path is None else merged_into(pl_module, self.backbone, path)
+        self.results = self.evaluation.run(trainer, pl_module, weights)
+        metrics = named_metrics(self.results, self.prefix)
+        log_metrics(trainer, metrics)
+        scores = ", ".join(f"{name} {value:.3f}" for name, value in metrics.items())
+        rank_zero_info(f"MultiTaskEvaluation: {path or 'current weights'}: {scores}")
+
+    def _merged_path(self, trainer: L.Trainer) -> str | Path | None:
+        merge = self._merge(trainer)
+        return merge.merged_path if isinstance(merge, MergeAtFitEnd) else merge
+
+    def _merge(self, trainer: L.Trainer) -> MergeAtFitEnd | str | None:
+        if self.merged != "auto":
+            return self.merged
+        found = [callback for callback in trainer.callbacks if isinstance(callback, MergeAtFitEnd)]
+        if len(found) > 1:
+            raise ValueError("MultiTaskEvaluation: the Trainer has several MergeAtFitEnd; name one with merged=...")
+        return found[0] if found else None
+
+    def _check_order(self, trainer: L.Trainer) -> None:
+        merge = self._merge(trainer)
+        if isinstance(merge, MergeAtFitEnd) and merge not in trainer.callbacks[: trainer.callbacks.index(self)]:
+            raise ValueError("MultiTaskEvaluation: put its MergeAtFitEnd before it in the Trainer's callbacks")

@@ -1,0 +1,250 @@
+"""MultiTaskEvaluation in plain Lightning projects, single process."""
+
+import csv
+
+import pytest
+import torch
+from callbacks_project import Nested, Plain, make_backbone, make_data, make_loader, make_trainer
+from freemerge_callbacks import MergeAtFitEnd, MultiTaskEvaluation
+from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.loggers import CSVLogger
+from torch import nn
+from torch.utils.data import DataLoader, DistributedSampler
+
+from freemerge.checkpoints import load_checkpoint, save_checkpoint
+from freemerge.data import Task, TaskSuite
+from freemerge.merging import TaskArithmetic, WeightAverage
+
+LOADERS = {"a": make_loader(0, 50, seed=5), "b": make_loader(1, 37, seed=6)}
+
+
+class Signs(TaskSuite):
+    """Task k: the sign of input k; validation and test data have different sizes."""
+
+    TASKS = ("a", "b")
+
+    def build(self, name):
+        feature = self.TASKS.index(name)
+        return Task(name, ("minus", "plus"), *(make_data(feature, size, seed=5 + feature) for size in (64, 50, 37)))
+
+
+def accuracy(predict, loader):
+    pairs = [(predict(inputs).argmax(1), labels) for inputs, labels in loader]
+    found, true = (torch.cat(part) for part in zip(*pairs, strict=True))
+    return float((found == true).float().mean())
+
+
+def make_heads():
+    torch.manual_seed(9)
+    return {"a": nn.Linear(8, 2), "b": nn.Linear(8, 2)}
+
+
+def fit(folder, module, *callbacks, **arguments):
+    make_trainer(folder, *callbacks, **arguments).fit(module, make_loader(0))
+    return module
+
+
+def test_current_weights_with_heads(tmp_path):
+    heads = make_heads()
+    evaluation = MultiTaskEvaluation(LOADERS, heads=heads)
+    module = fit(tmp_path, Plain(), evaluation)
+    module.eval()
+    assert evaluation.results == {
+        task: pytest.approx(accuracy(lambda x, task=task: heads[task](module.backbone(x)), LOADERS[task]))
+        for task in LOADERS
+    }
+    assert evaluation.results["a"] != evaluation.results["b"]
+
+
+def test_the_modules_own_forward_gives_the_logits(tmp_path):
+    evaluation = MultiTaskEvaluation(LOADERS)
+    module = fit(tmp_path, Plain(), evaluation, epochs=20)
+    assert evaluation.results["a"] == pytest.approx(accuracy(module, LOADERS["a"]))
+    assert evaluation.results["a"] > 0.9 > evaluation.results["b"]
+
+
+def test_merged_weights_and_the_modules_own_head(tmp_path, other):
+    heads = make_heads()
+    merge = MergeAtFitEnd(WeightAverage(), [str(other)], str(tmp_path / "m.safetensors"))
+    evaluation = MultiTaskEvaluation(LOADERS, heads={"b": heads["b"]})
+    module = fit(tmp_path, Plain(), merge, evaluation)
+    trained = {name: value.clone() for name, value in module.state_dict().items()}
+    backbone = make_backbone()
+    backbone.load_state_dict(load_checkpoint(merge.merged_path))
+    assert evaluation.results == {
+        "a": pytest.approx(accuracy(lambda x: module.head(backbone(x)), LOADERS["a"])),
+        "b": pytest.approx(accuracy(lambda x: heads["b"](backbone(x)), LOADERS["b"])),
+    }
+    assert all(torch.equal(value, module.state_dict()[name]) for name, value in trained.items())
+    current = MultiTaskEvaluation(LOADERS, heads={"b": heads["b"]}, merged=None)
+    fit(tmp_path, Plain(), current)
+    assert current.results["b"] == pytest.approx(
+        accuracy(lambda x: heads["b"](module.backbone(x)), LOADERS["b"])
+    )  # the same fit, but not merged
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_merged_file_in_a_nested_backbone_with_heads_from_files(tmp_path, dtype):
+    heads = make_heads()
+    for task, head in heads.items():
+        save_checkpoint(tmp_path / f"{task}.safetensors", head.state_dict())
+    weights = {name: (value * 1.5).to(dtype) for name, value in make_backbone().state_dict().items()}
+    save_checkpoint(tmp_path / "merged.safetensors", weights)
+    evaluation = MultiTaskEvaluation(
+        Signs(),
+        heads={task: str(tmp_path / f"{task}.safetensors") for task in heads},
+        backbone="model.encoder",
+        merged=str(tmp_path / "merged.safetensors"),
+        split="test",
+    )
+    fit(tmp_path, Nested(), evaluation)
+    backbone = make_backbone()
+    backbone.load_state_dict({name: value.float() for name, value in weights.items()})
+    for task in ("a", "b"):
+        loader = DataLoader(Signs().task(task).test, batch_size=8)
+        assert evaluation.results[task] == pytest.approx(accuracy(lambda x, t=task: heads[t](backbone(x)), loader))
+
+
+def test_every_n_epochs_is_logged_and_can_be_monitored(tmp_path):
+    evaluation = MultiTaskEvaluation(LOADERS, every_n_epochs=2, prefix="all")
+    seen = []
+    evaluation.on_train_epoch_end = lambda trainer, module: (
+        MultiTaskEvaluation.on_train_epoch_end(evaluation, trainer, module),
+        seen.append((dict(evaluation.results), module.training)),
+    )
+    stop = EarlyStopping("all/mean_acc", patience=50, check_on_train_epoch_end=True, strict=False)
+    logger = CSVLogger(tmp_path, name=None, version="logs")
+    fit(tmp_path, Plain(), evaluation, stop, epochs=5, logger=logger)
+    assert [bool(results) for results, _ in seen] == [False, True, True, True, True]
+    assert all(training for _, training in seen)
+    rows = list(csv.DictReader((tmp_path / "logs" / "metrics.csv").open()))
+    logged = [float(row["all/a/acc"]) for row in rows if row.get("all/a/acc")]
+    assert logged == pytest.approx([seen[1][0]["a"], seen[3][0]["a"], evaluation.results["a"]])
+    last = rows[-1]
+    assert float(last["all/mean_acc"]) == pytest.approx((float(last["all/a/acc"]) + float(last["all/b/acc"])) / 2)
+    assert float(stop.best_score) > 0
+
+
+def test_it_leaves_no_trace_in_the_training(tmp_path):
+    def module():
+        torch.manual_seed(1)
+        made = Plain(
+            nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 8), nn.BatchNorm1d(8))
+        )
+        made.on_train_epoch_start = lambda: made.backbone[1].eval()  # frozen by its owner
+        return made
+
+    modes = []
+    evaluation = MultiTaskEvaluation(LOADERS, every_n_epochs=1)
+    watched = module()
+    watched.on_train_epoch_end = lambda: modes.append([part.training for part in watched.backbone])
+    with_it = fit(tmp_path, watched, evaluation, epochs=3)
+    without = fit(tmp_path, module(), epochs=3)
+    for name, value in without.state_dict().items():
+        assert torch.equal(with_it.state_dict()[name], value), name
+    assert modes == [[True, False, True, True, True]] * 3
+    assert not any(parameter.grad is not None and not parameter.requires_grad for parameter in with_it.parameters())
+
+
+def test_precision_of_the_trainer(tmp_path):
+    evaluation = MultiTaskEvaluation(LOADERS, heads={"b": nn.Linear(8, 2, dtype=torch.bfloat16)})
+    module = fit(tmp_path, Plain(), evaluation, precision="bf16-true")
+    assert module.head.weight.dtype == torch.bfloat16
+    assert set(evaluation.results) == {"a", "b"}
+
+
+def test_fast_dev_run_evaluates_nothing(tmp_path):
+    evaluation = MultiTaskEvaluation({"a": None}, every_n_epochs=1)
+    fit(tmp_path, Plain(), evaluation, fast_dev_run=True)
+    assert evaluation.results == {}
+
+
+def test_state_goes_round():
+    evaluation = MultiTaskEvaluation(LOADERS, prefix="x")
+    evaluation.results = {"a": 0.5}
+    again = MultiTaskEvaluation(LOADERS, prefix="x")
+    again.load_state_dict(evaluation.state_dict())
+    assert again.results == {"a": 0.5}
+    assert again.state_key == evaluation.state_key != MultiTaskEvaluation(LOADERS).state_key
+
+
+SHUFFLED = DataLoader(make_data(0), batch_size=8, sampler=DistributedSampler(make_data(0), num_replicas=2, rank=0))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"loaders": {}}, "no task to evaluate on"),
+        ({"loaders": {"a": SHUFFLED}}, "has a DistributedSampler"),
+        ({"heads": {"c": nn.Linear(8, 2)}}, "a head for 'c'"),
+        ({"heads": {}}, "no heads for a, b"),
+        ({"heads": {"a": nn.Linear(8, 2)}, "head": "classifier"}, "no submodule 'classifier'"),
+        ({"heads": {"a": nn.Linear(8, 2), "b": "{}/other.safetensors"}}, "expected a linear head"),
+        ({"heads": {"a": nn.Linear(8, 2), "b": "{}/no.safetensors"}}, "does not exist"),
+        ({"backbone": "body"}, "no submodule 'body'"),
+        ({"every_n_epochs": 0}, "at least 1, got 0"),
+    ],
+)
+def test_mistakes_are_found_before_training(tmp_path, other, arguments, message):
+    arguments = {"loaders": LOADERS, **arguments}
+    if heads := arguments.get("heads"):
+        arguments["heads"] = {
+            task: head.replace("{}", str(tmp_path)) if isinstance(head, str) else head for task, head in heads.items()
+        }
+    module = Plain()
+    module.training_step = lambda *_: pytest.fail("training began")
+    with pytest.raises(ValueError, match=message):
+        fit(tmp_path, module, MultiTaskEvaluation(**arguments))
+
+
+def test_order_and_ambiguity_of_merges(tmp_path, other):
+    merges = [MergeAtFitEnd(WeightAverage(), [str(other)], str(tmp_path / f"{i}.safetensors")) for i in range(2)]
+    with pytest.raises(ValueError, match="put its MergeAtFitEnd before it"):
+        fit(tmp_path, Plain(), MultiTaskEvaluation(LOADERS), merges[0])
+    with pytest.raises(ValueError, match="several MergeAtFitEnd"):
+        fit(tmp_path, Plain(), *merges, MultiTaskEvaluation(LOADERS))
+    heads = make_heads()
+    merges[1].method = TaskArithmetic(scale=[0.0, 1.0])
+    both = [MultiTaskEvaluation(LOADERS, heads=heads, merged=merge, prefix=str(i)) for i, merge in enumerate(merges)]
+    fit(tmp_path, Plain(), *merges, *both)
+    backbone = make_backbone()
+    backbone.load_state_dict(load_checkpoint(other))
+    assert both[1].results["a"] == pytest.approx(accuracy(lambda x: heads["a"](backbone(x)), LOADERS["a"]))
+
+
+def test_a_merged_file_of_another_model(tmp_path):
+    save_checkpoint(tmp_path / "m.safetensors", {"conv.weight": torch.zeros(1)})
+    with pytest.raises(
+        ValueError, match=r"m.safetensors: its tensors are not those of the backbone 'backbone' of Plain"
+    ):
+        fit(tmp_path, Plain(), MultiTaskEvaluation(LOADERS, merged=str(tmp_path / "m.safetensors")))
+
+
+@pytest.mark.parametrize(
+    ("loader", "message"),
+    [
+        ([torch.zeros(4, 6)], "must yield pairs .* yields a Tensor"),
+        ([], "yields nothing"),
+    ],
+)
+def test_loaders_of_another_kind(tmp_path, loader, message):
+    with pytest.raises(ValueError, match=message):
+        fit(tmp_path, Plain(), MultiTaskEvaluation({"a": loader}))
+
+
+def test_a_forward_that_gives_no_logits(tmp_path):
+    module = Nested()
+    module.forward = lambda inputs: module.model["encoder"](inputs).mean(1)
+    with pytest.raises(ValueError, match=r"expected logits \(B, C\) for 'a', got shape \[1\]; does it need heads"):
+        fit(tmp_path, module, MultiTaskEvaluation(LOADERS, backbone="model.encoder"))
+
+
+def test_a_compiled_backbone(tmp_path, other):
+    module = Plain(torch.compile(make_backbone(), backend="eager"))
+    heads = make_heads()
+    evaluation = MultiTaskEvaluation(LOADERS, heads=heads, merged=str(other))
+    fit(tmp_path, module, evaluation)
+    backbone = make_backbone()
+    backbone.load_state_dict(load_checkpoint(other))
+    for task, loader in LOADERS.items():
+        assert evaluation.results[task] == pytest.approx(accuracy(lambda x, t=task: heads[t](backbone(x)), loader))
