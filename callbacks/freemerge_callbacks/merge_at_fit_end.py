@@ -15,8 +15,8 @@ from torch import Tensor
 from freemerge.checkpoints import open_checkpoint
 from freemerge.merging import MergeMethod, merge
 from freemerge.merging.engine import parse_dtype
-from freemerge.merging.plan import make_plan
 from freemerge.merging.patterns import compile_patterns
+from freemerge.merging.plan import make_plan
 from freemerge_callbacks._base import FitBase
 from freemerge_callbacks._best import best_checkpoint, best_state
 from freemerge_callbacks._others import base_hashes, check_base_hashes, find_others

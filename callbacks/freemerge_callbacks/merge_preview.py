@@ -15,8 +15,8 @@ from torch.utils.data import DataLoader
 from freemerge.checkpoints import open_checkpoint
 from freemerge.data import TaskSuite
 from freemerge.merging import MergeMethod, merge
-from freemerge.merging.plan import Plan, make_plan
 from freemerge.merging.patterns import compile_patterns
+from freemerge.merging.plan import Plan, make_plan
 from freemerge_callbacks._base import hash_base
 from freemerge_callbacks._others import base_hashes, check_base_hashes, find_others
 from freemerge_callbacks._predicting import merged_into

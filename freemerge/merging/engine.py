@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -116,25 +117,31 @@ def _merged(plan: Plan, method: MergeMethod, statistics: Any, names: Sequence[st
     # An elementwise method sees pieces: memory is then bounded by the piece, not by the largest tensor times K.
     shapes = {name: torch.Size(plan.base.spec(name).shape) for name in merged}
     jobs = pieces(shapes, len(plan.models)) if method.elementwise else iter(merged)
-    operands = read_ahead(plan.read, jobs, depth=2 if method.elementwise else 1)
-    for name in names:
-        if name not in chosen:
-            yield name, plan.base.tensor(name).to(plan.output_dtype(name), copy=True).contiguous()
-        elif not method.elementwise:
-            yield name, _combined(name, next(operands), plan, method, statistics).contiguous()
-        else:
-            result: Tensor | None = None
-            done, total = 0, shapes[name].numel()
-            while done < total:
-                part = _combined(name, next(operands), plan, method, statistics)
-                if result is None:
-                    result = part if len(part) == total else part.new_empty(total)
-                if result is not part:
-                    result[done : done + len(part)] = part
-                done += len(part)
-            if result is None:  # a tensor without values
-                result = torch.empty(0, dtype=plan.output_dtype(name))
-            yield name, result.view(shapes[name])
+    with closing(read_ahead(plan.read, jobs, depth=2 if method.elementwise else 1)) as operands:
+        for name in names:
+            if name not in chosen:
+                yield name, plan.base.tensor(name).to(plan.output_dtype(name), copy=True).contiguous()
+            elif method.elementwise:
+                yield name, _joined(name, operands, plan, method, statistics)
+            else:
+                yield name, _combined(name, next(operands), plan, method, statistics).contiguous()
+
+
+def _joined(name: str, operands: Iterator[Operands], plan: Plan, method: MergeMethod, statistics: Any) -> Tensor:
+    """Merge the pieces of one tensor."""
+    shape = torch.Size(plan.base.spec(name).shape)
+    result: Tensor | None = None
+    done, total = 0, shape.numel()
+    while done < total:
+        part = _combined(name, next(operands), plan, method, statistics)
+        if result is None:
+            result = part if len(part) == total else part.new_empty(total)
+        if result is not part:
+            result[done : done + len(part)] = part
+        done += len(part)
+    if result is None:  # a tensor without values
+        result = torch.empty(0, dtype=plan.output_dtype(name))
+    return result.view(shape)
 
 
 def _combined(name: str, operands: Operands, plan: Plan, method: MergeMethod, statistics: Any) -> Tensor:

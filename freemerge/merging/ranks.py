@@ -19,7 +19,8 @@ from torch import Tensor
 from freemerge.merging.brackets import Bracket, make_brackets
 
 _BINS = 1 << 16
-_BATCH = 1 << 20  # values of a row handled at a time: bounds the temporaries, and small tensors share the counting
+_BATCH = 1 << 20  # values of a row whose keys are counted at a time, or partitioned if they are all
+_BRACKETED = 1 << 15  # values of a row compared with the brackets at a time: they fit in the cache
 _SMALL = 1 << 14  # partitioned even if there is a sample
 
 Stream = Callable[[], Iterable[Tensor]]
@@ -58,7 +59,7 @@ def order_statistics(stream: Stream, ranks: Sequence[int], total: int, sample: T
 
 def _bracketed(stream: Stream, brackets: list[list[Bracket]]) -> Tensor | None:
     """One pass; None if a bracket does not hold its answer, or too much besides it."""
-    for batch in _batches(stream()):
+    for batch in _batches(stream(), _BRACKETED):
         for values, row in zip(batch, brackets, strict=True):
             for bracket in row:
                 bracket.see(values)
@@ -71,7 +72,7 @@ def _bracketed(stream: Stream, brackets: list[list[Bracket]]) -> Tensor | None:
 def _radix(stream: Stream, ranks: Sequence[int]) -> Tensor:
     """Two passes, whatever the values."""
     upper: Tensor | None = None
-    for batch in _batches(stream()):
+    for batch in _batches(stream(), _BATCH):
         if upper is None:
             upper = torch.zeros(len(batch), _BINS, dtype=torch.int64)
         for counts, values in zip(upper, batch, strict=True):
@@ -84,7 +85,7 @@ def _radix(stream: Stream, ranks: Sequence[int]) -> Tensor:
     within = wanted - (cumulative - upper).gather(1, high)
 
     lower = [{half: torch.zeros(_BINS, dtype=torch.int64) for half in row} for row in high.tolist()]
-    for batch in _batches(stream()):
+    for batch in _batches(stream(), _BATCH):
         for values, row in zip(batch, lower, strict=True):
             keys = float_keys(values)
             halves = (keys >> 16) + _BINS // 2
@@ -98,18 +99,18 @@ def _radix(stream: Stream, ranks: Sequence[int]) -> Tensor:
     return key_floats((((high - _BINS // 2) << 16) | low).to(torch.int32))
 
 
-def _batches(blocks: Iterable[Tensor]) -> Iterator[Tensor]:
-    """Blocks (K, n) cut and joined to batches of about `_BATCH` values a row, on the CPU."""
+def _batches(blocks: Iterable[Tensor], size: int) -> Iterator[Tensor]:
+    """Blocks (K, n) cut and joined to batches of about `size` values a row, on the CPU."""
     waiting: list[Tensor] = []
     count = 0
     for block in blocks:
-        for piece in block.cpu().split(_BATCH, dim=1):
-            if 2 * piece.shape[1] > _BATCH:  # large enough to be worth no copy
+        for piece in block.cpu().split(size, dim=1):
+            if 2 * piece.shape[1] >= size:  # large enough to be worth no copy
                 yield piece
                 continue
             waiting.append(piece)
             count += piece.shape[1]
-            if count >= _BATCH:
+            if count >= size:
                 yield torch.cat(waiting, dim=1)
                 waiting, count = [], 0
     if waiting:

@@ -12,9 +12,10 @@ import torch
 _Job = TypeVar("_Job")
 _Result = TypeVar("_Result")
 
-PIECE = 1 << 18  # values of all models together in one piece: 1 MiB in float32, so that what a method makes of it is
-# still in the cache when it makes the next thing of that
-_SHORTEST = 1 << 14  # but with many models no shorter than this: each run is a read of its own
+# Values of all models together in one piece: 1 MiB in float32, so that what a method has just computed is still in the
+# cache when it computes the next thing from it. With many models a run is no shorter than _SHORTEST: each is a read.
+PIECE = 1 << 18
+_SHORTEST = 1 << 14
 
 
 class Piece(NamedTuple):
