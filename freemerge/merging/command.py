@@ -40,7 +40,13 @@ def build_parser() -> jsonargparse.ArgumentParser:
         required=True,
         help="The fine-tuned models: a list of paths, or a mapping from names to paths.",
     )
-    parser.add_argument("--method", type=MergeMethod, required=True, help="How to merge, for example FRMerging.")
+    parser.add_argument(
+        "--method",
+        type=MergeMethod,
+        required=True,
+        help="How to merge, for example FRMerging. A class that is given here instead of the one in a configuration "
+        "file keeps the parameters from there that it knows as well.",
+    )
     parser.add_argument(
         "--include",
         type=list[str] | None,

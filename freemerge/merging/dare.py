@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from freemerge.merging.method import MergeMethod, require, require_number
-from freemerge.merging.task_arithmetic import TaskArithmetic
 from freemerge.merging.vectors import Vectors
 
 
@@ -30,14 +29,14 @@ class Dare(MergeMethod):
     alone: not on the order of the models, nor on which other tensors are merged. As many passes as the method behind.
 
     Args:
-        drop: probability of dropping an entry, in [0, 1).
         method: what merges the thinned task vectors.
+        drop: probability of dropping an entry, in [0, 1).
         scale: multiplies the result.
         seed: of the masks.
     """
 
+    method: MergeMethod
     drop: float = 0.9
-    method: MergeMethod = field(default_factory=TaskArithmetic)
     scale: float = 1.0
     seed: int = 0
 

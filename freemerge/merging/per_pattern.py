@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from freemerge.merging.errors import MergeError
-from freemerge.merging.fr_merging import FRMerging
 from freemerge.merging.method import MergeMethod, require, require_number
 from freemerge.merging.patterns import compile_patterns
 from freemerge.merging.vectors import Vectors
@@ -34,7 +33,7 @@ class PerPattern(MergeMethod):
         scale: multiplies the result.
     """
 
-    default: MergeMethod = field(default_factory=FRMerging)
+    default: MergeMethod
     overrides: dict[str, MergeMethod] = field(default_factory=dict)
     scale: float = 1.0
 

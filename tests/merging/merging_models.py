@@ -37,7 +37,7 @@ METHODS = [
     PCBMerging(ratio=0.3, inter="normalized", scale=1.2),
     PCBMerging(ratio=0.3, inter="pairwise", scale=[1.0, 0.5, 2.0], clip=0.01),
     PCBMerging(ratio=1.0, clip=0.0, inter="normalized", filter=HighPass(0.1)),
-    Dare(drop=0.5),
+    Dare(TaskArithmetic(0.3), drop=0.5),
     Dare(drop=0.3, method=Ties(density=0.5), scale=0.5, seed=7),
     Dare(drop=0.3, method=PCBMerging(ratio=0.5, scale=[1.0, 0.5, 2.0])),
     Breadcrumbs(),

@@ -33,7 +33,7 @@ def low_rank(rows, columns, rank, seed):
 class TestDare:
     def test_drops_a_fraction_and_keeps_the_expectation(self):
         vector = {"w": torch.ones(200, 500)}
-        merged = merge_task_vectors([vector], Dare(0.9, TaskArithmetic(1.0)))["w"]
+        merged = merge_task_vectors([vector], Dare(TaskArithmetic(1.0), 0.9))["w"]
         assert merged.unique().tolist() == pytest.approx([0.0, 10.0])
         assert float((merged != 0).float().mean()) == pytest.approx(0.1, abs=0.005)
         assert float(merged.mean()) == pytest.approx(1.0, abs=0.05)
@@ -41,7 +41,7 @@ class TestDare:
     def test_a_mask_depends_on_seed_model_and_tensor_alone(self):
         zero = {"a": torch.zeros(30, 30), "b": torch.zeros(900)}
         ones = {name: torch.ones_like(tensor) for name, tensor in zero.items()}
-        method = Dare(0.5, TaskArithmetic(1.0))
+        method = Dare(TaskArithmetic(1.0), 0.5)
         alone = merge(zero, {"x": ones}, method)
         # Other models, other tensors, another order: the same mask.
         beside = merge(zero, {"y": zero, "x": ones}, method)
@@ -50,7 +50,7 @@ class TestDare:
         assert torch.equal(alone["b"], part["b"])
         # Another seed, model or tensor: another mask.
         others = [
-            merge(zero, {"x": ones}, Dare(0.5, TaskArithmetic(1.0), seed=1))["a"].flatten(),
+            merge(zero, {"x": ones}, Dare(TaskArithmetic(1.0), 0.5, seed=1))["a"].flatten(),
             merge(zero, {"y": ones}, method)["a"].flatten(),
             alone["b"],
         ]
@@ -59,21 +59,21 @@ class TestDare:
 
     @pytest.mark.parametrize("method", [Ties(0.5), PCBMerging(0.5), WeightAverage()], ids=repr)
     def test_nothing_dropped_is_the_method_itself(self, base, models, method):
-        plain, thinned = merge(base, models, method), merge(base, models, Dare(0.0, method))
+        plain, thinned = merge(base, models, method), merge(base, models, Dare(method, 0.0))
         assert all(torch.equal(plain[name], thinned[name]) for name in base)
 
     def test_the_method_behind_surveys_what_it_will_merge(self):
         """TIES behind DARE keeps a fifth of all entries of the thinned vector, not of the whole one."""
         vector = {"w": normal(100, 100), "v": 5 * normal(100)}
-        merged = merge_task_vectors([vector], Dare(0.5, Ties(0.2)))
+        merged = merge_task_vectors([vector], Dare(Ties(0.2), 0.5))
         kept = sum(int((tensor != 0).sum()) for tensor in merged.values())
         assert kept == int(0.2 * 10_100)
 
     def test_wrong_parameters(self, base, models):
         for build, message in [
-            (lambda: Dare(1.0), r"`drop` must lie in \[0, 1\), got 1.0"),
+            (lambda: Dare(Ties(), 1.0), r"`drop` must lie in \[0, 1\), got 1.0"),
             (lambda: Dare(method="Ties"), "`method` must be a MergeMethod, got 'Ties'"),
-            (lambda: Dare(seed=0.5), "`seed` must be an integer, got 0.5"),
+            (lambda: Dare(Ties(), seed=0.5), "`seed` must be an integer, got 0.5"),
         ]:
             with pytest.raises(ValueError, match=message):
                 build()
