@@ -73,7 +73,7 @@ class Vectors:
         """
         if self._read_piece is None or self.numel <= _SAMPLE_RUNS * _SAMPLE_RUN:
             return torch.cat(list(self.pieces()) or [torch.zeros(len(self.labels), 0)], dim=1)
-        runs = min(_SAMPLE_RUNS << 3, max(_SAMPLE_RUNS, self.numel >> 18))
+        runs = min(_SAMPLE_RUNS << 3, max(_SAMPLE_RUNS, self.numel >> 15))
         share = self.numel / runs
         offsets = torch.rand(runs, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
         starts = ((torch.arange(runs) + offsets) * share).long().tolist()

@@ -21,8 +21,8 @@ def tiny_pieces(monkeypatch):
     """Pieces of seven values, batches of fifty: small models become long streams."""
     monkeypatch.setattr("freemerge.merging.streaming.PIECE", 21)
     monkeypatch.setattr("freemerge.merging.streaming._SHORTEST", 1)
-    monkeypatch.setattr("freemerge.merging.ranks._BATCH", 50)
-    monkeypatch.setattr("freemerge.merging.ranks._SMALL", 50)
+    for name in ("_BATCH", "_PARTITIONED", "_PARTITIONED_DESPITE_SAMPLE"):
+        monkeypatch.setattr(f"freemerge.merging.ranks.{name}", 50)
 
 
 def test_pieces_change_nothing(base, models, method, request):
@@ -92,7 +92,8 @@ class Counted(Vectors):
     ],
     ids=repr,
 )
-def test_a_survey_makes_as_many_passes_as_it_says(method, passes):
+def test_a_survey_makes_as_many_passes_as_it_says(method, passes, monkeypatch):
+    monkeypatch.setattr("freemerge.merging.brackets._COLLECTED", 1 << 18)  # as if the model were larger
     generator = torch.Generator().manual_seed(0)
     # Tensors of different sizes and scales, as in a real model, and more values than fit in a batch.
     sizes = {"embed": (3, 3000, 400), "wide": (3, 300, 500), "norm": (3, 400), "narrow": (3, 40, 40)}
