@@ -114,8 +114,13 @@ def make_brackets(sample: Tensor, ranks: Sequence[int], total: int) -> list[list
             first, last = int(share * size - margin), int(share * size + margin) + 1
             low = row[first] if first >= 0 and size else -np.inf
             high = row[last] if last < size else np.inf
-            expected = total * (min(last, size) - max(first, 0)) / size if size else total
-            row_brackets.append(Bracket(low, high, rank, expected))
+            # Ends of which the sample has many equals (the zeros of frozen weights) are taken for the ends.
+            if low == -np.inf and size and row[0] == high:
+                low = row[0]
+            if high == np.inf and size and row[-1] == low:
+                high = row[-1]
+            held = np.searchsorted(row, high, side="right") - np.searchsorted(row, low)
+            row_brackets.append(Bracket(low, high, rank, expected=total * held / size if size else total))
         brackets.append(row_brackets)
     return brackets
 

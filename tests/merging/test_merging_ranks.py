@@ -89,11 +89,19 @@ def test_counting_is_as_exact_as_collecting(small_batches, kind, monkeypatch):
     assert assert_exact(values, ranks, cuts, values[:, ::3]) <= 3
 
 
+def test_the_zeros_of_frozen_weights_cost_no_pass(small_batches, monkeypatch):
+    monkeypatch.setattr("freemerge.merging.brackets._COLLECTED", 64)
+    values = torch.randn(2, 20_000, generator=torch.Generator().manual_seed(0)).relu()
+    assert assert_exact(values, [2, 5000], [], values[:, ::4]) == 1
+    assert assert_exact(-values, [19_990, 15_000], [], -values[:, ::4]) == 1
+
+
 def test_a_bracket_that_holds_more_than_expected_is_given_up(small_batches, monkeypatch):
     values = torch.randn(1, 1201, generator=torch.Generator().manual_seed(0))
     monkeypatch.setattr("freemerge.merging.brackets._COLLECTED", 200)
     monkeypatch.setattr("freemerge.merging.brackets.Bracket.see", spy := Spy(Bracket.see))
-    sample = torch.cat([torch.full((1, 5000), -9.0), values[:, :10], torch.full((1, 5000), 9.0)], dim=1)
+    far = torch.linspace(9, 20, 5000)[None]
+    sample = torch.cat([-far, values[:, :10], far], dim=1)  # as if nearly nothing lay in the middle
     assert assert_exact(values, [600], [], sample) == 3
     assert spy.calls == 3 * 5
 
