@@ -27,7 +27,13 @@ METHODS = {
     "Ties": "Ties()",
     "Ties-tensor": "Ties(scope='tensor')",
     "PCBMerging": "PCBMerging()",
+    "EMRMerging": "EMRMerging()",
+    "Breadcrumbs": "Breadcrumbs()",
+    "Dare-Ties": "Dare(Ties())",
+    "IsoC": "IsoC()",
+    "TSVMerge": "TSVMerge()",
 }
+SLOW = {"IsoC", "TSVMerge"}  # singular value decompositions: minutes
 
 FLOOR = """
 import json, struct, sys, torch
@@ -110,7 +116,9 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=768)
     parser.add_argument("--vocabulary", type=int, default=32000)
     parser.add_argument("--models", type=int, default=4)
-    parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument(
+        "--methods", nargs="*", default=[name for name in METHODS if name not in SLOW], choices=list(METHODS)
+    )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeat", type=int, default=1)
     parser.add_argument("--folder", default=None, help="where to put the models; default: a temporary folder")
