@@ -7,11 +7,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from freemerge.merging.method import MergeMethod, require, require_number
+from freemerge.merging.streaming import Piece
 from freemerge.merging.vectors import Vectors
+
+_PER_COUNTER = 8  # 32-bit numbers that Philox draws at once
 
 
 class DareStatistics(NamedTuple):
@@ -51,22 +55,56 @@ class Dare(MergeMethod):
         super().check(labels)
         self.method.check(labels)
 
+    @property
+    def elementwise(self) -> bool:
+        return self.method.elementwise
+
     def survey(self, vectors: Vectors) -> DareStatistics:
-        """Survey the thinned vectors."""
-        thinned = Vectors(
-            vectors.labels, vectors.shapes, lambda name: self._thin(name, vectors.read(name), vectors.labels)
-        )
+        """Let the method behind survey the thinned vectors."""
+
+        def read(name: str) -> Tensor:
+            return self._thin(name, 0, vectors.read(name), vectors.labels)
+
+        def read_piece(piece: Piece) -> Tensor:
+            return self._thin(piece.name, piece.start, vectors.read_piece(piece), vectors.labels)
+
+        thinned = Vectors(vectors.labels, vectors.shapes, read, read_piece if vectors.cuts else None)
         return DareStatistics(vectors.labels, self.method.survey(thinned))
 
     def combine(self, name: str, deltas: Tensor, statistics: DareStatistics) -> Tensor:
-        thinned = self._thin(name, deltas, statistics.labels)
+        thinned = self._thin(name, 0, deltas, statistics.labels)
         return self.method.combine(name, thinned, statistics.inner) * self.scale
 
-    def _thin(self, name: str, deltas: Tensor, labels: Sequence[str]) -> Tensor:
-        """(K, *shape) → the same, thinned in place."""
+    def combine_run(self, name: str, start: int, deltas: Tensor, statistics: DareStatistics) -> Tensor:
+        thinned = self._thin(name, start, deltas, statistics.labels)
+        return self.method.combine_run(name, start, thinned, statistics.inner) * self.scale
+
+    def _thin(self, name: str, start: int, deltas: Tensor, labels: Sequence[str]) -> Tensor:
+        """(K, *shape) or (K, n) from position `start` on → the same, thinned in place."""
         for delta, label in zip(deltas, labels, strict=True):
-            digest = hashlib.sha256(f"{self.seed}|{len(label)}|{label}|{name}".encode()).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
-            kept = torch.rand(delta.shape, generator=generator) >= self.drop  # on the CPU: the same on every device
-            delta.mul_(kept.to(delta.device)).div_(1 - self.drop)
+            kept = draw_mask(f"{self.seed}|{len(label)}|{label}|{name}", start, delta.numel(), 1 - self.drop)
+            delta.mul_(kept.to(delta.device).view(delta.shape)).div_(1 - self.drop)
         return deltas
+
+
+def draw_mask(text: str, start: int, count: int, keep: float) -> Tensor:
+    """The values `start` to `start + count` of an endless random mask that belongs to a text.
+
+    Philox is a function of key and counter: any run of the mask can be drawn by itself, on any machine, and NumPy
+    keeps the stream the same from version to version.
+
+    Args:
+        text: what the mask belongs to.
+        start: position of the first value.
+        count: number of values.
+        keep: probability of a True.
+
+    Returns:
+        (count,) bool, on the CPU.
+    """
+    key = int.from_bytes(hashlib.sha256(text.encode()).digest()[:16], "little")
+    first = start // _PER_COUNTER
+    skipped = start - first * _PER_COUNTER
+    words = np.random.Philox(key=key, counter=first).random_raw(-(-(skipped + count) // 2))
+    values = words.astype("<u8", copy=False).view("<u4")[skipped : skipped + count]
+    return torch.from_numpy(values < min(round(keep * 2**32), 2**32 - 1)) if keep < 1 else torch.ones(count).bool()

@@ -146,9 +146,12 @@ def _joined(name: str, operands: Iterator[Operands], plan: Plan, method: MergeMe
 
 def _combined(name: str, operands: Operands, plan: Plan, method: MergeMethod, statistics: Any) -> Tensor:
     """Merge a tensor or a piece of one and add it to the base's."""
-    base, deltas, single = operands
+    base, deltas, single, start = operands
     before = deltas[0].clone() if single is not None else None  # a method may overwrite what it is given
-    delta = method.combine(name, deltas, statistics)
+    if start is None:
+        delta = method.combine(name, deltas, statistics)
+    else:
+        delta = method.combine_run(name, start, deltas, statistics)
     if delta.shape != base.shape:
         raise MergeError(
             f"{type(method).__name__}.combine returned shape {list(delta.shape)} for the tensor '{name}', expected "

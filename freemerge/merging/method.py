@@ -74,6 +74,22 @@ class MergeMethod(ABC):
             The merged task vector, (*shape) float32.
         """
 
+    def combine_run(self, name: str, start: int, deltas: Tensor, statistics: Any) -> Tensor:
+        """Merge a run of one tensor's values; for `elementwise` methods only.
+
+        The default is `combine`; a method overrides it if an entry's result depends on the entry's position.
+
+        Args:
+            name: the tensor's name.
+            start: position of the first value of the run in the tensor, in row-major order.
+            deltas: (K, n) float32; may be overwritten.
+            statistics: what `survey` returned.
+
+        Returns:
+            (n,) float32.
+        """
+        return self.combine(name, deltas, statistics)
+
 
 def weighted_sum(deltas: Tensor, weights: float | Sequence[float] | Tensor) -> Tensor:
     """Σ_k λ_k · v_k, summed in the order of the models.

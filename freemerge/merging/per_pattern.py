@@ -79,6 +79,10 @@ class PerPattern(MergeMethod):
         index = self._index(name)
         return self._methods[index].combine(name, deltas, statistics.inner[index]) * self.scale
 
+    def combine_run(self, name: str, start: int, deltas: Tensor, statistics: PatternStatistics) -> Tensor:
+        index = self._index(name)
+        return self._methods[index].combine_run(name, start, deltas, statistics.inner[index]) * self.scale
+
     def _index(self, name: str) -> int:
         """The position among `_methods` of the one that merges a tensor."""
         matches = (index for index, pattern in enumerate(self._patterns) if pattern.fullmatch(name))

@@ -26,6 +26,7 @@ class Operands(NamedTuple):
     base: Tensor  # (*shape) or (n,), as stored
     deltas: Tensor  # (K, *shape) or (K, n) float32, in memory of their own
     single: Tensor | None  # the model's own values as stored, if there is one model
+    start: int | None  # position of the first value, if it is a piece
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,9 @@ class Plan:
             for checkpoint in (self.base, *self.models):
                 if name in checkpoint:
                     _require_finite(checkpoint.label, name, checkpoint.tensor(name))
-        return Operands(base, deltas, single if len(self.models) == 1 else None)
+        return Operands(
+            base, deltas, single if len(self.models) == 1 else None, what.start if isinstance(what, Piece) else None
+        )
 
 
 def make_plan(

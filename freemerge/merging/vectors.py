@@ -48,6 +48,11 @@ class Vectors:
         self._read_piece = read_piece
 
     @property
+    def cuts(self) -> bool:
+        """Whether a piece can be read without the rest of its tensor."""
+        return self._read_piece is not None
+
+    @property
     def numel(self) -> int:
         """D, the number of merged parameters of one model."""
         return sum(shape.numel() for shape in self.shapes.values())
@@ -55,6 +60,12 @@ class Vectors:
     def read(self, name: str) -> Tensor:
         """The task vectors of one tensor, (K, *shape) float32."""
         return self._read(name)
+
+    def read_piece(self, piece: Piece) -> Tensor:
+        """The task vectors of a run of a tensor's values, (K, n) float32."""
+        if self._read_piece is None:
+            return flat(self._read(piece.name))[:, piece.start : piece.stop]
+        return self._read_piece(piece)
 
     def pieces(self) -> Iterator[Tensor]:
         """All values in pieces of bounded size: (K, n) float32, in the order of the tensors.
@@ -69,9 +80,11 @@ class Vectors:
         """Some of the entries, the same for all models: (K, n) float32, with n about 2¹⁵ to 2¹⁸.
 
         Short runs at seeded positions, one in each of equal shares of the model, so that every tensor is represented
-        by its size. The same call gives the same sample.
+        by its size. The same call gives the same sample. It is empty where tensors can only be read whole.
         """
-        if self._read_piece is None or self.numel <= _SAMPLE_RUNS * _SAMPLE_RUN:
+        if self._read_piece is None:
+            return torch.zeros(len(self.labels), 0)
+        if self.numel <= _SAMPLE_RUNS * _SAMPLE_RUN:
             return torch.cat(list(self.pieces()) or [torch.zeros(len(self.labels), 0)], dim=1)
         runs = min(_SAMPLE_RUNS << 3, max(_SAMPLE_RUNS, self.numel >> 15))
         share = self.numel / runs

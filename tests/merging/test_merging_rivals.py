@@ -19,6 +19,7 @@ from freemerge.merging import (
     merge,
     merge_task_vectors,
 )
+from freemerge.merging.dare import draw_mask
 from freemerge.merging.tsv_merge import nearest_orthonormal
 
 
@@ -68,6 +69,18 @@ class TestDare:
         merged = merge_task_vectors([vector], Dare(Ties(0.2), 0.5))
         kept = sum(int((tensor != 0).sum()) for tensor in merged.values())
         assert kept == int(0.2 * 10_100)
+
+    def test_any_run_of_a_mask_can_be_drawn_by_itself(self):
+        whole = draw_mask("x", 0, 1000, 0.3)
+        for start, count in ((0, 10), (1, 10), (7, 9), (8, 8), (13, 987), (999, 1), (500, 0)):
+            assert torch.equal(draw_mask("x", start, count, 0.3), whole[start : start + count])
+        assert float(draw_mask("y", 12345, 100_000, 0.3).float().mean()) == pytest.approx(0.3, abs=0.01)
+        assert draw_mask("x", 5, 9, 1.0).all()
+
+    def test_a_mask_stays_what_it_is(self):
+        """Published results must come back: this is the mask of all versions."""
+        mask = draw_mask("0|1|a|w", 0, 24, 0.5).int().tolist()
+        assert "".join(map(str, mask)) == "011100010010110011001011"
 
     def test_wrong_parameters(self, base, models):
         for build, message in [

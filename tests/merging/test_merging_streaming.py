@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from freemerge.checkpoints import load_checkpoint, save_checkpoint
 from freemerge.checkpoints.memory import flat_run
-from freemerge.merging import FRMerging, HighPass, PCBMerging, TaskArithmetic, Ties, Vectors, WeightAverage, merge
-from freemerge.merging.streaming import pieces, read_ahead
+from freemerge.merging import Dare, FRMerging, HighPass, PCBMerging, TaskArithmetic, Ties, Vectors, WeightAverage, merge
+from freemerge.merging.streaming import Piece, pieces, read_ahead
 
 
 @pytest.fixture
@@ -89,6 +89,8 @@ class Counted(Vectors):
         (PCBMerging(), 2),
         (PCBMerging(inter="normalized"), 2),
         (PCBMerging(filter=HighPass(0.1)), 4),
+        (Dare(PCBMerging(), drop=0.5), 2),
+        (Dare(FRMerging()), 0),
     ],
     ids=repr,
 )
@@ -118,7 +120,8 @@ def test_vectors_without_pieces_are_cut_from_whole_tensors():
     tensors = {"a": torch.randn(2, 3, 4), "b": torch.randn(2)}
     vectors = Vectors("ab", {name: t.shape[1:] for name, t in tensors.items()}, tensors.__getitem__)
     assert [piece.shape for piece in vectors.pieces()] == [(2, 12), (2, 1)]
-    assert vectors.sample().shape == (2, 13)
+    assert vectors.sample().shape == (2, 0)
+    assert torch.equal(vectors.read_piece(Piece("a", 3, 7)), tensors["a"].flatten(1)[:, 3:7])
     assert len(vectors) == 2
     assert torch.equal(vectors.read("a"), tensors["a"])
 
