@@ -144,10 +144,13 @@ class Checkpoint(Mapping[str, Tensor]):
         """Strip the prefix under which this checkpoint holds the tensors of a reference model.
 
         A Lightning checkpoint calls `backbone.model.layer.weight` what its base calls `layer.weight`. The prefix that
-        brings the most names into agreement is taken; the shortest of several equals; none if none agrees better.
+        brings the most names into agreement is taken; none if none agrees better.
 
         Args:
             reference: the tensor names of the base.
+
+        Raises:
+            CheckpointError: several prefixes agree equally well (a model and its moving average, say).
         """
         wanted = set(reference)
         candidates = {""}
@@ -162,7 +165,13 @@ class Checkpoint(Mapping[str, Tensor]):
             prefix: sum(name.startswith(prefix) and name[len(prefix) :] in wanted for name in self._specs)
             for prefix in sorted(candidates, key=lambda prefix: (len(prefix), prefix))
         }
-        return self.with_prefix(max(counts, key=lambda prefix: counts[prefix]))
+        best = [prefix for prefix, count in counts.items() if count == max(counts.values())]
+        if len(best) > 1 and best[0]:
+            raise CheckpointError(
+                f"{self.label}: holds the base's tensors under '{best[0]}' and under '{best[1]}'; say which to take with "
+                f"open_checkpoint(..., prefix='{best[0]}')"
+            )
+        return self.with_prefix(best[0])
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._specs:

@@ -115,6 +115,19 @@ def test_lightning_prefixes_are_given_or_found(tmp_path):
         open_checkpoint(tmp_path / "x.ckpt", prefix="bert.")
 
 
+def test_an_ambiguous_prefix_is_an_error():
+    state = {f"{model}.{name}": torch.ones(1) for model in ("net", "ema") for name in ("a.weight", "a.bias")}
+    with pytest.raises(
+        CheckpointError, match=r"c: holds the base's tensors under 'ema\.' and under 'net\.'; say which"
+    ):
+        open_checkpoint(state, label="c").relative_to(["a.weight", "a.bias"])
+    # A name more decides, and so do the names as they are.
+    assert open_checkpoint(state | {"net.c": torch.ones(1)}).relative_to(["a.weight", "a.bias", "c"]).names[-1] == "c"
+    assert (
+        len(open_checkpoint(state | {"a.weight": torch.ones(1), "a.bias": torch.ones(1)}).relative_to(["a.bias"])) == 6
+    )
+
+
 def test_ties_are_seen_and_survive_a_file(tmp_path):
     shared = torch.randn(4, 2)
     fused = torch.randn(6, 2)
