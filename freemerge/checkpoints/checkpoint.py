@@ -165,11 +165,12 @@ class Checkpoint(Mapping[str, Tensor]):
             prefix: sum(name.startswith(prefix) and name[len(prefix) :] in wanted for name in self._specs)
             for prefix in sorted(candidates, key=lambda prefix: (len(prefix), prefix))
         }
-        best = [prefix for prefix, count in counts.items() if count == max(counts.values())]
+        most = max(counts.values())
+        best = [prefix for prefix, count in counts.items() if count == most]
         if len(best) > 1 and best[0]:
             raise CheckpointError(
-                f"{self.label}: holds the base's tensors under '{best[0]}' and under '{best[1]}'; say which to take with "
-                f"open_checkpoint(..., prefix='{best[0]}')"
+                f"{self.label}: holds the base's tensors under '{best[0]}' and under '{best[1]}'; say which to take "
+                f"with open_checkpoint(..., prefix='{best[0]}')"
             )
         return self.with_prefix(best[0])
 
