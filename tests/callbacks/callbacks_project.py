@@ -58,6 +58,32 @@ class Nested(L.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.05)
 
 
+class Tied(nn.Module):
+    """Two layers that share their weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(6)
+            self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 6)
+            self.last = nn.Linear(6, 8)
+        self.second.weight = self.first.weight
+
+    def forward(self, inputs):
+        return self.last(torch.tanh(self.second(torch.tanh(self.first(inputs)))))
+
+
+class Wrapped(nn.Module):
+    """A backbone around a model of another library, whose files name the model's own tensors."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, inputs):
+        return self.model(inputs)
+
+
 class SaveWeights(Callback):
     """Writes the weights at the end of a fit, from rank 0, as a plain file to compare with."""
 
