@@ -106,6 +106,15 @@ class SaveResults(Callback):
         torch.save(results, f"{self.folder}/results-{trainer.global_rank}.pt")
 
 
+class LeaveTogether(Callback):
+    """Ends the process group before the processes end: gloo's threads, if still alive then, abort one now and then."""
+
+    def teardown(self, trainer, pl_module, stage):
+        if torch.distributed.is_initialized():
+            torch.distributed.barrier()
+            torch.distributed.destroy_process_group()
+
+
 def make_data(feature: int, count: int = 64, seed: int = 0) -> TensorDataset:
     """The label is the sign of one input."""
     inputs = torch.randn(count, 6, generator=torch.Generator().manual_seed(seed))
