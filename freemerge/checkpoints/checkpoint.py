@@ -28,24 +28,34 @@ class Checkpoint(Mapping[str, Tensor]):
     Args:
         label: how messages call this model, for example its file name.
         specs: shape and dtype of every tensor, in storage order.
-        read: returns the tensor of a given name; must be safe to call from several threads.
+        read: returns the tensor of a given name or, given a run (start, stop) as well, these values of it in row-major
+            order; must be safe to call from several threads.
         tied: for each name that shares its storage with an earlier one, that earlier name. Tied names that a file
             leaves out (safetensors stores a shared tensor once) need not appear in `specs`.
         outside: names of the source that lie outside its prefix (heads, criteria) and are therefore not part of it.
+        deltas: names of tensors that are differences to a base, not weights (an adapter's).
+        partial: whether tensors of the base that are not named here are unchanged, and not missing.
+        source: the tensors as stored, where these here are computed from them.
     """
 
     def __init__(
         self,
         label: str,
         specs: Mapping[str, TensorSpec],
-        read: Callable[[str], Tensor],
+        read: Callable[[str, tuple[int, int] | None], Tensor],
         *,
         tied: Mapping[str, str] | None = None,
         outside: Iterable[str] = (),
+        deltas: Iterable[str] = (),
+        partial: bool = False,
+        source: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.label = label
         self.tied = dict(tied or {})
         self.outside = tuple(outside)
+        self.deltas = frozenset(deltas)
+        self.partial = partial
+        self.source: Mapping[str, Tensor] = self if source is None else source
         self._specs = dict(specs)
         self._read = read
 
@@ -70,7 +80,15 @@ class Checkpoint(Mapping[str, Tensor]):
         Raises:
             CheckpointError: there is no such tensor, or its bytes cannot be read.
         """
-        return self._read(self._stored(name))
+        return self._read(self._stored(name), None)
+
+    def run(self, name: str, start: int, stop: int) -> Tensor:
+        """Read the values `start` to `stop` of a tensor in row-major order, as (stop − start,), without the others.
+
+        Raises:
+            CheckpointError: see `tensor`.
+        """
+        return self._read(self._stored(name), (start, stop))
 
     def _stored(self, name: str) -> str:
         stored = name if name in self._specs else self.tied.get(name, name)
@@ -80,7 +98,16 @@ class Checkpoint(Mapping[str, Tensor]):
 
     def with_label(self, label: str) -> Checkpoint:
         """The same tensors under another label."""
-        return Checkpoint(label, self._specs, self._read, tied=self.tied, outside=self.outside)
+        return Checkpoint(
+            label,
+            self._specs,
+            self._read,
+            tied=self.tied,
+            outside=self.outside,
+            deltas=self.deltas,
+            partial=self.partial,
+            source=None if self.source is self else self.source,
+        )
 
     def with_prefix(self, prefix: str) -> Checkpoint:
         """The tensors whose names start with `prefix`, without it; all others are listed in `outside`.
@@ -103,7 +130,14 @@ class Checkpoint(Mapping[str, Tensor]):
         }
         outside = [name for name in self._specs if not name.startswith(prefix)]
         return Checkpoint(
-            self.label, specs, lambda name: self._read(prefix + name), tied=tied, outside=(*self.outside, *outside)
+            self.label,
+            specs,
+            lambda name, run: self._read(prefix + name, run),
+            tied=tied,
+            outside=(*self.outside, *outside),
+            deltas=[name[len(prefix) :] for name in self.deltas if name.startswith(prefix)],
+            partial=self.partial,
+            source=None if self.source is self else self.source,
         )
 
     def relative_to(self, reference: Iterable[str]) -> Checkpoint:
@@ -133,7 +167,7 @@ class Checkpoint(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._specs:
             raise KeyError(name)
-        return self._read(name)
+        return self._read(name, None)
 
     def __contains__(self, name: object) -> bool:
         return name in self._specs

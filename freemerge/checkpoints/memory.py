@@ -32,7 +32,12 @@ def from_tensors(tensors: Mapping[str, Tensor], label: str) -> Checkpoint:
         if tensor.layout is not torch.strided:
             raise CheckpointError(f"{label}: the tensor '{name}' is sparse ({tensor.layout}); make it dense first")
         specs[name] = TensorSpec(tuple(tensor.shape), tensor.dtype)
-    return Checkpoint(label, specs, lambda name: tensors[name].detach(), tied=find_tied(tensors))
+
+    def read(name: str, run: tuple[int, int] | None) -> Tensor:
+        tensor = tensors[name].detach()
+        return tensor if run is None else flat_run(tensor, *run)
+
+    return Checkpoint(label, specs, read, tied=find_tied(tensors))
 
 
 def find_tied(tensors: Mapping[str, Tensor]) -> dict[str, str]:
@@ -50,3 +55,21 @@ def find_tied(tensors: Mapping[str, Tensor]) -> dict[str, str]:
         if original != name:
             tied[name] = original
     return tied
+
+
+def flat_run(tensor: Tensor, start: int, stop: int) -> Tensor:
+    """Values `start` to `stop` of a tensor in row-major order, without copying more of it than their rows.
+
+    Args:
+        tensor: any shape and strides.
+        start: first position.
+        stop: position after the last.
+
+    Returns:
+        (stop − start,) in the tensor's dtype; a view where the strides allow it.
+    """
+    if tensor.is_contiguous():
+        return tensor.view(-1)[start:stop]
+    row = tensor.shape[1:].numel()
+    first, last = start // row, -(-stop // row)
+    return tensor[first:last].reshape(-1)[start - first * row : stop - first * row]

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from freemerge.checkpoints.adapters import open_adapter
 from freemerge.checkpoints.checkpoint import Checkpoint
 from freemerge.checkpoints.errors import CheckpointError
 from freemerge.checkpoints.memory import from_tensors
@@ -24,6 +25,7 @@ _WEIGHT_FILES = (  # in the order in which transformers looks for them
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
+_ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 
 
 def open_checkpoint(source: Source, *, label: str | None = None, prefix: str | None = None) -> Checkpoint:
@@ -31,8 +33,9 @@ def open_checkpoint(source: Source, *, label: str | None = None, prefix: str | N
 
     Args:
         source: a state dict, a module, a checkpoint that is already open, or a path: a `.safetensors` file, a
-            `torch.save` file (`.pt`, `.pth`, `.bin`, or a Lightning `.ckpt`), or a Hugging Face folder
-            (`model.safetensors`, `pytorch_model.bin`, or the index of their shards).
+            `torch.save` file (`.pt`, `.pth`, `.bin`, or a Lightning `.ckpt`), a Hugging Face folder
+            (`model.safetensors`, `pytorch_model.bin`, or the index of their shards), or the folder of a LoRA adapter,
+            whose tensors are then differences to a base (see `Checkpoint.deltas`).
         label: how messages call this model; by default its path, or its class.
         prefix: take only the tensors whose names start with it, and strip it (`backbone.model.`).
             `Checkpoint.relative_to` finds it.
@@ -54,9 +57,11 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         name → tensor, in the stored shapes and dtypes.
 
     Raises:
-        CheckpointError: see `open_checkpoint`.
+        CheckpointError: see `open_checkpoint`; or it is an adapter, whose tensors are no model without a base.
     """
     checkpoint = open_checkpoint(path)
+    if checkpoint.deltas:
+        raise CheckpointError(f"{path}: is a LoRA adapter, not a model; merge it with its base")
     # A clone frees the values from the file they may be mapped to.
     tensors = {name: checkpoint.tensor(name).clone() for name in checkpoint.names if name not in checkpoint.tied}
     return tensors | {name: tensors[first] for name, first in checkpoint.tied.items()}
@@ -81,7 +86,10 @@ def _open_path(path: Path, label: str) -> Checkpoint:
             if (path / name).is_file():
                 return _open_path(path / name, label)
         if (path / "adapter_config.json").is_file():
-            raise CheckpointError(f"{path}: is a LoRA adapter, not a model; merge it into its base model first")
+            for name in _ADAPTER_FILES:
+                if (path / name).is_file():
+                    return open_adapter(path, label, _open_path(path / name, label))
+            raise CheckpointError(f"{path}: no weights of the adapter; expected one of {', '.join(_ADAPTER_FILES)}")
         raise CheckpointError(f"{path}: no weights in this folder; expected one of {', '.join(_WEIGHT_FILES)}")
     if not path.exists():
         raise CheckpointError(f"{path}: does not exist; check the path (a model of the Hub must be downloaded first)")

@@ -41,7 +41,7 @@ _DTYPES = {
     "C64": torch.complex64,
 }
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
-_TIED = "freemerge.tied"  # metadata: the left-out names, one a line
+_TIED = "freemerge.tied"  # metadata: the left-out names, one a line, where they would be ambiguous
 _MAX_HEADER = 100_000_000  # the format's own limit
 
 
@@ -99,13 +99,12 @@ class SafetensorsFile:
         """Left-out name → stored name, of tensors that share their memory.
 
         safetensors' convention is an entry of the metadata for each left-out name. It cannot tell such an entry from
-        other metadata that happens to equal a tensor's name, so files written here list the left-out names as well.
+        other metadata that happens to equal a tensor's name; files written here then list the left-out names as well.
         """
-        tied = {name: first for name, first in self.metadata.items() if first in self.specs and name != "format"}
-        listed = self.metadata.get(_TIED)
-        if listed is None:
-            return tied
-        return {name: first for name, first in tied.items() if name in listed.split("\n")}
+        tied = _look_tied(self.metadata, self.specs)
+        if _TIED in self.metadata:
+            return {name: first for name, first in tied.items() if name in self.metadata[_TIED].split("\n")}
+        return tied
 
     def _read_header(self, file, size: int) -> tuple[dict, int]:
         head = file.read(8)
@@ -125,13 +124,15 @@ class SafetensorsFile:
     def _corrupt(self, what: str) -> CheckpointError:
         return CheckpointError(f"{self.path}: truncated or not a safetensors file: {what}; copy or download it again")
 
-    def read(self, name: str) -> Tensor:
-        """Read one tensor into fresh memory.
+    def read(self, name: str, run: tuple[int, int] | None = None) -> Tensor:
+        """Read a tensor, or a run of its values as a 1-D tensor, into fresh memory.
 
         Raises:
             CheckpointError: the file vanished or got shorter since it was opened.
         """
         spec, (begin, stop) = self.specs[name], self._places[name]
+        if run is not None:
+            begin, stop = (begin + position * spec.dtype.itemsize for position in run)
         data = torch.empty(stop - begin, dtype=torch.uint8)
         if stop > begin:
             view = memoryview(data.numpy())
@@ -149,7 +150,8 @@ class SafetensorsFile:
                         done += count
             except OSError as error:
                 raise CheckpointError(f"{self.path}: cannot be read: {error.strerror or error}") from None
-        return data.view(spec.dtype).reshape(spec.shape)
+        values = data.view(spec.dtype)
+        return values.view(spec.shape) if run is None else values
 
 
 def open_safetensors(paths: Iterable[Path], label: str) -> Checkpoint:
@@ -173,7 +175,7 @@ def open_safetensors(paths: Iterable[Path], label: str) -> Checkpoint:
             place[name], specs[name] = file, spec
         tied.update(file.tied)
     tied = {name: first for name, first in tied.items() if name not in specs}
-    return Checkpoint(label, specs, lambda name: place[name].read(name), tied=tied)
+    return Checkpoint(label, specs, lambda name, run: place[name].read(name, run), tied=tied)
 
 
 def write_safetensors(
@@ -200,9 +202,7 @@ def write_safetensors(
     """
     path = Path(path)
     order = storage_order(specs)
-    tied = tied or {}
-    notes = {**(metadata or {}), **tied, "format": "pt", _TIED: "\n".join(tied)}
-    header: dict[str, object] = {"__metadata__": notes}
+    header: dict[str, object] = {"__metadata__": _notes(specs, metadata or {}, tied or {})}
     offset = 0
     for name in order:
         shape, dtype = specs[name]
@@ -241,6 +241,15 @@ def write_safetensors(
         if temporary is not None:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(temporary)
+
+
+def _look_tied(metadata: Mapping[str, str], specs: Mapping[str, TensorSpec]) -> dict[str, str]:
+    return {name: first for name, first in metadata.items() if first in specs and name != "format"}
+
+
+def _notes(specs: Mapping[str, TensorSpec], metadata: Mapping[str, str], tied: Mapping[str, str]) -> dict[str, str]:
+    notes = {**metadata, **tied, "format": "pt"}
+    return notes if _look_tied(notes, specs) == tied else {**notes, _TIED: "\n".join(tied)}
 
 
 def storage_order(specs: Mapping[str, TensorSpec]) -> list[str]:

@@ -40,7 +40,13 @@ def build_parser() -> jsonargparse.ArgumentParser:
         required=True,
         help="The fine-tuned models: a list of paths, or a mapping from names to paths.",
     )
-    parser.add_argument("--method", type=MergeMethod, required=True, help="How to merge, for example FRMerging.")
+    parser.add_argument(
+        "--method",
+        type=MergeMethod,
+        required=True,
+        help="How to merge, for example FRMerging. A class that is given here instead of the one in a configuration "
+        "file keeps the parameters from there that it knows as well.",
+    )
     parser.add_argument(
         "--include",
         type=list[str] | None,
@@ -56,8 +62,10 @@ def build_parser() -> jsonargparse.ArgumentParser:
     parser.add_argument(
         "--dtype", type=str | None, default=None, help="Of the merged tensors. Default: the base's own."
     )
-    parser.add_argument("--output", type=str, required=True, help="The .safetensors file to write.")
+    parser.add_argument("--output", type=str, required=True, help="The .safetensors file or the folder to write.")
     parser.add_argument("--overwrite", type=bool, default=False, help="Replace an existing output.")
+    parser.add_argument("--shard_size", type=str, default="5GB", help="Largest file of weights in a folder.")
+    parser.add_argument("--hash_inputs", type=bool, default=True, help="Record the hashes of all inputs in a folder.")
     return parser
 
 
@@ -83,6 +91,8 @@ def run(config: jsonargparse.Namespace) -> int:
             dtype=config.dtype,
             output=config.output,
             overwrite=config.overwrite,
+            shard_size=config.shard_size,
+            hash_inputs=config.hash_inputs,
         )
     except (MergeError, CheckpointError, ValueError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)

@@ -158,7 +158,7 @@ class _Plan(NamedTuple):
     gains: Tensor  # (len(varying), length of a line) float32
 
 
-@lru_cache(maxsize=8)  # a model has few shapes, and they come in turns
+@lru_cache(maxsize=4)  # a model has few shapes, and they come in turns
 def _plan(filter_: Filter, height: int, width: int) -> _Plan:
     axis = 0 if height > width else 1  # lines across the longer side are short, and fewer of them vary
     along, across = (height, width) if axis == 0 else (width, height)

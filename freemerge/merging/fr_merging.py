@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from freemerge.merging.filters import Filter, NyquistDisc
-from freemerge.merging.method import MergeMethod, flat, require, require_number, weighted_sum
+from freemerge.merging.method import MergeMethod, require, require_number, weighted_sum
 from freemerge.merging.vectors import Vectors
 
 _NAMED = ("align", "mean", "uniform")
@@ -51,15 +51,16 @@ class FRMerging(MergeMethod):
         if self.coefficients != "mean":
             return None
         totals = torch.zeros(len(vectors.labels), dtype=torch.float64)
-        for _, deltas in vectors:
-            # In float64: no drift over billions of entries.
-            totals += torch.stack([delta.abs().sum(dtype=torch.float64) for delta in deltas]).cpu()
+        for deltas in vectors.pieces():
+            totals += deltas.abs_().sum(1, dtype=torch.float64).cpu()  # float64: no drift over billions of entries
         return totals / totals.sum().clamp(min=torch.finfo(torch.float64).tiny)
 
     def combine(self, name: str, deltas: Tensor, statistics: Tensor | None) -> Tensor:
         if self.coefficients == "align":
-            filtered = torch.stack([self.filter(delta) for delta in deltas])
-            return weighted_sum(filtered, alignment(filtered, deltas) * self.scale)
+            before = _magnitudes(deltas)
+            for delta in deltas:
+                delta.copy_(self.filter(delta))
+            return weighted_sum(deltas, alignment(_magnitudes(deltas), before) * self.scale)
         if statistics is not None:
             weights = statistics * self.scale
         elif self.coefficients == "uniform":
@@ -69,20 +70,23 @@ class FRMerging(MergeMethod):
         return self.filter(weighted_sum(deltas, weights))
 
 
-def alignment(filtered: Tensor, deltas: Tensor) -> Tensor:
+def alignment(after: Tensor, before: Tensor) -> Tensor:
     """λ_k = max_j E|G(v_j)| / E|G(v_k)|, for one tensor.
 
     A vector of which the filter leaves nothing but rounding gets 0: there is nothing to bring up.
 
     Args:
-        filtered: G(v_k), (K, *shape) float32.
-        deltas: v_k, (K, *shape) float32.
+        after: E|G(v_k)|, (K,) float64.
+        before: E|v_k|, (K,) float64.
 
     Returns:
-        (K,) float64, on the CPU.
+        (K,) float64.
     """
-    left = flat(filtered).abs().mean(1, dtype=torch.float64).cpu()
-    before = flat(deltas).abs().mean(1, dtype=torch.float64).cpu()
-    something = left > before * torch.finfo(torch.float32).eps
-    left = torch.where(something, left, 0.0)
-    return torch.where(something, left.max() / left, 0.0)
+    something = after > before * torch.finfo(torch.float32).eps
+    after = torch.where(something, after, 0.0)
+    return torch.where(something, after.max() / after, 0.0)
+
+
+def _magnitudes(deltas: Tensor) -> Tensor:
+    """E|v_k|: (K, *shape) float32 → (K,) float64 on the CPU."""
+    return torch.stack([delta.abs().mean(dtype=torch.float64) for delta in deltas]).cpu()

@@ -25,6 +25,14 @@ class MergeMethod(ABC):
     A new method is one file: fields, their check in `__post_init__`, `combine`, and `survey` if it is global.
     """
 
+    @property
+    def elementwise(self) -> bool:
+        """Whether `combine` treats each entry by itself, given the statistics.
+
+        The engine then hands it pieces of bounded size, (K, n) → (n,), instead of whole tensors.
+        """
+        return False
+
     def check(self, labels: Sequence[str]) -> None:
         """Raise a `MergeError` if the method cannot merge these models; called before any work.
 
@@ -45,7 +53,8 @@ class MergeMethod(ABC):
         """Gather what `combine` has to know of all tensors; by default nothing, without a pass.
 
         Args:
-            vectors: iterating yields (name, deltas) with deltas (K, *shape) float32; it can be iterated again.
+            vectors: iterating yields (name, deltas) with deltas (K, *shape) float32, `vectors.pieces()` yields (K, n)
+                pieces; each can be done again, and costs a pass over the models.
 
         Returns:
             Statistics for `combine`, or None.
@@ -64,11 +73,6 @@ class MergeMethod(ABC):
         Returns:
             The merged task vector, (*shape) float32.
         """
-
-
-def flat(deltas: Tensor) -> Tensor:
-    """(K, *shape) → (K, n), for scalars and empty tensors too."""
-    return deltas.reshape(len(deltas), deltas.shape[1:].numel())
 
 
 def weighted_sum(deltas: Tensor, weights: float | Sequence[float] | Tensor) -> Tensor:

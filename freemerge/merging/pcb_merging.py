@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from freemerge.merging.filters import Filter
-from freemerge.merging.method import MergeMethod, flat, require, require_number
+from freemerge.merging.method import MergeMethod, require, require_number, weighted_sum
 from freemerge.merging.ranks import order_statistics
-from freemerge.merging.vectors import Vectors
+from freemerge.merging.vectors import Vectors, flat
 
 
 class PCBStatistics(NamedTuple):
@@ -36,8 +36,10 @@ class PCBMerging(MergeMethod):
     4. τ = Σ_k λ_k·c_k·w_k / max(Σ_k w_k, 1e-12).
 
     Where all magnitudes of a task are equal, n_k = 0; where all scores that take part are equal, w_k is 1 for those
-    above zero (the formulas divide zero by zero there). Five passes: two for the clamp, two for the scores, one to
-    merge.
+    above zero (the formulas divide zero by zero there).
+
+    Three passes: one for the clamp, one for the scores, one to merge. With a filter five, as no sample brackets the
+    ranks.
 
     Args:
         ratio: fraction of each task vector's entries that take part, in (0, 1].
@@ -68,50 +70,64 @@ class PCBMerging(MergeMethod):
         valid = self.filter is None or isinstance(self.filter, Filter)
         require(valid, self, f"`filter` must be a Filter or None, got {self.filter!r}")
 
+    @property
+    def elementwise(self) -> bool:
+        return self.filter is None
+
     def survey(self, vectors: Vectors) -> PCBStatistics | None:
         """Find the clamp of the magnitudes and the range of the scores that take part, exactly."""
         total = vectors.numel
         if total == 0:
             return None
 
+        def values():
+            return vectors.pieces() if self.filter is None else (self._filtered(deltas) for _, deltas in vectors)
+
         def magnitudes():
-            return (self._filtered(deltas).abs() for _, deltas in vectors)
+            return (piece.abs_() for piece in values())
 
         def scores():
-            return (self._scores(self._filtered(deltas), low, high) for _, deltas in vectors)
+            return (self._scores(piece, low, high) for piece in values())
+
+        # A sample of filtered vectors would cost the transforms of a whole pass.
+        sample = vectors.sample() if self.filter is None else None
 
         first = int(total * self.clip)
         last = max(int(total * (1 - self.clip) - 1), first)
-        bounds = order_statistics(magnitudes, [first, last])
+        bounds = order_statistics(magnitudes, [first, last], total, None if sample is None else sample.abs())
         low, high = bounds[:, :1], bounds[:, 1:]
-        range_ = order_statistics(scores, [min(int(total * (1 - self.ratio)), total - 1), total - 1])
+        ranks = [min(int(total * (1 - self.ratio)), total - 1), total - 1]
+        range_ = order_statistics(scores, ranks, total, None if sample is None else self._scores(sample, low, high))
         return PCBStatistics(low, high, range_[:, :1], range_[:, 1:])
 
     def combine(self, name: str, deltas: Tensor, statistics: PCBStatistics | None) -> Tensor:
         if statistics is None:
             return deltas[0].clone()
-        low, high, threshold, maximum = (value.to(deltas.device) for value in statistics)
+        low, high, threshold, maximum = (bound.to(deltas.device) for bound in statistics)
         values = self._filtered(deltas)
         scores = self._scores(values, low, high)
         spread = maximum - threshold
-        flat = ((scores >= threshold) & (scores > 0)).to(scores.dtype)
-        weights = torch.where(spread > 0, (scores - threshold).clamp_(min=0) / spread, flat)
-        clamped = values.abs().clamp(low, high).copysign_(values).mul_(values != 0)
-        scale = self.scale if isinstance(self.scale, (list, tuple)) else [self.scale] * len(deltas)
-        factors = torch.tensor(scale, dtype=deltas.dtype, device=deltas.device)[:, None]
-        merged = (clamped.mul_(weights) * factors).sum(0) / weights.sum(0).clamp(min=1e-12)
+        level = (spread <= 0) & (scores >= threshold) & (scores > 0) if bool((spread <= 0).any()) else None
+        weights = scores.sub_(threshold).clamp_(min=0).div_(torch.where(spread > 0, spread, 1.0))
+        if level is not None:
+            weights.masked_fill_(level, 1.0)
+        total = weights.sum(0).clamp_(min=1e-12)
+        clamped = torch.sign(values).mul_(values.abs_().clamp_(low, high))
+        merged = weighted_sum(clamped.mul_(weights), self.scale).div_(total)
         return merged.reshape(deltas.shape[1:])
 
     def _filtered(self, deltas: Tensor) -> Tensor:
-        """(K, *shape) → (K, n), through the filter if there is one."""
+        """(K, *shape) → (K, n), through the filter if there is one, which works in place."""
         if self.filter is not None:
-            deltas = torch.stack([self.filter(delta) for delta in deltas])
+            for delta in deltas:
+                delta.copy_(self.filter(delta))
         return flat(deltas)
 
     def _scores(self, values: Tensor, low: Tensor, high: Tensor) -> Tensor:
         """(K, n) task vectors and (K, 1) bounds → (K, n) scores."""
+        low, high = low.to(values.device), high.to(values.device)
         spread = high - low
-        normalized = (values.abs().clamp_(low, high).sub_(low)).div_(torch.where(spread > 0, spread, 1.0))
+        normalized = values.abs().clamp_(low, high).sub_(low).div_(torch.where(spread > 0, spread, 1.0))
         intra = normalized.square().mul_(len(values)).exp_()
         if self.inter == "sum":
             return intra.mul_((values * values.sum(0)).tanh_())

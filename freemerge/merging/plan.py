@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,7 +16,16 @@ from torch import Tensor
 from freemerge.checkpoints import Checkpoint, TensorSpec
 from freemerge.merging.errors import MergeError
 from freemerge.merging.patterns import select, unmatched
-from freemerge.merging.vectors import Vectors, difference
+from freemerge.merging.streaming import Piece
+from freemerge.merging.vectors import Vectors, differences, working_dtype
+
+
+class Operands(NamedTuple):
+    """What is read of a tensor, or of a piece of one (n values), to merge it."""
+
+    base: Tensor  # (*shape) or (n,), as stored
+    deltas: Tensor  # (K, *shape) or (K, n) float32, in memory of their own
+    single: Tensor | None  # the model's own values as stored, if there is one model
 
 
 @dataclass(frozen=True)
@@ -57,25 +67,35 @@ class Plan:
         return Vectors(
             [model.label for model in self.models],
             {name: self.base.spec(name).shape for name in self.merged},
-            lambda name: self.read(name)[2],
+            lambda name: self.read(name).deltas,
+            lambda piece: self.read(piece).deltas,
         )
 
-    def read(self, name: str) -> tuple[Tensor, list[Tensor], Tensor]:
-        """The base's tensor, the models' tensors as stored, and their differences (K, *shape) float32.
+    def read(self, what: str | Piece) -> Operands:
+        """Read the base's values of a tensor, or of a piece of one, and what the models add to them.
 
         Raises:
             MergeError: a value is NaN or infinite.
         """
-        base = self.base.tensor(name)
-        tensors = [model.tensor(name) for model in self.models]
-        deltas = torch.empty(len(tensors), *base.shape, dtype=torch.float32, device=base.device)
-        for row, tensor in zip(deltas, tensors, strict=True):
-            row.copy_(difference(base, tensor))
+        name = what.name if isinstance(what, Piece) else what
+        base = _read(self.base, what)
+        deltas = torch.empty(len(self.models), *base.shape, dtype=torch.float32, device=base.device)
+        reference = base.to(working_dtype(base.dtype))  # converted once, not once per model
+        single = None
+        for model, row in zip(self.models, deltas, strict=True):
+            if name in model.deltas:
+                row.copy_(_read(model, what))
+            elif name in model or name in model.tied:
+                single = _read(model, what)
+                differences(reference, [single], out=row[None])
+            else:  # an adapter that leaves this tensor as it is
+                row.zero_()
         # One sum finds any NaN or infinity; only when it does (or overflows) is it worth asking where.
         if not bool(torch.isfinite(deltas.sum())):
-            for checkpoint, tensor in zip((self.base, *self.models), (base, *tensors), strict=True):
-                _require_finite(checkpoint.label, name, tensor)
-        return base, tensors, deltas
+            for checkpoint in (self.base, *self.models):
+                if name in checkpoint:
+                    _require_finite(checkpoint.label, name, checkpoint.tensor(name))
+        return Operands(base, deltas, single if len(self.models) == 1 else None)
 
 
 def make_plan(
@@ -103,6 +123,8 @@ def make_plan(
     """
     if not models:
         raise MergeError("there is no fine-tuned model to merge; name at least one")
+    if base.deltas:
+        raise MergeError(f"{base.label}: is a LoRA adapter; the base must be the model that it was trained on")
     if dtype is not None and not dtype.is_floating_point:
         raise MergeError(f"the dtype of a merged model must be a floating-point one, not {dtype}")
     if repeated := sorted({m.label for m in models if sum(m.label == other.label for other in models) > 1}):
@@ -126,6 +148,10 @@ def make_plan(
     return Plan(base, models, merged, kept, tied, dtype)
 
 
+def _read(checkpoint: Checkpoint, what: str | Piece) -> Tensor:
+    return checkpoint.run(*what) if isinstance(what, Piece) else checkpoint.tensor(what)
+
+
 def _tied_everywhere(name: str, first: str, models: Sequence[Checkpoint]) -> bool:
     return all(name not in model or model.tied.get(name) == first for model in models)
 
@@ -136,6 +162,8 @@ def _compare(base: Checkpoint, models: Sequence[Checkpoint], merged: Sequence[st
     for model in models:
         for name in merged:
             if name not in model and name not in model.tied:
+                if model.partial:
+                    continue
                 problems.append(
                     f"{model.label}: the tensor '{name}' is missing; {base.label} has it with shape "
                     f"{list(base.spec(name).shape)}; exclude=['{name}'] keeps the base's"

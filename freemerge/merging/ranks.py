@@ -1,31 +1,40 @@
 """Exact order statistics of a stream that does not fit in memory.
 
-- Radix selection on the bit patterns of float32: one pass counts the upper 16 bits of every value, a second the lower
-  16 bits of those values that share the upper half of an answer. Two passes, 65 536 counters per row and rank.
-- Exact: the same value as a full sort gives, ties, zeros and denormals included.
-- What fits into one batch is simply sorted.
+- With a sample: one pass. The sample brackets each answer; the pass counts what lies below the bracket, and counts or
+  collects what lies in it. If the bracket missed (its counts show it), without.
+- Without: two passes. One counts all values by the upper 16 bits of their float32 patterns, which leaves a bracket with
+  at most 2¹⁶ numbers; the next counts these.
+- What fits into one batch is partitioned in memory.
+- Exact: the same value as a full sort gives, ties, zeros and denormals included, whatever the sample.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
-_BINS = 1 << 16
-_BATCH = 1 << 20  # values of a row handled at a time: bounds the temporaries, and small tensors share the counting
+from freemerge.merging.brackets import Bracket, make_brackets
+
+_PARTITIONED = 1 << 20  # values of a row that are partitioned in memory if they are all; with a sample fewer
+_PARTITIONED_DESPITE_SAMPLE = 1 << 14
+_BATCH = 1 << 15  # values of a row compared with the brackets at a time: they fit in the cache
 
 Stream = Callable[[], Iterable[Tensor]]
 
 
-def order_statistics(stream: Stream, ranks: Sequence[int]) -> Tensor:
+def order_statistics(stream: Stream, ranks: Sequence[int], total: int, sample: Tensor | None = None) -> Tensor:
     """Ascending order statistics of every row of a streamed matrix.
 
     Args:
         stream: a function that starts a new pass; each pass yields blocks (K, n) float32 without NaN, the same values
             every time.
         ranks: R zero-based ranks, the same for every row.
+        total: the number of values of a row.
+        sample: (K, m) float32, some of the values of each row. The better it represents them, the likelier one pass is
+            enough; the result does not depend on it.
 
     Returns:
         (K, R) float32: for each row its values of these ranks in ascending order, on the CPU.
@@ -33,85 +42,51 @@ def order_statistics(stream: Stream, ranks: Sequence[int]) -> Tensor:
     Raises:
         ValueError: a rank that no value has.
     """
-    upper: Tensor | None = None
-    previous: Tensor | None = None
-    for batch in _batches(stream()):
-        if previous is not None:
-            upper = _add_upper(upper, previous)
-        previous = batch
-    if previous is None:
-        previous = torch.zeros(1, 0)
-    if upper is None:
-        _check_ranks(ranks, previous.shape[1])
-        return previous.sort(dim=1).values[:, list(ranks)]
-    upper = _add_upper(upper, previous)
-    del previous
-    _check_ranks(ranks, int(upper[0].sum()))
-
-    # For each row and rank: the upper half of the answer, and the rank among the values which share it.
-    wanted = torch.tensor(list(ranks), dtype=torch.int64).expand(len(upper), -1).contiguous()
-    cumulative = upper.cumsum(1)
-    high = torch.searchsorted(cumulative, wanted, right=True)
-    within = wanted - (cumulative - upper).gather(1, high)
-    lower = _count_lower(stream, high)
-    low = torch.zeros_like(high)
-    for row, (halves, row_ranks) in enumerate(zip(high.tolist(), within, strict=True)):
-        for column, half in enumerate(halves):
-            low[row, column] = torch.searchsorted(lower[row][half].cumsum(0), row_ranks[column], right=True)
-    return _values((((high - _BINS // 2) << 16) | low).to(torch.int32))
-
-
-def _check_ranks(ranks: Sequence[int], total: int) -> None:
     for rank in ranks:
         if not 0 <= rank < total:
             raise ValueError(f"there is no value of rank {rank} among {total}")
+    sampled = sample is not None and sample.shape[1] > 0
+    if total <= (_PARTITIONED_DESPITE_SAMPLE if sampled else _PARTITIONED):
+        values = torch.cat([block.cpu() for block in stream()], dim=1).numpy()
+        return torch.from_numpy(np.partition(values, sorted(set(ranks)), axis=1)[:, list(ranks)])
+    found = _bracketed(stream, ranks, total, sample.cpu()) if sampled else None
+    return _bracketed(stream, ranks, total, None) if found is None else found
 
 
-def _batches(blocks: Iterable[Tensor]) -> Iterator[Tensor]:
-    """Blocks (K, n) cut and joined to batches of about `_BATCH` values a row, on the CPU."""
+def _bracketed(stream: Stream, ranks: Sequence[int], total: int, sample: Tensor | None) -> Tensor | None:
+    """Passes until every bracket has its answer; None if one does not hold it."""
+    answers: dict[tuple[int, int], float] = {}
+    brackets: dict[tuple[int, int], Bracket] | None = None
+    while brackets is None or brackets:
+        for batch in _batches(stream(), _BATCH):
+            if brackets is None:
+                nothing = torch.empty(len(batch), 0)
+                rows = make_brackets(nothing if sample is None else sample, ranks, total)
+                brackets = {(i, j): bracket for i, row in enumerate(rows) for j, bracket in enumerate(row)}
+            for (row, _), bracket in brackets.items():
+                bracket.see(batch[row])
+        found = {place: bracket.answer() for place, bracket in brackets.items()}
+        if any(answer is None for answer in found.values()):
+            return None
+        brackets = {place: answer for place, answer in found.items() if isinstance(answer, Bracket)}
+        answers |= {place: answer for place, answer in found.items() if not isinstance(answer, Bracket)}
+    rows = 1 + max(row for row, _ in answers)
+    return torch.tensor([[answers[row, column] for column in range(len(ranks))] for row in range(rows)])
+
+
+def _batches(blocks: Iterable[Tensor], size: int) -> Iterator[Tensor]:
+    """Blocks (K, n) cut and joined to batches of about `size` values a row, on the CPU."""
     waiting: list[Tensor] = []
     count = 0
     for block in blocks:
-        for piece in block.cpu().split(_BATCH, dim=1):
-            if piece.shape[1] == _BATCH:
+        for piece in block.cpu().split(size, dim=1):
+            if 2 * piece.shape[1] >= size:  # large enough to be worth no copy
                 yield piece
                 continue
             waiting.append(piece)
             count += piece.shape[1]
-            if count >= _BATCH:
+            if count >= size:
                 yield torch.cat(waiting, dim=1)
                 waiting, count = [], 0
     if waiting:
         yield torch.cat(waiting, dim=1)
-
-
-def _add_upper(counts: Tensor | None, batch: Tensor) -> Tensor:
-    """Count the upper halves of the keys: (K, 65536) int64."""
-    if counts is None:
-        counts = torch.zeros(len(batch), _BINS, dtype=torch.int64)
-    for row, values in enumerate(batch):
-        counts[row] += torch.bincount((_keys(values) >> 16) + _BINS // 2, minlength=_BINS)
-    return counts
-
-
-def _count_lower(stream: Stream, high: Tensor) -> list[dict[int, Tensor]]:
-    """For each row: upper half of an answer → counts of the lower halves of the keys that share it."""
-    counts = [{half: torch.zeros(_BINS, dtype=torch.int64) for half in row} for row in high.tolist()]
-    for batch in _batches(stream()):
-        for values, row_counts in zip(batch, counts, strict=True):
-            keys = _keys(values)
-            upper = (keys >> 16) + _BINS // 2
-            for half, half_counts in row_counts.items():
-                half_counts += torch.bincount(keys[upper == half] & (_BINS - 1), minlength=_BINS)
-    return counts
-
-
-def _keys(values: Tensor) -> Tensor:
-    """int32 keys in the order of the float32 values: the bits themselves, with those of negative numbers reversed."""
-    bits = values.contiguous().view(torch.int32)
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
-
-
-def _values(keys: Tensor) -> Tensor:
-    """The float32 values of `_keys`; the map is its own inverse."""
-    return (keys ^ ((keys >> 31) & 0x7FFFFFFF)).view(torch.float32)

@@ -23,5 +23,9 @@ class TaskArithmetic(MergeMethod):
     def __post_init__(self) -> None:
         require_number(self, "scale", self.scale)
 
+    @property
+    def elementwise(self) -> bool:
+        return True
+
     def combine(self, name: str, deltas: Tensor, statistics: Any) -> Tensor:
         return weighted_sum(deltas, self.scale)

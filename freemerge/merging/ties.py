@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch import Tensor
 
-from freemerge.merging.method import MergeMethod, flat, require, require_number
+from freemerge.merging.method import MergeMethod, require, require_number
 from freemerge.merging.ranks import order_statistics
-from freemerge.merging.vectors import Vectors
+from freemerge.merging.vectors import Vectors, flat
 
 
 @dataclass(frozen=True)
@@ -21,7 +20,7 @@ class Ties(MergeMethod):
     2. Elect: γ = sign(Σ_k v_k).
     3. Disjoint mean: τ = scale · mean of {v_k : sign(v_k) = γ}; zero where no entry is left.
 
-    Three passes with scope "model" (two to find t_k exactly), one with "tensor".
+    Two passes with scope "model" (one to find t_k exactly, from a bracket that a sample gives), one with "tensor".
 
     Args:
         density: fraction of the entries to keep, in (0, 1].
@@ -39,25 +38,35 @@ class Ties(MergeMethod):
         require_number(self, "scale", self.scale)
         require(self.scope in ("model", "tensor"), self, f'`scope` must be "model" or "tensor", got {self.scope!r}')
 
+    @property
+    def elementwise(self) -> bool:
+        return self.scope == "model"
+
     def survey(self, vectors: Vectors) -> Tensor | None:
         """Find t_k over the whole model, (K,) float32; None with scope "tensor" or if nothing is trimmed."""
         if self.scope == "tensor" or self.density == 1 or vectors.numel == 0:
             return None
-        rank = vectors.numel - max(1, int(vectors.numel * self.density))
-        return order_statistics(lambda: (flat(deltas).abs() for _, deltas in vectors), [rank])[:, 0]
+        total = vectors.numel
+        rank = total - max(1, int(total * self.density))
+
+        def magnitudes():
+            return (deltas.abs_() for deltas in vectors.pieces())
+
+        return order_statistics(magnitudes, [rank], total, vectors.sample().abs_())[:, 0]
 
     def combine(self, name: str, deltas: Tensor, statistics: Tensor | None) -> Tensor:
         values = flat(deltas)
         if values.shape[1] == 0:
             return deltas[0].clone()
         if self.density < 1:
+            magnitudes = values.abs()
             if statistics is None:
-                rank = values.shape[1] - max(1, int(values.shape[1] * self.density))
-                thresholds = values.abs().kthvalue(rank + 1, dim=1, keepdim=True).values
-            else:
-                thresholds = statistics.to(values.device)[:, None]
-            values = torch.where(values.abs() >= thresholds, values, 0.0)
-        elected = values.sum(0).sign()
-        agrees = (values.sign() == elected) & (values != 0)
-        count = agrees.sum(0).clamp(min=1)
-        return (torch.where(agrees, values, 0.0).sum(0) * (self.scale / count)).reshape(deltas.shape[1:])
+                total = values.shape[1]
+                rank = total - max(1, int(total * self.density))
+                sample = magnitudes[:, :: 1 + (total >> 15)]
+                statistics = order_statistics(lambda: [magnitudes], [rank], total, sample)[:, 0]
+            values.masked_fill_(magnitudes < statistics.to(values.device)[:, None], 0.0)
+        # Where the sum is zero no entry has its sign but those that are zero themselves, and their mean is zero too.
+        agrees = (values.sign() == values.sum(0).sign_()).to(values.dtype)
+        merged = values.mul_(agrees).sum(0).div_(agrees.sum(0).clamp_(min=1)).mul_(self.scale)
+        return merged.reshape(deltas.shape[1:])

@@ -1,40 +1,51 @@
 """Task vectors: what fine-tuning added to a base, τ = θ_ft − θ_base.
 
 - The algebra in memory: `task_vector`, `apply_task_vector`, `merge_task_vectors`.
-- `Vectors`: the task vectors of K models seen tensor by tensor, as many times as a method needs.
+- `Vectors`: the task vectors of K models seen tensor by tensor or piece by piece, as often as a method needs.
 
 Notation: K models, D merged parameters in all.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from freemerge.checkpoints.memory import flat_run
 from freemerge.merging.errors import MergeError
+from freemerge.merging.streaming import Piece, pieces, read_ahead
 
 if TYPE_CHECKING:
     from freemerge.merging.method import MergeMethod
 
+_SAMPLE_RUNS = 1024
+_SAMPLE_RUN = 32  # neighbours cost next to nothing to read, and tell less than their number
+
 
 class Vectors:
-    """The task vectors of K models, one tensor at a time; iterating again reads again.
+    """The task vectors of K models, one tensor or one piece at a time; iterating again reads again.
 
     Args:
         labels: the names of the K models.
         shapes: name → shape of each merged tensor, in the order of iteration.
-        read: returns the task vectors of one tensor, (K, *shape) float32, in memory of their own.
+        read: returns the task vectors of one tensor, (K, *shape) float32, in memory of their own. Called in a thread.
+        read_piece: returns those of a run of a tensor's values, (K, n) float32; by default the tensor is read and cut.
     """
 
     def __init__(
-        self, labels: Sequence[str], shapes: Mapping[str, Sequence[int]], read: Callable[[str], Tensor]
+        self,
+        labels: Sequence[str],
+        shapes: Mapping[str, Sequence[int]],
+        read: Callable[[str], Tensor],
+        read_piece: Callable[[Piece], Tensor] | None = None,
     ) -> None:
         self.labels = tuple(labels)
         self.shapes = {name: torch.Size(shape) for name, shape in shapes.items()}
         self._read = read
+        self._read_piece = read_piece
 
     @property
     def numel(self) -> int:
@@ -45,9 +56,43 @@ class Vectors:
         """The task vectors of one tensor, (K, *shape) float32."""
         return self._read(name)
 
+    def pieces(self) -> Iterator[Tensor]:
+        """All values in pieces of bounded size: (K, n) float32, in the order of the tensors.
+
+        For statistics that look at each entry by itself: no tensor is ever whole in memory.
+        """
+        if self._read_piece is None:
+            return (flat(deltas) for _, deltas in self)
+        return read_ahead(self._read_piece, pieces(self.shapes, len(self.labels)))
+
+    def sample(self) -> Tensor:
+        """Some of the entries, the same for all models: (K, n) float32, with n about 2¹⁵ to 2¹⁸.
+
+        Short runs at seeded positions, one in each of equal shares of the model, so that every tensor is represented
+        by its size. The same call gives the same sample.
+        """
+        if self._read_piece is None or self.numel <= _SAMPLE_RUNS * _SAMPLE_RUN:
+            return torch.cat(list(self.pieces()) or [torch.zeros(len(self.labels), 0)], dim=1)
+        runs = min(_SAMPLE_RUNS << 3, max(_SAMPLE_RUNS, self.numel >> 15))
+        share = self.numel / runs
+        offsets = torch.rand(runs, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        starts = ((torch.arange(runs) + offsets) * share).long().tolist()
+        found, position, index = [], 0, 0
+        for name, shape in self.shapes.items():
+            total = shape.numel()
+            while index < runs and starts[index] < position + total:
+                start = starts[index] - position
+                found.append(self._read_piece(Piece(name, start, min(start + _SAMPLE_RUN, total))))
+                index += 1
+            position += total
+        return torch.cat(found, dim=1)
+
+    def subset(self, names: Iterable[str]) -> Vectors:
+        """The same models' vectors of some of the tensors."""
+        return Vectors(self.labels, {name: self.shapes[name] for name in names}, self._read, self._read_piece)
+
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        for name in self.shapes:
-            yield name, self._read(name)
+        return read_ahead(lambda name: (name, self._read(name)), self.shapes, depth=1)
 
     def __len__(self) -> int:
         return len(self.shapes)
@@ -78,7 +123,7 @@ def task_vector(base: Mapping[str, Tensor], finetuned: Mapping[str, Tensor]) -> 
                 f"the tensor '{name}' has shape {list(other.shape)} in the fine-tuned model and {list(tensor.shape)} "
                 "in the base"
             )
-        vector[name] = difference(tensor, other)
+        vector[name] = differences(tensor, [other])[0]
     return vector
 
 
@@ -141,19 +186,41 @@ def merge_task_vectors(vectors: Sequence[Mapping[str, Tensor]], method: MergeMet
     def read(name: str) -> Tensor:
         return torch.stack([vector[name].detach().to(torch.float32) for vector in vectors])
 
-    source = Vectors(
-        [f"task {index}" for index in range(len(vectors))], {name: delta.shape for name, delta in first.items()}, read
-    )
+    def read_piece(piece: Piece) -> Tensor:
+        return torch.stack([flat_run(vector[piece.name].detach(), *piece[1:]).to(torch.float32) for vector in vectors])
+
+    labels = [f"task {index}" for index in range(len(vectors))]
+    source = Vectors(labels, {name: delta.shape for name, delta in first.items()}, read, read_piece)
     method.check(source.labels)
     statistics = method.survey(source)
     return {name: method.combine(name, deltas, statistics) for name, deltas in source}
 
 
-def difference(base: Tensor, finetuned: Tensor) -> Tensor:
-    """θ_ft − θ_base in float32 (float64 operands are subtracted in float64), always in new memory."""
-    dtype = working_dtype(base.dtype, finetuned.dtype)
-    delta = finetuned.detach().to(base.device, dtype) - base.detach().to(dtype)
-    return delta.to(torch.float32)
+def differences(base: Tensor, tensors: Sequence[Tensor], out: Tensor | None = None) -> Tensor:
+    """θ_k − θ_base for K models.
+
+    Args:
+        base: any shape, any floating-point dtype.
+        tensors: K tensors of that shape, in any floating-point dtypes.
+        out: (K, *shape) float32 on the base's device, to write to; new memory if None.
+
+    Returns:
+        (K, *shape) float32 on the base's device. float64 operands are subtracted in float64.
+    """
+    reference = base.detach().to(working_dtype(base.dtype, *(tensor.dtype for tensor in tensors)))
+    deltas = torch.empty(len(tensors), *base.shape, dtype=torch.float32, device=base.device) if out is None else out
+    for index, tensor in enumerate(tensors):
+        tensor = tensor.detach().to(base.device)
+        if reference.dtype is torch.float32 and tensor.dtype.itemsize > 1:
+            torch.sub(tensor, reference, out=deltas[index])  # converts on the fly
+        else:
+            deltas[index] = tensor.to(reference.dtype) - reference
+    return deltas
+
+
+def flat(deltas: Tensor) -> Tensor:
+    """(K, *shape) → (K, n), for scalars and empty tensors too."""
+    return deltas.reshape(len(deltas), deltas.shape[1:].numel())
 
 
 def add(base: Tensor, delta: Tensor, dtype: torch.dtype | None = None) -> Tensor:

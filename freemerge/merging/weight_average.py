@@ -14,5 +14,9 @@ from freemerge.merging.method import MergeMethod, weighted_sum
 class WeightAverage(MergeMethod):
     """τ = (1/K) · Σ_k v_k. One pass."""
 
+    @property
+    def elementwise(self) -> bool:
+        return True
+
     def combine(self, name: str, deltas: Tensor, statistics: Any) -> Tensor:
         return weighted_sum(deltas, 1.0 / len(deltas))

@@ -1,7 +1,8 @@
 """Fixtures of the merging tests."""
 
 import pytest
-from merging_models import METHODS, finetune, make_base
+
+from tests.merging.merging_models import METHODS, finetune, make_base
 
 
 @pytest.fixture(params=METHODS, ids=repr)

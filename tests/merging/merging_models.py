@@ -5,13 +5,19 @@ from __future__ import annotations
 import torch
 
 from freemerge.merging import (
+    Breadcrumbs,
     Butterworth,
+    Dare,
+    EMRMerging,
     FRMerging,
     Gaussian,
     HighPass,
+    IsoC,
     PCBMerging,
+    PerPattern,
     TaskArithmetic,
     Ties,
+    TSVMerge,
     WeightAverage,
 )
 
@@ -31,6 +37,17 @@ METHODS = [
     PCBMerging(ratio=0.3, inter="normalized", scale=1.2),
     PCBMerging(ratio=0.3, inter="pairwise", scale=[1.0, 0.5, 2.0], clip=0.01),
     PCBMerging(ratio=1.0, clip=0.0, inter="normalized", filter=HighPass(0.1)),
+    Dare(TaskArithmetic(0.3), drop=0.5),
+    Dare(drop=0.3, method=Ties(density=0.5), scale=0.5, seed=7),
+    Dare(drop=0.3, method=PCBMerging(ratio=0.5, scale=[1.0, 0.5, 2.0])),
+    Breadcrumbs(),
+    Breadcrumbs(bottom=0.2, top=0.1, scale=[0.5, 0.2, 0.9]),
+    TSVMerge(),
+    TSVMerge(0.5),
+    IsoC(),
+    IsoC(1.3),
+    EMRMerging(0.4),
+    PerPattern(PCBMerging(0.5), {"embed.*": FRMerging(), "re:.*bias": WeightAverage()}, scale=0.5),
 ]
 
 

@@ -8,7 +8,7 @@ import torch
 import yaml
 
 from freemerge.checkpoints import load_checkpoint, save_checkpoint
-from freemerge.merging import FRMerging, HighPass, PCBMerging, WeightAverage, merge
+from freemerge.merging import Dare, FRMerging, Gaussian, HighPass, PCBMerging, PerPattern, Ties, WeightAverage, merge
 from freemerge.merging.command import build_parser, run
 
 
@@ -114,3 +114,18 @@ def test_a_merge_needs_neither_lightning_nor_transformers():
         "sys.exit(', '.join(heavy & set(sys.modules)) or 0)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["Dare", "--method.method", "Ties"], Dare(Ties())),
+        (["PerPattern", "--method.default", "PCBMerging"], PerPattern(PCBMerging())),
+        (["FRMerging", "--method.filter", "Gaussian", "--method.filter.cutoff", "0.2"], FRMerging(Gaussian(0.2))),
+    ],
+)
+def test_a_method_behind_another_has_its_own_defaults(options, expected):
+    """The parser hands the parameters of a default object on to a class chosen instead; no method must catch any."""
+    parser = build_parser()
+    parsed = parser.parse_args(["--base", "a", "--finetuned", "[b]", "--output", "c", "--method", *options])
+    assert parser.instantiate_classes(parsed).method == expected

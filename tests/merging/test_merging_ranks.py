@@ -7,18 +7,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from freemerge.merging import order_statistics
-from freemerge.merging.ranks import _keys, _values
+from freemerge.merging.brackets import Bracket, _float, _key
 
 
-def assert_exact(values, ranks, cuts):
-    """values (K, n) float32 streamed in blocks that end at `cuts`."""
+def assert_exact(values, ranks, cuts, sample=None):
+    """values (K, n) float32 streamed in blocks that end at `cuts`; returns the number of passes."""
     passes = []
 
     def stream():
         passes.append(1)
         yield from torch.tensor_split(values, cuts, dim=1)
 
-    found = order_statistics(stream, ranks)
+    found = order_statistics(stream, ranks, values.shape[1], sample)
     assert torch.equal(found, values.sort(dim=1).values[:, ranks])
     return len(passes)
 
@@ -43,17 +43,67 @@ def kinds(rows, total, generator):
     }
 
 
+class Spy:
+    """Counts the calls of a method."""
+
+    def __init__(self, method):
+        self.calls = 0
+        self.method = method
+
+    def __get__(self, instance, owner):
+        def call(*arguments):
+            self.calls += 1
+            return self.method(instance, *arguments)
+
+        return call
+
+
 @pytest.fixture
 def small_batches(monkeypatch):
     """Batches so small that a few thousand values are a long stream."""
-    monkeypatch.setattr("freemerge.merging.ranks._BATCH", 256)
+    for name in ("_BATCH", "_PARTITIONED", "_PARTITIONED_DESPITE_SAMPLE"):
+        monkeypatch.setattr(f"freemerge.merging.ranks.{name}", 256)
 
 
 @pytest.mark.parametrize("kind", kinds(1, 4, None))
 def test_exact_for_every_kind_of_values(small_batches, kind):
     values = kinds(2, 1201, torch.Generator().manual_seed(0))[kind]
     ranks = [0, 1, 300, 600, 601, 1199, 1200, 600]
-    assert assert_exact(values, ranks, [1, 2, 500, 500, 700]) <= 2
+    cuts = [1, 2, 500, 500, 700]
+    assert assert_exact(values, ranks, cuts) == 1  # few enough to collect
+    assert assert_exact(values, ranks, cuts, values[:, ::3]) == 1
+    # A sample that misleads costs passes and nothing else.
+    assert assert_exact(values, ranks, cuts, values[:, :1] + 5) <= 3
+    assert assert_exact(values, ranks, cuts, torch.zeros(2, 1000)) <= 3
+
+
+@pytest.mark.parametrize("kind", kinds(1, 4, None))
+def test_counting_is_as_exact_as_collecting(small_batches, kind, monkeypatch):
+    values = kinds(2, 1201, torch.Generator().manual_seed(0))[kind]
+    monkeypatch.setattr("freemerge.merging.brackets._COLLECTED", 0)
+    ranks, cuts = [0, 1, 300, 600, 1199, 1200], [1, 2, 500, 500, 700]
+    assert assert_exact(values, ranks, cuts) == 2
+    assert assert_exact(values, ranks, cuts, values[:, ::3]) <= 2
+    assert assert_exact(values, ranks, cuts, values[:, :1] + 5) <= 4
+    monkeypatch.setattr("freemerge.merging.brackets._COUNTERS", 0)
+    assert assert_exact(values, ranks, cuts, values[:, ::3]) <= 3
+
+
+def test_the_zeros_of_frozen_weights_cost_no_pass(small_batches, monkeypatch):
+    monkeypatch.setattr("freemerge.merging.brackets._COLLECTED", 64)
+    values = torch.randn(2, 20_000, generator=torch.Generator().manual_seed(0)).relu()
+    assert assert_exact(values, [2, 5000], [], values[:, ::4]) == 1
+    assert assert_exact(-values, [19_990, 15_000], [], -values[:, ::4]) == 1
+
+
+def test_a_bracket_that_holds_more_than_expected_is_given_up(small_batches, monkeypatch):
+    values = torch.randn(1, 1201, generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr("freemerge.merging.brackets._COLLECTED", 200)
+    monkeypatch.setattr("freemerge.merging.brackets.Bracket.see", spy := Spy(Bracket.see))
+    far = torch.linspace(9, 20, 5000)[None]
+    sample = torch.cat([-far, values[:, :10], far], dim=1)  # as if nearly nothing lay in the middle
+    assert assert_exact(values, [600], [], sample) == 3
+    assert spy.calls == 3 * 5
 
 
 @settings(max_examples=60, deadline=None)
@@ -69,29 +119,39 @@ def test_exact_for_any_floats(values, data):
     ranks = data.draw(st.lists(index, min_size=1, max_size=4))
     cuts = sorted(data.draw(st.lists(index, max_size=4)))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("freemerge.merging.ranks._BATCH", data.draw(st.sampled_from([7, 1 << 20])))
-        assert_exact(tensor, ranks, cuts)
+        for name in ("_BATCH", "_PARTITIONED", "_PARTITIONED_DESPITE_SAMPLE"):
+            patch.setattr(f"freemerge.merging.ranks.{name}", data.draw(st.sampled_from([7, 1 << 20])))
+        patch.setattr("freemerge.merging.brackets._COUNTERS", data.draw(st.sampled_from([1, 1 << 20])))
+        patch.setattr("freemerge.merging.brackets._COLLECTED", data.draw(st.sampled_from([1, 40, 1 << 20])))
+        sample = tensor[:, : data.draw(index)] if data.draw(st.booleans()) else None
+        assert_exact(tensor, ranks, cuts, sample)
 
 
 def test_what_fits_in_a_batch_takes_one_pass():
     assert assert_exact(torch.randn(2, 1000), [3, 500], [10]) == 1
 
 
-def test_a_large_stream():
-    assert_exact(torch.randn(2, 2_500_000, generator=torch.Generator().manual_seed(0)), [0, 7, 2_000_000], [99])
+def test_a_large_stream(monkeypatch):
+    values = torch.randn(2, 2_500_000, generator=torch.Generator().manual_seed(0))
+    ranks = [0, 7, 250, 2_000_000, 2_499_999]
+    assert assert_exact(values, ranks, [99]) == 1
+    assert assert_exact(values, ranks, [99], values[:, ::100]) == 1
+    monkeypatch.setattr("freemerge.merging.brackets._COLLECTED", 1 << 16)
+    assert assert_exact(values, ranks, [99]) == 2
+    assert assert_exact(values, ranks, [99], values[:, ::10]) == 1
 
 
 def test_keys_sort_like_the_values():
-    values = torch.tensor([float("-inf"), -1.5, -1e-44, -0.0, 0.0, 1e-44, 1.0, 1e38, float("inf")])
-    keys = _keys(values)
-    assert torch.equal(keys.sort().values, keys)
-    assert torch.equal(_values(keys), values)
+    values = np.array([-np.inf, -1.5, -1e-44, -0.0, 0.0, 1e-44, 1.0, 1e38, np.inf], dtype=np.float32)
+    keys = _key(values)
+    assert (np.diff(keys.astype(np.int64)) > 0).tolist() == [True, True, True, False, True, True, True, True]
+    assert [_float(int(key)) for key in keys] == values.tolist()
 
 
 def test_ranks_that_no_value_has(small_batches):
     for total in (10, 1000):
         for rank in (-1, total):
             with pytest.raises(ValueError, match=f"there is no value of rank {rank} among {total}"):
-                order_statistics(lambda total=total: [torch.zeros(1, total)], [rank])
+                order_statistics(lambda total=total: [torch.zeros(1, total)], [rank], total)
     with pytest.raises(ValueError, match="rank 0 among 0"):
-        order_statistics(lambda: [], [0])
+        order_statistics(lambda: [], [0], 0)

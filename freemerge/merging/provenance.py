@@ -1,0 +1,146 @@
+"""Where a merged model comes from: `freemerge.json` for programs, the model card for people."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from freemerge.checkpoints import Checkpoint, hash_tensors
+from freemerge.merging.method import MergeMethod
+from freemerge.merging.plan import Plan
+
+_PACKAGE = "freemerge.merging"
+
+
+def describe_method(method: object) -> dict[str, Any]:
+    """A method and its parameters in plain values: class path and arguments, as a configuration file writes them.
+
+    Args:
+        method: a dataclass; its fields may be dataclasses themselves (filters, methods behind methods).
+    """
+    kind = type(method)
+    # Our own methods under their public name: in which file of the package they live may change.
+    home = _PACKAGE if kind.__module__.startswith(f"{_PACKAGE}.") else kind.__module__
+    described: dict[str, Any] = {"class_path": f"{home}.{kind.__qualname__}"}
+    if dataclasses.is_dataclass(method):
+        values = {field.name: getattr(method, field.name) for field in dataclasses.fields(method)}
+        described["init_args"] = {name: _describe_value(value) for name, value in values.items()}
+    return described
+
+
+def _describe_value(value: object) -> object:
+    if isinstance(value, dict):
+        return {key: _describe_value(inner) for key, inner in value.items()}
+    return describe_method(value) if dataclasses.is_dataclass(value) else value
+
+
+def make_record(
+    plan: Plan,
+    method: MergeMethod,
+    *,
+    include: Sequence[str] | None,
+    exclude: Sequence[str] | None,
+    hash_inputs: bool,
+) -> dict[str, Any]:
+    """Everything needed to make the merge again, and to tell whether a model is the one it was made from.
+
+    Args:
+        plan: the merge.
+        method: its method.
+        include: its patterns.
+        exclude: its patterns.
+        hash_inputs: read all inputs once more to hash them (`hash_tensors`).
+
+    Returns:
+        A table that JSON can hold.
+    """
+    checkpoints = (plan.base, *plan.models)
+    hashes: list[str | None] = [None] * len(checkpoints)
+    if hash_inputs:
+        with ThreadPoolExecutor(max_workers=4, thread_name_prefix="freemerge-hash") as pool:
+            hashes = list(pool.map(lambda checkpoint: hash_tensors(checkpoint.source), checkpoints))
+    base, *models = (_input(checkpoint, digest) for checkpoint, digest in zip(checkpoints, hashes, strict=True))
+    return {
+        "versions": {"freemerge": _version("freemerge"), "torch": torch.__version__},
+        "method": describe_method(method),
+        "base": base,
+        "finetuned": models,
+        "include": list(include) if include is not None else None,
+        "exclude": list(exclude) if exclude is not None else None,
+        "dtype": str(plan.dtype).removeprefix("torch.") if plan.dtype else None,
+        "tensors": {"merged": len(plan.merged), "kept": list(plan.kept), "tied": dict(plan.tied)},
+    }
+
+
+def make_files(record: Mapping[str, Any], others: Mapping[str, Path], title: str) -> dict[str, bytes]:
+    """The small files of a merged model's folder.
+
+    Args:
+        record: see `make_record`.
+        others: the base's companion files, see `checkpoints.folder.companions`.
+        title: the folder's name.
+
+    Returns:
+        file name → content: the companions (with the dtype in `config.json` brought up to date), `freemerge.json` and
+        the model card `README.md`.
+    """
+    files = {name: path.read_bytes() for name, path in others.items()}
+    if record["dtype"] and "config.json" in files:
+        config = json.loads(files["config.json"])
+        config[("torch_dtype" if "torch_dtype" in config else "dtype")] = record["dtype"]
+        files["config.json"] = (json.dumps(config, indent=2) + "\n").encode()
+    files["freemerge.json"] = (json.dumps(record, indent=2) + "\n").encode()
+    files["README.md"] = _card(record, title, "config.json" in files).encode()
+    return files
+
+
+def _input(checkpoint: Checkpoint, digest: str | None) -> dict[str, Any]:
+    return {"name": checkpoint.label, "hash": digest, "tensors": len(checkpoint), "left_out": list(checkpoint.outside)}
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # run from a source tree that is not installed
+        return "0+unknown"
+
+
+def _card(record: Mapping[str, Any], title: str, loadable: bool) -> str:
+    name = record["method"]["class_path"].rpartition(".")[2]
+    rows = [("base", record["base"]), *(("fine-tuned", model) for model in record["finetuned"])]
+    table = "\n".join(
+        f"| {role} | {Path(item['name']).name} | {'`' + item['hash'][:16] + '`' if item['hash'] else 'not hashed'} |"
+        for role, item in rows
+    )
+    tensors = record["tensors"]
+    load = f'\n```python\nfrom transformers import AutoModel\n\nmodel = AutoModel.from_pretrained("{title}")\n```\n'
+    return f"""---
+{"library_name: transformers" if loadable else "library_name: pytorch"}
+tags:
+- merge
+- freemerge
+---
+# {title}
+
+{len(record["finetuned"])} fine-tuned models of one base, merged with **{name}** by freemerge
+{record["versions"]["freemerge"]}.
+{load if loadable else ""}
+| | model | SHA-256 of the weights |
+|---|---|---|
+{table}
+
+{tensors["merged"]} tensors were merged, {len(tensors["kept"])} are the base's own. The method's parameters are
+
+```json
+{json.dumps(record["method"], indent=2)}
+```
+
+`freemerge.json` holds the whole record: full hashes, patterns, versions.
+"""

@@ -1,0 +1,63 @@
+"""Reading ahead, and cutting models into pieces of bounded size."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple, TypeVar
+
+import torch
+
+_Job = TypeVar("_Job")
+_Result = TypeVar("_Result")
+
+# Values of all models together in one piece: 1 MiB in float32, so that what a method has just computed is still in the
+# cache when it computes the next thing from it. With many models a run is no shorter than _SHORTEST: each is a read.
+PIECE = 1 << 18
+_SHORTEST = 1 << 14
+
+
+class Piece(NamedTuple):
+    """A run of a tensor's values in row-major order."""
+
+    name: str
+    start: int
+    stop: int
+
+
+def pieces(shapes: Mapping[str, torch.Size], models: int, size: int | None = None) -> Iterator[Piece]:
+    """Cut tensors into runs of at most `size` values over all models.
+
+    Args:
+        shapes: name → shape.
+        models: K, the number of models whose values are read together.
+        size: bound of K × the length of a run; `PIECE` if None, but then runs of many models are not cut too short.
+    """
+    step = max((size or PIECE) // max(models, 1), 1 if size else _SHORTEST)
+    for name, shape in shapes.items():
+        total = shape.numel()
+        for start in range(0, total, step):
+            yield Piece(name, start, min(start + step, total))
+
+
+def read_ahead(read: Callable[[_Job], _Result], jobs: Iterable[_Job], depth: int = 2) -> Iterator[_Result]:
+    """Results of `read` in the order of the jobs, the next ones already being read in a thread.
+
+    Args:
+        read: called in the thread, for one job at a time.
+        jobs: what to read.
+        depth: how many results may wait; with the one in use and the one being read it bounds the memory.
+    """
+    pending: deque[Future[_Result]] = deque()
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="freemerge-read") as pool:
+        try:
+            for job in jobs:
+                pending.append(pool.submit(read, job))
+                if len(pending) > depth:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        finally:  # also when the reader is abandoned: nobody waits for what nobody wants
+            for future in pending:
+                future.cancel()

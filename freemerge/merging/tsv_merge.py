@@ -1,0 +1,64 @@
+"""TSV-Merge: task singular vectors, compressed and decorrelated (Gargiulo et al., CVPR 2025, arXiv 2412.00081)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from freemerge.merging.method import MergeMethod, require_number, weighted_sum
+
+
+@dataclass(frozen=True)
+class TSVMerge(MergeMethod):
+    """Give each task its share of the singular directions of a matrix, and make the shares orthogonal. One pass.
+
+    For a matrix of shape (m, n) and K tasks:
+
+    1. v_k = U_k Σ_k V_kᵀ, of which the ⌊min(m, n)/K⌋ largest components (at least one) are kept.
+    2. U = [U_1 … U_K] and V = [V_1 … V_K] are replaced by the nearest matrices with orthonormal columns: with the
+       singular value decomposition U = P D Qᵀ, U⊥ = P Qᵀ (orthogonal Procrustes).
+    3. τ = scale · U⊥ diag(Σ_1 … Σ_K) V⊥ᵀ.
+
+    Tensors that are not matrices are averaged, as in the released code.
+
+    Args:
+        scale: multiplies the result.
+    """
+
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        require_number(self, "scale", self.scale)
+
+    def combine(self, name: str, deltas: Tensor, statistics: Any) -> Tensor:
+        if deltas.dim() != 3 or deltas[0].numel() == 0:
+            return weighted_sum(deltas, self.scale / len(deltas))
+        rank = max(1, min(deltas.shape[1:]) // len(deltas))
+        left, values, right = [], [], []
+        for delta in deltas:
+            if not bool(delta.any()):
+                continue  # no directions of its own, and it must not turn those of the others
+            u, s, vh = torch.linalg.svd(delta, full_matrices=False)
+            left.append(u[:, :rank])
+            values.append(s[:rank])
+            right.append(vh[:rank])
+        if not left:
+            return torch.zeros_like(deltas[0])
+        u, vh = nearest_orthonormal(torch.cat(left, dim=1)), nearest_orthonormal(torch.cat(right))
+        return (u * (torch.cat(values) * self.scale)) @ vh
+
+
+def nearest_orthonormal(matrix: Tensor) -> Tensor:
+    """The matrix with orthonormal columns (or rows, if it is wide) that is nearest to a matrix: P Qᵀ of its P D Qᵀ.
+
+    Args:
+        matrix: (m, n) float32.
+
+    Returns:
+        (m, n) float32.
+    """
+    p, _, qh = torch.linalg.svd(matrix, full_matrices=False)
+    return p @ qh

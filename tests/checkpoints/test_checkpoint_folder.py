@@ -1,0 +1,137 @@
+"""Hugging Face folders: shards, index, companions; refused, swapped or absent, never half there."""
+
+import json
+import os
+
+import pytest
+import torch
+
+from freemerge.checkpoints import CheckpointError, TensorSpec, load_checkpoint, open_checkpoint
+from freemerge.checkpoints import folder as folder_module
+from freemerge.checkpoints.folder import companions, parse_size, plan_shards, write_folder
+
+
+def specs_of(tensors):
+    return {name: TensorSpec(tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+
+
+def write(path, tensors, *, shard_size=10**9, **arguments):
+    specs = specs_of(tensors)
+    names = [name for shard in plan_shards(specs, shard_size).values() for name in shard]
+    files = {"freemerge.json": b"{}", "config.json": b"{}"}
+    write_folder(path, specs, ((n, tensors[n]) for n in names), files, shard_size=shard_size, **arguments)
+
+
+@pytest.fixture
+def tensors():
+    generator = torch.Generator().manual_seed(0)
+    state = {f"layer.{index}.weight": torch.randn(10, 10, generator=generator) for index in range(6)}
+    return state | {"bytes": torch.ones(5, dtype=torch.uint8), "head": torch.randn(3, generator=generator)}
+
+
+@pytest.mark.parametrize(
+    ("size", "count"), [(500, 500), ("500", 500), ("5GB", 5 * 10**9), ("1.5 kb", 1500), ("2M", 2 * 10**6)]
+)
+def test_sizes(size, count):
+    if size == "2M":
+        with pytest.raises(CheckpointError, match="shard_size must be a size such as 5GB or 500MB, got '2M'"):
+            parse_size(size)
+    else:
+        assert parse_size(size) == count
+
+
+@pytest.mark.parametrize("size", ["", "big", "-1GB", "0", "5 PB"])
+def test_sizes_that_are_none(size):
+    with pytest.raises(CheckpointError, match="shard_size must be a size"):
+        parse_size(size)
+
+
+def test_one_file_or_shards_with_an_index(tmp_path, tensors):
+    write(tmp_path / "one", tensors)
+    assert sorted(os.listdir(tmp_path / "one")) == ["config.json", "freemerge.json", "model.safetensors"]
+    write(tmp_path / "many", tensors, shard_size=900, tied={"tied": "layer.5.weight"})
+    names = sorted(os.listdir(tmp_path / "many"))
+    assert names[:3] == ["config.json", "freemerge.json", "model-00001-of-00003.safetensors"]
+    assert names[-1] == "model.safetensors.index.json"
+    index = json.loads((tmp_path / "many" / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == 6 * 400 + 5 + 12
+    assert set(index["weight_map"]) == set(tensors)
+    for path in ("one", "many"):
+        loaded = load_checkpoint(tmp_path / path)
+        assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors.items())
+    assert loaded["tied"] is loaded["layer.5.weight"]
+    assert sorted(os.listdir(tmp_path)) == ["many", "one"]
+
+
+def test_a_tensor_larger_than_a_shard_has_its_own(tensors):
+    shards = plan_shards(specs_of(tensors), 100)
+    assert len(shards) == 7
+    assert all(len(shard) == 1 for name, shard in shards.items() if "00007" not in name)
+    assert shards["model-00007-of-00007.safetensors"] == ["head", "bytes"]
+
+
+def test_what_exists_is_refused(tmp_path, tensors):
+    path = tmp_path / "model"
+    path.mkdir()
+    write(path, tensors)  # an empty folder is nobody's loss
+    with pytest.raises(CheckpointError, match="model: exists already; choose another output"):
+        write(path, tensors)
+    changed = tensors | {"head": torch.zeros(3)}
+    write(path, changed, overwrite=True)
+    assert load_checkpoint(path)["head"].tolist() == [0, 0, 0]
+    (path / "freemerge.json").unlink()
+    (path / "thesis.tex").touch()
+    with pytest.raises(CheckpointError, match=r"not a folder that freemerge wrote \(it has no freemerge.json\)"):
+        write(path, tensors, overwrite=True)
+    assert (path / "thesis.tex").exists()
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError, match="is not a folder that freemerge wrote"):
+        write(tmp_path / "file", tensors, overwrite=True)
+    with pytest.raises(CheckpointError, match="cannot be written"):
+        write(tmp_path / "file" / "model", tensors)
+    assert sorted(os.listdir(tmp_path)) == ["file", "model"]
+
+
+@pytest.mark.parametrize("swap", [True, False])
+def test_a_folder_is_replaced_as_a_whole(tmp_path, tensors, swap, monkeypatch):
+    if not swap:
+        monkeypatch.setattr(folder_module, "_exchange", lambda first, second: False)
+    write(tmp_path / "model", tensors, shard_size=900)
+    write(tmp_path / "model", tensors, overwrite=True)
+    # No stale shards or index beside the new file, which transformers would rather load.
+    assert sorted(os.listdir(tmp_path / "model")) == ["config.json", "freemerge.json", "model.safetensors"]
+    assert os.listdir(tmp_path) == ["model"]
+
+
+def test_a_failure_leaves_nothing_behind(tmp_path, tensors):
+    specs = specs_of(tensors)
+
+    def stream(extra):
+        for name in plan_shards(specs, 10**9)["model.safetensors"]:
+            yield name, tensors[name]
+        if not extra:
+            raise RuntimeError("the power is gone")
+        yield "one too many", torch.zeros(1)
+
+    for extra, error in ((False, RuntimeError), (True, ValueError)):
+        with pytest.raises(error, match=r"power|was not expected"):
+            write_folder(tmp_path / "model", specs, stream(extra), {}, shard_size=10**9)
+        assert os.listdir(tmp_path) == []
+
+
+def test_companions_are_configuration_and_tokenizer_not_weights(tmp_path):
+    take = ["config.json", "generation_config.json", "tokenizer.json", "vocab.txt", "merges.txt", "spiece.model"]
+    take += ["chat_template.jinja", "modeling_own.py", "LICENSE", "special_tokens_map.json"]
+    leave = ["model.safetensors", "pytorch_model.bin", "model.safetensors.index.json", "README.md", "freemerge.json"]
+    leave += ["trainer_state.json", "optimizer.pt", "adapter_config.json"]
+    for name in take + leave:
+        (tmp_path / name).touch()
+    (tmp_path / "onnx").mkdir()
+    assert sorted(companions(tmp_path)) == sorted(take)
+
+
+def test_permissions_are_ordinary(tmp_path, tensors):
+    (tmp_path / "plain").mkdir()
+    write(tmp_path / "model", tensors)
+    assert (tmp_path / "plain").stat().st_mode == (tmp_path / "model").stat().st_mode
+    assert open_checkpoint(tmp_path / "model").names
