@@ -56,7 +56,7 @@ class FitBase:
         """
         if self.given is not None:
             if digest:
-                self.hash = on_rank_zero(trainer, lambda: hash_base(open_checkpoint(self.given), weights))
+                self.hash = on_rank_zero(trainer, lambda: hash_base(open_base(self.given), weights))
         elif trainer.ckpt_path is None:
             self.hash = on_rank_zero(trainer, lambda: self._keep(weights, keep))
 
@@ -90,20 +90,28 @@ class FitBase:
             return
         if not self.kept.exists():
             raise ValueError(f"{self.who}: {self.kept}, what the resumed fit started from, is gone; {_WAY_OUT}")
-        kept = open_checkpoint(self.kept)
-        if hash_tensors({name: kept.tensor(name) for name in dict.fromkeys((*kept.names, *kept.tied))}) != self.hash:
+        if hash_tensors(open_base(self.kept)) != self.hash:
             raise ValueError(f"{self.who}: {self.kept} is not what the resumed fit started from; {_WAY_OUT}")
+
+
+def open_base(path: Path) -> Checkpoint:
+    """A base by all names of its tensors: those too that a file leaves out because they are tied to others.
+
+    So a merge ties them in its result, too.
+    """
+    found = open_checkpoint(path)
+    specs = {name: found.spec(name) for name in dict.fromkeys((*found.names, *found.tied))}
+    return Checkpoint(found.label, specs, found.tensor, tied=found.tied, outside=found.outside)
 
 
 def hash_base(base: Checkpoint, weights: Mapping[str, Tensor]) -> str:
     """The hash of a backbone's weights (`hash_tensors`) when this base has just been loaded into it.
 
     Args:
-        base: the base; its tensors may be named relative to something inside the backbone.
+        base: the base, from `open_base`; its tensors may be named relative to something inside the backbone.
         weights: the backbone's tensors; only their names and dtypes count.
     """
     prefix = find_prefix(weights, base.names)
-    everything = dict.fromkeys((*base.names, *base.tied))
-    loaded = {prefix + name: name for name in everything if prefix + name in weights}
+    loaded = {prefix + name: name for name in base.names if prefix + name in weights}
     specs = {full: TensorSpec(base.spec(name).shape, weights[full].dtype) for full, name in loaded.items()}
     return hash_tensors(Checkpoint(base.label, specs, lambda full: base.tensor(loaded[full]).to(weights[full].dtype)))

@@ -42,6 +42,7 @@ class TaskEvaluation:
         self.split = split
         self._loaders: dict[str, Iterable] = {}
         self._read: dict[str, nn.Module] = {}
+        self._classes: dict[str, int] = {}
 
     def open(self, trainer: L.Trainer) -> None:
         """Build the loaders and read the heads' files.
@@ -55,6 +56,7 @@ class TaskEvaluation:
         self._loaders = self._open_loaders(trainer)
         check_loaders(trainer, self._loaders, self.who)
         self._check_heads()
+        self._classes = {}
 
     def check(self, module: nn.Module) -> None:
         """Require that the module has the parts that were named."""
@@ -75,8 +77,8 @@ class TaskEvaluation:
         with evaluating([module, *(heads or {}).values()], device):
             weights = {name: tensor.to(device) for name, tensor in weights.items()}
             predict = predictor(trainer, module, self.backbone, heads, weights)
-            classes = count_classes(predict, self._loaders, device, self.who)
-            return evaluate(predict, self._loaders, LabelSpace(classes), device)
+            self._classes = self._classes or count_classes(predict, self._loaders, device, self.who)
+            return evaluate(predict, self._loaders, LabelSpace(self._classes), device)
 
     def _open_loaders(self, trainer: L.Trainer) -> dict[str, Iterable]:
         if not isinstance(self.loaders, TaskSuite):

@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from freemerge.checkpoints import open_checkpoint
 from freemerge.merging.engine import parse_dtype
-from freemerge_callbacks._base import FitBase
+from freemerge_callbacks._base import FitBase, open_base
 from freemerge_callbacks._best import best_checkpoint, best_state
 from freemerge_callbacks._ranks import on_rank_zero
 from freemerge_callbacks._task_files import TaskRecord, write_task_file
@@ -124,7 +124,7 @@ class TaskCheckpoint(Callback):
             state = best_state(best, self.backbone, "TaskCheckpoint")
         seed = os.environ.get("PL_GLOBAL_SEED")  # where `seed_everything` keeps it
         record = TaskRecord(self.task, self.save, self.base.hash, None if seed is None else int(seed), metrics)
-        base = open_checkpoint(self.base.path) if self.save == "task_vector" else None
+        base = open_base(self.base.path) if self.save == "task_vector" else None
         head = {} if self.head is None else relative(state, self.head)
         write_task_file(self.output, record, relative(state, self.backbone), head, base, parse_dtype(self.dtype))
         self.base.discard()

@@ -58,6 +58,32 @@ class Nested(L.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.05)
 
 
+class Tied(nn.Module):
+    """Two layers that share their weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(6)
+            self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 6)
+            self.last = nn.Linear(6, 8)
+        self.second.weight = self.first.weight
+
+    def forward(self, inputs):
+        return self.last(torch.tanh(self.second(torch.tanh(self.first(inputs)))))
+
+
+class Wrapped(nn.Module):
+    """A backbone around a model of another library, whose files name the model's own tensors."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, inputs):
+        return self.model(inputs)
+
+
 class SaveWeights(Callback):
     """Writes the weights at the end of a fit, from rank 0, as a plain file to compare with."""
 
@@ -78,6 +104,15 @@ class SaveResults(Callback):
     def on_fit_end(self, trainer, pl_module):
         results = {type(each).__name__: each.results for each in trainer.callbacks if hasattr(each, "results")}
         torch.save(results, f"{self.folder}/results-{trainer.global_rank}.pt")
+
+
+class LeaveTogether(Callback):
+    """Ends the process group before the processes end: gloo's threads, if still alive then, abort one now and then."""
+
+    def teardown(self, trainer, pl_module, stage):
+        if torch.distributed.is_initialized():
+            torch.distributed.barrier()
+            torch.distributed.destroy_process_group()
 
 
 def make_data(feature: int, count: int = 64, seed: int = 0) -> TensorDataset:

@@ -5,7 +5,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from callbacks_project import SaveResults, SaveWeights, Validated, make_backbone, make_loader, make_trainer
+from callbacks_project import (
+    LeaveTogether,
+    SaveResults,
+    SaveWeights,
+    Validated,
+    make_backbone,
+    make_loader,
+    make_trainer,
+)
 from freemerge_callbacks import MergeAtFitEnd, MergePreview, MultiTaskEvaluation, TaskCheckpoint
 from freemerge_callbacks._predicting import check_loaders
 from freemerge_callbacks._ranks import on_rank_zero
@@ -30,6 +38,7 @@ def test_two_processes_merge_into_the_file_that_one_would_write(tmp_path, other)
         MultiTaskEvaluation(loaders, heads=heads, every_n_epochs=1),
         SaveWeights(str(tmp_path / "trained.pt")),
         SaveResults(str(tmp_path)),
+        LeaveTogether(),
     ]
     trainer = make_trainer(tmp_path, *callbacks, strategy="ddp_spawn", devices=2, epochs=1)
     with warnings.catch_warnings():

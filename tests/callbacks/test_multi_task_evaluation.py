@@ -4,14 +4,14 @@ import csv
 
 import pytest
 import torch
-from callbacks_project import Nested, Plain, make_backbone, make_data, make_loader, make_trainer
+from callbacks_project import Nested, Plain, Tied, Wrapped, make_backbone, make_data, make_loader, make_trainer
 from freemerge_callbacks import MergeAtFitEnd, MultiTaskEvaluation
-from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler
 
-from freemerge.checkpoints import load_checkpoint, save_checkpoint
+from freemerge.checkpoints import load_checkpoint, open_checkpoint, save_checkpoint
 from freemerge.data import Task, TaskSuite
 from freemerge.merging import TaskArithmetic, WeightAverage
 
@@ -248,3 +248,50 @@ def test_a_compiled_backbone(tmp_path, other):
     backbone.load_state_dict(load_checkpoint(other))
     for task, loader in LOADERS.items():
         assert evaluation.results[task] == pytest.approx(accuracy(lambda x, t=task: heads[t](backbone(x)), loader))
+
+
+def test_a_wrapped_backbone_with_tied_weights(tmp_path):
+    """The base's file names the wrapped model's tensors and holds tied ones once, as a Hugging Face folder does."""
+    start, changed = Tied(), Tied()
+    save_checkpoint(tmp_path / "base.safetensors", start.state_dict())
+    changed.load_state_dict({name: value * 1.1 for name, value in start.state_dict().items()})
+    save_checkpoint(tmp_path / "other.safetensors", changed.state_dict())
+    assert "second.weight" not in open_checkpoint(tmp_path / "base.safetensors").names
+    merge = MergeAtFitEnd(
+        TaskArithmetic(scale=0.5),
+        [str(tmp_path / "other.safetensors")],
+        str(tmp_path / "m.safetensors"),
+        base=str(tmp_path / "base.safetensors"),
+    )
+    evaluation = MultiTaskEvaluation(LOADERS, every_n_epochs=1)
+    module = fit(tmp_path, Plain(Wrapped(Tied())), merge, evaluation)
+    merged = load_checkpoint(merge.merged_path)
+    assert merged["first.weight"].data_ptr() == merged["second.weight"].data_ptr()
+    expected = Tied()
+    parts = zip(start.state_dict().items(), module.backbone.model.state_dict().values(), strict=True)
+    expected.load_state_dict(
+        {
+            name: base + 0.5 * (trained - base) + 0.5 * (changed.state_dict()[name] - base)
+            for (name, base), trained in parts
+        }
+    )
+    for name, value in expected.state_dict().items():
+        torch.testing.assert_close(merged[name], value, rtol=0, atol=1e-6)
+    for task, loader in LOADERS.items():
+        assert evaluation.results[task] == pytest.approx(accuracy(lambda x: module.head(expected(x)), loader))
+
+
+def test_a_start_with_tied_weights_survives_a_resumed_fit(tmp_path):
+    save_checkpoint(tmp_path / "other.safetensors", Tied().state_dict())
+    last = ModelCheckpoint(dirpath=tmp_path, save_last=True)
+    merge = MergeAtFitEnd(
+        TaskArithmetic(scale=[1.0, 0.0]), [str(tmp_path / "other.safetensors")], str(tmp_path / "m.safetensors")
+    )
+    fit(tmp_path, Plain(Tied()), merge, last, epochs=1, enable_checkpointing=True)
+    save_checkpoint(merge.base.kept, Tied().state_dict())  # as if the first fit had been interrupted before its merge
+    merge.overwrite = True
+    resumed = Plain(Tied())
+    make_trainer(tmp_path, merge).fit(resumed, make_loader(0), ckpt_path=tmp_path / "last.ckpt")
+    merged = load_checkpoint(merge.merged_path)
+    for name, value in resumed.backbone.state_dict().items():
+        torch.testing.assert_close(merged[name], value, rtol=0, atol=1e-6)
