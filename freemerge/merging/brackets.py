@@ -102,7 +102,7 @@ def make_brackets(sample: Tensor, ranks: Sequence[int], total: int) -> list[list
         ranks: R zero-based ranks.
         total: the number of values the sample stands for.
     """
-    ordered = sample.sort(dim=1).values.numpy()
+    ordered = np.sort(sample.numpy(), axis=1)  # many times as fast as torch's
     size = ordered.shape[1]
     brackets = []
     for row in ordered:

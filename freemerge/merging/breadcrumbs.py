@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from freemerge.merging.method import MergeMethod, require, require_number, weighted_sum
-from freemerge.merging.ranks import order_statistics
+from freemerge.merging.ranks import tensor_order_statistics
 from freemerge.merging.vectors import flat
 
 
@@ -45,7 +45,6 @@ class Breadcrumbs(MergeMethod):
             magnitudes = values.abs()
             first = int(total * self.bottom)
             ranks = [first, max(total - 1 - int(total * self.top), first)]
-            sample = magnitudes[:, :: 1 + (total >> 15)]
-            bounds = order_statistics(lambda: [magnitudes], ranks, total, sample).to(values.device)
+            bounds = tensor_order_statistics(magnitudes, ranks)
             values.masked_fill_((magnitudes < bounds[:, :1]) | (magnitudes > bounds[:, 1:]), 0.0)
         return weighted_sum(values, self.scale).reshape(deltas.shape[1:])

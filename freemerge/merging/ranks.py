@@ -53,6 +53,21 @@ def order_statistics(stream: Stream, ranks: Sequence[int], total: int, sample: T
     return _bracketed(stream, ranks, total, None) if found is None else found
 
 
+def tensor_order_statistics(values: Tensor, ranks: Sequence[int]) -> Tensor:
+    """Ascending order statistics of every row of a matrix in memory, faster than by sorting it.
+
+    Args:
+        values: (K, n) float32 without NaN, n ≥ 1.
+        ranks: R zero-based ranks, the same for every row.
+
+    Returns:
+        (K, R) float32, on the device of the values.
+    """
+    total = values.shape[1]
+    stride = max(37, total >> 15 | 1)  # odd, so that it visits all columns of most weights
+    return order_statistics(lambda: [values], ranks, total, values[:, ::stride]).to(values.device)
+
+
 def _bracketed(stream: Stream, ranks: Sequence[int], total: int, sample: Tensor | None) -> Tensor | None:
     """Passes until every bracket has its answer; None if one does not hold it."""
     answers: dict[tuple[int, int], float] = {}

@@ -8,7 +8,7 @@ from typing import Literal
 from torch import Tensor
 
 from freemerge.merging.method import MergeMethod, require, require_number
-from freemerge.merging.ranks import order_statistics
+from freemerge.merging.ranks import order_statistics, tensor_order_statistics
 from freemerge.merging.vectors import Vectors, flat
 
 
@@ -63,8 +63,7 @@ class Ties(MergeMethod):
             if statistics is None:
                 total = values.shape[1]
                 rank = total - max(1, int(total * self.density))
-                sample = magnitudes[:, :: 1 + (total >> 15)]
-                statistics = order_statistics(lambda: [magnitudes], [rank], total, sample)[:, 0]
+                statistics = tensor_order_statistics(magnitudes, [rank])[:, 0]
             values.masked_fill_(magnitudes < statistics.to(values.device)[:, None], 0.0)
         # Where the sum is zero no entry has its sign but those that are zero themselves, and their mean is zero too.
         agrees = (values.sign() == values.sum(0).sign_()).to(values.dtype)

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from freemerge.merging import order_statistics
 from freemerge.merging.brackets import Bracket, _float, _key
+from freemerge.merging.ranks import tensor_order_statistics
 
 
 def assert_exact(values, ranks, cuts, sample=None):
@@ -139,6 +140,13 @@ def test_a_large_stream(monkeypatch):
     monkeypatch.setattr("freemerge.merging.brackets._COLLECTED", 1 << 16)
     assert assert_exact(values, ranks, [99]) == 2
     assert assert_exact(values, ranks, [99], values[:, ::10]) == 1
+
+
+@pytest.mark.parametrize("total", [1, 36, 5000, 70_000, 1_300_000])
+def test_of_a_tensor(total):
+    values = torch.randn(2, total, generator=torch.Generator().manual_seed(0))
+    ranks = [0, total // 3, total - 1]
+    assert torch.equal(tensor_order_statistics(values, ranks), values.sort(dim=1).values[:, ranks])
 
 
 def test_keys_sort_like_the_values():
