@@ -17,7 +17,6 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import freemerge_callbacks  # noqa: F401 - short class names in configurations resolve once their module is imported
 import lightning as L
 from jsonargparse import set_parsing_settings
 from lightning.pytorch.callbacks import Callback
@@ -26,6 +25,7 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from rich.console import Console
 
+import freemerge_callbacks  # noqa: F401 - short class names in configurations resolve once their module is imported
 from freemerge.data import TaskSuite
 from freemerge.evaluation import MultiTaskEvaluator
 from freemerge.merging import command as merge_command

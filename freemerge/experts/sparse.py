@@ -86,16 +86,20 @@ def extract(
     density: float,
     *,
     scope: Scope = "model",
+    importance: Mapping[str, Tensor] | None = None,
     rescale: Literal["none", "released"] = "none",
     metadata: Mapping[str, str] | None = None,
 ) -> SparseExpert:
-    """Keep the top-d entries of a residual by magnitude: M(r, d).
+    """Keep the top-d entries of a residual: M(r, d), by magnitude |r|, or by |r|·importance.
 
     Args:
         residual: tensor name → r of any shape, floating point; usually θ_k − θ_merged.
         density: share d ∈ (0, 1] of entries to keep.
         scope: rank magnitudes over the whole `model`, within each `tensor`, or within each `row` (dim 0, as released;
             tensors with fewer than 2 dimensions count as one row).
+        importance: tensor name → how much a change of each entry matters, ≥ 0, of the residual's shapes; without it all
+            entries matter alike. Optimizers like Adam move every weight about equally far, so that magnitude alone says
+            little about which moves the task needs.
         rescale: `none` keeps the entries as they are; `released` multiplies them by μ = −E|kept|·log10(d) / E|r|,
             per tensor, as FREE-Merging's released code does.
         metadata: strings to travel with the expert; the density is added.
@@ -105,7 +109,8 @@ def extract(
         equal magnitudes the earlier tensor and position wins.
 
     Raises:
-        ValueError: for a density outside (0, 1] or a residual without floating-point entries.
+        ValueError: for a density outside (0, 1], a residual without floating-point entries, or importance that does
+            not cover it.
     """
     if not 0.0 < density <= 1.0:
         raise ValueError(f"extract: density must be in (0, 1], got {density}")
@@ -113,10 +118,17 @@ def extract(
     floating = {name: tensor for name, tensor in floating.items() if tensor.numel() > 0}
     if not floating:
         raise ValueError("extract: the residual has no floating-point entries")
+    scores = {name: tensor.abs() for name, tensor in floating.items()}
+    if importance is not None:
+        for name, score in scores.items():
+            if name not in importance or importance[name].shape != score.shape:
+                found = tuple(importance[name].shape) if name in importance else "nothing"
+                raise ValueError(f"extract: importance of {name!r}: expected shape {tuple(score.shape)}, found {found}")
+            score *= importance[name]
     if scope == "model":
-        indices = _top_of_model(floating, density)
+        indices = _top_of_model(scores, density)
     elif scope in ("tensor", "row"):
-        indices = {name: _top_of_rows(_rows(tensor, scope), density) for name, tensor in floating.items()}
+        indices = {name: _top_of_rows(_rows(score, scope), density) for name, score in scores.items()}
     else:
         raise ValueError(f"extract: scope must be 'model', 'tensor' or 'row', got {scope!r}")
     values = {name: floating[name].reshape(-1)[index] for name, index in indices.items()}
@@ -132,13 +144,13 @@ def extract(
     )
 
 
-def _top_of_model(tensors: Mapping[str, Tensor], density: float) -> dict[str, Tensor]:
-    magnitudes = torch.cat([tensor.reshape(-1).abs() for tensor in tensors.values()])  # (D,)
-    keep = _top(magnitudes, max(1, round(density * magnitudes.numel())))
-    sizes = torch.tensor([tensor.numel() for tensor in tensors.values()], device=keep.device)
+def _top_of_model(scores: Mapping[str, Tensor], density: float) -> dict[str, Tensor]:
+    whole = torch.cat([score.reshape(-1) for score in scores.values()])  # (D,)
+    keep = _top(whole, max(1, round(density * whole.numel())))
+    sizes = torch.tensor([score.numel() for score in scores.values()], device=keep.device)
     ends = sizes.cumsum(0)
     owner = torch.bucketize(keep, ends, right=True)  # which tensor each kept position falls into
-    indices = {name: keep[owner == i] - (ends[i] - sizes[i]) for i, name in enumerate(tensors)}
+    indices = {name: keep[owner == i] - (ends[i] - sizes[i]) for i, name in enumerate(scores)}
     return {name: index for name, index in indices.items() if index.numel() > 0}
 
 
@@ -150,14 +162,14 @@ def _top_of_rows(rows: Tensor, density: float) -> Tensor:
     """(R, n) → ascending flat positions of each row's top entries."""
     count = max(1, round(density * rows.shape[1]))
     starts = range(0, rows.numel(), rows.shape[1])
-    return torch.cat([_top(row.abs(), count) + start for row, start in zip(rows, starts, strict=True)])
+    return torch.cat([_top(row, count) + start for row, start in zip(rows, starts, strict=True)])
 
 
-def _top(magnitudes: Tensor, count: int) -> Tensor:
+def _top(scores: Tensor, count: int) -> Tensor:
     """Ascending positions of exactly `count` largest entries; among equals the earlier position wins."""
-    threshold = magnitudes.kthvalue(magnitudes.numel() - count + 1).values
-    above = (magnitudes > threshold).nonzero().squeeze(1)
-    equal = (magnitudes == threshold).nonzero().squeeze(1)[: count - above.numel()]
+    threshold = scores.kthvalue(scores.numel() - count + 1).values
+    above = (scores > threshold).nonzero().squeeze(1)
+    equal = (scores == threshold).nonzero().squeeze(1)[: count - above.numel()]
     return torch.cat([above, equal]).sort().values
 
 

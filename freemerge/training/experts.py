@@ -12,18 +12,17 @@ import torch
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn import functional as F
 
 from freemerge.experts import SparseExpert, check_fits
 from freemerge.models import Backbone
+from freemerge.training.distillation import Distillation
 from freemerge.training.optimization import OptimizedModule, Schedule
 
 
 class ExpertTrainer(OptimizedModule):
     """Trains one task's expert on the functional residual teacher(x) − merged(x).
 
-    Loss: w_f · ‖f_s − f_t‖² / ‖f_t − mean f_t‖² + w_l · T² · KL(softmax(l_t / T) ‖ softmax(l_s / T)), where f are
-    features and l logits of the student (merged + expert) and the teacher, both through the task's own head.
+    The loss is `Distillation`.
 
     Args:
         backbone: the backbone with the merged weights; frozen here.
@@ -33,9 +32,9 @@ class ExpertTrainer(OptimizedModule):
         optimizer: makes the optimizer of the values.
         schedule: how the learning rate falls over the fit.
         warmup: share of the steps over which the learning rate rises.
-        feature_weight: w_f.
-        logit_weight: w_l.
-        temperature: T of the softened logits.
+        feature_weight: weight of the features' loss.
+        logit_weight: weight of the logits' loss.
+        temperature: of the softened logits.
     """
 
     def __init__(
@@ -59,9 +58,7 @@ class ExpertTrainer(OptimizedModule):
         self.__dict__["teacher"] = {f"model.{name}": tensor.detach() for name, tensor in teacher.items()}
         self.start = expert
         self.values = nn.Parameter(expert.flat_values().clone())
-        self.feature_weight = feature_weight
-        self.logit_weight = logit_weight
-        self.temperature = temperature
+        self.distillation = Distillation(feature_weight, logit_weight, temperature)
         self.strict_loading = False  # checkpoints hold the values alone
 
     @property
@@ -96,16 +93,7 @@ class ExpertTrainer(OptimizedModule):
         inputs = batch[0]
         with torch.no_grad():
             target = functional_call(self.backbone, self.teacher, (inputs,))  # (B, F)
-            target_logits = self.head(target)
-        features = self(inputs)
-        spread = (target - target.mean(dim=0)).square().mean() + 1e-8
-        feature_loss = (features - target).square().mean() / spread
-        log_student = F.log_softmax(self.head(features) / self.temperature, dim=1)
-        log_teacher = F.log_softmax(target_logits / self.temperature, dim=1)
-        logit_loss = self.temperature**2 * F.kl_div(log_student, log_teacher, log_target=True, reduction="batchmean")
-        total = self.feature_weight * feature_loss + self.logit_weight * logit_loss
-        agreement = (log_student.argmax(dim=1) == log_teacher.argmax(dim=1)).float().mean()
-        return {"loss": total, "features": feature_loss, "logits": logit_loss, "agreement": agreement}
+        return self.distillation(self(inputs), target, self.head)
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         losses = self._losses(batch)

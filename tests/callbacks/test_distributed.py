@@ -14,16 +14,16 @@ from callbacks_project import (
     make_loader,
     make_trainer,
 )
-from freemerge_callbacks import MergeAtFitEnd, MergePreview, MultiTaskEvaluation, TaskCheckpoint
-from freemerge_callbacks._predicting import check_loaders
-from freemerge_callbacks._ranks import on_rank_zero
-from freemerge_callbacks._task_files import read_record
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
 from torch.utils.data import DataLoader
 
 from freemerge.checkpoints import hash_tensors, load_checkpoint, save_checkpoint
 from freemerge.merging import FRMerging, merge
+from freemerge_callbacks import MergeAtFitEnd, MergePreview, MultiTaskEvaluation, TaskCheckpoint
+from freemerge_callbacks._predicting import check_loaders
+from freemerge_callbacks._ranks import on_rank_zero
+from freemerge_callbacks._task_files import read_record
 
 
 def test_two_processes_merge_into_the_file_that_one_would_write(tmp_path, other):

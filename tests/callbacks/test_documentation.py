@@ -5,17 +5,17 @@ import subprocess
 import sys
 from pathlib import Path
 
-import freemerge_callbacks
 import jsonargparse
 import lightning as L
 import pytest
 import yaml
-from freemerge_callbacks import MergeAtFitEnd, MergePreview, MultiTaskEvaluation, TaskCheckpoint
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 
+import freemerge_callbacks
 from freemerge import merging
 from freemerge.checkpoints import load_checkpoint
 from freemerge.data import QuickstartSuite
+from freemerge_callbacks import MergeAtFitEnd, MergePreview, MultiTaskEvaluation, TaskCheckpoint
 
 README = Path(__file__).parents[2] / "callbacks" / "README.md"
 EXAMPLES = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)

@@ -7,13 +7,13 @@ import lightning as L
 import pytest
 import torch
 from callbacks_project import Nested, Plain, Validated, make_backbone, make_loader, make_trainer
-from freemerge_callbacks import MergeAtFitEnd, MultiTaskEvaluation, TaskCheckpoint
-from freemerge_callbacks._task_files import TaskRecord, read_record
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
 from freemerge.checkpoints import hash_tensors, load_checkpoint, open_checkpoint, save_checkpoint
 from freemerge.merging import MergeError, TaskArithmetic, WeightAverage, merge
+from freemerge_callbacks import MergeAtFitEnd, MultiTaskEvaluation, TaskCheckpoint
+from freemerge_callbacks._task_files import TaskRecord, read_record
 
 
 def fit(folder, callbacks, module=None, feature=0, ckpt_path=None, **arguments):
