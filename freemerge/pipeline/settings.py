@@ -8,7 +8,6 @@ from difflib import get_close_matches
 from typing import Any, Literal
 
 import lightning as L
-import torch
 from lightning.pytorch.cli import OptimizerCallable
 
 from freemerge.merging import FRMerging, MergeMethod, PCBMerging, TaskArithmetic, Ties, WeightAverage
@@ -35,14 +34,14 @@ class FitSettings:
     Args:
         trainer: Trainer arguments for this stage, over those of `trainer`.
         batch_size: training batch size; the suite's if not given.
-        optimizer: makes the optimizer.
+        optimizer: makes the optimizer; AdamW if not given.
         schedule: how the learning rate falls after warm-up.
         warmup: share of the steps over which the learning rate rises.
     """
 
     trainer: dict[str, Any] = field(default_factory=dict)
     batch_size: int | None = None
-    optimizer: OptimizerCallable = torch.optim.AdamW
+    optimizer: OptimizerCallable | None = None
     schedule: Schedule = "cosine"
     warmup: float = 0.1
 

@@ -29,7 +29,7 @@ class ExpertTrainer(OptimizedModule):
         head: the task's head, shared by teacher and student; frozen.
         teacher: weights of the task's fine-tuned backbone, named as in `backbone.weights()`; any float dtype.
         expert: where to start from; its support stays fixed.
-        optimizer: makes the optimizer of the values.
+        optimizer: makes the optimizer of the values; AdamW if not given.
         schedule: how the learning rate falls over the fit.
         warmup: share of the steps over which the learning rate rises.
         feature_weight: weight of the features' loss.
@@ -43,7 +43,7 @@ class ExpertTrainer(OptimizedModule):
         head: nn.Module,
         teacher: Mapping[str, Tensor],
         expert: SparseExpert,
-        optimizer: OptimizerCallable = torch.optim.Adam,
+        optimizer: OptimizerCallable | None = None,
         schedule: Schedule = "cosine",
         warmup: float = 0.1,
         feature_weight: float = 1.0,

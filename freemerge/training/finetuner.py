@@ -28,7 +28,7 @@ class FineTuner(OptimizedModule):
         head: how the head starts and whether it trains: `probe` fits a linear probe on the base's features at fit
             start and freezes it, so that the task vector holds all that is learnt; `linear` starts at random and
             trains along.
-        optimizer: makes the optimizer.
+        optimizer: makes the optimizer; AdamW if not given.
         schedule: how the learning rate falls over the fit.
         warmup: share of the steps over which the learning rate rises.
         label_smoothing: of the cross-entropy.
@@ -39,7 +39,7 @@ class FineTuner(OptimizedModule):
         backbone: Backbone,
         num_classes: int | None = None,
         head: Literal["probe", "linear"] = "probe",
-        optimizer: OptimizerCallable = torch.optim.AdamW,
+        optimizer: OptimizerCallable | None = None,
         schedule: Schedule = "cosine",
         warmup: float = 0.1,
         label_smoothing: float = 0.0,

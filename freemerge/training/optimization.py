@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import lightning as L
+import torch
 from lightning.pytorch.cli import OptimizerCallable
 
 Schedule = Literal["constant", "linear", "cosine"]
@@ -14,7 +15,7 @@ class OptimizedModule(L.LightningModule):
     """A LightningModule that trains its trainable parameters by one optimizer on one schedule.
 
     Args:
-        optimizer: makes the optimizer.
+        optimizer: makes the optimizer; AdamW with torch's defaults if not given.
         schedule: how the learning rate falls after warm-up: not at all, linearly, or along a cosine, to 0.
         warmup: share of all steps over which the learning rate rises linearly from 0.
 
@@ -22,13 +23,15 @@ class OptimizedModule(L.LightningModule):
         ValueError: for a schedule that does not exist, or a warm-up outside [0, 1].
     """
 
-    def __init__(self, optimizer: OptimizerCallable, schedule: Schedule, warmup: float) -> None:
+    def __init__(self, optimizer: OptimizerCallable | None, schedule: Schedule, warmup: float) -> None:
         super().__init__()
         if schedule not in ("constant", "linear", "cosine"):
             raise ValueError(f"schedule must be 'constant', 'linear' or 'cosine', got {schedule!r}")
         if not 0.0 <= warmup <= 1.0:
             raise ValueError(f"warmup must be a share of the steps, in [0, 1], got {warmup}")
-        self.optimizer = optimizer
+        # None rather than a default class: a configuration that names another class would inherit the default's
+        # arguments where the names match, AdamW's weight decay for instance.
+        self.optimizer = optimizer or torch.optim.AdamW
         self.schedule = schedule
         self.warmup = warmup
 

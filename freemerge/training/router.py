@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 from torch.nn import functional as F
@@ -17,7 +16,7 @@ class RouterTrainer(OptimizedModule):
 
     Args:
         router: the router.
-        optimizer: makes the optimizer.
+        optimizer: makes the optimizer; AdamW if not given.
         schedule: how the learning rate falls over the fit.
         warmup: share of the steps over which the learning rate rises.
     """
@@ -25,7 +24,7 @@ class RouterTrainer(OptimizedModule):
     def __init__(
         self,
         router: Router,
-        optimizer: OptimizerCallable = torch.optim.AdamW,
+        optimizer: OptimizerCallable | None = None,
         schedule: Schedule = "cosine",
         warmup: float = 0.1,
     ) -> None:
