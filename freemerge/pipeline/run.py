@@ -23,6 +23,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -37,11 +38,13 @@ from torch import Tensor, nn
 import freemerge
 from freemerge.checkpoints import hash_tensors, load_checkpoint, save_checkpoint
 from freemerge.data import TaskSuite
-from freemerge.evaluation import LabelSpace, Report, Row, evaluate, mean_score
+from freemerge.evaluation import Report, Row, mean_score
 from freemerge.experts import extract, load_expert, save_expert
 from freemerge.merging import apply_task_vector, merge, merge_task_vectors, task_vector
 from freemerge.models import FreeModel, Router
+from freemerge.pipeline.artifacts import Artifacts
 from freemerge.pipeline.folder import StageFolder
+from freemerge.pipeline.measure import Measure
 from freemerge.pipeline.settings import STAGES, Settings
 from freemerge.training import Distillation, ExpertTrainer, FineTuner, RouterTrainer, gradient_rms
 
@@ -80,12 +83,16 @@ class SuiteRun:
         self.folder = Path(folder)
         self.make_trainer = make_trainer
         self.settings = settings or Settings()
-        self.config = dict(config or {})
         self.seed = seed
         self.ckpt_path = ckpt_path
+        self.files = Artifacts(tuner, suite, self.folder, self.settings, dict(config or {}), seed)
         self.console = Console(quiet=rank_zero_only.rank != 0, highlight=False)
-        self._device: torch.device | None = None
         self._stages: tuple[str, ...] = ()
+
+    @cached_property
+    def measure(self) -> Measure:
+        """Evaluation, where the configuration's Trainer would compute."""
+        return Measure(self.files, self.make_trainer(self.folder, {"logger": False}, []).strategy.root_device)
 
     # -- the whole ----------------------------------------------------------------------------------------------------
 
@@ -125,7 +132,7 @@ class SuiteRun:
 
     def pretrain(self) -> None:
         """Fit the backbone on the suite's pretraining data, and keep it as the base."""
-        stage = self._pretrain_stage()
+        stage = self.files.pretrain_stage()
         if stage is None:
             return
         if not self._done(stage):
@@ -146,11 +153,11 @@ class SuiteRun:
     def finetune(self) -> None:
         """Fine-tune the base on each task: the individual models."""
         for task in self.suite.names:
-            stage = self._finetune_stage(task)
+            stage = self.files.finetune_stage(task)
             if self._done(stage):
                 continue
             data = self.suite.for_task(task)
-            tuner = self.base_tuner()
+            tuner = self.files.base_tuner()
             resume = stage.begin(self.ckpt_path)
             self._seed(stage)
             tuner = tuner.for_task(data.num_classes)
@@ -164,15 +171,15 @@ class SuiteRun:
 
     def merge(self) -> None:
         """Merge the task vectors by every method, at the scale that does best on validation data."""
-        stage = self._merge_stage()
+        stage = self.files.merge_stage()
         if self._done(stage):
             return
-        base, finetuned = self.base_weights(), self.finetuned_weights()
-        heads = self.heads()
+        base, finetuned = self.files.base_weights(), self.files.finetuned_weights()
+        heads = self.files.heads()
         stage.begin()
-        loaders = self._loaders("val")
+        loaders = self.measure.loaders("val")
         vectors = [task_vector(base, weights) for weights in finetuned.values()]
-        individual = self._evaluate_individual(loaders)
+        individual = self.measure.individual(loaders)
         results: dict[str, Any] = {"individual": individual, "methods": {}}
         for name, method in self.settings.merge.methods.items():
             scalable = hasattr(method, "scale")
@@ -180,30 +187,30 @@ class SuiteRun:
             merged = merge_task_vectors(vectors, replace(method, scale=1.0) if scalable else method)
             search = []
             for scale in self._each_scale(f"merge: {name}") if scalable else [1.0]:
-                scores = self._evaluate_shared(apply_task_vector(base, merged, scale), heads, loaders)
+                scores = self.measure.shared(apply_task_vector(base, merged, scale), heads, loaders)
                 search.append({"scale": scale, "mean_acc": mean_score(scores)})
             best = max(search, key=lambda candidate: candidate["mean_acc"])
             chosen = replace(method, scale=best["scale"]) if scalable else method
             if rank_zero_only.rank == 0:
-                merge(base, finetuned, chosen, output=self._merged_path(name))
+                merge(base, finetuned, chosen, output=self.files.merged_path(name))
             results["methods"][name] = {"search": search, "best": best}
             self._say(f"merge: {name}" + (f", scale {best['scale']:g}" if scalable else ""), best["mean_acc"])
         self._finish(stage, results)
 
     def experts(self) -> None:
         """Extract every task's expert from its residual, then train it against its teacher."""
-        extraction = self._extraction_stage()
+        extraction = self.files.extraction_stage()
         if not self._done(extraction):
             self._extract_experts(extraction)
         for task in self.suite.names:
-            stage = self._expert_stage(task)
+            stage = self.files.expert_stage(task)
             if self._done(stage):
                 continue
             settings = self.settings.experts
-            tuner = self.base_tuner()
-            start = load_expert(self._extracted_path(task), self.free_weights())
-            tuner.backbone.load_weights(self.free_weights())
-            head, teacher = self.heads()[task], self.finetuned_weights()[task]
+            tuner = self.files.base_tuner()
+            start = load_expert(self.files.extracted_path(task), self.files.free_weights())
+            tuner.backbone.load_weights(self.files.free_weights())
+            head, teacher = self.files.heads()[task], self.files.finetuned_weights()[task]
             resume = stage.begin(self.ckpt_path)
             self._seed(stage)
             trainer_module = ExpertTrainer(
@@ -219,12 +226,12 @@ class SuiteRun:
             data = self.suite.for_task(task, batch_size=settings.batch_size)
             trainer = self._fit(stage, trainer_module, data, settings.trainer, resume, monitor="val/agreement")
             if rank_zero_only.rank == 0:
-                save_expert(self._expert_path(task), trainer_module.expert)
+                save_expert(self.files.expert_path(task), trainer_module.expert)
             self._finish(stage, {"val/agreement": _metric(trainer, "val/agreement")})
 
     def _extract_experts(self, stage: StageFolder) -> None:
         settings = self.settings.experts
-        merged, finetuned, heads = self.free_weights(), self.finetuned_weights(), self.heads()
+        merged, finetuned, heads = self.files.free_weights(), self.files.finetuned_weights(), self.files.heads()
         stage.begin()
         merged_hash = hash_tensors(merged)
         experts = {
@@ -238,16 +245,16 @@ class SuiteRun:
             )
             for task, weights in finetuned.items()
         }
-        loaders = self._loaders("val")
+        loaders = self.measure.loaders("val")
         search = []
         for scale in self._each_scale("experts: extracted"):
             scaled = {task: expert.scaled(scale) for task, expert in experts.items()}
-            scores = self._evaluate_free(FreeModel(self._backbone(merged), heads, scaled), loaders, oracle=True)
+            scores = self.measure.free(FreeModel(self.files.backbone(merged), heads, scaled), loaders, oracle=True)
             search.append({"scale": scale, "mean_acc": mean_score(scores)})
         best = max(search, key=lambda candidate: candidate["mean_acc"])
         if rank_zero_only.rank == 0:
             for task, expert in experts.items():
-                save_expert(self._extracted_path(task), expert.scaled(best["scale"]))
+                save_expert(self.files.extracted_path(task), expert.scaled(best["scale"]))
         self._finish(stage, {"search": search, "best": best})
         self._say(f"experts: extracted, scale {best['scale']:g}", best["mean_acc"])
 
@@ -272,12 +279,12 @@ class SuiteRun:
         data.setup("fit")
         loss = Distillation(settings.feature_weight, settings.logit_weight, settings.temperature)
         batches, count = data.train_dataloader(), settings.importance_batches
-        rms = gradient_rms(self._backbone(merged), head, finetuned, batches, loss, count, self._where())
+        rms = gradient_rms(self.files.backbone(merged), head, finetuned, batches, loss, count, self.measure.device)
         return {name: tensor.sqrt() for name, tensor in rms.items()}
 
     def router(self) -> None:
         """Train the router on a mixture of all tasks."""
-        stage = self._router_stage()
+        stage = self.files.router_stage()
         if self._done(stage):
             return
         settings = self.settings.router
@@ -294,42 +301,42 @@ class SuiteRun:
 
     def evaluate(self) -> Report:
         """Evaluate everything on all tasks' test data; write the FREE model, the report and the picture."""
-        model = self.free_model()
-        merge_record = self._require(self._merge_stage())["results"]
-        extraction = self._require(self._extraction_stage())["results"]
-        loaders = self._loaders("test")
-        heads = self.heads()
-        size = self._file_size(self._merged_path(self.settings.merge.free))
+        model = self.files.free_model()
+        merge_record = self.files.require(self.files.merge_stage())["results"]
+        extraction = self.files.require(self.files.extraction_stage())["results"]
+        loaders = self.measure.loaders("test")
+        heads = self.files.heads()
+        size = self._file_size(self.files.merged_path(self.settings.merge.free))
         rows = [
-            Row("base (zero-shot)", self._evaluate_shared(self.base_weights(), heads, loaders), 0),
-            Row("individual", self._evaluate_individual(loaders), (len(self.suite.names) - 1) * size),
+            Row("base (zero-shot)", self.measure.shared(self.files.base_weights(), heads, loaders), 0),
+            Row("individual", self.measure.individual(loaders), (len(self.suite.names) - 1) * size),
         ]
         for name in self.settings.merge.methods:
-            scores = self._evaluate_shared(load_checkpoint(self._merged_path(name)), heads, loaders)
+            scores = self.measure.shared(load_checkpoint(self.files.merged_path(name)), heads, loaders)
             rows.append(Row(name, scores, 0, chosen=merge_record["methods"][name]["best"]))
         tasks = self.suite.names
-        merged = self.free_weights()
-        extracted = {task: load_expert(self._extracted_path(task), merged) for task in tasks}
-        expert_bytes = sum(self._file_size(self._expert_path(task)) for task in tasks)
-        router_bytes = self._file_size(self._router_stage().path / "router.safetensors")
+        merged = self.files.free_weights()
+        extracted = {task: load_expert(self.files.extracted_path(task), merged) for task in tasks}
+        expert_bytes = sum(self._file_size(self.files.expert_path(task)) for task in tasks)
+        router_bytes = self._file_size(self.files.router_stage().path / "router.safetensors")
         rows += [
             Row(
                 "FREE extracted (oracle)",
-                self._evaluate_free(FreeModel(self._backbone(merged), heads, extracted), loaders, oracle=True),
-                sum(self._file_size(self._extracted_path(task)) for task in tasks),
+                self.measure.free(FreeModel(self.files.backbone(merged), heads, extracted), loaders, oracle=True),
+                sum(self._file_size(self.files.extracted_path(task)) for task in tasks),
                 chosen=extraction["best"],
             ),
             Row(
                 "FREE trained (routed)",
-                self._evaluate_free(model, loaders, oracle=False),
+                self.measure.free(model, loaders, oracle=False),
                 expert_bytes + router_bytes,
             ),
             Row(
                 "FREE trained (oracle)",
-                self._evaluate_free(model, loaders, oracle=True),
+                self.measure.free(model, loaders, oracle=True),
                 expert_bytes,
             ),
-            Row("router accuracy", self._evaluate_router(model, loaders), router_bytes, kind="router"),
+            Row("router accuracy", self.measure.router(model, loaders), router_bytes, kind="router"),
         ]
         search = {name: entry["search"] for name, entry in merge_record["methods"].items()}
         report = Report(
@@ -357,191 +364,6 @@ class SuiteRun:
             "versions": {"freemerge": freemerge.__version__, "torch": torch.__version__, "lightning": L.__version__},
         }
 
-    # -- what earlier stages left behind ------------------------------------------------------------------------------
-
-    def base_tuner(self) -> FineTuner:
-        """A copy of the template with the base's weights."""
-        tuner = copy.deepcopy(self.tuner)
-        tuner.backbone.load_weights(self.base_weights())
-        return tuner
-
-    def base_weights(self) -> dict[str, Tensor]:
-        """The base: pretrained here, or as the template's backbone came."""
-        stage = self._pretrain_stage()
-        if stage is None:
-            return self.tuner.backbone.weights()
-        self._require(stage)
-        return load_checkpoint(stage.path / "base.safetensors")
-
-    def finetuned_weights(self) -> dict[str, dict[str, Tensor]]:
-        """Task → weights of its individual model's backbone."""
-        return {
-            task: load_checkpoint(self._require_folder(self._finetune_stage(task)) / "backbone.safetensors")
-            for task in self.suite.names
-        }
-
-    def heads(self) -> dict[str, nn.Linear]:
-        """Task → head."""
-        heads = {}
-        for task in self.suite.names:
-            state = load_checkpoint(self._require_folder(self._finetune_stage(task)) / "head.safetensors")
-            classes, width = state["weight"].shape
-            heads[task] = nn.Linear(width, classes)
-            heads[task].load_state_dict(state)
-        return heads
-
-    def free_weights(self) -> dict[str, Tensor]:
-        """The merged backbone that carries the experts."""
-        self._require(self._merge_stage())
-        return load_checkpoint(self._merged_path(self.settings.merge.free))
-
-    def free_model(self) -> FreeModel:
-        """The FREE model as its files say it is."""
-        merged = self.free_weights()
-        experts = {}
-        for task in self.suite.names:
-            self._require(self._expert_stage(task))
-            experts[task] = load_expert(self._expert_path(task), merged)
-        self._require(self._router_stage())
-        settings = self.settings.router
-        router = Router(len(self.suite.names), self.suite.image_shape[0], settings.grid, settings.hidden)
-        router.load_state_dict(load_checkpoint(self._router_stage().path / "router.safetensors"))
-        names = {task: self.suite.task(task).class_names for task in self.suite.names}
-        return FreeModel(self._backbone(merged), self.heads(), experts, router, names).eval()
-
-    # -- evaluation ---------------------------------------------------------------------------------------------------
-
-    def _loaders(self, split: str) -> dict[str, Any]:
-        self.suite.prepare_data()
-        self.suite.setup()
-        return getattr(self.suite, f"{split}_dataloader")()
-
-    def _label_space(self) -> LabelSpace:
-        return LabelSpace({task: self.suite.task(task).num_classes for task in self.suite.names})
-
-    def _evaluate_shared(
-        self, weights: Mapping[str, Tensor], heads: Mapping[str, nn.Module], loaders: Mapping[str, Any]
-    ) -> dict[str, float]:
-        """One backbone for all tasks, each with its own head."""
-        return self._evaluate_free(FreeModel(self._backbone(weights), heads), loaders, oracle=True)
-
-    def _evaluate_individual(self, loaders: Mapping[str, Any]) -> dict[str, float]:
-        scores, heads = {}, self.heads()
-        for task, weights in self.finetuned_weights().items():
-            scores |= self._evaluate_shared(weights, heads, {task: loaders[task]})
-        return scores
-
-    def _evaluate_free(self, model: FreeModel, loaders: Mapping[str, Any], oracle: bool) -> dict[str, float]:
-        device = self._where()
-        model = model.eval().to(device)
-        return evaluate(
-            lambda inputs, task: model(inputs, task=task if oracle else None), loaders, self._label_space(), device
-        )
-
-    def _evaluate_router(self, model: FreeModel, loaders: Mapping[str, Any]) -> dict[str, float]:
-        """Share of each task's samples that are routed to it: one class per task, whatever their labels."""
-        device = self._where()
-        tasks = self.suite.names
-        space = LabelSpace({"router": len(tasks)})
-        scores = {}
-        for index, task in enumerate(tasks):
-            own = ((inputs, torch.full_like(labels, index)) for inputs, labels in loaders[task])
-            scores[task] = evaluate(lambda inputs, _: model.router(inputs), {"router": own}, space, device)["router"]
-        return scores
-
-    def _backbone(self, weights: Mapping[str, Tensor]):
-        backbone = copy.deepcopy(self.tuner.backbone)
-        backbone.load_weights(dict(weights))
-        return backbone
-
-    def _where(self) -> torch.device:
-        if self._device is None:
-            self._device = self.make_trainer(self.folder, {"logger": False}, []).strategy.root_device
-        return self._device
-
-    # -- stages and their keys ----------------------------------------------------------------------------------------
-
-    def _key(self, *parts: str) -> dict[str, Any]:
-        return {
-            "freemerge": freemerge.__version__,
-            "seed": self.seed,
-            **{part: self.config.get(part) for part in parts},
-        }
-
-    def _pretrain_stage(self) -> StageFolder | None:
-        if self.tuner.backbone.pretrained or type(self.suite).pretraining is TaskSuite.pretraining:
-            return None
-        settings = self.settings.pretrain
-        inputs = self._key("trainer", "pretrain") | {
-            "backbone": _architecture(self.tuner),
-            "data": self.suite.fingerprint(selection=False),
-            "batch_size": settings.batch_size or self.suite.batch_size,
-        }
-        if isinstance(inputs["pretrain"], dict):
-            inputs["pretrain"] = {key: value for key, value in inputs["pretrain"].items() if key != "cache"}
-        stage = StageFolder(self.folder / "pretrain", "pretrain", inputs)
-        if settings.cache is None:
-            return stage
-        return StageFolder(Path(settings.cache) / stage.key[:16], "pretrain", inputs)
-
-    def _base_key(self) -> str:
-        stage = self._pretrain_stage()
-        return stage.key if stage is not None else hash_tensors(self.tuner.backbone.weights())
-
-    def _finetune_stage(self, task: str) -> StageFolder:
-        inputs = self._key("trainer", "finetune", "model") | {
-            "base": self._base_key(),
-            "task": task,
-            "data": self.suite.fingerprint(selection=False),
-            "batch_size": self.suite.batch_size,
-        }
-        return StageFolder(self.folder / "finetune" / task, f"finetune {task}", inputs)
-
-    def _merge_stage(self) -> StageFolder:
-        inputs = self._key("merge") | {"models": {task: self._finetune_stage(task).key for task in self.suite.names}}
-        return StageFolder(self.folder / "merge", "merge", inputs)
-
-    def _extraction_stage(self) -> StageFolder:
-        settings = self.settings.experts
-        inputs = self._key() | {
-            "merge": self._merge_stage().key,
-            "density": settings.density,
-            "scope": settings.scope,
-            "rescale": settings.rescale,
-            "importance": settings.importance,
-        }
-        if settings.importance != "none":  # then these count too
-            inputs |= {
-                "batches": settings.importance_batches,
-                "batch_size": settings.batch_size or self.suite.batch_size,
-                "loss": [settings.feature_weight, settings.logit_weight, settings.temperature],
-            }
-        return StageFolder(self.folder / "extracted", "experts extracted", inputs)
-
-    def _expert_stage(self, task: str) -> StageFolder:
-        inputs = self._key("trainer", "experts") | {
-            "task": task,
-            "extracted": self._extraction_stage().key,
-            "batch_size": self.settings.experts.batch_size or self.suite.batch_size,
-        }
-        return StageFolder(self.folder / "experts" / task, f"expert {task}", inputs)
-
-    def _router_stage(self) -> StageFolder:
-        inputs = self._key("trainer", "router") | {
-            "data": self.suite.fingerprint(),
-            "batch_size": self.settings.router.batch_size or self.suite.batch_size,
-        }
-        return StageFolder(self.folder / "router", "router", inputs)
-
-    def _merged_path(self, method: str) -> Path:
-        return self._merge_stage().path / f"{method.replace(' ', '_').lower()}.safetensors"
-
-    def _extracted_path(self, task: str) -> Path:
-        return self._extraction_stage().path / f"{task}.safetensors"
-
-    def _expert_path(self, task: str) -> Path:
-        return self._expert_stage(task).path / "expert.safetensors"
-
     # -- small things -------------------------------------------------------------------------------------------------
 
     def _done(self, stage: StageFolder) -> bool:
@@ -562,20 +384,6 @@ class SuiteRun:
 
     def _say(self, what: str, accuracy: float) -> None:
         self.console.print(f"{what}: val acc {accuracy:.3f}")
-
-    def _require(self, stage: StageFolder) -> dict[str, Any]:
-        record = stage.record()
-        if record is None:
-            name = stage.name.split()[0].rstrip("s") + ("s" if stage.name.startswith("expert") else "")
-            raise ValueError(
-                f"{self.folder}: stage {stage.name!r} has not been done with this configuration; "
-                f"add {name} to run.stages"
-            )
-        return record
-
-    def _require_folder(self, stage: StageFolder) -> Path:
-        self._require(stage)
-        return stage.path
 
     def _fit(
         self,
@@ -618,8 +426,3 @@ class SuiteRun:
 def _metric(trainer: L.Trainer, name: str) -> float | None:
     value = trainer.callback_metrics.get(name)
     return float(value) if value is not None else None
-
-
-def _architecture(tuner: FineTuner) -> str:
-    """A hash of the untrained backbone: names, shapes and starting values of all its weights."""
-    return hash_tensors(tuner.backbone.weights())

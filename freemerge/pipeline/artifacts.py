@@ -1,0 +1,213 @@
+"""What the stages of a run depend on and leave behind: their folders and keys, and what is read back from them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+import freemerge
+from freemerge.checkpoints import hash_tensors, load_checkpoint
+from freemerge.data import TaskSuite
+from freemerge.experts import load_expert
+from freemerge.models import Backbone, FreeModel, Router
+from freemerge.pipeline.folder import StageFolder
+from freemerge.pipeline.settings import Settings
+from freemerge.training import FineTuner
+
+
+class Artifacts:
+    """The files of a run.
+
+    Args:
+        tuner: the template that is fine-tuned on each task; its backbone is the base, or, where the suite has
+            pretraining data, what is pretrained to become the base.
+        suite: the tasks.
+        folder: the run's folder.
+        settings: the stages' settings.
+        config: the configuration as plain data, by top-level key (model, trainer, pretrain, …); stages depend on it.
+        seed: of every stage's randomness.
+    """
+
+    def __init__(
+        self,
+        tuner: FineTuner,
+        suite: TaskSuite,
+        folder: Path,
+        settings: Settings,
+        config: Mapping[str, Any],
+        seed: int,
+    ) -> None:
+        self.tuner = tuner
+        self.suite = suite
+        self.folder = folder
+        self.settings = settings
+        self.config = config
+        self.seed = seed
+
+    # -- what earlier stages left behind ------------------------------------------------------------------------------
+
+    def base_tuner(self) -> FineTuner:
+        """A copy of the template with the base's weights."""
+        tuner = copy.deepcopy(self.tuner)
+        tuner.backbone.load_weights(self.base_weights())
+        return tuner
+
+    def base_weights(self) -> dict[str, Tensor]:
+        """The base: pretrained here, or as the template's backbone came."""
+        stage = self.pretrain_stage()
+        if stage is None:
+            return self.tuner.backbone.weights()
+        self.require(stage)
+        return load_checkpoint(stage.path / "base.safetensors")
+
+    def finetuned_weights(self) -> dict[str, dict[str, Tensor]]:
+        """Task → weights of its individual model's backbone."""
+        return {
+            task: load_checkpoint(self._require_folder(self.finetune_stage(task)) / "backbone.safetensors")
+            for task in self.suite.names
+        }
+
+    def heads(self) -> dict[str, nn.Linear]:
+        """Task → head."""
+        heads = {}
+        for task in self.suite.names:
+            state = load_checkpoint(self._require_folder(self.finetune_stage(task)) / "head.safetensors")
+            classes, width = state["weight"].shape
+            heads[task] = nn.Linear(width, classes)
+            heads[task].load_state_dict(state)
+        return heads
+
+    def free_weights(self) -> dict[str, Tensor]:
+        """The merged backbone that carries the experts."""
+        self.require(self.merge_stage())
+        return load_checkpoint(self.merged_path(self.settings.merge.free))
+
+    def free_model(self) -> FreeModel:
+        """The FREE model as its files say it is."""
+        merged = self.free_weights()
+        experts = {}
+        for task in self.suite.names:
+            self.require(self.expert_stage(task))
+            experts[task] = load_expert(self.expert_path(task), merged)
+        self.require(self.router_stage())
+        settings = self.settings.router
+        router = Router(len(self.suite.names), self.suite.image_shape[0], settings.grid, settings.hidden)
+        router.load_state_dict(load_checkpoint(self.router_stage().path / "router.safetensors"))
+        names = {task: self.suite.task(task).class_names for task in self.suite.names}
+        return FreeModel(self.backbone(merged), self.heads(), experts, router, names).eval()
+
+    def backbone(self, weights: Mapping[str, Tensor]) -> Backbone:
+        """A copy of the template's backbone with these weights."""
+        backbone = copy.deepcopy(self.tuner.backbone)
+        backbone.load_weights(dict(weights))
+        return backbone
+
+    # -- stages and their keys ----------------------------------------------------------------------------------------
+
+    def _key(self, *parts: str) -> dict[str, Any]:
+        return {
+            "freemerge": freemerge.__version__,
+            "seed": self.seed,
+            **{part: self.config.get(part) for part in parts},
+        }
+
+    def pretrain_stage(self) -> StageFolder | None:
+        """None where there is nothing to pretrain: the backbone came pretrained, or the suite has no data for it."""
+        if self.tuner.backbone.pretrained or type(self.suite).pretraining is TaskSuite.pretraining:
+            return None
+        settings = self.settings.pretrain
+        inputs = self._key("trainer", "pretrain") | {
+            "backbone": hash_tensors(self.tuner.backbone.weights()),
+            "data": self.suite.fingerprint(selection=False),
+            "batch_size": settings.batch_size or self.suite.batch_size,
+        }
+        if isinstance(inputs["pretrain"], dict):
+            inputs["pretrain"] = {key: value for key, value in inputs["pretrain"].items() if key != "cache"}
+        stage = StageFolder(self.folder / "pretrain", "pretrain", inputs)
+        if settings.cache is None:
+            return stage
+        return StageFolder(Path(settings.cache) / stage.key[:16], "pretrain", inputs)
+
+    def _base_key(self) -> str:
+        stage = self.pretrain_stage()
+        return stage.key if stage is not None else hash_tensors(self.tuner.backbone.weights())
+
+    def finetune_stage(self, task: str) -> StageFolder:
+        """A task's fit: backbone.safetensors and head.safetensors."""
+        inputs = self._key("trainer", "finetune", "model") | {
+            "base": self._base_key(),
+            "task": task,
+            "data": self.suite.fingerprint(selection=False),
+            "batch_size": self.suite.batch_size,
+        }
+        return StageFolder(self.folder / "finetune" / task, f"finetune {task}", inputs)
+
+    def merge_stage(self) -> StageFolder:
+        """The merged backbones, and how their scales were chosen."""
+        inputs = self._key("merge") | {"models": {task: self.finetune_stage(task).key for task in self.suite.names}}
+        return StageFolder(self.folder / "merge", "merge", inputs)
+
+    def extraction_stage(self) -> StageFolder:
+        """The experts before training, and how their scale was chosen."""
+        settings = self.settings.experts
+        inputs = self._key() | {
+            "merge": self.merge_stage().key,
+            "density": settings.density,
+            "scope": settings.scope,
+            "rescale": settings.rescale,
+            "importance": settings.importance,
+        }
+        if settings.importance != "none":  # then these count too
+            inputs |= {
+                "batches": settings.importance_batches,
+                "batch_size": settings.batch_size or self.suite.batch_size,
+                "loss": [settings.feature_weight, settings.logit_weight, settings.temperature],
+            }
+        return StageFolder(self.folder / "extracted", "experts extracted", inputs)
+
+    def expert_stage(self, task: str) -> StageFolder:
+        """A task's trained expert."""
+        inputs = self._key("trainer", "experts") | {
+            "task": task,
+            "extracted": self.extraction_stage().key,
+            "batch_size": self.settings.experts.batch_size or self.suite.batch_size,
+        }
+        return StageFolder(self.folder / "experts" / task, f"experts {task}", inputs)
+
+    def router_stage(self) -> StageFolder:
+        """The router."""
+        inputs = self._key("trainer", "router") | {
+            "data": self.suite.fingerprint(),
+            "batch_size": self.settings.router.batch_size or self.suite.batch_size,
+        }
+        return StageFolder(self.folder / "router", "router", inputs)
+
+    def merged_path(self, method: str) -> Path:
+        """The backbone merged by the method of that name."""
+        return self.merge_stage().path / f"{method.replace(' ', '_').lower()}.safetensors"
+
+    def extracted_path(self, task: str) -> Path:
+        """A task's expert before training."""
+        return self.extraction_stage().path / f"{task}.safetensors"
+
+    def expert_path(self, task: str) -> Path:
+        """A task's expert after training."""
+        return self.expert_stage(task).path / "expert.safetensors"
+
+    def require(self, stage: StageFolder) -> dict[str, Any]:
+        """The record of a stage that must have been done; a ValueError that says what to add if it has not."""
+        record = stage.record()
+        if record is None:
+            raise ValueError(
+                f"{self.folder}: stage {stage.name!r} has not been done with this configuration; "
+                f"add {stage.name.split()[0]} to run.stages"
+            )
+        return record
+
+    def _require_folder(self, stage: StageFolder) -> Path:
+        self.require(stage)
+        return stage.path
