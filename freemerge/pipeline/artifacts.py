@@ -94,11 +94,14 @@ class Artifacts:
             self.require(self.expert_stage(task))
             experts[task] = load_expert(self.expert_path(task), merged)
         self.require(self.router_stage())
-        settings = self.settings.router
-        router = Router(len(self.suite.names), self.suite.image_shape[0], settings.grid, settings.hidden)
+        router = self.new_router()
         router.load_state_dict(load_checkpoint(self.router_stage().path / "router.safetensors"))
         names = {task: self.suite.task(task).class_names for task in self.suite.names}
         return FreeModel(self.backbone(merged), self.heads(), experts, router, names).eval()
+
+    def new_router(self) -> Router:
+        """An untrained router for the suite."""
+        return Router(len(self.suite.names), self.suite.image_shape[0], self.settings.router.width)
 
     def backbone(self, weights: Mapping[str, Tensor]) -> Backbone:
         """A copy of the template's backbone with these weights."""

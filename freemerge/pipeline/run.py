@@ -41,7 +41,7 @@ from freemerge.data import TaskSuite
 from freemerge.evaluation import Report, Row, mean_score
 from freemerge.experts import extract, load_expert, save_expert
 from freemerge.merging import apply_task_vector, merge, merge_task_vectors, task_vector
-from freemerge.models import FreeModel, Router
+from freemerge.models import FreeModel
 from freemerge.pipeline.artifacts import Artifacts
 from freemerge.pipeline.folder import StageFolder
 from freemerge.pipeline.measure import Measure
@@ -291,10 +291,7 @@ class SuiteRun:
         data = self.suite.mixture(batch_size=settings.batch_size)
         resume = stage.begin(self.ckpt_path)
         self._seed(stage)
-        module = RouterTrainer(
-            Router(len(self.suite.names), self.suite.image_shape[0], settings.grid, settings.hidden),
-            **settings.optimization,
-        )
+        module = RouterTrainer(self.files.new_router(), **settings.optimization)
         trainer = self._fit(stage, module, data, settings.trainer, resume, monitor="val/acc")
         self._write(stage.path / "router.safetensors", module.router.state_dict())
         self._finish(stage, {"val/acc": _metric(trainer, "val/acc")})

@@ -152,12 +152,10 @@ class RouterSettings(FitSettings):
     """The stage that trains the router on a balanced mixture of all tasks.
 
     Args:
-        grid: side of the coarse grid the router looks at.
-        hidden: width of its hidden layer.
+        width: channels of the router's first convolution.
     """
 
-    grid: int = 8
-    hidden: int = 64
+    width: int = 16
 
 
 @dataclass

@@ -64,7 +64,7 @@ def test_the_loop_counts_every_sample_once() -> None:
 def free_model() -> FreeModel:
     torch.manual_seed(0)
     heads = {"corners": nn.Linear(16, 4), "bars": nn.Linear(16, 2)}
-    return FreeModel(tiny_backbone(), heads, router=Router(2, channels=1, grid=4, hidden=8)).eval()
+    return FreeModel(tiny_backbone(), heads, router=Router(2, channels=1, width=4)).eval()
 
 
 @pytest.mark.parametrize("oracle", [False, True])

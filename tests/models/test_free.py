@@ -15,7 +15,7 @@ from tests.tiny import tiny_backbone
 
 
 @pytest.fixture
-def model() -> FreeModel:
+def model(images: torch.Tensor) -> FreeModel:
     torch.manual_seed(0)
     backbone = tiny_backbone().eval()
     experts = {}
@@ -25,7 +25,9 @@ def model() -> FreeModel:
         expert = extract(noise, 0.05)
         experts[task] = expert.with_values(expert.flat_values().bfloat16().float())  # as a file stores them
     heads = {"a": nn.Linear(16, 3), "b": nn.Linear(16, 5), "c": nn.Linear(16, 2)}
-    router = Router(3, channels=1, grid=4, hidden=8)
+    router = Router(3, channels=1, width=4).eval()
+    with torch.no_grad():  # untrained, it would send every image to one task
+        router.head.bias -= router(images).mean(dim=0)
     return FreeModel(backbone, heads, experts, router, {"a": ["x", "y", "z"]}).eval()
 
 

@@ -1,20 +1,25 @@
-"""The router's features against sums by hand."""
+"""The router looks at what there is in an image, at any size, and not at its neighbours in the batch."""
 
 import torch
 
 from freemerge.models import Router
 
 
-def test_features_are_local_means_of_pixels_and_gradients() -> None:
-    router = Router(2, channels=1, grid=2)
-    image = torch.zeros(1, 1, 4, 4)
-    image[0, 0, :, 2:] = 1.0  # a vertical edge between columns 1 and 2
-    pixels, across, down = router.features(image).view(3, 2, 2)
-    assert pixels.tolist() == [[0.0, 1.0], [0.0, 1.0]]
-    assert across.tolist() == [[0.5, 0.0], [0.5, 0.0]]  # one step of 1 in each row of two columns
-    assert down.tolist() == [[0.0, 0.0], [0.0, 0.0]]
-
-
 def test_output_has_a_logit_per_task_for_any_image_size() -> None:
-    router = Router(5, channels=3).eval()
-    assert router(torch.randn(2, 3, 17, 40)).shape == (2, 5)
+    router = Router(5, channels=3, width=4).eval()
+    for size in ((8, 8), (17, 40), (1, 1)):
+        assert router(torch.randn(2, 3, *size)).shape == (2, 5)
+
+
+def test_a_sample_is_routed_alike_alone_and_in_a_batch() -> None:
+    router, images = Router(3, channels=1, width=4).eval(), torch.randn(6, 1, 16, 16)
+    torch.testing.assert_close(router(images)[2:3], router(images[2:3]))
+
+
+def test_features_do_not_depend_on_where_something_is() -> None:
+    """A dot moved by the convolutions' total stride of 8, away from the borders, changes neither mean nor maximum."""
+    router = Router(2, channels=1, width=4).eval()
+    here, there = torch.zeros(1, 1, 48, 48), torch.zeros(1, 1, 48, 48)
+    here[..., 20, 20] = 1.0
+    there[..., 28, 28] = 1.0
+    torch.testing.assert_close(router.features(here), router.features(there))

@@ -159,7 +159,7 @@ def test_expert_checkpoints_hold_the_values_alone_and_resume(tmp_path, teacher_a
 
 def test_router_trainer_tells_the_tiny_tasks_apart(tmp_path) -> None:
     suite = TinySuite()
-    module = RouterTrainer(Router(2, channels=1, grid=4, hidden=8), optimizer=adam(1e-2))
+    module = RouterTrainer(Router(2, channels=1, width=4), optimizer=adam(1e-2))
     loop = trainer(tmp_path, max_epochs=5, enable_checkpointing=False)
     loop.fit(module, datamodule=suite.mixture())
     assert loop.callback_metrics["val/acc"] == 1.0
