@@ -45,7 +45,7 @@ from freemerge.training import FineTuner
 # What says where and how visibly a fit runs, not what comes out of it: a change of these does not redo a stage.
 _PRESENTATION = (
     "accelerator", "devices", "num_nodes", "strategy", "logger", "enable_progress_bar", "enable_model_summary",
-    "log_every_n_steps", "default_root_dir", "profiler", "detect_anomaly", "enable_autolog_hparams", "callbacks",
+    "log_every_n_steps", "default_root_dir", "profiler", "detect_anomaly", "enable_autolog_hparams",
 )  # fmt: skip
 _STAGE_SETTINGS = {
     "pretrain": PretrainSettings,
@@ -77,11 +77,6 @@ class FreemergeCLI(LightningCLI):
             args=args,
         )
 
-    @staticmethod
-    def subcommands() -> dict[str, set[str]]:
-        """Lightning's subcommands; `merge` is added in `_add_subcommands`."""
-        return LightningCLI.subcommands()
-
     def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
         descriptions = {
             "fit": "Fine-tune on every task, merge, train experts and the router, and report.",
@@ -91,6 +86,9 @@ class FreemergeCLI(LightningCLI):
         }
         kwargs = {name: {"description": text, **kwargs.get(name, {})} for name, text in descriptions.items()}
         super()._add_subcommands(parser, **kwargs)
+        # For `--help` alone: `main` hands `merge` on before a parser with models and data is built.
+        about = "Merge finished checkpoints, without any data."
+        parser._subcommands_action.add_subcommand("merge", merge_command.build_parser(), help=about)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the run's and the stages' settings."""

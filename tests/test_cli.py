@@ -237,8 +237,8 @@ def test_help_names_every_command(capsys) -> None:
     with pytest.raises(SystemExit):
         main(["--help"])
     out = capsys.readouterr().out
-    for command in ("fit", "validate", "test", "predict", "merge"):
-        assert command in out
+    for line in ("fit ", "validate ", "test ", "predict ", "merge  ", "Merge finished checkpoints"):
+        assert line in out
 
 
 def test_merge_starts_without_lightning_and_transformers(run: Path, tmp_path) -> None:
