@@ -2,9 +2,9 @@ import warnings
 
 import pytest
 import torch
-from callbacks_project import make_backbone
 
 from freemerge.checkpoints import save_checkpoint
+from tests.callbacks.callbacks_project import make_backbone
 
 
 @pytest.fixture(autouse=True)

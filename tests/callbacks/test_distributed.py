@@ -5,15 +5,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from callbacks_project import (
-    LeaveTogether,
-    SaveResults,
-    SaveWeights,
-    Validated,
-    make_backbone,
-    make_loader,
-    make_trainer,
-)
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
 from torch.utils.data import DataLoader
@@ -24,6 +15,15 @@ from freemerge_callbacks import MergeAtFitEnd, MergePreview, MultiTaskEvaluation
 from freemerge_callbacks._predicting import check_loaders
 from freemerge_callbacks._ranks import on_rank_zero
 from freemerge_callbacks._task_files import read_record
+from tests.callbacks.callbacks_project import (
+    LeaveTogether,
+    SaveResults,
+    SaveWeights,
+    Validated,
+    make_backbone,
+    make_loader,
+    make_trainer,
+)
 
 
 def test_two_processes_merge_into_the_file_that_one_would_write(tmp_path, other):

@@ -4,13 +4,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from callbacks_project import Nested, Plain, Validated, make_backbone, make_loader, make_trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrategy
 
 from freemerge.checkpoints import load_checkpoint, save_checkpoint
 from freemerge.merging import FRMerging, PCBMerging, TaskArithmetic, WeightAverage
 from freemerge_callbacks import MergeAtFitEnd
+from tests.callbacks.callbacks_project import Nested, Plain, Validated, make_backbone, make_loader, make_trainer
 
 
 def fit(folder, callback, module=None, *more, val=False, ckpt_path=None, **arguments):

@@ -5,7 +5,6 @@ import math
 
 import pytest
 import torch
-from callbacks_project import Plain, Validated, make_backbone, make_loader, make_trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
@@ -15,6 +14,7 @@ from freemerge.merging import TaskArithmetic, Vectors, WeightAverage
 from freemerge_callbacks import MergeAtFitEnd, MergePreview, MultiTaskEvaluation, TaskCheckpoint
 from freemerge_callbacks._similarity import similarity
 from freemerge_callbacks.merge_preview import distinct_names
+from tests.callbacks.callbacks_project import Plain, Validated, make_backbone, make_loader, make_trainer
 
 LOADERS = {"a": make_loader(0, 50, seed=5), "b": make_loader(1, 37, seed=6)}
 

@@ -4,7 +4,6 @@ import csv
 
 import pytest
 import torch
-from callbacks_project import Nested, Plain, Tied, Wrapped, make_backbone, make_data, make_loader, make_trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
@@ -14,6 +13,16 @@ from freemerge.checkpoints import load_checkpoint, open_checkpoint, save_checkpo
 from freemerge.data import Task, TaskSuite
 from freemerge.merging import TaskArithmetic, WeightAverage
 from freemerge_callbacks import MergeAtFitEnd, MultiTaskEvaluation
+from tests.callbacks.callbacks_project import (
+    Nested,
+    Plain,
+    Tied,
+    Wrapped,
+    make_backbone,
+    make_data,
+    make_loader,
+    make_trainer,
+)
 
 LOADERS = {"a": make_loader(0, 50, seed=5), "b": make_loader(1, 37, seed=6)}
 

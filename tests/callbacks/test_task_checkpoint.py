@@ -6,7 +6,6 @@ import math
 import lightning as L
 import pytest
 import torch
-from callbacks_project import Nested, Plain, Validated, make_backbone, make_loader, make_trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
@@ -14,6 +13,7 @@ from freemerge.checkpoints import hash_tensors, load_checkpoint, open_checkpoint
 from freemerge.merging import MergeError, TaskArithmetic, WeightAverage, merge
 from freemerge_callbacks import MergeAtFitEnd, MultiTaskEvaluation, TaskCheckpoint
 from freemerge_callbacks._task_files import TaskRecord, read_record
+from tests.callbacks.callbacks_project import Nested, Plain, Validated, make_backbone, make_loader, make_trainer
 
 
 def fit(folder, callbacks, module=None, feature=0, ckpt_path=None, **arguments):
