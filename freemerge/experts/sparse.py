@@ -86,20 +86,16 @@ def extract(
     density: float,
     *,
     scope: Scope = "model",
-    importance: Mapping[str, Tensor] | None = None,
     rescale: Literal["none", "released"] = "none",
     metadata: Mapping[str, str] | None = None,
 ) -> SparseExpert:
-    """Keep the top-d entries of a residual: M(r, d), by magnitude |r|, or by |r|·importance.
+    """Keep the top-d entries of a residual by magnitude: M(r, d).
 
     Args:
         residual: tensor name → r of any shape, floating point; usually θ_k − θ_merged.
         density: share d ∈ (0, 1] of entries to keep.
         scope: rank magnitudes over the whole `model`, within each `tensor`, or within each `row` (dim 0, as released;
             tensors with fewer than 2 dimensions count as one row).
-        importance: tensor name → how much a change of each entry matters, ≥ 0, of the residual's shapes; without it all
-            entries matter alike. Optimizers like Adam move every weight about equally far, so that magnitude alone says
-            little about which moves the task needs.
         rescale: `none` keeps the entries as they are; `released` multiplies them by μ = −E|kept|·log10(d) / E|r|,
             per tensor, as FREE-Merging's released code does.
         metadata: strings to travel with the expert; the density is added.
@@ -109,8 +105,7 @@ def extract(
         equal magnitudes the earlier tensor and position wins.
 
     Raises:
-        ValueError: for a density outside (0, 1], a residual without floating-point entries, or importance that does
-            not cover it.
+        ValueError: for a density outside (0, 1] or a residual without floating-point entries.
     """
     if not 0.0 < density <= 1.0:
         raise ValueError(f"extract: density must be in (0, 1], got {density}")
@@ -119,12 +114,6 @@ def extract(
     if not floating:
         raise ValueError("extract: the residual has no floating-point entries")
     scores = {name: tensor.abs() for name, tensor in floating.items()}
-    if importance is not None:
-        for name, score in scores.items():
-            if name not in importance or importance[name].shape != score.shape:
-                found = tuple(importance[name].shape) if name in importance else "nothing"
-                raise ValueError(f"extract: importance of {name!r}: expected shape {tuple(score.shape)}, found {found}")
-            score *= importance[name]
     if scope == "model":
         indices = _top_of_model(scores, density)
     elif scope in ("tensor", "row"):

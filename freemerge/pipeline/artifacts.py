@@ -162,14 +162,7 @@ class Artifacts:
             "density": settings.density,
             "scope": settings.scope,
             "rescale": settings.rescale,
-            "importance": settings.importance,
         }
-        if settings.importance != "none":  # then these count too
-            inputs |= {
-                "batches": settings.importance_batches,
-                "batch_size": settings.batch_size or self.suite.batch_size,
-                "loss": [settings.feature_weight, settings.logit_weight, settings.temperature],
-            }
         return StageFolder(self.folder / "extracted", "experts extracted", inputs)
 
     def expert_stage(self, task: str) -> StageFolder:

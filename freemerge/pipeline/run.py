@@ -33,7 +33,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from rich.console import Console
 from rich.progress import track
-from torch import Tensor, nn
+from torch import Tensor
 
 import freemerge
 from freemerge.checkpoints import hash_tensors, load_checkpoint, save_checkpoint
@@ -46,7 +46,7 @@ from freemerge.pipeline.artifacts import Artifacts
 from freemerge.pipeline.folder import StageFolder
 from freemerge.pipeline.measure import Measure
 from freemerge.pipeline.settings import STAGES, Settings
-from freemerge.training import Distillation, ExpertTrainer, FineTuner, RouterTrainer, gradient_rms
+from freemerge.training import ExpertTrainer, FineTuner, RouterTrainer
 
 MakeTrainer = Callable[..., L.Trainer]
 """(folder, overrides, extra callbacks) → a fresh Trainer that logs into the folder."""
@@ -239,7 +239,6 @@ class SuiteRun:
                 task_vector(merged, weights),
                 settings.density,
                 scope=settings.scope,
-                importance=self._importance(stage, task, merged, weights, heads[task]),
                 rescale=settings.rescale,
                 metadata={"task": task, "merged_hash": merged_hash},
             )
@@ -257,30 +256,6 @@ class SuiteRun:
                 save_expert(self.files.extracted_path(task), expert.scaled(best["scale"]))
         self._finish(stage, {"search": search, "best": best})
         self._say(f"experts: extracted, scale {best['scale']:g}", best["mean_acc"])
-
-    def _importance(
-        self,
-        stage: StageFolder,
-        task: str,
-        merged: Mapping[str, Tensor],
-        finetuned: Mapping[str, Tensor],
-        head: nn.Module,
-    ) -> dict[str, Tensor] | None:
-        """What weighs a residual's magnitude: √ of the gradients' root mean square.
-
-        Of the powers 0, ¼, ½ and 1 of it, the quickstart's experts did best with ¼ and ½.
-        """
-        settings = self.settings.experts
-        if settings.importance == "none":
-            return None
-        self._seed(stage)
-        data = self.suite.for_task(task, batch_size=settings.batch_size)
-        data.prepare_data()
-        data.setup("fit")
-        loss = Distillation(settings.feature_weight, settings.logit_weight, settings.temperature)
-        batches, count = data.train_dataloader(), settings.importance_batches
-        rms = gradient_rms(self.files.backbone(merged), head, finetuned, batches, loss, count, self.measure.device)
-        return {name: tensor.sqrt() for name, tensor in rms.items()}
 
     def router(self) -> None:
         """Train the router on a mixture of all tasks."""

@@ -123,9 +123,6 @@ class ExpertsSettings(FitSettings):
     Args:
         density: share d of the backbone's entries that an expert holds.
         scope: where the top-d entries are ranked: over the whole model, in each tensor, or in each row.
-        importance: what weighs a residual's magnitude when entries are chosen: `none`, or `gradient`, the square root
-            of the distillation loss's root mean square gradient, measured on training inputs without their labels.
-        importance_batches: how many training batches to measure it on.
         rescale: `none`, or `released` for the released code's rescaling of extracted values.
         feature_weight: weight of the features' loss.
         logit_weight: weight of the logits' loss.
@@ -134,8 +131,6 @@ class ExpertsSettings(FitSettings):
 
     density: float = 0.01
     scope: Literal["model", "tensor", "row"] = "model"
-    importance: Literal["none", "gradient"] = "gradient"
-    importance_batches: int = 30
     rescale: Literal["none", "released"] = "none"
     feature_weight: float = 1.0
     logit_weight: float = 1.0

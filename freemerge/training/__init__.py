@@ -1,9 +1,9 @@
 """LightningModules: FineTuner makes task vectors, ExpertTrainer experts, RouterTrainer the router."""
 
-from freemerge.training.distillation import Distillation, gradient_rms
+from freemerge.training.distillation import Distillation
 from freemerge.training.experts import ExpertTrainer
 from freemerge.training.finetuner import FineTuner
 from freemerge.training.probe import fit_probe
 from freemerge.training.router import RouterTrainer
 
-__all__ = ["Distillation", "ExpertTrainer", "FineTuner", "RouterTrainer", "fit_probe", "gradient_rms"]
+__all__ = ["Distillation", "ExpertTrainer", "FineTuner", "RouterTrainer", "fit_probe"]

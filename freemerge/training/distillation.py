@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from itertools import islice
 
-import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn import functional as F
-
-from freemerge.models import Backbone
 
 
 @dataclass(frozen=True)
@@ -53,56 +47,3 @@ class Distillation:
             "logits": logit_loss.detach(),
             "agreement": (log_student.argmax(dim=1) == log_teacher.argmax(dim=1)).float().mean(),
         }
-
-
-def gradient_rms(
-    backbone: Backbone,
-    head: nn.Module,
-    teacher: Mapping[str, Tensor],
-    batches: Iterable[tuple[Tensor, Tensor]],
-    loss: Callable[[Tensor, Tensor, nn.Module], Mapping[str, Tensor]],
-    count: int,
-    device: torch.device | str = "cpu",
-) -> dict[str, Tensor]:
-    """How strongly the distillation loss depends on each weight: √E[g²] over batches, at the backbone's own weights.
-
-    It is the square root of the empirical Fisher information's diagonal, by which sparse fine-tuning chooses its
-    parameters (FISH Mask, arXiv 2111.09839).
-
-    Args:
-        backbone: the merged backbone; moved to `device`, otherwise left as it is.
-        head: the task's head.
-        teacher: weights of the task's fine-tuned backbone, named as in `backbone.weights()`.
-        batches: (inputs, labels); labels are not looked at.
-        loss: the distillation loss.
-        count: how many batches to use; the data are gone through again if need be.
-        device: where to compute.
-
-    Returns:
-        Tensor name → float32 tensor of the weight's shape, on the CPU; zeros for buffers and unused weights.
-    """
-    backbone, head = backbone.to(device).eval(), head.to(device)
-    target = {f"model.{name}": tensor.to(device) for name, tensor in teacher.items()}
-    live = {name: parameter.detach().requires_grad_() for name, parameter in backbone.model.named_parameters()}
-    squares = {name: torch.zeros_like(tensor, dtype=torch.float32) for name, tensor in live.items()}
-    seen = 0
-    while seen < count:
-        before = seen
-        for inputs, _ in islice(batches, count - seen):
-            with torch.no_grad():
-                features = functional_call(backbone, target, (inputs.to(device),))
-            student = functional_call(
-                backbone, {f"model.{name}": tensor for name, tensor in live.items()}, (inputs.to(device),)
-            )
-            value = loss(student, features, head)["loss"]
-            gradients = torch.autograd.grad(value, list(live.values()), allow_unused=True)
-            for square, gradient in zip(squares.values(), gradients, strict=True):
-                if gradient is not None:
-                    square += gradient.float().square()
-            seen += 1
-        if seen == before:
-            raise ValueError("gradient_rms: there are no batches")
-    return {
-        name: (squares[name] / seen).sqrt().cpu() if name in squares else torch.zeros(tensor.shape)
-        for name, tensor in backbone.weights().items()
-    }

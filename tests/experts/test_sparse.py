@@ -101,19 +101,3 @@ def test_an_inconsistent_expert_is_refused() -> None:
         SparseExpert({"w": torch.tensor([0])}, {}, {"w": (3,)})
     with pytest.raises(ValueError, match="'w' has indices of shape"):
         SparseExpert({"w": torch.tensor([0])}, {"w": torch.zeros(2)}, {"w": (3,)})
-
-
-def test_importance_weighs_the_ranking_but_not_the_values() -> None:
-    tensor = torch.tensor([[4.0, -3.0], [2.0, 1.0]])
-    expert = extract({"w": tensor}, 0.5, importance={"w": torch.tensor([[0.0, 1.0], [1.0, 10.0]])})
-    assert expert.indices["w"].tolist() == [1, 3]
-    assert expert.values["w"].tolist() == [-3.0, 1.0]
-    even = extract(residual(), 0.1, importance={n: torch.full_like(t, 2.0) for n, t in residual().items() if t.dim()})
-    assert all(torch.equal(even.indices[n], index) for n, index in extract(residual(), 0.1).indices.items())
-
-
-def test_importance_must_cover_the_residual() -> None:
-    with pytest.raises(ValueError, match=r"importance of 'w': expected shape \(2, 2\), found nothing"):
-        extract({"w": torch.ones(2, 2)}, 0.5, importance={})
-    with pytest.raises(ValueError, match=r"importance of 'w': expected shape \(2, 2\), found \(4,\)"):
-        extract({"w": torch.ones(2, 2)}, 0.5, importance={"w": torch.ones(4)})
