@@ -101,7 +101,14 @@ def open_base(path: Path) -> Checkpoint:
     """
     found = open_checkpoint(path)
     specs = {name: found.spec(name) for name in dict.fromkeys((*found.names, *found.tied))}
-    return Checkpoint(found.label, specs, found.tensor, tied=found.tied, outside=found.outside)
+    return Checkpoint(
+        found.label, specs, lambda name, run: read(found, name, run), tied=found.tied, outside=found.outside
+    )
+
+
+def read(checkpoint: Checkpoint, name: str, run: tuple[int, int] | None) -> Tensor:
+    """A tensor of a checkpoint, or a run of its values: what a checkpoint made from another one reads."""
+    return checkpoint.tensor(name) if run is None else checkpoint.run(name, *run)
 
 
 def hash_base(base: Checkpoint, weights: Mapping[str, Tensor]) -> str:
@@ -114,4 +121,6 @@ def hash_base(base: Checkpoint, weights: Mapping[str, Tensor]) -> str:
     prefix = find_prefix(weights, base.names)
     loaded = {prefix + name: name for name in base.names if prefix + name in weights}
     specs = {full: TensorSpec(base.spec(name).shape, weights[full].dtype) for full, name in loaded.items()}
-    return hash_tensors(Checkpoint(base.label, specs, lambda full: base.tensor(loaded[full]).to(weights[full].dtype)))
+    return hash_tensors(
+        Checkpoint(base.label, specs, lambda full, run: read(base, loaded[full], run).to(weights[full].dtype))
+    )

@@ -20,6 +20,7 @@ import freemerge
 from freemerge.checkpoints import Checkpoint, TensorSpec, open_checkpoint, save_checkpoint
 from freemerge.checkpoints.safetensors_files import SafetensorsFile
 from freemerge.merging import task_vector
+from freemerge_callbacks._base import read
 from freemerge_callbacks._weights import find_prefix
 
 KIND = "freemerge-task-1"
@@ -111,8 +112,8 @@ def open_finetuned(path: str | Path, base: Checkpoint) -> Checkpoint:
     shared = [name for name in names if name.startswith(prefix)]
     specs = {name[len(prefix) :]: TensorSpec(file.spec(name + _SUFFIX).shape, torch.float32) for name in shared}
 
-    def read(name: str) -> Tensor:
-        vector = file.tensor(prefix + name + _SUFFIX).float()
-        return base.tensor(name).float() + vector if name in base else vector
+    def add(name: str, run: tuple[int, int] | None) -> Tensor:
+        vector = read(file, prefix + name + _SUFFIX, run).float()
+        return read(base, name, run).float() + vector if name in base else vector
 
-    return Checkpoint(str(path), specs, read, tied={name: first for name, first in base.tied.items() if first in specs})
+    return Checkpoint(str(path), specs, add, tied={name: first for name, first in base.tied.items() if first in specs})

@@ -17,7 +17,7 @@ from freemerge.merging import MergeMethod, merge
 from freemerge.merging.engine import parse_dtype
 from freemerge.merging.patterns import compile_patterns
 from freemerge.merging.plan import make_plan
-from freemerge_callbacks._base import FitBase
+from freemerge_callbacks._base import FitBase, open_base
 from freemerge_callbacks._best import best_checkpoint, best_state
 from freemerge_callbacks._others import base_hashes, check_base_hashes, find_others
 from freemerge_callbacks._ranks import log_metrics, on_rank_zero
@@ -138,12 +138,12 @@ class MergeAtFitEnd(Callback):
 
     def _check_fit(self, weights: Mapping[str, Tensor]) -> None:
         own = open_checkpoint(weights, label=OWN_LABEL)
-        base = own.with_label("the base") if self.base.given is None else open_checkpoint(self.base.given)
+        base = own.with_label("the base") if self.base.given is None else open_base(self.base.given)
         models = [own, *(open_finetuned(path, base) for path in self._found)]
         make_plan(base, models, self.include, self.exclude, parse_dtype(self.dtype))
 
     def _merge(self, weights: Mapping[str, Tensor], best: str | None) -> Path:
-        base = open_checkpoint(self.base.path)
+        base = open_base(self.base.path)
         own = weights if best is None else relative(best_state(best, self.backbone, "MergeAtFitEnd"), self.backbone)
         merged = merge(
             base,

@@ -17,7 +17,7 @@ from freemerge.data import TaskSuite
 from freemerge.merging import MergeMethod, merge
 from freemerge.merging.patterns import compile_patterns
 from freemerge.merging.plan import Plan, make_plan
-from freemerge_callbacks._base import hash_base
+from freemerge_callbacks._base import hash_base, open_base
 from freemerge_callbacks._others import base_hashes, check_base_hashes, find_others
 from freemerge_callbacks._predicting import merged_into
 from freemerge_callbacks._ranks import on_rank_zero
@@ -122,15 +122,15 @@ class MergePreview(Callback):
     def _check_fit(self, weights: Mapping[str, Tensor]) -> None:
         self._plan(weights)
         if base_hashes(self._found):
-            check_base_hashes(self._found, hash_base(open_checkpoint(self.base), weights), "MergePreview")
+            check_base_hashes(self._found, hash_base(open_base(self.base), weights), "MergePreview")
 
     def _plan(self, weights: Mapping[str, Tensor]) -> Plan:
-        base = open_checkpoint(self.base)
+        base = open_base(self.base)
         models = [open_checkpoint(weights, label=OWN_LABEL), *(open_finetuned(path, base) for path in self._found)]
         return make_plan(base, models, self.include, self.exclude)
 
     def _merge(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        base = open_checkpoint(self.base)
+        base = open_base(self.base)
         models = {OWN_LABEL: weights, **{str(path): open_finetuned(path, base) for path in self._found}}
         return merge(base, models, self.method, include=self.include, exclude=self.exclude)
 
