@@ -207,6 +207,7 @@ def quieten() -> None:
         "does not have many workers",
         "Checkpoint directory .* exists",
         "is smaller than the logging",
+        "`tensorboardX` has been removed",
         "in eval mode at the start of training",  # ExpertTrainer keeps its frozen backbone there on purpose
         "`isinstance\\(treespec, LeafSpec\\)` is deprecated",  # Lightning's own affair with torch ≥ 2.10
     )
