@@ -66,10 +66,11 @@ class Artifacts:
 
     def finetuned_weights(self) -> dict[str, dict[str, Tensor]]:
         """Task → weights of its individual model's backbone."""
-        return {
-            task: load_checkpoint(self._require_folder(self.finetune_stage(task)) / "backbone.safetensors")
-            for task in self.suite.names
-        }
+        return {task: self.finetuned(task) for task in self.suite.names}
+
+    def finetuned(self, task: str) -> dict[str, Tensor]:
+        """Weights of one task's individual model's backbone."""
+        return load_checkpoint(self._require_folder(self.finetune_stage(task)) / "backbone.safetensors")
 
     def heads(self) -> dict[str, nn.Linear]:
         """Task → head."""

@@ -207,14 +207,13 @@ class SuiteRun:
             if self._done(stage):
                 continue
             settings = self.settings.experts
-            tuner = self.files.base_tuner()
-            start = load_expert(self.files.extracted_path(task), self.files.free_weights())
-            tuner.backbone.load_weights(self.files.free_weights())
-            head, teacher = self.files.heads()[task], self.files.finetuned_weights()[task]
+            merged = self.files.free_weights()
+            start = load_expert(self.files.extracted_path(task), merged)
+            head, teacher = self.files.heads()[task], self.files.finetuned(task)
             resume = stage.begin(self.ckpt_path)
             self._seed(stage)
             trainer_module = ExpertTrainer(
-                tuner.backbone,
+                self.files.backbone(merged),
                 head,
                 teacher,
                 start,

@@ -63,10 +63,9 @@ class FineTuner(OptimizedModule):
         metrics = {"acc": MulticlassAccuracy(num_classes, average="micro"), "loss": MeanMetric()}
         self.metrics = nn.ModuleDict({"val": nn.ModuleDict(metrics), "test": nn.ModuleDict(copy.deepcopy(metrics))})
 
-    def for_task(self, num_classes: int, head: Literal["probe", "linear"] | None = None) -> FineTuner:
+    def for_task(self, num_classes: int) -> FineTuner:
         """A copy of this module, base weights included, with a new head for `num_classes` classes."""
         tuner = copy.deepcopy(self)
-        tuner.head_kind = head or self.head_kind
         tuner._set_head(num_classes)
         return tuner
 
