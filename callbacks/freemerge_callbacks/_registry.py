@@ -64,14 +64,11 @@ class Registry:
             return f"{self.tasks - len(found)} more" if len(found) < self.tasks else ""
         return ", ".join(task for task in self.tasks if task not in found)
 
-    def check(self, replace: bool) -> None:
-        """Before a fit: require that its task is expected, and can be registered.
-
-        Args:
-            replace: whether this job may replace its task's file.
+    def check(self) -> None:
+        """Before a fit: require that its task is expected.
 
         Raises:
-            ValueError: an argument makes no sense, or the task is registered already.
+            ValueError: an argument makes no sense.
         """
         if not self.task or Path(self.task).name != self.task:
             raise ValueError(f"{self.who}: `task` must be a name that a file can have, got {self.task!r}")
@@ -88,9 +85,20 @@ class Registry:
             raise ValueError(f"{self.who}: `tasks` names one task twice: {', '.join(self.tasks)}")
         elif self.task not in self.tasks:
             raise ValueError(f"{self.who}: the task '{self.task}' is not among `tasks`: {', '.join(self.tasks)}")
+
+    def refuse_registered(self, replace: bool) -> None:
+        """Before a fit: require that its task can be registered.
+
+        Args:
+            replace: whether this job may replace its task's file.
+
+        Raises:
+            ValueError: the task is registered already.
+        """
         if self.path.exists() and not replace:
             raise ValueError(
-                f"{self.who}: the task '{self.task}' is registered already; set overwrite=True to replace it"
+                f"{self.who}: the task '{self.task}' is registered already ({self.path}); set overwrite=True to "
+                "replace it"
             )
 
     @contextmanager

@@ -120,14 +120,14 @@ class MergeAtFitEnd(FitEndCallback):
         compile_patterns(self.include, "include")
         compile_patterns(self.exclude, "exclude")
         if self.registry is not None:
-            self.registry.check(replace=self._replaces(trainer))
+            self.registry.check()
         self._found = []
         if self.registry is None or self.others:
             self._found = find_others(self.others or [], [self.output, self.base.path], "MergeAtFitEnd")
         self.method.check([*(self.registry.labels() if self.registry else [OWN_LABEL]), *map(str, self._found)])
 
     def check_module(self, trainer: L.Trainer, module: L.LightningModule, weights: Mapping[str, Tensor]) -> None:
-        on_rank_zero(trainer, lambda: self._check_fit(weights))
+        on_rank_zero(trainer, lambda: self._check_fit(weights, self._replaces(trainer)))
 
     def check_base(self, trainer: L.Trainer) -> None:
         on_rank_zero(trainer, lambda: check_base_hashes(self._all_others(), self.base.hash, "MergeAtFitEnd"))
@@ -169,7 +169,9 @@ class MergeAtFitEnd(FitEndCallback):
             *self._found,
         ]
 
-    def _check_fit(self, weights: Mapping[str, Tensor]) -> None:
+    def _check_fit(self, weights: Mapping[str, Tensor], replace: bool) -> None:
+        if self.registry is not None:
+            self.registry.refuse_registered(replace)
         own = open_checkpoint(weights, label=OWN_LABEL)
         base = own.with_label("the base") if self.base.given is None else open_base(self.base.given)
         models = [own, *(open_finetuned(path, base) for path in self._all_others())]
