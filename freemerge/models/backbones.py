@@ -81,6 +81,7 @@ class TransformersBackbone(Backbone):
             options = _pooler_option(AutoConfig.from_pretrained(pretrained), pooling)
             with _without_progress_bars():
                 model = AutoModel.from_pretrained(pretrained, dtype=getattr(torch, dtype), **options)
+            model.train()  # transformers hands it out in eval mode, and Lightning keeps the mode: no dropout
         else:
             settings = dict(config)
             if "model_type" not in settings:
