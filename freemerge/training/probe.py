@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 
+import numpy as np
 import torch
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
@@ -18,7 +19,8 @@ from torch import Tensor, nn
 def fit_probe(features: Tensor, labels: Tensor, num_classes: int, inverse_regularization: float = 1.0) -> nn.Linear:
     """Multinomial logistic regression as a linear head.
 
-    Features are standardised for the fit, and the standardisation is folded into the returned weights.
+    Features are standardised for the fit, and the standardisation is folded into the returned weights. Features that
+    are the same for all samples get weights of zero.
 
     Args:
         features: (N, F) float.
@@ -33,7 +35,9 @@ def fit_probe(features: Tensor, labels: Tensor, num_classes: int, inverse_regula
         ValueError: if fewer than two classes occur in `labels`.
     """
     x = features.double().cpu().numpy()
-    mean, std = x.mean(axis=0), x.std(axis=0) + 1e-8
+    mean, std = x.mean(axis=0), x.std(axis=0)
+    # A feature that hardly ever moves would get a huge weight, and ruin the head as soon as fine-tuning moves it.
+    std = np.where(std > 1e-6 * std.max(), std + 1e-8, np.inf)
     regression = LogisticRegression(C=inverse_regularization, max_iter=200)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # 200 iterations are plenty for a starting point
