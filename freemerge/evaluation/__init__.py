@@ -4,5 +4,17 @@ from freemerge.evaluation.evaluator import MultiTaskEvaluator
 from freemerge.evaluation.loop import evaluate
 from freemerge.evaluation.metrics import LabelSpace, MultiTaskMetrics
 from freemerge.evaluation.report import Report, Row, mean_score
+from freemerge.evaluation.task_metrics import ExactMatch, TaskMetric, metric_for
 
-__all__ = ["LabelSpace", "MultiTaskEvaluator", "MultiTaskMetrics", "Report", "Row", "evaluate", "mean_score"]
+__all__ = [
+    "ExactMatch",
+    "LabelSpace",
+    "MultiTaskEvaluator",
+    "MultiTaskMetrics",
+    "Report",
+    "Row",
+    "TaskMetric",
+    "evaluate",
+    "mean_score",
+    "metric_for",
+]
