@@ -73,6 +73,10 @@ class Checkpoint(Mapping[str, Tensor]):
         """Names of the tensors, in storage order."""
         return tuple(self._specs)
 
+    def has(self, name: str) -> bool:
+        """Whether there is such a tensor, listed or as the name of a tied one that is left out."""
+        return name in self._specs or name in self.tied
+
     def spec(self, name: str) -> TensorSpec:
         """Shape and dtype of a tensor, without reading it.
 

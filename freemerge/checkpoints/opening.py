@@ -37,7 +37,8 @@ def open_checkpoint(source: Source, *, label: str | None = None, prefix: str | N
             `torch.save` file (`.pt`, `.pth`, `.bin`, or a Lightning `.ckpt`), a Hugging Face folder
             (`model.safetensors`, `pytorch_model.bin`, or the index of their shards), the folder of a distributed
             checkpoint (`.metadata` and `.distcp` files, as Lightning's ModelParallelStrategy and FSDP write it), or
-            that of a LoRA adapter, whose tensors are then differences to a base (see `Checkpoint.deltas`).
+            that of a LoRA, DoRA or (IA)³ adapter, whose tensors are then differences to a base (see
+            `Checkpoint.deltas` and `Checkpoint.on`).
         label: how messages call this model; by default its path, or its class.
         prefix: take only the tensors whose names start with it, and strip it (`backbone.model.`).
             `Checkpoint.relative_to` finds it.
@@ -63,7 +64,7 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """
     checkpoint = open_checkpoint(path)
     if checkpoint.deltas:
-        raise CheckpointError(f"{path}: is a LoRA adapter, not a model; merge it with its base")
+        raise CheckpointError(f"{path}: is an adapter, not a model; merge it with its base")
     # A clone frees the values from the file they may be mapped to.
     tensors = {name: checkpoint.tensor(name).clone() for name in checkpoint.names if name not in checkpoint.tied}
     return tensors | {name: tensors[first] for name, first in checkpoint.tied.items()}
