@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from freemerge.checkpoints.adapters import open_adapter
 from freemerge.checkpoints.checkpoint import Checkpoint
+from freemerge.checkpoints.distributed_files import METADATA, open_distributed
 from freemerge.checkpoints.errors import CheckpointError
 from freemerge.checkpoints.memory import from_tensors
 from freemerge.checkpoints.safetensors_files import open_safetensors
@@ -34,8 +35,10 @@ def open_checkpoint(source: Source, *, label: str | None = None, prefix: str | N
     Args:
         source: a state dict, a module, a checkpoint that is already open, or a path: a `.safetensors` file, a
             `torch.save` file (`.pt`, `.pth`, `.bin`, or a Lightning `.ckpt`), a Hugging Face folder
-            (`model.safetensors`, `pytorch_model.bin`, or the index of their shards), or the folder of a LoRA adapter,
-            whose tensors are then differences to a base (see `Checkpoint.deltas`).
+            (`model.safetensors`, `pytorch_model.bin`, or the index of their shards), the folder of a distributed
+            checkpoint (`.metadata` and `.distcp` files, as Lightning's ModelParallelStrategy and FSDP write it), or
+            that of a LoRA, DoRA or (IA)³ adapter, whose tensors are then differences to a base (see
+            `Checkpoint.deltas` and `Checkpoint.on`).
         label: how messages call this model; by default its path, or its class.
         prefix: take only the tensors whose names start with it, and strip it (`backbone.model.`).
             `Checkpoint.relative_to` finds it.
@@ -61,7 +64,7 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """
     checkpoint = open_checkpoint(path)
     if checkpoint.deltas:
-        raise CheckpointError(f"{path}: is a LoRA adapter, not a model; merge it with its base")
+        raise CheckpointError(f"{path}: is an adapter, not a model; merge it with its base")
     # A clone frees the values from the file they may be mapped to.
     tensors = {name: checkpoint.tensor(name).clone() for name in checkpoint.names if name not in checkpoint.tied}
     return tensors | {name: tensors[first] for name, first in checkpoint.tied.items()}
@@ -90,6 +93,12 @@ def _open_path(path: Path, label: str) -> Checkpoint:
                 if (path / name).is_file():
                     return open_adapter(path, label, _open_path(path / name, label))
             raise CheckpointError(f"{path}: no weights of the adapter; expected one of {', '.join(_ADAPTER_FILES)}")
+        if (path / METADATA).is_file():
+            return open_distributed(path, label)
+        if any(path.glob("*.distcp")):
+            raise CheckpointError(
+                f"{path}: a distributed checkpoint without its {METADATA}; copy the whole folder again"
+            )
         raise CheckpointError(f"{path}: no weights in this folder; expected one of {', '.join(_WEIGHT_FILES)}")
     if not path.exists():
         raise CheckpointError(f"{path}: does not exist; check the path (a model of the Hub must be downloaded first)")

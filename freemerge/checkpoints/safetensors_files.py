@@ -21,6 +21,7 @@ from torch import Tensor
 
 from freemerge.checkpoints.checkpoint import Checkpoint, TensorSpec
 from freemerge.checkpoints.errors import CheckpointError
+from freemerge.checkpoints.reading import read_bytes
 
 _DTYPES = {
     "BOOL": torch.bool,
@@ -133,25 +134,8 @@ class SafetensorsFile:
         spec, (begin, stop) = self.specs[name], self._places[name]
         if run is not None:
             begin, stop = (begin + position * spec.dtype.itemsize for position in run)
-        data = torch.empty(stop - begin, dtype=torch.uint8)
-        if stop > begin:
-            view = memoryview(data.numpy())
-            try:
-                # Opened for each read: no handle outlives its use, and a thousand shards need no thousand handles.
-                with self.path.open("rb", buffering=0) as file:
-                    file.seek(begin)
-                    done = 0
-                    while done < len(view):  # one read returns at most 2 GiB
-                        count = file.readinto(view[done:])
-                        if not count:
-                            raise CheckpointError(
-                                f"{self.path}: ended inside the tensor '{name}': the file changed while it was read"
-                            )
-                        done += count
-            except OSError as error:
-                raise CheckpointError(f"{self.path}: cannot be read: {error.strerror or error}") from None
-        values = data.view(spec.dtype)
-        return values.view(spec.shape) if run is None else values
+        data = read_bytes(self.path, begin, stop, name)
+        return data.view(spec.dtype).view(spec.shape if run is None else -1)
 
 
 def open_safetensors(paths: Iterable[Path], label: str) -> Checkpoint:

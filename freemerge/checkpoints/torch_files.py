@@ -13,7 +13,7 @@ from freemerge.checkpoints.checkpoint import Checkpoint
 from freemerge.checkpoints.errors import CheckpointError
 from freemerge.checkpoints.memory import from_tensors
 
-_NESTED = ("state_dict", "model_state_dict", "model", "module")  # where training frameworks keep the weights
+NESTED = ("state_dict", "model_state_dict", "model", "module")  # where training frameworks keep the weights
 
 
 def open_torch(paths: list[Path], label: str) -> Checkpoint:
@@ -53,7 +53,7 @@ def _load(path: Path) -> object:
 
 def _state_dict(loaded: object, path: Path) -> dict[str, Tensor]:
     if isinstance(loaded, Mapping):
-        for key in _NESTED:
+        for key in NESTED:
             if isinstance(loaded.get(key), Mapping):
                 loaded = loaded[key]
                 break
