@@ -39,8 +39,8 @@ def reestimate_batch_norm(
 
     In one pass every layer normalises by the statistics of the batch, as in training, while all else is in evaluation
     mode. A layer's statistics are the exact mean and unbiased variance of all that came in over the pass, accumulated
-    in float64 on the CPU, however the data were cut into batches. Under several ranks each takes every world-th batch, and the
-    sums are added up; all ranks must call it with the same batches.
+    in float64 on the CPU, however the data were cut into batches. Under several ranks each takes every world-th batch,
+    and the sums are added up; all ranks must call it with the same batches.
 
     Args:
         module: any module.
