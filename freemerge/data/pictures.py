@@ -48,9 +48,7 @@ class PictureDataset(Dataset):
         pictures = [as_pixels(picture, self.size, self.preprocessing.channels) for picture, _ in samples]
         if len({picture.shape for picture in pictures}) > 1:
             shapes = ", ".join(sorted({str(tuple(picture.shape)) for picture in pictures})[:3])
-            raise ValueError(
-                f"pictures of different shapes cannot be in one batch: {shapes}; give image_size, channels"
-            )
+            raise ValueError(f"pictures of different shapes are in one batch: {shapes}; give image_size and channels")
         labels = torch.tensor([int(label) for _, label in samples])
         return StackedBatch(self.preprocessing(torch.stack(pictures)), labels)
 

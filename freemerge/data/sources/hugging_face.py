@@ -92,8 +92,10 @@ class HuggingFaceTextSource(HuggingFaceSource, TextSource):
 
     def build(self, name: str, seed: int) -> Task:
         parts = self.open(seed)
+        wanted = {*(self.text or parts["train"].column_names), *([self.label] if self.label else [])}
         tables: dict[str, Table] = {
-            split: {key: part[key][:] for key in part.column_names} for split, part in parts.items()
+            split: {column: part[column][:] for column in part.column_names if column in wanted}
+            for split, part in parts.items()
         }
         feature = parts["train"].features.get(self.label) if self.label else None
         return self.make_task(name, tables, seed, getattr(feature, "names", None))
