@@ -1,9 +1,9 @@
 """How long a merge takes and how much memory, against the least that any merge has to do.
 
-    python tools/benchmark_merge.py                                   # both cases, all parts: about a quarter of an hour
+    python tools/benchmark_merge.py                        # both cases, all parts: about a quarter of an hour
     python tools/benchmark_merge.py --case vit --methods Ties PCB --repeat 5
-    python tools/benchmark_merge.py --small --repeat 1                # tries it out, in a minute
-    python tools/benchmark_merge.py --device cuda                     # a GPU's rows as well, skipped where there is none
+    python tools/benchmark_merge.py --small --repeat 1     # tries it out, in minutes
+    python tools/benchmark_merge.py --device cuda          # a GPU's rows as well, skipped where there is none
 
 Two cases: the vision tower of CLIP ViT-B/32 (88 M parameters, float32) with eight fine-tuned models, and a Llama of
 0.35 B (bfloat16, shards with an index) with four. The models are random with the statistics of real ones
@@ -11,8 +11,8 @@ Two cases: the vision tower of CLIP ViT-B/32 (88 M parameters, float32) with eig
 
 Every line is a whole process, imports and the written output included, on two cores; medians over interleaved runs,
 with the inputs in the page cache; peak memory without it (`benchmarks/processes.py`). `floor` is a script that reads
-all models with safetensors, forms base + c·Σ(delta) and writes it (`benchmarks/programs/floor.py`); all multiples are of
-it. `floor, synced` also waits until its output is on the disk, which freemerge's always is.
+all models with safetensors, forms base + c·Σ(delta) and writes it (`benchmarks/programs/floor.py`); all multiples are
+of it. `floor, synced` also waits until its output is on the disk, which freemerge's always is.
 
 The limits are those that the project has set itself; `kept` tells whether they are.
 """
@@ -35,6 +35,7 @@ from benchmarks.processes import (
     median,
     program,
     read_into_cache,
+    remove,
     run_all,
 )
 from benchmarks.tables import Results, machine, met, mib
@@ -109,6 +110,7 @@ def merges(case: Case, inputs: Inputs, arguments: argparse.Namespace) -> Results
             job = merge_job(inputs, text, output, device=arguments.device)
             jobs[f"{name}, {arguments.device}"] = Job(python(job), output)
     found = {name: median(runs) for name, runs in run_all(jobs, arguments.repeat).items()}
+    remove(output)
 
     floor_time, bare = found["floor"].wall, found["import torch"].peak
     results = Results(
@@ -128,8 +130,8 @@ def merges(case: Case, inputs: Inputs, arguments: argparse.Namespace) -> Results
             memory = (f"{over:.1f}", *met(over, case.models + MEMORY if ours else None))
         results.add(name, f"{usage.wall:.2f}", f"{usage.cpu:.2f}", *times, mib(usage.peak), *memory)
     results.notes = [
-        f"Inputs {mib(inputs.bytes)} MiB, in the page cache but for `cold`, whose pages were dropped with posix_fadvise "
-        f"(a virtual machine's host may still have them). {machine(arguments.cores)}, median of {arguments.repeat} "
+        f"Inputs {mib(inputs.bytes)} MiB, in the page cache; for `cold` their pages were dropped with posix_fadvise (a "
+        f"virtual machine's host may still have them). {machine(arguments.cores)}, median of {arguments.repeat} "
         f"interleaved runs. Inputs and output together at the floor's pace: {moved / floor_time / 1e9:.2f} GB/s.",
         f"`over import`: peak memory over that of `import torch`, in units of the largest tensor in float32 "
         f"({case.largest / 2**20:.1f} MiB); the limit is K + {MEMORY}. Page cache and mapped files are not counted.",
@@ -151,6 +153,7 @@ def start(case: Case, inputs: Inputs, arguments: argparse.Namespace) -> Results:
         "python -m freemerge merge": Job(program("first_tensor", "command", *command_line(inputs, output)), output),
     }
     found = run_all(jobs, max(arguments.repeat, 3))
+    remove(output)
     results = Results(
         f"Start to first merged tensor, {case.title}, task arithmetic",
         ["", "s", "over import torch, s", "limit", "kept"],
@@ -228,17 +231,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--case", choices=("vit", "llama", "both"), default="both")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument(
-        "--methods", nargs="+", choices=list(METHODS), metavar="METHOD", help=f"of {', '.join(METHODS)}"
-    )
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), help="default: all but the slow ones")
     parser.add_argument("--slow", action="store_true", help=f"also {' and '.join(sorted(SLOW))}, which take minutes")
     parser.add_argument("--repeat", type=int, default=3, help="runs of every line; the median counts")
     parser.add_argument("--cores", type=int, default=2)
     parser.add_argument("--device", default="cpu", help="for example cuda: rows for this device as well")
     parser.add_argument("--small", action="store_true", help="tiny models of the same names")
-    parser.add_argument(
-        "--folder", type=Path, default=DEFAULT_FOLDER, help="where models are kept, 7 GB for both cases"
-    )
+    parser.add_argument("--folder", type=Path, default=DEFAULT_FOLDER, help="where the models are kept, 7 GB")
     parser.add_argument("--markdown", action="store_true", help="print Markdown")
     arguments = parser.parse_args()
     arguments.methods = arguments.methods or [name for name in METHODS if arguments.slow or name not in SLOW]

@@ -107,14 +107,12 @@ def run_once(job: Job) -> Usage:
 
 
 def run_all(jobs: Mapping[str, Job], repeat: int) -> dict[str, list[Usage]]:
-    """Run all jobs `repeat` times, interleaved; says on stderr where it is."""
+    """Run all jobs `repeat` times, interleaved; says on stderr where it is. The last outputs stay."""
     found: dict[str, list[Usage]] = {name: [] for name in jobs}
     for turn in range(repeat):
         for name, job in jobs.items():
             _say(f"run {turn + 1} of {repeat}: {name}")
             found[name].append(run_once(job))
-            if job.output is not None:
-                remove(job.output)
     _say("")
     return found
 

@@ -2,8 +2,8 @@
 
     python on_device.py '{"base": …, "models": […], "methods": {…}, "device": "cuda", "repeat": 3}'
 
-Prints `{"copy": GB/s, "bytes": of all inputs and the output, "seconds": {method: median}}`. The copy counts what it reads
-and what it writes, as a merge does.
+Prints `{"copy": GB/s, "bytes": of all inputs and the output, "seconds": {method: median}}`. The copy counts what it
+reads and what it writes, as a merge does.
 """
 
 import json
