@@ -17,7 +17,7 @@ import argparse
 from pathlib import Path
 
 from benchmark_merge import METHODS, merge_job, python
-from benchmarks.compare import differences
+from benchmarks.compare import compare
 from benchmarks.models import DEFAULT_FOLDER, small, vit, write_case
 from benchmarks.processes import Job, confine, median, program, read_into_cache, remove, run_all
 from benchmarks.tables import Results, machine, met, mib
@@ -83,7 +83,7 @@ def main() -> None:
         results.add(f"{name}, released arithmetic", f"{theirs.wall:.2f}", f"{theirs.cpu:.2f}", *[""] * 3,
                     mib(theirs.peak), *[""] * 5)  # fmt: skip
         faster, less = theirs.wall / ours.wall, theirs.peak / ours.peak
-        largest, change = differences(inputs.base, outputs[name, "plain"], outputs[name, "ours"])
+        difference = compare(inputs.base, outputs[name, "plain"], outputs[name, "ours"])
         results.add(
             name,
             f"{ours.wall:.2f}",
@@ -93,8 +93,8 @@ def main() -> None:
             mib(ours.peak),
             f"{less:.1f} ×",
             *met(less, MEMORY, at_least=True),
-            f"{largest:.1e}",
-            f"{change:.1e}",
+            f"{difference.largest:.1e}",
+            f"{difference.change:.1e}",
         )
     results.notes = [
         f"{machine(arguments.cores)}, median of {arguments.repeat} interleaved runs. Peak memory is that of the whole "
