@@ -6,6 +6,7 @@ Errors are one line on stderr and exit code 2, before any output is written.
 from __future__ import annotations
 
 import sys
+from typing import Literal
 
 import jsonargparse
 
@@ -62,6 +63,12 @@ def build_parser() -> jsonargparse.ArgumentParser:
     parser.add_argument(
         "--dtype", type=str | None, default=None, help="Of the merged tensors. Default: the base's own."
     )
+    parser.add_argument(
+        "--embeddings",
+        type=Literal["error", "base", "common"],
+        default="error",
+        help="What to merge where vocabularies differ: the base's rows, or only those that all models have.",
+    )
     parser.add_argument("--output", type=str, required=True, help="The .safetensors file or the folder to write.")
     parser.add_argument("--overwrite", type=bool, default=False, help="Replace an existing output.")
     parser.add_argument("--shard_size", type=str, default="5GB", help="Largest file of weights in a folder.")
@@ -89,6 +96,7 @@ def run(config: jsonargparse.Namespace) -> int:
             include=config.include,
             exclude=config.exclude,
             dtype=config.dtype,
+            embeddings=config.embeddings,
             output=config.output,
             overwrite=config.overwrite,
             shard_size=config.shard_size,
