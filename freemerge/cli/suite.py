@@ -166,19 +166,25 @@ class FreemergeCLI(LightningCLI):
             folder.mkdir(parents=True, exist_ok=True)
             text = self._parser(self.subcommand).dump(self.config[self.subcommand], skip_none=False)
             (folder / "config.yaml").write_text(f"# python -m freemerge fit --config {folder / 'config.yaml'}\n{text}")
+        if self._started_from_outside:  # these ranks are there before the first fit, and must not run ahead of rank 0
+            self.trainer.strategy.setup_environment()
         self._suite_run(model, datamodule, ckpt_path).run(run_settings.stages)
 
     def tune(self, model: FineTuner, datamodule: TaskSuite, **_: Any) -> None:
         """Search for a merging method's parameters; on several devices, with a process for each."""
-        devices, environment = self.trainer.device_ids, getattr(self.trainer.strategy, "cluster_environment", None)
-        started = environment is not None and environment.creates_processes_externally
-        alone = started or self._get(self.config_init, "tune").part == "search"
+        alone = self._started_from_outside or self._get(self.config_init, "tune").part == "search"
         commands = [
             [*self._arguments, "--tune.part", "search", "--trainer.strategy", "auto", "--trainer.num_nodes", "1",
              "--trainer.devices", "1" if isinstance(self.trainer.accelerator, CPUAccelerator) else f"[{device}]"]
-            for device in devices[1:]
+            for device in self.trainer.device_ids[1:]
         ]  # fmt: skip
         self._suite_run(model, datamodule).tune(None if alone or not commands else Others(commands))
+
+    @property
+    def _started_from_outside(self) -> bool:
+        """Whether srun, torchrun or the like started a process for each device, so that Lightning will start none."""
+        environment = getattr(self.trainer.strategy, "cluster_environment", None)
+        return environment is not None and environment.creates_processes_externally
 
     def _suite_run(self, model: FineTuner, suite: TaskSuite, ckpt_path: str | None = None) -> SuiteRun:
         return SuiteRun(
