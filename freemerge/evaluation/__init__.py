@@ -4,7 +4,7 @@ from freemerge.data.task_metrics import ExactMatch, TaskMetric, metric_for
 from freemerge.evaluation.evaluator import MultiTaskEvaluator
 from freemerge.evaluation.loop import evaluate
 from freemerge.evaluation.metrics import LabelSpace, MultiTaskMetrics
-from freemerge.evaluation.report import Report, Row, mean_score
+from freemerge.evaluation.report import Report, Row, comparable, mean_score
 
 __all__ = [
     "ExactMatch",
@@ -14,6 +14,7 @@ __all__ = [
     "Report",
     "Row",
     "TaskMetric",
+    "comparable",
     "evaluate",
     "mean_score",
     "metric_for",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -80,17 +80,25 @@ class Artifacts:
             shared: tasks that share a head get the mean of the group's, which only differ where heads train along;
                 otherwise each has the one that it was fine-tuned with.
         """
-        states = {}
-        for task in self.suite.names:
-            folder = self._require_folder(self.finetune_stage(task))
-            path = folder / "head.safetensors"  # not there where the head is the model's own
-            states[task] = load_checkpoint(path) if path.is_file() else {}
-        heads: dict[str, nn.Module] = {}
-        for task in states:
-            group = [states[member] for member in (self.suite.head_group(task) if shared else (task,))]
-            state = {name: torch.stack([other[name] for other in group]).mean(dim=0) for name in group[0]}
-            heads[task] = _linear(state) if state else nn.Identity()
-        return heads
+        stages = {task: self._require_folder(self.finetune_stage(task)) for task in self.suite.names}
+        groups = {task: self.suite.head_group(task) if shared else (task,) for task in stages}
+        return {task: _head([stages[member] for member in group]) for task, group in groups.items()}
+
+    def finished(self, folder: Path | None = None) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]], dict]:
+        """The base, and each task's individual backbone and head.
+
+        Args:
+            folder: a run folder whose files to take as they are; None for this run's own, by their keys.
+        """
+        if folder is None:
+            return self.base_weights(), self.finetuned_weights(), self.heads()
+        stages = {task: folder / "finetune" / task for task in self.suite.names}
+        base = folder / "base.safetensors"
+        return (
+            load_checkpoint(base) if base.exists() else self.tuner.backbone.weights(),
+            {task: load_checkpoint(stage / "backbone.safetensors") for task, stage in stages.items()},
+            {task: _head([stage]) for task, stage in stages.items()},
+        )
 
     def free_weights(self) -> dict[str, Tensor]:
         """The merged backbone that carries the experts."""
@@ -194,9 +202,19 @@ class Artifacts:
         }
         return StageFolder(self.folder / "router", "router", inputs)
 
+    def tune_stage(self, name: str, inputs: Mapping[str, Any]) -> StageFolder:
+        """The search for a method's parameters.
+
+        Args:
+            name: what is tuned.
+            inputs: what the search depends on, beside the data and the seed.
+        """
+        inputs = self._key() | {"data": self.suite.fingerprint(), **inputs}
+        return StageFolder(self.folder / "tune" / _file_name(name), f"tune {name}", inputs)
+
     def merged_path(self, method: str) -> Path:
         """The backbone merged by the method of that name."""
-        return self.merge_stage().path / f"{method.replace(' ', '_').lower()}.safetensors"
+        return self.merge_stage().path / f"{_file_name(method)}.safetensors"
 
     def extracted_path(self, task: str) -> Path:
         """A task's expert before training."""
@@ -226,8 +244,18 @@ class Artifacts:
         return stage.path
 
 
-def _linear(state: Mapping[str, Tensor]) -> nn.Linear:
+def _head(stages: Sequence[Path]) -> nn.Module:
+    """The head of a fine-tuned model, or the mean of several."""
+    paths = [stage / "head.safetensors" for stage in stages]
+    if not paths[0].is_file():  # the head is the model's own
+        return nn.Identity()
+    states = [load_checkpoint(path) for path in paths]
+    state = {name: torch.stack([other[name] for other in states]).mean(dim=0) for name in states[0]}
     outputs, width = state["weight"].shape
     head = nn.Linear(width, outputs)
     head.load_state_dict(state)
     return head
+
+
+def _file_name(name: str) -> str:
+    return name.replace(" ", "_").lower()

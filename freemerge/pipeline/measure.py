@@ -39,6 +39,11 @@ class Measure:
         """Task → name of its metric, of all tasks."""
         return {task: self.suite.task(task).metric for task in (*self.suite.names, *self.suite.held_out)}
 
+    @property
+    def what(self) -> str:
+        """What the numbers are, for a title."""
+        return "accuracy" if set(self.metrics.values()) == {"accuracy"} else "scores"
+
     def _evaluate(self, predict: Predict, loaders: Mapping[str, Any]) -> dict[str, float]:
         tasks = {name: self.suite.task(name) for name in (*self.suite.names, *self.suite.held_out)}
         space = LabelSpace({name: task.num_classes for name, task in tasks.items()})

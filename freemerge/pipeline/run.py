@@ -46,7 +46,9 @@ from freemerge.pipeline.artifacts import Artifacts
 from freemerge.pipeline.folder import StageFolder
 from freemerge.pipeline.held_out import held_out_heads
 from freemerge.pipeline.measure import Measure
+from freemerge.pipeline.others import Others
 from freemerge.pipeline.settings import STAGES, Settings
+from freemerge.pipeline.tune import Tuning
 from freemerge.training import ExpertTrainer, FineTuner, RouterTrainer
 
 MakeTrainer = Callable[..., L.Trainer]
@@ -305,14 +307,13 @@ class SuiteRun:
             extraction = self.files.require(self.files.extraction_stage())["results"]
             search["FREE extracted"] = extraction["search"]
             rows += self._free_rows(model, extraction, loaders)
-        metrics = self.measure.metrics
-        what = "accuracy" if set(metrics.values()) == {"accuracy"} else "scores"
+        count, what = len(self.suite.names), self.measure.what
         report = Report(
-            title=f"{type(self.suite).__name__}: test {what} (%), {len(self.suite.names)} tasks, seed {self.seed}",
+            title=f"{type(self.suite).__name__}: test {what} (%), {count} tasks, seed {self.seed}",
             rows=rows,
             search=search,
             settings=self._provenance(size),
-            metrics=metrics,
+            metrics=self.measure.metrics,
         )
         if rank_zero_only.rank == 0:
             if model is not None:
@@ -343,6 +344,18 @@ class SuiteRun:
             Row("FREE trained (oracle)", self.measure.free(model, loaders, oracle=True), expert_bytes),
             Row("router accuracy", self.measure.router(model, loaders), router_bytes, kind="router"),
         ]
+
+    def tune(self, others: Others | None = None) -> Report | None:
+        """Search for a method's parameters on validation data; not a stage, as nothing else depends on it.
+
+        Args:
+            others: processes that search along.
+
+        Returns:
+            The report; None where this process only takes part in a search.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        return Tuning(self.files, self.measure, self.console).run(others)
 
     def _provenance(self, backbone_bytes: int) -> dict[str, Any]:
         return {
