@@ -6,9 +6,8 @@ from torch import nn
 
 from freemerge.models import batch_norms, reestimate_batch_norm
 
-DATA = (
-    torch.randn(50, 3, 4, 4, generator=torch.Generator().manual_seed(0)) * torch.tensor([1.0, 3, 0.1]).view(3, 1, 1) + 5
-)
+SCALE = torch.tensor([1.0, 3, 0.1]).view(3, 1, 1)
+DATA = torch.randn(50, 3, 4, 4, generator=torch.Generator().manual_seed(0)) * SCALE + 5
 
 
 def network() -> nn.Sequential:
