@@ -20,8 +20,9 @@ from freemerge.merging.method import MergeMethod
 from freemerge.merging.per_pattern import with_overrides
 from freemerge.merging.plan import Operands, Plan, make_plan
 from freemerge.merging.provenance import make_files, make_record
+from freemerge.merging.rounding import round_to
 from freemerge.merging.streaming import pieces, read_ahead
-from freemerge.merging.vectors import add
+from freemerge.merging.vectors import working_dtype
 
 
 def merge(
@@ -41,8 +42,9 @@ def merge(
 ) -> dict[str, Tensor] | Path:
     """Merge fine-tuned models of one base.
 
-    All arithmetic is in float32, whatever the storage dtype. Integer and boolean tensors, and those that the patterns
-    leave out, keep the base's values; tied tensors stay tied. The inputs are never modified.
+    All arithmetic is in float32, whatever the storage dtype (fp8 too), and rounded once, to nearest even; a value that
+    does not fit into the result's dtype is an error, never infinite and never cut off. Integer and boolean tensors, and
+    those that the patterns leave out, keep the base's values; tied tensors stay tied. The inputs are never modified.
 
     Args:
         base: the pretrained model: a state dict, a module, or the path of a checkpoint (see `open_checkpoint`).
@@ -132,11 +134,19 @@ def _merged(plan: Plan, method: MergeMethod, statistics: Any, names: Sequence[st
     with closing(read_ahead(plan.read, jobs, depth=2 if method.elementwise else 1)) as operands:
         for name in names:
             if name not in chosen:
-                yield name, plan.base.tensor(name).to(plan.output_dtype(name), copy=True).contiguous()
+                yield name, _kept(name, plan)
             elif method.elementwise:
                 yield name, _joined(name, operands, plan, method, statistics)
             else:
                 yield name, _combined(name, next(operands), plan, method, statistics).contiguous()
+
+
+def _kept(name: str, plan: Plan) -> Tensor:
+    """A tensor that stays as in the base, in memory of its own."""
+    values, dtype = plan.base.tensor(name), plan.output_dtype(name)
+    if dtype != values.dtype:
+        return round_to(values.to(working_dtype(values.dtype)), dtype, name).contiguous()
+    return values.to(dtype, copy=True).contiguous()
 
 
 def _joined(name: str, operands: Iterator[Operands], plan: Plan, method: MergeMethod, statistics: Any) -> Tensor:
@@ -169,7 +179,7 @@ def _combined(name: str, operands: Operands, plan: Plan, method: MergeMethod, st
             f"{type(method).__name__}.combine returned shape {list(delta.shape)} for the tensor '{name}', expected "
             f"{list(base.shape)}"
         )
-    result = add(base, delta, plan.output_dtype(name))
+    result = round_to(base.to(working_dtype(base.dtype)) + delta, plan.output_dtype(name), name)
     if single is not None:
         # Where a single model's entry comes through unchanged, base + (model − base) is meant to be the model's own
         # value, and in floating point it is not always.
