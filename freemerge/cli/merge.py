@@ -72,12 +72,6 @@ def build_parser() -> jsonargparse.ArgumentParser:
         default=None,
         help="Names of the tensors to leave as in the base, and of heads that only fine-tuned models have.",
     )
-    how.add_argument(
-        "--embeddings",
-        type=Literal["error", "base", "common"],
-        default="error",
-        help="What to merge where vocabularies differ: the base's rows, or only those that all models have.",
-    )
     result = parser.add_argument_group("output")
     result.add_argument("--output", type=str, required=True, help="The .safetensors file or the folder to write.")
     result.add_argument("--overwrite", type=bool, default=False, help="Replace an existing output.")
@@ -116,7 +110,6 @@ def run(config: jsonargparse.Namespace) -> int:
             overrides=_instantiated(method, config.overrides),
             include=config.include,
             exclude=config.exclude,
-            embeddings=config.embeddings,
             dtype=config.dtype,
             embeddings=config.embeddings,
             output=config.output,
