@@ -15,6 +15,7 @@ from freemerge.checkpoints import Checkpoint, open_checkpoint
 from freemerge.checkpoints.folder import check_folder, companions, parse_size, plan_shards, write_folder
 from freemerge.checkpoints.opening import Source
 from freemerge.checkpoints.safetensors_files import storage_order, write_safetensors
+from freemerge.merging.adapter_output import write_adapter
 from freemerge.merging.errors import MergeError
 from freemerge.merging.method import MergeMethod
 from freemerge.merging.per_pattern import with_overrides
@@ -36,6 +37,8 @@ def merge(
     dtype: torch.dtype | str | None = None,
     embeddings: str = "error",
     output: str | os.PathLike[str] | None = None,
+    output_format: str = "model",
+    rank: int | None = None,
     overwrite: bool = False,
     shard_size: int | str = "5GB",
     hash_inputs: bool = True,
@@ -64,6 +67,9 @@ def merge(
         output: what to write instead of returning tensors: a `.safetensors` file, or a folder for Hugging Face's
             `from_pretrained`, with the base's configuration and tokenizer, a model card and `freemerge.json`. It
             appears whole or not at all.
+        output_format: "model", or "lora" for the folder of a LoRA adapter of the base, which PEFT loads: each merged
+            difference cut to `rank`, with the error of the cut in `freemerge.json` and the model card.
+        rank: of the adapter's factors; the same for all tensors.
         overwrite: replace an existing `output`; of folders only those that freemerge wrote.
         shard_size: largest file of weights in a folder, in bytes or such as "500MB".
         hash_inputs: record hashes of all inputs in the folder's `freemerge.json`, which takes a pass over them.
@@ -77,6 +83,7 @@ def merge(
     """
     if output is not None:
         output = _check_output(Path(output), overwrite)
+    _check_format(output_format, rank, output)
     shard_bytes = parse_size(shard_size)
     method = with_overrides(method, overrides)
     plan = make_plan(
@@ -92,6 +99,11 @@ def merge(
     if output is None:
         tensors = dict(_merged(plan, method, statistics, list(plan.specs)))
         return {name: tensors[plan.tied.get(name, name)] for name in plan.base.names}
+    if output_format == "lora":
+        record = make_record(plan, method, include=include, exclude=exclude, hash_inputs=hash_inputs)
+        deltas = _task_vector(plan, method, statistics)
+        write_adapter(output, plan.base, deltas, rank, record, dtype=plan.dtype, overwrite=overwrite)
+        return output
     specs = plan.specs
     if output.suffix == ".safetensors":
         write_safetensors(output, specs, _merged(plan, method, statistics, storage_order(specs)), tied=plan.tied)
@@ -139,6 +151,13 @@ def _merged(plan: Plan, method: MergeMethod, statistics: Any, names: Sequence[st
                 yield name, _joined(name, operands, plan, method, statistics)
             else:
                 yield name, _combined(name, next(operands), plan, method, statistics).contiguous()
+
+
+def _task_vector(plan: Plan, method: MergeMethod, statistics: Any) -> Iterator[tuple[str, Tensor]]:
+    """The merged differences, tensor by tensor, before they are added to the base."""
+    with closing(read_ahead(lambda name: (name, plan.read(name).deltas), plan.merged, depth=1)) as vectors:
+        for name, deltas in vectors:
+            yield name, method.combine(name, deltas, statistics)
 
 
 def _kept(name: str, plan: Plan) -> Tensor:
@@ -206,6 +225,19 @@ def _companions(base: Source) -> dict[str, Path]:
         return {}
     folder = Path(base) if Path(base).is_dir() else Path(base).parent
     return companions(folder) if (folder / "config.json").is_file() else {}
+
+
+def _check_format(output_format: str, rank: int | None, output: Path | None) -> None:
+    if output_format not in ("model", "lora"):
+        raise MergeError(f"output_format must be 'model' or 'lora', got {output_format!r}")
+    if (output_format == "lora") != (rank is not None):
+        raise MergeError(
+            "output_format='lora' needs the rank of the adapter, such as rank=16"
+            if rank is None
+            else "rank is of an adapter; give output_format='lora' as well"
+        )
+    if output_format == "lora" and (output is None or output.suffix == ".safetensors"):
+        raise MergeError("an adapter is a folder; give output= a path without the ending .safetensors")
 
 
 def _check_output(output: Path, overwrite: bool) -> Path:

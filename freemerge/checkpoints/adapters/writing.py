@@ -1,0 +1,169 @@
+"""Write a LoRA adapter as PEFT reads it: `adapter_config.json` and `adapter_model.safetensors`.
+
+What PEFT calls the factors, and which way round they lie, depends on the kind of layer: see `Layer`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterable, Mapping
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from freemerge.checkpoints.adapters.opening import CONFIG, PREFIX
+from freemerge.checkpoints.checkpoint import Checkpoint
+from freemerge.checkpoints.errors import CheckpointError
+from freemerge.checkpoints.folder import _put, check_folder
+from freemerge.checkpoints.safetensors_files import sync_folder
+from freemerge.checkpoints.saving import save_checkpoint
+
+WEIGHTS = "adapter_model.safetensors"
+
+_EMBEDDING = re.compile(r"(?:.*\.)?(?:\w*emb\w*|w[tp]e|shared)")
+# The layers of GPT-2 and its kin that hold their weight as (inputs, outputs); they always have a bias.
+_TURNED = re.compile(r"(?:.*\.)?(?:c_attn|c_proj|c_fc|q_attn)")
+
+
+class Layer(Enum):
+    """Kinds of layers, by what PEFT does with the factors."""
+
+    LINEAR = "linear"  # ΔW = B·A
+    TURNED = "turned"  # a linear layer whose weight lies as (inputs, outputs): ΔW = (B·A)ᵀ
+    EMBEDDING = "embedding"  # ΔW = (B·A)ᵀ, under names of their own
+    CONVOLUTION = "convolution"  # ΔW = B·A over the outputs × everything else
+
+
+def find_layer(base: Checkpoint, name: str) -> Layer | None:
+    """What kind of layer a tensor is the weight of; None if LoRA has no way to change it.
+
+    Tensors alone do not say it. The length of the bias tells how a matrix lies; names tell embeddings, and of square
+    matrices how they lie if others of their name lie so.
+
+    Args:
+        base: the pretrained model.
+        name: one of its tensors.
+    """
+    module, _, last = name.rpartition(".")
+    shape = base.spec(name).shape
+    if last != "weight" or not module or len(shape) < 2:
+        return None
+    if len(shape) > 2:
+        depthwise = shape[1] == 1 < shape[0]
+        return None if depthwise else Layer.CONVOLUTION
+    if _EMBEDDING.fullmatch(module) and not base.has(f"{module}.bias"):
+        return Layer.EMBEDDING
+    turned = _is_turned(base, name)
+    if turned is None and _TURNED.fullmatch(module):
+        turned = any(_TURNED.fullmatch(n.rpartition(".")[0]) and _is_turned(base, n) for n in base.names)
+    return Layer.TURNED if turned else Layer.LINEAR
+
+
+def _is_turned(base: Checkpoint, name: str) -> bool | None:
+    """Whether a matrix lies as (inputs, outputs), as its bias tells; None if it does not."""
+    shape, bias = base.spec(name).shape, f"{name.rpartition('.')[0]}.bias"
+    if len(shape) != 2 or shape[0] == shape[1] or not base.has(bias):
+        return None
+    return base.spec(bias).shape == shape[1:]
+
+
+def pack_factors(name: str, layer: Layer, shape: tuple[int, ...], left: Tensor, right: Tensor) -> dict[str, Tensor]:
+    """The factors of one difference as PEFT stores them.
+
+    Args:
+        name: of the base's tensor.
+        layer: its kind.
+        shape: its shape.
+        left: (m, r), where ΔW as a matrix (dim 0 × the rest) is left @ right.
+        right: (r, n).
+
+    Returns:
+        stored name → tensor.
+    """
+    stem = PREFIX + name.removesuffix("weight")
+    if layer is Layer.EMBEDDING:
+        return {stem + "lora_embedding_A": left.T, stem + "lora_embedding_B": right.T}
+    outer, inner = (right.T, left.T) if layer is Layer.TURNED else (left, right)
+    if layer is Layer.CONVOLUTION:
+        outer = outer.reshape(*outer.shape, *(1 for _ in shape[2:]))
+        inner = inner.reshape(len(inner), *shape[1:])
+    return {stem + "lora_A.weight": inner, stem + "lora_B.weight": outer}
+
+
+def make_config(
+    rank: int, targets: Iterable[str], *, base: str, turned: bool, biases: bool, whole: Iterable[str]
+) -> dict[str, Any]:
+    """The adapter's `adapter_config.json`, with a scale of 1.
+
+    Args:
+        rank: of all factors.
+        targets: the modules with factors.
+        base: name or path of the base.
+        turned: whether linear layers hold their weight as (inputs, outputs).
+        biases: whether biases of the targets are stored.
+        whole: the modules that are stored whole.
+    """
+    return {
+        "peft_type": "LORA",
+        "task_type": None,
+        "base_model_name_or_path": base,
+        "inference_mode": True,
+        "r": rank,
+        "lora_alpha": rank,
+        "lora_dropout": 0.0,
+        "use_rslora": False,
+        "fan_in_fan_out": turned,
+        "bias": "lora_only" if biases else "none",
+        # One expression for whole names: in a list PEFT takes each for the end of a name.
+        "target_modules": "|".join(re.escape(module) for module in sorted(targets)),
+        "modules_to_save": sorted(whole) or None,
+    }
+
+
+def write_adapter_folder(
+    path: Path,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    files: Mapping[str, bytes],
+    overwrite: bool = False,
+) -> None:
+    """Write the folder of an adapter, atomically.
+
+    Args:
+        path: the folder; its parent is created.
+        config: see `make_config`.
+        tensors: stored name → tensor.
+        files: the other files, by name.
+        overwrite: replace a folder that freemerge wrote.
+
+    Raises:
+        CheckpointError: the folder exists already, or cannot be written.
+    """
+    check_folder(path, overwrite)
+    temporary: Path | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"))
+        save_checkpoint(temporary / WEIGHTS, tensors)
+        for name, content in {**files, CONFIG: (json.dumps(config, indent=2) + "\n").encode()}.items():
+            with (temporary / name).open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+        mask = os.umask(0)
+        os.umask(mask)
+        temporary.chmod(0o777 & ~mask)
+        sync_folder(temporary)
+        _put(temporary, path)
+        sync_folder(path.parent)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be written: {error.strerror or error}") from None
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
