@@ -69,9 +69,10 @@ def test_peft_loads_it_onto_the_base(tmp_path, build, rank):
         assert 0.1 < record["truncation"]["overall"] < 1
 
 
-def test_what_is_read_again_is_what_was_written(tmp_path):
+@pytest.mark.parametrize("build", [bert, gpt2])
+def test_what_is_read_again_is_what_was_written(tmp_path, build):
     """The written adapter, merged into the base, is the merged model: our own reading agrees."""
-    _, base = make(bert)
+    _, base = make(build)
     models = tuned(base, (1, 2))
     output = merge(base, models, Ties(), output=tmp_path / "a", output_format="lora", rank=20)
     again = merge(base, [output], TaskArithmetic(1.0))

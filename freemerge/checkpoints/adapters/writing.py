@@ -11,66 +11,19 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Mapping
-from enum import Enum
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from freemerge.checkpoints.adapters.layers import Layer
 from freemerge.checkpoints.adapters.opening import CONFIG, PREFIX
-from freemerge.checkpoints.checkpoint import Checkpoint
 from freemerge.checkpoints.errors import CheckpointError
 from freemerge.checkpoints.folder import _put, check_folder
 from freemerge.checkpoints.safetensors_files import sync_folder
 from freemerge.checkpoints.saving import save_checkpoint
 
 WEIGHTS = "adapter_model.safetensors"
-
-_EMBEDDING = re.compile(r"(?:.*\.)?(?:\w*emb\w*|w[tp]e|shared)")
-# The layers of GPT-2 and its kin that hold their weight as (inputs, outputs); they always have a bias.
-_TURNED = re.compile(r"(?:.*\.)?(?:c_attn|c_proj|c_fc|q_attn)")
-
-
-class Layer(Enum):
-    """Kinds of layers, by what PEFT does with the factors."""
-
-    LINEAR = "linear"  # ΔW = B·A
-    TURNED = "turned"  # a linear layer whose weight lies as (inputs, outputs): ΔW = (B·A)ᵀ
-    EMBEDDING = "embedding"  # ΔW = (B·A)ᵀ, under names of their own
-    CONVOLUTION = "convolution"  # ΔW = B·A over the outputs × everything else
-
-
-def find_layer(base: Checkpoint, name: str) -> Layer | None:
-    """What kind of layer a tensor is the weight of; None if LoRA has no way to change it.
-
-    Tensors alone do not say it. The length of the bias tells how a matrix lies; names tell embeddings, and of square
-    matrices how they lie if others of their name lie so.
-
-    Args:
-        base: the pretrained model.
-        name: one of its tensors.
-    """
-    module, _, last = name.rpartition(".")
-    shape = base.spec(name).shape
-    if last != "weight" or not module or len(shape) < 2:
-        return None
-    if len(shape) > 2:
-        depthwise = shape[1] == 1 < shape[0]
-        return None if depthwise else Layer.CONVOLUTION
-    if _EMBEDDING.fullmatch(module) and not base.has(f"{module}.bias"):
-        return Layer.EMBEDDING
-    turned = _is_turned(base, name)
-    if turned is None and _TURNED.fullmatch(module):
-        turned = any(_TURNED.fullmatch(n.rpartition(".")[0]) and _is_turned(base, n) for n in base.names)
-    return Layer.TURNED if turned else Layer.LINEAR
-
-
-def _is_turned(base: Checkpoint, name: str) -> bool | None:
-    """Whether a matrix lies as (inputs, outputs), as its bias tells; None if it does not."""
-    shape, bias = base.spec(name).shape, f"{name.rpartition('.')[0]}.bias"
-    if len(shape) != 2 or shape[0] == shape[1] or not base.has(bias):
-        return None
-    return base.spec(bias).shape == shape[1:]
 
 
 def pack_factors(name: str, layer: Layer, shape: tuple[int, ...], left: Tensor, right: Tensor) -> dict[str, Tensor]:
