@@ -6,8 +6,10 @@ Errors are one line on stderr and exit code 2, before any output is written.
 from __future__ import annotations
 
 import dataclasses
+import json
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
 import jsonargparse
@@ -74,6 +76,13 @@ def build_parser() -> jsonargparse.ArgumentParser:
     )
     result = parser.add_argument_group("output")
     result.add_argument("--output", type=str, required=True, help="The .safetensors file or the folder to write.")
+    result.add_argument(
+        "--output_format",
+        type=Literal["model", "lora"],
+        default="model",
+        help="A whole model, or a LoRA adapter of the base of the given rank.",
+    )
+    result.add_argument("--rank", type=int | None, default=None, help="Of the adapter's factors.")
     result.add_argument("--overwrite", type=bool, default=False, help="Replace an existing output.")
     result.add_argument(
         "--dtype", type=str | None, default=None, help="Of the merged tensors. Default: the base's own."
@@ -113,6 +122,8 @@ def run(config: jsonargparse.Namespace) -> int:
             dtype=config.dtype,
             embeddings=config.embeddings,
             output=config.output,
+            output_format=config.output_format,
+            rank=config.rank,
             overwrite=config.overwrite,
             shard_size=config.shard_size,
             hash_inputs=config.hash_inputs,
@@ -120,8 +131,17 @@ def run(config: jsonargparse.Namespace) -> int:
     except (MergeError, CheckpointError, ValueError) as error:
         print_error(error)
         return 2
-    print(f"merged into {path}")
+    print(f"merged into {path}" + _truncation(path, config.output_format))
     return 0
+
+
+def _truncation(path: Path, output_format: str) -> str:
+    """What is to be said of the rank of an adapter that was written."""
+    if output_format != "lora":
+        return ""
+    record = json.loads((path / "freemerge.json").read_text())
+    error = record["truncation"]["overall"]
+    return f", a LoRA adapter of rank {record['rank']} that loses {error:.2e} of the merged task vector"
 
 
 def _instantiated(method: MergeMethod, overrides: Sequence[Mapping[str, Any]] | None) -> list[dict[str, Any]] | None:

@@ -19,9 +19,10 @@ from freemerge.merging.errors import MergeError
 from freemerge.merging.method import MergeMethod
 from freemerge.merging.plan import Operands, Plan
 from freemerge.merging.processes import Processes
+from freemerge.merging.rounding import round_to
 from freemerge.merging.streaming import Piece, pieces
 from freemerge.merging.threads import run
-from freemerge.merging.vectors import Vectors, add
+from freemerge.merging.vectors import Vectors, working_dtype
 
 _REPORTED = 1 << 24  # bytes read between two reports
 
@@ -175,7 +176,10 @@ class Merging:
     def _keep(self, what: str | Piece) -> None:
         """Copy the base's values."""
         name, start = (what.name, what.start) if isinstance(what, Piece) else (what, 0)
-        self._sink.write(name, start, self._plan.read_base(what).to(self._plan.output_dtype(name)))
+        values, dtype = self._plan.read_base(what), self._plan.output_dtype(name)
+        if dtype != values.dtype:
+            values = round_to(values.to(working_dtype(values.dtype)), dtype, name)
+        self._hand_on(name, start, values)
 
     def _merge_by_pieces(self, name: str) -> None:
         """Merge a tensor by pieces that are finished as a whole: no more than the sum is ever whole in memory."""
@@ -189,23 +193,23 @@ class Merging:
         merged = self._checked(name, self._method.finish(name, merged), self._shapes[name]).reshape(-1)
         for piece in self._pieces(name):
             base = self._plan.read_base(piece)
-            self._put(name, piece.start, add(base, merged[piece.start : piece.stop], self._plan.output_dtype(name)))
+            self._put(name, piece.start, _sum(base, merged[piece.start : piece.stop]))
 
     def _merge(self, name: str, operands: Operands) -> None:
         """Merge a tensor or a piece of one."""
         base, deltas, single, start = operands
         del operands
-        dtype = self._plan.output_dtype(name)
         if single is None:
             merged = self._combine(name, start, deltas, base.shape)
             del deltas  # K tensors, perhaps
-            self._put(name, start, add(base, merged, dtype))
+            self._put(name, start, _sum(base, merged))
             return
         before = deltas[0].clone()  # a method may overwrite what it is given
         merged = self._combine(name, start, deltas, base.shape)
         # Where a single model's entry comes through unchanged, base + (model − base) is meant to be the model's own
         # value, and in floating point it is not always.
-        self._put(name, start, torch.where(merged == before, single.to(base.device, dtype), add(base, merged, dtype)))
+        result = _sum(base, merged)
+        self._put(name, start, torch.where(merged == before, single.to(result.device, result.dtype), result))
 
     def _combine(self, name: str, start: int | None, deltas: Tensor, shape: torch.Size) -> Tensor:
         if start is None:
@@ -221,15 +225,19 @@ class Merging:
         return merged
 
     def _put(self, name: str, start: int | None, result: Tensor) -> None:
-        """Hand on what is merged, if it is finite."""
+        """Round what is merged, (*shape) or (n,) float32 or float64, and hand it on if it is finite."""
         # One sum finds any NaN or infinity; only when it does (or overflows) is it worth a second look.
-        wide = result if result.dtype.itemsize > 2 else result.float()
-        if not bool(torch.isfinite(wide.sum())) and not bool(torch.isfinite(wide).all()):
-            raise MergeError(
-                f"the merged tensor '{name}' has values that are infinite or NaN in {result.dtype}; write it in a "
-                f"wider dtype, or take a smaller scale for {type(self._method).__name__}"
-            )
-        self._sink.write(name, start or 0, result if self._plan.device is None else result.to(self._plan.home))
+        if not bool(torch.isfinite(result.sum())) and not bool(torch.isfinite(result).all()):
+            raise MergeError(f"{type(self._method).__name__}: the merged tensor '{name}' has NaN or infinite values")
+        self._hand_on(name, start or 0, round_to(result, self._plan.output_dtype(name), name))
+
+    def _hand_on(self, name: str, start: int, values: Tensor) -> None:
+        self._sink.write(name, start, values if self._plan.device is None else values.to(self._plan.home))
+
+
+def _sum(base: Tensor, delta: Tensor) -> Tensor:
+    """θ_base + τ in float32, or float64 for a float64 base."""
+    return base.to(working_dtype(base.dtype)) + delta
 
 
 def _stream(device: torch.device | None) -> AbstractContextManager:
