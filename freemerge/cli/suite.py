@@ -24,6 +24,7 @@ from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 from rich.console import Console
@@ -184,7 +185,9 @@ class FreemergeCLI(LightningCLI):
     def _started_from_outside(self) -> bool:
         """Whether srun, torchrun or the like started a process for each device, so that Lightning will start none."""
         environment = getattr(self.trainer.strategy, "cluster_environment", None)
-        return environment is not None and environment.creates_processes_externally
+        if environment is None or isinstance(environment, LightningEnvironment):  # which `ddp` itself starts with
+            return False
+        return environment.creates_processes_externally
 
     def _suite_run(self, model: FineTuner, suite: TaskSuite, ckpt_path: str | None = None) -> SuiteRun:
         return SuiteRun(
