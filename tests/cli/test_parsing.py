@@ -28,7 +28,7 @@ def write(path: Path, text: str) -> str:
     return str(path)
 
 
-@pytest.mark.parametrize("command", ["fit", "validate", "test", "predict"])
+@pytest.mark.parametrize("command", ["fit", "validate", "test", "predict", "tune"])
 def test_the_environment_sets_options_of_every_command(command, monkeypatch, capsys) -> None:
     prefix = f"FREEMERGE_{command.upper()}__"
     monkeypatch.setenv(f"{prefix}TRAINER__MAX_TIME", "00:01:00:00")
