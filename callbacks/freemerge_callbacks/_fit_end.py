@@ -18,10 +18,10 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from freemerge.checkpoints import open_checkpoint
+from freemerge.checkpoints.task_files import TaskRecord
 from freemerge.merging.engine import parse_dtype
-from freemerge_callbacks._base import FitBase
+from freemerge_callbacks._base import FitBase, dtypes_of
 from freemerge_callbacks._best import best_checkpoint
-from freemerge_callbacks._task_files import TaskRecord
 from freemerge_callbacks._weights import part_weights, refuse_placeholders
 
 
@@ -114,7 +114,9 @@ class FitEndCallback(Callback, ABC):
         """The checkpoint that holds the wanted weights; None where these are the module's own."""
         return best_checkpoint(trainer, self.who).best_model_path if self.weights == "best" else None
 
-    def task_record(self, trainer: L.Trainer, task: str, holds: Literal["weights", "task_vector"]) -> TaskRecord:
+    def task_record(
+        self, trainer: L.Trainer, task: str, holds: Literal["weights", "task_vector"], weights: Mapping[str, Tensor]
+    ) -> TaskRecord:
         """What a file of this fit's weights says of itself.
 
         Its metrics are those of the weights: all of the last epoch's, or the score that chose the best checkpoint.
@@ -125,7 +127,7 @@ class FitEndCallback(Callback, ABC):
             score = checkpoint.best_model_score
             metrics = {} if score is None else {checkpoint.monitor: float(score)}
         seed = os.environ.get("PL_GLOBAL_SEED")  # where `seed_everything` keeps it
-        return TaskRecord(task, holds, self.base.hash, None if seed is None else int(seed), metrics)
+        return TaskRecord(task, holds, self.base.hash, None if seed is None else int(seed), metrics, dtypes_of(weights))
 
     def refuse_existing(self) -> None:
         """Require that the output may be written.

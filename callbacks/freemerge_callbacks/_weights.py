@@ -7,15 +7,13 @@ had never been there.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from itertools import chain
 from typing import Any
 
 import lightning as L
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
 from torch import Tensor, nn
-
-from freemerge.checkpoints import Checkpoint
 
 _COMPILED = "_orig_mod."  # what `torch.compile` puts into the names of a module's tensors
 
@@ -87,26 +85,6 @@ def relative(state: Mapping[str, Any], part: str) -> dict[str, Tensor]:
     return {
         name[len(prefix) :]: value for name, value in named if name.startswith(prefix) and isinstance(value, Tensor)
     }
-
-
-def find_prefix(module_names: Iterable[str], file_names: Iterable[str]) -> str:
-    """The prefix under which a module has the tensors of a file.
-
-    A file may name its tensors relative to something inside the backbone, as a Hugging Face folder does where the
-    backbone wraps a model of that library.
-
-    Args:
-        module_names: the backbone's tensors.
-        file_names: the file's tensors; some may have no counterpart.
-
-    Returns:
-        The prefix that brings the most names into agreement, often "".
-    """
-    names = Checkpoint("", dict.fromkeys(module_names), lambda name: name)
-    inside = names.relative_to(file_names)
-    outside = set(inside.outside)
-    full = next(name for name in names if name not in outside)
-    return full.removesuffix(inside.names[0])
 
 
 def _shared(module: nn.Module) -> dict[str, str]:

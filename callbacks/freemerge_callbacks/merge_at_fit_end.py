@@ -14,18 +14,18 @@ from torch import Tensor
 
 from freemerge.checkpoints import Checkpoint, hash_tensors, open_checkpoint
 from freemerge.checkpoints.folder import MARKER, check_folder
+from freemerge.checkpoints.task_files import TaskRecord
 from freemerge.merging import MergeMethod, merge
 from freemerge.merging.engine import parse_dtype
 from freemerge.merging.patterns import compile_patterns
 from freemerge.merging.plan import make_plan
 from freemerge.merging.provenance import make_record
-from freemerge_callbacks._base import open_base
+from freemerge_callbacks._base import open_base, open_finetuned
 from freemerge_callbacks._best import best_state
 from freemerge_callbacks._fit_end import FitEndCallback
 from freemerge_callbacks._others import base_hashes, check_base_hashes, find_others
 from freemerge_callbacks._ranks import log_metrics, on_rank_zero
 from freemerge_callbacks._registry import Registry
-from freemerge_callbacks._task_files import TaskRecord, open_finetuned
 from freemerge_callbacks._weights import part_weights, relative
 
 OWN_LABEL = "the backbone of this fit"
@@ -140,7 +140,7 @@ class MergeAtFitEnd(FitEndCallback):
         if self.registry is None:
             self._merge(trainer, {OWN_LABEL: weights})
             return
-        record = self.task_record(trainer, self.registry.task, "weights")
+        record = self.task_record(trainer, self.registry.task, "weights", weights)
         with self.registry.turn(trainer):
             missing = on_rank_zero(trainer, lambda: self._register(record, weights, self._replaces(trainer)))
             if missing:
@@ -174,7 +174,7 @@ class MergeAtFitEnd(FitEndCallback):
             self.registry.refuse_registered(replace)
         own = open_checkpoint(weights, label=OWN_LABEL)
         base = own.with_label("the base") if self.base.given is None else open_base(self.base.given)
-        models = [own, *(open_finetuned(path, base) for path in self._all_others())]
+        models = [own, *(open_finetuned(path) for path in self._all_others())]
         make_plan(base, models, self.include, self.exclude, parse_dtype(self.dtype))
 
     def _register(self, record: TaskRecord, weights: Mapping[str, Tensor], replace: bool) -> str:
@@ -200,7 +200,7 @@ class MergeAtFitEnd(FitEndCallback):
         """Merge, and tell where the result comes from."""
         base = open_base(self.base.path)
         opened = {
-            label: open_finetuned(model, base) if isinstance(model, Path) else open_checkpoint(model)
+            label: open_finetuned(model) if isinstance(model, Path) else open_checkpoint(model)
             for label, model in models.items()
         }
         merge(

@@ -151,15 +151,17 @@ def open_safetensors(paths: Iterable[Path], label: str) -> Checkpoint:
     place: dict[str, SafetensorsFile] = {}
     specs: dict[str, TensorSpec] = {}
     tied: dict[str, str] = {}
+    metadata: dict[str, str] = {}
     for path in paths:
         file = SafetensorsFile(path)
+        metadata |= file.metadata
         for name, spec in file.specs.items():
             if name in place:
                 raise CheckpointError(f"{path}: the tensor '{name}' is also in {place[name].path}; keep one of them")
             place[name], specs[name] = file, spec
         tied.update(file.tied)
     tied = {name: first for name, first in tied.items() if name not in specs}
-    return Checkpoint(label, specs, lambda name, run: place[name].read(name, run), tied=tied)
+    return Checkpoint(label, specs, lambda name, run: place[name].read(name, run), tied=tied, metadata=metadata)
 
 
 def write_safetensors(

@@ -15,6 +15,7 @@ from freemerge.checkpoints import Checkpoint, open_checkpoint
 from freemerge.checkpoints.folder import check_folder, companions, parse_size, plan_shards, write_folder
 from freemerge.checkpoints.opening import Source
 from freemerge.checkpoints.safetensors_files import storage_order, write_safetensors
+from freemerge.merging.bases import check_bases
 from freemerge.merging.errors import MergeError
 from freemerge.merging.method import MergeMethod
 from freemerge.merging.plan import Operands, Plan, make_plan
@@ -60,7 +61,8 @@ def merge(
         All tensors of the base by name, in memory of their own, on the base's device; or the path written.
 
     Raises:
-        MergeError: the models do not fit the base, or a value is NaN or infinite.
+        MergeError: the models do not fit the base, were fine-tuned from another (where a task file says so), or a value
+            is NaN or infinite.
         CheckpointError: a file cannot be read or written.
     """
     if output is not None:
@@ -73,6 +75,7 @@ def merge(
         exclude,
         parse_dtype(dtype),
     )
+    check_bases(plan.base, plan.models)
     method.check([model.label for model in plan.models])
     statistics = method.survey(plan.vectors())
     if output is None:

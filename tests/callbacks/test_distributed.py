@@ -10,11 +10,11 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from freemerge.checkpoints import hash_tensors, load_checkpoint, save_checkpoint
+from freemerge.checkpoints.task_files import read_record
 from freemerge.merging import FRMerging, merge
 from freemerge_callbacks import MergeAtFitEnd, MergePreview, MultiTaskEvaluation, TaskCheckpoint
 from freemerge_callbacks._predicting import check_loaders
 from freemerge_callbacks._ranks import on_rank_zero
-from freemerge_callbacks._task_files import read_record
 from tests.callbacks.callbacks_project import (
     LeaveTogether,
     SaveResults,
