@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +12,7 @@ from freemerge.checkpoints.adapters import open_adapter
 from freemerge.checkpoints.checkpoint import Checkpoint
 from freemerge.checkpoints.distributed_files import METADATA, open_distributed
 from freemerge.checkpoints.errors import CheckpointError
+from freemerge.checkpoints.index import SUFFIX, read_index
 from freemerge.checkpoints.memory import from_tensors
 from freemerge.checkpoints.safetensors_files import open_safetensors
 from freemerge.checkpoints.task_files import open_task_file
@@ -90,6 +90,7 @@ def _open_path(path: Path, label: str) -> Checkpoint:
     if path.is_dir():
         for name in _WEIGHT_FILES:
             if (path / name).is_file():
+                _check_alone(path / name)
                 return _open_path(path / name, label)
         if (path / "adapter_config.json").is_file():
             for name in _ADAPTER_FILES:
@@ -102,12 +103,18 @@ def _open_path(path: Path, label: str) -> Checkpoint:
             raise CheckpointError(
                 f"{path}: a distributed checkpoint without its {METADATA}; copy the whole folder again"
             )
+        if shards := sorted(path.glob("*-of-*.safetensors")):
+            raise CheckpointError(
+                f"{path}: has shards ({shards[0].name}) and no model.safetensors{SUFFIX}, as an interrupted run leaves "
+                "them; write or download the model again"
+            )
         raise CheckpointError(f"{path}: no weights in this folder; expected one of {', '.join(_WEIGHT_FILES)}")
     if not path.exists():
         raise CheckpointError(f"{path}: does not exist; check the path (a model of the Hub must be downloaded first)")
-    if path.name.endswith(".index.json"):
-        shards = _shards(path)
-        return open_torch(shards, label) if shards[0].suffix == ".bin" else open_safetensors(shards, label)
+    if path.name.endswith(SUFFIX):
+        index = read_index(path)
+        open_shards = open_safetensors if index.shards[0].suffix == ".safetensors" else open_torch
+        return open_shards(index.shards, label, index)
     if path.suffix == ".safetensors":
         return open_task_file(open_safetensors([path], label))
     if path.suffix in _TORCH_SUFFIXES:
@@ -117,15 +124,10 @@ def _open_path(path: Path, label: str) -> Checkpoint:
     )
 
 
-def _shards(index: Path) -> list[Path]:
-    try:
-        weight_map = json.loads(index.read_text())["weight_map"]
-        shards = [index.parent / name for name in dict.fromkeys(weight_map.values())]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{index}: not an index of shards ({error}); copy or download it again") from None
-    if not shards:
-        raise CheckpointError(f"{index}: lists no shards; copy or download it again")
-    for shard in shards:
-        if not shard.is_file():
-            raise CheckpointError(f"{shard}: missing, though {index.name} lists it; download it")
-    return shards
+def _check_alone(path: Path) -> None:
+    """Refuse to choose between a whole file and shards: one of them is stale, and which is loaded is chance."""
+    index = path.with_name(path.name + SUFFIX)
+    if index.is_file() and path not in read_index(index).files.values():
+        raise CheckpointError(
+            f"{path.parent}: has both {path.name} and {index.name}, which lists other files; remove the stale one"
+        )
