@@ -54,6 +54,7 @@ class FitEndCallback(Callback, ABC):
         self.weights = weights
         self.dtype = dtype
         self.overwrite = overwrite
+        self._began = False
 
     @property
     def who(self) -> str:
@@ -73,6 +74,7 @@ class FitEndCallback(Callback, ABC):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if stage != "fit" or trainer.fast_dev_run:
             return
+        self._began = False
         if self.weights not in ("last", "best"):
             raise ValueError(f"{self.who}: `weights` must be 'last' or 'best', got {self.weights!r}")
         parse_dtype(self.dtype)
@@ -91,14 +93,20 @@ class FitEndCallback(Callback, ABC):
         self.base.begin(trainer, weights, keep=self.needs_base, digest=self.needs_hash)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.fast_dev_run:
-            return
-        self.base.resume(trainer, keep=self.needs_base)  # by now every strategy has restored the callbacks' states
-        self.check_base(trainer)
+        if not trainer.fast_dev_run:
+            self._check_base(trainer)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if not trainer.fast_dev_run:
-            self.finish(trainer, pl_module)
+        if trainer.fast_dev_run:
+            return
+        if not self._began:  # resumed from a checkpoint after which there was nothing left to train
+            self._check_base(trainer)
+        self.finish(trainer, pl_module)
+
+    def _check_base(self, trainer: L.Trainer) -> None:
+        self._began = True
+        self.base.resume(trainer, keep=self.needs_base)  # by now every strategy has restored the callbacks' states
+        self.check_base(trainer)
 
     @property
     def needs_base(self) -> bool:

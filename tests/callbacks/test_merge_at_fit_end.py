@@ -240,6 +240,22 @@ def test_a_resumed_fit_whose_base_is_gone_is_refused(tmp_path, other):
     assert_equal(load_checkpoint(merge.merged_path), expected_mean(module.backbone.state_dict(), other))
 
 
+def test_a_finished_fit_that_is_resumed_with_nothing_left_to_train(tmp_path, other):
+    checkpoint = ModelCheckpoint(dirpath=tmp_path / "ckpt", save_last=True)
+    first = MergeAtFitEnd(WeightAverage(), [str(other)], str(tmp_path / "m.safetensors"))
+    module = fit(tmp_path, first, None, checkpoint, enable_checkpointing=True)
+    last = tmp_path / "ckpt" / "last.ckpt"
+    again = MergeAtFitEnd(WeightAverage(), [str(other)], str(tmp_path / "n.safetensors"))
+    again._generate_state_key = lambda **_: first.state_key
+    with pytest.raises(ValueError, match="is gone; give the pretrained model with base="):
+        fit(tmp_path, again, ckpt_path=last)
+    save_checkpoint(tmp_path / "base.safetensors", make_backbone().state_dict())
+    base = str(tmp_path / "base.safetensors")
+    again = MergeAtFitEnd(WeightAverage(), [str(other)], str(tmp_path / "n.safetensors"), base=base)
+    fit(tmp_path, again, ckpt_path=last)
+    assert_equal(load_checkpoint(again.merged_path), expected_mean(module.backbone.state_dict(), other))
+
+
 def test_a_resumed_fit_that_began_without_the_callback_is_refused(tmp_path, other):
     checkpoint = ModelCheckpoint(dirpath=tmp_path / "ckpt", save_last=True)
     fit(tmp_path, checkpoint, epochs=1, enable_checkpointing=True)
