@@ -99,6 +99,7 @@ def fit(case: Case, folder: Path) -> None:
     import check_gpu_project as parts
     import lightning as L
     import torch
+    from lightning.pytorch.callbacks import ModelCheckpoint
     from lightning.pytorch.strategies import ModelParallelStrategy
 
     from freemerge.checkpoints import save_checkpoint
@@ -114,6 +115,8 @@ def fit(case: Case, folder: Path) -> None:
     callbacks = [
         TaskCheckpoint(str(folder / "task.safetensors"), task="a", head=None),
         MergeAtFitEnd(FRMerging(), [other], str(folder / "merged.safetensors")),
+        MergeAtFitEnd(FRMerging(), [other], str(folder / "best.safetensors"), weights="best"),
+        ModelCheckpoint(dirpath=folder / "checkpoints", monitor="age", mode="max"),  # the last is the best
         parts.SaveWeights(str(folder / "trained.pt")),
     ]
     if not case.sharded:
@@ -128,7 +131,6 @@ def fit(case: Case, folder: Path) -> None:
         max_epochs=2,
         default_root_dir=folder,
         logger=False,
-        enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
     )
@@ -160,6 +162,10 @@ def fit_checks(case: Case, folder: Path) -> Iterator[tuple]:
         one, several = ((folder / f"{name}.safetensors").read_bytes() for name in ("one", "merged"))
         assert one == several, "the merged file differs from that of one process"
 
+    def best() -> None:
+        last, best = ((folder / f"{name}.safetensors").read_bytes() for name in ("merged", "best"))
+        assert last == best, "the weights of the checkpoint are not those that the fit ended with"
+
     def recorded() -> None:
         assert read_record(folder / "task.safetensors").base_hash == hash_tensors(base), "another hash of the base"
         kept = load_checkpoint(folder / "task.safetensors")
@@ -181,6 +187,7 @@ def fit_checks(case: Case, folder: Path) -> Iterator[tuple]:
 
     yield "trains", trained_at_all
     yield "merged file = one process's", identical
+    yield "merged from ModelCheckpoint", best
     yield "task file, hash of the base", recorded
     if not case.sharded:
         yield "metrics exact", exact

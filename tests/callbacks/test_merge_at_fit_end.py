@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy
 
 from freemerge.checkpoints import hash_tensors, load_checkpoint, save_checkpoint
 from freemerge.merging import FRMerging, PCBMerging, TaskArithmetic, WeightAverage
@@ -277,20 +277,12 @@ def test_state_is_small_and_goes_round(tmp_path):
     assert merge.state_key != MergeAtFitEnd(WeightAverage(), ["a"], "n.safetensors").state_key
 
 
-def test_strategies_that_hold_no_whole_weights(tmp_path, other):
+def test_zero_3_is_refused(tmp_path, other):
     zero3 = object.__new__(DeepSpeedStrategy)
     zero3.config = {"zero_optimization": {"stage": 3}}
     merge = MergeAtFitEnd(WeightAverage(), [str(other)], str(tmp_path / "m.safetensors"))
     with pytest.raises(ValueError, match=r"ZeRO-3.*stage 2.*zero_to_fp32"):
         merge.setup(SimpleNamespace(strategy=zero3, fast_dev_run=False), Plain(), "fit")
-    merge.weights = "best"
-    trainer = SimpleNamespace(
-        strategy=ModelParallelStrategy(),
-        fast_dev_run=False,
-        checkpoint_callbacks=[ModelCheckpoint(dirpath=tmp_path, monitor="quality")],
-    )
-    with pytest.raises(ValueError, match="sharded checkpoints of this ModelParallelStrategy"):
-        merge.setup(trainer, Plain(), "fit")
 
 
 def test_it_logs_how_many_models_and_how_long(tmp_path, other):
