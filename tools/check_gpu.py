@@ -112,22 +112,23 @@ def fit(case: Case, folder: Path) -> None:
         save_checkpoint(base, parts.make_backbone().state_dict())
         save_checkpoint(other, parts.make_finetuned())
     heads, loaders = parts.make_heads(), parts.make_loaders()
+    merger = MergeAtFitEnd(FRMerging(), [other], str(folder / "merged.safetensors"))
     callbacks = [
         TaskCheckpoint(str(folder / "task.safetensors"), task="a", head=None),
-        MergeAtFitEnd(FRMerging(), [other], str(folder / "merged.safetensors")),
+        merger,
         MergeAtFitEnd(FRMerging(), [other], str(folder / "best.safetensors"), weights="best"),
         ModelCheckpoint(dirpath=folder / "checkpoints", monitor="age", mode="max"),  # the last is the best
         parts.SaveWeights(str(folder / "trained.pt")),
     ]
     if not case.sharded:
         preview = MergePreview(FRMerging(), base, [other], loaders, heads=heads)
-        callbacks += [preview, MultiTaskEvaluation(loaders, heads=heads), parts.SaveResults(str(folder / "results"))]
+        callbacks += [preview, MultiTaskEvaluation(loaders, heads=heads, merged=merger)]
     trainer = L.Trainer(
         accelerator=case.accelerator,
         devices=case.ranks or torch.cuda.device_count(),
         strategy=ModelParallelStrategy() if case.strategy == "model_parallel" else case.strategy,
         precision=case.precision,
-        callbacks=[*callbacks, parts.LeaveTogether()],
+        callbacks=[*callbacks, parts.SaveResults(str(folder / "results")), parts.LeaveTogether()],
         max_epochs=2,
         default_root_dir=folder,
         logger=False,
@@ -162,6 +163,10 @@ def fit_checks(case: Case, folder: Path) -> Iterator[tuple]:
         one, several = ((folder / f"{name}.safetensors").read_bytes() for name in ("one", "merged"))
         assert one == several, "the merged file differs from that of one process"
 
+    def shared() -> None:
+        found = [torch.load(path, weights_only=True)["ranks"] for path in sorted(folder.glob("results.[0-9]*"))]
+        assert found == [len(found)] * len(found), f"{len(found)} ranks, and {found} of them shared the merge"
+
     def best() -> None:
         last, best = ((folder / f"{name}.safetensors").read_bytes() for name in ("merged", "best"))
         assert last == best, "the weights of the checkpoint are not those that the fit ended with"
@@ -178,15 +183,17 @@ def fit_checks(case: Case, folder: Path) -> Iterator[tuple]:
         # Another device or precision may see a sample on the other side of a boundary.
         slack = 0 if (case.accelerator, case.precision) == ("cpu", "32-true") else 1
         for path in files:
-            for name, results in torch.load(path, weights_only=True).items():
+            found = torch.load(path, weights_only=True)
+            for name, results in ((name, found[name]) for name in ("MultiTaskEvaluation", "MergePreview")):
                 for task, loader in parts.make_loaders().items():
                     right = sum(int((heads[task](backbone(x)).argmax(1) == y).sum()) for x, y in loader)
-                    found = results[task] * parts.SIZES[task]
-                    assert abs(found - round(found)) < 1e-3, f"{name}: {task}: {found} samples"
-                    assert abs(found - right) < slack + 1e-3, f"{name}: {task}: {found:.0f} right, expected {right}"
+                    count = results[task] * parts.SIZES[task]
+                    assert abs(count - round(count)) < 1e-3, f"{name}: {task}: {count} samples"
+                    assert abs(count - right) < slack + 1e-3, f"{name}: {task}: {count:.0f} right, expected {right}"
 
     yield "trains", trained_at_all
     yield "merged file = one process's", identical
+    yield "merge shared by all ranks", shared
     yield "merged from ModelCheckpoint", best
     yield "task file, hash of the base", recorded
     if not case.sharded:

@@ -113,6 +113,7 @@ class SaveResults(Callback):
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         found = {type(each).__name__: each.results for each in trainer.callbacks if hasattr(each, "results")}
+        found["ranks"] = next(each.report["ranks"] for each in trainer.callbacks if hasattr(each, "report"))
         torch.save(found, f"{self.path}.{trainer.global_rank}")
 
 

@@ -6,7 +6,7 @@ import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from freemerge.checkpoints import Checkpoint, open_checkpoint
-from freemerge_callbacks._weights import relative
+from freemerge_callbacks._weights import part_of
 
 
 def best_checkpoint(trainer: L.Trainer, who: str) -> ModelCheckpoint:
@@ -33,6 +33,6 @@ def best_state(path: str, backbone: str, who: str) -> Checkpoint:
     if not path:
         raise ValueError(f"{who}: weights='best', but ModelCheckpoint has saved nothing; was its metric logged?")
     state = open_checkpoint(path)
-    if not relative(state, backbone):
+    if not part_of(state, backbone).names:
         raise ValueError(f"{who}: {path}: no tensor's name starts with '{backbone}.'")
     return state

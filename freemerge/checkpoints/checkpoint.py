@@ -139,7 +139,7 @@ class Checkpoint(Mapping[str, Tensor]):
             names: old → new, for all names.
             deltas: old names of the differences.
         """
-        return self._renamed(names)._changed(deltas=frozenset(names[name] for name in deltas), partial=True)
+        return self.renamed(names)._changed(deltas=frozenset(names[name] for name in deltas), partial=True)
 
     def with_prefix(self, prefix: str) -> Checkpoint:
         """The tensors whose names start with `prefix`, without it; all others are listed in `outside`.
@@ -155,7 +155,7 @@ class Checkpoint(Mapping[str, Tensor]):
             raise CheckpointError(
                 f"{self.label}: no tensor's name starts with the prefix '{prefix}'; its first name is '{first}'"
             )
-        found = self._renamed(inside)
+        found = self.renamed(inside)
         found.outside = (*self.outside, *(name for name in self._specs if name not in inside))
         if self._bind is not None:
             found._bind = lambda base: self.on(base.under(prefix)).with_prefix(prefix)
@@ -163,7 +163,7 @@ class Checkpoint(Mapping[str, Tensor]):
 
     def under(self, prefix: str) -> Checkpoint:
         """The same tensors with a prefix before their names."""
-        found = self._renamed({name: prefix + name for name in (*self._specs, *self.tied)})
+        found = self.renamed({name: prefix + name for name in (*self._specs, *self.tied)})
         if self._bind is not None:
             found._bind = lambda base: self.on(base.with_prefix(prefix)).under(prefix)
         return found
@@ -179,8 +179,12 @@ class Checkpoint(Mapping[str, Tensor]):
         """
         return self if self._bind is None else self._bind(base)._changed(label=self.label, folder=self.folder)
 
-    def _renamed(self, names: Mapping[str, str]) -> Checkpoint:
-        """Some of the tensors, by other names: old → new."""
+    def renamed(self, names: Mapping[str, str]) -> Checkpoint:
+        """Some of the tensors, by other names.
+
+        Args:
+            names: old → new.
+        """
         old = {new: self._stored(name) for name, new in names.items()}
         tied = {names[name]: names[first] for name, first in self.tied.items() if name in names and first in names}
         # A tied name that a file leaves out comes to be listed when the one it is tied to is not taken.

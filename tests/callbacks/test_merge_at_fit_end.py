@@ -309,6 +309,7 @@ def test_the_report_says_where_the_merge_comes_from(tmp_path, other):
     assert report["hash"] == hash_tensors(load_checkpoint(merge.merged_path))
     assert report["tensors"] == {"merged": 4, "kept": [], "tied": {}}
     assert (report["dtype"], report["weights"], report["output"]) == ("bfloat16", "last", str(merge.merged_path))
+    assert report["ranks"] == 1
     assert 0 < report["seconds"] < 60
     json.dumps(report)
     merge = MergeAtFitEnd(WeightAverage(), [str(other)], str(tmp_path / "n.safetensors"), hash_inputs=False)
