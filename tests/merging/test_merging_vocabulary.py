@@ -4,12 +4,12 @@ import json
 
 import pytest
 import torch
-from freemerge.merging.command import build_parser, run
 from peft import LoraConfig, get_peft_model
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from freemerge.checkpoints import open_checkpoint, save_checkpoint
 from freemerge.checkpoints.vocabulary import moved_tokens, vocabulary_size
+from freemerge.cli.merge import build_parser, run
 from freemerge.merging import FRMerging, MergeError, PCBMerging, TaskArithmetic, WeightAverage, merge
 from tests.merging.merging_models import METHODS
 
