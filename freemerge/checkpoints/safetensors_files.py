@@ -113,8 +113,10 @@ def open_safetensors(paths: Iterable[Path], label: str, index: Index | None = No
     place: dict[str, SafetensorsFile] = {}
     specs: dict[str, TensorSpec] = {}
     tied: dict[str, str] = {}
+    metadata: dict[str, str] = {}
     for path in paths:
         file = SafetensorsFile(path)
+        metadata |= file.metadata
         for name, spec in file.specs.items():
             if name in place:
                 raise CheckpointError(f"{path}: the tensor '{name}' is also in {place[name].path}; keep one of them")
@@ -123,7 +125,7 @@ def open_safetensors(paths: Iterable[Path], label: str, index: Index | None = No
     if index is not None:
         index.check({name: file.path for name, file in place.items()}, tied)
     tied = {name: first for name, first in tied.items() if name not in specs}
-    return Checkpoint(label, specs, lambda name, run: place[name].read(name, run), tied=tied)
+    return Checkpoint(label, specs, lambda name, run: place[name].read(name, run), tied=tied, metadata=metadata)
 
 
 def write_safetensors(

@@ -18,6 +18,7 @@ from freemerge.checkpoints.folder import check_folder, companions, make_index, p
 from freemerge.checkpoints.opening import Source
 from freemerge.checkpoints.safetensors_files import storage_order
 from freemerge.merging.adapter_output import write_adapter
+from freemerge.merging.bases import check_bases
 from freemerge.merging.errors import MergeError
 from freemerge.merging.merging import Memory, Merging, Meter
 from freemerge.merging.method import MergeMethod
@@ -92,7 +93,8 @@ def merge(
         All tensors of the base by name, in memory of their own, on the base's device; or the path written.
 
     Raises:
-        MergeError: the models do not fit the base, or a value is NaN or infinite.
+        MergeError: the models do not fit the base, were fine-tuned from another (where a task file says so), or a value
+            is NaN or infinite.
         CheckpointError: a file cannot be read or written.
     """
     if output is not None:
@@ -114,6 +116,7 @@ def merge(
     method.check([model.label for model in plan.models])
     processes = Processes(distributed)
     try:
+        processes.first(lambda: check_bases(plan.base, plan.models))
         meter = Meter(plan, method, progress, processes.size)
         if output is None:
             return _merge_in_memory(plan, method, meter)
