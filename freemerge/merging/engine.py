@@ -98,7 +98,8 @@ def merge(
         CheckpointError: a file cannot be read or written.
     """
     if output is not None:
-        output = _check_output(Path(output), overwrite)
+        sources = finetuned.values() if isinstance(finetuned, Mapping) else finetuned
+        output = _check_output(Path(output), overwrite, [base, *sources])
     _check_format(output_format, rank, output)
     if (distributed or resume) and (output is None or output_format == "lora"):
         raise MergeError(f"a {'distributed' if distributed else 'resumed'} merge has to write a model")
@@ -237,7 +238,11 @@ def _check_format(output_format: str, rank: int | None, output: Path | None) -> 
         raise MergeError("an adapter is a folder; give output= a path without the ending .safetensors")
 
 
-def _check_output(output: Path, overwrite: bool) -> Path:
+def _check_output(output: Path, overwrite: bool, sources: Sequence[Source]) -> Path:
+    place = output.resolve()
+    for source in sources:
+        if isinstance(source, (str, os.PathLike)) and Path(source).resolve() in place.parents and Path(source).is_dir():
+            raise MergeError(f"{output}: lies in the folder of an input, which it would change; choose another output")
     if output.suffix in (".pt", ".pth", ".bin", ".ckpt", ".gguf"):
         raise MergeError(f"{output}: the output must be a .safetensors file or a folder")
     if output.suffix != ".safetensors":
