@@ -1,10 +1,10 @@
 """The multi-task evaluation loop and the report."""
 
+from freemerge.data.task_metrics import ExactMatch, TaskMetric, metric_for
 from freemerge.evaluation.evaluator import MultiTaskEvaluator
 from freemerge.evaluation.loop import evaluate
 from freemerge.evaluation.metrics import LabelSpace, MultiTaskMetrics
 from freemerge.evaluation.report import Report, Row, mean_score
-from freemerge.evaluation.task_metrics import ExactMatch, TaskMetric, metric_for
 
 __all__ = [
     "ExactMatch",

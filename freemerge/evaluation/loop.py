@@ -11,8 +11,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torchmetrics import Metric
 
+from freemerge.data.task_metrics import TaskMetric
 from freemerge.evaluation.metrics import LabelSpace, MultiTaskMetrics
-from freemerge.evaluation.task_metrics import TaskMetric
 from freemerge.inputs import Inputs, to_device
 
 Predict = Callable[[Inputs, str], Any]
