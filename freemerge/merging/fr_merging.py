@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from freemerge.merging.filters import Filter, NyquistDisc
 from freemerge.merging.method import MergeMethod, require, require_number, weighted_sum
+from freemerge.merging.threads import each
 from freemerge.merging.vectors import Vectors
 
 _NAMED = ("align", "mean", "uniform")
@@ -17,9 +19,9 @@ _NAMED = ("align", "mean", "uniform")
 
 @dataclass(frozen=True)
 class FRMerging(MergeMethod):
-    """τ = scale · Σ_k λ_k · G(v_k), where G removes low frequencies, in which the tasks interfere.
+    """τ = Σ_k scale_k · λ_k · G(v_k), where G removes low frequencies, in which the tasks interfere.
 
-    The filter is linear. Whenever the coefficients do not depend on filtered vectors, τ = scale · G(Σ_k λ_k·v_k): one
+    The filter is linear. Whenever the coefficients do not depend on filtered vectors, τ = G(Σ_k scale_k·λ_k·v_k): one
     transform per weight, not one per task. One pass; two with "mean".
 
     Args:
@@ -27,12 +29,14 @@ class FRMerging(MergeMethod):
         coefficients: λ. "align", the released code: for each tensor, bring every filtered vector to the mean magnitude
             of the largest, λ_k = max_j E|G(v_j)| / E|G(v_k)|. "mean", the paper: λ_k = E|v_k| / Σ_j E|v_j| over the
             whole model. "uniform": λ_k = 1. Or one number per model.
-        scale: multiplies the result.
+        scale: multiplies the result, or each model's part of it: one number for all models or one per model.
     """
+
+    survey_fields: ClassVar = ("coefficients",)
 
     filter: Filter = field(default_factory=NyquistDisc)
     coefficients: Literal["align", "mean", "uniform"] | list[float] = "align"
-    scale: float = 1.0
+    scale: float | list[float] = 1.0
 
     def __post_init__(self) -> None:
         require(isinstance(self.filter, Filter), self, f"`filter` must be a Filter, got {self.filter!r}")
@@ -46,28 +50,54 @@ class FRMerging(MergeMethod):
             require_number(self, "coefficients", self.coefficients)
         require_number(self, "scale", self.scale)
 
+    @property
+    def elementwise(self) -> bool:
+        return self.coefficients != "align"  # the sum is; its filter finishes it
+
+    @property
+    def finishes(self) -> bool:
+        return self.elementwise
+
+    @property
+    def passes(self) -> int:
+        return 2 if self.coefficients == "mean" else 1
+
     def survey(self, vectors: Vectors) -> Tensor | None:
         """The paper's λ over the whole model, (K,) float64; None for the other coefficients."""
         if self.coefficients != "mean":
             return None
-        totals = torch.zeros(len(vectors.labels), dtype=torch.float64)
-        for deltas in vectors.pieces():
-            totals += deltas.abs_().sum(1, dtype=torch.float64).cpu()  # float64: no drift over billions of entries
+        parts: list[list[float]] = [[0.0] * len(vectors.labels)]
+        # In float64 there is no drift over billions of entries, and `fsum` is exact, so that no order counts.
+        vectors.scan(lambda deltas: parts.append(deltas.abs_().sum(1, dtype=torch.float64).tolist()))
+        gathered = [row for part in vectors.gather(parts) for row in part]
+        totals = torch.tensor([math.fsum(column) for column in zip(*gathered, strict=True)], dtype=torch.float64)
         return totals / totals.sum().clamp(min=torch.finfo(torch.float64).tiny)
 
     def combine(self, name: str, deltas: Tensor, statistics: Tensor | None) -> Tensor:
-        if self.coefficients == "align":
-            before = _magnitudes(deltas)
-            for delta in deltas:
-                delta.copy_(self.filter(delta))
-            return weighted_sum(deltas, alignment(_magnitudes(deltas), before) * self.scale)
+        if self.coefficients != "align":
+            return self.finish(name, self.combine_run(name, 0, deltas, statistics))
+        magnitudes = torch.tensor(each(self._filter, list(deltas)), dtype=torch.float64)  # (K, 2)
+        weights = alignment(magnitudes[:, 1], magnitudes[:, 0]) * torch.as_tensor(self.scale, dtype=torch.float64)
+        return weighted_sum(deltas, weights)
+
+    def combine_run(self, name: str, start: int, deltas: Tensor, statistics: Tensor | None) -> Tensor:
+        scale = torch.as_tensor(self.scale, dtype=torch.float64)
         if statistics is not None:
-            weights = statistics * self.scale
+            weights = statistics * scale
         elif self.coefficients == "uniform":
-            weights = torch.full((len(deltas),), self.scale, dtype=torch.float64)
+            weights = scale.expand(len(deltas))
         else:
-            weights = torch.tensor(self.coefficients, dtype=torch.float64) * self.scale
-        return self.filter(weighted_sum(deltas, weights))
+            weights = torch.tensor(self.coefficients, dtype=torch.float64) * scale
+        return weighted_sum(deltas, weights)
+
+    def finish(self, name: str, merged: Tensor) -> Tensor:
+        return self.filter(merged)
+
+    def _filter(self, delta: Tensor) -> tuple[float, float]:
+        """Filter one vector in place; E|v| and E|G(v)|."""
+        before = _magnitude(delta)
+        delta.copy_(self.filter(delta))
+        return before, _magnitude(delta)
 
 
 def alignment(after: Tensor, before: Tensor) -> Tensor:
@@ -87,6 +117,6 @@ def alignment(after: Tensor, before: Tensor) -> Tensor:
     return torch.where(something, after.max() / after, 0.0)
 
 
-def _magnitudes(deltas: Tensor) -> Tensor:
-    """E|v_k|: (K, *shape) float32 → (K,) float64 on the CPU."""
-    return torch.stack([delta.abs().mean(dtype=torch.float64) for delta in deltas]).cpu()
+def _magnitude(delta: Tensor) -> float:
+    """E|v|, in float64."""
+    return float(delta.abs().mean(dtype=torch.float64))

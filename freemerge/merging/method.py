@@ -2,15 +2,17 @@
 
 - `survey` looks at all task vectors, as often as it needs, and returns what has to be known of the whole model.
 - `combine` merges one tensor.
-- Statistics are handed from the one to the other and never stored in the method: methods stay plain, immutable values,
-  and a search over `scale` or `ratio` surveys once.
+- Statistics are handed from the one to the other and never stored in the method: methods stay plain, immutable values.
+- `survey_key` says what the statistics depend on: methods that agree in it share a survey, so that a search over
+  `scale` surveys once.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -25,6 +27,18 @@ class MergeMethod(ABC):
     A new method is one file: fields, their check in `__post_init__`, `combine`, and `survey` if it is global.
     """
 
+    survey_fields: ClassVar[tuple[str, ...] | None] = None
+    """The fields that `survey` looks at; None for all of them. A method that names them makes searches faster."""
+
+    @property
+    def survey_key(self) -> Hashable:
+        """What the statistics of `survey` depend on, beside the vectors: equal keys, equal statistics."""
+        names = self.survey_fields
+        if names is None and not dataclasses.is_dataclass(self):
+            return object()  # nobody knows, so it is like no other
+        names = tuple(field.name for field in dataclasses.fields(self)) if names is None else names
+        return (type(self), *((name, _key(getattr(self, name))) for name in names))
+
     @property
     def elementwise(self) -> bool:
         """Whether `combine` treats each entry by itself, given the statistics.
@@ -32,6 +46,16 @@ class MergeMethod(ABC):
         The engine then hands it pieces of bounded size, (K, n) → (n,), instead of whole tensors.
         """
         return False
+
+    @property
+    def finishes(self) -> bool:
+        """Whether an elementwise method's pieces, joined to a whole tensor, still have to go through `finish`."""
+        return False
+
+    @property
+    def passes(self) -> int:
+        """How many times the models are read, the merge itself included, unless a sample misleads."""
+        return 1
 
     def check(self, labels: Sequence[str]) -> None:
         """Raise a `MergeError` if the method cannot merge these models; called before any work.
@@ -53,8 +77,9 @@ class MergeMethod(ABC):
         """Gather what `combine` has to know of all tensors; by default nothing, without a pass.
 
         Args:
-            vectors: iterating yields (name, deltas) with deltas (K, *shape) float32, `vectors.pieces()` yields (K, n)
-                pieces; each can be done again, and costs a pass over the models.
+            vectors: iterating yields (name, deltas) with deltas (K, *shape) float32; `vectors.scan` shows pieces (K, n)
+                in any order, and shares the work between threads and processes. Each can be done again, and costs a
+                pass over the models.
 
         Returns:
             Statistics for `combine`, or None.
@@ -89,6 +114,32 @@ class MergeMethod(ABC):
             (n,) float32.
         """
         return self.combine(name, deltas, statistics)
+
+    def finish(self, name: str, merged: Tensor) -> Tensor:
+        """What becomes of a whole tensor that was merged by pieces; for methods with `finishes` only.
+
+        Args:
+            name: the tensor's name.
+            merged: its pieces from `combine_run`, (*shape) float32; may be overwritten.
+
+        Returns:
+            The merged task vector, (*shape) float32.
+        """
+        return merged
+
+
+def _key(value: object) -> Hashable:
+    if isinstance(value, MergeMethod):
+        return value.survey_key
+    if isinstance(value, Mapping):
+        return tuple((key, _key(inner)) for key, inner in value.items())
+    if isinstance(value, (list, tuple)):
+        return tuple(_key(inner) for inner in value)
+    try:
+        hash(value)
+    except TypeError:
+        return object()
+    return value
 
 
 def weighted_sum(deltas: Tensor, weights: float | Sequence[float] | Tensor) -> Tensor:

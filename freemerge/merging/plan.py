@@ -7,7 +7,8 @@ or is an error. None is dropped in silence.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -16,8 +17,14 @@ from torch import Tensor
 from freemerge.checkpoints import Checkpoint, TensorSpec
 from freemerge.merging.errors import MergeError
 from freemerge.merging.patterns import select, unmatched
+from freemerge.merging.processes import Processes
+from freemerge.merging.quantized import find_quantized
 from freemerge.merging.streaming import Piece
+from freemerge.merging.threads import each
 from freemerge.merging.vectors import Vectors, differences, working_dtype
+from freemerge.merging.vocabulary import is_vocabulary, match_rows
+
+_DEVICE_PIECE = 1 << 25  # 128 MiB in float32: a copy of which is long against its start
 
 
 class Operands(NamedTuple):
@@ -40,6 +47,9 @@ class Plan:
         kept: names of the tensors that stay as in the base (excluded, or not of floating point).
         tied: name → the name earlier in the base whose memory it shares, in the base and in every model.
         dtype: of the merged model's floating-point tensors; None for the base's own.
+        embeddings: what became of vocabularies that differ, see `match_rows`.
+        rows: of tensors whose vocabularies differ: how many leading rows of each model take part.
+        device: where to compute; None for where the tensors are.
     """
 
     base: Checkpoint
@@ -48,6 +58,9 @@ class Plan:
     kept: tuple[str, ...]
     tied: Mapping[str, str]
     dtype: torch.dtype | None
+    embeddings: str = "error"
+    rows: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    device: torch.device | None = None
 
     @property
     def specs(self) -> dict[str, TensorSpec]:
@@ -63,14 +76,39 @@ class Plan:
         dtype = self.base.spec(name).dtype
         return self.dtype if self.dtype is not None and dtype.is_floating_point else dtype
 
-    def vectors(self) -> Vectors:
-        """The models' task vectors, computed from the checkpoints whenever they are asked for."""
+    @property
+    def shapes(self) -> dict[str, torch.Size]:
+        """Shapes of the tensors to merge."""
+        return {name: torch.Size(self.base.spec(name).shape) for name in self.merged}
+
+    @cached_property
+    def home(self) -> torch.device:
+        """Where the base's tensors are."""
+        return self.base.run(self.merged[0], 0, 0).device
+
+    @property
+    def piece(self) -> int | None:
+        """Values of all models together in one piece; None for what suits a processor's cache."""
+        return None if self.device is None or self.device.type == "cpu" else _DEVICE_PIECE
+
+    def vectors(self, processes: Processes | None = None) -> Vectors:
+        """The models' task vectors, computed from the checkpoints whenever they are asked for.
+
+        Args:
+            processes: those that share the passes.
+        """
         return Vectors(
             [model.label for model in self.models],
-            {name: self.base.spec(name).shape for name in self.merged},
+            self.shapes,
             lambda name: self.read(name).deltas,
             lambda piece: self.read(piece).deltas,
+            processes,
+            self.piece,
         )
+
+    def read_base(self, what: str | Piece) -> Tensor:
+        """The base's values of a tensor, or of a piece of one, as stored."""
+        return self._placed(_read(self.base, what))
 
     def read(self, what: str | Piece) -> Operands:
         """Read the base's values of a tensor, or of a piece of one, and what the models add to them.
@@ -79,26 +117,43 @@ class Plan:
             MergeError: a value is NaN or infinite.
         """
         name = what.name if isinstance(what, Piece) else what
-        base = _read(self.base, what)
+        base = self.read_base(what)
         deltas = torch.empty(len(self.models), *base.shape, dtype=torch.float32, device=base.device)
         reference = base.to(working_dtype(base.dtype))  # converted once, not once per model
-        single = None
-        for model, row in zip(self.models, deltas, strict=True):
-            if name in model.deltas:
-                row.copy_(_read(model, what))
-            elif name in model or name in model.tied:
-                single = _read(model, what)
-                differences(reference, [single], out=row[None])
-            else:  # an adapter that leaves this tensor as it is
+
+        def read_delta(index: int) -> Tensor | None:
+            """Write a model's difference, and return its own values, if it has such."""
+            model, row = self.models[index], deltas[index]
+            if not model.has(name):  # an adapter that leaves this tensor as it is
                 row.zero_()
+                return None
+            if name in self.rows:
+                return _read_rows(model, what, self.rows[name][index], reference, row)
+            values = self._placed(_read(model, what))
+            if name in model.deltas:
+                row.copy_(values)
+                return None
+            differences(reference, [values], out=row[None])
+            return values if len(self.models) == 1 else None
+
+        indices = range(len(self.models))
+        own = [read_delta(index) for index in indices] if isinstance(what, Piece) else each(read_delta, indices)
         # One sum finds any NaN or infinity; only when it does (or overflows) is it worth asking where.
         if not bool(torch.isfinite(deltas.sum())):
             for checkpoint in (self.base, *self.models):
                 if name in checkpoint:
                     _require_finite(checkpoint.label, name, checkpoint.tensor(name))
-        return Operands(
-            base, deltas, single if len(self.models) == 1 else None, what.start if isinstance(what, Piece) else None
-        )
+        single = own[0] if len(own) == 1 else None
+        return Operands(base, deltas, single, what.start if isinstance(what, Piece) else None)
+
+    def _placed(self, values: Tensor) -> Tensor:
+        """Values where they are computed with."""
+        if self.device is None or values.device == self.device:
+            return values
+        if self.device.type != "cuda":
+            return values.to(self.device)
+        # From pinned memory a copy runs beside other threads' arithmetic, and is half as long.
+        return values.pin_memory().to(self.device, non_blocking=True)
 
 
 def make_plan(
@@ -107,6 +162,8 @@ def make_plan(
     include: Sequence[str] | None = None,
     exclude: Sequence[str] | None = None,
     dtype: torch.dtype | None = None,
+    embeddings: str = "error",
+    device: torch.device | None = None,
 ) -> Plan:
     """Check that the models fit the base and decide what becomes of every tensor.
 
@@ -119,20 +176,22 @@ def make_plan(
         include: patterns of the tensors to merge; None for all. See `patterns.select`.
         exclude: patterns of the tensors to keep as in the base.
         dtype: of the result's floating-point tensors; None for the base's own.
+        embeddings: what to do with vocabularies that differ, see `merge`.
+        device: where to compute; None for where the tensors are.
 
     Raises:
         MergeError: nothing to merge, a pattern that matches nothing, a tensor that is missing, extra or of another
-            shape.
+            shape, a vocabulary that differs.
     """
     if not models:
         raise MergeError("there is no fine-tuned model to merge; name at least one")
     if base.deltas:
-        raise MergeError(f"{base.label}: is a LoRA adapter; the base must be the model that it was trained on")
+        raise MergeError(f"{base.label}: is an adapter; the base must be the model that it was trained on")
     if dtype is not None and not dtype.is_floating_point:
         raise MergeError(f"the dtype of a merged model must be a floating-point one, not {dtype}")
     if repeated := sorted({m.label for m in models if sum(m.label == other.label for other in models) > 1}):
         raise MergeError(f"two fine-tuned models have the same name '{repeated[0]}'; give each its own")
-    models = tuple(model.relative_to(base.names) for model in models)
+    models = tuple(model.relative_to(base.names).on(base) for model in models)
 
     everything = dict.fromkeys((*base.names, *(name for model in models for name in (*model.names, *model.outside))))
     for patterns, argument in ((include, "include"), (exclude, "exclude")):
@@ -140,19 +199,51 @@ def make_plan(
             raise MergeError(f"{argument}: the pattern '{nothing[0]}' matches no tensor of any model; is it misspelt?")
 
     selected = set(select(everything, include, exclude))
+    for checkpoint in (base, *models):
+        if quantized := find_quantized(checkpoint, selected):
+            raise MergeError(
+                f"{checkpoint.label}: the tensor '{quantized[0]}' is quantized, its scales are in '{quantized[1]}'; "
+                "dequantize the model first (load it with transformers in bfloat16 and save it)"
+            )
     tied = {name: first for name, first in base.tied.items() if name in base and _tied_everywhere(name, first, models)}
     floating = [name for name in base.names if base.spec(name).dtype.is_floating_point and name not in tied]
     merged = tuple(name for name in floating if name in selected)
     taken = {*merged, *tied}
     kept = tuple(name for name in base.names if name not in taken)
     _compare(base, models, merged, selected)
+    rows = match_rows(base, models, merged, embeddings)
     if not merged:
         raise MergeError("include and exclude leave no floating-point tensor of the base to merge")
-    return Plan(base, models, merged, kept, tied, dtype)
+    return Plan(base, models, merged, kept, tied, dtype, embeddings, rows, device)
 
 
 def _read(checkpoint: Checkpoint, what: str | Piece) -> Tensor:
     return checkpoint.run(*what) if isinstance(what, Piece) else checkpoint.tensor(what)
+
+
+def _read_rows(model: Checkpoint, what: str | Piece, rows: int, reference: Tensor, delta: Tensor) -> Tensor | None:
+    """Read what takes part of a model whose vocabulary is not the base's.
+
+    Args:
+        model: the fine-tuned model.
+        what: the tensor, or the piece of one.
+        rows: how many of the model's rows take part.
+        reference: the base's values.
+        delta: where the difference to them is written, zero for the other rows.
+
+    Returns:
+        The model's own values, and in the other rows the base's; None for an adapter.
+    """
+    name, start, stop = what if isinstance(what, Piece) else (what, 0, reference.numel())
+    count = max(0, min(stop, rows * torch.Size(model.spec(name).shape[1:]).numel()) - start)
+    delta.zero_()
+    if name in model.deltas:
+        delta.view(-1)[:count] = model.run(name, start, start + count)
+        return None
+    values = reference.clone(memory_format=torch.contiguous_format)
+    values.view(-1)[:count] = model.run(name, start, start + count)
+    differences(reference, [values], out=delta[None])
+    return values
 
 
 def _tied_everywhere(name: str, first: str, models: Sequence[Checkpoint]) -> bool:
@@ -176,7 +267,7 @@ def _compare(base: Checkpoint, models: Sequence[Checkpoint], merged: Sequence[st
                     f"{model.label}: the tensor '{name}' has dtype {model.spec(name).dtype}, expected a floating-point "
                     f"one; a quantized model must be dequantized first"
                 )
-            elif model.spec(name).shape != base.spec(name).shape:
+            elif model.spec(name).shape != base.spec(name).shape and not is_vocabulary(name, base, model):
                 problems.append(
                     f"{model.label}: the tensor '{name}' has shape {list(model.spec(name).shape)}, expected "
                     f"{list(base.spec(name).shape)} as in {base.label}; exclude=['{name}'] keeps the base's"
