@@ -244,8 +244,9 @@ def _transform(rows: Tensor, plan: _Plan) -> None:
     for block in blocks:
         held[block] = torch.fft.rfft(rows[block])[:, first:last]
     held[:, removed[(removed >= first) & (removed < last)] - first] = 0
-    varied = held[:, varying - first].T.contiguous()  # (lines, length of a line)
-    held[:, varying - first] = torch.fft.ifft(torch.fft.fft(varied).mul_(gains)).T
+    if len(varying):  # some transforms of nothing are an error, those of length 1 for one
+        varied = held[:, varying - first].T.contiguous()  # (lines, length of a line)
+        held[:, varying - first] = torch.fft.ifft(torch.fft.fft(varied).mul_(gains)).T
     for block in blocks:
         spectrum = held.new_zeros(len(held[block]), length // 2 + 1)
         spectrum[:, first:last] = held[block]
