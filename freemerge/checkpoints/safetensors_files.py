@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 
 from freemerge.checkpoints.checkpoint import Checkpoint, TensorSpec
+from freemerge.checkpoints.checksums import KEY as SUMS
+from freemerge.checkpoints.checksums import checksum, find_placeholder, placeholder, split_sums
 from freemerge.checkpoints.errors import CheckpointError
 from freemerge.checkpoints.index import Index
 from freemerge.checkpoints.reading import read_bytes
@@ -55,6 +57,7 @@ class SafetensorsFile:
         start = 8 + len(text)
         self._places = {name: (start + begin, start + stop) for name, (begin, stop) in header.places.items()}
         self.tied = self._read_tied()
+        self._sums = split_sums(self.metadata.get(SUMS, ""), tuple(self.specs))
 
     def _read_tied(self) -> dict[str, str]:
         """Left-out name → stored name, of tensors that share their memory.
@@ -89,12 +92,20 @@ class SafetensorsFile:
         """Read a tensor, or a run of its values as a 1-D tensor, into fresh memory.
 
         Raises:
-            CheckpointError: the file vanished or got shorter since it was opened.
+            CheckpointError: the file vanished or got shorter since it was opened; or, where the file has their sum, the
+                bytes of a whole tensor are not those that were written.
         """
         spec, (begin, stop) = self.specs[name], self._places[name]
         if run is not None:
             begin, stop = (begin + position * spec.dtype.itemsize for position in run)
         data = read_bytes(self.path, begin, stop, name)
+        if run is None and name in self._sums:
+            if checksum(data.numpy()) != self._sums[name]:
+                raise CheckpointError(
+                    f"{self.path}: the values of the tensor '{name}' are not those that were written (their sum is "
+                    "another); copy or download the file again"
+                )
+            self._sums.pop(name, None)  # once is enough
         return data.view(spec.dtype).view(spec.shape if run is None else -1)
 
 
@@ -150,6 +161,7 @@ def write_safetensors(
     path = Path(path)
     order = storage_order(specs)
     notes = _notes(specs, metadata or {}, tied or {})
+    notes[SUMS] = placeholder(len(order))
     notes[DIGEST] = digest_table({name: specs[name] for name in order}, notes)
     header: dict[str, object] = {"__metadata__": notes}
     offset = 0
@@ -169,11 +181,16 @@ def write_safetensors(
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
         with os.fdopen(handle, "wb") as file:
             file.write(struct.pack("<Q", len(text)) + text)
+            sums = []
             for expected, (name, tensor) in zip(order, tensors, strict=True):
                 if name != expected or TensorSpec(tuple(tensor.shape), tensor.dtype) != specs[name]:
                     raise ValueError(f"{path}: expected the tensor '{expected}' {specs[expected]}, got '{name}'")
-                if tensor.numel():
-                    file.write(memoryview(tensor_bytes(tensor)))
+                data = tensor_bytes(tensor)
+                sums.append(checksum(data))
+                if len(data):
+                    file.write(memoryview(data))
+            file.seek(8 + find_placeholder(text, len(order)))
+            file.write("".join(sums).encode())
             file.flush()
             os.fsync(file.fileno())
         if SafetensorsFile(temporary).specs != dict(specs):
