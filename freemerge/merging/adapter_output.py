@@ -75,10 +75,16 @@ def write_adapter(
     squares: dict[str, tuple[float, float]] = {}  # of what is lost, and of the difference
     for name, delta in deltas:
         square = float(delta.square().sum(dtype=torch.float64))
-        layer = find_layer(base, name)
         if square == 0:
             continue
+        if not math.isfinite(square):
+            raise MergeError(
+                f"{path}: the merged difference of the tensor '{name}' has values that are NaN or infinite"
+            )
+        layer = find_layer(base, name)
         if layer is None:
+            if delta.dim() > 1 and not name.endswith(".weight"):  # experts in one tensor, say: too much to keep whole
+                raise MergeError(_cannot_hold(path, name))
             whole[name] = delta.clone()
             squares[name] = (0.0, square)
             continue
@@ -147,9 +153,13 @@ def _place_whole(
             continue
         own = [other for other in base.names if other.startswith(f"{module}.")]
         if not module or module in layers or any("." in other[len(module) + 1 :] for other in own):
-            raise MergeError(
-                f"{path}: the tensor '{name}' has changed, and an adapter can hold neither factors of it nor the whole "
-                f"of its module; write output_format='model', or keep the base's: exclude=['{name}']"
-            )
+            raise MergeError(_cannot_hold(path, name))
         modules |= {other: value(other) for other in own}
     return biases, modules
+
+
+def _cannot_hold(path: Path, name: str) -> str:
+    return (
+        f"{path}: the tensor '{name}' has changed, and an adapter can hold neither factors of it nor the whole of its "
+        f"module; write output_format='model', or keep the base's: exclude=['{name}']"
+    )
