@@ -1,13 +1,13 @@
 """A sum of each tensor's bytes in the header of its file, so that damage to the values is seen when they are read.
 
-The bytes are summed as 64-bit words, modulo 2⁶⁴: any one flipped bit changes the sum. That goes at the speed of memory,
-five times as fast as a CRC and ten times as fast as SHA-256 here, so that it costs next to nothing beside the disk. It
-guards against accidents, not against forgers.
+The bytes are added up as 64-bit words, modulo 2⁶⁴: any one flipped bit changes the sum, and the runs of a tensor can be
+added in any order. That goes at the speed of memory, six times as fast as a CRC and eleven times as fast as SHA-256
+here, so that it costs next to nothing beside the disk. It guards against accidents, not against forgers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -16,38 +16,39 @@ KEY = "freemerge.sums"  # metadata: the tensors' sums in the order of the data, 
 _DIGITS = 16
 
 
-def checksum(data: np.ndarray) -> str:
-    """The sum of a tensor's bytes.
+def add_up(data: np.ndarray, start: int = 0) -> int:
+    """The sum of a run of a tensor's bytes.
 
     Args:
         data: (n,) uint8.
+        start: position of the first of them in the tensor.
 
     Returns:
-        16 hexadecimal digits.
+        What the run adds to the sum of the tensor, below 2⁶⁴; sums of runs are to be added modulo 2⁶⁴.
     """
-    whole = len(data) // 8 * 8
-    rest = int.from_bytes(data[whole:].tobytes(), "little")
-    total = int(data[:whole].view("<u8").sum(dtype=np.uint64)) + rest
-    return f"{total % 2**64:0{_DIGITS}x}"
+    lead = min(-start % 8, len(data))  # bytes that end a word begun by another run
+    whole = lead + (len(data) - lead) // 8 * 8
+    first = int.from_bytes(data[:lead].tobytes(), "little") << start % 8 * 8
+    last = int.from_bytes(data[whole:].tobytes(), "little")
+    words = np.frombuffer(data[lead:whole].data, dtype="<u8")
+    return (first + int(words.sum(dtype=np.uint64)) + last) % 2**64
 
 
-def placeholder(count: int) -> str:
-    """What stands in a header until the sums of `count` tensors are known."""
-    return "0" * _DIGITS * count
+def write_sums(sums: Iterable[int]) -> bytes:
+    """The metadata's entry for the sums of tensors in the order of the data."""
+    return "".join(f"{total % 2**64:0{_DIGITS}x}" for total in sums).encode()
 
 
-def find_placeholder(text: bytes, count: int) -> int:
-    """The position of the placeholder in a header's text."""
-    return text.index(f'"{KEY}":"{placeholder(count)}"'.encode()) + len(KEY) + 4
-
-
-def split_sums(text: str, names: Sequence[str]) -> dict[str, str]:
-    """Tensor name → sum; empty if the text does not hold one sum for each name.
+def read_sums(text: str, names: Iterable[str]) -> dict[str, int]:
+    """Tensor name → sum; empty if the metadata's entry does not hold one for each name.
 
     Args:
-        text: the metadata's entry.
+        text: the entry.
         names: of the tensors, in the order of the data.
     """
-    if len(text) != _DIGITS * len(names):
+    names = list(names)
+    try:
+        sums = [int(text[index * _DIGITS : (index + 1) * _DIGITS], 16) for index in range(len(names))]
+    except ValueError:
         return {}
-    return {name: text[index * _DIGITS : (index + 1) * _DIGITS] for index, name in enumerate(names)}
+    return dict(zip(names, sums, strict=True)) if len(text) == _DIGITS * len(names) else {}

@@ -15,13 +15,14 @@ import struct
 import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from freemerge.checkpoints.checkpoint import Checkpoint, TensorSpec
 from freemerge.checkpoints.checksums import KEY as SUMS
-from freemerge.checkpoints.checksums import checksum, find_placeholder, placeholder, split_sums
+from freemerge.checkpoints.checksums import add_up, read_sums, write_sums
 from freemerge.checkpoints.errors import CheckpointError
 from freemerge.checkpoints.index import Index
 from freemerge.checkpoints.reading import read_bytes
@@ -57,7 +58,7 @@ class SafetensorsFile:
         start = 8 + len(text)
         self._places = {name: (start + begin, start + stop) for name, (begin, stop) in header.places.items()}
         self.tied = self._read_tied()
-        self._sums = split_sums(self.metadata.get(SUMS, ""), tuple(self.specs))
+        self._sums = read_sums(self.metadata.get(SUMS, ""), self.specs)
 
     def _read_tied(self) -> dict[str, str]:
         """Left-out name → stored name, of tensors that share their memory.
@@ -100,7 +101,7 @@ class SafetensorsFile:
             begin, stop = (begin + position * spec.dtype.itemsize for position in run)
         data = read_bytes(self.path, begin, stop, name)
         if run is None and name in self._sums:
-            if checksum(data.numpy()) != self._sums[name]:
+            if add_up(data.numpy()) != self._sums[name]:
                 raise CheckpointError(
                     f"{self.path}: the values of the tensor '{name}' are not those that were written (their sum is "
                     "another); copy or download the file again"
@@ -123,8 +124,10 @@ def open_safetensors(paths: Iterable[Path], label: str, index: Index | None = No
     place: dict[str, SafetensorsFile] = {}
     specs: dict[str, TensorSpec] = {}
     tied: dict[str, str] = {}
+    metadata: dict[str, str] = {}
     for path in paths:
         file = SafetensorsFile(path)
+        metadata |= file.metadata
         for name, spec in file.specs.items():
             if name in place:
                 raise CheckpointError(f"{path}: the tensor '{name}' is also in {place[name].path}; keep one of them")
@@ -133,7 +136,7 @@ def open_safetensors(paths: Iterable[Path], label: str, index: Index | None = No
     if index is not None:
         index.check({name: file.path for name, file in place.items()}, tied)
     tied = {name: first for name, first in tied.items() if name not in specs}
-    return Checkpoint(label, specs, lambda name, run: place[name].read(name, run), tied=tied)
+    return Checkpoint(label, specs, lambda name, run: place[name].read(name, run), tied=tied, metadata=metadata)
 
 
 def write_safetensors(
@@ -159,46 +162,28 @@ def write_safetensors(
         ValueError: the stream does not match `specs`.
     """
     path = Path(path)
-    order = storage_order(specs)
-    notes = _notes(specs, metadata or {}, tied or {})
-    notes[SUMS] = placeholder(len(order))
-    notes[DIGEST] = digest_table({name: specs[name] for name in order}, notes)
-    header: dict[str, object] = {"__metadata__": notes}
-    offset = 0
-    for name in order:
-        shape, dtype = specs[name]
-        if dtype not in _CODES:
-            raise CheckpointError(f"{path}: safetensors has no {dtype}, the dtype of the tensor '{name}'")
-        size = torch.Size(shape).numel() * dtype.itemsize
-        header[name] = {"dtype": _CODES[dtype], "shape": list(shape), "data_offsets": [offset, offset + size]}
-        offset += size
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # keeps the data aligned
-
+    layout = lay_out(path, specs, metadata, tied)
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
         with os.fdopen(handle, "wb") as file:
-            file.write(struct.pack("<Q", len(text)) + text)
+            file.write(layout.head)
             sums = []
-            for expected, (name, tensor) in zip(order, tensors, strict=True):
+            for expected, (name, tensor) in zip(storage_order(specs), tensors, strict=True):
                 if name != expected or TensorSpec(tuple(tensor.shape), tensor.dtype) != specs[name]:
                     raise ValueError(f"{path}: expected the tensor '{expected}' {specs[expected]}, got '{name}'")
                 data = tensor_bytes(tensor)
-                sums.append(checksum(data))
+                sums.append(add_up(data))
                 if len(data):
                     file.write(memoryview(data))
-            file.seek(8 + find_placeholder(text, len(order)))
-            file.write("".join(sums).encode())
+            file.seek(layout.sums)
+            file.write(write_sums(sums))
             file.flush()
             os.fsync(file.fileno())
         if SafetensorsFile(temporary).specs != dict(specs):
             raise CheckpointError(f"{path}: what was written does not read back; is the disk full?")
-        # mkstemp makes private files; give this one the permissions that any new file would have had.
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(temporary, 0o666 & ~mask)
+        make_public(temporary, 0o666)  # mkstemp makes private files
         os.replace(temporary, path)
         sync_folder(path.parent)
     except OSError as error:
@@ -207,6 +192,59 @@ def write_safetensors(
         if temporary is not None:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(temporary)
+
+
+class Layout(NamedTuple):
+    """Where everything lies in a safetensors file."""
+
+    head: bytes  # what precedes the data
+    places: dict[str, tuple[int, int]]  # name → its first byte in the file and the one after its last
+    sums: int  # where the sums of the tensors go, in the order of `places`; see `checksums.write_sums`
+
+    @property
+    def size(self) -> int:
+        """Bytes of the file."""
+        return max((stop for _, stop in self.places.values()), default=len(self.head))
+
+
+def lay_out(
+    path: Path,
+    specs: Mapping[str, TensorSpec],
+    metadata: Mapping[str, str] | None = None,
+    tied: Mapping[str, str] | None = None,
+) -> Layout:
+    """Plan a file, so that its tensors can be written in any order; see `write_safetensors`.
+
+    Raises:
+        CheckpointError: a dtype that the format does not have.
+    """
+    order = storage_order(specs)
+    notes = _notes(specs, metadata or {}, tied or {})
+    notes[SUMS] = write_sums([0] * len(order)).decode()
+    notes[DIGEST] = digest_table({name: specs[name] for name in order}, notes)
+    header: dict[str, object] = {"__metadata__": notes}
+    places = {}
+    offset = 0
+    for name in order:
+        shape, dtype = specs[name]
+        if dtype not in _CODES:
+            raise CheckpointError(f"{path}: safetensors has no {dtype}, the dtype of the tensor '{name}'")
+        places[name] = (offset, offset + torch.Size(shape).numel() * dtype.itemsize)
+        header[name] = {"dtype": _CODES[dtype], "shape": list(shape), "data_offsets": list(places[name])}
+        offset = places[name][1]
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # keeps the data aligned
+    head = struct.pack("<Q", len(text)) + text
+    inside = {name: (len(head) + begin, len(head) + stop) for name, (begin, stop) in places.items()}
+    entry = json.dumps({SUMS: notes[SUMS]}, separators=(",", ":")).encode()[1:-1]
+    return Layout(head, inside, sums=head.index(entry) + len(SUMS) + len('"":"'))
+
+
+def make_public(path: str | os.PathLike[str], mode: int) -> None:
+    """Give a temporary file or folder the permissions that any new one would have had."""
+    mask = os.umask(0)
+    os.umask(mask)
+    os.chmod(path, mode & ~mask)
 
 
 def _look_tied(metadata: Mapping[str, str], specs: Mapping[str, TensorSpec]) -> dict[str, str]:

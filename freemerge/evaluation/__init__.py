@@ -1,8 +1,20 @@
 """The multi-task evaluation loop and the report."""
 
+from freemerge.data.task_metrics import ExactMatch, TaskMetric, metric_for
 from freemerge.evaluation.evaluator import MultiTaskEvaluator
 from freemerge.evaluation.loop import evaluate
 from freemerge.evaluation.metrics import LabelSpace, MultiTaskMetrics
 from freemerge.evaluation.report import Report, Row, mean_score
 
-__all__ = ["LabelSpace", "MultiTaskEvaluator", "MultiTaskMetrics", "Report", "Row", "evaluate", "mean_score"]
+__all__ = [
+    "ExactMatch",
+    "LabelSpace",
+    "MultiTaskEvaluator",
+    "MultiTaskMetrics",
+    "Report",
+    "Row",
+    "TaskMetric",
+    "evaluate",
+    "mean_score",
+    "metric_for",
+]

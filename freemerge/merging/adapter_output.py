@@ -55,7 +55,7 @@ def write_adapter(
         path: the folder to write.
         base: the pretrained model.
         deltas: the merged task vector, tensor by tensor: name and float32 difference, each read once.
-        rank: of the factors.
+        rank: of the factors, at least 1.
         record: what `freemerge.json` says of the merge, see `make_record`.
         dtype: of the factors; None for float32. Tensors that are stored whole have it too, or else the base's.
         overwrite: replace a folder that freemerge wrote.
@@ -64,11 +64,9 @@ def write_adapter(
         The error of the truncation, which is in `freemerge.json` and the model card as well.
 
     Raises:
-        MergeError: the rank is not positive, or a tensor has changed that an adapter cannot change.
+        MergeError: a tensor has changed that an adapter cannot change.
         CheckpointError: the folder cannot be written.
     """
-    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-        raise MergeError(f"rank must be a positive number, got {rank!r}")
     stored: dict[str, Tensor] = {}
     layers: dict[str, Layer] = {}  # by module
     whole: dict[str, Tensor] = {}

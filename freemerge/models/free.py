@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from freemerge.checkpoints import CheckpointError, hash_tensors, load_checkpoint, save_checkpoint
 from freemerge.experts import ExpertSwitch, SparseExpert, check_fits, check_merged_hash, load_expert, save_expert
-from freemerge.models.backbones import Backbone, TransformersBackbone
+from freemerge.models.backbones import Backbone
+from freemerge.models.encoder import TransformersBackbone
 from freemerge.models.router import Router
 
 FORMAT = "freemerge-free-model-1"

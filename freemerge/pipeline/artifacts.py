@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 import freemerge
@@ -72,25 +73,39 @@ class Artifacts:
         """Weights of one task's individual model's backbone."""
         return load_checkpoint(self._require_folder(self.finetune_stage(task)) / "backbone.safetensors")
 
-    def heads(self) -> dict[str, nn.Linear]:
-        """Task → head."""
-        return {task: _head(self._require_folder(self.finetune_stage(task))) for task in self.suite.names}
-
-    def finished(self, folder: Path | None = None) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]], dict]:
-        """The base, and each task's individual backbone and head.
+    def finished(self, run: Path | None = None) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
+        """The base, and task → its individual model's backbone.
 
         Args:
-            folder: a run folder whose files to take as they are; None for this run's own, by their keys.
+            run: a run folder whose files to take as they are; None for this run's own, by their keys.
         """
-        if folder is None:
-            return self.base_weights(), self.finetuned_weights(), self.heads()
-        stages = {task: folder / "finetune" / task for task in self.suite.names}
-        base = folder / "base.safetensors"
+        if run is None:
+            return self.base_weights(), self.finetuned_weights()
+        base = run / "base.safetensors"
         return (
             load_checkpoint(base) if base.exists() else self.tuner.backbone.weights(),
-            {task: load_checkpoint(stage / "backbone.safetensors") for task, stage in stages.items()},
-            {task: _head(stage) for task, stage in stages.items()},
+            {task: load_checkpoint(run / "finetune" / task / "backbone.safetensors") for task in self.suite.names},
         )
+
+    def heads(self, shared: bool = True, run: Path | None = None) -> dict[str, nn.Module]:
+        """Task → head.
+
+        Args:
+            shared: tasks that share a head get the mean of the group's, which only differ where heads train along;
+                otherwise each has the one that it was fine-tuned with.
+            run: see `finished`.
+        """
+        states = {}
+        for task in self.suite.names:
+            folder = run / "finetune" / task if run is not None else self._require_folder(self.finetune_stage(task))
+            path = folder / "head.safetensors"  # not there where the head is the model's own
+            states[task] = load_checkpoint(path) if path.is_file() else {}
+        heads: dict[str, nn.Module] = {}
+        for task in states:
+            group = [states[member] for member in (self.suite.head_group(task) if shared else (task,))]
+            state = {name: torch.stack([other[name] for other in group]).mean(dim=0) for name in group[0]}
+            heads[task] = _linear(state) if state else nn.Identity()
+        return heads
 
     def free_weights(self) -> dict[str, Tensor]:
         """The merged backbone that carries the experts."""
@@ -157,6 +172,7 @@ class Artifacts:
             "task": task,
             "data": self.suite.fingerprint(selection=False),
             "batch_size": self.suite.batch_size,
+            "head_group": self.suite.head_group(task),
         }
         return StageFolder(self.folder / "finetune" / task, f"finetune {task}", inputs)
 
@@ -215,6 +231,11 @@ class Artifacts:
         """A task's expert after training."""
         return self.expert_stage(task).path / "expert.safetensors"
 
+    def has_experts(self) -> bool:
+        """Whether all tasks' experts and the router have been made with this configuration."""
+        stages = [*(self.expert_stage(task) for task in self.suite.names), self.router_stage()]
+        return all(stage.record() is not None for stage in stages)
+
     def require(self, stage: StageFolder) -> dict[str, Any]:
         """The record of a stage that must have been done; a ValueError that says what to add if it has not."""
         record = stage.record()
@@ -230,10 +251,9 @@ class Artifacts:
         return stage.path
 
 
-def _head(stage: Path) -> nn.Linear:
-    state = load_checkpoint(stage / "head.safetensors")
-    classes, width = state["weight"].shape
-    head = nn.Linear(width, classes)
+def _linear(state: Mapping[str, Tensor]) -> nn.Linear:
+    outputs, width = state["weight"].shape
+    head = nn.Linear(width, outputs)
     head.load_state_dict(state)
     return head
 

@@ -35,10 +35,9 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
-import freemerge
-from freemerge.checkpoints import hash_tensors, load_checkpoint, save_checkpoint
+from freemerge.checkpoints import hash_tensors, save_checkpoint
 from freemerge.data import TaskSuite
-from freemerge.evaluation import Report, Row, mean_score
+from freemerge.evaluation import Report, mean_score
 from freemerge.experts import extract, load_expert, save_expert
 from freemerge.merging import apply_task_vector, merge, merge_task_vectors, task_vector
 from freemerge.models import FreeModel
@@ -46,6 +45,7 @@ from freemerge.pipeline.artifacts import Artifacts
 from freemerge.pipeline.folder import StageFolder
 from freemerge.pipeline.measure import Measure
 from freemerge.pipeline.others import Others
+from freemerge.pipeline.reporting import make_report
 from freemerge.pipeline.settings import STAGES, Settings
 from freemerge.pipeline.tune import Tuning
 from freemerge.training import ExpertTrainer, FineTuner, RouterTrainer
@@ -162,14 +162,19 @@ class SuiteRun:
             tuner = self.files.base_tuner()
             resume = stage.begin(self.ckpt_path)
             self._seed(stage)
-            tuner = tuner.for_task(data.num_classes)
-            trainer = self._fit(stage, tuner, data, self.settings.finetune.trainer, resume, monitor="val/acc")
+            tuner = tuner.for_task(data.task)
+            trainer = self._fit(
+                stage, tuner, data, self.settings.finetune.trainer, resume, tuner.monitor, tuner.monitor_mode
+            )
             best = trainer.checkpoint_callback.best_model_path if trainer.checkpoint_callback else ""
             if self.settings.finetune.weights == "best" and best:
                 tuner.load_state_dict(torch.load(best, map_location="cpu", weights_only=True)["state_dict"])
-            self._write(stage.path / "backbone.safetensors", tuner.backbone.weights())
-            self._write(stage.path / "head.safetensors", tuner.head.state_dict())
-            self._finish(stage, {"val/acc": _metric(trainer, "val/acc")})
+            self._write(stage.path / "backbone.safetensors", tuner.weights())
+            if head := tuner.head.state_dict():
+                self._write(stage.path / "head.safetensors", head)
+            if rank_zero_only.rank == 0:
+                tuner.save_adapter(stage.path / "adapter")
+            self._finish(stage, {tuner.monitor: _metric(trainer, tuner.monitor)})
 
     def merge(self) -> None:
         """Merge the task vectors by every method, at the scale that does best on validation data."""
@@ -189,12 +194,12 @@ class SuiteRun:
             merged = merge_task_vectors(vectors, replace(method, scale=1.0) if scalable else method)
             search = []
             for scale in self._each_scale(f"merge: {name}") if scalable else [1.0]:
-                scores = self.measure.shared(apply_task_vector(base, merged, scale), heads, loaders)
-                search.append({"scale": scale, "mean_acc": mean_score(scores)})
+                candidate = self.measure.with_own_statistics(apply_task_vector(base, merged, scale))
+                scores = self.measure.shared(candidate, heads, loaders)
+                search.append({"scale": scale, "mean_acc": mean_score(scores, self.measure.metrics)})
             best = max(search, key=lambda candidate: candidate["mean_acc"])
             chosen = replace(method, scale=best["scale"]) if scalable else method
-            if rank_zero_only.rank == 0:
-                merge(base, finetuned, chosen, output=self.files.merged_path(name))
+            self._write(self.files.merged_path(name), self.measure.with_own_statistics(merge(base, finetuned, chosen)))
             results["methods"][name] = {"search": search, "best": best}
             self._say(f"merge: {name}" + (f", scale {best['scale']:g}" if scalable else ""), best["mean_acc"])
         self._finish(stage, results)
@@ -250,7 +255,7 @@ class SuiteRun:
         for scale in self._each_scale("experts: extracted"):
             scaled = {task: expert.scaled(scale) for task, expert in experts.items()}
             scores = self.measure.free(FreeModel(self.files.backbone(merged), heads, scaled), loaders, oracle=True)
-            search.append({"scale": scale, "mean_acc": mean_score(scores)})
+            search.append({"scale": scale, "mean_acc": mean_score(scores, self.measure.metrics)})
         best = max(search, key=lambda candidate: candidate["mean_acc"])
         if rank_zero_only.rank == 0:
             for task, expert in experts.items():
@@ -273,57 +278,20 @@ class SuiteRun:
         self._finish(stage, {"val/acc": _metric(trainer, "val/acc")})
 
     def evaluate(self) -> Report:
-        """Evaluate everything on all tasks' test data; write the FREE model, the report and the picture."""
-        model = self.files.free_model()
-        merge_record = self.files.require(self.files.merge_stage())["results"]
-        extraction = self.files.require(self.files.extraction_stage())["results"]
-        loaders = self.measure.loaders("test")
-        heads = self.files.heads()
-        size = self._file_size(self.files.merged_path(self.settings.merge.free))
-        rows = [
-            Row("base (zero-shot)", self.measure.shared(self.files.base_weights(), heads, loaders), 0),
-            Row("individual", self.measure.individual(loaders), (len(self.suite.names) - 1) * size),
-        ]
-        for name in self.settings.merge.methods:
-            scores = self.measure.shared(load_checkpoint(self.files.merged_path(name)), heads, loaders)
-            rows.append(Row(name, scores, 0, chosen=merge_record["methods"][name]["best"]))
-        tasks = self.suite.names
-        merged = self.files.free_weights()
-        extracted = {task: load_expert(self.files.extracted_path(task), merged) for task in tasks}
-        expert_bytes = sum(self._file_size(self.files.expert_path(task)) for task in tasks)
-        router_bytes = self._file_size(self.files.router_stage().path / "router.safetensors")
-        rows += [
-            Row(
-                "FREE extracted (oracle)",
-                self.measure.free(FreeModel(self.files.backbone(merged), heads, extracted), loaders, oracle=True),
-                sum(self._file_size(self.files.extracted_path(task)) for task in tasks),
-                chosen=extraction["best"],
-            ),
-            Row(
-                "FREE trained (routed)",
-                self.measure.free(model, loaders, oracle=False),
-                expert_bytes + router_bytes,
-            ),
-            Row(
-                "FREE trained (oracle)",
-                self.measure.free(model, loaders, oracle=True),
-                expert_bytes,
-            ),
-            Row("router accuracy", self.measure.router(model, loaders), router_bytes, kind="router"),
-        ]
-        search = {name: entry["search"] for name, entry in merge_record["methods"].items()}
-        report = Report(
-            title=f"{type(self.suite).__name__}: test accuracy (%), {len(tasks)} tasks, seed {self.seed}",
-            rows=rows,
-            search={**search, "FREE extracted": extraction["search"]},
-            settings=self._provenance(size),
-        )
+        """Evaluate everything on all tasks' test data; write the FREE model, the report and the picture.
+
+        Where there are no experts, because their stages were left out, the report ends with the merged models.
+        """
+        model = self.files.free_model() if self.files.has_experts() or "experts" in self._stages else None
+        report = make_report(self.files, self.measure, model)
         if rank_zero_only.rank == 0:
-            model.save_pretrained(self.folder / "free_model")
+            if model is not None:
+                model.save_pretrained(self.folder / "free_model")
             report.write_json(self.folder / "report.json")
             report.plot(self.folder / "report.png")
             report.print(self.console)
-            self.console.print(f"[dim]{self.folder}/report.json, report.png and free_model/ hold the rest[/dim]")
+            rest = "report.json, report.png and free_model/" if model is not None else "report.json and report.png"
+            self.console.print(f"[dim]{self.folder}/{rest} hold the rest[/dim]")
         return report
 
     def tune(self, others: Others | None = None) -> Report | None:
@@ -337,17 +305,6 @@ class SuiteRun:
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         return Tuning(self.files, self.measure, self.console).run(others)
-
-    def _provenance(self, backbone_bytes: int) -> dict[str, Any]:
-        return {
-            "seed": self.seed,
-            "suite": self.suite.identity(),
-            "split": {"chosen_on": "val", "reported_on": "test"},
-            "backbone_bytes": backbone_bytes,
-            "density": self.settings.experts.density,
-            "free_on": self.settings.merge.free,
-            "versions": {"freemerge": freemerge.__version__, "torch": torch.__version__, "lightning": L.__version__},
-        }
 
     # -- small things -------------------------------------------------------------------------------------------------
 
@@ -378,13 +335,14 @@ class SuiteRun:
         overrides: Mapping[str, Any],
         resume: Path | None,
         monitor: str,
+        mode: str = "max",
     ) -> L.Trainer:
         """One Trainer fit, resumed if it was interrupted; prints what it is fitting."""
         checkpoint = ModelCheckpoint(
             dirpath=stage.checkpoints,
             filename="best",
             monitor=monitor,
-            mode="max",
+            mode=mode,
             save_last=True,
             enable_version_counter=False,
         )
@@ -399,9 +357,6 @@ class SuiteRun:
     def _write(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
         if rank_zero_only.rank == 0:
             save_checkpoint(path, {name: tensor.detach().cpu() for name, tensor in tensors.items()})
-
-    def _file_size(self, path: Path) -> int:
-        return path.stat().st_size
 
     def _seed(self, stage: StageFolder) -> None:
         digest = hashlib.sha256(f"{self.seed}:{stage.name}".encode()).digest()

@@ -1,13 +1,14 @@
 """MergeAtFitEnd in plain Lightning projects, single process."""
 
+import json
 from types import SimpleNamespace
 
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy
 
-from freemerge.checkpoints import load_checkpoint, save_checkpoint
+from freemerge.checkpoints import hash_tensors, load_checkpoint, save_checkpoint
 from freemerge.merging import FRMerging, PCBMerging, TaskArithmetic, WeightAverage
 from freemerge_callbacks import MergeAtFitEnd
 from tests.callbacks.callbacks_project import Nested, Plain, Validated, make_backbone, make_loader, make_trainer
@@ -239,6 +240,22 @@ def test_a_resumed_fit_whose_base_is_gone_is_refused(tmp_path, other):
     assert_equal(load_checkpoint(merge.merged_path), expected_mean(module.backbone.state_dict(), other))
 
 
+def test_a_finished_fit_that_is_resumed_with_nothing_left_to_train(tmp_path, other):
+    checkpoint = ModelCheckpoint(dirpath=tmp_path / "ckpt", save_last=True)
+    first = MergeAtFitEnd(WeightAverage(), [str(other)], str(tmp_path / "m.safetensors"))
+    module = fit(tmp_path, first, None, checkpoint, enable_checkpointing=True)
+    last = tmp_path / "ckpt" / "last.ckpt"
+    again = MergeAtFitEnd(WeightAverage(), [str(other)], str(tmp_path / "n.safetensors"))
+    again._generate_state_key = lambda **_: first.state_key
+    with pytest.raises(ValueError, match="is gone; give the pretrained model with base="):
+        fit(tmp_path, again, ckpt_path=last)
+    save_checkpoint(tmp_path / "base.safetensors", make_backbone().state_dict())
+    base = str(tmp_path / "base.safetensors")
+    again = MergeAtFitEnd(WeightAverage(), [str(other)], str(tmp_path / "n.safetensors"), base=base)
+    fit(tmp_path, again, ckpt_path=last)
+    assert_equal(load_checkpoint(again.merged_path), expected_mean(module.backbone.state_dict(), other))
+
+
 def test_a_resumed_fit_that_began_without_the_callback_is_refused(tmp_path, other):
     checkpoint = ModelCheckpoint(dirpath=tmp_path / "ckpt", save_last=True)
     fit(tmp_path, checkpoint, epochs=1, enable_checkpointing=True)
@@ -260,20 +277,12 @@ def test_state_is_small_and_goes_round(tmp_path):
     assert merge.state_key != MergeAtFitEnd(WeightAverage(), ["a"], "n.safetensors").state_key
 
 
-def test_strategies_that_hold_no_whole_weights(tmp_path, other):
+def test_zero_3_is_refused(tmp_path, other):
     zero3 = object.__new__(DeepSpeedStrategy)
     zero3.config = {"zero_optimization": {"stage": 3}}
     merge = MergeAtFitEnd(WeightAverage(), [str(other)], str(tmp_path / "m.safetensors"))
     with pytest.raises(ValueError, match=r"ZeRO-3.*stage 2.*zero_to_fp32"):
         merge.setup(SimpleNamespace(strategy=zero3, fast_dev_run=False), Plain(), "fit")
-    merge.weights = "best"
-    trainer = SimpleNamespace(
-        strategy=ModelParallelStrategy(),
-        fast_dev_run=False,
-        checkpoint_callbacks=[ModelCheckpoint(dirpath=tmp_path, monitor="quality")],
-    )
-    with pytest.raises(ValueError, match="sharded checkpoints of this ModelParallelStrategy"):
-        merge.setup(trainer, Plain(), "fit")
 
 
 def test_it_logs_how_many_models_and_how_long(tmp_path, other):
@@ -285,3 +294,43 @@ def test_it_logs_how_many_models_and_how_long(tmp_path, other):
     logged = dict(zip(header.split(","), last.split(","), strict=True))
     assert float(logged["merge/models"]) == 2
     assert 0 < float(logged["merge/seconds"]) < 60
+
+
+def test_the_report_says_where_the_merge_comes_from(tmp_path, other):
+    merge = MergeAtFitEnd(TaskArithmetic(scale=0.5), [str(other)], str(tmp_path / "m.safetensors"), dtype="bfloat16")
+    assert merge.report == {}
+    module = fit(tmp_path, merge)
+    report = merge.report
+    assert report["method"] == {"class_path": "freemerge.merging.TaskArithmetic", "init_args": {"scale": 0.5}}
+    assert report["base"]["hash"] == hash_tensors(make_backbone().state_dict())
+    assert [model["hash"] for model in report["finetuned"]] == [
+        hash_tensors(module.backbone.state_dict()), hash_tensors(load_checkpoint(other)),
+    ]  # fmt: skip
+    assert report["hash"] == hash_tensors(load_checkpoint(merge.merged_path))
+    assert report["tensors"] == {"merged": 4, "kept": [], "tied": {}}
+    assert (report["dtype"], report["weights"], report["output"]) == ("bfloat16", "last", str(merge.merged_path))
+    assert report["ranks"] == 1
+    assert 0 < report["seconds"] < 60
+    json.dumps(report)
+    merge = MergeAtFitEnd(WeightAverage(), [str(other)], str(tmp_path / "n.safetensors"), hash_inputs=False)
+    fit(tmp_path, merge)
+    assert merge.report["hash"] is merge.report["base"]["hash"] is None
+
+
+def test_a_folder_for_hugging_face(tmp_path, other):
+    """With the configuration of the base's folder, and freemerge.json as the report."""
+    base = tmp_path / "base"
+    save_checkpoint(base / "model.safetensors", make_backbone().state_dict())
+    (base / "config.json").write_text('{"model_type": "tiny"}')
+    output = str(tmp_path / "merged-1.5")
+    merge = MergeAtFitEnd(WeightAverage(), [str(other)], output, base=str(base))
+    module = fit(tmp_path, merge)
+    assert_equal(load_checkpoint(merge.merged_path), expected_mean(module.backbone.state_dict(), other))
+    assert sorted(path.name for path in merge.merged_path.iterdir()) == [
+        "README.md", "config.json", "freemerge.json", "model.safetensors",
+    ]  # fmt: skip
+    record = json.loads((merge.merged_path / "freemerge.json").read_text())
+    assert {key: merge.report[key] for key in record} == record
+    assert merge.report["hash"] == hash_tensors(load_checkpoint(output))
+    with pytest.raises(ValueError, match="exists already"):
+        fit(tmp_path, MergeAtFitEnd(WeightAverage(), [str(other)], output, base=str(base)))

@@ -1,6 +1,7 @@
 """Damaged files: each is one line that names the file, and none becomes another model in silence."""
 
 import contextlib
+import itertools
 import json
 import struct
 
@@ -13,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from freemerge.checkpoints import CheckpointError, load_checkpoint, open_checkpoint, save_checkpoint
-from freemerge.checkpoints.checksums import checksum
+from freemerge.checkpoints.checksums import add_up
 from freemerge.checkpoints.safetensors_header import DTYPES, parse_header
 from freemerge.merging import WeightAverage, merge
 
@@ -110,11 +111,15 @@ def test_a_merge_of_damaged_values_writes_nothing(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-@given(st.binary(max_size=40))
-def test_sums(content):
+@given(content=st.binary(max_size=40), cuts=st.lists(st.integers(0, 40)))
+def test_sums_of_runs_add_up(content, cuts):
     padded = content + bytes(-len(content) % 8)
     expected = sum(int.from_bytes(padded[i : i + 8], "little") for i in range(0, len(padded), 8)) % 2**64
-    assert int(checksum(np.frombuffer(content, dtype=np.uint8)), 16) == expected
+    data = np.frombuffer(content, dtype=np.uint8)
+    assert add_up(data) == expected
+    edges = sorted({0, len(content), *(min(cut, len(content)) for cut in cuts)})
+    parts = [add_up(data[low:high], low) for low, high in itertools.pairwise(edges)]
+    assert sum(parts) % 2**64 == expected
 
 
 @settings(max_examples=200, deadline=None)

@@ -6,10 +6,7 @@ What PEFT calls the factors, and which way round they lie, depends on the kind o
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
-import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,10 +15,9 @@ from torch import Tensor
 
 from freemerge.checkpoints.adapters.layers import Layer
 from freemerge.checkpoints.adapters.opening import CONFIG, PREFIX
-from freemerge.checkpoints.errors import CheckpointError
-from freemerge.checkpoints.folder import _put, check_folder
-from freemerge.checkpoints.safetensors_files import sync_folder
-from freemerge.checkpoints.saving import save_checkpoint
+from freemerge.checkpoints.checkpoint import TensorSpec
+from freemerge.checkpoints.draft import Draft
+from freemerge.checkpoints.folder import check_folder
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -99,24 +95,14 @@ def write_adapter_folder(
         CheckpointError: the folder exists already, or cannot be written.
     """
     check_folder(path, overwrite)
-    temporary: Path | None = None
+    specs = {name: TensorSpec(tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+    draft = Draft(path, {WEIGHTS: specs})
+    draft.begin("an adapter")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"))
-        save_checkpoint(temporary / WEIGHTS, tensors)
-        for name, content in {**files, CONFIG: (json.dumps(config, indent=2) + "\n").encode()}.items():
-            with (temporary / name).open("wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-        mask = os.umask(0)
-        os.umask(mask)
-        temporary.chmod(0o777 & ~mask)
-        sync_folder(temporary)
-        _put(temporary, path)
-        sync_folder(path.parent)
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be written: {error.strerror or error}") from None
-    finally:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
+        for name, tensor in tensors.items():
+            draft.write(name, 0, tensor)
+        draft.flush()
+        draft.commit({**files, CONFIG: (json.dumps(config, indent=2) + "\n").encode()})
+    except BaseException:
+        draft.discard()
+        raise

@@ -1,0 +1,85 @@
+"""What a task asks, as a loss and metrics: one objective for each kind of task."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchmetrics import MeanMetric
+
+from freemerge.data.task_metrics import TaskMetric
+from freemerge.data.tasks import Kind, Task
+from freemerge.inputs import IGNORED
+from freemerge.training.probe import fit_probe, fit_regression_probe
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A task's loss and its metric.
+
+    | kind | outputs | labels | loss |
+    |---|---|---|---|
+    | classification | (B, C) | int64 (B,) | cross-entropy |
+    | regression | (B, 1) | float32 (B,) | squared error |
+    | seq2seq | (B, L, V) | int64 (B, L), −100 is ignored | cross-entropy |
+    | causal_lm | (B, L, V) | int64 (B, L), the inputs' own, −100 is ignored | cross-entropy of the next token |
+
+    Exact match from logits asks whether every token of the target is the most likely one after those before it: whether
+    greedy decoding would write the target.
+
+    Args:
+        kind: what is asked.
+        num_outputs: classes C; 1 for regression.
+        metric: what the task is judged by.
+        label_smoothing: of the cross-entropy.
+    """
+
+    kind: Kind
+    num_outputs: int
+    metric: TaskMetric
+    label_smoothing: float = 0.0
+
+    @classmethod
+    def of(cls, task: Task | int, label_smoothing: float = 0.0) -> Objective:
+        """The objective of a task, or of a classification with so many classes."""
+        if isinstance(task, int):
+            return cls("classification", task, TaskMetric(), label_smoothing)
+        return cls(task.kind, task.num_outputs, TaskMetric(task.kind, task.metric), label_smoothing)
+
+    def loss(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        """The mean loss of a batch: over its samples, or over the tokens that count."""
+        outputs, labels = self._align(outputs, labels)
+        if self.kind == "regression":
+            return F.mse_loss(outputs, labels)
+        flat = outputs.flatten(0, -2)  # (B, C), or (B · L, V)
+        return F.cross_entropy(flat, labels.flatten(), ignore_index=IGNORED, label_smoothing=self.label_smoothing)
+
+    def fit_probe(self, features: Tensor, labels: Tensor) -> nn.Linear:
+        """A linear head fitted on frozen features (N, F) and their labels (N,)."""
+        if self.kind == "regression":
+            return fit_regression_probe(features, labels)
+        return fit_probe(features, labels, self.num_outputs)
+
+    def make_metrics(self) -> nn.ModuleDict:
+        """Fresh metrics: the task's own, and the loss without smoothing."""
+        return nn.ModuleDict({self.metric.label: self.metric.build(self.num_outputs), "loss": MeanMetric()})
+
+    def update(self, metrics: nn.ModuleDict, outputs: Tensor, labels: Tensor) -> None:
+        """Add a batch to `metrics`."""
+        metrics[self.metric.label].update(*self.metric.read(outputs, labels))
+        outputs, labels = self._align(outputs, labels)
+        if self.kind == "regression":
+            losses = F.mse_loss(outputs, labels, reduction="none")
+        else:
+            flat = labels.flatten()
+            losses = F.cross_entropy(outputs.flatten(0, -2), flat, ignore_index=IGNORED, reduction="none")
+            losses = losses[flat != IGNORED]
+        metrics["loss"].update(losses)
+
+    def _align(self, outputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Outputs in float32, each beside its label."""
+        outputs = outputs.float()
+        if self.kind == "regression":
+            return outputs.squeeze(1), labels.float()
+        return (outputs[:, :-1], labels[:, 1:]) if self.kind == "causal_lm" else (outputs, labels)
