@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+
 from freemerge.merging.processes import Processes
 
 

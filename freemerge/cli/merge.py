@@ -105,6 +105,7 @@ def build_parser() -> jsonargparse.ArgumentParser:
     )
     result.add_argument("--shard_size", type=str, default="5GB", help="Largest file of weights in a folder.")
     result.add_argument("--hash_inputs", type=bool, default=True, help="Record the hashes of all inputs in a folder.")
+    result.add_argument("--dry_run", type=bool, default=False, help="Check everything, and print what would be done.")
     result.add_argument(
         "--device", type=str | None, default=None, help="Where to compute, for example cuda. Default: the processor."
     )
@@ -144,6 +145,7 @@ def run(config: jsonargparse.Namespace) -> int:
                 hash_inputs=config.hash_inputs,
                 device=_own_device(config.device),
                 distributed=shared,
+                dry_run=config.dry_run,
                 progress=progress,
             )
     except (MergeError, CheckpointError, ValueError) as error:
@@ -154,7 +156,7 @@ def run(config: jsonargparse.Namespace) -> int:
         if shared:
             torch.distributed.destroy_process_group()
     if rank == 0:
-        print(f"merged into {path}" + _truncation(path, config.output_format))
+        print(path if config.dry_run else f"merged into {path}" + _truncation(path, config.output_format))
     return 0
 
 

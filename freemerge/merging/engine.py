@@ -20,6 +20,7 @@ from freemerge.checkpoints.safetensors_files import storage_order
 from freemerge.merging.adapter_output import write_adapter
 from freemerge.merging.bases import check_bases
 from freemerge.merging.errors import MergeError
+from freemerge.merging.forecast import Forecast, forecast
 from freemerge.merging.merging import Memory, Merging, Meter
 from freemerge.merging.method import MergeMethod
 from freemerge.merging.per_pattern import with_overrides
@@ -47,8 +48,9 @@ def merge(
     hash_inputs: bool = True,
     device: torch.device | str | None = None,
     distributed: bool = False,
+    dry_run: bool = False,
     progress: Callable[[int, int], None] | None = None,
-) -> dict[str, Tensor] | Path:
+) -> dict[str, Tensor] | Path | Forecast:
     """Merge fine-tuned models of one base.
 
     All arithmetic is in float32, whatever the storage dtype (fp8 too), and rounded once, to nearest even; a value that
@@ -86,11 +88,13 @@ def merge(
             threads, each with a stream of its own, so that copies and arithmetic overlap.
         distributed: share the work with all processes of torch.distributed's default group. Each must make this same
             call, reach the inputs, and see the same output folder; the files are the same as from one process.
+        dry_run: check everything that can be told without reading values, and return what would be done.
         progress: called with the bytes read so far by this process and in all that it will read, now and then, from
             any thread.
 
     Returns:
-        All tensors of the base by name, in memory of their own, on the base's device; or the path written.
+        All tensors of the base by name, in memory of their own, on the base's device; or the path written; or, of a
+        dry run, the forecast.
 
     Raises:
         MergeError: the models do not fit the base, were fine-tuned from another (where a task file says so), or a value
@@ -98,7 +102,8 @@ def merge(
         CheckpointError: a file cannot be read or written.
     """
     if output is not None:
-        output = _check_output(Path(output), overwrite)
+        sources = finetuned.values() if isinstance(finetuned, Mapping) else finetuned
+        output = _check_output(Path(output), overwrite, [base, *sources])
     _check_format(output_format, rank, output)
     if (distributed or resume) and (output is None or output_format == "lora"):
         raise MergeError(f"a {'distributed' if distributed else 'resumed'} merge has to write a model")
@@ -118,6 +123,8 @@ def merge(
     try:
         processes.first(lambda: check_bases(plan.base, plan.models))
         meter = Meter(plan, method, progress, processes.size)
+        if dry_run:
+            return forecast(plan, method, _shards(plan, output, shard_bytes), meter.total)
         if output is None:
             return _merge_in_memory(plan, method, meter)
         hash_inputs = hash_inputs and output.suffix != ".safetensors"
@@ -170,8 +177,7 @@ def _write_model(
     companions: Mapping[str, Path],
 ) -> None:
     """Write a file or a folder, with all processes."""
-    folder = output.suffix != ".safetensors"
-    shards = plan_shards(plan.specs, shard_bytes) if folder else {output.name: plan.specs}
+    shards = _shards(plan, output, shard_bytes)
     draft = Draft(output, shards, plan.tied, processes.rank)
 
     def begin() -> dict[str, Any]:
@@ -187,7 +193,9 @@ def _write_model(
         names = [name for specs in shards.values() for name in storage_order(specs) if name not in draft.finished]
         own = processes.share({name: plan.specs[name].shape for name in names})
         processes.together(lambda: (merging.run(own), draft.flush(), draft.close_files()))
-        files = {**make_files(record, companions, output.name), **make_index(shards)} if folder else None
+        files = None
+        if output.suffix != ".safetensors":
+            files = {**make_files(record, companions, output.name), **make_index(shards)}
         processes.first(lambda: draft.commit(files))
     except BaseException:
         if processes.rank == 0 and not resume:
@@ -195,6 +203,13 @@ def _write_model(
         raise
     finally:
         draft.close()
+
+
+def _shards(plan: Plan, output: Path | None, shard_bytes: int) -> dict[str, dict[str, TensorSpec]]:
+    """What is written: file name → specs of its tensors."""
+    if output is None:
+        return {}
+    return {output.name: plan.specs} if output.suffix == ".safetensors" else plan_shards(plan.specs, shard_bytes)
 
 
 def _key(record: Mapping[str, Any], shards: Mapping[str, Mapping[str, TensorSpec]]) -> str:
@@ -239,7 +254,11 @@ def _check_format(output_format: str, rank: int | None, output: Path | None) -> 
         raise MergeError("an adapter is a folder; give output= a path without the ending .safetensors")
 
 
-def _check_output(output: Path, overwrite: bool) -> Path:
+def _check_output(output: Path, overwrite: bool, sources: Sequence[Source]) -> Path:
+    place = output.resolve()
+    for source in sources:
+        if isinstance(source, (str, os.PathLike)) and Path(source).resolve() in place.parents and Path(source).is_dir():
+            raise MergeError(f"{output}: lies in the folder of an input, which it would change; choose another output")
     if output.suffix in (".pt", ".pth", ".bin", ".ckpt", ".gguf"):
         raise MergeError(f"{output}: the output must be a .safetensors file or a folder")
     if output.suffix != ".safetensors":

@@ -24,7 +24,18 @@ from freemerge.merging.streaming import Piece, pieces
 from freemerge.merging.threads import run
 from freemerge.merging.vectors import Vectors, working_dtype
 
+MERGED_BY_PIECES = 8  # float32 copies of a piece of all models that a thread has at a time, about
 _REPORTED = 1 << 24  # bytes read between two reports
+
+
+def copies_of_largest(method: MergeMethod, models: int) -> int:
+    """How many float32 copies of the largest tensor a merge may hold at a time; 0 if none is ever whole in memory.
+
+    Args:
+        method: how to merge.
+        models: K.
+    """
+    return models + 5 if not method.elementwise or method.finishes else 0
 
 
 class Sink(Protocol):
@@ -127,7 +138,7 @@ class Merging:
         self._merged = set(plan.merged)
         # With one model the sum is the model's own vector, which is better seen as a whole (see `_merge`).
         self._finishes = method.finishes and len(plan.models) > 1
-        self._whole = not method.elementwise or method.finishes
+        self._whole = copies_of_largest(method, len(plan.models)) > 0
         self._kept = set(plan.kept)
         self._copies = 5 if self._finishes else len(plan.models) + 4
 
@@ -141,7 +152,7 @@ class Merging:
             MergeError: a value is NaN or infinite, or a method returns another shape than it should.
         """
         largest = max((self._shapes[name].numel() for name in names if self._takes_whole(name)), default=0)
-        budget = (len(self._plan.models) + 5) * largest
+        budget = copies_of_largest(self._method, len(self._plan.models)) * largest
         run(self._work, self._jobs(names), cost=self._cost if largest else None, budget=budget)
 
     def _takes_whole(self, name: str) -> bool:

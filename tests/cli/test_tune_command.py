@@ -143,17 +143,8 @@ def owners(folder: Path) -> list[str]:
 
 def test_two_processes_search_together_and_one_brings_it_to_its_end(run: Path, tmp_path, capsys) -> None:
     """About 20 s: the other process imports everything anew."""
-    options = [
-        "tune",
-        "--config",
-        TINY,
-        "--run.folder",
-        str(tmp_path),
-        "--tune.models",
-        str(run),
-        "--tune.trials",
-        "60",
-    ]
+    options = ["tune", "--config", TINY, "--run.folder", str(tmp_path), "--tune.models", str(run)]
+    options += ["--tune.trials", "30"]
     command = [sys.executable, "-m", "freemerge", *options, "--tune.part", "search"]
     other = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while other.poll() is None and not owners(tmp_path / "tune" / "fr"):
