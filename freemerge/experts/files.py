@@ -78,8 +78,12 @@ def load_expert(path: str | Path, merged: Mapping[str, Tensor] | None = None) ->
     if merged is not None:
         check_merged_hash(metadata, hash_tensors(merged), path)
     layout = json.loads(metadata.pop("layout"))
-    for key in ("kind", "format"):  # "format" is safetensors' own
-        metadata.pop(key, None)
+    # "format" is safetensors' own, "freemerge.…" guards the file.
+    metadata = {
+        key: value
+        for key, value in metadata.items()
+        if key not in ("kind", "format") and not key.startswith("freemerge.")
+    }
     ends = np.cumsum([math.prod(shape) for _, shape in layout])
     positions = decode_positions(gaps)
     if len(positions) != values.numel() or (len(positions) and positions[-1] >= ends[-1]):
