@@ -1,8 +1,32 @@
 """Tasks and task suites."""
 
+from freemerge.data.arrays import ArrayDataset, Preprocessing
+from freemerge.data.batches import StackedBatch, collate
 from freemerge.data.mixture import TaskData, TaskMixture
 from freemerge.data.quickstart import QuickstartSuite
+from freemerge.data.source_suite import NpzSuite, SourceSuite, TextTableSuite
+from freemerge.data.sources import ImageSource, NpzSource, TaskSource, TextSource, TextTableSource
 from freemerge.data.suite import TaskSuite
-from freemerge.data.tasks import ArrayDataset, Task, collate
+from freemerge.data.tasks import Task
+from freemerge.data.tokens import TokenDataset
 
-__all__ = ["ArrayDataset", "QuickstartSuite", "Task", "TaskData", "TaskMixture", "TaskSuite", "collate"]
+__all__ = [
+    "ArrayDataset",
+    "ImageSource",
+    "NpzSource",
+    "NpzSuite",
+    "Preprocessing",
+    "QuickstartSuite",
+    "SourceSuite",
+    "StackedBatch",
+    "Task",
+    "TaskData",
+    "TaskMixture",
+    "TaskSource",
+    "TaskSuite",
+    "TextSource",
+    "TextTableSource",
+    "TextTableSuite",
+    "TokenDataset",
+    "collate",
+]

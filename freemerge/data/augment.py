@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from freemerge.data.tasks import Augmentation
+from freemerge.data.arrays import Augmentation
 
 
 class Compose:

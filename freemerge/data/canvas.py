@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from freemerge.data.arrays import ArrayDataset, Augmentation
 from freemerge.data.augment import Compose, GaussianNoise, RandomAffine, RandomContrast
 from freemerge.data.loaders import derive_seed
-from freemerge.data.tasks import ArrayDataset, Augmentation
 
 SIDE = 32
 """Side of an image in pixels."""

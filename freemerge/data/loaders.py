@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from freemerge.data.tasks import collate
+from freemerge.data.batches import collate
 
 
 def derive_seed(seed: int, *keys: object) -> int:

@@ -11,8 +11,10 @@ import lightning as L
 import torch
 from torch.utils.data import DataLoader, Dataset, Subset
 
+from freemerge.data.batches import StackedBatch, collate
 from freemerge.data.loaders import BalancedSampler, ShuffleSampler, derive_seed, evaluation_loader, training_loader
-from freemerge.data.tasks import StackedBatch, Task
+from freemerge.data.tasks import Task
+from freemerge.inputs import Inputs, join, select
 
 
 class TaskData(L.LightningDataModule):
@@ -90,7 +92,7 @@ class MixtureDataset(Dataset):
     """Several datasets laid end to end, whose label is the index of the dataset that a sample came from.
 
     Args:
-        datasets: Datasets of (image, label) whose images have equal shapes.
+        datasets: Datasets of (inputs, label) whose inputs can be in one batch: images of equal shapes, or texts.
     """
 
     def __init__(self, datasets: Sequence[Dataset]) -> None:
@@ -107,7 +109,7 @@ class MixtureDataset(Dataset):
         which = bisect_right(self._ends, index)
         return which, index - (self._ends[which] - self.sizes[which])
 
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def __getitem__(self, index: int) -> tuple[Inputs, torch.Tensor]:
         which, inner = self._locate(index)
         return self.datasets[which][inner][0], torch.tensor(which)
 
@@ -117,19 +119,17 @@ class MixtureDataset(Dataset):
         positions: dict[int, list[int]] = {}
         for position, (which, _) in enumerate(places):
             positions.setdefault(which, []).append(position)
-        images: list[Any] = [None] * len(places)
+        parts, order = [], []
         for which, chosen in positions.items():
-            inner = [places[position][1] for position in chosen]
-            for position, image in zip(chosen, self._images(which, inner), strict=True):
-                images[position] = image
-        return StackedBatch(torch.stack(images), torch.tensor([which for which, _ in places]))
+            parts.append(self._inputs(which, [places[position][1] for position in chosen]))
+            order += chosen
+        place_of = torch.tensor(order).argsort()  # the parts lie end to end: back to the order asked for
+        return StackedBatch(select(join(parts), place_of), torch.tensor([which for which, _ in places]))
 
-    def _images(self, which: int, inner: list[int]) -> Any:
+    def _inputs(self, which: int, inner: list[int]) -> Inputs:
         dataset = self.datasets[which]
-        if not hasattr(dataset, "__getitems__"):
-            return [dataset[index][0] for index in inner]
-        batch = dataset.__getitems__(inner)
-        return batch.images if isinstance(batch, StackedBatch) else [sample[0] for sample in batch]
+        fetch = getattr(dataset, "__getitems__", None)
+        return collate(fetch(inner) if fetch else [dataset[index] for index in inner])[0]
 
 
 class TaskMixture(L.LightningDataModule):

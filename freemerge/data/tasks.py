@@ -1,35 +1,45 @@
-"""A task, and a dataset that hands out whole batches.
-
-`Task` is what everything above `freemerge.data` knows about data: a name, its classes and three datasets of
-(image, label). `ArrayDataset` keeps a small task in memory as uint8 and serves a batch with one gather, one
-augmentation and one normalisation; with `collate` a `DataLoader` without workers delivers tens of thousands of 32×32
-images per second, so that the smallest models are never starved by Python.
-"""
+"""A task: what everything above `freemerge.data` knows about data."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+import difflib
+from dataclasses import dataclass, field
+from typing import Literal
 
-import torch
-from torch import Tensor
-from torch.utils.data import Dataset, default_collate
+from torch.utils.data import Dataset
 
-Augmentation = Callable[[Tensor], Tensor]
-"""Batched: float32 images (B, C, H, W) in [0, 1] → the same; randomness comes from torch's global generator."""
+Kind = Literal["classification", "regression", "seq2seq", "causal_lm"]
+
+METRICS: dict[str, tuple[str, ...]] = {
+    "classification": ("accuracy", "f1_macro", "matthews", "recall@k"),
+    "regression": ("pearson", "spearman"),
+    "seq2seq": ("exact_match", "perplexity"),
+    "causal_lm": ("perplexity", "exact_match"),
+}
+"""Kind of task → the metrics that suit it; the first is the default. In recall@k, k is any number."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """One classification task.
+    """One task: a name, what is asked, and three datasets of (inputs, label).
+
+    Inputs are a tensor (…), or a dict of tensors. A label is an int64 scalar for classification, a float32 scalar for
+    regression, and int64 tokens (L,) for the two kinds of language modelling, −100 where nothing is asked: the target's
+    tokens for `seq2seq` (whose inputs carry them as `labels` too, for the decoder to read), and for `causal_lm` the
+    inputs' own tokens, in place (the shift by one is the loss's business).
 
     Args:
         name: What the task is called in configurations and reports.
-        class_names: One name per class; a label is an index into it.
-        train: Dataset of (image float32 (C, H, W), label int64 scalar).
+        class_names: One name per class; a label is an index into it. Empty unless the task is a classification.
+        train: Dataset of (inputs, label).
         val: The same, for choosing hyperparameters.
         test: The same, for the final number only; it shares nothing with `train` and `val`.
+        kind: What is asked: `classification`, `regression`, `seq2seq` or `causal_lm`.
+        metric: What the task is judged by; None is the kind's first: accuracy, pearson, exact_match, perplexity.
+        templates: Prompts with one `{}` each, which a zero-shot text head puts class names into.
+
+    Raises:
+        ValueError: If the parts do not fit together.
     """
 
     name: str
@@ -37,104 +47,41 @@ class Task:
     train: Dataset
     val: Dataset
     test: Dataset
+    kind: Kind = "classification"
+    metric: str | None = None
+    templates: tuple[str, ...] = field(default=())
+
+    def __post_init__(self) -> None:
+        check_kind(f"task {self.name!r}", self.kind, self.metric)
+        object.__setattr__(self, "class_names", tuple(self.class_names))
+        object.__setattr__(self, "templates", tuple(self.templates))
+        object.__setattr__(self, "metric", self.metric or METRICS[self.kind][0])
+        if (self.kind == "classification") != bool(self.class_names):
+            found = f"{len(self.class_names)} class names" if self.class_names else "no class names"
+            raise ValueError(f"task {self.name!r}: a {self.kind} task with {found}")
+        for template in self.templates:
+            if template.count("{}") != 1:
+                raise ValueError(f"task {self.name!r}: a template needs exactly one {{}}, got {template!r}")
 
     @property
     def num_classes(self) -> int:
-        """How many classes the task has."""
+        """How many classes the task has; 0 unless it is a classification."""
         return len(self.class_names)
 
-
-class StackedBatch(Sequence):
-    """A batch that is stacked already, yet can be read as the list of samples that torch's contract asks for.
-
-    torch lets a dataset fetch many samples at once (`__getitems__`) but wants a list back, which the collate function
-    then stacks again. `collate` takes the two tensors as they are; any other collate function iterates over samples.
-
-    Args:
-        images: float32 (B, C, H, W).
-        labels: int64 (B,).
-    """
-
-    def __init__(self, images: Tensor, labels: Tensor) -> None:
-        self.images = images
-        self.labels = labels
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        return self.images[index], self.labels[index]
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        return zip(self.images, self.labels, strict=True)
+    @property
+    def num_outputs(self) -> int:
+        """How many numbers a head gives for a sample: the classes, 1 for regression, 0 where the model has its own."""
+        return 1 if self.kind == "regression" else self.num_classes
 
 
-def collate(batch: Any) -> Any:
-    """Collate function for any dataset: free for a `StackedBatch`, torch's default for everything else.
-
-    Args:
-        batch: What the dataset fetched: a `StackedBatch` or a list of samples.
-
-    Returns:
-        For a `StackedBatch`, a list [images (B, C, H, W), labels (B,)], which is what torch's default would return too.
-    """
-    return [batch.images, batch.labels] if isinstance(batch, StackedBatch) else default_collate(batch)
-
-
-class ArrayDataset(Dataset):
-    """Labelled images in memory.
-
-    An image comes out as (image / 255 − mean) / std, augmented before the normalisation if `augment` is given.
-
-    Args:
-        images: uint8 (N, C, H, W).
-        labels: int64 (N,).
-        mean: One number for all channels, or one per channel, on the scale [0, 1].
-        std: Likewise; above zero.
-        augment: Applied to whole batches in [0, 1]; give it to a training set only.
-
-    Raises:
-        ValueError: If the tensors do not have these dtypes and shapes, or `std` is not positive.
-    """
-
-    def __init__(
-        self,
-        images: Tensor,
-        labels: Tensor,
-        mean: float | Sequence[float] = 0.0,
-        std: float | Sequence[float] = 1.0,
-        augment: Augmentation | None = None,
-    ) -> None:
-        if images.dtype != torch.uint8 or images.ndim != 4:
-            raise ValueError(f"images must be uint8 (N, C, H, W), got {images.dtype} {tuple(images.shape)}")
-        if labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
-            raise ValueError(f"labels must be int64 ({len(images)},), got {labels.dtype} {tuple(labels.shape)}")
-        self.images = images
-        self.labels = labels
-        self.augment = augment
-        self._mean = _per_channel(mean, images.shape[1], "mean")
-        self._std = _per_channel(std, images.shape[1], "std")
-        if not bool((self._std > 0).all()):
-            raise ValueError(f"std must be above zero, got {std}")
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        batch = self.__getitems__([index])
-        return batch.images[0], batch.labels[0]
-
-    def __getitems__(self, indices: Sequence[int]) -> StackedBatch:
-        """Fetches a batch at once; `DataLoader` prefers this over B calls of `__getitem__`."""
-        index = torch.as_tensor(indices)
-        images = self.images[index].float().div_(255)  # (B, C, H, W)
-        if self.augment is not None:
-            images = self.augment(images)
-        return StackedBatch((images - self._mean) / self._std, self.labels[index])
-
-
-def _per_channel(value: float | Sequence[float], channels: int, what: str) -> Tensor:
-    numbers = torch.as_tensor(value, dtype=torch.float32).reshape(-1, 1, 1)  # (1 or C, 1, 1)
-    if len(numbers) not in (1, channels):
-        raise ValueError(f"{what} must be one number or one per channel ({channels}), got {len(numbers)}")
-    return numbers
+def check_kind(where: str, kind: str, metric: str | None) -> None:
+    """Raise a ValueError if there is no such kind of task, or the metric does not suit it."""
+    if kind not in METRICS:
+        raise ValueError(f"{where}: kind must be one of {', '.join(METRICS)}, got {kind!r}")
+    if metric is None or metric in METRICS[kind]:
+        return
+    if "recall@k" in METRICS[kind] and metric.startswith("recall@") and metric[7:].isdigit() and int(metric[7:]) > 0:
+        return
+    near = difflib.get_close_matches(metric, METRICS[kind], n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise ValueError(f"{where}: metric {metric!r} does not suit {kind}; choose {', '.join(METRICS[kind])}{hint}")

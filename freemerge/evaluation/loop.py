@@ -10,9 +10,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from freemerge.evaluation.metrics import LabelSpace, MultiTaskMetrics
+from freemerge.inputs import Inputs, to_device
 from freemerge.models import FreeOutput
 
-Predict = Callable[[Tensor, str], "Tensor | FreeOutput"]
+Predict = Callable[[Inputs, str], "Tensor | FreeOutput"]
 
 
 @torch.no_grad()
@@ -40,6 +41,6 @@ def evaluate(
     metrics = MultiTaskMetrics(label_space).to(device)
     for task, loader in loaders.items():
         for inputs, labels in islice(loader, rank, None, world):
-            metrics.update(task, predict(inputs.to(device), task), labels.to(device))
+            metrics.update(task, predict(to_device(inputs, device), task), labels.to(device))
     computed = {task: metrics.per_task[task].compute() for task in loaders}
     return {task: float(value) for task, value in computed.items()}

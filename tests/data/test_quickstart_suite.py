@@ -66,12 +66,12 @@ def test_shapes_types_and_ranges(everything: dict[str, Task]) -> None:
             assert image.dtype == torch.float32
             assert label.dtype == torch.int64
             assert set(data.labels.tolist()) == set(range(task.num_classes)), (name, split)
-            batch = data.__getitems__(range(len(data))).images
+            batch = data.__getitems__(range(len(data))).inputs
             assert batch.isfinite().all()
             assert -1.001 <= float(batch.min()) <= float(batch.max()) <= 2.334  # (0 − 0.3)/0.3 and (1 − 0.3)/0.3
             assert 0.02 < float(data.images.float().mean() / 255) < 0.6
-        assert task.val.augment is None
-        assert task.test.augment is None
+        assert task.val.preprocessing.augment is None
+        assert task.test.preprocessing.augment is None
 
 
 def test_sizes(everything: dict[str, Task]) -> None:

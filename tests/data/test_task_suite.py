@@ -74,7 +74,7 @@ def test_augmentation_follows_torchs_seed_and_leaves_the_data_alone() -> None:
     draws = []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
-        draws.append(data.__getitems__(range(8)).images)
+        draws.append(data.__getitems__(range(8)).inputs)
     assert torch.equal(draws[0], draws[1])
     assert not torch.equal(draws[0], draws[2])
     assert not images.any()
@@ -86,7 +86,7 @@ def test_augmentation_follows_torchs_seed_and_leaves_the_data_alone() -> None:
         (torch.zeros(3, 1, 2, 2), torch.zeros(3, dtype=torch.int64), 1.0, "uint8"),
         (torch.zeros(3, 2, 2, dtype=torch.uint8), torch.zeros(3, dtype=torch.int64), 1.0, "N, C, H, W"),
         (torch.zeros(3, 1, 2, 2, dtype=torch.uint8), torch.zeros(2, dtype=torch.int64), 1.0, "labels"),
-        (torch.zeros(3, 1, 2, 2, dtype=torch.uint8), torch.zeros(3), 1.0, "int64"),
+        (torch.zeros(3, 1, 2, 2, dtype=torch.uint8), torch.zeros(3, dtype=torch.int32), 1.0, "int64"),
         (torch.zeros(3, 1, 2, 2, dtype=torch.uint8), torch.zeros(3, dtype=torch.int64), 0.0, "std"),
         (torch.zeros(3, 1, 2, 2, dtype=torch.uint8), torch.zeros(3, dtype=torch.int64), (1.0, 1.0), "per channel"),
     ],
@@ -291,10 +291,10 @@ def test_mixture_of_other_peoples_datasets() -> None:
     assert len(mixture) == 11
     batch = mixture.__getitems__([10, 7, 0, 6, 5])
     assert batch.labels.tolist() == [2, 1, 0, 1, 0]
-    assert batch.images[1:, 0, 0, 0].tolist() == [4.0, 0.0, 5.0, 5.0]
+    assert batch.inputs[1:, 0, 0, 0].tolist() == [4.0, 0.0, 5.0, 5.0]
     for index in range(len(mixture)):
         image, label = mixture[index]
-        assert torch.equal(image, mixture.__getitems__([index]).images[0])
+        assert torch.equal(image, mixture.__getitems__([index]).inputs[0])
         assert label == mixture.__getitems__([index]).labels[0]
     with pytest.raises(IndexError, match="11 samples"):
         mixture[11]

@@ -1,0 +1,62 @@
+"""Batches that are stacked already, and how any samples become a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import default_collate
+
+from freemerge.inputs import IGNORED, Inputs, join, join_padded, select
+
+
+class StackedBatch(Sequence):
+    """A batch that is stacked already, yet can be read as the list of samples that torch's contract asks for.
+
+    torch lets a dataset fetch many samples at once (`__getitems__`) but wants a list back, which the collate function
+    then stacks again. `collate` takes the tensors as they are; any other collate function iterates over samples.
+
+    Args:
+        inputs: float32 images (B, C, H, W), or a dict of tensors (B, …).
+        labels: (B,), or (B, L) where each token has one.
+    """
+
+    def __init__(self, inputs: Inputs, labels: Tensor) -> None:
+        self.inputs = inputs
+        self.labels = labels
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Inputs, Tensor]:  # type: ignore[override]
+        return select(self.inputs, index), self.labels[index]
+
+    def __iter__(self) -> Iterator[tuple[Inputs, Tensor]]:
+        return (self[index] for index in range(len(self)))
+
+
+def collate(batch: Any) -> Any:
+    """Collate function for any dataset: free for a `StackedBatch`; samples with dicts of tokens are padded.
+
+    Args:
+        batch: What the dataset fetched: a `StackedBatch` or a list of samples.
+
+    Returns:
+        A list [inputs, labels]; for samples whose inputs are no dict, what torch's default makes of them.
+    """
+    if isinstance(batch, StackedBatch):
+        return [batch.inputs, batch.labels]
+    if isinstance(batch[0], Sequence) and len(batch[0]) == 2 and isinstance(batch[0][0], Mapping):
+        inputs = join([unsqueeze(inputs) for inputs, _ in batch])
+        labels = join_padded([torch.as_tensor(label)[None] for _, label in batch], IGNORED)
+        return [inputs, labels]
+    return default_collate(batch)
+
+
+def unsqueeze(inputs: Any) -> Inputs:
+    """One sample's inputs (…) as a batch of one (1, …)."""
+    if isinstance(inputs, Mapping):
+        return {name: torch.as_tensor(value)[None] for name, value in inputs.items()}
+    return torch.as_tensor(inputs)[None]
