@@ -25,6 +25,7 @@ ENCODINGS: tuple[Encoding, ...] = ("int8", "bf16", "float32")
 BYTES_PER_VALUE = {"int8": 1, "bf16": 2, "float32": 4}
 _ESCAPE = 255
 _LEVELS = 127
+_SMALLEST = 2.0**-100  # below it a part counts as zeros: its scale would have fewer significant bits
 
 
 def encode_positions(positions: Tensor) -> Tensor:
@@ -67,7 +68,8 @@ def encode_values(parts: Sequence[Tensor], encoding: Encoding) -> tuple[Tensor, 
     codes = []
     for index, part in enumerate(flat):
         largest = float(part.abs().max()) if part.numel() else 0.0
-        if largest > 0:
+        part = part if largest > _SMALLEST else torch.zeros_like(part)
+        if largest > _SMALLEST:
             mantissa, exponent = np.frexp(largest / _LEVELS)
             scales[index] = float(np.ldexp(np.ceil(mantissa * 2048) / 2048, exponent))
         codes.append((part / scales[index]).round().clamp(-_LEVELS, _LEVELS).to(torch.int8))

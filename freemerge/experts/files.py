@@ -26,8 +26,8 @@ from freemerge.experts.low_rank import LowRankExpert
 from freemerge.experts.masked import MaskedExpert
 from freemerge.experts.sparse import SparseExpert
 
-FORMAT = "freemerge-expert-2"
-_KINDS: dict[str, type[Expert]] = {kind.KIND: kind for kind in (SparseExpert, LowRankExpert, MaskedExpert)}
+FORMAT = "freemerge-expert-2"  # in the metadata as `kind`, with the kind of expert; "format" is safetensors' own
+_KINDS: dict[str, type[Expert]] = {f"{FORMAT}-{kind.KIND}": kind for kind in (SparseExpert, LowRankExpert, MaskedExpert)}
 _DTYPES = {"int8": torch.int8, "bf16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -53,7 +53,7 @@ def save_expert(path: str | Path, expert: Expert, values: Encoding | None = None
     tensors |= {name: deflate(array.cpu()) for name, array in arrays.items()}
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_checkpoint(path, tensors, metadata={**expert.metadata, "format": FORMAT, "kind": expert.KIND, "values": encoding})
+    save_checkpoint(path, tensors, metadata={**expert.metadata, "kind": f"{FORMAT}-{expert.KIND}", "values": encoding})
     return path
 
 
@@ -78,9 +78,10 @@ def load_expert(
     try:
         with safe_open(path, framework="pt") as file:
             metadata = dict(file.metadata() or {})
-            if metadata.get("format") != FORMAT or metadata.get("kind") not in _KINDS:
-                found = metadata.get("format", "plain tensors")
-                raise CheckpointError(f"{path}: not an expert file (found {found!r}, expected {FORMAT!r})")
+            if metadata.get("kind") not in _KINDS:
+                raise CheckpointError(
+                    f"{path}: not an expert file (kind {metadata.get('kind')!r}, expected one of {', '.join(_KINDS)})"
+                )
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: no such expert file") from error

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from freemerge.checkpoints import CheckpointError, hash_tensors, load_checkpoint, save_checkpoint
-from freemerge.experts import ExpertSwitch, SparseExpert, check_fits, check_merged_hash, load_expert, save_expert
+from freemerge.experts import ExpertSwitch, SparseExpert, check_fits, check_hash, load_expert, save_expert
 from freemerge.models.backbones import Backbone, TransformersBackbone
 from freemerge.models.router import Router
 
@@ -209,7 +209,7 @@ class FreeModel(nn.Module):
         for task in description["experts"]:
             path = directory / "experts" / f"{task}.safetensors"
             experts[task] = load_expert(path)
-            check_merged_hash(experts[task].metadata, merged_hash, path)
+            check_hash(experts[task].metadata, "merged", merged_hash, path)
         heads = {
             task: nn.Linear(backbone.feature_dim, info["num_classes"]) for task, info in description["tasks"].items()
         }
