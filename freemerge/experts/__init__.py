@@ -5,6 +5,7 @@ from freemerge.experts.extraction import extract, extract_low_rank
 from freemerge.experts.files import check_hash, load_expert, save_expert
 from freemerge.experts.low_rank import LowRankExpert
 from freemerge.experts.masked import MaskedExpert, emr_experts
+from freemerge.experts.mixing import mix
 from freemerge.experts.sparse import SparseExpert
 from freemerge.experts.switch import ExpertSwitch, attached
 
@@ -21,5 +22,6 @@ __all__ = [
     "extract",
     "extract_low_rank",
     "load_expert",
+    "mix",
     "save_expert",
 ]

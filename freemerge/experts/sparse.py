@@ -83,7 +83,7 @@ class SparseExpert(Expert):
     ) -> SparseExpert:
         shapes = {name: tuple(shape) for name, shape in plain["layout"]}
         positions = decode_positions(arrays["gaps"])
-        ends = torch.tensor([math.prod(shape) for shape in shapes.values()]).cumsum(0)
+        ends = torch.tensor([math.prod(shape) for shape in shapes.values()], device=positions.device).cumsum(0)
         # How many positions lie before the end of each tensor: (T,)
         cuts = torch.searchsorted(positions, ends).tolist()
         indices, start = {}, 0

@@ -13,7 +13,7 @@ import freemerge
 from freemerge.checkpoints import hash_tensors, load_checkpoint
 from freemerge.data import TaskSuite
 from freemerge.experts import load_expert
-from freemerge.models import Backbone, FreeModel, Router
+from freemerge.models import Backbone, ConvRouter, FreeModel, Router
 from freemerge.pipeline.folder import StageFolder
 from freemerge.pipeline.settings import Settings
 from freemerge.training import FineTuner
@@ -102,7 +102,7 @@ class Artifacts:
 
     def new_router(self) -> Router:
         """An untrained router for the suite."""
-        return Router(len(self.suite.names), self.suite.image_shape[0], self.settings.router.width)
+        return ConvRouter(len(self.suite.names), self.suite.image_shape[0], self.settings.router.width)
 
     def backbone(self, weights: Mapping[str, Tensor]) -> Backbone:
         """A copy of the template's backbone with these weights."""

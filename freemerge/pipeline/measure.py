@@ -62,6 +62,6 @@ class Measure:
         scores = {}
         for index, task in enumerate(tasks):
             own = ((inputs, torch.full_like(labels, index)) for inputs, labels in loaders[task])
-            result = evaluate(lambda inputs, _: model.router(inputs), {"router": own}, space, self.device)
+            result = evaluate(lambda inputs, _: model.route(inputs), {"router": own}, space, self.device)
             scores[task] = result["router"]
         return scores

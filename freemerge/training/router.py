@@ -7,7 +7,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchmetrics.classification import MulticlassAccuracy
 
-from freemerge.models import Router
+from freemerge.inputs import Inputs
+from freemerge.models import Backbone, Router
 from freemerge.training.optimization import OptimizedModule, Schedule
 
 
@@ -16,6 +17,7 @@ class RouterTrainer(OptimizedModule):
 
     Args:
         router: the router.
+        backbone: the merged backbone, for a router that looks at its features; frozen, and in no checkpoint.
         optimizer: makes the optimizer; AdamW if not given.
         schedule: how the learning rate falls over the fit.
         warmup: share of the steps over which the learning rate rises.
@@ -24,17 +26,24 @@ class RouterTrainer(OptimizedModule):
     def __init__(
         self,
         router: Router,
+        backbone: Backbone | None = None,
         optimizer: OptimizerCallable | None = None,
         schedule: Schedule = "cosine",
         warmup: float = 0.1,
     ) -> None:
         super().__init__(optimizer, schedule, warmup)
         self.router = router
-        self.accuracy = MulticlassAccuracy(router.config["num_tasks"], average="micro")
+        # Outside the module tree: nothing of it trains, and it is in no checkpoint.
+        self.__dict__["backbone"] = backbone.eval().requires_grad_(False) if backbone is not None else None
+        self.accuracy = MulticlassAccuracy(router.num_tasks, average="micro")
 
-    def forward(self, inputs: Tensor) -> Tensor:
+    def on_fit_start(self) -> None:
+        if self.backbone is not None:
+            self.backbone.to(self.device)
+
+    def forward(self, inputs: Inputs) -> Tensor:
         """Task logits (B, K)."""
-        return self.router(inputs)
+        return self.router(inputs, self.backbone)
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         inputs, tasks = batch

@@ -11,7 +11,7 @@ from torch import nn
 
 from freemerge.evaluation import LabelSpace, MultiTaskEvaluator, MultiTaskMetrics, Report, Row, evaluate
 from freemerge.evaluation.report import format_bytes
-from freemerge.models import FreeModel, FreeOutput, Router
+from freemerge.models import ConvRouter, FreeModel, FreeOutput
 from tests.tiny import TinySuite, tiny_backbone
 
 SPACE = LabelSpace({"a": 2, "b": 3})
@@ -64,7 +64,7 @@ def test_the_loop_counts_every_sample_once() -> None:
 def free_model() -> FreeModel:
     torch.manual_seed(0)
     heads = {"corners": nn.Linear(16, 4), "bars": nn.Linear(16, 2)}
-    return FreeModel(tiny_backbone(), heads, router=Router(2, channels=1, width=4)).eval()
+    return FreeModel(tiny_backbone(), heads, router=ConvRouter(2, channels=1, width=4)).eval()
 
 
 @pytest.mark.parametrize("oracle", [False, True])

@@ -10,7 +10,7 @@ from transformers import AutoModel
 
 from freemerge.checkpoints import CheckpointError
 from freemerge.experts import attached, extract
-from freemerge.models import FreeModel, Router
+from freemerge.models import ConvRouter, FreeModel
 from tests.tiny import tiny_backbone
 
 
@@ -25,7 +25,7 @@ def model(images: torch.Tensor) -> FreeModel:
         expert = extract(noise, 0.05)
         experts[task] = expert.with_values(expert.flat_values().bfloat16().float())  # as a file stores them
     heads = {"a": nn.Linear(16, 3), "b": nn.Linear(16, 5), "c": nn.Linear(16, 2)}
-    router = Router(3, channels=1, width=4).eval()
+    router = ConvRouter(3, channels=1, width=4).eval()
     with torch.no_grad():  # untrained, it would send every image to one task
         router.head.bias -= router(images).mean(dim=0)
     return FreeModel(backbone, heads, experts, router, {"a": ["x", "y", "z"]}).eval()

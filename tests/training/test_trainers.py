@@ -11,7 +11,7 @@ from torch.func import functional_call
 
 from freemerge.experts import extract
 from freemerge.merging import task_vector
-from freemerge.models import Router
+from freemerge.models import ConvRouter
 from freemerge.training import ExpertTrainer, FineTuner, RouterTrainer, fit_probe
 from tests.tiny import TinySuite, tiny_backbone
 
@@ -159,7 +159,7 @@ def test_expert_checkpoints_hold_the_values_alone_and_resume(tmp_path, teacher_a
 
 def test_router_trainer_tells_the_tiny_tasks_apart(tmp_path) -> None:
     suite = TinySuite()
-    module = RouterTrainer(Router(2, channels=1, width=4), optimizer=adam(1e-2))
+    module = RouterTrainer(ConvRouter(2, channels=1, width=4), optimizer=adam(1e-2))
     loop = trainer(tmp_path, max_epochs=5, enable_checkpointing=False)
     loop.fit(module, datamodule=suite.mixture())
     assert loop.callback_metrics["val/acc"] == 1.0
