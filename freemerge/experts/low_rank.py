@@ -77,8 +77,10 @@ class LowRankExpert(Expert):
         )
 
     def added(self, name: str, weight: Tensor) -> Tensor:
-        delta = self.whole[name] if name in self.whole else (self.left[name] @ self.right[name]).view(weight.shape)
-        return (weight.float() + delta).to(weight.dtype)
+        if name in self.whole:
+            return (weight.float() + self.whole[name]).to(weight.dtype)
+        matrix = weight.reshape(matrix_shape(self.shapes[name])).float()
+        return torch.addmm(matrix, self.left[name], self.right[name]).view(weight.shape).to(weight.dtype)
 
     def structure(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         ranks = {name: left.shape[1] for name, left in self.left.items()}

@@ -159,15 +159,15 @@ def early_features(inputs: Inputs, backbone: Backbone, point: str) -> Tensor:
         raise ValueError(f"router: {point!r} puts out {shape}; expected tokens (B, N, F) or maps (B, F, H, W)")
     tokens = found.flatten(2).transpose(1, 2) if found.dim() == 4 else found  # (B, N, F)
     mask = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
+    tokens = tokens.float()
     if mask is None:
-        mean, spread, largest = tokens.mean(dim=1), tokens.std(dim=1, correction=0), tokens.amax(dim=1)
+        count, largest = tokens.shape[1], tokens.amax(dim=1)
     else:
         kept = mask.to(tokens.dtype)[:, :, None]  # (B, N, 1)
-        count = kept.sum(dim=1).clamp(min=1)
-        mean = (tokens * kept).sum(dim=1) / count
-        spread = ((tokens - mean[:, None]).square() * kept).sum(dim=1).div(count).sqrt()
-        largest = tokens.masked_fill(kept == 0, float("-inf")).amax(dim=1)
-    return torch.cat([mean, spread, largest], dim=1)
+        count, largest = kept.sum(dim=1).clamp(min=1), tokens.masked_fill(kept == 0, float("-inf")).amax(dim=1)
+        tokens = tokens * kept
+    mean, square = tokens.sum(dim=1) / count, tokens.square().sum(dim=1) / count  # many times as fast as `std`
+    return torch.cat([mean, (square - mean.square()).clamp(min=0).sqrt(), largest], dim=1)
 
 
 def feature_width(inputs: Inputs, backbone: Backbone, point: str) -> int:
