@@ -1,7 +1,7 @@
 """EtinyNet: an ImageNet-pretrained CNN of 0.46 M parameters, the backbone of the vision benchmarks.
 
 Xu et al., AAAI 2022: linear depthwise blocks, the later ones densely connected. Its weights are a safetensors file whose
-names are those of this module. It has batch norm, so a merge of it has its statistics estimated again.
+names are those of this module.
 """
 
 from __future__ import annotations
@@ -92,15 +92,26 @@ class EtinyNetBackbone(Backbone):
     Args:
         weights: its safetensors file.
         image_size: images are resized to this side, in pixels.
+        keep_statistics: normalise by ImageNet's statistics in training too, so that a head which was fitted on the
+            base's features stays fitting and a merge has no statistics to estimate again; else by each batch's.
     """
 
-    def __init__(self, weights: str, image_size: int = 96) -> None:
+    def __init__(self, weights: str, image_size: int = 96, keep_statistics: bool = True) -> None:
         model = EtinyNet()
         state = model.state_dict()
         # Lightning counts batches in `num_batches_tracked`, which the file does not have and nothing here needs.
         model.load_state_dict({**state, **load_checkpoint(weights)}, strict=True)
         super().__init__(model, feature_dim=512)
         self.image_size = image_size
+        self.keep_statistics = keep_statistics
+
+    def train(self, mode: bool = True) -> EtinyNetBackbone:
+        super().train(mode)
+        if self.keep_statistics:
+            for module in self.modules():
+                if isinstance(module, nn.BatchNorm2d):
+                    module.eval()
+        return self
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Images (B, 1 or 3, H, W) on the scale 0…255 minus 128 → features (B, 512)."""

@@ -2,7 +2,8 @@
 
 A low-rank or masked expert changes every entry of its tensors. Writing them all would take a second copy of the model to
 come back from; here each layer gets its changed tensors when it begins and drops them when it ends. Its own tensors are
-never written to.
+never written to. For the backward pass a layer's changed tensors are made again instead of kept, so that training an
+expert takes no second copy either.
 """
 
 from __future__ import annotations
@@ -10,72 +11,96 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor, nn
 
 
 @contextmanager
 def substituted(module: nn.Module, names: Collection[str], make: Callable[[str, Tensor], Tensor]) -> Iterator[None]:
-    """For the duration of a block, `module` computes with other tensors.
+    """For the duration of a block, `module` computes with other tensors; gradients flow into what they are made of.
 
     Args:
         module: the module.
         names: which of its parameters and buffers, as in its state dict.
-        make: (name, the module's own tensor) → the tensor to compute with.
+        make: (name, the module's own tensor) → the tensor to compute with, the same every time.
 
     Raises:
-        RuntimeError: at the end of the block, if the layer of a tensor did not run, though the module did: where a
-            parent computes with its child's tensors, as `nn.MultiheadAttention` does with its output projection.
+        RuntimeError: at the end of the block, if the layer of a tensor did not run though the module did: another module
+            computes with its tensors.
     """
-    by_owner: dict[str, list[str]] = {}
+    layers: dict[nn.Module, _Layer] = {}
     for name in names:
-        owner, _, leaf = name.rpartition(".")
-        by_owner.setdefault(owner, []).append(leaf)
-    ran: set[str] = set()
-    handles = []
-    for owner, leaves in by_owner.items():
-        layer = module.get_submodule(owner)
-        store = _Store(layer, owner, leaves, make, ran)
-        handles.append(layer.register_forward_pre_hook(store.begin))
-        handles.append(layer.register_forward_hook(store.end, always_call=True))
-    handles.append(module.register_forward_hook(lambda *_: ran.add(_WHOLE)))
+        owner = name.rpartition(".")[0]
+        runs = owner.rpartition(".")[0] if _is_attention_output(module, owner) else owner
+        layer = layers.setdefault(module.get_submodule(runs), _Layer(runs, make))
+        layer.own[name] = (module.get_submodule(owner), name.rpartition(".")[2])
+    ran: list[bool] = []
+    handles = [module.register_forward_hook(lambda *_: ran.append(True))]
+    made: dict[int, tuple[str, Tensor]] = {}
+    for runs, layer in layers.items():
+        handles.append(runs.register_forward_pre_hook(lambda *_, layer=layer: layer.begin(made)))
+        handles.append(runs.register_forward_hook(lambda *_, layer=layer: layer.end(made), always_call=True))
     try:
-        yield
+        with torch.autograd.graph.saved_tensors_hooks(_remember(made), _recall(make)):
+            yield
     finally:
         for handle in handles:
             handle.remove()
-    if _WHOLE in ran and (idle := [owner for owner in by_owner if owner not in ran]):
+    if ran and (idle := [layer for layer in layers.values() if not layer.ran]):
         raise RuntimeError(
-            f"the layer {idle[0]!r} never ran by itself, so its changed weights were not used: another module computes "
-            "with them; use `attached`, which writes them in place"
+            f"the layer {idle[0].name!r} never ran by itself, so its changed weights were not used: another module "
+            "computes with them; use `attached`, which writes them in place"
         )
 
 
-_WHOLE = "<the whole module>"
-
-
-class _Store:
+class _Layer:
     """The tensors of one layer, exchanged while it runs."""
 
-    def __init__(
-        self,
-        layer: nn.Module,
-        owner: str,
-        leaves: list[str],
-        make: Callable[[str, Tensor], Tensor],
-        ran: set[str],
-    ) -> None:
-        self.layer, self.owner, self.leaves, self.make, self.ran = layer, owner, leaves, make, ran
-        self.own: dict[str, Tensor] = {}
+    def __init__(self, name: str, make: Callable[[str, Tensor], Tensor]) -> None:
+        self.name, self.make, self.ran = name, make, False
+        self.own: dict[str, tuple[nn.Module, str]] = {}
+        self._kept: list[tuple[dict, str, Tensor]] = []
 
-    def begin(self, *_) -> None:
-        self.ran.add(self.owner)
-        for leaf in self.leaves:
-            home = self.layer._parameters if leaf in self.layer._parameters else self.layer._buffers
-            self.own[leaf] = home[leaf]
-            home[leaf] = self.make(f"{self.owner}.{leaf}" if self.owner else leaf, home[leaf])
+    def begin(self, made: dict[int, tuple[str, Tensor]]) -> None:
+        self.ran = True
+        for name, (owner, leaf) in self.own.items():
+            home = owner._parameters if leaf in owner._parameters else owner._buffers
+            own, changed = home[leaf], self.make(name, home[leaf])
+            self._kept.append((home, leaf, own))
+            made[changed.untyped_storage().data_ptr()] = (name, own)
+            home[leaf] = changed
 
-    def end(self, *_) -> None:
-        for leaf, tensor in self.own.items():
-            home = self.layer._parameters if leaf in self.layer._parameters else self.layer._buffers
-            home[leaf] = tensor
-        self.own = {}
+    def end(self, made: dict[int, tuple[str, Tensor]]) -> None:
+        for home, leaf, own in self._kept:
+            made.pop(home[leaf].untyped_storage().data_ptr(), None)  # its memory may hold something else from now on
+            home[leaf] = own
+        self._kept = []
+
+
+def _remember(made: dict[int, tuple[str, Tensor]]) -> Callable[[Tensor], object]:
+    """What autograd keeps of a tensor: of a changed weight, or a view of it, only which one it is."""
+
+    def pack(tensor: Tensor) -> object:
+        found = made.get(tensor.untyped_storage().data_ptr())
+        if found is None:
+            return tensor
+        return (*found, tensor.size(), tensor.stride(), tensor.storage_offset())
+
+    return pack
+
+
+def _recall(make: Callable[[str, Tensor], Tensor]) -> Callable[[object], Tensor]:
+    def unpack(kept: object) -> Tensor:
+        if isinstance(kept, Tensor):
+            return kept
+        name, own, size, stride, offset = kept
+        with torch.no_grad():
+            return make(name, own).as_strided(size, stride, offset)
+
+    return unpack
+
+
+def _is_attention_output(module: nn.Module, owner: str) -> bool:
+    """`nn.MultiheadAttention` computes with its output projection's tensors itself."""
+    parent, _, leaf = owner.rpartition(".")
+    return leaf == "out_proj" and isinstance(module.get_submodule(parent), nn.MultiheadAttention)
