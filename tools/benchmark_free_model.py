@@ -81,7 +81,9 @@ def make_model(arguments: argparse.Namespace, kind: str) -> tuple[FreeModel, tor
 
     def even(inputs: torch.Tensor) -> torch.Tensor:
         logits = torch.zeros_like(route(inputs))  # the router runs, but it is not trained
-        return logits.index_put((torch.arange(len(inputs)), torch.arange(len(inputs)) % len(tasks)), logits.new_ones(()))
+        return logits.index_put(
+            (torch.arange(len(inputs)), torch.arange(len(inputs)) % len(tasks)), logits.new_ones(())
+        )
 
     model.route = even
     return model, images
@@ -126,7 +128,11 @@ def memory(arguments: argparse.Namespace) -> None:
     if arguments.memory == "plain":
         backbone = make_backbone(arguments.shape, getattr(torch, arguments.dtype))
         config = backbone.model.config
-        backbone(torch.randn(8, config.num_channels, config.image_size, config.image_size).to(next(backbone.parameters()).dtype))
+        backbone(
+            torch.randn(8, config.num_channels, config.image_size, config.image_size).to(
+                next(backbone.parameters()).dtype
+            )
+        )
     else:
         model, images = make_model(arguments, arguments.memory)
         model(images)
@@ -145,7 +151,9 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=20)
     parser.add_argument("--kinds", nargs="*", choices=KINDS, default=list(KINDS))
     arguments = parser.parse_args()
-    print(f"{arguments.shape}, {arguments.tasks} tasks, batch {arguments.batch}, {arguments.dtype}, {arguments.router} router")
+    print(
+        f"{arguments.shape}, {arguments.tasks} tasks, batch {arguments.batch}, {arguments.dtype}, {arguments.router} router"
+    )
     for kind in arguments.kinds:
         throughput(arguments, kind)
         held(arguments, kind)

@@ -27,7 +27,9 @@ from freemerge.experts.masked import MaskedExpert
 from freemerge.experts.sparse import SparseExpert
 
 FORMAT = "freemerge-expert-2"  # in the metadata as `kind`, with the kind of expert; "format" is safetensors' own
-_KINDS: dict[str, type[Expert]] = {f"{FORMAT}-{kind.KIND}": kind for kind in (SparseExpert, LowRankExpert, MaskedExpert)}
+_KINDS: dict[str, type[Expert]] = {
+    f"{FORMAT}-{kind.KIND}": kind for kind in (SparseExpert, LowRankExpert, MaskedExpert)
+}
 _DTYPES = {"int8": torch.int8, "bf16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -49,7 +51,11 @@ def save_expert(path: str | Path, expert: Expert, values: Encoding | None = None
     plain, arrays = expert.structure()
     plain["parts"] = [[name, part.numel()] for name, part in parts.items()]
     text = json.dumps(plain, separators=(",", ":"), ensure_ascii=False).encode()
-    tensors = {"codes": deflate(codes.cpu()), "scales": scales.cpu(), "layout": deflate(torch.frombuffer(bytearray(text), dtype=torch.uint8))}
+    tensors = {
+        "codes": deflate(codes.cpu()),
+        "scales": scales.cpu(),
+        "layout": deflate(torch.frombuffer(bytearray(text), dtype=torch.uint8)),
+    }
     tensors |= {name: deflate(array.cpu()) for name, array in arrays.items()}
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -95,7 +101,9 @@ def load_expert(
     except (ValueError, KeyError, RuntimeError) as error:
         raise CheckpointError(f"{path}: damaged expert file ({error}); make the expert again") from error
     if isinstance(expert, MaskedExpert):
-        lacking = [name for name, shape in expert.shapes.items() if shared is None or tuple(shared[name].shape) != shape]
+        lacking = [
+            name for name, shape in expert.shapes.items() if shared is None or tuple(shared[name].shape) != shape
+        ]
         if lacking:
             raise CheckpointError(
                 f"{path}: needs the task vector that its tasks share, with tensor {lacking[0]!r} of shape "
@@ -113,7 +121,9 @@ def _decode(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Exper
         raise ValueError(f"{len(codes)} values, {sum(sizes.values())} expected")
     parts = dict(zip(sizes, decode_values(codes, tensors["scales"], list(sizes.values())), strict=True))
     arrays = {
-        name: inflate(packed, torch.uint8) for name, packed in tensors.items() if name not in ("layout", "codes", "scales")
+        name: inflate(packed, torch.uint8)
+        for name, packed in tensors.items()
+        if name not in ("layout", "codes", "scales")
     }
     own = {key: value for key, value in metadata.items() if key not in ("format", "kind")}
     return _KINDS[metadata["kind"]].restored(plain, arrays, parts, own)

@@ -29,7 +29,9 @@ class PackedExpert:
         for encoding in ENCODINGS:
             self.codes, self.scales = encode_values(list(parts.values()), encoding)
             decoded = decode_values(self.codes, self.scales, list(self.sizes.values()))
-            if all(torch.equal(*pair) for pair in zip(decoded, (p.flatten().float() for p in parts.values()), strict=True)):
+            if all(
+                torch.equal(*pair) for pair in zip(decoded, (p.flatten().float() for p in parts.values()), strict=True)
+            ):
                 break
         if encoding != "float32":
             self.metadata["values"] = encoding  # so that a file of it loses nothing either

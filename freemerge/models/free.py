@@ -102,9 +102,7 @@ class FreeModel(nn.Module):
                 )
             check_fits(expert, backbone.weights())
         if router is not None and router.num_tasks != len(self.heads):
-            raise ValueError(
-                f"FreeModel: the router knows {router.num_tasks} tasks, there are {len(self.heads)} heads"
-            )
+            raise ValueError(f"FreeModel: the router knows {router.num_tasks} tasks, there are {len(self.heads)} heads")
         if not 0.0 <= threshold <= 1.0:
             raise ValueError(f"FreeModel: threshold is a probability, in [0, 1], got {threshold}")
         if not 1 <= top_n <= len(self.heads):

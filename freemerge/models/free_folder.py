@@ -1,6 +1,6 @@
 """A FREE model's folder: the merged backbone as its own library writes it, and beside it
 
-    experts/<task>.safetensors   heads.safetensors   router.safetensors   freemerge.json
+experts/<task>.safetensors   heads.safetensors   router.safetensors   freemerge.json
 """
 
 from __future__ import annotations
@@ -41,9 +41,7 @@ def save_free_model(model: FreeModel, directory: str | Path) -> Path:
     model.backbone.save_pretrained(directory)
     merged_hash = hash_tensors(model.backbone.weights())
     for task, expert in experts.items():
-        save_expert(
-            directory / "experts" / f"{task}.safetensors", expert.tagged(task=task, merged_hash=merged_hash)
-        )
+        save_expert(directory / "experts" / f"{task}.safetensors", expert.tagged(task=task, merged_hash=merged_hash))
     save_checkpoint(directory / "heads.safetensors", model.heads.state_dict())
     if model.router is not None:
         save_checkpoint(directory / "router.safetensors", model.router.state_dict())
