@@ -6,8 +6,6 @@ names are those of this module.
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -118,9 +116,3 @@ class EtinyNetBackbone(Backbone):
         size = (self.image_size, self.image_size)
         images = F.interpolate(inputs, size, mode="bilinear", align_corners=False).expand(-1, 3, -1, -1)
         return self.model(images.contiguous(memory_format=torch.channels_last))  # a quarter faster on a CPU
-
-    def save_pretrained(self, directory: str | Path) -> None:
-        """Write `model.safetensors`."""
-        from freemerge.checkpoints import save_checkpoint
-
-        save_checkpoint(Path(directory) / "model.safetensors", self.weights())

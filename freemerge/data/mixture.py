@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from freemerge.data.batches import StackedBatch, collate
 from freemerge.data.loaders import BalancedSampler, ShuffleSampler, derive_seed, evaluation_loader, training_loader
 from freemerge.data.tasks import Task
-from freemerge.inputs import Inputs, join, select
+from freemerge.inputs import IGNORED, Inputs, join, join_padded, select
 
 
 class TaskData(L.LightningDataModule):
@@ -28,6 +28,7 @@ class TaskData(L.LightningDataModule):
         num_workers: Worker processes per loader.
         seed: Seed of the training order.
         prepare: Called by `prepare_data`, such as a suite's download.
+        head_tasks: Returns the tasks that share a head with this one, itself included; None: it has its own.
     """
 
     def __init__(
@@ -39,6 +40,7 @@ class TaskData(L.LightningDataModule):
         num_workers: int = 0,
         seed: int = 0,
         prepare: Callable[[], None] | None = None,
+        head_tasks: Callable[[], list[Task]] | None = None,
     ) -> None:
         super().__init__()
         self.name = name
@@ -48,6 +50,7 @@ class TaskData(L.LightningDataModule):
         self.seed = seed
         self._load = load
         self._prepare = prepare
+        self._head_tasks = head_tasks
         self._task: Task | None = None
 
     def __str__(self) -> str:
@@ -78,6 +81,13 @@ class TaskData(L.LightningDataModule):
         sampler = ShuffleSampler(len(dataset), derive_seed(self.seed, "order", self.name))  # type: ignore[arg-type]
         return training_loader(dataset, sampler, self.batch_size, self.num_workers)
 
+    def head_dataloader(self) -> DataLoader | None:
+        """The training data of all tasks that share this one's head, in order; None where it has its own."""
+        if self._head_tasks is None:
+            return None
+        dataset = JoinedDataset([task.train for task in self._head_tasks()])
+        return evaluation_loader(dataset, self.eval_batch_size, self.num_workers)
+
     def val_dataloader(self) -> DataLoader:
         return evaluation_loader(self.task.val, self.eval_batch_size, self.num_workers)
 
@@ -88,8 +98,8 @@ class TaskData(L.LightningDataModule):
         return self.test_dataloader()
 
 
-class MixtureDataset(Dataset):
-    """Several datasets laid end to end, whose label is the index of the dataset that a sample came from.
+class JoinedDataset(Dataset):
+    """Several datasets laid end to end.
 
     Args:
         datasets: Datasets of (inputs, label) whose inputs can be in one batch: images of equal shapes, or texts.
@@ -110,8 +120,7 @@ class MixtureDataset(Dataset):
         return which, index - (self._ends[which] - self.sizes[which])
 
     def __getitem__(self, index: int) -> tuple[Inputs, torch.Tensor]:
-        which, inner = self._locate(index)
-        return self.datasets[which][inner][0], torch.tensor(which)
+        return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> Any:
         """Fetches a batch with one call per dataset."""
@@ -119,17 +128,34 @@ class MixtureDataset(Dataset):
         positions: dict[int, list[int]] = {}
         for position, (which, _) in enumerate(places):
             positions.setdefault(which, []).append(position)
-        parts, order = [], []
+        parts, labels, order = [], [], []
         for which, chosen in positions.items():
-            parts.append(self._inputs(which, [places[position][1] for position in chosen]))
+            inputs, own = self._fetch(which, [places[position][1] for position in chosen])
+            parts.append(inputs)
+            labels.append(self._label(which, own))
             order += chosen
         place_of = torch.tensor(order).argsort()  # the parts lie end to end: back to the order asked for
-        return StackedBatch(select(join(parts), place_of), torch.tensor([which for which, _ in places]))
+        return StackedBatch(select(join(parts), place_of), join_padded(labels, IGNORED)[place_of])
 
-    def _inputs(self, which: int, inner: list[int]) -> Inputs:
+    def _fetch(self, which: int, inner: list[int]) -> tuple[Inputs, torch.Tensor]:
         dataset = self.datasets[which]
         fetch = getattr(dataset, "__getitems__", None)
-        return collate(fetch(inner) if fetch else [dataset[index] for index in inner])[0]
+        inputs, labels = collate(fetch(inner) if fetch else [dataset[index] for index in inner])
+        return inputs, labels
+
+    def _label(self, which: int, labels: torch.Tensor) -> torch.Tensor:
+        return labels
+
+
+class MixtureDataset(JoinedDataset):
+    """Several datasets laid end to end, whose label is the index of the dataset that a sample came from.
+
+    Args:
+        datasets: Datasets of (inputs, label) whose inputs can be in one batch: images of equal shapes, or texts.
+    """
+
+    def _label(self, which: int, labels: torch.Tensor) -> torch.Tensor:
+        return torch.full((len(labels),), which)
 
 
 class TaskMixture(L.LightningDataModule):

@@ -46,6 +46,8 @@ class QuickstartSuite(TaskSuite):
         eval_batch_size: Images per batch of validation, test and prediction.
         num_workers: Worker processes per loader. The data are in memory, so none is fastest.
         seed: Determines the data and the order of training.
+        held_out: Tasks that are evaluated but neither fine-tuned on nor merged: out-of-domain.
+        shared_heads: Groups of tasks with the same classes that share one head.
     """
 
     TASKS: ClassVar[tuple[str, ...]] = tuple(_BUILDERS)
@@ -58,8 +60,10 @@ class QuickstartSuite(TaskSuite):
         eval_batch_size: int = 256,
         num_workers: int = 0,
         seed: int = 0,
+        held_out: list[str] | None = None,
+        shared_heads: list[list[str]] | None = None,
     ) -> None:
-        super().__init__(tasks, batch_size, eval_batch_size, num_workers, seed)
+        super().__init__(tasks, batch_size, eval_batch_size, num_workers, seed, held_out, shared_heads)
         self._pretraining_task: Task | None = None
 
     @property

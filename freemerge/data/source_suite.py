@@ -21,6 +21,8 @@ class SourceSuite(TaskSuite):
         eval_batch_size: Samples per batch of validation, test and prediction.
         num_workers: Worker processes per loader. Data in memory is served fastest by none.
         seed: Determines what is drawn from the data, and the order of training.
+        held_out: Tasks that are evaluated but neither fine-tuned on nor merged: out-of-domain.
+        shared_heads: Groups of tasks with the same classes that share one head.
     """
 
     def __init__(
@@ -31,15 +33,17 @@ class SourceSuite(TaskSuite):
         eval_batch_size: int = 256,
         num_workers: int = 0,
         seed: int = 0,
+        held_out: list[str] | None = None,
+        shared_heads: list[list[str]] | None = None,
     ) -> None:
         self.sources = dict(sources)
-        super().__init__(tasks, batch_size, eval_batch_size, num_workers, seed)
+        super().__init__(tasks, batch_size, eval_batch_size, num_workers, seed, held_out, shared_heads)
 
     def available(self) -> tuple[str, ...]:
         return tuple(self.sources)
 
     def prepare_data(self) -> None:
-        for name in self.names:
+        for name in (*self.names, *self.held_out):
             self.sources[name].prepare()
 
     def build(self, name: str) -> Task:
@@ -49,7 +53,7 @@ class SourceSuite(TaskSuite):
         """The sources and the seed say all; a subclass's arguments are a shorter way to say the sources."""
         kind = type(self)
         sources = {name: source.identity() for name, source in self.sources.items()}
-        arguments = {"seed": self.seed, "sources": sources}
+        arguments = {"seed": self.seed, "shared_heads": self.shared_heads, "sources": sources}
         return {"class": f"{kind.__module__}.{kind.__qualname__}", "version": self.DATA_VERSION, "arguments": arguments}
 
 
@@ -71,6 +75,8 @@ class NpzSuite(SourceSuite):
         eval_batch_size: Images per batch of validation, test and prediction.
         num_workers: Worker processes per loader. The data are in memory, so none is usually fastest.
         seed: Determines what is drawn from the data, and the order of training.
+        held_out: Tasks that are evaluated but neither fine-tuned on nor merged: out-of-domain.
+        shared_heads: Groups of tasks with the same classes that share one head.
     """
 
     def __init__(
@@ -89,6 +95,8 @@ class NpzSuite(SourceSuite):
         eval_batch_size: int = 256,
         num_workers: int = 0,
         seed: int = 0,
+        held_out: list[str] | None = None,
+        shared_heads: list[list[str]] | None = None,
     ) -> None:
         options = {
             "image_size": image_size, "channels": channels, "mean": mean, "std": std, "augment": augment,
@@ -96,7 +104,7 @@ class NpzSuite(SourceSuite):
         }  # fmt: skip
         files = _files(folder, (".npz",))
         sources = {name: NpzSource(path=path, **options) for name, path in files.items()}
-        super().__init__(sources, tasks, batch_size, eval_batch_size, num_workers, seed)
+        super().__init__(sources, tasks, batch_size, eval_batch_size, num_workers, seed, held_out, shared_heads)
 
 
 class TextTableSuite(SourceSuite):
@@ -120,6 +128,8 @@ class TextTableSuite(SourceSuite):
         eval_batch_size: Texts per batch of validation, test and prediction.
         num_workers: Worker processes per loader. The data are in memory, so none is usually fastest.
         seed: Determines what is drawn from the data, and the order of training.
+        held_out: Tasks that are evaluated but neither fine-tuned on nor merged: out-of-domain.
+        shared_heads: Groups of tasks with the same classes that share one head.
     """
 
     def __init__(
@@ -141,6 +151,8 @@ class TextTableSuite(SourceSuite):
         eval_batch_size: int = 128,
         num_workers: int = 0,
         seed: int = 0,
+        held_out: list[str] | None = None,
+        shared_heads: list[list[str]] | None = None,
     ) -> None:
         options = {
             "tokenizer": tokenizer, "text": text, "label": label, "split": split, "kind": kind,
@@ -154,7 +166,7 @@ class TextTableSuite(SourceSuite):
             name: TextTableSource(path=path, metric=(metrics or {}).get(name), **options)
             for name, path in files.items()
         }
-        super().__init__(sources, tasks, batch_size, eval_batch_size, num_workers, seed)
+        super().__init__(sources, tasks, batch_size, eval_batch_size, num_workers, seed, held_out, shared_heads)
 
 
 def _files(folder: str, suffixes: tuple[str, ...]) -> dict[str, str]:

@@ -19,6 +19,7 @@ import difflib
 import hashlib
 import inspect
 import json
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, ClassVar
 
@@ -28,8 +29,8 @@ from torch.utils.data import DataLoader
 from freemerge.data.mixture import TaskData, TaskMixture
 from freemerge.data.tasks import Task
 
-# How data is loaded does not change what it is: these arguments stay out of the fingerprint.
-_LOADING = {"self", "tasks", "batch_size", "eval_batch_size", "num_workers"}
+# How data is loaded does not change what it is, and neither does which of it: these stay out of the identity.
+_LOADING = {"self", "tasks", "held_out", "batch_size", "eval_batch_size", "num_workers"}
 
 
 class TaskSuite(L.LightningDataModule):
@@ -44,6 +45,9 @@ class TaskSuite(L.LightningDataModule):
         eval_batch_size: Images per batch of validation, test and prediction.
         num_workers: Worker processes per loader. Data in memory is served fastest by none.
         seed: Determines the data, where it is drawn, and the order of training.
+        held_out: Tasks that are evaluated but neither fine-tuned on nor merged: out-of-domain.
+        shared_heads: Groups of tasks with the same classes that share one head: domains of one problem, or several
+            trainings for it.
 
     Raises:
         ValueError: If a task is unknown or chosen twice, none is chosen, or a size is not positive.
@@ -60,6 +64,8 @@ class TaskSuite(L.LightningDataModule):
         eval_batch_size: int = 256,
         num_workers: int = 0,
         seed: int = 0,
+        held_out: list[str] | None = None,
+        shared_heads: list[list[str]] | None = None,
     ) -> None:
         super().__init__()
         for what, value, least in (
@@ -74,14 +80,14 @@ class TaskSuite(L.LightningDataModule):
         self.num_workers = num_workers
         self.seed = seed
         self._built: dict[str, Task] = {}
-        names = self.available() if tasks is None else tuple(tasks)
-        if not names:
+        self.held_out = tuple(held_out or ())
+        self.shared_heads = tuple(tuple(group) for group in shared_heads or ())
+        chosen = tuple(name for name in self.available() if name not in self.held_out)
+        self._names = chosen if tasks is None else tuple(tasks)
+        if not self._names:
             raise ValueError(f"{type(self).__name__}: no task chosen; known tasks: {', '.join(self.available())}")
-        if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise ValueError(f"{type(self).__name__}: chosen twice: {', '.join(twice)}")
-        for name in names:
-            self._check(name)
-        self._names = names
+        self._check_once("chosen", (*self._names, *self.held_out))
+        self._check_once("in shared_heads", [name for group in self.shared_heads for name in group])
 
     # ---- what there is
 
@@ -99,6 +105,15 @@ class TaskSuite(L.LightningDataModule):
         """(channels, height, width) of every image; builds the first task unless a subclass knows better."""
         image, _ = self.task(self.names[0]).test[0]
         return tuple(image.shape)
+
+    def head_group(self, name: str) -> tuple[str, ...]:
+        """The tasks that share a head with this one, itself included: those of its group that are fine-tuned on.
+
+        Args:
+            name: One of `available()`.
+        """
+        group = next((group for group in self.shared_heads if name in group), (name,))
+        return tuple(member for member in group if member in self.names) or (name,)
 
     def build(self, name: str) -> Task:
         """Builds one task: the method to implement.
@@ -126,6 +141,7 @@ class TaskSuite(L.LightningDataModule):
         if name not in self._built:
             self._check(name)
             self._built[name] = self.build(name)
+            self._check_head(name)
         return self._built[name]
 
     def pretraining(self) -> Task | None:
@@ -145,7 +161,9 @@ class TaskSuite(L.LightningDataModule):
             Its data module; nothing is built before its `setup`.
         """
         self._check(name)
-        return TaskData(name, partial(self.task, name), **self._loading(batch_size))
+        group = self.head_group(name)
+        others = partial(_load_all, self.task, group) if len(group) > 1 else None
+        return TaskData(name, partial(self.task, name), head_tasks=others, **self._loading(batch_size))
 
     def mixture(self, per_task: int | None = None, batch_size: int | None = None) -> TaskMixture:
         """The selected tasks mixed in equal parts, labelled by their index in `names`, for training a router.
@@ -176,7 +194,7 @@ class TaskSuite(L.LightningDataModule):
         """Downloads what `build` needs; nothing by default. Lightning calls it in one process per node."""
 
     def setup(self, stage: str | None = None) -> None:
-        for name in self.names:
+        for name in (*self.names, *self.held_out):
             self.task(name)
 
     def train_dataloader(self) -> dict[str, DataLoader]:
@@ -234,6 +252,7 @@ class TaskSuite(L.LightningDataModule):
         identity = self.identity()
         if selection:
             identity["tasks"] = list(self.names)
+            identity["held_out"] = list(self.held_out)
         return hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
 
     def __str__(self) -> str:
@@ -249,6 +268,23 @@ class TaskSuite(L.LightningDataModule):
             hint = f" Did you mean {near[0]!r}?" if near else ""
             raise ValueError(f"{type(self).__name__} has no task {name!r}.{hint} Known tasks: {', '.join(known)}")
 
+    def _check_once(self, where: str, names: Sequence[str]) -> None:
+        """Every name is known, and none occurs twice."""
+        for name in names:
+            self._check(name)
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"{type(self).__name__}: {where} twice: {', '.join(twice)}")
+
+    def _check_head(self, name: str) -> None:
+        """A task that shares a head asks the same as those of its group that have been built."""
+        task, group = self._built[name], next((group for group in self.shared_heads if name in group), ())
+        for other in (self._built[member] for member in group if member in self._built):
+            if (task.kind, task.class_names) != (other.kind, other.class_names):
+                raise ValueError(
+                    f"{type(self).__name__}: {name!r} and {other.name!r} cannot share a head: {_asked(task)} "
+                    f"and {_asked(other)}"
+                )
+
     def _loading(self, batch_size: int | None) -> dict[str, Any]:
         return {
             "batch_size": batch_size or self.batch_size,
@@ -263,3 +299,11 @@ class TaskSuite(L.LightningDataModule):
         if task is None:
             raise ValueError(f"{type(self).__name__} has no pretraining data: start from a pretrained backbone")
         return task
+
+
+def _load_all(load: Callable[[str], Task], names: Sequence[str]) -> list[Task]:
+    return [load(name) for name in names]  # at module level: data modules are pickled
+
+
+def _asked(task: Task) -> str:
+    return f"{task.kind} of {', '.join(task.class_names[:8])}" if task.class_names else task.kind

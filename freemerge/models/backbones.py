@@ -6,15 +6,18 @@ are the model's own, so a merged file is loadable where the model came from), an
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from freemerge.checkpoints import CheckpointError, save_checkpoint
 from freemerge.inputs import Inputs, to_device
+
+RECIPE = "backbone.json"
+WEIGHTS = "model.safetensors"
 
 
 class Backbone(nn.Module):
@@ -47,102 +50,52 @@ class Backbone(nn.Module):
         """Copy `weights` (named as in `weights()`, all of them) into the model."""
         self.model.load_state_dict(weights, strict=True)
 
+    def enable_gradient_checkpointing(self) -> None:
+        """Keep few activations while training and compute the others again in the backward pass.
 
-class TransformersBackbone(Backbone):
-    """A vision or text encoder of the transformers library, from a hub id, a folder, or a configuration.
+        Raises:
+            ValueError: if the model has no such switch.
+        """
+        enable = getattr(self.model, "gradient_checkpointing_enable", None)
+        if enable is None or not getattr(self.model, "supports_gradient_checkpointing", True):
+            raise ValueError(f"gradient_checkpointing: {type(self.model).__name__} does not support it; leave it out")
+        enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # the reentrant kind loses frozen inputs
 
-    A tensor of inputs is taken for images, a dict for what the model takes by name: a tokenizer's output, for instance.
+    # -- as a folder --------------------------------------------------------------------------------------------------
 
-    Args:
-        pretrained: hub id or local folder to load configuration and weights from.
-        config: configuration to build a randomly initialised model from, `model_type` included
-            (for instance `{model_type: vit, hidden_size: 128, …}`). Give either this or `pretrained`.
-        pooling: how token states (B, N, F) become features (B, F): `cls` takes the first token, `mean` averages an
-            image's patch tokens, or a text's tokens where `attention_mask` is 1, `pooler` takes the model's own pooled
-            output.
-        dtype: of the weights while they are fine-tuned and merged, whatever they are stored in.
-
-    Raises:
-        ValueError: if not exactly one of `pretrained` and `config` is given.
-    """
-
-    def __init__(
-        self,
-        pretrained: str | None = None,
-        config: dict[str, Any] | None = None,
-        pooling: Literal["cls", "mean", "pooler"] = "cls",
-        dtype: Literal["float32", "bfloat16", "float16"] = "float32",
-    ) -> None:
-        from transformers import AutoConfig, AutoModel
-
-        if (pretrained is None) == (config is None):
-            raise ValueError("TransformersBackbone: give either `pretrained` (hub id or folder) or `config`, not both")
-        if pretrained is not None:
-            options = _pooler_option(AutoConfig.from_pretrained(pretrained), pooling)
-            with _without_progress_bars():
-                model = AutoModel.from_pretrained(pretrained, dtype=getattr(torch, dtype), **options)
-        else:
-            settings = dict(config)
-            if "model_type" not in settings:
-                raise ValueError("TransformersBackbone: `config` needs a `model_type`, for instance `vit`")
-            model_config = AutoConfig.for_model(settings.pop("model_type"), **settings)
-            model = AutoModel.from_config(
-                model_config, dtype=getattr(torch, dtype), **_pooler_option(model_config, pooling)
-            )
-        super().__init__(model, feature_dim=model.config.hidden_size, pretrained=pretrained is not None)
-        self.pooling = pooling
-        self.prefix_tokens = _count_prefix_tokens(model)
-
-    def forward(self, inputs: Inputs) -> Tensor:
-        if isinstance(inputs, Tensor):
-            inputs = {"pixel_values": inputs}
-        output = self.model(**inputs)
-        if self.pooling == "pooler":
-            return output.pooler_output.flatten(1)  # some models pool to (B, F, 1, 1)
-        tokens = output.last_hidden_state  # (B, N, F), or (B, F, H, W) of a convolutional network
-        if tokens.ndim == 4:
-            tokens = tokens.flatten(2).transpose(1, 2)  # (B, H·W, F)
-        if self.pooling == "cls":
-            return tokens[:, 0]
-        if "attention_mask" in inputs:
-            mask = inputs["attention_mask"].to(tokens.dtype).unsqueeze(2)  # (B, N, 1)
-            return (tokens * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
-        return tokens[:, self.prefix_tokens :].mean(dim=1)
+    def recipe(self) -> dict[str, Any] | None:
+        """The constructor's arguments with which `load_backbone` builds it again; None if that cannot be said."""
+        return None
 
     def save_pretrained(self, directory: str | Path) -> None:
-        """Write the model as a Hugging Face folder, which `AutoModel.from_pretrained` loads without freemerge."""
-        with _without_progress_bars():
-            self.model.save_pretrained(directory)
+        """Write a folder that `load_backbone` loads: the weights, and the recipe where there is one."""
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        save_checkpoint(directory / WEIGHTS, {name: tensor.cpu() for name, tensor in self.weights().items()})
+        self._write_recipe(directory)
+
+    def _write_recipe(self, directory: Path) -> None:
+        if (arguments := self.recipe()) is not None:
+            text = json.dumps({"class": type(self).__name__, "arguments": arguments}, indent=2, ensure_ascii=False)
+            (directory / RECIPE).write_text(text + "\n")
 
 
-def _count_prefix_tokens(model: nn.Module) -> int:
-    """How many tokens of an image model come before the patches: class, distillation and register tokens."""
-    tokens = ("cls_token", "class_embedding", "distillation_token", "register_tokens")
-    found = {name: tensor for name, tensor in model.named_parameters() if name.rsplit(".", 1)[-1] in tokens}
-    return sum(tensor.shape[1] if tensor.ndim == 3 else 1 for tensor in found.values())
+def load_backbone(directory: str | Path) -> Backbone:
+    """Load a folder written by `save_pretrained` of any of freemerge's own backbones.
 
+    Raises:
+        CheckpointError: if the folder does not say how to build its backbone.
+    """
+    import freemerge.models
 
-@contextmanager
-def _without_progress_bars() -> Iterator[None]:
-    """transformers draws a bar for every file it reads or writes; it would tear a run's own output."""
-    from transformers.utils import logging
-
-    were_on = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if were_on:
-            logging.enable_progress_bar()
-
-
-def _pooler_option(config: Any, pooling: str) -> dict[str, bool]:
-    """ViT-like models add a pooler by default; features that do not use it should not carry its untrained weights."""
-    from transformers import MODEL_MAPPING
-
-    model_class = MODEL_MAPPING.get(type(config), None)
-    accepts = model_class is not None and "add_pooling_layer" in model_class.__init__.__code__.co_varnames
-    return {"add_pooling_layer": pooling == "pooler"} if accepts else {}
+    path = Path(directory) / RECIPE
+    if not path.is_file():
+        raise CheckpointError(f"{directory}: no {RECIPE}, so how to build the backbone is not known; give it built")
+    recipe = json.loads(path.read_text())
+    kind = getattr(freemerge.models, str(recipe.get("class")), None)
+    if not (isinstance(kind, type) and issubclass(kind, Backbone)):
+        raise CheckpointError(f"{path}: freemerge has no backbone {recipe.get('class')!r}")
+    return kind.from_recipe(directory, recipe["arguments"])
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from torch import nn
 
 from freemerge.checkpoints import CheckpointError, hash_tensors, load_checkpoint, save_checkpoint
 from freemerge.experts import load_expert, save_expert
-from freemerge.models.backbones import Backbone, TransformersBackbone
+from freemerge.models.backbones import Backbone, load_backbone
 from freemerge.models.free import FreeModel
 from freemerge.models.router import make_router
 
@@ -47,7 +47,6 @@ def save_free_model(model: FreeModel, directory: str | Path) -> Path:
         save_checkpoint(directory / "router.safetensors", model.router.state_dict())
     description = {
         "format": FORMAT,
-        "backbone": {"pooling": getattr(model.backbone, "pooling", None)},
         "merged_hash": merged_hash,
         "tasks": {
             task: {"num_classes": head.out_features, "class_names": model.class_names.get(task)}
@@ -67,7 +66,7 @@ def load_free_model(directory: str | Path, backbone: Backbone | None = None) -> 
 
     Args:
         directory: the folder.
-        backbone: a backbone with the folder's merged weights, for models that are not from transformers.
+        backbone: a backbone with the folder's merged weights, for classes of your own.
 
     Raises:
         CheckpointError: if the folder is not a FREE model, or an expert belongs to other merged weights.
@@ -80,7 +79,7 @@ def load_free_model(directory: str | Path, backbone: Backbone | None = None) -> 
     if description.get("format") != FORMAT:
         raise CheckpointError(f"{directory}/freemerge.json: format {description.get('format')!r}, expected {FORMAT!r}")
     if backbone is None:
-        backbone = TransformersBackbone(pretrained=str(directory), pooling=description["backbone"]["pooling"])
+        backbone = load_backbone(directory)
     merged_hash = hash_tensors(backbone.weights())
     if merged_hash != description["merged_hash"]:
         raise CheckpointError(

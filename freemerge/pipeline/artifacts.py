@@ -147,6 +147,7 @@ class Artifacts:
             "task": task,
             "data": self.suite.fingerprint(selection=False),
             "batch_size": self.suite.batch_size,
+            "head_group": self.suite.head_group(task),
         }
         return StageFolder(self.folder / "finetune" / task, f"finetune {task}", inputs)
 

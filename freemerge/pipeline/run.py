@@ -160,14 +160,18 @@ class SuiteRun:
             tuner = self.files.base_tuner()
             resume = stage.begin(self.ckpt_path)
             self._seed(stage)
-            tuner = tuner.for_task(data.num_classes)
-            trainer = self._fit(stage, tuner, data, self.settings.finetune.trainer, resume, monitor="val/acc")
+            tuner = tuner.for_task(data.task)
+            trainer = self._fit(
+                stage, tuner, data, self.settings.finetune.trainer, resume, tuner.monitor, tuner.objective.mode
+            )
             best = trainer.checkpoint_callback.best_model_path if trainer.checkpoint_callback else ""
             if self.settings.finetune.weights == "best" and best:
                 tuner.load_state_dict(torch.load(best, map_location="cpu", weights_only=True)["state_dict"])
-            self._write(stage.path / "backbone.safetensors", tuner.backbone.weights())
+            self._write(stage.path / "backbone.safetensors", tuner.weights())
             self._write(stage.path / "head.safetensors", tuner.head.state_dict())
-            self._finish(stage, {"val/acc": _metric(trainer, "val/acc")})
+            if rank_zero_only.rank == 0:
+                tuner.save_adapter(stage.path / "adapter")
+            self._finish(stage, {tuner.monitor: _metric(trainer, tuner.monitor)})
 
     def merge(self) -> None:
         """Merge the task vectors by every method, at the scale that does best on validation data."""
@@ -364,13 +368,14 @@ class SuiteRun:
         overrides: Mapping[str, Any],
         resume: Path | None,
         monitor: str,
+        mode: str = "max",
     ) -> L.Trainer:
         """One Trainer fit, resumed if it was interrupted; prints what it is fitting."""
         checkpoint = ModelCheckpoint(
             dirpath=stage.checkpoints,
             filename="best",
             monitor=monitor,
-            mode="max",
+            mode=mode,
             save_last=True,
             enable_version_counter=False,
         )

@@ -3,7 +3,16 @@
 from freemerge.training.distillation import Distillation
 from freemerge.training.experts import ExpertTrainer
 from freemerge.training.finetuner import FineTuner
-from freemerge.training.probe import fit_probe
+from freemerge.training.objectives import Objective
+from freemerge.training.probe import fit_probe, fit_regression_probe
 from freemerge.training.router import RouterTrainer
 
-__all__ = ["Distillation", "ExpertTrainer", "FineTuner", "RouterTrainer", "fit_probe"]
+__all__ = [
+    "Distillation",
+    "ExpertTrainer",
+    "FineTuner",
+    "Objective",
+    "RouterTrainer",
+    "fit_probe",
+    "fit_regression_probe",
+]

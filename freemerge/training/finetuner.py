@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import copy
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torchmetrics import MeanMetric
-from torchmetrics.classification import MulticlassAccuracy
 
-from freemerge.models import Backbone, extract_features
+from freemerge.data import Task
+from freemerge.inputs import Inputs, batch_size
+from freemerge.models import Backbone, ImageTextBackbone, LanguageBackbone, extract_features
+from freemerge.training.adapters import add_adapter, has_adapter, merged_weights, peft_config
+from freemerge.training.objectives import Objective
 from freemerge.training.optimization import OptimizedModule, Schedule
-from freemerge.training.probe import fit_probe
+from freemerge.training.probe import fit_probe, fit_regression_probe
+
+HeadKind = Literal["probe", "linear", "zero_shot"]
 
 
 class FineTuner(OptimizedModule):
-    """Fine-tunes a backbone on a classification task.
+    """Fine-tunes a backbone on a task: classification, regression, or language modelling by the model's own head.
 
     In a suite one FineTuner is the template: `for_task` makes a fresh one for each task, from the same base weights.
 
@@ -27,50 +31,112 @@ class FineTuner(OptimizedModule):
         num_classes: number of classes C; a suite's tasks set it themselves.
         head: how the head starts and whether it trains: `probe` fits a linear probe on the base's features at fit
             start and freezes it, so that the task vector holds all that is learnt; `linear` starts at random and
-            trains along.
+            trains along; `zero_shot` is made of the class names by the text tower of an `ImageTextBackbone`, and
+            frozen. A `LanguageBackbone` has its own.
         optimizer: makes the optimizer; AdamW if not given.
         schedule: how the learning rate falls over the fit.
         warmup: share of the steps over which the learning rate rises.
         label_smoothing: of the cross-entropy.
+        peft: fine-tune by an adapter of PEFT, merged into the weights afterwards: `{kind: lora, r: 8, …}`, `{kind:
+            ia3, …}`, or `{class_path: peft.LoraConfig, init_args: {…}}`; null trains all weights.
+        gradient_checkpointing: keep few activations and compute the others again in the backward pass.
+        templates: prompts of a zero-shot head, for tasks that bring none; one `{}` each for the class's name.
     """
 
     def __init__(
         self,
         backbone: Backbone,
         num_classes: int | None = None,
-        head: Literal["probe", "linear"] = "probe",
+        head: HeadKind = "probe",
         optimizer: OptimizerCallable | None = None,
         schedule: Schedule = "cosine",
         warmup: float = 0.1,
         label_smoothing: float = 0.0,
+        peft: dict[str, Any] | None = None,
+        gradient_checkpointing: bool = False,
+        templates: list[str] | None = None,
     ) -> None:
         super().__init__(optimizer, schedule, warmup)
-        if head not in ("probe", "linear"):
-            raise ValueError(f"FineTuner: head must be 'probe' or 'linear', got {head!r}")
+        if head not in ("probe", "linear", "zero_shot"):
+            raise ValueError(f"FineTuner: head must be 'probe', 'linear' or 'zero_shot', got {head!r}")
+        if head == "zero_shot" and not isinstance(backbone, ImageTextBackbone):
+            raise ValueError(
+                f"FineTuner: a zero-shot head needs an ImageTextBackbone, got {type(backbone).__name__}; use 'probe'"
+            )
         self.backbone = backbone
         self.head_kind = head
         self.label_smoothing = label_smoothing
+        self.peft = None if peft is None else peft_config(peft)
+        self.templates = tuple(templates or ("a photo of a {}.",))
+        if gradient_checkpointing:
+            backbone.enable_gradient_checkpointing()
         # In the state dict, so that a resumed fit does not fit its probe again on a half-tuned backbone.
         self.register_buffer("head_ready", torch.tensor(False))
-        self.head: nn.Linear | None = None
+        self.head: nn.Module | None = None
+        self.objective: Objective | None = None
         if num_classes is not None:
-            self._set_head(num_classes)
+            self._set_task(num_classes)
 
-    def _set_head(self, num_classes: int) -> None:
-        self.head = nn.Linear(self.backbone.feature_dim, num_classes)
-        self.head.requires_grad_(self.head_kind == "linear")
-        self.head_ready.fill_(self.head_kind == "linear")
-        metrics = {"acc": MulticlassAccuracy(num_classes, average="micro"), "loss": MeanMetric()}
-        self.metrics = nn.ModuleDict({"val": nn.ModuleDict(metrics), "test": nn.ModuleDict(copy.deepcopy(metrics))})
+    # -- the task -----------------------------------------------------------------------------------------------------
 
-    def for_task(self, num_classes: int) -> FineTuner:
-        """A copy of this module, base weights included, with a new head for `num_classes` classes."""
+    def for_task(self, task: Task | int) -> FineTuner:
+        """A copy of this module, base weights included, for a task, or a classification with so many classes.
+
+        Raises:
+            ValueError: if the backbone or the head is not for such a task.
+        """
         tuner = copy.deepcopy(self)
-        tuner._set_head(num_classes)
+        tuner._set_task(task)
         return tuner
 
-    def forward(self, inputs: Tensor) -> Tensor:
-        """Logits (B, C) of a batch."""
+    def _set_task(self, task: Task | int) -> None:
+        self.objective = Objective.of(task, self.label_smoothing)
+        self.head = self._new_head(task)
+        self.head_ready.fill_(self.head_kind != "probe" or isinstance(self.backbone, LanguageBackbone))
+        if self.peft is not None and not has_adapter(self.backbone.model):
+            self.backbone.model = add_adapter(self.backbone.model, self.peft)
+        splits = ("val", "test")
+        self.metrics = nn.ModuleDict({split: self.objective.make_metrics() for split in splits})
+
+    def _new_head(self, task: Task | int) -> nn.Module:
+        kind, who = self.objective.kind, type(self.backbone).__name__
+        if isinstance(self.backbone, LanguageBackbone):
+            if kind != self.backbone.kind:
+                raise ValueError(f"FineTuner: {who} of this model is for {self.backbone.kind} tasks, got {kind}")
+            return nn.Identity()
+        if kind not in ("classification", "regression"):
+            raise ValueError(f"FineTuner: a {kind} task needs a LanguageBackbone, got {who}")
+        if self.head_kind == "zero_shot":
+            if isinstance(task, int) or kind != "classification":
+                raise ValueError("FineTuner: a zero-shot head is made of a classification task's class names")
+            return self.backbone.class_head(task.class_names, task.templates or self.templates)
+        head = nn.Linear(self.backbone.feature_dim, self.objective.num_outputs)
+        return head.requires_grad_(self.head_kind == "linear")
+
+    @property
+    def monitor(self) -> str:
+        """What is logged in validation and says how good the model is; `objective.mode` says which way."""
+        return f"val/{self.objective.name}"
+
+    # -- what comes out -----------------------------------------------------------------------------------------------
+
+    def weights(self) -> dict[str, Tensor]:
+        """The backbone's weights, an adapter merged in, as the merge takes them."""
+        model = self.backbone.model
+        return merged_weights(model) if has_adapter(model) else self.backbone.weights()
+
+    def save_adapter(self, folder: str | Path) -> bool:
+        """Write the adapter as PEFT does; returns False, and writes nothing, where there is none."""
+        if not has_adapter(self.backbone.model):
+            return False
+        # Whether embeddings were resized is asked of the hub otherwise; they never are here.
+        self.backbone.model.save_pretrained(str(folder), save_embedding_layers=False)
+        return True
+
+    # -- Lightning's hooks --------------------------------------------------------------------------------------------
+
+    def forward(self, inputs: Inputs) -> Tensor:
+        """Outputs of a batch: logits (B, C), numbers (B, 1), or a language model's logits (B, L, V)."""
         return self.head(self.backbone(inputs))
 
     def on_fit_start(self) -> None:
@@ -81,30 +147,41 @@ class FineTuner(OptimizedModule):
         """Fit the probe on the base's features of the training data, unless a checkpoint brought the head."""
         if self.head_ready:
             return
-        features, labels = extract_features(self.backbone, self.trainer.train_dataloader, self.device)
-        if self.trainer.world_size > 1:  # each rank saw its share: (world, n, …) → (world · n, …)
-            features, labels = (self.all_gather(part.to(self.device)).flatten(0, 1) for part in (features, labels))
-        probe = fit_probe(features, labels, self.head.out_features)
+        features, labels = self._features_for_head()
+        if self.objective.kind == "regression":
+            probe = fit_regression_probe(features, labels)
+        else:
+            probe = fit_probe(features, labels, self.objective.num_outputs)
         self.head.load_state_dict(self.trainer.strategy.broadcast(probe.state_dict()))
         self.head_ready.fill_(True)
 
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+    def _features_for_head(self) -> tuple[Tensor, Tensor]:
+        """Features (N, F) and labels (N,) of the training data; of all tasks that share the head, where some do."""
+        data = getattr(self.trainer, "datamodule", None)
+        shared = data.head_dataloader() if hasattr(data, "head_dataloader") else None
+        if shared is not None:  # in order and undivided, so every rank may see all of it
+            return extract_features(self.backbone, shared, self.device)
+        features, labels = extract_features(self.backbone, self.trainer.train_dataloader, self.device)
+        if self.trainer.world_size > 1:  # each rank saw its share: (world, n, …) → (world · n, …)
+            features, labels = (self.all_gather(part.to(self.device)).flatten(0, 1) for part in (features, labels))
+        return features, labels
+
+    def training_step(self, batch: tuple[Inputs, Tensor], batch_idx: int) -> Tensor:
         inputs, labels = batch
-        loss = F.cross_entropy(self(inputs), labels, label_smoothing=self.label_smoothing)
-        self.log("train/loss", loss, prog_bar=True)
+        loss = self.objective.loss(self(inputs), labels)
+        self.log("train/loss", loss, prog_bar=True, batch_size=batch_size(inputs))
         return loss
 
-    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+    def validation_step(self, batch: tuple[Inputs, Tensor], batch_idx: int) -> None:
         self._evaluate(batch, "val")
 
-    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+    def test_step(self, batch: tuple[Inputs, Tensor], batch_idx: int) -> None:
         self._evaluate(batch, "test")
 
-    def _evaluate(self, batch: tuple[Tensor, Tensor], split: str) -> None:
+    def _evaluate(self, batch: tuple[Inputs, Tensor], split: str) -> None:
         inputs, labels = batch
-        logits = self(inputs)
         metrics = self.metrics[split]
-        metrics["acc"].update(logits, labels)
-        metrics["loss"].update(F.cross_entropy(logits, labels, reduction="none"))
+        self.objective.update(metrics, self(inputs), labels)
         for name, metric in metrics.items():
-            self.log(f"{split}/{name}", metric, prog_bar=name == "acc", on_epoch=True, batch_size=len(labels))
+            on_bar = name == self.objective.name
+            self.log(f"{split}/{name}", metric, prog_bar=on_bar, on_epoch=True, batch_size=len(labels))

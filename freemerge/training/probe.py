@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import warnings
 
+import numpy as np
 import torch
 from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import LogisticRegression
+from sklearn.linear_model import LogisticRegression, Ridge
 from torch import Tensor, nn
 
 
 def fit_probe(features: Tensor, labels: Tensor, num_classes: int, inverse_regularization: float = 1.0) -> nn.Linear:
     """Multinomial logistic regression as a linear head.
 
-    Features are standardised for the fit, and the standardisation is folded into the returned weights.
+    Features are standardised for the fit, and the standardisation is folded into the returned weights. Features that
+    are the same for all samples get weights of zero.
 
     Args:
         features: (N, F) float.
@@ -32,8 +34,7 @@ def fit_probe(features: Tensor, labels: Tensor, num_classes: int, inverse_regula
     Raises:
         ValueError: if fewer than two classes occur in `labels`.
     """
-    x = features.double().cpu().numpy()
-    mean, std = x.mean(axis=0), x.std(axis=0) + 1e-8
+    x, mean, std = _standardisation(features)
     regression = LogisticRegression(C=inverse_regularization, max_iter=200)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # 200 iterations are plenty for a starting point
@@ -50,3 +51,37 @@ def fit_probe(features: Tensor, labels: Tensor, num_classes: int, inverse_regula
         head.weight[seen] = coefficients.float()
         head.bias[seen] = bias.float()
     return head
+
+
+def fit_regression_probe(features: Tensor, labels: Tensor, regularization: float = 1.0) -> nn.Linear:
+    """Ridge regression as a linear head with one output.
+
+    Features are standardised for the fit, as in `fit_probe`.
+
+    Args:
+        features: (N, F) float.
+        labels: (N,) float.
+        regularization: scikit-learn's alpha.
+
+    Returns:
+        A linear layer F → 1 in float32.
+    """
+    x, mean, std = _standardisation(features)
+    regression = Ridge(alpha=regularization).fit((x - mean) / std, labels.double().cpu().numpy())
+    coefficients = torch.from_numpy(regression.coef_ / std)  # (F,)
+    head = nn.Linear(features.shape[1], 1)
+    with torch.no_grad():
+        head.weight.copy_(coefficients.float()[None])
+        head.bias.fill_(float(regression.intercept_ - coefficients @ torch.from_numpy(mean)))
+    return head
+
+
+def _standardisation(features: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Features (N, F) as float64, their means (F,) and their deviations (F,).
+
+    A feature that hardly ever moves would get a huge weight, and ruin the head as soon as fine-tuning moves it; its
+    deviation is infinite here.
+    """
+    x = features.double().cpu().numpy()
+    std = x.std(axis=0)
+    return x, x.mean(axis=0), np.where(std > 1e-6 * std.max(), std + 1e-8, np.inf)

@@ -43,6 +43,14 @@ def test_probe_never_predicts_a_class_it_has_not_seen() -> None:
     assert set(head(features).argmax(dim=1).tolist()) <= {0, 3, 4}
 
 
+def test_probe_gives_no_weight_to_a_feature_that_never_moves() -> None:
+    features = torch.randn(60, 4, generator=torch.Generator().manual_seed(0))
+    features[:, 2] = 3.0 + 1e-9 * torch.arange(60)
+    head = fit_probe(features, (features[:, 0] > 0).long(), num_classes=2)
+    assert head.weight[:, 2].abs().max() == 0
+    assert head.weight[:, 0].abs().min() > 0.1
+
+
 def test_finetuner_with_a_probe_learns_in_the_backbone_alone(tmp_path) -> None:
     suite = TinySuite()
     template = FineTuner(tiny_backbone(), optimizer=adam(3e-3))

@@ -1,0 +1,110 @@
+"""What a task asks, as a loss and metrics: one objective for each kind of task."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchmetrics import MeanMetric, Metric, PearsonCorrCoef, SpearmanCorrCoef
+from torchmetrics.classification import (
+    MulticlassAccuracy,
+    MulticlassExactMatch,
+    MulticlassF1Score,
+    MulticlassMatthewsCorrCoef,
+)
+from torchmetrics.text import Perplexity
+
+from freemerge.data.tasks import METRICS, Kind, Task
+from freemerge.inputs import IGNORED
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A task's loss and its metric.
+
+    | kind | outputs | labels | loss |
+    |---|---|---|---|
+    | classification | (B, C) | int64 (B,) | cross-entropy |
+    | regression | (B, 1) | float32 (B,) | squared error |
+    | seq2seq | (B, L, V) | int64 (B, L), −100 is ignored | cross-entropy |
+    | causal_lm | (B, L, V) | int64 (B, L), the inputs' own, −100 is ignored | cross-entropy of the next token |
+
+    Exact match asks whether every token of the target is the most likely one given those before it: whether greedy
+    decoding would write the target.
+
+    Args:
+        kind: what is asked.
+        num_outputs: classes C; 1 for regression.
+        metric: name of the metric, as in `Task`.
+        label_smoothing: of the cross-entropy.
+    """
+
+    kind: Kind
+    num_outputs: int
+    metric: str
+    label_smoothing: float = 0.0
+
+    @classmethod
+    def of(cls, task: Task | int, label_smoothing: float = 0.0) -> Objective:
+        """The objective of a task, or of a classification with so many classes."""
+        if isinstance(task, int):
+            return cls("classification", task, METRICS["classification"][0], label_smoothing)
+        return cls(task.kind, task.num_outputs, task.metric, label_smoothing)
+
+    @property
+    def name(self) -> str:
+        """What the metric is called in logs."""
+        return "acc" if self.metric == "accuracy" else self.metric
+
+    @property
+    def mode(self) -> str:
+        """Whether the metric is better when it is `max` or `min`."""
+        return "min" if self.metric == "perplexity" else "max"
+
+    def loss(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        """The mean loss of a batch: over its samples, or over the tokens that count."""
+        outputs, labels = self._align(outputs, labels)
+        if self.kind == "regression":
+            return F.mse_loss(outputs, labels)
+        flat = outputs.flatten(0, -2)  # (B, C), or (B · L, V)
+        return F.cross_entropy(flat, labels.flatten(), ignore_index=IGNORED, label_smoothing=self.label_smoothing)
+
+    def make_metrics(self) -> nn.ModuleDict:
+        """Fresh metrics: the task's own, and the loss without smoothing."""
+        return nn.ModuleDict({self.name: make_metric(self.metric, self.num_outputs), "loss": MeanMetric()})
+
+    def update(self, metrics: nn.ModuleDict, outputs: Tensor, labels: Tensor) -> None:
+        """Add a batch to `metrics`."""
+        outputs, labels = self._align(outputs, labels)
+        if self.kind == "regression":
+            losses = F.mse_loss(outputs, labels, reduction="none")
+        else:
+            flat = labels.flatten()
+            losses = F.cross_entropy(outputs.flatten(0, -2), flat, ignore_index=IGNORED, reduction="none")
+            losses = losses[flat != IGNORED]
+        metrics["loss"].update(losses)
+        metrics[self.name].update(outputs.argmax(dim=-1) if self.metric == "exact_match" else outputs, labels)
+
+    def _align(self, outputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Outputs in float32, each beside its label."""
+        outputs = outputs.float()
+        if self.kind == "regression":
+            return outputs.squeeze(1), labels.float()
+        return (outputs[:, :-1], labels[:, 1:]) if self.kind == "causal_lm" else (outputs, labels)
+
+
+def make_metric(name: str, num_classes: int) -> Metric:
+    """A metric of torchmetrics by its name in `Task.metric`."""
+    if name.startswith("recall@"):
+        return MulticlassAccuracy(num_classes, average="micro", top_k=min(int(name[7:]), num_classes))
+    return {
+        "accuracy": lambda: MulticlassAccuracy(num_classes, average="micro"),
+        "f1_macro": lambda: MulticlassF1Score(num_classes, average="macro"),
+        "matthews": lambda: MulticlassMatthewsCorrCoef(num_classes),
+        "pearson": PearsonCorrCoef,
+        "spearman": SpearmanCorrCoef,
+        # Of whole sequences, whatever the vocabulary: the number of classes does not enter.
+        "exact_match": lambda: MulticlassExactMatch(2, ignore_index=IGNORED, validate_args=False),
+        "perplexity": lambda: Perplexity(ignore_index=IGNORED),
+    }[name]()
