@@ -1,7 +1,7 @@
 """EtinyNet: an ImageNet-pretrained CNN of 0.46 M parameters, the backbone of the vision benchmarks.
 
-Xu et al., AAAI 2022: linear depthwise blocks, the later ones densely connected. Its weights are a safetensors file whose
-names are those of this module.
+Xu et al., AAAI 2022: linear depthwise blocks, the later ones densely connected. Its weights are a safetensors file
+whose names are those of this module.
 """
 
 from __future__ import annotations

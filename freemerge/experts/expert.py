@@ -48,8 +48,8 @@ class Expert(ABC):
             weight: the merged tensor.
 
         Returns:
-            A new tensor like `weight`: the sum is formed in float32 and rounded to its dtype once. Differentiable in the
-            values.
+            A new tensor like `weight`: the sum is formed in float32 and rounded to its dtype once. Differentiable in
+            the values.
         """
 
     @abstractmethod

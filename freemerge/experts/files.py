@@ -130,7 +130,7 @@ def _decode(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Exper
 
 
 def check_hash(metadata: Mapping[str, str], what: str, found: str, path: str | Path) -> None:
-    """Raise a CheckpointError if an expert's metadata name other `merged` or `base` weights than those with this hash."""
+    """Raise a CheckpointError if an expert's metadata name other `merged` or `base` weights than those of this hash."""
     expected = metadata.get(f"{what}_hash")
     if expected is not None and expected != found:
         raise CheckpointError(

@@ -1,7 +1,7 @@
 """Run a model with other weights, of which one layer's exist at a time.
 
-A low-rank or masked expert changes every entry of its tensors. Writing them all would take a second copy of the model to
-come back from; here each layer gets its changed tensors when it begins and drops them when it ends. Its own tensors are
+A low-rank or masked expert changes every entry of its tensors. Writing them all would take a second copy of the model
+to come back from; here each layer gets its changed tensors when it begins and drops them when it ends. Its own tensors are
 never written to. For the backward pass a layer's changed tensors are made again instead of kept, so that training an
 expert takes no second copy either.
 """
@@ -25,8 +25,8 @@ def substituted(module: nn.Module, names: Collection[str], make: Callable[[str, 
         make: (name, the module's own tensor) → the tensor to compute with, the same every time.
 
     Raises:
-        RuntimeError: at the end of the block, if the layer of a tensor did not run though the module did: another module
-            computes with its tensors.
+        RuntimeError: at the end of the block, if the layer of a tensor did not run though the module did: another
+            module computes with its tensors.
     """
     layers: dict[nn.Module, _Layer] = {}
     for name in names:

@@ -1,7 +1,7 @@
 """Masked experts: EMR-Merging's way to bring a task back (arXiv 2405.17461), as an expert among experts.
 
-The backbone is the pretrained base; all tasks share the elected task vector τ, kept once, and each has a mask of one bit
-per entry and a rescaler: θ_k = θ_base + λ_k · M_k ⊙ τ.
+The backbone is the pretrained base; all tasks share the elected task vector τ, kept once, and each has a mask of one
+bit per entry and a rescaler: θ_k = θ_base + λ_k · M_k ⊙ τ.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Sparse experts: the few entries of a weight residual that a task needs most.
 
-FREE-Merging (arXiv 2411.16815, section 4.2) calls this M(v, d). An expert knows where they are (the support) and what is
-added there (the values).
+FREE-Merging (arXiv 2411.16815, section 4.2) calls this M(v, d). An expert knows where they are (the support) and what
+is added there (the values).
 """
 
 from __future__ import annotations

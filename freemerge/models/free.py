@@ -3,8 +3,8 @@
     FreeModel(inputs)              routes each sample, runs each expert's group, returns routed tasks and logits
     FreeModel(inputs, task="x")    uses task x's expert and head for the whole batch
 
-- There is one backbone in memory, and each expert in the bytes of its file. Sparse experts are switched into the weights
-  for the duration of their group and out again, bit for bit; others change one layer at a time (`substituted`).
+- There is one backbone in memory, and each expert in the bytes of its file. Sparse experts are switched into the
+  weights for the duration of their group and out again, bit for bit; others change one layer at a time.
 - What a sample gets depends on the sample alone, never on its neighbours in the batch.
 - A sample of which the router is not sure enough gets the plain merged backbone.
 """

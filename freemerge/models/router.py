@@ -81,8 +81,8 @@ class ConvRouter(Router):
 class EarlyRouter(Router):
     """A small head on what the merged backbone makes of an input at an early point.
 
-    What comes out there, tokens (B, N, F) or maps (B, F, H, W), is summed up by its mean, its spread and its maximum over
-    tokens or places (for texts: where `attention_mask` is 1), standardised by the training data's statistics.
+    What comes out there, tokens (B, N, F) or maps (B, F, H, W), is summed up by its mean, its spread and its maximum
+    over tokens or places (for texts: where `attention_mask` is 1), standardised by the training data's statistics.
 
     Args:
         num_tasks: number of tasks K.

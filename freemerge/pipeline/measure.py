@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from freemerge.evaluation import LabelSpace, evaluate
+from freemerge.evaluation import LabelSpace, Routing, evaluate, evaluate_routing
 from freemerge.models import FreeModel
 from freemerge.pipeline.artifacts import Artifacts
 
@@ -55,13 +55,6 @@ class Measure:
             lambda inputs, task: model(inputs, task=task if oracle else None), loaders, self._label_space(), self.device
         )
 
-    def router(self, model: FreeModel, loaders: Mapping[str, Any]) -> dict[str, float]:
-        """Share of each task's samples that are routed to it: one class per task, whatever their labels."""
-        tasks = self.suite.names
-        space = LabelSpace({"router": len(tasks)})
-        scores = {}
-        for index, task in enumerate(tasks):
-            own = ((inputs, torch.full_like(labels, index)) for inputs, labels in loaders[task])
-            result = evaluate(lambda inputs, _: model.route(inputs), {"router": own}, space, self.device)
-            scores[task] = result["router"]
-        return scores
+    def routing(self, model: FreeModel, loaders: Mapping[str, Any]) -> Routing:
+        """Which tasks' samples a FREE model takes for which tasks', and where it abstains."""
+        return evaluate_routing(model.eval().to(self.device), loaders, self.device)

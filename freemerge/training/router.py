@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
+import torch
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 from torch.nn import functional as F
 from torchmetrics.classification import MulticlassAccuracy
 
-from freemerge.inputs import Inputs
+from freemerge.inputs import Inputs, to_device
 from freemerge.models import Backbone, Router
 from freemerge.training.optimization import OptimizedModule, Schedule
 
@@ -45,13 +48,26 @@ class RouterTrainer(OptimizedModule):
         """Task logits (B, K)."""
         return self.router(inputs, self.backbone)
 
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+    @torch.no_grad()
+    def logits(self, loader: Iterable) -> Tensor:
+        """Task logits (N, K) of all inputs of a loader, on the CPU, in eval mode."""
+        was_training = self.training
+        self.eval()
+        device = next(self.router.parameters()).device
+        if self.backbone is not None:
+            self.backbone.to(device)
+        try:
+            return torch.cat([self(to_device(inputs, device)).float().cpu() for inputs, _ in loader])
+        finally:
+            self.train(was_training)
+
+    def training_step(self, batch: tuple[Inputs, Tensor], batch_idx: int) -> Tensor:
         inputs, tasks = batch
         loss = F.cross_entropy(self(inputs), tasks)
         self.log("train/loss", loss, prog_bar=True)
         return loss
 
-    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+    def validation_step(self, batch: tuple[Inputs, Tensor], batch_idx: int) -> None:
         inputs, tasks = batch
         self.accuracy.update(self(inputs), tasks)
         self.log("val/acc", self.accuracy, prog_bar=True, on_epoch=True, batch_size=len(tasks))

@@ -1,7 +1,7 @@
 """The teacher of an expert: the task's fine-tuned model, as a function from inputs to features.
 
-It has the student's architecture, so its weights are all it needs. They stay outside every module tree: in no checkpoint,
-no parameter count, wrapped by no strategy.
+It has the student's architecture, so its weights are all it needs. They stay outside every module tree: in no
+checkpoint, no parameter count, wrapped by no strategy.
 """
 
 from __future__ import annotations
