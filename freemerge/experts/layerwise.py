@@ -1,9 +1,9 @@
 """Run a model with other weights, of which one layer's exist at a time.
 
 A low-rank or masked expert changes every entry of its tensors. Writing them all would take a second copy of the model
-to come back from; here each layer gets its changed tensors when it begins and drops them when it ends. Its own tensors are
-never written to. For the backward pass a layer's changed tensors are made again instead of kept, so that training an
-expert takes no second copy either.
+to come back from; here each layer gets its changed tensors when it begins and drops them when it ends. Its own tensors
+are never written to. For the backward pass a layer's changed tensors are made again instead of kept, so that training
+an expert takes no second copy either.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 from torch.func import functional_call
 
-from freemerge.experts import extract
+from freemerge.experts import extract, extract_low_rank
 from freemerge.merging import task_vector
 from freemerge.models import ConvRouter
 from freemerge.training import ExpertTrainer, FineTuner, RouterTrainer, fit_probe
@@ -147,6 +147,37 @@ def test_expert_forward_equals_the_attached_expert(teacher_and_merged) -> None:
     summed = copy.deepcopy(backbone).eval()
     summed.load_weights({name: t + dense[name] if name in dense else t for name, t in backbone.weights().items()})
     torch.testing.assert_close(module(images), summed(images))
+
+
+@pytest.mark.parametrize("kind", ["sparse", "low_rank"])
+def test_experts_train_in_mixed_precision_from_a_bfloat16_teacher_seen_once(
+    tmp_path, teacher_and_merged, kind: str
+) -> None:
+    tuner, backbone = teacher_and_merged
+    teacher = {name: tensor.bfloat16() for name, tensor in tuner.backbone.weights().items()}
+    residual = task_vector(backbone.weights(), tuner.backbone.weights())
+    start = extract(residual, 0.05) if kind == "sparse" else extract_low_rank(residual, rank=1)
+    module = ExpertTrainer(
+        copy.deepcopy(backbone),
+        copy.deepcopy(tuner.head),
+        teacher,
+        start,
+        optimizer=adam(1e-2),
+        feature_loss="cosine",
+        cache_teacher=True,
+    )
+    agreements = []
+
+    class Watch(L.Callback):
+        def on_validation_epoch_end(self, trainer, *_):
+            agreements.append(float(trainer.callback_metrics["val/agreement"]))
+
+    loop = trainer(tmp_path, max_epochs=25, precision="bf16-mixed", callbacks=[Watch()], enable_checkpointing=False)
+    loop.fit(module, datamodule=TinySuite().for_task("corners"))
+    assert module.values.dtype == torch.float32
+    assert agreements[-1] >= agreements[0]
+    assert agreements[-1] > 0.8
+    assert module.expert.num_values == start.num_values
 
 
 def test_expert_checkpoints_hold_the_values_alone_and_resume(tmp_path, teacher_and_merged) -> None:
