@@ -1,144 +1,264 @@
-"""How long a merge takes and how much memory, against a plain streaming loop that reads, sums and writes.
+"""How long a merge takes and how much memory, against the least that any merge has to do.
 
-    python tools/benchmark_merge.py                       # 0.1 B parameters, base + 4 models, bfloat16: about a minute
-    python tools/benchmark_merge.py --layers 24 --width 1024 --models 8 --methods Ties PCBMerging
+    python tools/benchmark_merge.py                        # both cases, all parts: about a quarter of an hour
+    python tools/benchmark_merge.py --case vit --methods Ties PCB --repeat 5
+    python tools/benchmark_merge.py --small --repeat 1     # tries it out, in minutes
+    python tools/benchmark_merge.py --device cuda          # a GPU's rows as well, skipped where there is none
 
-Every line is a process of its own, from its start to its end: imports, reads and the written checkpoint included. The
-models are random and shaped like a Llama: an embedding, attention and MLP matrices, norms. `floor` is the least that
-any merge has to do. Times are the best of `--repeat`; peak memory is the largest resident set, the bare `import torch`
-being the first line.
+Two cases: the vision tower of CLIP ViT-B/32 (88 M parameters, float32) with eight fine-tuned models, and a Llama of
+0.35 B (bfloat16, shards with an index) with four. The models are random with the statistics of real ones
+(`benchmarks/models.py`), written once and reused.
+
+Every line is a whole process, imports and the written output included, on two cores; medians over interleaved runs,
+with the inputs in the page cache; peak memory without it (`benchmarks/processes.py`). `floor` is a script that reads
+all models with safetensors, forms base + c·Σ(delta) and writes it (`benchmarks/programs/floor.py`); all multiples are
+of it. `floor, synced` also waits until its output is on the disk, which freemerge's always is.
+
+The limits are those that the project has set itself; `kept` tells whether they are.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
+import json
+import shutil
 import subprocess
 import sys
-import tempfile
-import time
 from pathlib import Path
 
-METHODS = {
-    "WeightAverage": "WeightAverage()",
-    "TaskArithmetic": "TaskArithmetic(0.3)",
-    "FRMerging": "FRMerging()",
-    "FRMerging-uniform": "FRMerging(coefficients='uniform', scale=0.3)",
-    "Ties": "Ties()",
-    "Ties-tensor": "Ties(scope='tensor')",
-    "PCBMerging": "PCBMerging()",
-    "EMRMerging": "EMRMerging()",
-    "Breadcrumbs": "Breadcrumbs()",
-    "Dare-Ties": "Dare(Ties())",
-    "IsoC": "IsoC()",
-    "TSVMerge": "TSVMerge()",
+from benchmarks.models import DEFAULT_FOLDER, Case, Inputs, llama, small, vit, write_case, write_tiny_tensors
+from benchmarks.processes import (
+    Job,
+    Usage,
+    confine,
+    drop_from_cache,
+    median,
+    program,
+    read_into_cache,
+    remove,
+    run_all,
+)
+from benchmarks.tables import Results, machine, met, mib
+
+METHODS = {  # name → (method, largest multiple of the floor)
+    "TaskArithmetic": ("TaskArithmetic(0.3)", 1.2),
+    "WeightAverage": ("WeightAverage()", None),
+    "FR, align": ("FRMerging()", 4.0),
+    "FR, mean": ("FRMerging(coefficients='mean')", 1.6),
+    "FR, uniform": ("FRMerging(coefficients='uniform', scale=0.3)", 1.6),
+    "Ties": ("Ties()", 3.0),
+    "Ties, tensor": ("Ties(scope='tensor')", 3.0),
+    "PCB": ("PCBMerging()", 5.0),
+    "Dare, Ties": ("Dare(Ties())", None),
+    "Breadcrumbs": ("Breadcrumbs()", None),
+    "EMR": ("EMRMerging()", None),
+    "TSV": ("TSVMerge()", None),
+    "IsoC": ("IsoC()", None),
 }
-SLOW = {"IsoC", "TSVMerge"}  # singular value decompositions: minutes
+SLOW = {"TSV", "IsoC"}  # singular value decompositions: minutes
+FIRST_TENSOR = 1.0  # seconds over `import torch`
+PLANNING = 1.0  # seconds for 4 000 tensors × 5 models
+MEMORY = 6  # the peak may be K + 6 of the largest tensor in float32 over `import torch`
+PARTS = ("merge", "start", "planning")
 
-FLOOR = """
-import json, struct, sys, torch
-from safetensors import safe_open
-output, base, *models = sys.argv[1:]
-files = [safe_open(path, "pt") for path in (base, *models)]
-names = list(files[0].keys())
-with open(output, "wb") as out:
-    header, offset = {}, 0
-    for name in names:
-        shape = files[0].get_slice(name).get_shape()
-        size = torch.Size(shape).numel() * 2
-        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [offset, offset + size]}
-        offset += size
-    text = json.dumps(header).encode()
-    out.write(struct.pack("<Q", len(text)) + text)
-    for name in names:
-        total = files[0].get_tensor(name).float()
-        for file in files[1:]:
-            total += file.get_tensor(name)
-        out.write(memoryview((total / len(files)).bfloat16().view(torch.uint8).flatten().numpy()))
-"""
-
-OURS = """
-import sys
-from freemerge.merging import *
-output, base, *models = sys.argv[1:]
-merge(base, models, {method}, output=output, overwrite=True)
-"""
+IMPORT_TORCH = [sys.executable, "-c", "import torch, time; print('first', time.monotonic())"]
 
 
-def write_models(folder: Path, layers: int, width: int, vocabulary: int, models: int) -> list[str]:
-    """Write a random base and fine-tuned models in bfloat16, and return their paths."""
-    import torch
-
-    from freemerge.checkpoints import save_checkpoint
-
-    torch.manual_seed(0)
-    shapes = {"embed.weight": (vocabulary, width)}
-    for layer in range(layers):
-        for name in "qkvo":
-            shapes[f"layers.{layer}.attn.{name}.weight"] = (width, width)
-        for name, shape in {"gate": (4 * width, width), "up": (4 * width, width), "down": (width, 4 * width)}.items():
-            shapes[f"layers.{layer}.mlp.{name}.weight"] = shape
-        shapes[f"layers.{layer}.norm.weight"] = (width,)
-    base = {name: torch.randn(shape) * 0.02 for name, shape in shapes.items()}
-    paths = [str(folder / "base.safetensors")]
-    save_checkpoint(paths[0], {name: tensor.bfloat16() for name, tensor in base.items()})
-    for index in range(models):
-        tuned = {name: (tensor + 0.002 * torch.randn_like(tensor)).bfloat16() for name, tensor in base.items()}
-        paths.append(str(folder / f"model{index}.safetensors"))
-        save_checkpoint(paths[-1], tuned)
-    return paths
+def merge_job(inputs: Inputs, method: str, output: Path, **options: object) -> dict[str, object]:
+    """What `programs/merge_models.py` takes."""
+    options = {"overwrite": True, "hash_inputs": False, **options}
+    paths = [str(path) for path in inputs.models]
+    return {"base": str(inputs.base), "models": paths, "method": method, "output": str(output), "options": options}
 
 
-def measure(code: str, arguments: list[str], threads: int, repeat: int) -> tuple[float, float, float]:
-    """Best wall seconds, their CPU seconds, and peak resident MiB of a process that runs `code`."""
-    root = Path(__file__).resolve().parents[1]
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(root)}
-    best = (float("inf"), 0.0, 0.0)
-    for _ in range(repeat):
-        start = time.perf_counter()
-        # The child of a child reports only itself: ru_maxrss of RUSAGE_CHILDREN is the largest of all so far.
-        probe = (
-            "import resource, subprocess, sys; subprocess.run([sys.executable, '-c', *sys.argv[1:]], check=True); "
-            "u = resource.getrusage(resource.RUSAGE_CHILDREN); print(u.ru_utime + u.ru_stime, u.ru_maxrss / 1024)"
-        )
-        done = subprocess.run(
-            [sys.executable, "-c", probe, code, *arguments], env=environment, check=True, capture_output=True, text=True
-        )
-        cpu, memory = map(float, done.stdout.split()[-2:])
-        best = min(best, (time.perf_counter() - start, cpu, memory))
-    return best
+def python(job: dict[str, object]) -> list[str]:
+    """A merge from Python."""
+    return program("merge_models", json.dumps(job))
+
+
+def command_line(inputs: Inputs, output: Path) -> list[str]:
+    """The arguments of `python -m freemerge merge` for task arithmetic."""
+    finetuned = json.dumps([str(path) for path in inputs.models])
+    arguments = ["--base", str(inputs.base), "--finetuned", finetuned, "--output", str(output), "--overwrite", "true"]
+    return [*arguments, "--hash_inputs", "false", "--method", "TaskArithmetic", "--method.scale", "0.3"]
+
+
+def merges(case: Case, inputs: Inputs, arguments: argparse.Namespace) -> Results:
+    """The table of one case: every method against the floor."""
+    output = arguments.folder / ("merged" if case.config else "merged.safetensors")
+    cat = ["sh", "-c", 'cat "$@" > /dev/null', "cat", *map(str, inputs.files)]
+    floor = program("floor", output, inputs.base, *inputs.models)
+    jobs = {
+        "import torch": Job(IMPORT_TORCH),
+        "cat inputs, cold": Job(cat, before=lambda: drop_from_cache(inputs.files)),
+        "cat inputs": Job(cat, before=lambda: read_into_cache(inputs.files)),
+        "floor": Job(floor, output),
+        "floor, synced": Job([*floor, "--sync"], output),
+    }
+    limits: dict[str, float | None] = {}
+    for name in arguments.methods:
+        text, limits[name] = METHODS[name]
+        jobs[name] = Job(python(merge_job(inputs, text, output)), output)
+        if name == "TaskArithmetic":
+            command = "TaskArithmetic, command"
+            jobs[command] = Job([sys.executable, "-m", "freemerge", "merge", *command_line(inputs, output)], output)
+            limits[command] = limits[name]
+            if case.config:
+                hashed = merge_job(inputs, text, output, hash_inputs=True)
+                jobs["TaskArithmetic, hashes"] = Job(python(hashed), output)
+        if arguments.device != "cpu":
+            job = merge_job(inputs, text, output, device=arguments.device)
+            jobs[f"{name}, {arguments.device}"] = Job(python(job), output)
+    found = {name: median(runs) for name, runs in run_all(jobs, arguments.repeat).items()}
+    remove(output)
+
+    floor_time, bare = found["floor"].wall, found["import torch"].peak
+    results = Results(
+        f"{case.title}: {case.parameters / 1e6:.0f} M parameters, base + {case.models} models",
+        ["", "wall s", "CPU s", "× floor", "limit", "kept", "peak MiB", "over import", "limit", "kept"],
+    )
+    moved = inputs.bytes * (case.models + 2) / (case.models + 1)
+    for name, usage in found.items():
+        ours = name in limits or name.startswith("TaskArithmetic")
+        over = (usage.peak - bare) / case.largest
+        times = ("",) * 3
+        if name.startswith("floor") or ours:
+            ratio = usage.wall / floor_time
+            times = (f"{ratio:.2f}", *met(ratio, limits.get(name)))
+        memory = ("",) * 3
+        if name.startswith("floor") or ours:
+            memory = (f"{over:.1f}", *met(over, case.models + MEMORY if ours else None))
+        results.add(name, f"{usage.wall:.2f}", f"{usage.cpu:.2f}", *times, mib(usage.peak), *memory)
+    results.notes = [
+        f"Inputs {mib(inputs.bytes)} MiB, in the page cache; for `cold` their pages were dropped with posix_fadvise (a "
+        f"virtual machine's host may still have them). {machine(arguments.cores)}, median of {arguments.repeat} "
+        f"interleaved runs. Inputs and output together at the floor's pace: {moved / floor_time / 1e9:.2f} GB/s.",
+        f"`over import`: peak memory over that of `import torch`, in units of the largest tensor in float32 "
+        f"({case.largest / 2**20:.1f} MiB); the limit is K + {MEMORY}. Page cache and mapped files are not counted.",
+    ]
+    if case.config:
+        results.notes.append("`hashes`: with the inputs' hashes in freemerge.json, the default for folders.")
+    return results
+
+
+def start(case: Case, inputs: Inputs, arguments: argparse.Namespace) -> Results:
+    """From the start of the process to the first merged tensor, over `import torch`."""
+    output = arguments.folder / "first.safetensors"
+    text = METHODS["TaskArithmetic"][0]
+    jobs = {
+        "import torch": Job(IMPORT_TORCH),
+        "merge() from Python": Job(
+            program("first_tensor", "python", json.dumps(merge_job(inputs, text, output))), output
+        ),
+        "python -m freemerge merge": Job(program("first_tensor", "command", *command_line(inputs, output)), output),
+    }
+    found = run_all(jobs, max(arguments.repeat, 3))
+    remove(output)
+    results = Results(
+        f"Start to first merged tensor, {case.title}, task arithmetic",
+        ["", "s", "over import torch, s", "limit", "kept"],
+    )
+    seconds = {name: sorted(map(until_first, runs))[len(runs) // 2] for name, runs in found.items()}
+    for name, value in seconds.items():
+        over = value - seconds["import torch"]
+        limit = None if name == "import torch" else FIRST_TENSOR
+        results.add(name, f"{value:.2f}", "" if limit is None else f"{over:.2f}", *met(over, limit))
+    return results
+
+
+def until_first(usage: Usage) -> float:
+    """Seconds from the start of a process to the line `first <time.monotonic()>` that it printed."""
+    line = next(line for line in usage.printed.splitlines() if line.startswith("first "))
+    return float(line.split()[1]) - usage.started
+
+
+def planning(arguments: argparse.Namespace) -> Results:
+    """How planning grows with the number of tensors."""
+    results = Results(
+        "Planning a merge of tiny tensors, base + 5 models",
+        ["tensors", "open s", "plan s", "both s", "limit", "kept", "μs per tensor and model"],
+    )
+    for count in (4000, 8000, 16_000):
+        inputs = write_tiny_tensors(count, 5, arguments.folder)
+        job = Job(program("planning", inputs.base, *inputs.models))
+        runs = run_all({f"planning {count} tensors": job}, max(arguments.repeat, 3))
+        times = [tuple(map(float, usage.printed.split())) for usage in next(iter(runs.values()))]
+        opening, plan = sorted(times, key=sum)[len(times) // 2]
+        limit = PLANNING if count == 4000 else None
+        cells = met(opening + plan, limit)
+        each = 1e6 * (opening + plan) / count / 6
+        results.add(f"{count:,}", f"{opening:.3f}", f"{plan:.3f}", f"{opening + plan:.3f}", *cells, f"{each:.1f}")
+        shutil.rmtree(inputs.base.parent)
+    return results
+
+
+def on_device(case: Case, inputs: Inputs, arguments: argparse.Namespace) -> Results:
+    """Merges of models that are in the device's memory already, in GB/s."""
+    methods = {name: METHODS[name][0] for name in arguments.methods}
+    job = {
+        "base": str(inputs.base),
+        "models": [str(path) for path in inputs.models],
+        "methods": methods,
+        "device": arguments.device,
+        "repeat": max(arguments.repeat, 3),
+    }
+    done = subprocess.run(program("on_device", json.dumps(job)), check=True, stdout=subprocess.PIPE, text=True)
+    found = json.loads(done.stdout)
+    results = Results(f"In the memory of {arguments.device}: {case.title}", ["", "s", "GB/s", "of a copy"])
+    results.add("copy within the device", "", f"{found['copy']:.1f}", "1.00")
+    for name, seconds in found["seconds"].items():
+        speed = found["bytes"] / seconds / 1e9
+        results.add(name, f"{seconds:.4f}", f"{speed:.1f}", f"{speed / found['copy']:.2f}")
+    results.notes = ["GB/s of all bytes of the inputs, read once, and of the output; the copy's, read and written."]
+    return results
+
+
+def device_is_there(device: str) -> bool:
+    """Whether torch has the device and `merge` takes one; says what is missing."""
+    code = (
+        "import inspect, sys, torch; from freemerge.merging import merge; "
+        "print('merge takes no device yet' if 'device' not in inspect.signature(merge).parameters else "
+        "'' if torch.device(sys.argv[1]).type == 'cpu' or torch.cuda.is_available() else 'there is no GPU')"
+    )
+    done = subprocess.run([sys.executable, "-c", code, device], check=True, stdout=subprocess.PIPE, text=True)
+    if missing := done.stdout.strip():
+        print(f"--device {device}: {missing}; its rows are skipped\n", file=sys.stderr)
+    return not missing
 
 
 def main() -> None:
-    """Write the models, run every method, print a table."""
+    """Write the models, run every job, print the tables."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--width", type=int, default=768)
-    parser.add_argument("--vocabulary", type=int, default=32000)
-    parser.add_argument("--models", type=int, default=4)
-    parser.add_argument(
-        "--methods", nargs="*", default=[name for name in METHODS if name not in SLOW], choices=list(METHODS)
-    )
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--repeat", type=int, default=1)
-    parser.add_argument("--folder", default=None, help="where to put the models; default: a temporary folder")
+    parser.add_argument("--case", choices=("vit", "llama", "both"), default="both")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), help="default: all but the slow ones")
+    parser.add_argument("--slow", action="store_true", help=f"also {' and '.join(sorted(SLOW))}, which take minutes")
+    parser.add_argument("--repeat", type=int, default=3, help="runs of every line; the median counts")
+    parser.add_argument("--cores", type=int, default=2)
+    parser.add_argument("--device", default="cpu", help="for example cuda: rows for this device as well")
+    parser.add_argument("--small", action="store_true", help="tiny models of the same names")
+    parser.add_argument("--folder", type=Path, default=DEFAULT_FOLDER, help="where the models are kept, 7 GB")
+    parser.add_argument("--markdown", action="store_true", help="print Markdown")
     arguments = parser.parse_args()
+    arguments.methods = arguments.methods or [name for name in METHODS if arguments.slow or name not in SLOW]
+    confine(arguments.cores)
+    arguments.folder.mkdir(parents=True, exist_ok=True)
+    if arguments.device != "cpu" and not device_is_there(arguments.device):
+        arguments.device = "cpu"
 
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-    with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
-        paths = write_models(Path(folder), arguments.layers, arguments.width, arguments.vocabulary, arguments.models)
-        size = os.path.getsize(paths[0]) / 2**20
-        print(f"{size / 2 * 2**20 / 1e9:.2f} B parameters, {size:.0f} MiB each, base + {arguments.models}\n")
-        print(f"{'':20} {'wall s':>8} {'CPU s':>8} {'× floor':>8} {'peak MiB':>9}")
-        output = str(Path(folder) / "merged.safetensors")
-        jobs = {"import torch": "import torch", "floor": FLOOR}
-        jobs |= {name: OURS.format(method=METHODS[name]) for name in arguments.methods}
-        floor = None
-        for name, code in jobs.items():
-            wall, cpu, memory = measure(code, [output, *paths], arguments.threads, arguments.repeat)
-            floor = wall if name == "floor" else floor
-            times = f"{wall / floor:8.1f}" if floor else " " * 8
-            print(f"{name:20} {wall:8.2f} {cpu:8.2f} {times} {memory:9.0f}", flush=True)
+    for case in (vit(), llama()):
+        if not case.name.startswith(arguments.case) and arguments.case != "both":
+            continue
+        case = small(case) if arguments.small else case
+        inputs = write_case(case, arguments.folder)
+        if "merge" in arguments.parts:
+            merges(case, inputs, arguments).show(arguments.markdown)
+        if "start" in arguments.parts:
+            start(case, inputs, arguments).show(arguments.markdown)
+        if arguments.device != "cpu":
+            on_device(case, inputs, arguments).show(arguments.markdown)
+    if "planning" in arguments.parts:
+        planning(arguments).show(arguments.markdown)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -36,6 +38,9 @@ class Checkpoint(Mapping[str, Tensor]):
         deltas: names of tensors that are differences to a base, not weights (an adapter's).
         partial: whether tensors of the base that are not named here are unchanged, and not missing.
         source: the tensors as stored, where these here are computed from them.
+        bind: for a model that cannot be told without its base (an adapter whose differences depend on the base's
+            values): returns the model's tensors, given the base. See `on`.
+        folder: where the files lie that describe this model (configuration, tokenizer), if there is such a folder.
     """
 
     def __init__(
@@ -49,6 +54,8 @@ class Checkpoint(Mapping[str, Tensor]):
         deltas: Iterable[str] = (),
         partial: bool = False,
         source: Mapping[str, Tensor] | None = None,
+        bind: Callable[[Checkpoint], Checkpoint] | None = None,
+        folder: Path | None = None,
     ) -> None:
         self.label = label
         self.tied = dict(tied or {})
@@ -56,13 +63,19 @@ class Checkpoint(Mapping[str, Tensor]):
         self.deltas = frozenset(deltas)
         self.partial = partial
         self.source: Mapping[str, Tensor] = self if source is None else source
+        self.folder = folder
         self._specs = dict(specs)
         self._read = read
+        self._bind = bind
 
     @property
     def names(self) -> tuple[str, ...]:
         """Names of the tensors, in storage order."""
         return tuple(self._specs)
+
+    def has(self, name: str) -> bool:
+        """Whether there is such a tensor, listed or as the name of a tied one that is left out."""
+        return name in self._specs or name in self.tied
 
     def spec(self, name: str) -> TensorSpec:
         """Shape and dtype of a tensor, without reading it.
@@ -98,16 +111,11 @@ class Checkpoint(Mapping[str, Tensor]):
 
     def with_label(self, label: str) -> Checkpoint:
         """The same tensors under another label."""
-        return Checkpoint(
-            label,
-            self._specs,
-            self._read,
-            tied=self.tied,
-            outside=self.outside,
-            deltas=self.deltas,
-            partial=self.partial,
-            source=None if self.source is self else self.source,
-        )
+        return self._changed(label=label)
+
+    def with_folder(self, folder: Path) -> Checkpoint:
+        """The same tensors, described by the files of a folder."""
+        return self._changed(folder=folder)
 
     def with_prefix(self, prefix: str) -> Checkpoint:
         """The tensors whose names start with `prefix`, without it; all others are listed in `outside`.
@@ -117,28 +125,55 @@ class Checkpoint(Mapping[str, Tensor]):
         """
         if not prefix:
             return self
-        specs = {name[len(prefix) :]: spec for name, spec in self._specs.items() if name.startswith(prefix)}
-        if not specs:
+        inside = {name: name[len(prefix) :] for name in (*self._specs, *self.tied) if name.startswith(prefix)}
+        if not inside:
             first = next(iter(self._specs), None)
             raise CheckpointError(
                 f"{self.label}: no tensor's name starts with the prefix '{prefix}'; its first name is '{first}'"
             )
-        tied = {
-            name[len(prefix) :]: first[len(prefix) :]
-            for name, first in self.tied.items()
-            if name.startswith(prefix) and first.startswith(prefix)
-        }
-        outside = [name for name in self._specs if not name.startswith(prefix)]
-        return Checkpoint(
-            self.label,
-            specs,
-            lambda name, run: self._read(prefix + name, run),
+        found = self._renamed(inside)
+        found.outside = (*self.outside, *(name for name in self._specs if name not in inside))
+        if self._bind is not None:
+            found._bind = lambda base: self.on(base.under(prefix)).with_prefix(prefix)
+        return found
+
+    def under(self, prefix: str) -> Checkpoint:
+        """The same tensors with a prefix before their names."""
+        found = self._renamed({name: prefix + name for name in (*self._specs, *self.tied)})
+        if self._bind is not None:
+            found._bind = lambda base: self.on(base.with_prefix(prefix)).under(prefix)
+        return found
+
+    def on(self, base: Checkpoint) -> Checkpoint:
+        """This model as a change of its base; it differs from the model alone only for adapters.
+
+        Args:
+            base: the model that this one was fine-tuned from, under this model's names (see `relative_to`).
+
+        Raises:
+            CheckpointError: an adapter does not fit the base.
+        """
+        return self if self._bind is None else self._bind(base)._changed(label=self.label, folder=self.folder)
+
+    def _renamed(self, names: Mapping[str, str]) -> Checkpoint:
+        """Some of the tensors, by other names: old → new."""
+        old = {new: self._stored(name) for name, new in names.items()}
+        tied = {names[name]: names[first] for name, first in self.tied.items() if name in names and first in names}
+        # A tied name that a file leaves out comes to be listed when the one it is tied to is not taken.
+        specs = {new: self._specs[old[new]] for name, new in names.items() if name in self._specs or new not in tied}
+        return self._changed(
+            _specs=specs,
+            _read=lambda name, run: self._read(old[name], run),
             tied=tied,
-            outside=(*self.outside, *outside),
-            deltas=[name[len(prefix) :] for name in self.deltas if name.startswith(prefix)],
-            partial=self.partial,
-            source=None if self.source is self else self.source,
+            deltas=frozenset(names[name] for name in self.deltas if name in names),
         )
+
+    def _changed(self, **attributes) -> Checkpoint:
+        changed = copy.copy(self)
+        changed.__dict__.update(attributes)
+        if self.source is self:
+            changed.source = changed
+        return changed
 
     def relative_to(self, reference: Iterable[str]) -> Checkpoint:
         """Strip the prefix under which this checkpoint holds the tensors of a reference model.

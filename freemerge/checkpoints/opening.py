@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +10,9 @@ from torch import Tensor, nn
 
 from freemerge.checkpoints.adapters import open_adapter
 from freemerge.checkpoints.checkpoint import Checkpoint
+from freemerge.checkpoints.distributed_files import METADATA, open_distributed
 from freemerge.checkpoints.errors import CheckpointError
+from freemerge.checkpoints.index import SUFFIX, read_index
 from freemerge.checkpoints.memory import from_tensors
 from freemerge.checkpoints.safetensors_files import open_safetensors
 from freemerge.checkpoints.torch_files import open_torch
@@ -34,8 +35,10 @@ def open_checkpoint(source: Source, *, label: str | None = None, prefix: str | N
     Args:
         source: a state dict, a module, a checkpoint that is already open, or a path: a `.safetensors` file, a
             `torch.save` file (`.pt`, `.pth`, `.bin`, or a Lightning `.ckpt`), a Hugging Face folder
-            (`model.safetensors`, `pytorch_model.bin`, or the index of their shards), or the folder of a LoRA adapter,
-            whose tensors are then differences to a base (see `Checkpoint.deltas`).
+            (`model.safetensors`, `pytorch_model.bin`, or the index of their shards), the folder of a distributed
+            checkpoint (`.metadata` and `.distcp` files, as Lightning's ModelParallelStrategy and FSDP write it), or
+            that of a LoRA, DoRA or (IA)³ adapter, whose tensors are then differences to a base (see
+            `Checkpoint.deltas` and `Checkpoint.on`).
         label: how messages call this model; by default its path, or its class.
         prefix: take only the tensors whose names start with it, and strip it (`backbone.model.`).
             `Checkpoint.relative_to` finds it.
@@ -61,7 +64,7 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """
     checkpoint = open_checkpoint(path)
     if checkpoint.deltas:
-        raise CheckpointError(f"{path}: is a LoRA adapter, not a model; merge it with its base")
+        raise CheckpointError(f"{path}: is an adapter, not a model; merge it with its base")
     # A clone frees the values from the file they may be mapped to.
     tensors = {name: checkpoint.tensor(name).clone() for name in checkpoint.names if name not in checkpoint.tied}
     return tensors | {name: tensors[first] for name, first in checkpoint.tied.items()}
@@ -84,18 +87,31 @@ def _open_path(path: Path, label: str) -> Checkpoint:
     if path.is_dir():
         for name in _WEIGHT_FILES:
             if (path / name).is_file():
+                _check_alone(path / name)
                 return _open_path(path / name, label)
         if (path / "adapter_config.json").is_file():
             for name in _ADAPTER_FILES:
                 if (path / name).is_file():
                     return open_adapter(path, label, _open_path(path / name, label))
             raise CheckpointError(f"{path}: no weights of the adapter; expected one of {', '.join(_ADAPTER_FILES)}")
+        if (path / METADATA).is_file():
+            return open_distributed(path, label)
+        if any(path.glob("*.distcp")):
+            raise CheckpointError(
+                f"{path}: a distributed checkpoint without its {METADATA}; copy the whole folder again"
+            )
+        if shards := sorted(path.glob("*-of-*.safetensors")):
+            raise CheckpointError(
+                f"{path}: has shards ({shards[0].name}) and no model.safetensors{SUFFIX}, as an interrupted run leaves "
+                "them; write or download the model again"
+            )
         raise CheckpointError(f"{path}: no weights in this folder; expected one of {', '.join(_WEIGHT_FILES)}")
     if not path.exists():
         raise CheckpointError(f"{path}: does not exist; check the path (a model of the Hub must be downloaded first)")
-    if path.name.endswith(".index.json"):
-        shards = _shards(path)
-        return open_torch(shards, label) if shards[0].suffix == ".bin" else open_safetensors(shards, label)
+    if path.name.endswith(SUFFIX):
+        index = read_index(path)
+        open_shards = open_safetensors if index.shards[0].suffix == ".safetensors" else open_torch
+        return open_shards(index.shards, label, index)
     if path.suffix == ".safetensors":
         return open_safetensors([path], label)
     if path.suffix in _TORCH_SUFFIXES:
@@ -105,15 +121,10 @@ def _open_path(path: Path, label: str) -> Checkpoint:
     )
 
 
-def _shards(index: Path) -> list[Path]:
-    try:
-        weight_map = json.loads(index.read_text())["weight_map"]
-        shards = [index.parent / name for name in dict.fromkeys(weight_map.values())]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{index}: not an index of shards ({error}); copy or download it again") from None
-    if not shards:
-        raise CheckpointError(f"{index}: lists no shards; copy or download it again")
-    for shard in shards:
-        if not shard.is_file():
-            raise CheckpointError(f"{shard}: missing, though {index.name} lists it; download it")
-    return shards
+def _check_alone(path: Path) -> None:
+    """Refuse to choose between a whole file and shards: one of them is stale, and which is loaded is chance."""
+    index = path.with_name(path.name + SUFFIX)
+    if index.is_file() and path not in read_index(index).files.values():
+        raise CheckpointError(
+            f"{path.parent}: has both {path.name} and {index.name}, which lists other files; remove the stale one"
+        )

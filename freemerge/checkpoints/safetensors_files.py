@@ -2,7 +2,7 @@
 
 - Plain reads into fresh memory instead of a memory map: what is read belongs to the reader, resident memory is what
   is in use and no more, and several threads may read at once.
-- The header is checked against the length of the file when it is opened: a truncated download fails at once.
+- The header is checked in full when a file is opened: a truncated download and a damaged table fail at once.
 - Writing is atomic: a temporary sibling is written, synced, read back and renamed.
 """
 
@@ -21,26 +21,11 @@ from torch import Tensor
 
 from freemerge.checkpoints.checkpoint import Checkpoint, TensorSpec
 from freemerge.checkpoints.errors import CheckpointError
+from freemerge.checkpoints.index import Index
+from freemerge.checkpoints.reading import read_bytes
+from freemerge.checkpoints.safetensors_header import DIGEST, DTYPES, digest_table, parse_header
 
-_DTYPES = {
-    "BOOL": torch.bool,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "U16": torch.uint16,
-    "I16": torch.int16,
-    "U32": torch.uint32,
-    "I32": torch.int32,
-    "U64": torch.uint64,
-    "I64": torch.int64,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-    "C64": torch.complex64,
-}
-_CODES = {dtype: code for code, dtype in _DTYPES.items()}
+_CODES = {dtype: code for code, dtype in DTYPES.items()}
 _TIED = "freemerge.tied"  # metadata: the left-out names, one a line, where they would be ambiguous
 _MAX_HEADER = 100_000_000  # the format's own limit
 
@@ -57,42 +42,18 @@ class SafetensorsFile:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        self.specs: dict[str, TensorSpec] = {}
-        self._places: dict[str, tuple[int, int]] = {}
         try:
             with self.path.open("rb") as file:
-                size = os.fstat(file.fileno()).st_size
-                header, start = self._read_header(file, size)
+                text, size = self._read_header(file)
         except OSError as error:
             raise CheckpointError(f"{self.path}: cannot be read: {error.strerror or error}") from None
-        self.metadata: dict[str, str] = header.pop("__metadata__", None) or {}
-        self.tied: dict[str, str] = {}
-        end = start
         try:
-            entries = sorted(header.items(), key=lambda entry: entry[1]["data_offsets"])
-            for name, entry in entries:
-                begin, stop = (start + offset for offset in entry["data_offsets"])
-                dtype, shape = _DTYPES.get(entry["dtype"]), tuple(entry["shape"])
-                if dtype is None:
-                    raise CheckpointError(
-                        f"{self.path}: the tensor '{name}' has the dtype {entry['dtype']}, which is not supported; "
-                        "convert the file to bfloat16 or float32 first"
-                    )
-                if stop - begin != torch.Size(shape).numel() * dtype.itemsize:
-                    raise self._corrupt(f"the tensor '{name}' has another length than its shape {list(shape)} asks for")
-                self.specs[name] = TensorSpec(shape, dtype)
-                self._places[name] = (begin, stop)
-                end = max(end, stop)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            if isinstance(error, CheckpointError):
-                raise
-            raise self._corrupt(f"its header is malformed ({error})") from None
-        if end > size:
-            raise CheckpointError(
-                f"{self.path}: truncated: its header promises {end:,} bytes and the file has {size:,}; copy or "
-                "download it again"
-            )
-
+            header = parse_header(text, size - 8 - len(text))
+        except ValueError as error:
+            raise self._corrupt(str(error)) from None
+        self.specs, self.metadata = header.specs, header.metadata
+        start = 8 + len(text)
+        self._places = {name: (start + begin, start + stop) for name, (begin, stop) in header.places.items()}
         self.tied = self._read_tied()
 
     def _read_tied(self) -> dict[str, str]:
@@ -106,22 +67,22 @@ class SafetensorsFile:
             return {name: first for name, first in tied.items() if name in self.metadata[_TIED].split("\n")}
         return tied
 
-    def _read_header(self, file, size: int) -> tuple[dict, int]:
+    def _read_header(self, file) -> tuple[bytes, int]:
+        """The header's text, and the length of the whole file."""
+        size = os.fstat(file.fileno()).st_size
         head = file.read(8)
         length = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
         if not 0 < length <= _MAX_HEADER:
             raise self._corrupt("it does not begin with a safetensors header")
         if 8 + length > size:
-            raise self._corrupt(f"its header alone has {length:,} bytes and the file has {size:,}")
-        try:
-            header = json.loads(file.read(length))
-        except ValueError:
-            raise self._corrupt("its header is no JSON") from None
-        if not isinstance(header, dict):
-            raise self._corrupt("its header is no table")
-        return header, 8 + length
+            raise self._corrupt(f"truncated: its header alone has {length:,} bytes and the file has {size:,}")
+        return file.read(length), size
 
     def _corrupt(self, what: str) -> CheckpointError:
+        if what.startswith("truncated"):
+            return CheckpointError(f"{self.path}: {what}; copy or download it again")
+        if what.endswith("not supported"):
+            return CheckpointError(f"{self.path}: {what}; convert the file to bfloat16 or float32 first")
         return CheckpointError(f"{self.path}: truncated or not a safetensors file: {what}; copy or download it again")
 
     def read(self, name: str, run: tuple[int, int] | None = None) -> Tensor:
@@ -133,36 +94,20 @@ class SafetensorsFile:
         spec, (begin, stop) = self.specs[name], self._places[name]
         if run is not None:
             begin, stop = (begin + position * spec.dtype.itemsize for position in run)
-        data = torch.empty(stop - begin, dtype=torch.uint8)
-        if stop > begin:
-            view = memoryview(data.numpy())
-            try:
-                # Opened for each read: no handle outlives its use, and a thousand shards need no thousand handles.
-                with self.path.open("rb", buffering=0) as file:
-                    file.seek(begin)
-                    done = 0
-                    while done < len(view):  # one read returns at most 2 GiB
-                        count = file.readinto(view[done:])
-                        if not count:
-                            raise CheckpointError(
-                                f"{self.path}: ended inside the tensor '{name}': the file changed while it was read"
-                            )
-                        done += count
-            except OSError as error:
-                raise CheckpointError(f"{self.path}: cannot be read: {error.strerror or error}") from None
-        values = data.view(spec.dtype)
-        return values.view(spec.shape) if run is None else values
+        data = read_bytes(self.path, begin, stop, name)
+        return data.view(spec.dtype).view(spec.shape if run is None else -1)
 
 
-def open_safetensors(paths: Iterable[Path], label: str) -> Checkpoint:
+def open_safetensors(paths: Iterable[Path], label: str, index: Index | None = None) -> Checkpoint:
     """One checkpoint over the tensors of one or several safetensors files.
 
     Args:
         paths: the file, or all shards.
         label: how messages call this model.
+        index: of the shards, to compare them with.
 
     Raises:
-        CheckpointError: a file is missing or broken, or two shards hold the same tensor.
+        CheckpointError: a file is missing or broken, two shards hold the same tensor, or the index does not fit.
     """
     place: dict[str, SafetensorsFile] = {}
     specs: dict[str, TensorSpec] = {}
@@ -174,6 +119,8 @@ def open_safetensors(paths: Iterable[Path], label: str) -> Checkpoint:
                 raise CheckpointError(f"{path}: the tensor '{name}' is also in {place[name].path}; keep one of them")
             place[name], specs[name] = file, spec
         tied.update(file.tied)
+    if index is not None:
+        index.check({name: file.path for name, file in place.items()}, tied)
     tied = {name: first for name, first in tied.items() if name not in specs}
     return Checkpoint(label, specs, lambda name, run: place[name].read(name, run), tied=tied)
 
@@ -202,7 +149,9 @@ def write_safetensors(
     """
     path = Path(path)
     order = storage_order(specs)
-    header: dict[str, object] = {"__metadata__": _notes(specs, metadata or {}, tied or {})}
+    notes = _notes(specs, metadata or {}, tied or {})
+    notes[DIGEST] = digest_table({name: specs[name] for name in order}, notes)
+    header: dict[str, object] = {"__metadata__": notes}
     offset = 0
     for name in order:
         shape, dtype = specs[name]

@@ -11,12 +11,13 @@ from torch import Tensor
 
 from freemerge.checkpoints.checkpoint import Checkpoint
 from freemerge.checkpoints.errors import CheckpointError
+from freemerge.checkpoints.index import Index
 from freemerge.checkpoints.memory import from_tensors
 
-_NESTED = ("state_dict", "model_state_dict", "model", "module")  # where training frameworks keep the weights
+NESTED = ("state_dict", "model_state_dict", "model", "module")  # where training frameworks keep the weights
 
 
-def open_torch(paths: list[Path], label: str) -> Checkpoint:
+def open_torch(paths: list[Path], label: str, index: Index | None = None) -> Checkpoint:
     """One checkpoint over the tensors of one or several `torch.save` files.
 
     The tensors stay in the file (memory-mapped) unless it has the format of before torch 1.6.
@@ -24,13 +25,21 @@ def open_torch(paths: list[Path], label: str) -> Checkpoint:
     Args:
         paths: the file, or all shards.
         label: how messages call this model.
+        index: of the shards, to compare them with.
 
     Raises:
-        CheckpointError: a file is missing, broken, holds code, or holds no state dict.
+        CheckpointError: a file is missing, broken, holds code, or holds no state dict; two shards hold the same tensor,
+            or the index does not fit.
     """
     tensors: dict[str, Tensor] = {}
+    place: dict[str, Path] = {}
     for path in paths:
-        tensors.update(_state_dict(_load(path), path))
+        for name, tensor in _state_dict(_load(path), path).items():
+            if name in place:
+                raise CheckpointError(f"{path}: the tensor '{name}' is also in {place[name]}; keep one of them")
+            place[name], tensors[name] = path, tensor
+    if index is not None:
+        index.check(place)
     return from_tensors(tensors, label)
 
 
@@ -53,7 +62,7 @@ def _load(path: Path) -> object:
 
 def _state_dict(loaded: object, path: Path) -> dict[str, Tensor]:
     if isinstance(loaded, Mapping):
-        for key in _NESTED:
+        for key in NESTED:
             if isinstance(loaded.get(key), Mapping):
                 loaded = loaded[key]
                 break

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -24,6 +24,8 @@ class Breadcrumbs(MergeMethod):
         top: fraction of the largest entries to remove, in [0, 1 − bottom).
         scale: λ, one number for all models or one per model.
     """
+
+    survey_fields: ClassVar = ()
 
     bottom: float = 0.85
     top: float = 0.007

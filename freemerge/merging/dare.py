@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -38,6 +38,8 @@ class Dare(MergeMethod):
         scale: multiplies the result.
         seed: of the masks.
     """
+
+    survey_fields: ClassVar = ("method", "drop", "seed")
 
     method: MergeMethod
     drop: float = 0.9

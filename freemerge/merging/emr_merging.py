@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -26,6 +26,8 @@ class EMRMerging(MergeMethod):
     Args:
         scale: multiplies the result.
     """
+
+    survey_fields: ClassVar = ()
 
     scale: float = 1.0
 

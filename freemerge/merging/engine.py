@@ -17,6 +17,7 @@ from freemerge.checkpoints.opening import Source
 from freemerge.checkpoints.safetensors_files import storage_order, write_safetensors
 from freemerge.merging.errors import MergeError
 from freemerge.merging.method import MergeMethod
+from freemerge.merging.per_pattern import with_overrides
 from freemerge.merging.plan import Operands, Plan, make_plan
 from freemerge.merging.provenance import make_files, make_record
 from freemerge.merging.streaming import pieces, read_ahead
@@ -28,6 +29,7 @@ def merge(
     finetuned: Sequence[Source] | Mapping[str, Source],
     method: MergeMethod,
     *,
+    overrides: Sequence[Mapping[str, Any]] | None = None,
     include: Sequence[str] | None = None,
     exclude: Sequence[str] | None = None,
     dtype: torch.dtype | str | None = None,
@@ -46,6 +48,8 @@ def merge(
         finetuned: the fine-tuned models, in a list or by name. They may hold the base's tensors under a common prefix,
             or be folders of LoRA adapters.
         method: how to merge.
+        overrides: other parameters for some of the tensors, `[{"match": "*.mlp.*", "scale": 0.4}]`; see
+            `with_overrides`.
         include: names of the tensors to merge: globs, or regular expressions after `re:`. None for all.
         exclude: names of the tensors to leave as in the base, and of the heads that only fine-tuned models have.
         dtype: of the result's floating-point tensors, for example "bfloat16"; None for the base's own.
@@ -66,6 +70,7 @@ def merge(
     if output is not None:
         output = _check_output(Path(output), overwrite)
     shard_bytes = parse_size(shard_size)
+    method = with_overrides(method, overrides)
     plan = make_plan(
         open_checkpoint(base, label=None if isinstance(base, (str, os.PathLike)) else "base"),
         [open_checkpoint(source, label=label) for label, source in _labelled(finetuned)],

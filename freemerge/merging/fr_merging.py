@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -17,9 +17,9 @@ _NAMED = ("align", "mean", "uniform")
 
 @dataclass(frozen=True)
 class FRMerging(MergeMethod):
-    """τ = scale · Σ_k λ_k · G(v_k), where G removes low frequencies, in which the tasks interfere.
+    """τ = Σ_k scale_k · λ_k · G(v_k), where G removes low frequencies, in which the tasks interfere.
 
-    The filter is linear. Whenever the coefficients do not depend on filtered vectors, τ = scale · G(Σ_k λ_k·v_k): one
+    The filter is linear. Whenever the coefficients do not depend on filtered vectors, τ = G(Σ_k scale_k·λ_k·v_k): one
     transform per weight, not one per task. One pass; two with "mean".
 
     Args:
@@ -27,12 +27,14 @@ class FRMerging(MergeMethod):
         coefficients: λ. "align", the released code: for each tensor, bring every filtered vector to the mean magnitude
             of the largest, λ_k = max_j E|G(v_j)| / E|G(v_k)|. "mean", the paper: λ_k = E|v_k| / Σ_j E|v_j| over the
             whole model. "uniform": λ_k = 1. Or one number per model.
-        scale: multiplies the result.
+        scale: multiplies the result, or each model's part of it: one number for all models or one per model.
     """
+
+    survey_fields: ClassVar = ("coefficients",)
 
     filter: Filter = field(default_factory=NyquistDisc)
     coefficients: Literal["align", "mean", "uniform"] | list[float] = "align"
-    scale: float = 1.0
+    scale: float | list[float] = 1.0
 
     def __post_init__(self) -> None:
         require(isinstance(self.filter, Filter), self, f"`filter` must be a Filter, got {self.filter!r}")
@@ -56,17 +58,18 @@ class FRMerging(MergeMethod):
         return totals / totals.sum().clamp(min=torch.finfo(torch.float64).tiny)
 
     def combine(self, name: str, deltas: Tensor, statistics: Tensor | None) -> Tensor:
+        scale = torch.as_tensor(self.scale, dtype=torch.float64)
         if self.coefficients == "align":
             before = _magnitudes(deltas)
             for delta in deltas:
                 delta.copy_(self.filter(delta))
-            return weighted_sum(deltas, alignment(_magnitudes(deltas), before) * self.scale)
+            return weighted_sum(deltas, alignment(_magnitudes(deltas), before) * scale)
         if statistics is not None:
-            weights = statistics * self.scale
+            weights = statistics * scale
         elif self.coefficients == "uniform":
-            weights = torch.full((len(deltas),), self.scale, dtype=torch.float64)
+            weights = scale.expand(len(deltas))
         else:
-            weights = torch.tensor(self.coefficients, dtype=torch.float64) * self.scale
+            weights = torch.tensor(self.coefficients, dtype=torch.float64) * scale
         return self.filter(weighted_sum(deltas, weights))
 
 

@@ -2,15 +2,17 @@
 
 - `survey` looks at all task vectors, as often as it needs, and returns what has to be known of the whole model.
 - `combine` merges one tensor.
-- Statistics are handed from the one to the other and never stored in the method: methods stay plain, immutable values,
-  and a search over `scale` or `ratio` surveys once.
+- Statistics are handed from the one to the other and never stored in the method: methods stay plain, immutable values.
+- `survey_key` says what the statistics depend on: methods that agree in it share a survey, so that a search over
+  `scale` surveys once.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -24,6 +26,18 @@ class MergeMethod(ABC):
 
     A new method is one file: fields, their check in `__post_init__`, `combine`, and `survey` if it is global.
     """
+
+    survey_fields: ClassVar[tuple[str, ...] | None] = None
+    """The fields that `survey` looks at; None for all of them. A method that names them makes searches faster."""
+
+    @property
+    def survey_key(self) -> Hashable:
+        """What the statistics of `survey` depend on, beside the vectors: equal keys, equal statistics."""
+        names = self.survey_fields
+        if names is None and not dataclasses.is_dataclass(self):
+            return object()  # nobody knows, so it is like no other
+        names = tuple(field.name for field in dataclasses.fields(self)) if names is None else names
+        return (type(self), *((name, _key(getattr(self, name))) for name in names))
 
     @property
     def elementwise(self) -> bool:
@@ -89,6 +103,20 @@ class MergeMethod(ABC):
             (n,) float32.
         """
         return self.combine(name, deltas, statistics)
+
+
+def _key(value: object) -> Hashable:
+    if isinstance(value, MergeMethod):
+        return value.survey_key
+    if isinstance(value, Mapping):
+        return tuple((key, _key(inner)) for key, inner in value.items())
+    if isinstance(value, (list, tuple)):
+        return tuple(_key(inner) for inner in value)
+    try:
+        hash(value)
+    except TypeError:
+        return object()
+    return value
 
 
 def weighted_sum(deltas: Tensor, weights: float | Sequence[float] | Tensor) -> Tensor:

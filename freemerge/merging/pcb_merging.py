@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -50,6 +50,8 @@ class PCBMerging(MergeMethod):
             released evolutionary search.
         filter: a high-pass filter for the task vectors' matrices, before anything else (FR-Merging with balancing).
     """
+
+    survey_fields: ClassVar = ("ratio", "clip", "inter", "filter")
 
     ratio: float = 0.1
     scale: float | list[float] = 1.0

@@ -1,15 +1,16 @@
-"""Different methods for different tensors of one model."""
+"""Different methods, or different parameters of one, for different tensors of a model."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor
 
 from freemerge.merging.errors import MergeError
+from freemerge.merging.fields import replace_fields
 from freemerge.merging.method import MergeMethod, require, require_number
 from freemerge.merging.patterns import compile_patterns
 from freemerge.merging.vectors import Vectors
@@ -25,13 +26,16 @@ class PatternStatistics(NamedTuple):
 class PerPattern(MergeMethod):
     """Merge a tensor with the method of the first pattern that matches its name, or else with the default.
 
-    A global method (PCB, TIES) counts its own tensors only. Each method makes its passes over its own tensors.
+    A global method (PCB, TIES) counts its own tensors only, and makes its passes over them; methods that differ in
+    nothing that their survey looks at (in λ, most often) count all their tensors together.
 
     Args:
         default: what merges the tensors that no pattern matches.
         overrides: pattern → method. Globs, or regular expressions after `re:`, for whole names; the first match counts.
         scale: multiplies the result.
     """
+
+    survey_fields: ClassVar = ("default", "overrides")
 
     default: MergeMethod
     overrides: dict[str, MergeMethod] = field(default_factory=dict)
@@ -72,8 +76,16 @@ class PerPattern(MergeMethod):
         for pattern, names in zip(self.overrides, own, strict=False):
             if vectors.shapes and not names:
                 raise MergeError(f"overrides: the pattern '{pattern}' matches no tensor that is left to it")
-        pairs = zip(self._methods, own, strict=True)
-        return PatternStatistics(tuple(method.survey(vectors.subset(names)) for method, names in pairs))
+        shared: dict[Hashable, set[str]] = {}
+        keys = [method.survey_key for method in self._methods]
+        for key, names in zip(keys, own, strict=True):
+            shared.setdefault(key, set()).update(names)
+        found: dict[Hashable, Any] = {}
+        for key, method in zip(keys, self._methods, strict=True):
+            if key not in found:
+                names = shared[key]
+                found[key] = method.survey(vectors.subset(name for name in vectors.shapes if name in names))
+        return PatternStatistics(tuple(found[key] for key in keys))
 
     def combine(self, name: str, deltas: Tensor, statistics: PatternStatistics) -> Tensor:
         index = self._index(name)
@@ -87,3 +99,39 @@ class PerPattern(MergeMethod):
         """The position among `_methods` of the one that merges a tensor."""
         matches = (index for index, pattern in enumerate(self._patterns) if pattern.fullmatch(name))
         return next(matches, len(self._patterns))
+
+
+def with_overrides(method: MergeMethod, overrides: Sequence[Mapping[str, Any]] | None) -> MergeMethod:
+    """The method with other parameters for some of the tensors.
+
+    Args:
+        method: how to merge.
+        overrides: one mapping for each pattern: `match`, the pattern (a glob, or a regular expression after `re:`), and
+            parameters of the method, those of its parts by dotted path: `{"match": "*.mlp.*", "scale": 0.4,
+            "filter.cutoff": 0.2}`. The first match counts. A survey of the whole model stays one, unless its own
+            parameters differ.
+
+    Returns:
+        A `PerPattern`, or the method itself where there are no overrides.
+
+    Raises:
+        MergeError: a mapping without `match`, a pattern twice, or a parameter that the method does not have.
+        ValueError: the method refuses a value.
+    """
+    if not overrides:
+        return method
+    methods: dict[str, MergeMethod] = {}
+    for index, override in enumerate(overrides):
+        parameters = dict(override)
+        pattern = parameters.pop("match", None)
+        if not isinstance(pattern, str):
+            raise MergeError(f"overrides[{index}]: needs a pattern of tensor names, match: '*.mlp.*'")
+        if pattern in methods:
+            raise MergeError(f"overrides[{index}]: the pattern '{pattern}' is given twice")
+        if not parameters:
+            raise MergeError(f"overrides[{index}]: names no parameter to change, such as scale: 0.4")
+        try:
+            methods[pattern] = replace_fields(method, parameters)
+        except MergeError as error:
+            raise MergeError(f"overrides[{index}]: {error}") from None
+    return PerPattern(method, methods)

@@ -127,12 +127,12 @@ def make_plan(
     if not models:
         raise MergeError("there is no fine-tuned model to merge; name at least one")
     if base.deltas:
-        raise MergeError(f"{base.label}: is a LoRA adapter; the base must be the model that it was trained on")
+        raise MergeError(f"{base.label}: is an adapter; the base must be the model that it was trained on")
     if dtype is not None and not dtype.is_floating_point:
         raise MergeError(f"the dtype of a merged model must be a floating-point one, not {dtype}")
     if repeated := sorted({m.label for m in models if sum(m.label == other.label for other in models) > 1}):
         raise MergeError(f"two fine-tuned models have the same name '{repeated[0]}'; give each its own")
-    models = tuple(model.relative_to(base.names) for model in models)
+    models = tuple(model.relative_to(base.names).on(base) for model in models)
 
     everything = dict.fromkeys((*base.names, *(name for model in models for name in (*model.names, *model.outside))))
     for patterns, argument in ((include, "include"), (exclude, "exclude")):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -17,6 +17,8 @@ class TaskArithmetic(MergeMethod):
     Args:
         scale: λ, one number for all models or one per model.
     """
+
+    survey_fields: ClassVar = ()
 
     scale: float | list[float] = 0.3
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
@@ -27,6 +27,8 @@ class Ties(MergeMethod):
         scale: λ, multiplies the result.
         scope: over what the density counts: the whole "model", as in the paper, or each "tensor" by itself.
     """
+
+    survey_fields: ClassVar = ("density", "scope")
 
     density: float = 0.2
     scale: float = 1.0

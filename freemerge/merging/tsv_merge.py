@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -27,6 +27,8 @@ class TSVMerge(MergeMethod):
     Args:
         scale: multiplies the result.
     """
+
+    survey_fields: ClassVar = ()
 
     scale: float = 1.0
 

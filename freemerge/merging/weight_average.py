@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -13,6 +13,8 @@ from freemerge.merging.method import MergeMethod, weighted_sum
 @dataclass(frozen=True)
 class WeightAverage(MergeMethod):
     """τ = (1/K) · Σ_k v_k. One pass."""
+
+    survey_fields: ClassVar = ()
 
     @property
     def elementwise(self) -> bool:

@@ -21,6 +21,9 @@ def write_adapter(folder, tensors, **config):
     return folder
 
 
+PAIR = {"q.lora_A.weight": torch.ones(4, 6), "q.lora_B.weight": torch.ones(6, 4)}
+
+
 def factors(rank=4, rows=6, columns=10, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(rank, columns, generator=generator), torch.randn(rows, rank, generator=generator)
@@ -114,10 +117,34 @@ def test_torch_files(tmp_path):
 @pytest.mark.parametrize(
     ("tensors", "config", "message"),
     [
-        ({}, {"peft_type": "IA3"}, "is a IA3 adapter, only plain LoRA is read; merge it into its base model with PEFT"),
-        ({}, {"use_dora": True}, "is a DoRA adapter, only plain LoRA"),
-        ({}, {"target_parameters": ["experts"]}, "is an adapter with target_parameters"),
-        ({"q.lora_magnitude_vector": torch.ones(1)}, {}, r"which is no plain LoRA \(DoRA\?\)"),
+        ({}, {"peft_type": "LOHA"}, r"is a LOHA adapter, only LoRA, DoRA and \(IA\)³ are read; merge it into its base"),
+        ({}, {"target_parameters": ["experts"]}, "is a LoRA adapter with target_parameters"),
+        ({}, {"use_qalora": True}, "is a LoRA adapter with use_qalora"),
+        ({}, {"kasa_config": {"beta": 1}}, "is a LoRA adapter with kasa_config"),
+        ({}, {"init_lora_weights": "pissa_niter_4"}, "is 'pissa_niter_4', so its factors do not differ from the base"),
+        ({"q.lora_magnitude_vector": torch.ones(1)}, {}, "which belongs to no LoRA known here"),
+        ({"q.lora_arrow": torch.ones(1)}, {}, "which belongs to no LoRA known here"),
+        (
+            PAIR | {"q.lora_magnitude_vector": torch.ones(6)},
+            {},
+            "use_dora is False in adapter_config.json, but .* has a",
+        ),
+        (PAIR, {"use_dora": True}, "use_dora is True in adapter_config.json, but .* has no lora_magnitude_vector"),
+        (
+            {"q.lora_A.weight": torch.ones(4, 6, 1, 1), "q.lora_B.weight": torch.ones(6, 2, 1, 1)},
+            {},
+            "are no two factors of a matrix; is it of a convolution in groups",
+        ),
+        (
+            PAIR | {"q.bias": torch.ones(6), "q.lora_B.bias": torch.ones(6)},
+            {},
+            "holds the tensor 'q.bias' and changes it",
+        ),
+        (
+            {"e.trainable_tokens_delta": torch.ones(2, 3)},
+            {"trainable_token_indices": [1]},
+            "lists 1 trainable tokens for 'e', and the adapter has 2",
+        ),
         ({"q.lora_A.weight": torch.ones(1, 1)}, {}, r"has 'base_model\.model\.q\.lora_A\.weight' and no '.*lora_B"),
         ({"classifier.weight": torch.ones(1)}, {}, "holds no LoRA factors"),
     ],
@@ -131,7 +158,7 @@ def test_what_is_refused(tmp_path, tensors, config, message):
 def test_an_adapter_is_no_model(tmp_path):
     a, b = factors()
     folder = write_adapter(tmp_path / "a", {"q.lora_A.weight": a, "q.lora_B.weight": b})
-    with pytest.raises(CheckpointError, match="is a LoRA adapter, not a model; merge it with its base"):
+    with pytest.raises(CheckpointError, match="is an adapter, not a model; merge it with its base"):
         load_checkpoint(folder)
     (folder / "adapter_config.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"adapter_config\.json: not an adapter's configuration"):

@@ -8,8 +8,8 @@ import torch
 import yaml
 
 from freemerge.checkpoints import load_checkpoint, save_checkpoint
+from freemerge.cli.merge import build_parser, run
 from freemerge.merging import Dare, FRMerging, Gaussian, HighPass, PCBMerging, PerPattern, Ties, WeightAverage, merge
-from freemerge.merging.command import build_parser, run
 
 
 @pytest.fixture

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from freemerge.checkpoints import CheckpointError, hash_tensors, load_checkpoint, save_checkpoint
+from freemerge.cli.merge import build_parser, run
 from freemerge.merging import FRMerging, Gaussian, PCBMerging, TaskArithmetic, WeightAverage, merge
-from freemerge.merging.command import build_parser, run
 from freemerge.merging.provenance import describe_method
 from tests.merging.merging_models import METHODS
 

@@ -1,13 +1,19 @@
 """Different methods for different tensors."""
 
+from dataclasses import dataclass, replace
+
 import pytest
 import torch
 import yaml
 
+from freemerge.cli.merge import build_parser
 from freemerge.merging import (
+    Dare,
     FRMerging,
     HighPass,
     MergeError,
+    MergeMethod,
+    NyquistDisc,
     PCBMerging,
     PerPattern,
     TaskArithmetic,
@@ -15,7 +21,6 @@ from freemerge.merging import (
     WeightAverage,
     merge,
 )
-from freemerge.merging.command import build_parser
 
 
 def test_each_method_sees_its_own_tensors(base, models):
@@ -75,3 +80,71 @@ method:
     expected = {"*.bias": WeightAverage(), "re:.*norm.*": TaskArithmetic(0.5)}
     assert method == PerPattern(FRMerging(HighPass(0.1)), expected)
     assert yaml.safe_load(parser.dump(parsed))["method"]["init_args"]["overrides"]["*.bias"]
+
+
+def test_overrides_change_parameters_for_some_tensors(base, models):
+    merged = merge(base, models, FRMerging(), overrides=[{"match": "embed.*", "scale": 0.5, "filter.radius": 0.3}])
+    changed = merge(base, models, FRMerging(NyquistDisc(0.3), scale=0.5))
+    plain = merge(base, models, FRMerging())
+    for name in base:
+        assert torch.equal(merged[name], (changed if name.startswith("embed") else plain)[name]), name
+
+
+@pytest.mark.parametrize("method", [PCBMerging(0.3), Ties(0.4), Dare(Ties(0.4), 0.5), FRMerging(coefficients="mean")])
+def test_an_override_of_the_scale_leaves_a_survey_of_the_whole_model_as_it_is(base, models, method):
+    merged = merge(base, models, method, overrides=[{"match": "embed.*", "scale": 0.25}])
+    plain, quarter = merge(base, models, method), merge(base, models, replace(method, scale=0.25))
+    for name in base:
+        assert torch.equal(merged[name], (quarter if name.startswith("embed") else plain)[name]), name
+
+
+def test_an_override_of_what_a_survey_looks_at_counts_its_own_tensors(base, models):
+    merged = merge(base, models, Ties(0.4), overrides=[{"match": "embed.*", "density": 0.1}])
+    embed = merge(base, models, Ties(0.1), include=["embed.*"])
+    assert torch.equal(merged["embed.weight"], embed["embed.weight"])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ([{"match": "*", "scal": 1}], r"overrides\[0\]: Ties has no parameter 'scal'; did you mean 'scale'\?"),
+        (
+            [{"match": "*", "filter.cutoff": 1}],
+            r"overrides\[0\]: Ties has no parameter 'filter'; it has density",
+        ),
+        ([{"match": "*", "scale.x": 1}], r"overrides\[0\]: float has no parameters, so no 'x'"),
+        ([{"scale": 1}], r"overrides\[0\]: needs a pattern"),
+        ([{"match": "*"}], r"overrides\[0\]: names no parameter to change"),
+        ([{"match": "a", "scale": 1}, {"match": "a", "scale": 2}], r"overrides\[1\]: the pattern 'a' is given twice"),
+        ([{"match": "*", "density": 2}], r"Ties: `density` must lie in \(0, 1\], got 2"),
+    ],
+)
+def test_overrides_that_cannot_be_meant(base, models, overrides, message):
+    with pytest.raises(ValueError, match=message):
+        merge(base, models, Ties(), overrides=overrides)
+
+
+def test_equal_survey_keys_mean_equal_surveys():
+    assert PCBMerging(0.1, 1.0).survey_key == PCBMerging(0.1, [1.0, 2.0]).survey_key
+    assert PCBMerging(0.1).survey_key != PCBMerging(0.2).survey_key
+    assert PCBMerging(filter=HighPass(0.1)).survey_key != PCBMerging(filter=HighPass(0.2)).survey_key
+    assert Dare(Ties(0.1, scale=2.0)).survey_key == Dare(Ties(0.1), scale=3.0).survey_key
+    assert Dare(Ties(), seed=1).survey_key != Dare(Ties(), seed=2).survey_key
+    assert TaskArithmetic(0.1).survey_key != WeightAverage().survey_key
+    hash(PerPattern(PCBMerging(), {"*": FRMerging(coefficients=[1.0])}).survey_key)
+
+
+def test_a_method_that_does_not_say_what_its_survey_looks_at_shares_only_with_its_equals():
+    @dataclass(frozen=True)
+    class Silent(MergeMethod):
+        scale: float = 1.0
+
+        def combine(self, name, deltas, statistics):
+            return deltas[0]
+
+    class Plain(MergeMethod):
+        def combine(self, name, deltas, statistics):
+            return deltas[0]
+
+    assert Silent(1.0).survey_key == Silent(1.0).survey_key != Silent(2.0).survey_key
+    assert Plain().survey_key != Plain().survey_key

@@ -1,9 +1,8 @@
-"""The command line: `fit`, `validate`, `test`, `predict` on Lightning's CLI, and `merge`, which needs no data.
+"""The commands that need a suite of tasks, on Lightning's CLI, all of whose flags keep their meaning.
 
     python -m freemerge fit --config configs/quickstart.yaml
 
-`fit` runs a suite's pipeline (`freemerge.pipeline`); `validate`, `test` and `predict` run the finished FREE model. All
-of Lightning's flags keep their meaning.
+`fit` runs a suite's pipeline (`freemerge.pipeline`); `validate`, `test` and `predict` run the finished FREE model.
 """
 
 from __future__ import annotations
@@ -12,23 +11,26 @@ import copy
 import csv
 import logging
 import os
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from jsonargparse import set_parsing_settings
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 from rich.console import Console
 
 import freemerge_callbacks  # noqa: F401 - short class names in configurations resolve once their module is imported
+from freemerge.cli import merge as merge_command
+from freemerge.cli.parsing import OneLineErrors, print_error
+from freemerge.cli.problems import refusal
 from freemerge.data import TaskSuite
 from freemerge.evaluation import MultiTaskEvaluator
-from freemerge.merging import command as merge_command
 from freemerge.models import FreeModel
 from freemerge.pipeline import (
     ExpertsSettings,
@@ -56,6 +58,21 @@ _STAGE_SETTINGS = {
 }
 
 
+_COMMANDS = {
+    "fit": "Fine-tune on every task, merge, train experts and the router, and report.",
+    "validate": "Evaluate the finished FREE model on every task's validation data.",
+    "test": "Evaluate the finished FREE model on every task's test data.",
+    "predict": "Run the finished FREE model and write its predictions to a CSV file.",
+}
+_EPILOG = """Every option may also stand in a YAML file for --config; files layer, and later ones and options win.
+Environment variables count below files and options: FREEMERGE_{command}__TRAINER__MAX_EPOCHS=3.
+--print_config shows all settings; --model.help CLASS, --data.help CLASS, … explain a class's own."""
+
+
+class _Parser(OneLineErrors, LightningArgumentParser):
+    """Lightning's parser with one-line errors."""
+
+
 class FreemergeCLI(LightningCLI):
     """Lightning's CLI with a suite's pipeline behind `fit`."""
 
@@ -69,6 +86,7 @@ class FreemergeCLI(LightningCLI):
             save_config_callback=None,  # one run is many fits: `fit` keeps the configuration once, in the run's folder
             seed_everything_default=0,
             auto_configure_optimizers=False,
+            parser_class=_Parser,
             parser_kwargs={
                 "prog": "python -m freemerge",
                 "description": "Fine-tune one backbone on several tasks, merge them, mend the merge with experts.",
@@ -78,17 +96,21 @@ class FreemergeCLI(LightningCLI):
         )
 
     def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
-        descriptions = {
-            "fit": "Fine-tune on every task, merge, train experts and the router, and report.",
-            "validate": "Evaluate the finished FREE model on every task's validation data.",
-            "test": "Evaluate the finished FREE model on every task's test data.",
-            "predict": "Run the finished FREE model and write its predictions to a CSV file.",
-        }
-        kwargs = {name: {"description": text, **kwargs.get(name, {})} for name, text in descriptions.items()}
-        super()._add_subcommands(parser, **kwargs)
+        self._subcommand_parsers = {}
+        commands = parser.add_subcommands()
+        for name, about in _COMMANDS.items():
+            subparser = self._prepare_subcommand_parser(
+                self.trainer_class,
+                name,
+                usage=f"python -m freemerge {name} --config FILE [options]",
+                description=about,
+                epilog=_EPILOG.format(command=name.upper()),
+            )
+            self._subcommand_parsers[name] = subparser
+            commands.add_subcommand(name, subparser, help=about)
         # For `--help` alone: `main` hands `merge` on before a parser with models and data is built.
         about = "Merge finished checkpoints, without any data."
-        parser._subcommands_action.add_subcommand("merge", merge_command.build_parser(), help=about)
+        commands.add_subcommand("merge", merge_command.build_parser(), help=about)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the run's and the stages' settings."""
@@ -99,6 +121,21 @@ class FreemergeCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: list[str] | None) -> None:
         """Parse; unlike Lightning's own, without a warning where `main` is called with arguments from Python."""
         self.config = parser.parse_args(args)
+        parser.check_environment(self.config.subcommand)
+
+    def _parse_ckpt_path(self) -> None:
+        """Say where a checkpoint's hyperparameters differ; Lightning's own would let them win, without a word."""
+        command = self.config.subcommand
+        path = self.config[command].get("ckpt_path")
+        if not path or not Path(path).is_file():
+            return
+        saved = torch.load(path, weights_only=True, map_location="cpu").get("hyper_parameters", {})
+        configured = self.config[command].model.get("init_args", {})
+        for name, value in saved.items():
+            if name in configured and configured[name] != value and not hasattr(value, "keys"):
+                rank_zero_warn(
+                    f"{path}: was made with {name}={value!r}, the configuration says {configured[name]!r}, which counts"
+                )
 
     # -- what the subcommands do --------------------------------------------------------------------------------------
 
@@ -216,15 +253,23 @@ def quieten() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
-def main(args: list[str] | None = None) -> int:
-    """Run the command line; returns the exit code."""
-    arguments = sys.argv[1:] if args is None else args
-    if arguments[:1] == ["merge"]:
-        return merge_command.run(merge_command.build_parser().parse_args(arguments[1:]))
+def run(args: list[str]) -> int:
+    """Run one of the commands; returns the exit code."""
     quieten()
     try:
         FreemergeCLI(args)
-    except ValueError as error:
-        Console(stderr=True, highlight=False).print(f"[bold red]error:[/bold red] {error}", soft_wrap=True)
+    except (ValueError, MisconfigurationException) as error:
+        origin = _origin(error)
+        if origin not in ("freemerge", "freemerge_callbacks", "lightning", "jsonargparse"):
+            raise  # somebody else's: the traceback will be needed
+        print_error(refusal(str(error)) if origin == "jsonargparse" else error)
         return 2
     return 0
+
+
+def _origin(error: Exception) -> str:
+    """The package that raised an error."""
+    frame = error.__traceback__
+    while frame.tb_next is not None:
+        frame = frame.tb_next
+    return frame.tb_frame.f_globals.get("__name__", "").partition(".")[0]

@@ -1,0 +1,196 @@
+"""Checkpoints of torch.distributed.checkpoint: read without processes, by runs, and without running their code."""
+
+import itertools
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from freemerge.checkpoints import CheckpointError, load_checkpoint, open_checkpoint
+from freemerge.checkpoints.distributed_files import _Block, _tiles
+from freemerge.merging import WeightAverage, merge
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """What two processes write: by Lightning's ModelParallelStrategy, and plain. It takes their start-up."""
+    folder = tmp_path_factory.mktemp("distributed")
+    script = Path(__file__).with_name("write_distributed.py")
+    done = subprocess.run([sys.executable, str(script), str(folder)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A small checkpoint of one process."""
+    tensors = {"w": torch.arange(12.0).view(3, 4), "b": torch.ones(3).bfloat16()}
+    dcp.save(
+        {"model": tensors, "optimizer": {"step": torch.ones(1), "lr": 0.1}}, checkpoint_id=tmp_path / "d", no_dist=True
+    )
+    return tmp_path / "d"
+
+
+def assert_same(checkpoint, tensors):
+    assert set(checkpoint.names) == set(tensors)
+    for name, tensor in tensors.items():
+        assert checkpoint.spec(name) == (tuple(tensor.shape), tensor.dtype)
+        assert torch.equal(checkpoint.tensor(name), tensor)
+        for start, stop in ((0, 0), (1, 2), (2, 7), (3, tensor.numel())):
+            stop = min(stop, tensor.numel())
+            start = min(start, stop)
+            assert torch.equal(checkpoint.run(name, start, stop), tensor.reshape(-1)[start:stop])
+
+
+def test_lightning_writes_it_and_its_prefix_is_found(written, tmp_path):
+    tensors = torch.load(written / "lightning.pt", weights_only=True)
+    checkpoint = open_checkpoint(written / "lightning.ckpt")
+    assert_same(checkpoint, tensors)
+    assert len(list((written / "lightning.ckpt").glob("*.distcp"))) == 2
+    base = {name.removeprefix("backbone."): torch.zeros_like(t) for name, t in tensors.items() if "backbone" in name}
+    merged = merge(base, [written / "lightning.ckpt"], WeightAverage())
+    assert all(torch.equal(tensor, tensors[f"backbone.{name}"]) for name, tensor in merged.items())
+
+
+def test_shards_of_any_dimension(written):
+    tensors = torch.load(written / "plain.pt", weights_only=True)
+    checkpoint = open_checkpoint(written / "plain")
+    assert_same(checkpoint, tensors)
+    loaded = load_checkpoint(written / "plain")
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors.items())
+
+
+def test_only_the_model_is_part_of_it(folder):
+    assert open_checkpoint(folder).names == ("w", "b")
+    dcp.save({"w": torch.ones(2), "sub": {"x": torch.ones(1)}}, checkpoint_id=folder.parent / "p", no_dist=True)
+    assert open_checkpoint(folder.parent / "p").names == ("w", "sub.x")
+    dcp.save({"steps": 3}, checkpoint_id=folder.parent / "q", no_dist=True)
+    with pytest.raises(CheckpointError, match=r"\.metadata: lists no tensors of a model"):
+        open_checkpoint(folder.parent / "q")
+
+
+def test_every_dtype(tmp_path):
+    bits = torch.arange(48, dtype=torch.uint8)
+    dtypes = [torch.float64, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.int64, torch.uint8, torch.uint16]
+    tensors = {str(dtype): bits.clone().view(dtype) for dtype in dtypes} | {"bool": bits > 3}
+    dcp.save(tensors, checkpoint_id=tmp_path / "d", no_dist=True)
+    for name, tensor in load_checkpoint(tmp_path / "d").items():
+        assert tensor.dtype == tensors[name].dtype
+        assert torch.equal(tensor.view(torch.uint8), tensors[name].view(torch.uint8))
+
+
+class Code:
+    def __reduce__(self):
+        return (os.system, ("echo this must never be printed",))
+
+
+@pytest.mark.parametrize("content", [Code(), {"state_dict_metadata": Code()}, os.path.join, subprocess.Popen])
+def test_code_in_the_metadata_never_runs(folder, capfd, content):
+    (folder / ".metadata").write_bytes(pickle.dumps(content))
+    with pytest.raises(CheckpointError, match=r"\.metadata: names .*, which no checkpoint of tensors holds") as caught:
+        open_checkpoint(folder)
+    assert "\n" not in str(caught.value)
+    assert capfd.readouterr().out == ""
+
+
+def test_code_in_a_block_never_runs(folder, capfd):
+    """Even where a block of a tensor should be."""
+    for path in folder.glob("*.distcp"):
+        evil = folder / "evil.pt"
+        torch.save(Code(), evil)
+        path.write_bytes(evil.read_bytes() * 9)
+    with pytest.raises(CheckpointError, match=r"distcp: (names .*, which no checkpoint|broken where the tensor)"):
+        load_checkpoint(folder)
+    assert capfd.readouterr().out == ""
+
+
+def load_or_error(folder):
+    try:
+        return load_checkpoint(folder)
+    except CheckpointError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("name", [".metadata", "__0_0.distcp"])
+def test_every_flipped_byte_is_one_line_or_harmless(folder, name):
+    """Flips in a tensor's values are no part of any table, so they cannot be seen here."""
+    good = load_checkpoint(folder)
+    path = folder / name
+    data = path.read_bytes()
+    step = 3 if name == ".metadata" else 19
+    for position in range(0, len(data), step):
+        path.write_bytes(data[:position] + bytes([data[position] ^ 0xFF]) + data[position + 1 :])
+        outcome = load_or_error(folder)
+        if isinstance(outcome, str):
+            assert "\n" not in outcome
+            assert str(folder) in outcome
+        else:  # a flipped value; or the name, the dtype (of the same width) or the order of axes in the tables
+            assert sum(t.nbytes for t in outcome.values()) in (sum(t.nbytes for t in good.values()), 48, 6)
+
+
+def test_what_is_missing_or_short(folder):
+    path = folder / "__0_0.distcp"
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 4])  # the optimizer's state, at the end, is nothing to us
+    with pytest.raises(CheckpointError, match=r"__0_0\.distcp: truncated: \.metadata promises"):
+        open_checkpoint(folder)
+    path.unlink()
+    with pytest.raises(CheckpointError, match=r"__0_0\.distcp: missing, though \.metadata lists it"):
+        open_checkpoint(folder)
+    path.write_bytes(data)
+    opened = open_checkpoint(folder)
+    (folder / ".metadata").unlink()
+    with pytest.raises(CheckpointError, match=r"a distributed checkpoint without its \.metadata"):
+        open_checkpoint(folder)
+    path.unlink()
+    with pytest.raises(CheckpointError, match="cannot be read: No such file"):
+        opened.tensor("w")
+
+
+def test_a_block_outside_of_the_folder_is_refused(folder):
+    with (folder / ".metadata").open("rb") as file:
+        metadata = pickle.load(file)
+    for info in metadata.storage_data.values():
+        info.relative_path = "../d2/__0_0.distcp"
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+    with pytest.raises(CheckpointError, match="outside of the folder; do not trust this file"):
+        open_checkpoint(folder)
+
+
+def test_gaps_between_blocks(folder):
+    with (folder / ".metadata").open("rb") as file:
+        metadata = pickle.load(file)
+    metadata.state_dict_metadata["model.w"].size = torch.Size([4, 4])
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+    with pytest.raises(CheckpointError, match=r"blocks of the tensor 'w' do not make up its shape \[4, 4\]"):
+        open_checkpoint(folder)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_tilings(data):
+    """A grid of blocks tiles; without one of its blocks, or with one of them moved, it does not."""
+    edges = [
+        sorted({0, size, *data.draw(st.lists(st.integers(0, size), max_size=2))})
+        for size in data.draw(st.lists(st.integers(1, 5), min_size=1, max_size=3))
+    ]
+    blocks = [_Block((), (), Path(), 0, 0)]
+    for cuts in edges:
+        blocks = [
+            block._replace(offsets=(*block.offsets, low), sizes=(*block.sizes, high - low))
+            for block in blocks
+            for low, high in itertools.pairwise(cuts)
+        ]
+    shape = tuple(cuts[-1] for cuts in edges)
+    assert _tiles(shape, blocks)
+    assert not _tiles(shape, blocks[1:])
+    victim = data.draw(st.integers(0, len(blocks) - 1))
+    moved = blocks[victim]._replace(offsets=(blocks[victim].offsets[0] + 1, *blocks[victim].offsets[1:]))
+    assert not _tiles(shape, [*blocks[:victim], moved, *blocks[victim + 1 :]])

@@ -1,0 +1,1 @@
+"""What the benchmarks share: the models that they merge, measured processes, tables."""

@@ -1,0 +1,55 @@
+"""Whether two programs have written the same model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+
+class Difference(NamedTuple):
+    """How two merged models of one base differ."""
+
+    largest: float  # difference between them
+    change: float  # the largest difference between the first and its base, to compare with
+    beyond: float  # fraction of the values that are further apart than one rounding step of their dtype
+
+
+def compare(base: Path, first: Path, second: Path) -> Difference:
+    """Compare two merged models value by value.
+
+    Args:
+        base: a file or a folder of safetensors.
+        first: a merged model of it.
+        second: another.
+
+    Raises:
+        SystemExit: names, shapes or dtypes differ.
+    """
+    import torch
+
+    places = [_places(path) for path in (base, first, second)]
+    if len({frozenset(place) for place in places}) > 1:
+        raise SystemExit(f"error: {first} and {second} do not both hold the tensors of {base}")
+    largest = change = 0.0
+    beyond = total = 0
+    for name in places[0]:
+        stored = [place[name].get_tensor(name) for place in places]
+        if len({(tuple(tensor.shape), tensor.dtype) for tensor in stored}) > 1:
+            raise SystemExit(f"error: {first} and {second} hold '{name}' with other shapes or dtypes")
+        reference, one, other = (tensor.float() for tensor in stored)
+        apart = (one - other).abs()
+        # Both sides compute in float32, where what is near zero after a subtraction is known less well than it is fine.
+        step = torch.finfo(stored[0].dtype).eps * torch.maximum(one.abs(), other.abs())
+        beyond += int((apart > step + 2 * torch.finfo(torch.float32).eps * reference.abs()).sum())
+        total += apart.numel()
+        largest = max(largest, float(apart.max()))
+        change = max(change, float((one - reference).abs().max()))
+    return Difference(largest, change, beyond / total)
+
+
+def _places(model: Path) -> dict[str, object]:
+    """Tensor's name → the open file that holds it."""
+    from safetensors import safe_open
+
+    paths = sorted(model.glob("*.safetensors")) if model.is_dir() else [model]
+    return {name: file for file in (safe_open(path, "pt") for path in paths) for name in file.keys()}  # noqa: SIM118

@@ -1,0 +1,51 @@
+"""Merges of models that lie in a device's memory, against a copy within it: prints JSON.
+
+    python on_device.py '{"base": …, "models": […], "methods": {…}, "device": "cuda", "repeat": 3}'
+
+Prints `{"copy": GB/s, "bytes": of all inputs and the output, "seconds": {method: median}}`. The copy counts what it
+reads and what it writes, as a merge does.
+"""
+
+import json
+import statistics
+import sys
+import time
+
+import torch
+
+from freemerge import merging
+from freemerge.checkpoints import load_checkpoint
+
+job = json.loads(sys.argv[1])
+device = torch.device(job["device"])
+
+
+def seconds(action):
+    """Median of `repeat` runs, after one that is not counted."""
+    times = []
+    for _ in range(job["repeat"] + 1):
+        start = time.perf_counter()
+        action()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[1:])
+
+
+def on_device(path):
+    return {name: tensor.to(device) for name, tensor in load_checkpoint(path).items()}
+
+
+base, models = on_device(job["base"]), [on_device(path) for path in job["models"]]
+size = sum(tensor.nbytes for tensor in base.values())
+source = torch.empty(min(size, 1 << 30), dtype=torch.uint8, device=device)
+target = torch.empty_like(source)
+found = {name: eval(text, vars(merging)) for name, text in job["methods"].items()}
+result = {
+    "copy": 2 * source.numel() / seconds(lambda: target.copy_(source)) / 1e9,
+    "bytes": size * (len(models) + 2),
+    "seconds": {
+        name: seconds(lambda method=method: merging.merge(base, models, method)) for name, method in found.items()
+    },
+}
+print(json.dumps(result))
