@@ -25,7 +25,7 @@ class FitBase:
 
     Args:
         given: path of the pretrained model; None for the weights that the module starts with.
-        output: the file that the callback will write; the start is kept beside it.
+        output: what the callback will write; the start is kept beside it.
         who: what messages begin with.
 
     Attributes:
@@ -95,14 +95,19 @@ class FitBase:
 
 
 def open_base(path: Path) -> Checkpoint:
-    """A base by all names of its tensors: those too that a file leaves out because they are tied to others.
+    """A base by all names of its tensors, so that a merge ties in its result what is tied in the base."""
+    return with_tied_names(open_checkpoint(path))
 
-    So a merge ties them in its result, too.
-    """
-    found = open_checkpoint(path)
-    specs = {name: found.spec(name) for name in dict.fromkeys((*found.names, *found.tied))}
+
+def with_tied_names(checkpoint: Checkpoint) -> Checkpoint:
+    """A checkpoint by all names of its tensors: those too that a file leaves out because they are tied to others."""
+    specs = {name: checkpoint.spec(name) for name in dict.fromkeys((*checkpoint.names, *checkpoint.tied))}
     return Checkpoint(
-        found.label, specs, lambda name, run: read(found, name, run), tied=found.tied, outside=found.outside
+        checkpoint.label,
+        specs,
+        lambda name, run: read(checkpoint, name, run),
+        tied=checkpoint.tied,
+        outside=checkpoint.outside,
     )
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import torch
@@ -13,10 +15,11 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from freemerge.checkpoints import open_checkpoint
+from freemerge.inputs import Inputs, select, to_device
 from freemerge_callbacks._task_files import read_record
 from freemerge_callbacks._weights import find_prefix, is_sharded, relative
 
-Predict = Callable[[Tensor, str], Tensor]
+Predict = Callable[[Inputs, str], Any]
 
 
 @contextmanager
@@ -74,7 +77,7 @@ def predictor(
     heads: Mapping[str, nn.Module] | None,
     weights: Mapping[str, Tensor],
 ) -> Predict:
-    """(inputs, task) → logits, with the Trainer's precision.
+    """(inputs, task) → what the model gives, with the Trainer's precision.
 
     Args:
         trainer: gives the precision.
@@ -83,35 +86,122 @@ def predictor(
         heads: task → head, features to logits.
         weights: tensors to use instead of the module's own, under the module's names. The module keeps its own.
     """
-    body = module if heads is None else module.get_submodule(backbone)
     # `functional_call` needs the module itself, not what `torch.compile` made of it.
-    body = getattr(body, "_orig_mod", body)
-    start = 0 if heads is None or not backbone else len(backbone) + 1
-    weights = {name[start:].removeprefix("_orig_mod."): tensor for name, tensor in weights.items()}
+    body, weights = evaluated_part(module, "" if heads is None else backbone, weights)
     precision = trainer.precision_plugin
 
-    def predict(inputs: Tensor, task: str) -> Tensor:
+    def predict(inputs: Inputs, task: str) -> Any:
         inputs = precision.convert_input(inputs)
         with precision.forward_context():
-            output = functional_call(body, weights, (inputs,))
-            return output if heads is None else heads[task](output)
+            output = functional_call(body, weights, *arguments(body, inputs))
+            return _logits(output) if heads is None else _logits(heads[task](output))
 
     return predict
+
+
+def evaluated_part(module: nn.Module, part: str, weights: Mapping[str, Tensor]) -> tuple[nn.Module, dict[str, Tensor]]:
+    """A part of a module as it was before `torch.compile`, and some of the module's tensors under the part's names."""
+    body = module.get_submodule(part)
+    body = getattr(body, "_orig_mod", body)
+    start = len(part) + 1 if part else 0
+    return body, {name[start:].removeprefix("_orig_mod."): tensor for name, tensor in weights.items()}
+
+
+def arguments(body: nn.Module, inputs: Any) -> tuple[tuple, dict[str, Any]]:
+    """How a module is called with a batch's inputs: a dict by names where its `forward` takes them, else as one."""
+    if isinstance(inputs, Mapping):
+        try:
+            inspect.signature(body.forward).bind(**inputs)
+        except TypeError:
+            return (inputs,), {}
+        return (), dict(inputs)
+    return (inputs,), {}
+
+
+def _logits(output: Any) -> Any:
+    """The logits in what a model of transformers returns; anything else as it is."""
+    return output["logits"] if isinstance(output, Mapping) and "logits" in output else output
+
+
+class Reweighted(nn.Module):
+    """The part of a module that is evaluated, run with other weights: what batch-norm statistics are measured on.
+
+    Args:
+        trainer: gives the precision.
+        module: the module.
+        backbone: dotted path of the backbone, whose statistics are wanted.
+        part: dotted path of what is run: the backbone, or "" where the module's own forward is.
+        weights: tensors to use instead of the module's own, under the module's names.
+    """
+
+    def __init__(
+        self, trainer: L.Trainer, module: nn.Module, backbone: str, part: str, weights: Mapping[str, Tensor]
+    ) -> None:
+        super().__init__()
+        self.body, self._weights = evaluated_part(module, part, weights)
+        self._precision = trainer.precision_plugin
+        self._part, self._backbone = (f"{path}." if path else "" for path in (part, backbone))
+
+    def forward(self, inputs: Any) -> Any:
+        if isinstance(inputs, Mapping):
+            inputs = {name: value for name, value in inputs.items() if name != "labels"}
+        inputs = self._precision.convert_input(inputs)
+        with self._precision.forward_context():
+            return functional_call(self.body, self._weights, *arguments(self.body, inputs))
+
+    def named(self, statistics: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The backbone's statistics, measured on this, under the module's names."""
+        found = {self._part + name.removeprefix("body."): value for name, value in statistics.items()}
+        return {name: value for name, value in found.items() if name.startswith(self._backbone)}
+
+
+class Pairs:
+    """A loader seen as pairs (inputs, labels): of the pairs that it yields, or of dicts that hold `labels`.
+
+    Args:
+        loader: the loader.
+        task: its name, for messages.
+        metric: what the task is judged by. The decoder of a seq2seq model reads the labels, too.
+        who: what messages begin with.
+    """
+
+    def __init__(self, loader: Iterable, task: str, metric: Any, who: str) -> None:
+        self.loader = loader
+        self.task = task
+        self.keeps_labels = getattr(metric, "kind", None) == "seq2seq"
+        self.who = who
+
+    def __iter__(self) -> Iterator[tuple[Any, Any]]:
+        """Yield the pairs.
+
+        Raises:
+            ValueError: the loader yields something else.
+        """
+        for batch in self.loader:
+            if isinstance(batch, Mapping) and "labels" in batch:
+                inputs = {name: value for name, value in batch.items() if self.keeps_labels or name != "labels"}
+                yield inputs, batch["labels"]
+            elif isinstance(batch, (tuple, list)) and len(batch) == 2:
+                yield batch[0], batch[1]
+            else:
+                raise ValueError(
+                    f"{self.who}: the loader of '{self.task}' must yield pairs (inputs, labels), or dicts with "
+                    f"`labels`, and yields a {type(batch).__name__}"
+                )
 
 
 def count_classes(predict: Predict, loaders: Mapping[str, Iterable], device: torch.device, who: str) -> dict[str, int]:
     """Task → the number of logits that the model gives for it, from one sample.
 
     Raises:
-        ValueError: a loader is empty or does not yield (inputs, labels), or the model does not return (B, C) logits.
+        ValueError: a loader is empty, or the model does not return (B, C) logits.
     """
     counts = {}
     for task, loader in loaders.items():
         batch = next(iter(loader), None)
-        if not isinstance(batch, (tuple, list)) or len(batch) != 2:
-            found = "nothing" if batch is None else f"a {type(batch).__name__}"
-            raise ValueError(f"{who}: the loader of '{task}' must yield pairs (inputs, labels), and yields {found}")
-        logits = predict(batch[0][:1].to(device), task)
+        if batch is None:
+            raise ValueError(f"{who}: the loader of '{task}' must yield pairs (inputs, labels), and yields nothing")
+        logits = predict(to_device(select(batch[0], slice(1)), device), task)
         if not isinstance(logits, Tensor) or logits.ndim != 2:
             found = f"shape {list(logits.shape)}" if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
             raise ValueError(f"{who}: expected logits (B, C) for '{task}', got {found}; does it need heads={{...}}?")

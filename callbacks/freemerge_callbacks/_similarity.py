@@ -1,4 +1,4 @@
-"""How task vectors relate: norms, cosines, agreement of signs.
+"""How task vectors relate: norms, cosines, agreement of signs; and how much of one a high-pass filter would remove.
 
 Notation: v_0 the task vector of interest, v_1 … v_{K−1} those that it is compared with; sums run over all D entries.
 """
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from freemerge.merging import Vectors
+from freemerge.merging import Filter, Vectors
 
 
 @dataclass(frozen=True)
@@ -21,23 +21,31 @@ class Similarity:
         cosine: v_0·v_k / (‖v_0‖·‖v_k‖) for k = 1 … K−1; 0 where a norm is 0.
         sign_agreement: for k = 1 … K−1, the share of equal signs among the entries in which neither v_0 nor v_k is 0;
             0 where there is none. Random vectors agree in half of them.
+        low_frequency_energy: 1 − Σ‖G(v_0)‖² / Σ‖v_0‖² over the weights that a filter G acts on (two dimensions or
+            more): the share of energy below its cutoff; 0 where there is none.
     """
 
     norm: float
     cosine: tuple[float, ...]
     sign_agreement: tuple[float, ...]
+    low_frequency_energy: float
 
 
-def similarity(vectors: Vectors) -> Similarity:
+def similarity(vectors: Vectors, filter: Filter) -> Similarity:
     """Compare the first of K task vectors with the others, in one pass and float64 sums.
 
     Args:
         vectors: K task vectors, read tensor by tensor.
+        filter: the high-pass filter.
     """
     count = len(vectors.labels)
     dots, squares, equal, nonzero = (torch.zeros(count, dtype=torch.float64) for _ in range(4))
+    energy, passed = (torch.zeros((), dtype=torch.float64) for _ in range(2))
     for _, deltas in vectors:  # (K, *shape) float32
         first = deltas[0]
+        if first.dim() > 1:
+            energy += first.square().sum(dtype=torch.float64).cpu()
+            passed += filter(first).square().sum(dtype=torch.float64).cpu()
         for k, delta in enumerate(deltas):
             signs = first.sign() * delta.sign()
             dots[k] += (first * delta).sum(dtype=torch.float64).cpu()
@@ -47,4 +55,6 @@ def similarity(vectors: Vectors) -> Similarity:
     norms = squares.sqrt()
     tiny = torch.finfo(torch.float64).tiny
     cosine = dots / (norms[0] * norms).clamp(min=tiny)
-    return Similarity(float(norms[0]), tuple(cosine[1:].tolist()), tuple((equal / nonzero.clamp(min=1))[1:].tolist()))
+    agreement = equal / nonzero.clamp(min=1)
+    removed = float(1 - passed / energy) if energy > 0 else 0.0
+    return Similarity(float(norms[0]), tuple(cosine[1:].tolist()), tuple(agreement[1:].tolist()), removed)

@@ -1,43 +1,54 @@
-"""MergeAtFitEnd: merge the backbone that a fit has just trained with those that other fits trained before."""
+"""MergeAtFitEnd: merge the backbone that a fit has just trained with those that other fits have trained."""
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
-from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
-from freemerge.checkpoints import open_checkpoint
+from freemerge.checkpoints import Checkpoint, hash_tensors, open_checkpoint
+from freemerge.checkpoints.folder import MARKER, check_folder
 from freemerge.merging import MergeMethod, merge
 from freemerge.merging.engine import parse_dtype
 from freemerge.merging.patterns import compile_patterns
 from freemerge.merging.plan import make_plan
-from freemerge_callbacks._base import FitBase, open_base
-from freemerge_callbacks._best import best_checkpoint, best_state
+from freemerge.merging.provenance import make_record
+from freemerge_callbacks._base import open_base
+from freemerge_callbacks._best import best_state
+from freemerge_callbacks._fit_end import FitEndCallback
 from freemerge_callbacks._others import base_hashes, check_base_hashes, find_others
 from freemerge_callbacks._ranks import log_metrics, on_rank_zero
-from freemerge_callbacks._task_files import open_finetuned
-from freemerge_callbacks._weights import part_weights, refuse_placeholders, relative
+from freemerge_callbacks._registry import Registry
+from freemerge_callbacks._task_files import TaskRecord, open_finetuned
+from freemerge_callbacks._weights import part_weights, relative
 
 OWN_LABEL = "the backbone of this fit"
 
+_NO_FOLDERS = (".pt", ".pth", ".bin", ".ckpt", ".gguf")
 
-class MergeAtFitEnd(Callback):
-    """When a fit ends, merges its backbone with the other tasks' finished ones into one file.
+
+class MergeAtFitEnd(FitEndCallback):
+    """When a fit ends, merges its backbone with the other tasks' finished ones.
+
+    The others are named (`others`), or several jobs share a folder (`registry`) in which each leaves its weights when
+    it finishes, and the last one merges them all; when two finish at the same time, one waits for the other.
 
     What can be wrong is found before training begins: missing files when the fit is set up, tensors that do not fit and
     another base (of which a TaskCheckpoint keeps record) as soon as the module is complete.
 
     Args:
-        method: how to merge; where it takes one number per model, this fit's comes first, then those of `others`.
+        method: how to merge; where it takes one number per model, this fit's comes first, then those of `others`. With
+            a registry: those of its tasks in their order, then those of `others`.
         others: the other tasks' fine-tuned models: paths or globs of TaskCheckpoint's files, other .safetensors files,
             Lightning or torch checkpoints and Hugging Face folders. They may hold more than the backbone.
-        output: the .safetensors file to write.
+        output: what to write: a .safetensors file, or a folder for Hugging Face's `from_pretrained`, which takes its
+            configuration and tokenizer from the folder of `base`.
         base: the pretrained model from which all of them were fine-tuned. None: the weights that this module starts
             with, which are kept in a hidden file beside `output` until the merge is written.
         backbone: dotted path of the module's attribute that holds the backbone; "" for the module itself.
@@ -47,17 +58,25 @@ class MergeAtFitEnd(Callback):
             None for all.
         exclude: names of the tensors to leave as in the base, and of heads that only fine-tuned models have.
         dtype: of the merged floating-point tensors, for example "bfloat16". None for the base's own.
-        overwrite: replace an existing `output`.
+        overwrite: replace an existing `output`, and this task's file in the registry.
+        registry: a folder that several jobs share.
+        task: this fit's name in the registry.
+        tasks: the names of all tasks that the registry waits for, in the order of the merge, or how many they are; then
+            the order is that of their sorted names.
+        hash_inputs: whether the report holds the hashes of all models, which takes a pass over them.
 
     Attributes:
-        merged_path: the file written; None before.
+        merged_path: what was written; None before, and for a job that was not the last to finish.
+        report: where the merge comes from and what it took: `method`, `base`, `finetuned`, `tensors`, `versions` and so
+            on, as in a merged folder's freemerge.json, and `output`, `hash` (of its tensors), `weights` and `seconds`;
+            empty before.
     """
 
     def __init__(
         self,
         method: MergeMethod,
-        others: list[str],
-        output: str,
+        others: list[str] | None = None,
+        output: str = "merged.safetensors",
         base: str | None = None,
         backbone: str = "backbone",
         weights: Literal["last", "best"] = "last",
@@ -65,95 +84,150 @@ class MergeAtFitEnd(Callback):
         exclude: list[str] | None = None,
         dtype: str | None = None,
         overwrite: bool = False,
+        registry: str | None = None,
+        task: str | None = None,
+        tasks: list[str] | int | None = None,
+        hash_inputs: bool = True,
     ) -> None:
+        shared = None
+        if registry is not None:
+            if task is None or tasks is None:
+                raise ValueError(
+                    "MergeAtFitEnd: a registry needs `task`, this fit's name in it, and `tasks`, the names of all "
+                    "tasks (or their number)"
+                )
+            shared = Registry(registry, task, tasks, "MergeAtFitEnd")
+        elif task is not None or tasks is not None:
+            raise ValueError("MergeAtFitEnd: `task` and `tasks` are for a registry; name the folder with registry=...")
+        super().__init__(output, base, shared.path if shared else Path(output), backbone, weights, dtype, overwrite)
         self.method = method
         self.others = others
-        self.output = Path(output)
-        self.base = FitBase(base, self.output, "MergeAtFitEnd")
-        self.backbone = backbone
-        self.weights = weights
         self.include = include
         self.exclude = exclude
-        self.dtype = dtype
-        self.overwrite = overwrite
+        self.registry = shared
+        self.hash_inputs = hash_inputs
         self.merged_path: Path | None = None
+        self.report: dict[str, Any] = {}
         self._found: list[Path] = []
 
     @property
-    def state_key(self) -> str:
-        return self._generate_state_key(output=str(self.output))
+    def needs_hash(self) -> bool:
+        return self.registry is not None or bool(base_hashes(self._found))
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"base_hash": self.base.hash}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.base.restore(state_dict["base_hash"])
-
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        if stage != "fit" or trainer.fast_dev_run:
-            return
-        self.merged_path = None
-        self._check_arguments()
-        refuse_placeholders(trainer.strategy, "MergeAtFitEnd")
-        if self.weights == "best":
-            best_checkpoint(trainer, "MergeAtFitEnd")
-        self._found = find_others(self.others, [self.output, self.base.path], "MergeAtFitEnd")
-        self.method.check([OWN_LABEL, *map(str, self._found)])
-
-    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.fast_dev_run:
-            return
-        weights = part_weights(trainer, pl_module, self.backbone, "MergeAtFitEnd")
-        on_rank_zero(trainer, lambda: self._check_fit(weights))
-        self.base.begin(trainer, weights, digest=bool(base_hashes(self._found)))
-
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.fast_dev_run:
-            return
-        self.base.resume(trainer)  # by now every strategy has restored the callbacks' states
-        on_rank_zero(trainer, lambda: check_base_hashes(self._found, self.base.hash, "MergeAtFitEnd"))
-
-    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.fast_dev_run:
-            return
-        began = time.monotonic()
-        weights = part_weights(trainer, pl_module, self.backbone, "MergeAtFitEnd")
-        best = best_checkpoint(trainer, "MergeAtFitEnd").best_model_path if self.weights == "best" else None
-        self.merged_path = on_rank_zero(trainer, lambda: self._merge(weights, best))
-        log_metrics(trainer, {"merge/models": 1 + len(self._found), "merge/seconds": time.monotonic() - began})
-        rank_zero_info(f"MergeAtFitEnd: merged {1 + len(self._found)} models into {self.merged_path}")
-
-    def _check_arguments(self) -> None:
-        if self.weights not in ("last", "best"):
-            raise ValueError(f"MergeAtFitEnd: `weights` must be 'last' or 'best', got {self.weights!r}")
-        if self.output.suffix != ".safetensors":
-            raise ValueError(f"MergeAtFitEnd: {self.output}: the output must be a .safetensors file")
-        if self.output.exists() and not self.overwrite:
-            raise ValueError(f"MergeAtFitEnd: {self.output} exists already; choose another, or set overwrite=True")
-        parse_dtype(self.dtype)
+    def check_arguments(self, trainer: L.Trainer) -> None:
+        self.merged_path, self.report = None, {}
+        self._check_output()
         compile_patterns(self.include, "include")
         compile_patterns(self.exclude, "exclude")
-        if self.base.given is not None:
-            open_checkpoint(self.base.given)
+        if self.registry is not None:
+            self.registry.check()
+        self._found = []
+        if self.registry is None or self.others:
+            self._found = find_others(self.others or [], [self.output, self.base.path], "MergeAtFitEnd")
+        self.method.check([*(self.registry.labels() if self.registry else [OWN_LABEL]), *map(str, self._found)])
 
-    def _check_fit(self, weights: Mapping[str, Tensor]) -> None:
+    def check_module(self, trainer: L.Trainer, module: L.LightningModule, weights: Mapping[str, Tensor]) -> None:
+        on_rank_zero(trainer, lambda: self._check_fit(weights, self._replaces(trainer)))
+
+    def check_base(self, trainer: L.Trainer) -> None:
+        on_rank_zero(trainer, lambda: check_base_hashes(self._all_others(), self.base.hash, "MergeAtFitEnd"))
+
+    def finish(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        weights = part_weights(trainer, module, self.backbone, "MergeAtFitEnd")
+        best = self.best_path(trainer)
+        if best is not None:
+            weights = relative(best_state(best, self.backbone, "MergeAtFitEnd"), self.backbone)
+        if self.registry is None:
+            self._merge(trainer, {OWN_LABEL: weights})
+            return
+        record = self.task_record(trainer, self.registry.task, "weights")
+        with self.registry.turn(trainer):
+            missing = on_rank_zero(trainer, lambda: self._register(record, weights, self._replaces(trainer)))
+            if missing:
+                rank_zero_info(f"MergeAtFitEnd: '{record.task}' is in {self.registry.folder}; waiting for {missing}")
+            else:
+                self._merge(trainer, self.registry.registered())
+
+    def _replaces(self, trainer: L.Trainer) -> bool:
+        """Whether this fit may replace its task in the registry: also if it goes on after it has registered it once."""
+        return self.overwrite or trainer.ckpt_path is not None
+
+    def _check_output(self) -> None:
+        if self.output.suffix in _NO_FOLDERS:
+            raise ValueError(f"MergeAtFitEnd: {self.output}: the output must be a .safetensors file or a folder")
+        if self.output.suffix == ".safetensors":
+            self.refuse_existing()
+        else:
+            check_folder(self.output, self.overwrite)
+
+    def _all_others(self) -> list[Path]:
+        """The other tasks' checkpoints as far as they have finished, once each."""
+        if self.registry is None:
+            return self._found
+        return [
+            *(path for task, path in self.registry.registered().items() if task != self.registry.task),
+            *self._found,
+        ]
+
+    def _check_fit(self, weights: Mapping[str, Tensor], replace: bool) -> None:
+        if self.registry is not None:
+            self.registry.refuse_registered(replace)
         own = open_checkpoint(weights, label=OWN_LABEL)
         base = own.with_label("the base") if self.base.given is None else open_base(self.base.given)
-        models = [own, *(open_finetuned(path, base) for path in self._found)]
+        models = [own, *(open_finetuned(path, base) for path in self._all_others())]
         make_plan(base, models, self.include, self.exclude, parse_dtype(self.dtype))
 
-    def _merge(self, weights: Mapping[str, Tensor], best: str | None) -> Path:
+    def _register(self, record: TaskRecord, weights: Mapping[str, Tensor], replace: bool) -> str:
+        self.registry.register(record, weights, replace)
+        if missing := self.registry.missing():
+            self.base.discard()
+            return missing
+        check_base_hashes(self._all_others(), self.base.hash, "MergeAtFitEnd")
+        return ""
+
+    def _merge(self, trainer: L.Trainer, models: Mapping[str, Path | Mapping[str, Tensor]]) -> None:
+        began = time.monotonic()
+        self.report = on_rank_zero(
+            trainer, lambda: self._write({**models, **{str(path): path for path in self._found}})
+        )
+        self.merged_path = self.output
+        count = len(self.report["finetuned"])
+        self.report |= {"weights": self.weights, "seconds": time.monotonic() - began}
+        log_metrics(trainer, {"merge/models": count, "merge/seconds": self.report["seconds"]})
+        rank_zero_info(f"MergeAtFitEnd: merged {count} models into {self.merged_path}")
+
+    def _write(self, models: Mapping[str, Path | Mapping[str, Tensor]]) -> dict[str, Any]:
+        """Merge, and tell where the result comes from."""
         base = open_base(self.base.path)
-        own = weights if best is None else relative(best_state(best, self.backbone, "MergeAtFitEnd"), self.backbone)
-        merged = merge(
-            base,
-            {OWN_LABEL: own, **{str(path): open_finetuned(path, base) for path in self._found}},
+        opened = {
+            label: open_finetuned(model, base) if isinstance(model, Path) else open_checkpoint(model)
+            for label, model in models.items()
+        }
+        merge(
+            # A folder's configuration and tokenizer are found by its path.
+            self.base.path if self.base.path.is_dir() else base,
+            opened,
             self.method,
             include=self.include,
             exclude=self.exclude,
             dtype=self.dtype,
             output=self.output,
             overwrite=self.overwrite,
+            hash_inputs=self.hash_inputs,
         )
+        report = self._record(base, opened) | {"output": str(self.output)}
+        report["hash"] = hash_tensors(open_checkpoint(self.output)) if self.hash_inputs else None
         self.base.discard()
-        return merged
+        return report
+
+    def _record(self, base: Checkpoint, models: Mapping[str, Checkpoint]) -> dict[str, Any]:
+        if self.output.is_dir():  # the merge has written it there
+            return json.loads((self.output / MARKER).read_text())
+        plan = make_plan(
+            base,
+            [model.with_label(label) for label, model in models.items()],
+            self.include,
+            self.exclude,
+            parse_dtype(self.dtype),
+        )
+        return make_record(plan, self.method, include=self.include, exclude=self.exclude, hash_inputs=self.hash_inputs)

@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+from torchmetrics import Metric
 
 from freemerge.checkpoints import open_checkpoint
 from freemerge.data import TaskSuite
-from freemerge.merging import MergeMethod, merge
+from freemerge.merging import FRMerging, MergeMethod, TaskArithmetic, merge
 from freemerge.merging.patterns import compile_patterns
 from freemerge.merging.plan import Plan, make_plan
 from freemerge_callbacks._base import hash_base, open_base
@@ -22,7 +24,7 @@ from freemerge_callbacks._others import base_hashes, check_base_hashes, find_oth
 from freemerge_callbacks._predicting import merged_into
 from freemerge_callbacks._ranks import on_rank_zero
 from freemerge_callbacks._similarity import Similarity, similarity
-from freemerge_callbacks._task_evaluation import TaskEvaluation, named_metrics
+from freemerge_callbacks._task_evaluation import TaskEvaluation
 from freemerge_callbacks._task_files import open_finetuned, read_record
 from freemerge_callbacks._weights import part_weights
 from freemerge_callbacks.merge_at_fit_end import OWN_LABEL
@@ -31,16 +33,18 @@ from freemerge_callbacks.merge_at_fit_end import OWN_LABEL
 class MergePreview(Callback):
     """After each validation, merges the current backbone with the other tasks' in memory, and evaluates the result.
 
-    Logs `<prefix>/<task>/acc` and `<prefix>/mean_acc`, which ModelCheckpoint and EarlyStopping can monitor, so that a
-    task is trained until its merge is best; MergeAtFitEnd with weights="best" then merges that. Logs, too, how the task
-    vectors relate: `task_vector/norm`, and for each other model `task_vector/cosine/<name>` and
-    `task_vector/sign_agreement/<name>` (random vectors: 0 and 0.5). The training does not change by a bit.
+    Logs `<prefix>/<task>/acc`, `<prefix>/mean_acc` and `<prefix>/mean_normalized_acc`, which ModelCheckpoint and
+    EarlyStopping can monitor, so that a task is trained until its merge is best; MergeAtFitEnd with weights="best" then
+    merges that. Logs, too, how the task vectors relate: `task_vector/norm`, for each other model
+    `task_vector/cosine/<name>` and `task_vector/sign_agreement/<name>` (random vectors: 0 and 0.5), and
+    `task_vector/low_frequency_energy`, the share of its energy that FR-Merging's filter (or the method's own) would
+    remove. The training does not change by a bit.
 
     Args:
         method: how to merge; where it takes one number per model, this fit's comes first, then those of `others`.
         base: the pretrained model from which all of them were fine-tuned.
         others: the other tasks' fine-tuned models, as in MergeAtFitEnd. They are read again for each preview.
-        loaders: task → loader of (inputs, labels), not shuffled; or a suite.
+        loaders: task → loader of (inputs, labels), not shuffled; or a suite. As in MultiTaskEvaluation.
         heads: task → head, as in MultiTaskEvaluation.
         every_n_epochs: merge whenever so many epochs of training have ended; 1 if something monitors the result. The
             task vectors are compared after each validation.
@@ -50,10 +54,18 @@ class MergePreview(Callback):
             None for all.
         exclude: names of the tensors to leave as in the base, and of heads that only fine-tuned models have.
         split: which part of a suite's data; what chooses a checkpoint should not be "test".
-        prefix: what the logged accuracies' names begin with.
+        prefix: what the logged results' names begin with.
+        metrics: task → what it is judged by, as in MultiTaskEvaluation.
+        batch_norm: training data on which merged batch-norm layers' statistics are measured anew, as in
+            MultiTaskEvaluation.
+        individual: task → what its own fine-tuned model reaches, to which the results are normalized. For tasks left
+            out: measured once with the model among `others` that has the task's name (TaskCheckpoint's files do), and
+            for the task being trained each time with the current weights, so that for choosing a checkpoint, give this
+            one or monitor `mean_acc`: early weights may merge without a loss because there is little to lose.
 
     Attributes:
-        results: task → accuracy in [0, 1] of the latest preview.
+        results: task → value of its metric in the latest preview, accuracies in [0, 1].
+        individual: task → what the results are normalized to, as far as it is known.
         similarity: the latest comparison of the task vectors.
     """
 
@@ -71,19 +83,35 @@ class MergePreview(Callback):
         exclude: list[str] | None = None,
         split: Literal["val", "test"] = "val",
         prefix: str = "merged",
+        metrics: dict[str, str | Metric] | None = None,
+        batch_norm: dict[str, DataLoader] | int | None = None,
+        individual: dict[str, float] | None = None,
     ) -> None:
         self.method = method
         self.base = Path(base)
         self.others = others
-        self.evaluation = TaskEvaluation("MergePreview", loaders, heads, backbone, head, split)
+        self.evaluation = TaskEvaluation("MergePreview", loaders, heads, metrics, backbone, head, split, batch_norm)
         self.every_n_epochs = every_n_epochs
         self.backbone = backbone
         self.include = include
         self.exclude = exclude
         self.prefix = prefix
+        self.individual = dict(individual or {})
         self.results: dict[str, float] = {}
+        self._given = frozenset(self.individual)
         self.similarity: Similarity | None = None
         self._found: list[Path] = []
+        self._warned = False
+
+    @property
+    def state_key(self) -> str:
+        return self._generate_state_key(prefix=self.prefix)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"results": self.results}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.results = state_dict["results"]
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if stage != "fit" or trainer.fast_dev_run:
@@ -100,6 +128,9 @@ class MergePreview(Callback):
         self._found = find_others(self.others, [self.base], "MergePreview")
         self.method.check([OWN_LABEL, *map(str, self._found)])
         self.evaluation.open(trainer)
+        if unknown := sorted(self._given - set(self.evaluation.tasks)):
+            raise ValueError(f"MergePreview: `individual` names '{unknown[0]}', a task without a loader")
+        self.individual = {task: self.individual[task] for task in self._given}
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.fast_dev_run:
@@ -112,12 +143,53 @@ class MergePreview(Callback):
         if trainer.fast_dev_run or trainer.sanity_checking or trainer.state.fn != "fit":
             return
         weights = part_weights(trainer, pl_module, self.backbone, "MergePreview")
-        self.similarity = similarity(self._plan(weights).vectors())
+        filter = getattr(self.method, "filter", None) or FRMerging().filter
+        self.similarity = similarity(self._plan(weights).vectors(), filter)
         self.log_dict(similarity_metrics(self.similarity, distinct_names(self._found)), sync_dist=True)
         if (trainer.current_epoch + 1) % self.every_n_epochs == 0:
             merged = merged_into(pl_module, self.backbone, self._merge(weights))
             self.results = self.evaluation.run(trainer, pl_module, merged)
-            self.log_dict(named_metrics(self.results, self.prefix), sync_dist=True)
+            self._measure_individual(trainer, pl_module)
+            metrics = self.evaluation.named(self.results, self.prefix) | self._normalized()
+            self.log_dict(metrics, sync_dist=True)
+
+    def _measure_individual(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Bring `individual` up to date: the others' once, this fit's task each time."""
+        others = dict(zip(distinct_names(self._found), self._found, strict=True))
+        for task in self.evaluation.tasks:
+            if task in others and task not in self.individual:
+                weights = merged_into(module, self.backbone, self._finetuned(others[task]))
+                self.individual |= self.evaluation.run(trainer, module, weights, [task], merged=False)
+        remaining = [task for task in self.evaluation.tasks if task not in others and task not in self._given]
+        own = self.evaluation.own_task or (remaining[0] if len(remaining) == 1 else None)
+        if own in remaining:
+            self.individual |= self.evaluation.run(trainer, module, {}, [own])
+        unknown = [task for task in remaining if task != own]
+        if unknown and not self._warned:
+            self._warned = True
+            rank_zero_warn(
+                f"MergePreview: {self.prefix}/mean_normalized_{self.evaluation.mean_label} is not logged: it is not "
+                f"known what the individual models of {', '.join(unknown)} reach; give individual={{...}}, or `others` "
+                "that TaskCheckpoint has written"
+            )
+
+    def _normalized(self) -> dict[str, float]:
+        """The mean over the tasks of merged ÷ individual (of individual ÷ merged where less is better)."""
+        if any(task not in self.individual for task in self.results):
+            return {}
+        shares = []
+        for task, merged in self.results.items():
+            above, below = merged, self.individual[task]
+            if not self.evaluation.higher_is_better(task):
+                above, below = below, above
+            shares.append(above / below if below else 0.0)
+        return {f"{self.prefix}/mean_normalized_{self.evaluation.mean_label}": sum(shares) / len(shares)}
+
+    def _finetuned(self, path: Path) -> Mapping[str, Tensor]:
+        """The weights of one of the others, under the base's names."""
+        base = open_base(self.base)
+        model = open_finetuned(path, base).relative_to(base.names)
+        return merge(base, [model], TaskArithmetic(1.0)) if model.deltas else model
 
     def _check_fit(self, weights: Mapping[str, Tensor]) -> None:
         self._plan(weights)
@@ -137,7 +209,7 @@ class MergePreview(Callback):
 
 def similarity_metrics(found: Similarity, names: Sequence[str]) -> dict[str, float]:
     """The names under which a comparison with models of these names is logged."""
-    metrics = {"task_vector/norm": found.norm}
+    metrics = {"task_vector/norm": found.norm, "task_vector/low_frequency_energy": found.low_frequency_energy}
     for name, cosine, agreement in zip(names, found.cosine, found.sign_agreement, strict=True):
         metrics |= {f"task_vector/cosine/{name}": cosine, f"task_vector/sign_agreement/{name}": agreement}
     return metrics

@@ -1,4 +1,4 @@
-"""MultiTaskEvaluation: the accuracy of one backbone on every task, while it is trained and after it was merged."""
+"""MultiTaskEvaluation: how good one backbone is on every task, while it is trained and after it was merged."""
 
 from __future__ import annotations
 
@@ -10,22 +10,25 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import nn
 from torch.utils.data import DataLoader
+from torchmetrics import Metric
 
 from freemerge.data import TaskSuite
 from freemerge_callbacks._predicting import merged_into
 from freemerge_callbacks._ranks import log_metrics
-from freemerge_callbacks._task_evaluation import TaskEvaluation, named_metrics
+from freemerge_callbacks._task_evaluation import TaskEvaluation
 from freemerge_callbacks.merge_at_fit_end import MergeAtFitEnd
 
 
 class MultiTaskEvaluation(Callback):
     """Evaluates the backbone on every task, not only on the one that it is being fine-tuned on.
 
-    Logs `<prefix>/<task>/acc` for each task and `<prefix>/mean_acc`. Exact on any number of ranks: no sample is left
-    out or counted twice. It leaves no trace in the training: modes, devices and random numbers are put back.
+    Logs `<prefix>/<task>/acc` for each task and `<prefix>/mean_acc`; under another metric's name and `mean_score` where
+    tasks are judged by something else. Exact on any number of ranks: no sample is left out or counted twice. It leaves
+    no trace in the training: modes, devices and random numbers are put back.
 
     Args:
-        loaders: task → loader of (inputs, labels), not shuffled; or a suite.
+        loaders: task → loader of (inputs, labels), or of dicts with `labels`, not shuffled; or a suite. Inputs are what
+            the backbone (without `heads`: the module) is called with; a dict's by name, if its forward takes these.
         heads: task → head, from the backbone's features to logits: a module, TaskCheckpoint's file, or a
             .safetensors file with a linear head's `weight` and `bias`. One task may be left out: the one being trained,
             whose head is the module's own. None: the module's forward gives the logits of every task.
@@ -37,9 +40,15 @@ class MultiTaskEvaluation(Callback):
             of the Trainer's MergeAtFitEnd, if it has one. None: the current weights.
         split: which part of a suite's data.
         prefix: what the logged names begin with; it keeps several of these callbacks apart.
+        metrics: task → what it is judged by: accuracy, f1_macro, matthews, recall@5 (or another number), pearson,
+            spearman, exact_match, perplexity, or a metric of torchmetrics, which gets outputs and labels as they are.
+            For tasks left out: accuracy, or what a suite says. perplexity is that of a causal model whose labels are
+            its inputs; for labels in step with the logits write seq2seq:perplexity.
+        batch_norm: training data of all tasks, on which merged batch-norm layers' statistics are measured anew: task →
+            loader, or how many batches of a suite's tasks. None: as they were merged.
 
     Attributes:
-        results: task → accuracy in [0, 1] of the latest evaluation.
+        results: task → value of its metric, accuracies in [0, 1], of the latest evaluation.
     """
 
     def __init__(
@@ -52,8 +61,12 @@ class MultiTaskEvaluation(Callback):
         merged: MergeAtFitEnd | str | None = "auto",
         split: Literal["val", "test"] = "val",
         prefix: str = "multitask",
+        metrics: dict[str, str | Metric] | None = None,
+        batch_norm: dict[str, DataLoader] | int | None = None,
     ) -> None:
-        self.evaluation = TaskEvaluation("MultiTaskEvaluation", loaders, heads, backbone, head, split)
+        self.evaluation = TaskEvaluation(
+            "MultiTaskEvaluation", loaders, heads, metrics, backbone, head, split, batch_norm
+        )
         self.every_n_epochs = every_n_epochs
         self.backbone = backbone
         self.merged = merged
@@ -86,7 +99,7 @@ class MultiTaskEvaluation(Callback):
         due = self.every_n_epochs is not None and (trainer.current_epoch + 1) % self.every_n_epochs == 0
         if due and not trainer.fast_dev_run:
             self.results = self.evaluation.run(trainer, pl_module, {})
-            self.log_dict(named_metrics(self.results, self.prefix), sync_dist=True)
+            self.log_dict(self.evaluation.named(self.results, self.prefix), sync_dist=True)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.fast_dev_run:
@@ -94,7 +107,7 @@ class MultiTaskEvaluation(Callback):
         path = self._merged_path(trainer)
         weights = {} if path is None else merged_into(pl_module, self.backbone, path)
         self.results = self.evaluation.run(trainer, pl_module, weights)
-        metrics = named_metrics(self.results, self.prefix)
+        metrics = self.evaluation.named(self.results, self.prefix)
         log_metrics(trainer, metrics)
         scores = ", ".join(f"{name} {value:.3f}" for name, value in metrics.items())
         rank_zero_info(f"MultiTaskEvaluation: {path or 'current weights'}: {scores}")

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
-from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import Tensor
 
-from freemerge.checkpoints import open_checkpoint
 from freemerge.merging.engine import parse_dtype
-from freemerge_callbacks._base import FitBase, open_base
-from freemerge_callbacks._best import best_checkpoint, best_state
+from freemerge_callbacks._base import open_base
+from freemerge_callbacks._best import best_state
+from freemerge_callbacks._fit_end import FitEndCallback
 from freemerge_callbacks._ranks import on_rank_zero
 from freemerge_callbacks._task_files import TaskRecord, write_task_file
-from freemerge_callbacks._weights import get_part, part_weights, refuse_placeholders, relative, whole_state
+from freemerge_callbacks._weights import get_part, relative, whole_state
 
 
-class TaskCheckpoint(Callback):
+class TaskCheckpoint(FitEndCallback):
     """When a fit ends, writes its backbone (or only the task vector) and its head, and a record of their origin.
 
     The file's metadata hold the task, the hash of the base, the seed and the last metrics. MergeAtFitEnd and
@@ -55,86 +54,39 @@ class TaskCheckpoint(Callback):
         dtype: str | None = None,
         overwrite: bool = False,
     ) -> None:
-        self.output = Path(output)
+        super().__init__(output, base, Path(output), backbone, weights, dtype, overwrite)
         self.task = task
         self.save = save
-        self.base = FitBase(base, self.output, "TaskCheckpoint")
-        self.backbone = backbone
         self.head = head
-        self.weights = weights
-        self.dtype = dtype
-        self.overwrite = overwrite
         self.saved_path: Path | None = None
 
     @property
-    def state_key(self) -> str:
-        return self._generate_state_key(output=str(self.output))
+    def needs_base(self) -> bool:
+        return self.save == "task_vector"
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"base_hash": self.base.hash}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.base.restore(state_dict["base_hash"])
-
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        if stage != "fit" or trainer.fast_dev_run:
-            return
+    def check_arguments(self, trainer: L.Trainer) -> None:
         self.saved_path = None
-        self._check_arguments()
-        refuse_placeholders(trainer.strategy, "TaskCheckpoint")
-        if self.weights == "best":
-            best_checkpoint(trainer, "TaskCheckpoint")
-
-    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.fast_dev_run:
-            return
-        if self.head is not None:
-            get_part(pl_module, self.head, "TaskCheckpoint", "head")
-        weights = part_weights(trainer, pl_module, self.backbone, "TaskCheckpoint")
-        self.base.begin(trainer, weights, keep=self.save == "task_vector")
-
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if not trainer.fast_dev_run:
-            self.base.resume(trainer, keep=self.save == "task_vector")
-
-    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.fast_dev_run:
-            return
-        state = whole_state(trainer, pl_module)
-        metrics = final_metrics(trainer, self.weights)
-        best = best_checkpoint(trainer, "TaskCheckpoint").best_model_path if self.weights == "best" else None
-        self.saved_path = on_rank_zero(trainer, lambda: self._write(state, metrics, best))
-        rank_zero_info(f"TaskCheckpoint: wrote the {self.save.replace('_', ' ')} of {self.task} to {self.saved_path}")
-
-    def _check_arguments(self) -> None:
         if self.save not in ("weights", "task_vector"):
             raise ValueError(f"TaskCheckpoint: `save` must be 'weights' or 'task_vector', got {self.save!r}")
-        if self.weights not in ("last", "best"):
-            raise ValueError(f"TaskCheckpoint: `weights` must be 'last' or 'best', got {self.weights!r}")
         if self.output.suffix != ".safetensors":
             raise ValueError(f"TaskCheckpoint: {self.output}: the output must be a .safetensors file")
-        if self.output.exists() and not self.overwrite:
-            raise ValueError(f"TaskCheckpoint: {self.output} exists already; choose another, or set overwrite=True")
-        parse_dtype(self.dtype)
-        if self.base.given is not None:
-            open_checkpoint(self.base.given)
+        self.refuse_existing()
 
-    def _write(self, state: Mapping[str, Any], metrics: dict[str, float], best: str | None) -> Path:
+    def check_module(self, trainer: L.Trainer, module: L.LightningModule, weights: Mapping[str, Tensor]) -> None:
+        if self.head is not None:
+            get_part(module, self.head, "TaskCheckpoint", "head")
+
+    def finish(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        state, best = whole_state(trainer, module), self.best_path(trainer)
+        record = self.task_record(trainer, self.task, self.save)
+        self.saved_path = on_rank_zero(trainer, lambda: self._write(state, record, best))
+        rank_zero_info(f"TaskCheckpoint: wrote the {self.save.replace('_', ' ')} of {self.task} to {self.saved_path}")
+
+    def _write(self, state: Mapping[str, Any], record: TaskRecord, best: str | None) -> Path:
         if best is not None:
             state = best_state(best, self.backbone, "TaskCheckpoint")
-        seed = os.environ.get("PL_GLOBAL_SEED")  # where `seed_everything` keeps it
-        record = TaskRecord(self.task, self.save, self.base.hash, None if seed is None else int(seed), metrics)
-        base = open_base(self.base.path) if self.save == "task_vector" else None
+        base = open_base(self.base.path) if self.needs_base else None
         head = {} if self.head is None else relative(state, self.head)
         write_task_file(self.output, record, relative(state, self.backbone), head, base, parse_dtype(self.dtype))
         self.base.discard()
         return self.output
-
-
-def final_metrics(trainer: L.Trainer, weights: str) -> dict[str, float]:
-    """The metrics of the kept weights: all of the last epoch's, or the score that chose the best checkpoint."""
-    if weights == "best":
-        checkpoint = best_checkpoint(trainer, "TaskCheckpoint")
-        score = checkpoint.best_model_score
-        return {} if score is None else {checkpoint.monitor: float(score)}
-    return {name: float(value) for name, value in trainer.callback_metrics.items()}

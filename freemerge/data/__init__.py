@@ -5,13 +5,26 @@ from freemerge.data.batches import StackedBatch, collate
 from freemerge.data.mixture import TaskData, TaskMixture
 from freemerge.data.quickstart import QuickstartSuite
 from freemerge.data.source_suite import NpzSuite, SourceSuite, TextTableSuite
-from freemerge.data.sources import ImageSource, NpzSource, TaskSource, TextSource, TextTableSource
+from freemerge.data.sources import (
+    HuggingFaceImageSource,
+    HuggingFaceTextSource,
+    ImageFolderSource,
+    ImageSource,
+    NpzSource,
+    TaskSource,
+    TextSource,
+    TextTableSource,
+    TorchvisionSource,
+)
 from freemerge.data.suite import TaskSuite
 from freemerge.data.tasks import Task
 from freemerge.data.tokens import TokenDataset
 
 __all__ = [
     "ArrayDataset",
+    "HuggingFaceImageSource",
+    "HuggingFaceTextSource",
+    "ImageFolderSource",
     "ImageSource",
     "NpzSource",
     "NpzSuite",
@@ -28,5 +41,6 @@ __all__ = [
     "TextTableSource",
     "TextTableSuite",
     "TokenDataset",
+    "TorchvisionSource",
     "collate",
 ]

@@ -2,18 +2,22 @@
 
 A routed model may take a sample for another task's. So that accuracy means the same for every model, classes are
 compared in the union of all label spaces: class c of task t is the global class offset(t) + c, and a prediction counts
-only if both its task and its class are right. For a model that is told the task this is plain accuracy.
+only if both its task and its class are right. For a model that is told the task this is plain accuracy, macro-F1 or
+Matthews correlation. What is no class (a number, tokens) is compared as it is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import one_hot
 from torchmetrics import Metric
-from torchmetrics.classification import MulticlassAccuracy
 
+from freemerge.data.task_metrics import TaskMetric
 from freemerge.models import FreeOutput
 
 
@@ -60,24 +64,75 @@ class MultiTaskMetrics(nn.Module):
     """A metric per task, kept apart.
 
     Args:
-        label_space: the tasks and their classes.
-        metric: the metric to copy for each task; takes (predicted, true) global classes. Accuracy by default.
+        label_space: the tasks and their classes; 0 classes for tasks that have none.
+        metrics: task name → its metric (`TaskMetric`, or how it is written); accuracy for those not named. Or a metric
+            of torchmetrics, which is given the model's output and the labels as they are.
+
+    Raises:
+        ValueError: there is no such metric or task.
     """
 
-    def __init__(self, label_space: LabelSpace, metric: Metric | None = None) -> None:
+    def __init__(self, label_space: LabelSpace, metrics: Mapping[str, TaskMetric | str | Metric] | None = None) -> None:
         super().__init__()
         self.label_space = label_space
-        template = metric if metric is not None else MulticlassAccuracy(label_space.size, average="micro")
-        self.per_task = nn.ModuleDict({task: template.clone() for task in label_space.tasks})
+        metrics = dict(metrics or {})
+        if unknown := [task for task in metrics if task not in label_space.tasks]:
+            raise ValueError(
+                f"a metric for '{unknown[0]}', which is not among the tasks: {', '.join(label_space.tasks)}"
+            )
+        self.named: dict[str, TaskMetric] = {}
+        self.per_task = nn.ModuleDict()
+        for task in label_space.tasks:
+            metric = metrics.get(task, TaskMetric())
+            if isinstance(metric, Metric):
+                self.per_task[task] = metric.clone()
+                continue
+            self.named[task] = metric = TaskMetric.parse(metric) if isinstance(metric, str) else metric
+            classes = label_space.size if metric.of_classes else label_space.num_classes[task]
+            self.per_task[task] = metric.build(classes)
 
-    def update(self, task: str, output: Tensor | FreeOutput, labels: Tensor) -> None:
-        """Add a batch of `task`: what the model returned and the true labels (B,)."""
-        predicted = self.label_space.predictions(task, output)
-        self.per_task[task].update(predicted, self.label_space.to_global(task, labels))
+    def update(self, task: str, output: Any, labels: Any) -> None:
+        """Add a batch of `task`.
 
-    def compute(self) -> dict[str, float]:
-        """Task name → value, over all ranks where there are several. Every rank must call it."""
-        return {task: float(metric.compute()) for task, metric in self.per_task.items()}
+        Args:
+            task: the task.
+            output: what the model returned: a FreeOutput, or what the task's metric reads (`task_metrics`).
+            labels: the true labels of this kind of task.
+
+        Raises:
+            ValueError: the output does not fit the metric.
+        """
+        metric = self.named.get(task)
+        if metric is None:
+            self.per_task[task].update(output, labels)
+        elif metric.of_classes:
+            predicted = self.label_space.predictions(task, output)
+            self.per_task[task].update(predicted, self.label_space.to_global(task, labels))
+        else:
+            if isinstance(output, FreeOutput):
+                output = self._own_outputs(task, output, labels)
+            self.per_task[task].update(*metric.read(output, labels))
+
+    def _own_outputs(self, task: str, output: FreeOutput, labels: Tensor) -> Tensor:
+        """A FreeModel's logits (B, C) in this task's label space, or its numbers (B, 1)."""
+        width = max(self.label_space.num_classes[task], 1)
+        logits = output.logits[:, :width].clone()
+        if self.named[task].kind == "classification":
+            # Where another task's head has answered, the true class is not among the answers: it comes last.
+            elsewhere = output.task != output.tasks.index(task)
+            logits[elsewhere] = -one_hot(labels[elsewhere], width).to(logits.dtype)
+        return logits
+
+    def compute(self, tasks: Iterable[str] | None = None) -> dict[str, float]:
+        """Task name → value, over all ranks where there are several. Every rank must call it.
+
+        Args:
+            tasks: which; None for all.
+        """
+        with warnings.catch_warnings():
+            # A rank may have had no batch of a small task; the others' count for it.
+            warnings.filterwarnings("ignore", message=".*compute.* was called before the .*update")
+            return {task: float(self.per_task[task].compute()) for task in (tasks or self.per_task)}
 
     def reset(self) -> None:
         """Start over."""

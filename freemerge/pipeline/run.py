@@ -162,7 +162,7 @@ class SuiteRun:
             self._seed(stage)
             tuner = tuner.for_task(data.task)
             trainer = self._fit(
-                stage, tuner, data, self.settings.finetune.trainer, resume, tuner.monitor, tuner.objective.mode
+                stage, tuner, data, self.settings.finetune.trainer, resume, tuner.monitor, tuner.monitor_mode
             )
             best = trainer.checkpoint_callback.best_model_path if trainer.checkpoint_callback else ""
             if self.settings.finetune.weights == "best" and best:

@@ -115,8 +115,13 @@ class FineTuner(OptimizedModule):
 
     @property
     def monitor(self) -> str:
-        """What is logged in validation and says how good the model is; `objective.mode` says which way."""
-        return f"val/{self.objective.name}"
+        """What is logged in validation and says how good the model is."""
+        return f"val/{self.objective.metric.label}"
+
+    @property
+    def monitor_mode(self) -> Literal["max", "min"]:
+        """Whether more or less of it is better."""
+        return "max" if self.objective.metric.higher_is_better else "min"
 
     # -- what comes out -----------------------------------------------------------------------------------------------
 
@@ -183,5 +188,5 @@ class FineTuner(OptimizedModule):
         metrics = self.metrics[split]
         self.objective.update(metrics, self(inputs), labels)
         for name, metric in metrics.items():
-            on_bar = name == self.objective.name
+            on_bar = name == self.objective.metric.label
             self.log(f"{split}/{name}", metric, prog_bar=on_bar, on_epoch=True, batch_size=len(labels))

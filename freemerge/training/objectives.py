@@ -6,16 +6,10 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchmetrics import MeanMetric, Metric, PearsonCorrCoef, SpearmanCorrCoef
-from torchmetrics.classification import (
-    MulticlassAccuracy,
-    MulticlassExactMatch,
-    MulticlassF1Score,
-    MulticlassMatthewsCorrCoef,
-)
-from torchmetrics.text import Perplexity
+from torchmetrics import MeanMetric
 
-from freemerge.data.tasks import METRICS, Kind, Task
+from freemerge.data.task_metrics import TaskMetric
+from freemerge.data.tasks import Kind, Task
 from freemerge.inputs import IGNORED
 
 
@@ -30,37 +24,27 @@ class Objective:
     | seq2seq | (B, L, V) | int64 (B, L), −100 is ignored | cross-entropy |
     | causal_lm | (B, L, V) | int64 (B, L), the inputs' own, −100 is ignored | cross-entropy of the next token |
 
-    Exact match asks whether every token of the target is the most likely one given those before it: whether greedy
-    decoding would write the target.
+    Exact match from logits asks whether every token of the target is the most likely one after those before it: whether
+    greedy decoding would write the target.
 
     Args:
         kind: what is asked.
         num_outputs: classes C; 1 for regression.
-        metric: name of the metric, as in `Task`.
+        metric: what the task is judged by.
         label_smoothing: of the cross-entropy.
     """
 
     kind: Kind
     num_outputs: int
-    metric: str
+    metric: TaskMetric
     label_smoothing: float = 0.0
 
     @classmethod
     def of(cls, task: Task | int, label_smoothing: float = 0.0) -> Objective:
         """The objective of a task, or of a classification with so many classes."""
         if isinstance(task, int):
-            return cls("classification", task, METRICS["classification"][0], label_smoothing)
-        return cls(task.kind, task.num_outputs, task.metric, label_smoothing)
-
-    @property
-    def name(self) -> str:
-        """What the metric is called in logs."""
-        return "acc" if self.metric == "accuracy" else self.metric
-
-    @property
-    def mode(self) -> str:
-        """Whether the metric is better when it is `max` or `min`."""
-        return "min" if self.metric == "perplexity" else "max"
+            return cls("classification", task, TaskMetric(), label_smoothing)
+        return cls(task.kind, task.num_outputs, TaskMetric(task.kind, task.metric), label_smoothing)
 
     def loss(self, outputs: Tensor, labels: Tensor) -> Tensor:
         """The mean loss of a batch: over its samples, or over the tokens that count."""
@@ -72,10 +56,11 @@ class Objective:
 
     def make_metrics(self) -> nn.ModuleDict:
         """Fresh metrics: the task's own, and the loss without smoothing."""
-        return nn.ModuleDict({self.name: make_metric(self.metric, self.num_outputs), "loss": MeanMetric()})
+        return nn.ModuleDict({self.metric.label: self.metric.build(self.num_outputs), "loss": MeanMetric()})
 
     def update(self, metrics: nn.ModuleDict, outputs: Tensor, labels: Tensor) -> None:
         """Add a batch to `metrics`."""
+        metrics[self.metric.label].update(*self.metric.read(outputs, labels))
         outputs, labels = self._align(outputs, labels)
         if self.kind == "regression":
             losses = F.mse_loss(outputs, labels, reduction="none")
@@ -84,7 +69,6 @@ class Objective:
             losses = F.cross_entropy(outputs.flatten(0, -2), flat, ignore_index=IGNORED, reduction="none")
             losses = losses[flat != IGNORED]
         metrics["loss"].update(losses)
-        metrics[self.name].update(outputs.argmax(dim=-1) if self.metric == "exact_match" else outputs, labels)
 
     def _align(self, outputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Outputs in float32, each beside its label."""
@@ -92,19 +76,3 @@ class Objective:
         if self.kind == "regression":
             return outputs.squeeze(1), labels.float()
         return (outputs[:, :-1], labels[:, 1:]) if self.kind == "causal_lm" else (outputs, labels)
-
-
-def make_metric(name: str, num_classes: int) -> Metric:
-    """A metric of torchmetrics by its name in `Task.metric`."""
-    if name.startswith("recall@"):
-        return MulticlassAccuracy(num_classes, average="micro", top_k=min(int(name[7:]), num_classes))
-    return {
-        "accuracy": lambda: MulticlassAccuracy(num_classes, average="micro"),
-        "f1_macro": lambda: MulticlassF1Score(num_classes, average="macro"),
-        "matthews": lambda: MulticlassMatthewsCorrCoef(num_classes),
-        "pearson": PearsonCorrCoef,
-        "spearman": SpearmanCorrCoef,
-        # Of whole sequences, whatever the vocabulary: the number of classes does not enter.
-        "exact_match": lambda: MulticlassExactMatch(2, ignore_index=IGNORED, validate_args=False),
-        "perplexity": lambda: Perplexity(ignore_index=IGNORED),
-    }[name]()

@@ -6,9 +6,11 @@ from typing import Any, Literal
 
 import lightning as L
 import torch
-from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 
-Schedule = Literal["constant", "linear", "cosine"]
+_NAMED = ("constant", "linear", "cosine", "polynomial", "inverse_sqrt")
+Schedule = Literal["constant", "linear", "cosine", "polynomial", "inverse_sqrt"] | LRSchedulerCallable
+"""A schedule by its name, or a class of torch.optim.lr_scheduler with its arguments."""
 
 
 class OptimizedModule(L.LightningModule):
@@ -16,8 +18,10 @@ class OptimizedModule(L.LightningModule):
 
     Args:
         optimizer: makes the optimizer; AdamW with torch's defaults if not given.
-        schedule: how the learning rate falls after warm-up: not at all, linearly, or along a cosine, to 0.
-        warmup: share of all steps over which the learning rate rises linearly from 0.
+        schedule: how the learning rate falls after warm-up: not at all, linearly or along a cosine to 0, by a polynomial
+            (linearly, to almost 0), or as the inverse square root of the steps; or a torch scheduler, stepped after
+            every batch (ReduceLROnPlateau after every epoch, by `val/loss`).
+        warmup: share of all steps over which the learning rate rises linearly from 0; not for torch schedulers.
 
     Raises:
         ValueError: for a schedule that does not exist, or a warm-up outside [0, 1].
@@ -25,8 +29,8 @@ class OptimizedModule(L.LightningModule):
 
     def __init__(self, optimizer: OptimizerCallable | None, schedule: Schedule, warmup: float) -> None:
         super().__init__()
-        if schedule not in ("constant", "linear", "cosine"):
-            raise ValueError(f"schedule must be 'constant', 'linear' or 'cosine', got {schedule!r}")
+        if not callable(schedule) and schedule not in _NAMED:
+            raise ValueError(f"schedule must be one of {', '.join(_NAMED)}, or a torch scheduler, got {schedule!r}")
         if not 0.0 <= warmup <= 1.0:
             raise ValueError(f"warmup must be a share of the steps, in [0, 1], got {warmup}")
         # None rather than a default class: a configuration that names another class would inherit the default's
@@ -40,6 +44,11 @@ class OptimizedModule(L.LightningModule):
         from transformers import get_scheduler
 
         built = self.optimizer([parameter for parameter in self.parameters() if parameter.requires_grad])
+        if callable(self.schedule):
+            scheduler = self.schedule(built)
+            if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+                return {"optimizer": built, "lr_scheduler": {"scheduler": scheduler, "monitor": "val/loss"}}
+            return {"optimizer": built, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
         steps = int(self.trainer.estimated_stepping_batches)
         name = "constant_with_warmup" if self.schedule == "constant" else self.schedule
         scheduler = get_scheduler(name, built, num_warmup_steps=round(self.warmup * steps), num_training_steps=steps)

@@ -1,5 +1,6 @@
 """MergeAtFitEnd in plain Lightning projects, single process."""
 
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrategy
 
-from freemerge.checkpoints import load_checkpoint, save_checkpoint
+from freemerge.checkpoints import hash_tensors, load_checkpoint, save_checkpoint
 from freemerge.merging import FRMerging, PCBMerging, TaskArithmetic, WeightAverage
 from freemerge_callbacks import MergeAtFitEnd
 from tests.callbacks.callbacks_project import Nested, Plain, Validated, make_backbone, make_loader, make_trainer
@@ -285,3 +286,42 @@ def test_it_logs_how_many_models_and_how_long(tmp_path, other):
     logged = dict(zip(header.split(","), last.split(","), strict=True))
     assert float(logged["merge/models"]) == 2
     assert 0 < float(logged["merge/seconds"]) < 60
+
+
+def test_the_report_says_where_the_merge_comes_from(tmp_path, other):
+    merge = MergeAtFitEnd(TaskArithmetic(scale=0.5), [str(other)], str(tmp_path / "m.safetensors"), dtype="bfloat16")
+    assert merge.report == {}
+    module = fit(tmp_path, merge)
+    report = merge.report
+    assert report["method"] == {"class_path": "freemerge.merging.TaskArithmetic", "init_args": {"scale": 0.5}}
+    assert report["base"]["hash"] == hash_tensors(make_backbone().state_dict())
+    assert [model["hash"] for model in report["finetuned"]] == [
+        hash_tensors(module.backbone.state_dict()), hash_tensors(load_checkpoint(other)),
+    ]  # fmt: skip
+    assert report["hash"] == hash_tensors(load_checkpoint(merge.merged_path))
+    assert report["tensors"] == {"merged": 4, "kept": [], "tied": {}}
+    assert (report["dtype"], report["weights"], report["output"]) == ("bfloat16", "last", str(merge.merged_path))
+    assert 0 < report["seconds"] < 60
+    json.dumps(report)
+    merge = MergeAtFitEnd(WeightAverage(), [str(other)], str(tmp_path / "n.safetensors"), hash_inputs=False)
+    fit(tmp_path, merge)
+    assert merge.report["hash"] is merge.report["base"]["hash"] is None
+
+
+def test_a_folder_for_hugging_face(tmp_path, other):
+    """With the configuration of the base's folder, and freemerge.json as the report."""
+    base = tmp_path / "base"
+    save_checkpoint(base / "model.safetensors", make_backbone().state_dict())
+    (base / "config.json").write_text('{"model_type": "tiny"}')
+    output = str(tmp_path / "merged-1.5")
+    merge = MergeAtFitEnd(WeightAverage(), [str(other)], output, base=str(base))
+    module = fit(tmp_path, merge)
+    assert_equal(load_checkpoint(merge.merged_path), expected_mean(module.backbone.state_dict(), other))
+    assert sorted(path.name for path in merge.merged_path.iterdir()) == [
+        "README.md", "config.json", "freemerge.json", "model.safetensors",
+    ]  # fmt: skip
+    record = json.loads((merge.merged_path / "freemerge.json").read_text())
+    assert {key: merge.report[key] for key in record} == record
+    assert merge.report["hash"] == hash_tensors(load_checkpoint(output))
+    with pytest.raises(ValueError, match="exists already"):
+        fit(tmp_path, MergeAtFitEnd(WeightAverage(), [str(other)], output, base=str(base)))

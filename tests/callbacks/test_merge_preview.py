@@ -10,7 +10,7 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 
 from freemerge.checkpoints import load_checkpoint, save_checkpoint
-from freemerge.merging import TaskArithmetic, Vectors, WeightAverage
+from freemerge.merging import HighPass, NyquistDisc, TaskArithmetic, Vectors, WeightAverage
 from freemerge_callbacks import MergeAtFitEnd, MergePreview, MultiTaskEvaluation, TaskCheckpoint
 from freemerge_callbacks._similarity import similarity
 from freemerge_callbacks.merge_preview import distinct_names
@@ -75,6 +75,79 @@ def test_numbers_are_those_of_the_merged_backbone(tmp_path, base, other):
     )
 
 
+@pytest.fixture
+def finished(tmp_path):
+    """Task b, fine-tuned and kept with its head."""
+    keep = TaskCheckpoint(str(tmp_path / "tasks" / "b.safetensors"), task="b")
+    module = Validated(lr=0.5)
+    make_trainer(tmp_path, keep, epochs=4).fit(module, make_loader(1), make_loader(1))
+    return module.eval(), str(keep.output)
+
+
+def test_what_survives_of_each_tasks_own_model(tmp_path, base, finished):
+    """Merged ÷ individual, by hand; ModelCheckpoint and EarlyStopping follow it."""
+    alone, path = finished
+    preview = MergePreview(TaskArithmetic(scale=0.4), base, [path], LOADERS, heads={"b": path})
+    best = ModelCheckpoint(dirpath=tmp_path / "best", monitor="merged/mean_normalized_acc", mode="max")
+    stop = EarlyStopping("merged/mean_normalized_acc", mode="max", patience=2)
+    logger = CSVLogger(tmp_path, name=None, version="logs")
+    module = fit(tmp_path, [preview, best, stop], epochs=12, logger=logger, enable_checkpointing=True).eval()
+
+    start = make_backbone().state_dict()
+    merged = make_backbone()
+    models = [each.backbone.state_dict() for each in (module, alone)]
+    merged.load_state_dict({n: v + 0.4 * sum(model[n] - v for model in models) for n, v in start.items()})
+
+    def accuracy(backbone, head, task):
+        right = sum(int((head(backbone(x)).argmax(1) == y).sum()) for x, y in LOADERS[task])
+        return right / len(LOADERS[task].dataset)
+
+    individual = {"a": accuracy(module.backbone, module.head, "a"), "b": accuracy(alone.backbone, alone.head, "b")}
+    assert preview.individual == pytest.approx(individual)
+    shares = [accuracy(merged, m.head, task) / individual[task] for task, m in (("a", module), ("b", alone))]
+    rows = list(csv.DictReader((tmp_path / "logs" / "metrics.csv").open()))
+    curve = [float(row["merged/mean_normalized_acc"]) for row in rows if row.get("merged/mean_normalized_acc")]
+    assert curve[-1] == pytest.approx(sum(shares) / 2)
+    assert float(best.best_model_score) == pytest.approx(max(curve))
+    assert stop.stopped_epoch == len(curve) - 1 == curve.index(max(curve)) + 2 < 11  # two epochs later, not the last
+
+
+def test_given_individual_results_are_not_measured(tmp_path, base, other):
+    preview = MergePreview(WeightAverage(), base, [str(other)], LOADERS, individual={"a": 0.5, "b": 0.8})
+    logger = CSVLogger(tmp_path, name=None, version="logs")
+    fit(tmp_path, [preview], epochs=1, logger=logger)
+    assert preview.individual == {"a": 0.5, "b": 0.8}
+    (row,) = csv.DictReader((tmp_path / "logs" / "metrics.csv").open())
+    expected = (preview.results["a"] / 0.5 + preview.results["b"] / 0.8) / 2
+    assert float(row["merged/mean_normalized_acc"]) == pytest.approx(expected)
+
+
+def test_unknown_individual_results_are_said_once(tmp_path, base, other):
+    preview = MergePreview(WeightAverage(), base, [str(other)], LOADERS)
+    with pytest.warns(UserWarning, match="what the individual models of a, b reach; give individual=") as found:
+        fit(tmp_path, [preview], epochs=3)
+    assert sum("individual models" in str(each.message) for each in found) == 1
+    assert preview.results
+
+
+def test_an_adapter_among_the_others(tmp_path, base):
+    """Its own accuracy is that of the base with the adapter."""
+    generator = torch.Generator().manual_seed(2)
+    down, up = torch.randn(2, 8, generator=generator), torch.randn(8, 2, generator=generator)
+    folder = tmp_path / "b"
+    save_checkpoint(
+        folder / "adapter_model.safetensors",
+        {"base_model.model.2.lora_A.weight": down, "base_model.model.2.lora_B.weight": up},
+    )
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 2, "lora_alpha": 2}')
+    preview = MergePreview(WeightAverage(), base, [str(folder)], LOADERS)
+    module = fit(tmp_path, [preview], epochs=1).eval()
+    backbone = make_backbone()
+    backbone[2].weight.data += up @ down
+    right = sum(int((module.head(backbone(x)).argmax(1) == y).sum()) for x, y in LOADERS["b"])
+    assert preview.individual["b"] == pytest.approx(right / 37)
+
+
 def test_training_does_not_change_by_a_bit(tmp_path, base, other):
     def module():
         torch.manual_seed(1)
@@ -117,6 +190,7 @@ def test_fast_dev_run_merges_nothing(tmp_path, base):
         ({"exclude": ["encoder.*"]}, "matches no tensor"),
         ({"split": "train"}, "'val' or 'test'"),
         ({"backbone": "body"}, "no submodule 'body'"),
+        ({"individual": {"c": 0.5}}, "`individual` names 'c', a task without a loader"),
     ],
 )
 def test_mistakes_are_found_before_training(tmp_path, base, other, change, message):
@@ -148,10 +222,21 @@ def test_another_base_is_refused(tmp_path, base):
 
 def test_similarity_by_hand():
     deltas = torch.tensor([[3.0, 4.0, 0.0], [4.0, 3.0, 1.0], [-3.0, 4.0, 5.0], [0.0, 0.0, 0.0]])
-    found = similarity(Vectors(list("abcd"), {"w": (3,)}, lambda name: deltas))
+    found = similarity(Vectors(list("abcd"), {"w": (3,)}, lambda name: deltas), NyquistDisc())
     assert found.norm == 5.0
     assert found.cosine == pytest.approx((24 / (5 * math.sqrt(26)), 7 / (5 * math.sqrt(50)), 0.0))
     assert found.sign_agreement == (1.0, 0.5, 0.0)
+    assert found.low_frequency_energy == 0.0  # a filter leaves a vector as it is
+
+
+def test_energy_below_the_cutoff_by_hand():
+    """A constant and the finest checkerboard, with 9 and 1 of the energy; a bias counts in neither."""
+    rows, columns = torch.meshgrid(torch.arange(4), torch.arange(4), indexing="ij")
+    weight = 3.0 + (-1.0) ** (rows + columns)
+    vectors = {"w": weight[None], "b": torch.ones(1, 4)}
+    for filter in (HighPass(0.5), NyquistDisc()):
+        found = similarity(Vectors(["a"], {n: v.shape[1:] for n, v in vectors.items()}, vectors.__getitem__), filter)
+        assert found.low_frequency_energy == pytest.approx(0.9)
 
 
 def test_names_tell_checkpoints_apart(tmp_path, other):

@@ -6,8 +6,11 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
+from scipy.stats import spearmanr
+from sklearn.metrics import f1_score
 from torch import nn
-from torch.utils.data import DataLoader, DistributedSampler
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+from torchmetrics.classification import MulticlassCalibrationError
 
 from freemerge.checkpoints import load_checkpoint, open_checkpoint, save_checkpoint
 from freemerge.data import Task, TaskSuite
@@ -192,6 +195,9 @@ SHUFFLED = DataLoader(make_data(0), batch_size=8, sampler=DistributedSampler(mak
         ({"heads": {"a": nn.Linear(8, 2), "b": "{}/no.safetensors"}}, "does not exist"),
         ({"backbone": "body"}, "no submodule 'body'"),
         ({"every_n_epochs": 0}, "at least 1, got 0"),
+        ({"metrics": {"c": "accuracy"}}, "a metric for 'c'"),
+        ({"metrics": {"a": "f1"}}, "there is no metric 'f1'; choose one of accuracy"),
+        ({"batch_norm": 3}, "must be a dict of loaders"),
     ],
 )
 def test_mistakes_are_found_before_training(tmp_path, other, arguments, message):
@@ -204,6 +210,123 @@ def test_mistakes_are_found_before_training(tmp_path, other, arguments, message)
     module.training_step = lambda *_: pytest.fail("training began")
     with pytest.raises(ValueError, match=message):
         fit(tmp_path, module, MultiTaskEvaluation(**arguments))
+
+
+def test_each_task_by_its_own_metric(tmp_path):
+    """Regression, macro-F1, the module's own head, and a metric of torchmetrics, which gets outputs as they are."""
+    torch.manual_seed(3)
+    numbers = TensorDataset(torch.randn(23, 6), torch.randn(23))
+    loaders = {"a": LOADERS["a"], "b": LOADERS["b"], "n": DataLoader(numbers, batch_size=8), "m": LOADERS["b"]}
+    heads = {"b": nn.Linear(8, 2), "n": nn.Linear(8, 1), "m": nn.Linear(8, 2)}
+    metrics = {"b": "f1_macro", "n": "spearman", "m": MulticlassCalibrationError(2)}
+    evaluation = MultiTaskEvaluation(loaders, heads=heads, metrics=metrics)
+    logger = CSVLogger(tmp_path, name=None, version="logs")
+    module = fit(tmp_path, Plain(), evaluation, logger=logger).eval()
+    features = {task: torch.cat([module.backbone(x) for x, _ in loader]).detach() for task, loader in loaders.items()}
+    labels = {task: torch.cat([y for _, y in loader]) for task, loader in loaders.items()}
+    predicted = {task: head(features[task]).detach() for task, head in heads.items()}
+    assert evaluation.results == {
+        "a": pytest.approx(accuracy(lambda x: module.head(module.backbone(x)), LOADERS["a"])),
+        "b": pytest.approx(f1_score(labels["b"], predicted["b"].argmax(1), average="macro")),
+        "n": pytest.approx(spearmanr(predicted["n"][:, 0], labels["n"]).statistic),
+        "m": pytest.approx(float(MulticlassCalibrationError(2)(predicted["m"], labels["m"]))),
+    }
+    header = (tmp_path / "logs" / "metrics.csv").read_text().splitlines()[0].split(",")
+    wanted = {"a/acc", "b/f1_macro", "n/spearman", "m/MulticlassCalibrationError"}
+    assert {f"multitask/{name}" for name in wanted} <= set(header)
+    assert "multitask/mean_score" not in header  # a smaller calibration error is better
+
+
+class Texts(nn.Module):
+    """A tiny encoder that takes a tokenizer's output by name."""
+
+    def __init__(self):
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(5)
+            self.table, self.last = nn.Embedding(9, 6), nn.Linear(6, 8)
+
+    def forward(self, input_ids, attention_mask=None):
+        states = self.table(input_ids)
+        return self.last((states * attention_mask[..., None]).sum(1) / attention_mask.sum(1, keepdim=True))
+
+
+class TextClassifier(Plain):
+    """Batches are dicts, as Hugging Face's collators make them; its forward takes the dict and returns a dict."""
+
+    def __init__(self):
+        super().__init__(Texts())
+
+    def forward(self, batch):
+        return {"logits": self.head(self.backbone(batch["input_ids"], batch["attention_mask"]))}
+
+    def training_step(self, batch, batch_idx):
+        return nn.functional.cross_entropy(self(batch)["logits"], batch["labels"])
+
+
+@pytest.mark.parametrize("heads", [None, {}])
+def test_batches_that_are_dicts(tmp_path, heads):
+    generator = torch.Generator().manual_seed(0)
+    ids, mask = torch.randint(9, (30, 4), generator=generator), torch.ones(30, 4)
+    samples = [{"input_ids": i, "attention_mask": m, "labels": i[0] % 2} for i, m in zip(ids, mask, strict=True)]
+    loader = DataLoader(samples, batch_size=8)
+    evaluation = MultiTaskEvaluation({"a": loader}, heads=heads)
+    module = TextClassifier()
+    make_trainer(tmp_path, evaluation, epochs=3).fit(module, loader)
+    right = module({"input_ids": ids, "attention_mask": mask})["logits"].argmax(1) == ids[:, 0] % 2
+    assert evaluation.results == {"a": pytest.approx(float(right.float().mean()))}
+
+
+def test_batch_norm_is_measured_anew_on_the_merged_weights(tmp_path):
+    def module():
+        torch.manual_seed(1)
+        layers = [nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.5), nn.Linear(8, 8), nn.BatchNorm1d(8)]
+        return Plain(nn.Sequential(*layers))
+
+    weights = {name: value.clone() for name, value in module().backbone.state_dict().items()}
+    for name in ("0.weight", "4.weight"):
+        weights[name] *= 3  # as unlike to their statistics as a merge's
+    save_checkpoint(tmp_path / "m.safetensors", weights)
+    train = {"a": make_loader(0, 40, seed=7), "b": make_loader(1, 24, seed=8)}
+    heads = make_heads()
+    results = {}
+    for batch_norm in (None, train):
+        arguments = {"heads": heads, "merged": str(tmp_path / "m.safetensors"), "batch_norm": batch_norm}
+        evaluation = MultiTaskEvaluation(LOADERS, every_n_epochs=1, **arguments)
+        trained = fit(tmp_path, module(), evaluation)
+        results[batch_norm is None] = evaluation.results
+    plain = fit(tmp_path, module())
+    assert all(torch.equal(value, trained.state_dict()[name]) for name, value in plain.state_dict().items())
+
+    backbone = module().backbone
+    backbone.load_state_dict(weights)
+    first = backbone[0](torch.cat([x for loader in train.values() for x, _ in loader])).detach()
+    backbone.eval()
+    backbone[1].running_mean, backbone[1].running_var = first.mean(0), first.var(0)
+    batches = [x for loader in train.values() for x, _ in loader]
+    second = []
+    for x in batches:  # within the pass a layer normalises by the batch, as in training
+        backbone[1].train()
+        backbone[1].momentum = 0.0
+        second.append(backbone[4](backbone[2](backbone[1](backbone[0](x)))).detach())
+    backbone[1].eval()
+    backbone[5].running_mean, backbone[5].running_var = torch.cat(second).mean(0), torch.cat(second).var(0)
+    assert results[False] == {
+        task: pytest.approx(accuracy(lambda x, t=task: heads[t](backbone(x)), LOADERS[task])) for task in LOADERS
+    }
+    assert results[False] != results[True]
+
+
+def test_a_suite_measures_batch_norm_on_its_training_data(tmp_path):
+    torch.manual_seed(1)
+    backbone = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8))
+    save_checkpoint(tmp_path / "m.safetensors", {n: v * 2 for n, v in backbone.state_dict().items() if "num" not in n})
+    merged = str(tmp_path / "m.safetensors")
+    few = MultiTaskEvaluation(Signs(batch_size=16), make_heads(), merged=merged, batch_norm=1)
+    many = MultiTaskEvaluation(Signs(batch_size=16), make_heads(), merged=merged, batch_norm=99, prefix="many")
+    fit(tmp_path, Plain(backbone), few, many)
+    assert set(few.results) == set(many.results) == {"a", "b"}
+    assert few.results != many.results
 
 
 def test_order_and_ambiguity_of_merges(tmp_path, other):

@@ -1,9 +1,22 @@
 """Task sources: where a task's data come from, as a configuration can say it."""
 
+from freemerge.data.sources.hugging_face import HuggingFaceImageSource, HuggingFaceTextSource
+from freemerge.data.sources.image_folder import ImageFolderSource
 from freemerge.data.sources.images import ImageSource
 from freemerge.data.sources.npz import NpzSource
 from freemerge.data.sources.source import TaskSource
 from freemerge.data.sources.text_table import TextTableSource
 from freemerge.data.sources.texts import TextSource
+from freemerge.data.sources.torchvision_dataset import TorchvisionSource
 
-__all__ = ["ImageSource", "NpzSource", "TaskSource", "TextSource", "TextTableSource"]
+__all__ = [
+    "HuggingFaceImageSource",
+    "HuggingFaceTextSource",
+    "ImageFolderSource",
+    "ImageSource",
+    "NpzSource",
+    "TaskSource",
+    "TextSource",
+    "TextTableSource",
+    "TorchvisionSource",
+]
