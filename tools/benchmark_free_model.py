@@ -3,9 +3,10 @@
     python tools/benchmark_free_model.py                           # the quickstart's ViT, 8 tasks, batch 256: a minute
     python tools/benchmark_free_model.py --shape vit-b32 --repeat 3
 
-Weights and experts are random; the router is made to deal each batch out evenly. Every figure is a ratio within one run:
-plain and FREE passes alternate, and the median of their ratios counts. Memory is that of processes of their own at
-batch 8, from the start of the model's life to the end of a pass, without what the imports alone take.
+Weights and experts are random; the router runs, but each batch is dealt out evenly. Every figure is a ratio within one
+run: plain and FREE passes alternate, and the median of their ratios counts. `held` is what a model keeps in memory
+between passes; `peak` compares the largest resident sets of two processes, which load a model and run a batch of 8,
+each without what its imports take.
 """
 
 from __future__ import annotations
@@ -15,13 +16,15 @@ import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from freemerge.experts import Expert, extract, extract_low_rank, load_expert, save_expert
+from freemerge.experts import LowRankExpert, extract, load_expert, save_expert
 from freemerge.models import ConvRouter, EarlyRouter, FreeModel, TransformersBackbone, feature_width
 
 SHAPES = {
@@ -34,113 +37,107 @@ SHAPES = {
 KINDS = ("sparse", "low_rank")
 
 
-def make_backbone(shape: str, dtype: torch.dtype) -> TransformersBackbone:
+def make_backbone(arguments: argparse.Namespace) -> TransformersBackbone:
     """A random ViT."""
     torch.manual_seed(0)
-    return TransformersBackbone(config=SHAPES[shape], pooling="mean").to(dtype).eval()
+    return TransformersBackbone(config=SHAPES[arguments.shape], pooling="mean", dtype=arguments.dtype).eval()
 
 
-def make_expert(backbone: TransformersBackbone, kind: str, seed: int, density: float) -> Expert:
-    """A random expert, its values as an int8 file has them."""
-    generator = torch.Generator().manual_seed(seed)
-    residual = {
-        name: 1e-3 * torch.randn(tensor.shape, generator=generator) for name, tensor in backbone.weights().items()
-    }
-    if kind == "sparse":
-        expert: Expert = extract(residual, density)
-    else:  # random factors do: a decomposition of noise would take minutes
-        expert = extract_low_rank({name: t[:, :1] @ t[:1] for name, t in residual.items() if t.dim() == 2}, rank=1)
-        rank = max(1, round(2 * density * backbone.feature_dim / 2))
-        left = {name: torch.randn(len(u), rank, generator=generator) * 1e-2 for name, u in expert.left.items()}
-        right = {name: torch.randn(rank, v.shape[1], generator=generator) * 1e-2 for name, v in expert.right.items()}
-        expert = type(expert)(left, right, {}, {name: expert.shapes[name] for name in left})
-    path = Path(f"/tmp/benchmark_free_model_{kind}_{seed}.safetensors")
-    try:
-        return load_expert(save_expert(path, expert))
-    finally:
-        path.unlink(missing_ok=True)
-
-
-def make_model(arguments: argparse.Namespace, kind: str) -> tuple[FreeModel, torch.Tensor]:
-    """A FREE model of `--tasks` tasks, and a batch that its router deals out evenly."""
-    backbone = make_backbone(arguments.shape, getattr(torch, arguments.dtype))
+def make_images(arguments: argparse.Namespace, backbone: TransformersBackbone, count: int) -> Tensor:
+    """Random images (count, C, H, W)."""
     config = backbone.model.config
-    images = torch.randn(arguments.batch, config.num_channels, config.image_size, config.image_size)
-    images = images.to(getattr(torch, arguments.dtype))
-    tasks = [f"task{index}" for index in range(arguments.tasks)]
-    experts = {
-        task: make_expert(backbone, kind, seed, arguments.density) for seed, task in enumerate(tasks) if kind in KINDS
-    }
+    return torch.randn(count, config.num_channels, config.image_size, config.image_size).to(backbone.model.dtype)
+
+
+def write_experts(arguments: argparse.Namespace, folder: Path) -> None:
+    """A random expert per task and kind: as many values, in int8, as density · parameters."""
+    weights = make_backbone(arguments).weights()
+    for kind in arguments.kinds:
+        for index in range(arguments.tasks):
+            generator = torch.Generator().manual_seed(index)
+            if kind == "sparse":
+                residual = {name: 1e-3 * torch.randn(t.shape, generator=generator) for name, t in weights.items()}
+                expert = extract(residual, arguments.density)
+            else:
+                matrices = {name: tuple(t.shape) for name, t in weights.items() if t.dim() == 2}
+                total = sum(tensor.numel() for tensor in weights.values())
+                rank = max(1, round(arguments.density * total / sum(o + i for o, i in matrices.values())))
+                left = {n: 0.01 * torch.randn(o, rank, generator=generator) for n, (o, _) in matrices.items()}
+                right = {n: 0.01 * torch.randn(rank, i, generator=generator) for n, (_, i) in matrices.items()}
+                expert = LowRankExpert(left, right, {}, matrices)
+            save_expert(folder / kind / f"task{index}.safetensors", expert)
+
+
+def make_model(arguments: argparse.Namespace, folder: Path) -> FreeModel:
+    """A FREE model with the experts of a folder; its router runs, then deals samples out in turn."""
+    backbone = make_backbone(arguments)
+    experts = {path.stem: load_expert(path) for path in sorted(folder.iterdir())}
     if arguments.router == "conv":
-        router = ConvRouter(len(tasks), config.num_channels)
+        router = ConvRouter(len(experts), backbone.model.config.num_channels)
     else:
-        router = EarlyRouter(len(tasks), "embeddings", feature_width(images[:2], backbone, "embeddings"))
-    model = FreeModel(backbone, {task: nn.Linear(backbone.feature_dim, 10) for task in tasks}, experts, router)
-    model = model.to(images.dtype).eval()
+        width = feature_width(make_images(arguments, backbone, 2), backbone, "embeddings")
+        router = EarlyRouter(len(experts), "embeddings", width)
+    heads = {task: nn.Linear(backbone.feature_dim, 10) for task in experts}
+    model = FreeModel(backbone, heads, experts, router).to(backbone.model.dtype).eval()
     route = model.route
 
-    def even(inputs: torch.Tensor) -> torch.Tensor:
-        logits = torch.zeros_like(route(inputs))  # the router runs, but it is not trained
-        return logits.index_put(
-            (torch.arange(len(inputs)), torch.arange(len(inputs)) % len(tasks)), logits.new_ones(())
-        )
+    def evenly(inputs: Tensor) -> Tensor:
+        turns = torch.arange(len(inputs)) % len(experts)
+        return nn.functional.one_hot(turns, len(experts)).to(route(inputs).dtype)
 
-    model.route = even
-    return model, images
+    model.route = evenly
+    return model
+
+
+def seconds(run: Callable[[], object]) -> float:
+    """How long it takes."""
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
 
 
 @torch.no_grad()
-def throughput(arguments: argparse.Namespace, kind: str) -> None:
-    """Print ratios of throughput."""
-    model, images = make_model(arguments, kind)
-    head = model.heads["task0"]
-
-    def seconds(run) -> float:
-        start = time.perf_counter()
-        run()
-        return time.perf_counter() - start
-
+def throughput(arguments: argparse.Namespace, folder: Path) -> None:
+    """Print ratios of throughput, and what is held between passes."""
+    model = make_model(arguments, folder)
+    images, head = make_images(arguments, model.backbone, arguments.batch), model.heads["task0"]
     passes = {
-        "mixed batch": lambda: model(images),
-        "one task": lambda: model(images, task="task0"),
-        "router alone": lambda: FreeModel.route(model, images),
+        "mixed": lambda: model(images),
+        "single": lambda: model(images, task="task0"),
+        "router": lambda: FreeModel.route(model, images),
     }
     ratios: dict[str, list[float]] = {name: [] for name in passes}
     for index in range(arguments.repeat + 1):
         for name, run in passes.items():
-            plain = seconds(lambda: head(model.backbone(images)))
-            ratio = plain / seconds(run)
+            ratio = seconds(lambda: head(model.backbone(images))) / seconds(run)
             if index:  # the first round warms up
                 ratios[name].append(ratio)
-    mixed, single, router = (statistics.median(ratios[name]) for name in passes)
+    middle = {name: statistics.median(found) for name, found in ratios.items()}
+    print(f"  throughput of a mixed batch  {middle['mixed']:6.2f} × plain")
+    print(f"  throughput of one task       {middle['single']:6.2f} × plain")
+    print(f"  routing                      {100 / middle['router']:6.1f} % of a plain pass")
+    backbone, router = (sum(t.nbytes for t in m.state_dict().values()) for m in (model.backbone, model.router))
     print(
-        f"{kind:9} throughput of a mixed batch {mixed:5.2f} × plain, of one task {single:5.2f} × plain; "
-        f"routing costs {100 / router:4.1f} % of a plain pass",
-        flush=True,
+        f"  memory held                  {1 + (model.expert_bytes + router) / backbone:6.3f} × plain "
+        f"(experts {model.expert_bytes / 2**20:.2f} MiB, router {router / 2**20:.2f} MiB)"
     )
 
 
 @torch.no_grad()
-def memory(arguments: argparse.Namespace) -> None:
-    """In a process of its own: print the growth of the largest resident set, in MiB."""
-    arguments.batch = 8
+def peak(arguments: argparse.Namespace) -> None:
+    """In a process of its own: print by how many MiB loading a model and running a batch of 8 raised the peak."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    if arguments.memory == "plain":
-        backbone = make_backbone(arguments.shape, getattr(torch, arguments.dtype))
-        config = backbone.model.config
-        backbone(
-            torch.randn(8, config.num_channels, config.image_size, config.image_size).to(
-                next(backbone.parameters()).dtype
-            )
-        )
+    if arguments.peak == "plain":
+        backbone = make_backbone(arguments)
+        backbone(make_images(arguments, backbone, 8))
     else:
-        model, images = make_model(arguments, arguments.memory)
-        model(images)
+        model = make_model(arguments, Path(arguments.peak))
+        model(make_images(arguments, model.backbone, 8))
     print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
 
 
 def main() -> None:
-    """Measure both kinds of experts and print."""
+    """Measure the kinds of experts and print."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--shape", choices=list(SHAPES), default="quickstart")
     parser.add_argument("--tasks", type=int, default=8)
@@ -150,26 +147,23 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--repeat", type=int, default=20)
     parser.add_argument("--kinds", nargs="*", choices=KINDS, default=list(KINDS))
+    parser.add_argument("--peak", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    print(
-        f"{arguments.shape}, {arguments.tasks} tasks, batch {arguments.batch}, {arguments.dtype}, {arguments.router} router"
-    )
-    for kind in arguments.kinds:
-        throughput(arguments, kind)
-        held(arguments, kind)
-
-
-def held(arguments: argparse.Namespace, kind: str) -> None:
-    """Print how many bytes the model holds between and during passes, against one plain model's."""
-    model, images = make_model(argparse.Namespace(**{**vars(arguments), "batch": 8}), kind)
-    backbone = sum(tensor.numel() * tensor.element_size() for tensor in model.backbone.state_dict().values())
-    router = sum(tensor.numel() * tensor.element_size() for tensor in model.router.state_dict().values())
-    print(
-        f"{'':9} memory {1 + (model.expert_bytes + router) / backbone:5.3f} × one model between passes "
-        f"(backbone {backbone / 2**20:.1f} MiB, {arguments.tasks} experts {model.expert_bytes / 2**20:.2f} MiB, "
-        f"router {router / 2**20:.2f} MiB)",
-        flush=True,
-    )
+    if arguments.peak:
+        peak(arguments)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        write_experts(arguments, Path(folder))
+        for kind in arguments.kinds:
+            print(f"{arguments.shape}, {arguments.tasks} {kind} experts, batch {arguments.batch}, {arguments.dtype}")
+            throughput(arguments, Path(folder) / kind)
+            if arguments.shape == "quickstart":
+                continue  # smaller than what a resident set can tell
+            grown = [
+                float(subprocess.check_output([sys.executable, *sys.argv, "--peak", which], text=True).split()[-1])
+                for which in ("plain", str(Path(folder) / kind))
+            ]
+            print(f"  peak memory                  {grown[1] / grown[0]:6.3f} × plain ({grown[0]:.0f} MiB)", flush=True)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,15 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from freemerge.evaluation import LabelSpace, MultiTaskEvaluator, MultiTaskMetrics, Report, Row, evaluate, evaluate_routing
+from freemerge.evaluation import (
+    LabelSpace,
+    MultiTaskEvaluator,
+    MultiTaskMetrics,
+    Report,
+    Row,
+    evaluate,
+    evaluate_routing,
+)
 from freemerge.evaluation.report import format_bytes
 from freemerge.models import ConvRouter, FreeModel, FreeOutput
 from tests.tiny import TinySuite, tiny_backbone
