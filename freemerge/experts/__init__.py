@@ -1,7 +1,7 @@
 """Lightweight experts: extract them from a residual, pack them into small files, switch them in and out of a model."""
 
 from freemerge.experts.expert import Expert, check_fits
-from freemerge.experts.extraction import extract, extract_low_rank
+from freemerge.experts.extraction import STATISTICS, extract, extract_low_rank
 from freemerge.experts.files import check_hash, load_expert, save_expert
 from freemerge.experts.low_rank import LowRankExpert
 from freemerge.experts.masked import MaskedExpert, emr_experts
@@ -10,6 +10,7 @@ from freemerge.experts.sparse import SparseExpert
 from freemerge.experts.switch import ExpertSwitch, attached
 
 __all__ = [
+    "STATISTICS",
     "Expert",
     "ExpertSwitch",
     "LowRankExpert",
