@@ -79,7 +79,10 @@ def _open(source: Source, label: str | None) -> Checkpoint:
     if isinstance(source, Mapping):
         return from_tensors(source, label or "state dict")
     if isinstance(source, (str, os.PathLike)):
-        return _open_path(Path(source), label or str(source))
+        path = Path(source)
+        found, folder = _open_path(path, label or str(source)), path if path.is_dir() else path.parent
+        described = any((folder / name).is_file() for name in ("config.json", "adapter_config.json"))
+        return found.with_folder(folder) if described else found
     raise TypeError(f"a model is a state dict, a module or a path, not a {type(source).__name__}")
 
 

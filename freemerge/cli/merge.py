@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any, get_type_hints
+from typing import Any, Literal, get_type_hints
 
 import jsonargparse
 
@@ -78,6 +78,13 @@ def build_parser() -> jsonargparse.ArgumentParser:
     result.add_argument(
         "--dtype", type=str | None, default=None, help="Of the merged tensors. Default: the base's own."
     )
+    how.add_argument(
+        "--embeddings",
+        type=Literal["error", "base", "common"],
+        default="error",
+        help="Where a model has other rows of the vocabulary than the base: an error, or merge all rows of the base, "
+        "or only those that all have.",
+    )
     result.add_argument("--shard_size", type=str, default="5GB", help="Largest file of weights in a folder.")
     result.add_argument("--hash_inputs", type=bool, default=True, help="Record the hashes of all inputs in a folder.")
     return parser
@@ -104,6 +111,7 @@ def run(config: jsonargparse.Namespace) -> int:
             include=config.include,
             exclude=config.exclude,
             dtype=config.dtype,
+            embeddings=config.embeddings,
             output=config.output,
             overwrite=config.overwrite,
             shard_size=config.shard_size,

@@ -75,7 +75,7 @@ def options(parser: ArgumentParser) -> list[str]:
     """The keys of a parser's options, such as `trainer.max_epochs`, of the groups they are in, and of its commands'."""
     keys: dict[str, None] = {}
     for action in (action for each in (parser, *subcommands(parser).values()) for action in each._actions):
-        if action.dest not in (SUPPRESS, "help", "print_config") and not action.dest.endswith(".help"):
+        if action.dest != SUPPRESS and not action.dest.endswith(".help"):
             keys |= dict.fromkeys((action.dest.partition(".")[0], action.dest))
     return list(keys)
 

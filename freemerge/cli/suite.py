@@ -2,7 +2,8 @@
 
     python -m freemerge fit --config configs/quickstart.yaml
 
-`fit` runs a suite's pipeline (`freemerge.pipeline`); `validate`, `test` and `predict` run the finished FREE model.
+`fit` runs a suite's pipeline (`freemerge.pipeline`), `tune` searches for a merging method's parameters on what `fit`
+left behind; `validate`, `test` and `predict` run the finished FREE model.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import copy
 import csv
 import logging
 import os
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from typing import Any
 import lightning as L
 import torch
 from jsonargparse import set_parsing_settings
+from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger
@@ -41,7 +44,9 @@ from freemerge.pipeline import (
     RunSettings,
     Settings,
     SuiteRun,
+    TuneSettings,
 )
+from freemerge.pipeline.others import Others
 from freemerge.training import FineTuner
 
 # What says where and how visibly a fit runs, not what comes out of it: a change of these does not redo a stage.
@@ -55,6 +60,7 @@ _STAGE_SETTINGS = {
     "merge": MergeSettings,
     "experts": ExpertsSettings,
     "router": RouterSettings,
+    "tune": TuneSettings,
 }
 
 
@@ -62,6 +68,7 @@ _COMMANDS = {
     "fit": "Fine-tune on every task, merge, train experts and the router, and report.",
     "validate": "Evaluate the finished FREE model on every task's validation data.",
     "test": "Evaluate the finished FREE model on every task's test data.",
+    "tune": "Search for a merging method's parameters, λ of each task, on validation data.",
     "predict": "Run the finished FREE model and write its predictions to a CSV file.",
 }
 _EPILOG = """Every option may also stand in a YAML file for --config; files layer, and later ones and options win.
@@ -77,6 +84,7 @@ class FreemergeCLI(LightningCLI):
     """Lightning's CLI with a suite's pipeline behind `fit`."""
 
     def __init__(self, args: list[str] | None = None) -> None:
+        self._arguments = list(args or sys.argv[1:])
         set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
         super().__init__(
             FineTuner,
@@ -112,6 +120,17 @@ class FreemergeCLI(LightningCLI):
         about = "Merge finished checkpoints, without any data."
         commands.add_subcommand("merge", merge_command.build_parser(), help=about)
 
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        if subcommand != "tune":
+            return super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        parser = self.init_parser(**kwargs)  # no method of the Trainer's stands behind it
+        self._add_arguments(parser)
+        self._subcommand_method_arguments[subcommand] = []
+        return parser
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        getattr(self, subcommand)(**self._prepare_subcommand_kwargs(subcommand))
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the run's and the stages' settings."""
         parser.add_class_arguments(RunSettings, "run")
@@ -142,22 +161,42 @@ class FreemergeCLI(LightningCLI):
     def fit(self, model: FineTuner, datamodule: TaskSuite, ckpt_path: str | None = None, **_: Any) -> None:
         """Run the suite's stages."""
         run_settings = self._get(self.config_init, "run")
-        settings = Settings(**{key: self._get(self.config_init, key) for key in _STAGE_SETTINGS})
         folder = Path(run_settings.folder)
         if rank_zero_only.rank == 0:
             folder.mkdir(parents=True, exist_ok=True)
             text = self._parser(self.subcommand).dump(self.config[self.subcommand], skip_none=False)
             (folder / "config.yaml").write_text(f"# python -m freemerge fit --config {folder / 'config.yaml'}\n{text}")
-        SuiteRun(
+        if self._started_from_outside:  # these ranks are there before the first fit, and must not run ahead of rank 0
+            self.trainer.strategy.setup_environment()
+        self._suite_run(model, datamodule, ckpt_path).run(run_settings.stages)
+
+    def tune(self, model: FineTuner, datamodule: TaskSuite, **_: Any) -> None:
+        """Search for a merging method's parameters; on several devices, with a process for each."""
+        alone = self._started_from_outside or self._get(self.config_init, "tune").part == "search"
+        commands = [
+            [*self._arguments, "--tune.part", "search", "--trainer.strategy", "auto", "--trainer.num_nodes", "1",
+             "--trainer.devices", "1" if isinstance(self.trainer.accelerator, CPUAccelerator) else f"[{device}]"]
+            for device in self.trainer.device_ids[1:]
+        ]  # fmt: skip
+        self._suite_run(model, datamodule).tune(None if alone or not commands else Others(commands))
+
+    @property
+    def _started_from_outside(self) -> bool:
+        """Whether srun, torchrun or the like started a process for each device, so that Lightning will start none."""
+        environment = getattr(self.trainer.strategy, "cluster_environment", None)
+        return environment is not None and environment.creates_processes_externally
+
+    def _suite_run(self, model: FineTuner, suite: TaskSuite, ckpt_path: str | None = None) -> SuiteRun:
+        return SuiteRun(
             model,
-            datamodule,
-            folder,
+            suite,
+            self._get(self.config_init, "run").folder,
             self.make_trainer,
-            settings,
+            Settings(**{key: self._get(self.config_init, key) for key in _STAGE_SETTINGS}),
             config=self._dependencies(),
             seed=self._get(self.config, "seed_everything"),
             ckpt_path=ckpt_path,
-        ).run(run_settings.stages)
+        )
 
     def validate(self, model: FineTuner, datamodule: TaskSuite, ckpt_path: str | None = None, **_: Any) -> None:
         """Evaluate the FREE model on validation data."""

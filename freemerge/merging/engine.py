@@ -33,6 +33,7 @@ def merge(
     include: Sequence[str] | None = None,
     exclude: Sequence[str] | None = None,
     dtype: torch.dtype | str | None = None,
+    embeddings: str = "error",
     output: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
     shard_size: int | str = "5GB",
@@ -53,6 +54,11 @@ def merge(
         include: names of the tensors to merge: globs, or regular expressions after `re:`. None for all.
         exclude: names of the tensors to leave as in the base, and of the heads that only fine-tuned models have.
         dtype: of the result's floating-point tensors, for example "bfloat16"; None for the base's own.
+        embeddings: what to do where a fine-tuned model has other rows of the vocabulary than the base (added tokens,
+            padding): "error", or merge by rows, in which row i is token i of every model and the result has the
+            base's rows, configuration and tokenizer. "base": every row that the base has; a model that lacks it
+            counts as one that did not change it, and rows beyond the base's are dropped. "common": only the rows that
+            the base and all models have; the others stay as in the base.
         output: what to write instead of returning tensors: a `.safetensors` file, or a folder for Hugging Face's
             `from_pretrained`, with the base's configuration and tokenizer, a model card and `freemerge.json`. It
             appears whole or not at all.
@@ -77,6 +83,7 @@ def merge(
         include,
         exclude,
         parse_dtype(dtype),
+        embeddings,
     )
     method.check([model.label for model in plan.models])
     statistics = method.survey(plan.vectors())

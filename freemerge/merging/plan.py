@@ -7,7 +7,7 @@ or is an error. None is dropped in silence.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -18,6 +18,7 @@ from freemerge.merging.errors import MergeError
 from freemerge.merging.patterns import select, unmatched
 from freemerge.merging.streaming import Piece
 from freemerge.merging.vectors import Vectors, differences, working_dtype
+from freemerge.merging.vocabulary import is_vocabulary, match_rows
 
 
 class Operands(NamedTuple):
@@ -40,6 +41,8 @@ class Plan:
         kept: names of the tensors that stay as in the base (excluded, or not of floating point).
         tied: name → the name earlier in the base whose memory it shares, in the base and in every model.
         dtype: of the merged model's floating-point tensors; None for the base's own.
+        embeddings: what became of vocabularies that differ, see `match_rows`.
+        rows: of tensors whose vocabularies differ: how many leading rows of each model take part.
     """
 
     base: Checkpoint
@@ -48,6 +51,8 @@ class Plan:
     kept: tuple[str, ...]
     tied: Mapping[str, str]
     dtype: torch.dtype | None
+    embeddings: str = "error"
+    rows: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     @property
     def specs(self) -> dict[str, TensorSpec]:
@@ -83,14 +88,16 @@ class Plan:
         deltas = torch.empty(len(self.models), *base.shape, dtype=torch.float32, device=base.device)
         reference = base.to(working_dtype(base.dtype))  # converted once, not once per model
         single = None
-        for model, row in zip(self.models, deltas, strict=True):
-            if name in model.deltas:
+        for index, (model, row) in enumerate(zip(self.models, deltas, strict=True)):
+            if not model.has(name):  # an adapter that leaves this tensor as it is
+                row.zero_()
+            elif name in self.rows:
+                single = _read_rows(model, what, self.rows[name][index], reference, row)
+            elif name in model.deltas:
                 row.copy_(_read(model, what))
-            elif name in model or name in model.tied:
+            else:
                 single = _read(model, what)
                 differences(reference, [single], out=row[None])
-            else:  # an adapter that leaves this tensor as it is
-                row.zero_()
         # One sum finds any NaN or infinity; only when it does (or overflows) is it worth asking where.
         if not bool(torch.isfinite(deltas.sum())):
             for checkpoint in (self.base, *self.models):
@@ -107,6 +114,7 @@ def make_plan(
     include: Sequence[str] | None = None,
     exclude: Sequence[str] | None = None,
     dtype: torch.dtype | None = None,
+    embeddings: str = "error",
 ) -> Plan:
     """Check that the models fit the base and decide what becomes of every tensor.
 
@@ -119,10 +127,11 @@ def make_plan(
         include: patterns of the tensors to merge; None for all. See `patterns.select`.
         exclude: patterns of the tensors to keep as in the base.
         dtype: of the result's floating-point tensors; None for the base's own.
+        embeddings: what to do with vocabularies that differ, see `merge`.
 
     Raises:
         MergeError: nothing to merge, a pattern that matches nothing, a tensor that is missing, extra or of another
-            shape.
+            shape, a vocabulary that differs.
     """
     if not models:
         raise MergeError("there is no fine-tuned model to merge; name at least one")
@@ -146,13 +155,39 @@ def make_plan(
     taken = {*merged, *tied}
     kept = tuple(name for name in base.names if name not in taken)
     _compare(base, models, merged, selected)
+    rows = match_rows(base, models, merged, embeddings)
     if not merged:
         raise MergeError("include and exclude leave no floating-point tensor of the base to merge")
-    return Plan(base, models, merged, kept, tied, dtype)
+    return Plan(base, models, merged, kept, tied, dtype, embeddings, rows)
 
 
 def _read(checkpoint: Checkpoint, what: str | Piece) -> Tensor:
     return checkpoint.run(*what) if isinstance(what, Piece) else checkpoint.tensor(what)
+
+
+def _read_rows(model: Checkpoint, what: str | Piece, rows: int, reference: Tensor, delta: Tensor) -> Tensor | None:
+    """Read what takes part of a model whose vocabulary is not the base's.
+
+    Args:
+        model: the fine-tuned model.
+        what: the tensor, or the piece of one.
+        rows: how many of the model's rows take part.
+        reference: the base's values.
+        delta: where the difference to them is written, zero for the other rows.
+
+    Returns:
+        The model's own values, and in the other rows the base's; None for an adapter.
+    """
+    name, start, stop = what if isinstance(what, Piece) else (what, 0, reference.numel())
+    count = max(0, min(stop, rows * torch.Size(model.spec(name).shape[1:]).numel()) - start)
+    delta.zero_()
+    if name in model.deltas:
+        delta.view(-1)[:count] = model.run(name, start, start + count)
+        return None
+    values = reference.clone(memory_format=torch.contiguous_format)
+    values.view(-1)[:count] = model.run(name, start, start + count)
+    differences(reference, [values], out=delta[None])
+    return values
 
 
 def _tied_everywhere(name: str, first: str, models: Sequence[Checkpoint]) -> bool:
@@ -176,7 +211,7 @@ def _compare(base: Checkpoint, models: Sequence[Checkpoint], merged: Sequence[st
                     f"{model.label}: the tensor '{name}' has dtype {model.spec(name).dtype}, expected a floating-point "
                     f"one; a quantized model must be dequantized first"
                 )
-            elif model.spec(name).shape != base.spec(name).shape:
+            elif model.spec(name).shape != base.spec(name).shape and not is_vocabulary(name, base, model):
                 problems.append(
                     f"{model.label}: the tensor '{name}' has shape {list(model.spec(name).shape)}, expected "
                     f"{list(base.spec(name).shape)} as in {base.label}; exclude=['{name}'] keeps the base's"

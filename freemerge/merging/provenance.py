@@ -75,6 +75,8 @@ def make_record(
         "include": list(include) if include is not None else None,
         "exclude": list(exclude) if exclude is not None else None,
         "dtype": str(plan.dtype).removeprefix("torch.") if plan.dtype else None,
+        "embeddings": plan.embeddings,
+        "rows": {name: dict(zip((m.label for m in plan.models), own, strict=True)) for name, own in plan.rows.items()},
         "tensors": {"merged": len(plan.merged), "kept": list(plan.kept), "tied": dict(plan.tied)},
     }
 

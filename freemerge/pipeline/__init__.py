@@ -10,6 +10,7 @@ from freemerge.pipeline.settings import (
     RouterSettings,
     RunSettings,
     Settings,
+    TuneSettings,
 )
 
 __all__ = [
@@ -22,4 +23,5 @@ __all__ = [
     "RunSettings",
     "Settings",
     "SuiteRun",
+    "TuneSettings",
 ]

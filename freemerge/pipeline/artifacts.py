@@ -74,13 +74,23 @@ class Artifacts:
 
     def heads(self) -> dict[str, nn.Linear]:
         """Task → head."""
-        heads = {}
-        for task in self.suite.names:
-            state = load_checkpoint(self._require_folder(self.finetune_stage(task)) / "head.safetensors")
-            classes, width = state["weight"].shape
-            heads[task] = nn.Linear(width, classes)
-            heads[task].load_state_dict(state)
-        return heads
+        return {task: _head(self._require_folder(self.finetune_stage(task))) for task in self.suite.names}
+
+    def finished(self, folder: Path | None = None) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]], dict]:
+        """The base, and each task's individual backbone and head.
+
+        Args:
+            folder: a run folder whose files to take as they are; None for this run's own, by their keys.
+        """
+        if folder is None:
+            return self.base_weights(), self.finetuned_weights(), self.heads()
+        stages = {task: folder / "finetune" / task for task in self.suite.names}
+        base = folder / "base.safetensors"
+        return (
+            load_checkpoint(base) if base.exists() else self.tuner.backbone.weights(),
+            {task: load_checkpoint(stage / "backbone.safetensors") for task, stage in stages.items()},
+            {task: _head(stage) for task, stage in stages.items()},
+        )
 
     def free_weights(self) -> dict[str, Tensor]:
         """The merged backbone that carries the experts."""
@@ -197,9 +207,19 @@ class Artifacts:
             inputs["merge"] = self.merge_stage().key
         return StageFolder(self.folder / "router", "router", inputs)
 
+    def tune_stage(self, name: str, inputs: Mapping[str, Any]) -> StageFolder:
+        """The search for a method's parameters.
+
+        Args:
+            name: what is tuned.
+            inputs: what the search depends on, beside the data and the seed.
+        """
+        inputs = self._key() | {"data": self.suite.fingerprint(), **inputs}
+        return StageFolder(self.folder / "tune" / _file_name(name), f"tune {name}", inputs)
+
     def merged_path(self, method: str) -> Path:
         """The backbone merged by the method of that name."""
-        return self.merge_stage().path / f"{method.replace(' ', '_').lower()}.safetensors"
+        return self.merge_stage().path / f"{_file_name(method)}.safetensors"
 
     def extracted_path(self, task: str) -> Path:
         """A task's expert before training."""
@@ -222,3 +242,15 @@ class Artifacts:
     def _require_folder(self, stage: StageFolder) -> Path:
         self.require(stage)
         return stage.path
+
+
+def _head(stage: Path) -> nn.Linear:
+    state = load_checkpoint(stage / "head.safetensors")
+    classes, width = state["weight"].shape
+    head = nn.Linear(width, classes)
+    head.load_state_dict(state)
+    return head
+
+
+def _file_name(name: str) -> str:
+    return name.replace(" ", "_").lower()

@@ -45,7 +45,9 @@ from freemerge.models import FreeModel, choose_threshold
 from freemerge.pipeline.artifacts import Artifacts
 from freemerge.pipeline.folder import StageFolder
 from freemerge.pipeline.measure import Measure
+from freemerge.pipeline.others import Others
 from freemerge.pipeline.settings import STAGES, Settings
+from freemerge.pipeline.tune import Tuning
 from freemerge.training import ExpertTrainer, FineTuner, RouterTrainer
 
 MakeTrainer = Callable[..., L.Trainer]
@@ -330,6 +332,18 @@ class SuiteRun:
             report.print(self.console)
             self.console.print(f"[dim]{self.folder}/report.json, report.png and free_model/ hold the rest[/dim]")
         return report
+
+    def tune(self, others: Others | None = None) -> Report | None:
+        """Search for a method's parameters on validation data; not a stage, as nothing else depends on it.
+
+        Args:
+            others: processes that search along.
+
+        Returns:
+            The report; None where this process only takes part in a search.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        return Tuning(self.files, self.measure, self.console).run(others)
 
     def _provenance(self, backbone_bytes: int) -> dict[str, Any]:
         return {

@@ -12,6 +12,7 @@ from lightning.pytorch.cli import OptimizerCallable
 
 from freemerge.merging import FRMerging, MergeMethod, PCBMerging, TaskArithmetic, Ties, WeightAverage
 from freemerge.training.optimization import Schedule
+from freemerge.tuning import Range, Sampler
 
 STAGES = ("pretrain", "finetune", "merge", "experts", "router", "evaluate")
 
@@ -177,6 +178,39 @@ class RouterSettings(FitSettings):
 
 
 @dataclass
+class TuneSettings:
+    """The search for one method's parameters on validation data, by the command `tune`.
+
+    Args:
+        line: which of `merge.methods` to tune; `merge.free` if not given.
+        method: a method to tune instead, with the values from which the search sets out.
+        space: parameter (`scale`, `ratio`, `filter.cutoff`, …) → its range; λ of each task if not given.
+        trials: how many points to try in all; a later command with more goes on.
+        seconds: how long a command may search; a trial that has begun is finished.
+        sampler: `cmaes`, the evolutionary search of PCB-Merging, or Optuna's `tpe`, or `random`.
+        goal: the mean accuracy over the tasks, that of accuracy ÷ individual model (`normalized`), or its `worst`.
+        models: run folder whose fine-tuned models to take as they are, instead of this run's own.
+        part: `search` only takes part in the search of another process, which brings it to its end.
+    """
+
+    line: str | None = None
+    method: MergeMethod | None = None
+    space: dict[str, Range] | None = None
+    trials: int = 100
+    seconds: float | None = None
+    sampler: Sampler = "cmaes"
+    goal: Literal["mean", "normalized", "worst"] = "mean"
+    models: str | None = None
+    part: Literal["all", "search"] = "all"
+
+    def __post_init__(self) -> None:
+        if self.trials < 1:
+            raise ValueError(f"tune.trials: must be at least 1, got {self.trials}")
+        if self.line is not None and self.method is not None:
+            raise ValueError("tune: give either a line of merge.methods or a method, not both")
+
+
+@dataclass
 class RunSettings:
     """Where a run keeps its results, and what of it to do.
 
@@ -200,3 +234,4 @@ class Settings:
     merge: MergeSettings = field(default_factory=MergeSettings)
     experts: ExpertsSettings = field(default_factory=ExpertsSettings)
     router: RouterSettings = field(default_factory=RouterSettings)
+    tune: TuneSettings = field(default_factory=TuneSettings)

@@ -20,14 +20,6 @@ ROOT = Path(__file__).parent.parent.parent
 TINY = str(ROOT / "tests" / "tiny.yaml")
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory) -> Path:
-    """A finished tiny run."""
-    folder = tmp_path_factory.mktemp("run")
-    assert main(["fit", "--config", TINY, "--run.folder", str(folder)]) == 0
-    return folder
-
-
 def times(folder: Path) -> dict[str, float]:
     return {str(path.relative_to(folder)): path.stat().st_mtime_ns for path in sorted(folder.rglob("stage.json"))}
 

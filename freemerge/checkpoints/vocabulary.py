@@ -1,0 +1,82 @@
+"""What the files beside a language model's weights say of its vocabulary: how many rows, and which token is which."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+_TOKENIZERS = ("tokenizer.json", "vocab.json", "vocab.txt")
+
+
+class Moved(NamedTuple):
+    """A token that two tokenizers give different ids."""
+
+    token: str
+    first: int
+    second: int
+
+
+def vocabulary_size(folder: Path | None) -> int | None:
+    """The number of rows of a model's embeddings as its `config.json` says it; None if it does not.
+
+    Args:
+        folder: where the model's configuration lies, see `Checkpoint.folder`.
+    """
+    config = _read_json(folder / "config.json") if folder else None
+    if not isinstance(config, dict):
+        return None
+    inner = config.get("text_config")  # of models that also see or hear
+    for table in (config, inner if isinstance(inner, dict) else {}):
+        if isinstance(table.get("vocab_size"), int):
+            return table["vocab_size"]
+    return None
+
+
+def moved_tokens(first: Path | None, second: Path | None) -> list[Moved]:
+    """Tokens that both of two models have, with different ids; none if a tokenizer is not there or not understood.
+
+    A token that only one of them has (an added one, a reserved one that was renamed) is not moved.
+
+    Args:
+        first: a model's folder.
+        second: another one's.
+    """
+    if first is None or second is None:
+        return []
+    for name in _TOKENIZERS:
+        paths = first / name, second / name
+        if all(path.is_file() for path in paths):
+            if paths[0].read_bytes() == paths[1].read_bytes():
+                return []
+            ids, others = _read_tokens(paths[0]), _read_tokens(paths[1])
+            return [
+                Moved(token, index, others[token]) for token, index in ids.items() if others.get(token, index) != index
+            ]
+    return []
+
+
+def _read_tokens(path: Path) -> dict[str, int]:
+    """Token → id."""
+    if path.suffix == ".txt":
+        return {token: index for index, token in enumerate(path.read_text(encoding="utf-8").splitlines())}
+    table = _read_json(path)
+    if not isinstance(table, dict):
+        return {}
+    if path.name == "vocab.json":
+        return {token: index for token, index in table.items() if isinstance(index, int)}
+    try:
+        vocabulary = table["model"]["vocab"]
+        if isinstance(vocabulary, list):  # Unigram: [token, score] by id
+            vocabulary = {token: index for index, (token, _) in enumerate(vocabulary)}
+        added = {entry["content"]: entry["id"] for entry in table.get("added_tokens") or ()}
+        return {**vocabulary, **added}
+    except (KeyError, TypeError, ValueError):
+        return {}
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None

@@ -1,0 +1,112 @@
+"""Merge the same models by one candidate method after the other, as a search does.
+
+Task vectors are kept in memory where they fit, and a survey is made once for all candidates that agree in what it looks
+at: what is left of a merge is one pass of `combine` over tensors that are there already.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from freemerge.checkpoints import open_checkpoint
+from freemerge.checkpoints.memory import flat_run
+from freemerge.checkpoints.opening import Source
+from freemerge.merging.method import MergeMethod
+from freemerge.merging.plan import make_plan
+from freemerge.merging.streaming import Piece
+from freemerge.merging.vectors import Vectors, add
+
+
+class Candidates:
+    """Fine-tuned models of one base, to be merged again and again.
+
+    Args:
+        base: the pretrained model: a state dict, a module or a path, as for `merge`.
+        finetuned: name → fine-tuned model.
+        include: see `merge`.
+        exclude: see `merge`.
+        memory: bytes that the task vectors may take, 4 · K · D; if they need more, they are read anew for each pass.
+            None for half of what is free.
+
+    Raises:
+        MergeError: the models do not fit the base, or a value is NaN or infinite.
+    """
+
+    def __init__(
+        self,
+        base: Source,
+        finetuned: Mapping[str, Source],
+        *,
+        include: Sequence[str] | None = None,
+        exclude: Sequence[str] | None = None,
+        memory: int | None = None,
+    ) -> None:
+        models = [open_checkpoint(source, label=label) for label, source in finetuned.items()]
+        self._plan = make_plan(open_checkpoint(base, label="base"), models, include, exclude)
+        self._base = {name: self._plan.base.tensor(name) for name in self._plan.base.names}
+        self._surveys: dict[Hashable, Any] = {}
+        self.surveys = 0  # made so far
+        vectors = self._plan.vectors()
+        needed = 4 * len(models) * vectors.numel
+        allowed = _free_memory() // 2 if memory is None else memory
+        self.in_memory = needed <= allowed
+        self._vectors = _kept(vectors) if self.in_memory else vectors
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The names of the K fine-tuned models."""
+        return self._vectors.labels
+
+    def merge(self, method: MergeMethod) -> dict[str, Tensor]:
+        """The merged model, as `freemerge.merge` makes it.
+
+        Args:
+            method: how to merge.
+
+        Returns:
+            All tensors of the base by name, merged in the base's dtypes. Those that are not merged are the base's own.
+
+        Raises:
+            MergeError: the method cannot merge these models.
+        """
+        method.check(self.labels)
+        statistics = self._survey(method)
+        merged = {
+            name: add(self._base[name], method.combine(name, deltas, statistics)) for name, deltas in self._vectors
+        }
+        return {name: merged.get(self._plan.tied.get(name, name), self._base[name]) for name in self._plan.base.names}
+
+    def _survey(self, method: MergeMethod) -> Any:
+        key = method.survey_key
+        if key not in self._surveys:
+            # A search moves on: of what it has left behind, little comes back.
+            while len(self._surveys) >= 8:
+                del self._surveys[next(iter(self._surveys))]
+            self._surveys[key] = method.survey(self._vectors)
+            self.surveys += 1
+        return self._surveys[key]
+
+
+def _kept(vectors: Vectors) -> Vectors:
+    """The same vectors, read once; methods may overwrite what they are given, so each reading is a copy."""
+    deltas = dict(vectors)
+
+    def read_piece(piece: Piece) -> Tensor:
+        rows = [flat_run(row, piece.start, piece.stop) for row in deltas[piece.name]]
+        return torch.stack(rows)
+
+    return Vectors(vectors.labels, vectors.shapes, lambda name: deltas[name].clone(), read_piece)
+
+
+def _free_memory() -> int:
+    """Bytes of memory that are free, as the system counts them; without a count, as many as it takes."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return 1 << 62
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), 1 << 62)

@@ -1,0 +1,266 @@
+"""`tune`: the search for one method's parameters, judged on validation data alone.
+
+    <run>/tune/<method>/   study.journal, merged.safetensors, merge.yaml, report.json
+
+A trial costs an evaluation: the task vectors stay in memory, and surveys are shared (`merging.candidates`). Several
+processes may search together, each on a device of its own; the one that brings the search to its end evaluates the
+chosen point on test data, once, beside the method as it was configured.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+import yaml
+from filelock import FileLock
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from rich.console import Console
+
+import freemerge
+from freemerge.checkpoints import hash_tensors, save_checkpoint
+from freemerge.evaluation import Report, Row, mean_score
+from freemerge.merging import MergeMethod
+from freemerge.merging.candidates import Candidates
+from freemerge.merging.provenance import describe_method
+from freemerge.pipeline.artifacts import Artifacts
+from freemerge.pipeline.measure import Measure
+from freemerge.pipeline.others import Others
+from freemerge.tuning import Search, Space, Trial, default_ranges
+
+
+class Tuning:
+    """The search over a run's fine-tuned models.
+
+    Args:
+        files: the run's files.
+        measure: evaluation, on the device of this process.
+        console: where to say how it goes.
+    """
+
+    def __init__(self, files: Artifacts, measure: Measure, console: Console) -> None:
+        self.files = files
+        self.settings = files.settings.tune
+        self.measure = measure
+        # The others of an srun or torchrun only search along; the first brings it to its end.
+        self.searches_only = self.settings.part == "search" or rank_zero_only.rank != 0
+        self.console = Console(quiet=True) if self.searches_only else console
+        self.models = Path(self.settings.models) if self.settings.models else None
+        self.name, self.method = self._chosen_method()
+        tasks = files.suite.names
+        self.space = Space(self.method, tasks, self.settings.space or default_ranges(self.method))
+        self.base, self.finetuned, self.heads = files.finished(self.models)
+        self.stage = files.tune_stage(self.name, self._inputs())
+
+    def _chosen_method(self) -> tuple[str, MergeMethod]:
+        if self.settings.method is not None:
+            return type(self.settings.method).__name__, self.settings.method
+        methods = self.files.settings.merge.methods
+        name = self.settings.line or self.files.settings.merge.free
+        if name not in methods:
+            raise ValueError(f"tune.line: there is no method {name!r} in merge.methods: {', '.join(methods)}")
+        return name, methods[name]
+
+    def _inputs(self) -> dict[str, Any]:
+        """What the search depends on; the budget is not among it, so that a larger one goes on."""
+        weights = {"base": self.base, **self.finetuned}
+        return {
+            "method": describe_method(self.method),
+            "space": {path: vars(bounds) for path, bounds in self.space.ranges.items()},
+            "sampler": self.settings.sampler,
+            "goal": self.settings.goal,
+            "models": {name: hash_tensors(tensors) for name, tensors in weights.items()},
+            "heads": {task: hash_tensors(head.state_dict()) for task, head in self.heads.items()},
+        }
+
+    def run(self, others: Others | None = None) -> Report | None:
+        """Search until the budget is used up, and evaluate what was found.
+
+        Args:
+            others: processes that search along.
+
+        Returns:
+            The report; None where this process only takes part.
+        """
+        self.stage.path.parent.mkdir(parents=True, exist_ok=True)
+        turn = FileLock(f"{self.stage.path}.lock")
+        with turn:
+            if (report := self._finished()) is not None:
+                return None if self.searches_only else self._show(report, "done already")
+            self.stage.begin()
+            search = self._search()
+        self._try(search, others)
+        if self.searches_only:
+            return None
+        search.wait()
+        with turn:
+            if (report := self._finished()) is None:  # else another process was told to bring it to its end, and did
+                report = self._finish(search)
+        return self._show(report, f"{len(search.trials())} trials")
+
+    def _finished(self) -> Report | None:
+        """What an earlier command found, if it had at least this one's budget."""
+        record = self.stage.record()
+        if record is None or record["results"]["trials"] < self.settings.trials:
+            return None
+        stored = json.loads((self.stage.path / "report.json").read_text())
+        names = ("name", "scores", "extra_bytes", "chosen", "kind")
+        rows = [Row(**{name: row[name] for name in names}) for row in stored["rows"]]
+        return Report(stored["title"], rows, stored["search"], stored["settings"])
+
+    # -- the search ---------------------------------------------------------------------------------------------------
+
+    def _search(self) -> Search:
+        starts = []
+        grid = self._grid_scale()
+        if grid is not None and "scale" in self.space.ranges:
+            bounds = self.space.ranges["scale"]
+            scales = {each.name: grid for each in self.space.parameters if each.path == "scale"}
+            if bounds.low <= grid <= bounds.high:
+                starts.append(self.space.start() | scales)
+        path = self.stage.path / "study.journal"
+        return Search(path, self.space, self.settings.sampler, self.files.seed, starts)
+
+    def _grid_scale(self) -> float | None:
+        """The one λ that the merge stage found by its grid, if it was done for this method."""
+        if self.models is not None or self.settings.method is not None:
+            return None
+        record = self.files.merge_stage().record()
+        return record["results"]["methods"][self.name]["best"]["scale"] if record else None
+
+    @cached_property
+    def candidates(self) -> Candidates:
+        """The fine-tuned models, to be merged again and again."""
+        return Candidates(self.base, self.finetuned)
+
+    def _try(self, search: Search, others: Others | None) -> None:
+        """Try points on validation data, together with others if there are any."""
+        if others is not None:
+            others.start()
+        loaders = self.measure.loaders("val")
+        individual = self._individual(loaders) if self.settings.goal != "mean" else {}
+
+        def objective(point: Mapping[str, float]) -> tuple[float, dict[str, Any]]:
+            merged = self.candidates.merge(self.space.apply(point))
+            scores = self.measure.shared(merged, self.heads, loaders)
+            return _value(self.settings.goal, scores, individual), {"scores": scores}
+
+        best = float("-inf")
+
+        def report(trial: Trial) -> None:
+            nonlocal best
+            if trial.value > best:
+                best = trial.value
+                point = ", ".join(f"{name} {value:.3g}" for name, value in trial.point.items())
+                self.console.print(f"tune {self.name}: trial {trial.number}, val {best:.4f} at {point}")
+
+        began = time.monotonic()
+        search.run(objective, self.settings.trials, self.settings.seconds, report)
+        if others is not None:
+            others.join()  # and, where one of them died at a trial, try another point in its stead
+            left = self.settings.seconds and self.settings.seconds - (time.monotonic() - began)
+            search.run(objective, self.settings.trials, left, report)
+
+    def _individual(self, loaders: Mapping[str, Any]) -> dict[str, float]:
+        """Each task's own fine-tuned model."""
+        scores: dict[str, float] = {}
+        for task, weights in self.finetuned.items():
+            scores |= self.measure.shared(weights, self.heads, {task: loaders[task]})
+        return scores
+
+    # -- what was found -----------------------------------------------------------------------------------------------
+
+    def _finish(self, search: Search) -> Report:
+        """Evaluate on test data, once, and write everything."""
+        trials, best = search.trials(), search.best()
+        chosen = self.space.apply(best.point)
+        merged = self.candidates.merge(chosen)
+        loaders = self.measure.loaders("test")
+        first = trials[0]  # the method's own point
+        rows = [
+            Row("individual", self._individual(loaders)),
+            Row(
+                f"{self.name} as configured",
+                self.measure.shared(self.candidates.merge(self.method), self.heads, loaders),
+                0,
+                chosen={"val": first.value, **first.point},
+            ),
+            Row(
+                f"{self.name} tuned",
+                self.measure.shared(merged, self.heads, loaders),
+                0,
+                chosen={"val": best.value, **best.point},
+            ),
+        ]
+        report = Report(
+            title=f"{type(self.files.suite).__name__}: test accuracy (%), {self.name} tuned on validation data",
+            rows=rows,
+            search={
+                self.name: [
+                    {"trial": each.number, "value": each.value, **each.point, **each.details, "seconds": each.seconds}
+                    for each in trials
+                ]
+            },
+            settings={
+                "seed": self.files.seed,
+                "suite": self.files.suite.identity(),
+                "split": {"chosen_on": "val", "reported_on": "test"},
+                "goal": self.settings.goal,
+                "sampler": search.sampler,
+                "space": {path: vars(bounds) for path, bounds in self.space.ranges.items()},
+                "budget": {"trials": self.settings.trials, "seconds": self.settings.seconds, "used": len(trials)},
+                "method": describe_method(chosen),
+                "versions": _versions(),
+            },
+        )
+        save_checkpoint(self.stage.path / "merged.safetensors", merged)
+        self._write_merge(chosen)
+        report.write_json(self.stage.path / "report.json")
+        self.stage.finish({"trials": len(trials), "best": best._asdict()})
+        return report
+
+    def _write_merge(self, chosen: MergeMethod) -> None:
+        """The configuration of a `merge` that makes the tuned model again, where its inputs are files."""
+        path = self.stage.path / "merge.yaml"
+        config: dict[str, Any] = {"method": describe_method(chosen)}
+        folder = self.models or self.files.folder
+        if (folder / "base.safetensors").exists():
+            stages = {task: folder / "finetune" / task / "backbone.safetensors" for task in self.files.suite.names}
+            config = {
+                "base": str(folder / "base.safetensors"),
+                "finetuned": {task: str(file) for task, file in stages.items()},
+                **config,
+                "output": str(self.stage.path / "again.safetensors"),
+            }
+        text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
+        path.write_text(f"# python -m freemerge merge --config {path}\n{text}")
+
+    def _show(self, report: Report, how: str) -> Report:
+        report.print(self.console)
+        self.console.print(f"[dim]{self.stage.path}: {how}; merge.yaml there merges with what was found[/dim]")
+        return report
+
+
+def _value(goal: str, scores: Mapping[str, float], individual: Mapping[str, float]) -> float:
+    """What a trial is judged by."""
+    if goal == "mean":
+        return mean_score(scores)
+    shares = [score / individual[task] if individual[task] else 0.0 for task, score in scores.items()]
+    return min(shares) if goal == "worst" else sum(shares) / len(shares)
+
+
+def _versions() -> dict[str, str]:
+    import optuna
+
+    return {
+        "freemerge": freemerge.__version__,
+        "torch": torch.__version__,
+        "lightning": L.__version__,
+        "optuna": optuna.__version__,
+    }

@@ -1,0 +1,189 @@
+"""The study: what was tried, kept in a file that several processes share and that a killed search goes on from.
+
+Optuna proposes and keeps; here is what it leaves to its users: budgets that hold over processes and restarts, and
+trials whose process died. The file is Optuna's journal; CMA-ES keeps its state in it as a pickle, so trust it like a
+program.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from filelock import FileLock
+
+from freemerge.tuning.space import Space
+
+Sampler = Literal["cmaes", "tpe", "random"]
+Objective = Callable[[Mapping[str, float]], "tuple[float, dict[str, Any]]"]
+"""point → (its value, the higher the better; what else to keep of it)."""
+
+
+class Trial(NamedTuple):
+    """A point that was tried."""
+
+    number: int
+    value: float
+    point: dict[str, float]
+    details: dict[str, Any]
+    seconds: float
+
+
+class Search:
+    """A search for the best point of a space.
+
+    Args:
+        path: the study's file; it is created, or gone on with.
+        space: where to search. The first trial is the method's own point; CMA-ES sets out from the ranges' middle.
+        sampler: `cmaes` (PCB-Merging's evolutionary search; with one parameter `tpe`, as CMA-ES needs two), `tpe` or
+            `random`.
+        seed: of the proposals.
+        starts: further points to try first.
+
+    Raises:
+        ValueError: Optuna or cmaes is not installed.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        space: Space,
+        sampler: Sampler = "cmaes",
+        seed: int = 0,
+        starts: list[dict[str, float]] | None = None,
+    ) -> None:
+        optuna = _optuna()
+        self.space = space
+        self.sampler = "tpe" if sampler == "cmaes" and len(space.parameters) == 1 else sampler
+        self.seed = seed
+        self._lock = FileLock(f"{path}.turn")
+        self._owner = f"{socket.gethostname()}:{os.getpid()}"
+        with self._lock:
+            # Whoever held Optuna's own lock was killed: no living process writes outside of ours.
+            Path(f"{path}.lock").unlink(missing_ok=True)
+            storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(path)))
+            self._study = optuna.create_study(
+                storage=storage, study_name="tune", direction="maximize", load_if_exists=True, sampler=self._sampler(0)
+            )
+            if not self._study.get_trials(deepcopy=False):
+                for point in (space.start(), *(starts or ())):
+                    self._study.enqueue_trial(point, skip_if_exists=True)
+        self._distributions = {
+            each.name: optuna.distributions.IntDistribution(round(each.bounds.low), round(each.bounds.high))
+            if each.integer
+            else optuna.distributions.FloatDistribution(each.bounds.low, each.bounds.high, log=each.bounds.log)
+            for each in space.parameters
+        }
+
+    def run(
+        self,
+        objective: Objective,
+        trials: int,
+        seconds: float | None = None,
+        report: Callable[[Trial], None] | None = None,
+    ) -> None:
+        """Try points until a budget is used up, together with whoever else is at the same study.
+
+        Args:
+            objective: evaluates a point.
+            trials: how many trials the study is to have in all, those of earlier runs and other processes included.
+            seconds: how long this call may go on; a trial that has begun is finished.
+            report: called after each trial.
+        """
+        began = time.monotonic()
+        while seconds is None or time.monotonic() - began < seconds:
+            with self._lock:
+                self._give_up_dead()
+                known = len(self.trials())
+                if known + len(self._running()) >= trials:
+                    return
+                self._study.sampler = self._sampler(known)  # proposals depend on what is known, not on who asks
+                trial = self._study.ask(self._distributions)
+                trial.set_user_attr("owner", self._owner)
+            asked = time.monotonic()
+            value, details = objective(trial.params)
+            elapsed = round(time.monotonic() - asked, 3)
+            with self._lock:
+                trial.set_user_attr("details", details)
+                trial.set_user_attr("seconds", elapsed)
+                self._study.tell(trial, value)
+            if report is not None:
+                report(Trial(trial.number, value, dict(trial.params), details, elapsed))
+
+    def wait(self, poll: float = 0.5) -> None:
+        """Wait until no other process is at a trial any more; for other machines no longer than trials take."""
+        patience = time.monotonic() + 10 + 2 * max((trial.seconds for trial in self.trials()), default=0.0)
+        while True:
+            with self._lock:
+                self._give_up_dead()
+                owners = [trial.user_attrs.get("owner", "") for trial in self._running()]
+            here = any(owner.startswith(f"{socket.gethostname()}:") for owner in owners)
+            if not owners or (not here and time.monotonic() > patience):
+                return
+            time.sleep(poll)
+
+    def trials(self) -> list[Trial]:
+        """Every finished trial, in the order in which they were begun."""
+        return [
+            Trial(each.number, each.value, dict(each.params), each.user_attrs["details"], each.user_attrs["seconds"])
+            for each in self._study.get_trials(deepcopy=False)
+            if each.state.name == "COMPLETE"
+        ]
+
+    def best(self) -> Trial:
+        """The trial of the highest value, the earliest of equals.
+
+        Raises:
+            ValueError: there is none.
+        """
+        trials = self.trials()
+        if not trials:
+            raise ValueError("tune: the budget was over before the first trial; allow more tune.seconds")
+        return max(trials, key=lambda trial: (trial.value, -trial.number))
+
+    def _running(self) -> list[Any]:
+        return [trial for trial in self._study.get_trials(deepcopy=False) if trial.state.name == "RUNNING"]
+
+    def _give_up_dead(self) -> None:
+        """Trials of processes of this machine that are no more count as failed."""
+        for trial in self._running():
+            # Owner and trial are written under one lock; a trial without an owner was cut off in between.
+            host, _, process = trial.user_attrs.get("owner", f"{socket.gethostname()}:0").rpartition(":")
+            if host == socket.gethostname() and not _is_alive(int(process)):
+                self._study.tell(trial.number, state=_optuna().trial.TrialState.FAIL)
+
+    def _sampler(self, known: int) -> Any:
+        samplers = _optuna().samplers
+        seed = self.seed * 100_003 + known
+        if self.sampler == "cmaes":
+            return samplers.CmaEsSampler(seed=seed, warn_independent_sampling=False)
+        if self.sampler == "tpe":
+            return samplers.TPESampler(seed=seed, constant_liar=True)
+        return samplers.RandomSampler(seed=seed)
+
+
+def _optuna() -> Any:
+    try:
+        import cmaes  # noqa: F401 - what CmaEsSampler needs
+        import optuna
+    except ModuleNotFoundError as error:
+        raise ValueError(f"tune needs {error.name}: pip install 'freemerge[tune]'") from None
+    optuna.logging.set_verbosity(logging.WARNING)
+    return optuna
+
+
+def _is_alive(process: int) -> bool:
+    if process <= 0:
+        return False
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
