@@ -264,9 +264,10 @@ class FreeModel(nn.Module):
 
     def _logits(self, features: Tensor | None, routed: Tensor) -> Tensor:
         """(B, F) → (B, C), each sample by its routed task's head; −inf past its own classes."""
-        width = max(head.out_features for head in self.heads.values())
         if features is None:  # an empty batch
+            width = max(self._outputs(task) for task in self.tasks)
             return torch.empty((0, width), device=routed.device)
+        width = max(self._outputs(task, features.shape[1]) for task in self.tasks)
         logits: Tensor | None = None
         for index in routed.unique().tolist():
             group = (routed == index).nonzero().squeeze(1)
@@ -275,6 +276,10 @@ class FreeModel(nn.Module):
                 logits = outputs.new_full((len(features), width), float("-inf"))
             logits[group, : outputs.shape[1]] = outputs
         return logits
+
+    def _outputs(self, task: str, width: int | None = None) -> int:
+        """How many outputs a task's head has; one that is not linear is taken to leave the features' width."""
+        return getattr(self.heads[task], "out_features", width or self.backbone.feature_dim)
 
     # -- files --------------------------------------------------------------------------------------------------------
 

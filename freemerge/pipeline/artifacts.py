@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 import freemerge
@@ -72,9 +73,24 @@ class Artifacts:
         """Weights of one task's individual model's backbone."""
         return load_checkpoint(self._require_folder(self.finetune_stage(task)) / "backbone.safetensors")
 
-    def heads(self) -> dict[str, nn.Linear]:
-        """Task → head."""
-        return {task: _head(self._require_folder(self.finetune_stage(task))) for task in self.suite.names}
+    def heads(self, shared: bool = True) -> dict[str, nn.Module]:
+        """Task → head.
+
+        Args:
+            shared: tasks that share a head get the mean of the group's, which only differ where heads train along;
+                otherwise each has the one that it was fine-tuned with.
+        """
+        states = {}
+        for task in self.suite.names:
+            folder = self._require_folder(self.finetune_stage(task))
+            path = folder / "head.safetensors"  # not there where the head is the model's own
+            states[task] = load_checkpoint(path) if path.is_file() else {}
+        heads: dict[str, nn.Module] = {}
+        for task in states:
+            group = [states[member] for member in (self.suite.head_group(task) if shared else (task,))]
+            state = {name: torch.stack([other[name] for other in group]).mean(dim=0) for name in group[0]}
+            heads[task] = _linear(state) if state else nn.Identity()
+        return heads
 
     def finished(self, folder: Path | None = None) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]], dict]:
         """The base, and each task's individual backbone and head.
@@ -89,7 +105,7 @@ class Artifacts:
         return (
             load_checkpoint(base) if base.exists() else self.tuner.backbone.weights(),
             {task: load_checkpoint(stage / "backbone.safetensors") for task, stage in stages.items()},
-            {task: _head(stage) for task, stage in stages.items()},
+            {task: _linear(load_checkpoint(stage / "head.safetensors")) for task, stage in stages.items()},
         )
 
     def free_weights(self) -> dict[str, Tensor]:
@@ -229,6 +245,11 @@ class Artifacts:
         """A task's expert after training."""
         return self.expert_stage(task).path / "expert.safetensors"
 
+    def has_experts(self) -> bool:
+        """Whether all tasks' experts and the router have been made with this configuration."""
+        stages = [*(self.expert_stage(task) for task in self.suite.names), self.router_stage()]
+        return all(stage.record() is not None for stage in stages)
+
     def require(self, stage: StageFolder) -> dict[str, Any]:
         """The record of a stage that must have been done; a ValueError that says what to add if it has not."""
         record = stage.record()
@@ -244,10 +265,9 @@ class Artifacts:
         return stage.path
 
 
-def _head(stage: Path) -> nn.Linear:
-    state = load_checkpoint(stage / "head.safetensors")
-    classes, width = state["weight"].shape
-    head = nn.Linear(width, classes)
+def _linear(state: Mapping[str, Tensor]) -> nn.Linear:
+    outputs, width = state["weight"].shape
+    head = nn.Linear(width, outputs)
     head.load_state_dict(state)
     return head
 

@@ -1,4 +1,4 @@
-"""Measuring a run's models on all tasks."""
+"""Measuring a run's models on all tasks, each by its own metric."""
 
 from __future__ import annotations
 
@@ -6,15 +6,17 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
-from freemerge.evaluation import LabelSpace, Routing, evaluate, evaluate_routing
-from freemerge.models import FreeModel
+from freemerge.evaluation import LabelSpace, Routing, TaskMetric, evaluate, evaluate_routing
+from freemerge.evaluation.loop import Predict
+from freemerge.models import FreeModel, batch_norms, reestimate_batch_norm
 from freemerge.pipeline.artifacts import Artifacts
 
 
 class Measure:
-    """Accuracy of models on the suite's tasks.
+    """Scores of models on the suite's tasks.
 
     Args:
         files: the run's files.
@@ -32,18 +34,44 @@ class Measure:
         self.suite.setup()
         return getattr(self.suite, f"{split}_dataloader")()
 
-    def _label_space(self) -> LabelSpace:
-        return LabelSpace({task: self.suite.task(task).num_classes for task in self.suite.names})
+    @property
+    def metrics(self) -> dict[str, str]:
+        """Task → name of its metric, of all tasks."""
+        return {task: self.suite.task(task).metric for task in (*self.suite.names, *self.suite.held_out)}
+
+    def _evaluate(self, predict: Predict, loaders: Mapping[str, Any]) -> dict[str, float]:
+        tasks = {name: self.suite.task(name) for name in (*self.suite.names, *self.suite.held_out)}
+        space = LabelSpace({name: task.num_classes for name, task in tasks.items()})
+        metrics = {name: TaskMetric(task.kind, task.metric) for name, task in tasks.items()}
+        return evaluate(predict, loaders, space, self.device, metrics)
 
     def shared(
         self, weights: Mapping[str, Tensor], heads: Mapping[str, nn.Module], loaders: Mapping[str, Any]
     ) -> dict[str, float]:
         """One backbone for all tasks, each with its own head."""
-        return self.free(FreeModel(self.files.backbone(weights), heads), loaders, oracle=True)
+        backbone = self.files.backbone(weights).eval().to(self.device)
+        heads = {task: head.eval().to(self.device) for task, head in heads.items()}
+        return self._evaluate(lambda inputs, task: heads[task](backbone(inputs)), loaders)
+
+    def with_own_statistics(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Merged weights with batch norm's statistics measured on their own activations, on all tasks' training data.
+
+        Weights of a backbone without batch norm come back as they are.
+        """
+        batches = self.files.settings.merge.batch_norm_batches
+        if not (batches and batch_norms(self.files.tuner.backbone)):
+            return weights
+        backbone = self.files.backbone(weights).to(self.device)
+        mixture = self.suite.mixture(batch_size=self.suite.batch_size)
+        mixture.setup()
+        with isolate_rng(include_cuda=False):  # the same augmentations each time, and none that changes other draws
+            torch.manual_seed(self.files.seed)
+            measured = reestimate_batch_norm(backbone.model, mixture.train_dataloader(), self.device, batches)
+        return {**weights, **{name: tensor.to(weights[name]) for name, tensor in measured.items()}}
 
     def individual(self, loaders: Mapping[str, Any]) -> dict[str, float]:
         """Each task's own fine-tuned model."""
-        scores, heads = {}, self.files.heads()
+        scores, heads = {}, self.files.heads(shared=False)
         for task, weights in self.files.finetuned_weights().items():
             scores |= self.shared(weights, heads, {task: loaders[task]})
         return scores
@@ -51,9 +79,7 @@ class Measure:
     def free(self, model: FreeModel, loaders: Mapping[str, Any], oracle: bool) -> dict[str, float]:
         """A FREE model that is told each sample's task (`oracle`), or finds it by itself."""
         model = model.eval().to(self.device)
-        return evaluate(
-            lambda inputs, task: model(inputs, task=task if oracle else None), loaders, self._label_space(), self.device
-        )
+        return self._evaluate(lambda inputs, task: model(inputs, task=task if oracle else None), loaders)
 
     def routing(self, model: FreeModel, loaders: Mapping[str, Any]) -> Routing:
         """Which tasks' samples a FREE model takes for which tasks', and where it abstains."""

@@ -38,12 +38,13 @@ from torch import Tensor
 import freemerge
 from freemerge.checkpoints import hash_tensors, load_checkpoint, save_checkpoint
 from freemerge.data import TaskSuite
-from freemerge.evaluation import Report, Row, mean_score
+from freemerge.evaluation import Report, Routing, Row, mean_score
 from freemerge.experts import extract, extract_low_rank, load_expert, save_expert
 from freemerge.merging import apply_task_vector, merge, merge_task_vectors, task_vector
 from freemerge.models import FreeModel, choose_threshold
 from freemerge.pipeline.artifacts import Artifacts
 from freemerge.pipeline.folder import StageFolder
+from freemerge.pipeline.held_out import held_out_heads
 from freemerge.pipeline.measure import Measure
 from freemerge.pipeline.others import Others
 from freemerge.pipeline.settings import STAGES, Settings
@@ -170,7 +171,8 @@ class SuiteRun:
             if self.settings.finetune.weights == "best" and best:
                 tuner.load_state_dict(torch.load(best, map_location="cpu", weights_only=True)["state_dict"])
             self._write(stage.path / "backbone.safetensors", tuner.weights())
-            self._write(stage.path / "head.safetensors", tuner.head.state_dict())
+            if head := tuner.head.state_dict():
+                self._write(stage.path / "head.safetensors", head)
             if rank_zero_only.rank == 0:
                 tuner.save_adapter(stage.path / "adapter")
             self._finish(stage, {tuner.monitor: _metric(trainer, tuner.monitor)})
@@ -193,12 +195,12 @@ class SuiteRun:
             merged = merge_task_vectors(vectors, replace(method, scale=1.0) if scalable else method)
             search = []
             for scale in self._each_scale(f"merge: {name}") if scalable else [1.0]:
-                scores = self.measure.shared(apply_task_vector(base, merged, scale), heads, loaders)
-                search.append({"scale": scale, "mean_acc": mean_score(scores)})
+                candidate = self.measure.with_own_statistics(apply_task_vector(base, merged, scale))
+                scores = self.measure.shared(candidate, heads, loaders)
+                search.append({"scale": scale, "mean_acc": mean_score(scores, self.measure.metrics)})
             best = max(search, key=lambda candidate: candidate["mean_acc"])
             chosen = replace(method, scale=best["scale"]) if scalable else method
-            if rank_zero_only.rank == 0:
-                merge(base, finetuned, chosen, output=self.files.merged_path(name))
+            self._write(self.files.merged_path(name), self.measure.with_own_statistics(merge(base, finetuned, chosen)))
             results["methods"][name] = {"search": search, "best": best}
             self._say(f"merge: {name}" + (f", scale {best['scale']:g}" if scalable else ""), best["mean_acc"])
         self._finish(stage, results)
@@ -254,7 +256,7 @@ class SuiteRun:
         for scale in self._each_scale("experts: extracted"):
             scaled = {task: expert.scaled(scale) for task, expert in experts.items()}
             scores = self.measure.free(FreeModel(self.files.backbone(merged), heads, scaled), loaders, oracle=True)
-            search.append({"scale": scale, "mean_acc": mean_score(scores)})
+            search.append({"scale": scale, "mean_acc": mean_score(scores, self.measure.metrics)})
         best = max(search, key=lambda candidate: candidate["mean_acc"])
         if rank_zero_only.rank == 0:
             for task, expert in experts.items():
@@ -279,58 +281,54 @@ class SuiteRun:
         self._finish(stage, {"val/acc": _metric(trainer, "val/acc"), "threshold": threshold})
 
     def evaluate(self) -> Report:
-        """Evaluate everything on all tasks' test data; write the FREE model, the report and the picture."""
-        model = self.files.free_model()
+        """Evaluate everything on all tasks' test data; write the FREE model, the report and the picture.
+
+        Where there are no experts, because their stages were left out, the report ends with the merged models.
+        """
         merge_record = self.files.require(self.files.merge_stage())["results"]
-        extraction = self.files.require(self.files.extraction_stage())["results"]
         loaders = self.measure.loaders("test")
-        heads = self.files.heads()
+        held_out = {task: self.suite.for_task(task).test_dataloader() for task in self.suite.held_out}
+        heads = self.files.heads() | held_out_heads(self.files, self.measure.device)
         size = self._file_size(self.files.merged_path(self.settings.merge.free))
+
+        def row(name: str, weights: dict[str, Tensor], chosen: Mapping[str, Any] | None = None) -> Row:
+            scores = self.measure.shared(weights, heads, loaders | held_out)
+            apart = {task: scores.pop(task) for task in held_out}
+            return Row(name, scores, 0, dict(chosen or {}), held_out=apart)
+
         rows = [
-            Row("base (zero-shot)", self.measure.shared(self.files.base_weights(), heads, loaders), 0),
+            row("base (zero-shot)", self.files.base_weights()),
             Row("individual", self.measure.individual(loaders), (len(self.suite.names) - 1) * size),
         ]
         for name in self.settings.merge.methods:
-            scores = self.measure.shared(load_checkpoint(self.files.merged_path(name)), heads, loaders)
-            rows.append(Row(name, scores, 0, chosen=merge_record["methods"][name]["best"]))
-        tasks = self.suite.names
-        merged = self.files.free_weights()
-        extracted = {task: load_expert(self.files.extracted_path(task), merged) for task in tasks}
-        expert_bytes = sum(self._file_size(self.files.expert_path(task)) for task in tasks)
-        router_bytes = self._file_size(self.files.router_stage().path / "router.safetensors")
-        routing = self.measure.routing(model, loaders)
-        rows += [
-            Row(
-                "FREE extracted (oracle)",
-                self.measure.free(FreeModel(self.files.backbone(merged), heads, extracted), loaders, oracle=True),
-                sum(self._file_size(self.files.extracted_path(task)) for task in tasks),
-                chosen=extraction["best"],
-            ),
-            Row(
-                "FREE trained (routed)",
-                self.measure.free(model, loaders, oracle=False),
-                expert_bytes + router_bytes,
-            ),
-            Row(
-                "FREE trained (oracle)",
-                self.measure.free(model, loaders, oracle=True),
-                expert_bytes,
-            ),
-            Row("router accuracy", routing.accuracy, router_bytes, kind="router"),
-        ]
+            best = merge_record["methods"][name]["best"]
+            rows.append(row(name, load_checkpoint(self.files.merged_path(name)), best))
         search = {name: entry["search"] for name, entry in merge_record["methods"].items()}
+        settings = self._provenance(size)
+        model = self.files.free_model() if self.files.has_experts() or "experts" in self._stages else None
+        if model is not None:
+            extraction = self.files.require(self.files.extraction_stage())["results"]
+            search["FREE extracted"] = extraction["search"]
+            routing = self.measure.routing(model, loaders)
+            settings |= {"threshold": model.threshold, "routing": routing.as_dict()}
+            rows += self._free_rows(model, extraction, routing, loaders)
+        metrics = self.measure.metrics
+        what = "accuracy" if set(metrics.values()) == {"accuracy"} else "scores"
         report = Report(
-            title=f"{type(self.suite).__name__}: test accuracy (%), {len(tasks)} tasks, seed {self.seed}",
+            title=f"{type(self.suite).__name__}: test {what} (%), {len(self.suite.names)} tasks, seed {self.seed}",
             rows=rows,
-            search={**search, "FREE extracted": extraction["search"]},
-            settings=self._provenance(size) | {"threshold": model.threshold, "routing": routing.as_dict()},
+            search=search,
+            settings=settings,
+            metrics=metrics,
         )
         if rank_zero_only.rank == 0:
-            model.save_pretrained(self.folder / "free_model")
+            if model is not None:
+                model.save_pretrained(self.folder / "free_model")
             report.write_json(self.folder / "report.json")
             report.plot(self.folder / "report.png")
             report.print(self.console)
-            self.console.print(f"[dim]{self.folder}/report.json, report.png and free_model/ hold the rest[/dim]")
+            rest = "report.json, report.png and free_model/" if model is not None else "report.json and report.png"
+            self.console.print(f"[dim]{self.folder}/{rest} hold the rest[/dim]")
         return report
 
     def tune(self, others: Others | None = None) -> Report | None:
@@ -344,6 +342,28 @@ class SuiteRun:
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         return Tuning(self.files, self.measure, self.console).run(others)
+
+    def _free_rows(
+        self, model: FreeModel, extraction: Mapping[str, Any], routing: Routing, loaders: Mapping[str, Any]
+    ) -> list[Row]:
+        tasks = self.suite.names
+        merged = self.files.free_weights()
+        extracted = {task: load_expert(self.files.extracted_path(task), merged) for task in tasks}
+        untrained = FreeModel(self.files.backbone(merged), self.files.heads(), extracted)
+        expert_bytes = sum(self._file_size(self.files.expert_path(task)) for task in tasks)
+        extracted_bytes = sum(self._file_size(self.files.extracted_path(task)) for task in tasks)
+        router_bytes = self._file_size(self.files.router_stage().path / "router.safetensors")
+        return [
+            Row(
+                "FREE extracted (oracle)",
+                self.measure.free(untrained, loaders, oracle=True),
+                extracted_bytes,
+                chosen=extraction["best"],
+            ),
+            Row("FREE trained (routed)", self.measure.free(model, loaders, oracle=False), expert_bytes + router_bytes),
+            Row("FREE trained (oracle)", self.measure.free(model, loaders, oracle=True), expert_bytes),
+            Row("router accuracy", routing.accuracy, router_bytes, kind="router"),
+        ]
 
     def _provenance(self, backbone_bytes: int) -> dict[str, Any]:
         return {

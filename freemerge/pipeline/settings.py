@@ -102,15 +102,20 @@ class MergeSettings:
         methods: line of the report → merging method; if not given, plain averaging, task arithmetic, TIES, PCB and FR.
         scales: the grid of scales, the same for every method that has one.
         free: the method whose merged backbone carries the experts.
+        batch_norm_batches: batches of all tasks' training data on which a merged backbone's batch norm, if it has any,
+            is measured anew; 0 leaves the merged statistics.
     """
 
     methods: dict[str, MergeMethod] | None = None
     scales: list[float] = field(default_factory=lambda: [0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0, 1.4, 2.0])
     free: str = "FR"
+    batch_norm_batches: int = 50
 
     def __post_init__(self) -> None:
         if self.methods is None:  # not a default factory: a configuration file cannot show instances
             self.methods = default_methods()
+        if self.batch_norm_batches < 0:
+            raise ValueError(f"merge.batch_norm_batches: must be at least 0, got {self.batch_norm_batches}")
         if not self.scales:
             raise ValueError("merge.scales: give at least one scale")
         if self.free not in self.methods:

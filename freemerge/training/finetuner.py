@@ -16,7 +16,6 @@ from freemerge.models import Backbone, ImageTextBackbone, LanguageBackbone, extr
 from freemerge.training.adapters import add_adapter, has_adapter, merged_weights, peft_config
 from freemerge.training.objectives import Objective
 from freemerge.training.optimization import OptimizedModule, Schedule
-from freemerge.training.probe import fit_probe, fit_regression_probe
 
 HeadKind = Literal["probe", "linear", "zero_shot"]
 
@@ -90,28 +89,49 @@ class FineTuner(OptimizedModule):
         return tuner
 
     def _set_task(self, task: Task | int) -> None:
-        self.objective = Objective.of(task, self.label_smoothing)
-        self.head = self._new_head(task)
-        self.head_ready.fill_(self.head_kind != "probe" or isinstance(self.backbone, LanguageBackbone))
+        self.objective = self.objective_of(task)
+        head = self.frozen_head(task)
+        if head is None:
+            head = nn.Linear(self.backbone.feature_dim, self.objective.num_outputs)
+            head.requires_grad_(self.head_kind == "linear")
+            self.head_ready.fill_(self.head_kind == "linear")
+        else:
+            self.head_ready.fill_(True)
+        self.head = head
         if self.peft is not None and not has_adapter(self.backbone.model):
             self.backbone.model = add_adapter(self.backbone.model, self.peft)
-        splits = ("val", "test")
-        self.metrics = nn.ModuleDict({split: self.objective.make_metrics() for split in splits})
+        self.metrics = nn.ModuleDict({split: self.objective.make_metrics() for split in ("val", "test")})
 
-    def _new_head(self, task: Task | int) -> nn.Module:
-        kind, who = self.objective.kind, type(self.backbone).__name__
+    def objective_of(self, task: Task | int) -> Objective:
+        """What a task, or a classification with so many classes, asks of this backbone.
+
+        Raises:
+            ValueError: if the backbone is not for such a task.
+        """
+        objective, who = Objective.of(task, self.label_smoothing), type(self.backbone).__name__
+        own_head = isinstance(self.backbone, LanguageBackbone)
+        wanted = {self.backbone.kind} if own_head else {"classification", "regression"}
+        if objective.kind not in wanted:
+            needed = "LanguageBackbone" if objective.kind in ("seq2seq", "causal_lm") else "TransformersBackbone"
+            raise ValueError(
+                f"FineTuner: this {who} is for {' and '.join(sorted(wanted))}, the task is {objective.kind}; "
+                f"it needs a {needed} of that kind"
+            )
+        return objective
+
+    def frozen_head(self, task: Task | int) -> nn.Module | None:
+        """The head that needs no fitting: the model's own, or one made of class names; None where it must be fitted.
+
+        Raises:
+            ValueError: if there are no class names to make it of.
+        """
         if isinstance(self.backbone, LanguageBackbone):
-            if kind != self.backbone.kind:
-                raise ValueError(f"FineTuner: {who} of this model is for {self.backbone.kind} tasks, got {kind}")
             return nn.Identity()
-        if kind not in ("classification", "regression"):
-            raise ValueError(f"FineTuner: a {kind} task needs a LanguageBackbone, got {who}")
-        if self.head_kind == "zero_shot":
-            if isinstance(task, int) or kind != "classification":
-                raise ValueError("FineTuner: a zero-shot head is made of a classification task's class names")
-            return self.backbone.class_head(task.class_names, task.templates or self.templates)
-        head = nn.Linear(self.backbone.feature_dim, self.objective.num_outputs)
-        return head.requires_grad_(self.head_kind == "linear")
+        if self.head_kind != "zero_shot":
+            return None
+        if isinstance(task, int) or task.kind != "classification":
+            raise ValueError("FineTuner: a zero-shot head is made of a classification task's class names")
+        return self.backbone.class_head(task.class_names, task.templates or self.templates)
 
     @property
     def monitor(self) -> str:
@@ -153,10 +173,7 @@ class FineTuner(OptimizedModule):
         if self.head_ready:
             return
         features, labels = self._features_for_head()
-        if self.objective.kind == "regression":
-            probe = fit_regression_probe(features, labels)
-        else:
-            probe = fit_probe(features, labels, self.objective.num_outputs)
+        probe = self.objective.fit_probe(features, labels)
         self.head.load_state_dict(self.trainer.strategy.broadcast(probe.state_dict()))
         self.head_ready.fill_(True)
 

@@ -11,6 +11,7 @@ from torchmetrics import MeanMetric
 from freemerge.data.task_metrics import TaskMetric
 from freemerge.data.tasks import Kind, Task
 from freemerge.inputs import IGNORED
+from freemerge.training.probe import fit_probe, fit_regression_probe
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,12 @@ class Objective:
             return F.mse_loss(outputs, labels)
         flat = outputs.flatten(0, -2)  # (B, C), or (B · L, V)
         return F.cross_entropy(flat, labels.flatten(), ignore_index=IGNORED, label_smoothing=self.label_smoothing)
+
+    def fit_probe(self, features: Tensor, labels: Tensor) -> nn.Linear:
+        """A linear head fitted on frozen features (N, F) and their labels (N,)."""
+        if self.kind == "regression":
+            return fit_regression_probe(features, labels)
+        return fit_probe(features, labels, self.num_outputs)
 
     def make_metrics(self) -> nn.ModuleDict:
         """Fresh metrics: the task's own, and the loss without smoothing."""

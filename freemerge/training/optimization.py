@@ -18,9 +18,9 @@ class OptimizedModule(L.LightningModule):
 
     Args:
         optimizer: makes the optimizer; AdamW with torch's defaults if not given.
-        schedule: how the learning rate falls after warm-up: not at all, linearly or along a cosine to 0, by a polynomial
-            (linearly, to almost 0), or as the inverse square root of the steps; or a torch scheduler, stepped after
-            every batch (ReduceLROnPlateau after every epoch, by `val/loss`).
+        schedule: how the learning rate falls after warm-up: not at all, linearly or along a cosine to 0, by a
+            polynomial (linearly, to almost 0), or as the inverse square root of the steps; or a torch scheduler,
+            stepped after every batch (ReduceLROnPlateau after every epoch, by `val/loss`).
         warmup: share of all steps over which the learning rate rises linearly from 0; not for torch schedulers.
 
     Raises:

@@ -112,7 +112,7 @@ def report() -> Report:
 
 def test_the_reports_numbers(report: Report, tmp_path) -> None:
     row = report.row("FR")
-    assert row.average == pytest.approx(0.75)
+    assert report.average(row) == pytest.approx(0.75)
     assert report.normalized(row) == pytest.approx((0.6 / 0.8 + 1.0) / 2)
     drop, task = report.worst_drop(row)
     assert (drop, task) == (pytest.approx(-0.2), "a")
