@@ -51,7 +51,7 @@ from freemerge.merging.patterns import select
 from freemerge.models import ConvRouter, FreeModel, choose_threshold
 from freemerge.training import ExpertTrainer, RouterTrainer
 
-SCALES = (0.05, 0.1, 0.15, 0.2, 0.3, 0.5)
+SCALES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5)
 MERGES: dict[str, MergeMethod] = {"task arithmetic": TaskArithmetic(), "TIES": Ties(), "FR": FRMerging()}
 Experts = dict[str, Expert]
 
@@ -177,7 +177,7 @@ class Benchmark:
         best = max(found, key=found.get)
         return {task: expert.scaled(best) for task, expert in experts.items()}
 
-    def trained(self, name: str, start: Callable[[dict[str, Tensor]], Expert]) -> Experts:
+    def trained(self, name: str, start: Callable[[dict[str, Tensor]], Expert], lr: float = 0.0) -> Experts:
         """Our experts: extracted from the residual, then trained against the teacher; kept in the run's folder."""
         experts = {}
         for task in self.tasks:
@@ -189,7 +189,7 @@ class Benchmark:
                     self.heads()[task],
                     self.tuned[task],
                     start(task_vector(self.free, self.tuned[task])),
-                    optimizer=lambda values: torch.optim.Adam(values, lr=self.arguments.lr, betas=(0.9, 0.98)),
+                    optimizer=lambda values: torch.optim.Adam(values, lr=lr, betas=(0.9, 0.98)),
                     cache_teacher=True,
                 )
                 self._trainer(self.arguments.epochs).fit(module, self.suite.for_task(task))
@@ -251,13 +251,17 @@ class Benchmark:
         for density in self.arguments.densities:
             name = f"ours trained, sparse {density}"
             start = lambda residual, density=density: extract(residual, density)  # noqa: E731
-            self.row(name, lambda name=name, start=start: self.measured(self.free, self.trained(name, start)))
+            self.row(
+                name,
+                lambda name=name, start=start: self.measured(self.free, self.trained(name, start, self.arguments.lr)),
+            )
         for density in self.arguments.low_rank_densities:
             name = f"ours trained, low-rank {density}"
             start = lambda residual, density=density: extract_low_rank(  # noqa: E731
                 residual, density=density, vectors=self.arguments.vectors
             )
-            self.row(name, lambda name=name, start=start: self.measured(self.free, self.trained(name, start)))
+            lr = self.arguments.low_rank_lr
+            self.row(name, lambda name=name, start=start: self.measured(self.free, self.trained(name, start, lr)))
         for name in [row for row in self.rows if row.startswith("ours trained") and "routed" not in row]:
             self.row(f"{name}, routed", lambda name=name: self._routed(name))
         self.plot(size)
@@ -320,11 +324,12 @@ def main() -> None:
     parser.add_argument("--test-size", type=int, default=None, help="so many test images of each task")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--epochs", type=int, default=5, help="of each expert's training")
-    parser.add_argument("--lr", type=float, default=1e-2)
+    parser.add_argument("--lr", type=float, default=1e-2, help="of sparse experts")
+    parser.add_argument("--low-rank-lr", type=float, default=3e-3)
     parser.add_argument("--router-epochs", type=int, default=5)
     parser.add_argument("--densities", type=float, nargs="*", default=[0.005, 0.01, 0.019, 0.04])
     parser.add_argument("--low-rank-densities", type=float, nargs="*", default=[0.02, 0.04])
-    parser.add_argument("--vectors", choices=["whole", "none"], default="whole")
+    parser.add_argument("--vectors", choices=["whole", "none"], default="none", help="of low-rank experts")
     parser.add_argument("--twin-ranks", type=int, nargs="*", default=[1, 2, 4])
     warnings.filterwarnings("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
