@@ -17,7 +17,7 @@ import json
 import logging
 import warnings
 from collections.abc import Callable, Mapping
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -177,19 +177,25 @@ class Benchmark:
         best = max(found, key=found.get)
         return {task: expert.scaled(best) for task, expert in experts.items()}
 
-    def trained(self, name: str, start: Callable[[dict[str, Tensor]], Expert], lr: float = 0.0) -> Experts:
+    def trained(self, kind: str, density: float) -> Experts:
         """Our experts: extracted from the residual, then trained against the teacher; kept in the run's folder."""
         experts = {}
         for task in self.tasks:
-            path = self.run / "benchmark" / name / f"{task}.safetensors"
+            path = self.run / "benchmark" / f"{kind} {density}" / f"{task}.safetensors"
             if not path.exists():
                 L.seed_everything(self.arguments.seed, verbose=False)
+                residual = task_vector(self.free, self.tuned[task])
+                if kind == "sparse":
+                    start, lr = extract(residual, density), self.arguments.lr
+                else:
+                    start = extract_low_rank(residual, density=density, vectors=self.arguments.vectors)
+                    lr = self.arguments.low_rank_lr
                 module = ExpertTrainer(
                     self.backbone(self.free),
                     self.heads()[task],
                     self.tuned[task],
-                    start(task_vector(self.free, self.tuned[task])),
-                    optimizer=lambda values: torch.optim.Adam(values, lr=lr, betas=(0.9, 0.98)),
+                    start,
+                    optimizer=partial(torch.optim.Adam, lr=lr, betas=(0.9, 0.98)),
                     cache_teacher=True,
                 )
                 self._trainer(self.arguments.epochs).fit(module, self.suite.for_task(task))
@@ -227,44 +233,38 @@ class Benchmark:
         self.row("base", lambda: {"scores": self.score(self.model(self.base), "test")})
         for name in MERGES:
             self.row(name, lambda name=name: {"scores": self.score(self.model(self.merged(name)), "test")})
-        shared, masked = emr_experts(self.vectors)
-        self.row("EMR", lambda: self.measured(self.base, masked, sum(t.nbytes for t in shared.values())))
-        arithmetic, high_pass = self.merged("task arithmetic"), self.merged("FR")
+        self.row("EMR", self._emr)
         for rank in self.arguments.twin_ranks:
-            twin = lambda rank=rank: {  # noqa: E731
-                task: extract_low_rank(task_vector(arithmetic, weights), rank=rank)
-                for task, weights in self.tuned.items()
-            }
-            self.row(f"Twin, rank {rank}", lambda twin=twin: self.measured(arithmetic, twin()))
+            self.row(f"Twin, rank {rank}", partial(self._twin, rank))
         for density in self.arguments.densities:
-            released = lambda density=density: {  # noqa: E731
-                task: extract(vector, density, scope="row", rescale="released") for task, vector in self.vectors.items()
-            }
-            self.row(f"FREE as released, {density}", lambda released=released: self.measured(high_pass, released()))
-            plain = lambda density=density: {  # noqa: E731
-                task: extract(task_vector(self.free, weights), density) for task, weights in self.tuned.items()
-            }
-            self.row(
-                f"ours extracted, sparse {density}",
-                lambda plain=plain: self.measured(self.free, self.scaled(self.free, plain())),
-            )
-        for density in self.arguments.densities:
-            name = f"ours trained, sparse {density}"
-            start = lambda residual, density=density: extract(residual, density)  # noqa: E731
-            self.row(
-                name,
-                lambda name=name, start=start: self.measured(self.free, self.trained(name, start, self.arguments.lr)),
-            )
+            self.row(f"FREE as released, {density}", partial(self._released, density))
+            self.row(f"ours extracted, sparse {density}", partial(self._extracted, "sparse", density))
         for density in self.arguments.low_rank_densities:
-            name = f"ours trained, low-rank {density}"
-            start = lambda residual, density=density: extract_low_rank(  # noqa: E731
-                residual, density=density, vectors=self.arguments.vectors
-            )
-            lr = self.arguments.low_rank_lr
-            self.row(name, lambda name=name, start=start: self.measured(self.free, self.trained(name, start, lr)))
-        for name in [row for row in self.rows if row.startswith("ours trained") and "routed" not in row]:
-            self.row(f"{name}, routed", lambda name=name: self._routed(name))
+            self.row(f"ours extracted, low-rank {density}", partial(self._extracted, "low-rank", density))
+        sizes = [("sparse", density) for density in self.arguments.densities]
+        for kind, density in sizes + [("low-rank", density) for density in self.arguments.low_rank_densities]:
+            name = f"ours trained, {kind} {density}"
+            trained = self.row(name, partial(self._trained, kind, density))
+            self.row(f"{name}, routed", partial(self._routed, kind, density, trained["bytes"]))
         self.plot(size)
+
+    def _emr(self) -> dict[str, Any]:
+        shared, experts = emr_experts(self.vectors)
+        return self.measured(self.base, experts, sum(tensor.nbytes for tensor in shared.values()))
+
+    def _twin(self, rank: int) -> dict[str, Any]:
+        merged = self.merged("task arithmetic")
+        residuals = {task: task_vector(merged, weights) for task, weights in self.tuned.items()}
+        return self.measured(merged, {task: extract_low_rank(r, rank=rank) for task, r in residuals.items()})
+
+    def _released(self, density: float) -> dict[str, Any]:
+        cut = partial(extract, density=density, scope="row", rescale="released")
+        return self.measured(self.merged("FR"), {task: cut(vector) for task, vector in self.vectors.items()})
+
+    def _extracted(self, kind: str, density: float) -> dict[str, Any]:
+        cut = partial(extract if kind == "sparse" else extract_low_rank, density=density)
+        experts = {task: cut(task_vector(self.free, weights)) for task, weights in self.tuned.items()}
+        return self.measured(self.free, self.scaled(self.free, experts))
 
     def _individual(self) -> dict[str, float]:
         scores = {}
@@ -272,16 +272,17 @@ class Benchmark:
             scores |= self.score(self.model(weights), "test", tasks=(task,))
         return scores
 
-    def _routed(self, name: str) -> dict[str, Any]:
+    def _trained(self, kind: str, density: float) -> dict[str, Any]:
+        return self.measured(self.free, self.trained(kind, density))
+
+    def _routed(self, kind: str, density: float, expert_bytes: int) -> dict[str, Any]:
         router, threshold = self.router()
-        model = FreeModel(
-            self.backbone(self.free), self.heads(), self.trained(name, None), router, threshold=threshold
-        ).eval()
+        experts = self.trained(kind, density)
+        model = FreeModel(self.backbone(self.free), self.heads(), experts, router, threshold=threshold).eval()
         routing = evaluate_routing(model, self.suite.test_dataloader())
-        bytes_ = self.rows[name]["bytes"] + (self.run / "benchmark" / "router.safetensors").stat().st_size // len(
-            self.tasks
-        )
-        return {"scores": self.score(model, "test", routed=True), "bytes": bytes_, "routing": routing.as_dict()}
+        size = (self.run / "benchmark" / "router.safetensors").stat().st_size // len(self.tasks)
+        scores = self.score(model, "test", routed=True)
+        return {"scores": scores, "bytes": expert_bytes + size, "routing": routing.as_dict()}
 
     def plot(self, size: int) -> None:
         """Average accuracy against bytes per task."""
