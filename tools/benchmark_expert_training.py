@@ -3,8 +3,8 @@
     python tools/benchmark_expert_training.py            # ViT-B/32, batch 2: some minutes
 
 A random ViT with random experts takes a few training steps in a process of its own per line. `memory` is by how much
-the largest resident set grows from the loaded backbone to the last step, in multiples of the backbone; `time` is seconds
-per step in multiples of the first line's.
+the largest resident set grows from the loaded backbone to the last step, in multiples of the backbone; `time` is a
+step's, in multiples of the first line's.
 """
 
 from __future__ import annotations
