@@ -125,7 +125,8 @@ def _decode(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Exper
         for name, packed in tensors.items()
         if name not in ("layout", "codes", "scales")
     }
-    own = {key: value for key, value in metadata.items() if key not in ("format", "kind")}
+    # What else is there was written by safetensors and by `checkpoints`, whose keys are dotted.
+    own = {key: value for key, value in metadata.items() if key not in ("format", "kind") and "." not in key}
     return _KINDS[metadata["kind"]].restored(plain, arrays, parts, own)
 
 

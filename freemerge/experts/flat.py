@@ -17,6 +17,7 @@ from freemerge.checkpoints.memory import find_tied
 from freemerge.experts.codec import decode_positions
 from freemerge.experts.expert import check_fits
 from freemerge.experts.packed import PackedExpert
+from freemerge.merging.vectors import working_dtype
 
 
 class FlatWeights:
@@ -94,7 +95,7 @@ class FlatWeights:
                 mask = mask.repeat_interleave(sizes)
                 chosen, added = positions[mask], values[mask]
             entries = buffer[chosen]
-            buffer[chosen] = (entries.float() + added).to(dtype)
+            buffer[chosen] = (entries.to(working_dtype(dtype)) + added).to(dtype)
             saved.append((buffer, chosen, entries))
         return saved
 

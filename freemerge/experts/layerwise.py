@@ -25,8 +25,8 @@ def substituted(module: nn.Module, names: Collection[str], make: Callable[[str, 
         make: (name, the module's own tensor) → the tensor to compute with, the same every time.
 
     Raises:
-        RuntimeError: at the end of the block, if the layer of a tensor did not run though the module did: another
-            module computes with its tensors.
+        RuntimeError: at the end of the block, if the layer of a tensor did not run though its parent did: the parent
+            computes with its tensors.
     """
     layers: dict[nn.Module, _Layer] = {}
     for name in names:
@@ -34,8 +34,11 @@ def substituted(module: nn.Module, names: Collection[str], make: Callable[[str, 
         runs = owner.rpartition(".")[0] if _is_attention_output(module, owner) else owner
         layer = layers.setdefault(module.get_submodule(runs), _Layer(runs, make))
         layer.own[name] = (module.get_submodule(owner), name.rpartition(".")[2])
-    ran: list[bool] = []
-    handles = [module.register_forward_hook(lambda *_: ran.append(True))]
+    ran: set[nn.Module] = set()
+    parents = {layer: module.get_submodule(layer.name.rpartition(".")[0]) for layer in layers.values() if layer.name}
+    handles = [
+        parent.register_forward_pre_hook(lambda ran_one, *_: ran.add(ran_one)) for parent in set(parents.values())
+    ]
     made: dict[int, tuple[str, Tensor]] = {}
     for runs, layer in layers.items():
         handles.append(runs.register_forward_pre_hook(lambda *_, layer=layer: layer.begin(made)))
@@ -46,10 +49,10 @@ def substituted(module: nn.Module, names: Collection[str], make: Callable[[str, 
     finally:
         for handle in handles:
             handle.remove()
-    if ran and (idle := [layer for layer in layers.values() if not layer.ran]):
+    if idle := [layer.name for layer, parent in parents.items() if parent in ran and not layer.ran]:
         raise RuntimeError(
-            f"the layer {idle[0].name!r} never ran by itself, so its changed weights were not used: another module "
-            "computes with them; use `attached`, which writes them in place"
+            f"the layer {idle[0]!r} never ran by itself, so its changed weights were not used: its parent computes with "
+            "them; use `attached`, which writes them in place"
         )
 
 

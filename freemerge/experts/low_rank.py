@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from freemerge.experts.expert import Expert
+from freemerge.merging.vectors import working_dtype
 
 
 @dataclass(frozen=True)
@@ -77,10 +78,11 @@ class LowRankExpert(Expert):
         )
 
     def added(self, name: str, weight: Tensor) -> Tensor:
+        wide = weight.to(working_dtype(weight.dtype))
         if name in self.whole:
-            return (weight.float() + self.whole[name]).to(weight.dtype)
-        matrix = weight.reshape(matrix_shape(self.shapes[name])).float()
-        return torch.addmm(matrix, self.left[name], self.right[name]).view(weight.shape).to(weight.dtype)
+            return (wide + self.whole[name]).to(weight.dtype)
+        left, right = self.left[name].to(wide.dtype), self.right[name].to(wide.dtype)
+        return torch.addmm(wide.reshape(matrix_shape(weight.shape)), left, right).view(weight.shape).to(weight.dtype)
 
     def structure(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         ranks = {name: left.shape[1] for name, left in self.left.items()}

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from freemerge.experts.expert import Expert
 from freemerge.merging import EMRMerging, emr_task_vector, merge_task_vectors
+from freemerge.merging.vectors import working_dtype
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,8 @@ class MaskedExpert(Expert):
 
     def added(self, name: str, weight: Tensor) -> Tensor:
         mask = _unpack_bits(self.masks[name], weight.numel()).view(weight.shape)
-        return (weight.float() + self.rescaler * mask * self.shared[name]).to(weight.dtype)
+        wide = weight.to(working_dtype(weight.dtype))
+        return (wide + self.rescaler * mask * self.shared[name]).to(weight.dtype)
 
     def structure(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         layout = [[name, list(shape)] for name, shape in self.shapes.items()]

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from freemerge.experts.codec import decode_positions, encode_positions
 from freemerge.experts.expert import Expert
+from freemerge.merging.vectors import working_dtype
 
 
 @dataclass(frozen=True)
@@ -61,8 +62,8 @@ class SparseExpert(Expert):
     def added(self, name: str, weight: Tensor) -> Tensor:
         flat = weight.reshape(-1)
         index, value = self.indices[name], self.values[name]
-        if weight.dtype == torch.float32:  # adding in place of copying and gathering, for training
-            return flat.index_add(0, index, value).view(weight.shape)
+        if weight.dtype == working_dtype(weight.dtype):  # nothing to round; the cheaper way to train
+            return flat.index_add(0, index, value.to(weight.dtype)).view(weight.shape)
         return flat.index_copy(0, index, (flat[index].float() + value).to(weight.dtype)).view(weight.shape)
 
     def structure(self) -> tuple[dict[str, Any], dict[str, Tensor]]:

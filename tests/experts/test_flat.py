@@ -41,7 +41,7 @@ def test_ten_thousand_random_switches_leave_every_bit(dtype: torch.dtype, tmp_pa
     assert all(torch.equal(before[name], tensor) for name, tensor in module.state_dict().items())
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_an_attached_expert_is_the_sum_rounded_once(dtype: torch.dtype, tmp_path) -> None:
     module, (expert,) = network(dtype), experts_of(network(dtype), 1, tmp_path)
     with attached(copy.deepcopy(module), expert) as reference:

@@ -105,6 +105,9 @@ def test_weights_that_another_module_computes_with_are_reported_and_an_error_res
         substituted(module, ["inner.weight"], lambda _, weight: weight + 1),
     ):
         module(torch.ones(1, 3))
+    module.branch = nn.Sequential(nn.Linear(3, 3))  # no part of the pass at all: nothing is lost
+    with substituted(module, ["branch.0.weight"], lambda _, weight: weight + 1):
+        module(torch.ones(1, 3))
     own = network()
     before = own[0].weight
     with pytest.raises(RuntimeError), substituted(own, ["0.weight"], lambda _, weight: weight + 1):

@@ -4,13 +4,13 @@ import json
 
 import pytest
 import torch
+from freemerge.merging.command import build_parser, run
 from peft import LoraConfig, get_peft_model
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from freemerge.checkpoints import open_checkpoint, save_checkpoint
 from freemerge.checkpoints.vocabulary import moved_tokens, vocabulary_size
 from freemerge.merging import FRMerging, MergeError, PCBMerging, TaskArithmetic, WeightAverage, merge
-from freemerge.merging.command import build_parser, run
 from tests.merging.merging_models import METHODS
 
 ROWS = {"base": 10, "more": 12, "fewer": 8, "same": 10}
