@@ -52,7 +52,7 @@ from freemerge.models import ConvRouter, FreeModel, choose_threshold
 from freemerge.training import ExpertTrainer, RouterTrainer
 
 SCALES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5)
-MERGES: dict[str, MergeMethod] = {"task arithmetic": TaskArithmetic(), "TIES": Ties(), "FR": FRMerging()}
+MERGES: dict[str, MergeMethod] = {"task arithmetic": TaskArithmetic(1.0), "TIES": Ties(), "FR": FRMerging()}
 Experts = dict[str, Expert]
 
 

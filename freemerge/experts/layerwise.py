@@ -51,8 +51,8 @@ def substituted(module: nn.Module, names: Collection[str], make: Callable[[str, 
             handle.remove()
     if idle := [layer.name for layer, parent in parents.items() if parent in ran and not layer.ran]:
         raise RuntimeError(
-            f"the layer {idle[0]!r} never ran by itself, so its changed weights were not used: its parent computes with "
-            "them; use `attached`, which writes them in place"
+            f"the layer {idle[0]!r} never ran by itself, so its changed weights were not used: its parent computes "
+            "with them; use `attached`, which writes them in place"
         )
 
 
