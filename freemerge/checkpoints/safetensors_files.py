@@ -15,6 +15,7 @@ import struct
 import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -112,8 +113,10 @@ def open_safetensors(paths: Iterable[Path], label: str, index: Index | None = No
     place: dict[str, SafetensorsFile] = {}
     specs: dict[str, TensorSpec] = {}
     tied: dict[str, str] = {}
+    metadata: dict[str, str] = {}
     for path in paths:
         file = SafetensorsFile(path)
+        metadata |= file.metadata
         for name, spec in file.specs.items():
             if name in place:
                 raise CheckpointError(f"{path}: the tensor '{name}' is also in {place[name].path}; keep one of them")
@@ -122,7 +125,7 @@ def open_safetensors(paths: Iterable[Path], label: str, index: Index | None = No
     if index is not None:
         index.check({name: file.path for name, file in place.items()}, tied)
     tied = {name: first for name, first in tied.items() if name not in specs}
-    return Checkpoint(label, specs, lambda name, run: place[name].read(name, run), tied=tied)
+    return Checkpoint(label, specs, lambda name, run: place[name].read(name, run), tied=tied, metadata=metadata)
 
 
 def write_safetensors(
@@ -148,28 +151,14 @@ def write_safetensors(
         ValueError: the stream does not match `specs`.
     """
     path = Path(path)
-    order = storage_order(specs)
-    notes = _notes(specs, metadata or {}, tied or {})
-    notes[DIGEST] = digest_table({name: specs[name] for name in order}, notes)
-    header: dict[str, object] = {"__metadata__": notes}
-    offset = 0
-    for name in order:
-        shape, dtype = specs[name]
-        if dtype not in _CODES:
-            raise CheckpointError(f"{path}: safetensors has no {dtype}, the dtype of the tensor '{name}'")
-        size = torch.Size(shape).numel() * dtype.itemsize
-        header[name] = {"dtype": _CODES[dtype], "shape": list(shape), "data_offsets": [offset, offset + size]}
-        offset += size
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # keeps the data aligned
-
+    head = lay_out(path, specs, metadata, tied).head
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
         with os.fdopen(handle, "wb") as file:
-            file.write(struct.pack("<Q", len(text)) + text)
-            for expected, (name, tensor) in zip(order, tensors, strict=True):
+            file.write(head)
+            for expected, (name, tensor) in zip(storage_order(specs), tensors, strict=True):
                 if name != expected or TensorSpec(tuple(tensor.shape), tensor.dtype) != specs[name]:
                     raise ValueError(f"{path}: expected the tensor '{expected}' {specs[expected]}, got '{name}'")
                 if tensor.numel():
@@ -178,10 +167,7 @@ def write_safetensors(
             os.fsync(file.fileno())
         if SafetensorsFile(temporary).specs != dict(specs):
             raise CheckpointError(f"{path}: what was written does not read back; is the disk full?")
-        # mkstemp makes private files; give this one the permissions that any new file would have had.
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(temporary, 0o666 & ~mask)
+        make_public(temporary, 0o666)  # mkstemp makes private files
         os.replace(temporary, path)
         sync_folder(path.parent)
     except OSError as error:
@@ -190,6 +176,55 @@ def write_safetensors(
         if temporary is not None:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(temporary)
+
+
+class Layout(NamedTuple):
+    """Where everything lies in a safetensors file."""
+
+    head: bytes  # what precedes the data
+    places: dict[str, tuple[int, int]]  # name → its first byte in the file and the one after its last
+
+    @property
+    def size(self) -> int:
+        """Bytes of the file."""
+        return max((stop for _, stop in self.places.values()), default=len(self.head))
+
+
+def lay_out(
+    path: Path,
+    specs: Mapping[str, TensorSpec],
+    metadata: Mapping[str, str] | None = None,
+    tied: Mapping[str, str] | None = None,
+) -> Layout:
+    """Plan a file, so that its tensors can be written in any order; see `write_safetensors`.
+
+    Raises:
+        CheckpointError: a dtype that the format does not have.
+    """
+    order = storage_order(specs)
+    notes = _notes(specs, metadata or {}, tied or {})
+    notes[DIGEST] = digest_table({name: specs[name] for name in order}, notes)
+    header: dict[str, object] = {"__metadata__": notes}
+    places = {}
+    offset = 0
+    for name in order:
+        shape, dtype = specs[name]
+        if dtype not in _CODES:
+            raise CheckpointError(f"{path}: safetensors has no {dtype}, the dtype of the tensor '{name}'")
+        places[name] = (offset, offset + torch.Size(shape).numel() * dtype.itemsize)
+        header[name] = {"dtype": _CODES[dtype], "shape": list(shape), "data_offsets": list(places[name])}
+        offset = places[name][1]
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # keeps the data aligned
+    head = struct.pack("<Q", len(text)) + text
+    return Layout(head, {name: (len(head) + begin, len(head) + stop) for name, (begin, stop) in places.items()})
+
+
+def make_public(path: str | os.PathLike[str], mode: int) -> None:
+    """Give a temporary file or folder the permissions that any new one would have had."""
+    mask = os.umask(0)
+    os.umask(mask)
+    os.chmod(path, mode & ~mask)
 
 
 def _look_tied(metadata: Mapping[str, str], specs: Mapping[str, TensorSpec]) -> dict[str, str]:

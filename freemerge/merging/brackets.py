@@ -8,10 +8,10 @@ counted coarsely, by the upper bits of the numbers, which leaves a bracket for a
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 from torch import Tensor
 
 _COUNTERS = 1 << 21  # one counter per number up to this width: 16 MiB a bracket
@@ -21,6 +21,8 @@ _COARSE_BITS = 16  # else 2¹⁶ counters, and at most 2¹⁶ numbers behind eac
 
 class Bracket:
     """Counts values against an interval [low, high] to find the value of a rank, if it lies there.
+
+    Several threads may show it values at once.
 
     Args:
         low: lower end, float32; −inf for none.
@@ -33,6 +35,7 @@ class Bracket:
         self.low, self.high, self.rank = np.float32(low), np.float32(high), rank
         self._below = 0
         self._first = int(_key(self.low))
+        self._lock = threading.Lock()
         width = int(_key(self.high)) - self._first + 1
         self._collected: np.ndarray | None = None
         self._size = 0
@@ -44,35 +47,56 @@ class Bracket:
             return
         if width > _COUNTERS:
             self._shift = max(width.bit_length() - _COARSE_BITS, 0)
-        self._counts = torch.zeros(((width - 1) >> self._shift) + 1, dtype=torch.int64)
+        self._counts = np.zeros(((width - 1) >> self._shift) + 1, dtype=np.int64)
 
     def see(self, values: Tensor) -> None:
-        """Count the values of one batch, (n,) float32 on the CPU."""
-        array = values.numpy()
-        if not len(array) or (self.low == -np.inf and self.high < np.inf and array.min() > self.high):
-            return
-        if self.low > -np.inf and self.high == np.inf and array.max() < self.low:
-            self._below += len(array)  # at the ends of a distribution most batches hold nothing
-            return
-        if self.low > -np.inf or self.high < np.inf:
-            self._below += int(np.count_nonzero(array < self.low))
-            mask = array >= self.low
-            mask &= array <= self.high
-            array = array[np.flatnonzero(mask)]
-        if self._collected is None:
-            self._count(torch.from_numpy(_key(array)))
-        else:
-            self._size += len(array)
-            if self._size <= _COLLECTED:  # beyond that `answer` gives up
-                self._collected[self._size - len(array) : self._size] = array
+        """Count the values of one batch, (n,) float32."""
+        within, below = _within(values, self.low, self.high)
+        if self._collected is None and len(within):
+            # In two steps, as the distance of two int32 keys may be none.
+            within = _key(within).astype(np.int64)
+            within -= self._first
+            within >>= self._shift
+            bins, counts = np.unique(within, return_counts=True) if 8 * len(within) < len(self._counts) else (within, 1)
+        with self._lock:
+            self._below += below
+            if self._collected is not None:
+                self._collect(within)
+            elif len(within):
+                self._count(bins, counts)
 
-    def _count(self, keys: Tensor) -> None:
-        # In two steps, as the distance of two int32 keys may be none.
-        bins = (keys.long() - self._first >> self._shift) if self._shift else keys - self._first
-        if 8 * len(bins) < len(self._counts):  # a bincount would touch every counter for a few values
-            self._counts.index_add_(0, bins, torch.ones(len(bins), dtype=torch.int64))
+    def add(self, other: Bracket) -> None:
+        """Take over what an equal bracket has counted elsewhere."""
+        self._below += other._below
+        if self._collected is not None:
+            self._collect(other._collected[: min(other._size, _COLLECTED)])
+            self._size += max(0, other._size - _COLLECTED)
         else:
-            self._counts += torch.bincount(bins, minlength=len(self._counts))
+            self._counts += other._counts
+
+    def __getstate__(self) -> dict[str, object]:
+        """For another process: without the lock, and with no more of the buffer than is used."""
+        state = {**self.__dict__, "_lock": None}
+        if self._collected is not None:
+            state["_collected"] = self._collected[: min(self._size, _COLLECTED)].copy()
+        return state
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        self.__dict__.update(state, _lock=threading.Lock())
+        if self._collected is not None:
+            held, self._collected = self._collected, np.empty(_COLLECTED, dtype=np.float32)
+            self._collected[: len(held)] = held
+
+    def _collect(self, values: np.ndarray) -> None:
+        self._size += len(values)
+        if self._size <= _COLLECTED:  # beyond that `answer` gives up
+            self._collected[self._size - len(values) : self._size] = values
+
+    def _count(self, bins: np.ndarray, counts: np.ndarray | int) -> None:
+        if isinstance(counts, int):  # many values: cheaper all at once than sorted first
+            self._counts += np.bincount(bins, minlength=len(self._counts))
+        else:
+            self._counts[bins] += counts
 
     def answer(self) -> float | Bracket | None:
         """The value of the rank; or a narrower bracket for another pass; None if it lies outside the bracket."""
@@ -83,15 +107,33 @@ class Bracket:
             if self._size > _COLLECTED or within >= self._size:
                 return None
             return float(np.partition(self._collected[: self._size], within)[within])
-        cumulative = self._counts.cumsum(0)
+        cumulative = self._counts.cumsum()
         if within >= cumulative[-1]:
             return None
-        index = int(torch.searchsorted(cumulative, within, right=True))
+        index = int(np.searchsorted(cumulative, within, side="right"))
         key = self._first + (index << self._shift)
         if self._shift == 0:
             return _float(key)
         last = min(key + (1 << self._shift) - 1, int(_key(self.high)))
         return Bracket(_float(key), _float(last), self.rank, expected=float(self._counts[index]))
+
+
+def _within(values: Tensor, low: np.float32, high: np.float32) -> tuple[np.ndarray, int]:
+    """The values in [low, high], and how many lie below."""
+    if values.device.type != "cpu":  # next to nothing of it need be copied
+        below = int((values < float(low)).sum())
+        return values[(values >= float(low)) & (values <= float(high))].cpu().numpy(), below
+    array = values.numpy()
+    mask = None
+    below = 0
+    if low > -np.inf:
+        mask = array >= low
+        below = len(array) - int(np.count_nonzero(mask))
+        if below == len(array):
+            return array[:0], below  # at the ends of a distribution most batches hold nothing
+    if high < np.inf:
+        mask = array <= high if mask is None else np.logical_and(mask, array <= high, out=mask)
+    return (array if mask is None else array[np.flatnonzero(mask)]), below
 
 
 def make_brackets(sample: Tensor, ranks: Sequence[int], total: int) -> list[list[Bracket]]:

@@ -61,17 +61,24 @@ class Dare(MergeMethod):
     def elementwise(self) -> bool:
         return self.method.elementwise
 
+    @property
+    def finishes(self) -> bool:
+        return self.method.finishes
+
+    @property
+    def passes(self) -> int:
+        return self.method.passes
+
     def survey(self, vectors: Vectors) -> DareStatistics:
         """Let the method behind survey the thinned vectors."""
 
-        def read(name: str) -> Tensor:
-            return self._thin(name, 0, vectors.read(name), vectors.labels)
+        def thin(name: str, deltas: Tensor) -> Tensor:
+            return self._thin(name, 0, deltas, vectors.labels)
 
-        def read_piece(piece: Piece) -> Tensor:
-            return self._thin(piece.name, piece.start, vectors.read_piece(piece), vectors.labels)
+        def thin_piece(piece: Piece, deltas: Tensor) -> Tensor:
+            return self._thin(piece.name, piece.start, deltas, vectors.labels)
 
-        thinned = Vectors(vectors.labels, vectors.shapes, read, read_piece if vectors.cuts else None)
-        return DareStatistics(vectors.labels, self.method.survey(thinned))
+        return DareStatistics(vectors.labels, self.method.survey(vectors.through(thin, thin_piece)))
 
     def combine(self, name: str, deltas: Tensor, statistics: DareStatistics) -> Tensor:
         thinned = self._thin(name, 0, deltas, statistics.labels)
@@ -79,7 +86,10 @@ class Dare(MergeMethod):
 
     def combine_run(self, name: str, start: int, deltas: Tensor, statistics: DareStatistics) -> Tensor:
         thinned = self._thin(name, start, deltas, statistics.labels)
-        return self.method.combine_run(name, start, thinned, statistics.inner) * self.scale
+        return self.method.combine_run(name, start, thinned, statistics.inner) * (1 if self.finishes else self.scale)
+
+    def finish(self, name: str, merged: Tensor) -> Tensor:
+        return self.method.finish(name, merged) * self.scale
 
     def _thin(self, name: str, start: int, deltas: Tensor, labels: Sequence[str]) -> Tensor:
         """(K, *shape) or (K, n) from position `start` on → the same, thinned in place."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from freemerge.merging.filters import Filter, NyquistDisc
 from freemerge.merging.method import MergeMethod, require, require_number, weighted_sum
+from freemerge.merging.threads import each
 from freemerge.merging.vectors import Vectors
 
 _NAMED = ("align", "mean", "uniform")
@@ -48,29 +50,54 @@ class FRMerging(MergeMethod):
             require_number(self, "coefficients", self.coefficients)
         require_number(self, "scale", self.scale)
 
+    @property
+    def elementwise(self) -> bool:
+        return self.coefficients != "align"  # the sum is; its filter finishes it
+
+    @property
+    def finishes(self) -> bool:
+        return self.elementwise
+
+    @property
+    def passes(self) -> int:
+        return 2 if self.coefficients == "mean" else 1
+
     def survey(self, vectors: Vectors) -> Tensor | None:
         """The paper's λ over the whole model, (K,) float64; None for the other coefficients."""
         if self.coefficients != "mean":
             return None
-        totals = torch.zeros(len(vectors.labels), dtype=torch.float64)
-        for deltas in vectors.pieces():
-            totals += deltas.abs_().sum(1, dtype=torch.float64).cpu()  # float64: no drift over billions of entries
+        parts: list[list[float]] = [[0.0] * len(vectors.labels)]
+        # In float64 there is no drift over billions of entries, and `fsum` is exact, so that no order counts.
+        vectors.scan(lambda deltas: parts.append(deltas.abs_().sum(1, dtype=torch.float64).tolist()))
+        gathered = [row for part in vectors.gather(parts) for row in part]
+        totals = torch.tensor([math.fsum(column) for column in zip(*gathered, strict=True)], dtype=torch.float64)
         return totals / totals.sum().clamp(min=torch.finfo(torch.float64).tiny)
 
     def combine(self, name: str, deltas: Tensor, statistics: Tensor | None) -> Tensor:
+        if self.coefficients != "align":
+            return self.finish(name, self.combine_run(name, 0, deltas, statistics))
+        magnitudes = torch.tensor(each(self._filter, list(deltas)), dtype=torch.float64)  # (K, 2)
+        weights = alignment(magnitudes[:, 1], magnitudes[:, 0]) * torch.as_tensor(self.scale, dtype=torch.float64)
+        return weighted_sum(deltas, weights)
+
+    def combine_run(self, name: str, start: int, deltas: Tensor, statistics: Tensor | None) -> Tensor:
         scale = torch.as_tensor(self.scale, dtype=torch.float64)
-        if self.coefficients == "align":
-            before = _magnitudes(deltas)
-            for delta in deltas:
-                delta.copy_(self.filter(delta))
-            return weighted_sum(deltas, alignment(_magnitudes(deltas), before) * scale)
         if statistics is not None:
             weights = statistics * scale
         elif self.coefficients == "uniform":
             weights = scale.expand(len(deltas))
         else:
             weights = torch.tensor(self.coefficients, dtype=torch.float64) * scale
-        return self.filter(weighted_sum(deltas, weights))
+        return weighted_sum(deltas, weights)
+
+    def finish(self, name: str, merged: Tensor) -> Tensor:
+        return self.filter(merged)
+
+    def _filter(self, delta: Tensor) -> tuple[float, float]:
+        """Filter one vector in place; E|v| and E|G(v)|."""
+        before = _magnitude(delta)
+        delta.copy_(self.filter(delta))
+        return before, _magnitude(delta)
 
 
 def alignment(after: Tensor, before: Tensor) -> Tensor:
@@ -90,6 +117,6 @@ def alignment(after: Tensor, before: Tensor) -> Tensor:
     return torch.where(something, after.max() / after, 0.0)
 
 
-def _magnitudes(deltas: Tensor) -> Tensor:
-    """E|v_k|: (K, *shape) float32 → (K,) float64 on the CPU."""
-    return torch.stack([delta.abs().mean(dtype=torch.float64) for delta in deltas]).cpu()
+def _magnitude(delta: Tensor) -> float:
+    """E|v|, in float64."""
+    return float(delta.abs().mean(dtype=torch.float64))

@@ -47,6 +47,16 @@ class MergeMethod(ABC):
         """
         return False
 
+    @property
+    def finishes(self) -> bool:
+        """Whether an elementwise method's pieces, joined to a whole tensor, still have to go through `finish`."""
+        return False
+
+    @property
+    def passes(self) -> int:
+        """How many times the models are read, the merge itself included, unless a sample misleads."""
+        return 1
+
     def check(self, labels: Sequence[str]) -> None:
         """Raise a `MergeError` if the method cannot merge these models; called before any work.
 
@@ -67,8 +77,9 @@ class MergeMethod(ABC):
         """Gather what `combine` has to know of all tensors; by default nothing, without a pass.
 
         Args:
-            vectors: iterating yields (name, deltas) with deltas (K, *shape) float32, `vectors.pieces()` yields (K, n)
-                pieces; each can be done again, and costs a pass over the models.
+            vectors: iterating yields (name, deltas) with deltas (K, *shape) float32; `vectors.scan` shows pieces (K, n)
+                in any order, and shares the work between threads and processes. Each can be done again, and costs a
+                pass over the models.
 
         Returns:
             Statistics for `combine`, or None.
@@ -103,6 +114,18 @@ class MergeMethod(ABC):
             (n,) float32.
         """
         return self.combine(name, deltas, statistics)
+
+    def finish(self, name: str, merged: Tensor) -> Tensor:
+        """What becomes of a whole tensor that was merged by pieces; for methods with `finishes` only.
+
+        Args:
+            name: the tensor's name.
+            merged: its pieces from `combine_run`, (*shape) float32; may be overwritten.
+
+        Returns:
+            The merged task vector, (*shape) float32.
+        """
+        return merged
 
 
 def _key(value: object) -> Hashable:

@@ -11,6 +11,7 @@ from torch import Tensor
 from freemerge.merging.filters import Filter
 from freemerge.merging.method import MergeMethod, require, require_number, weighted_sum
 from freemerge.merging.ranks import order_statistics
+from freemerge.merging.threads import each
 from freemerge.merging.vectors import Vectors, flat
 
 
@@ -76,30 +77,33 @@ class PCBMerging(MergeMethod):
     def elementwise(self) -> bool:
         return self.filter is None
 
+    @property
+    def passes(self) -> int:
+        return 3 if self.filter is None else 5
+
     def survey(self, vectors: Vectors) -> PCBStatistics | None:
         """Find the clamp of the magnitudes and the range of the scores that take part, exactly."""
         total = vectors.numel
         if total == 0:
             return None
 
-        def values():
-            return vectors.pieces() if self.filter is None else (self._filtered(deltas) for _, deltas in vectors)
+        if self.filter is not None:
+            vectors = vectors.through(lambda name, deltas: self._filtered(deltas))
+        sample = vectors.sample()  # empty with a filter: filtered vectors would cost the transforms of a whole pass
+        shape = (len(vectors.labels), total)
 
-        def magnitudes():
-            return (piece.abs_() for piece in values())
+        def magnitudes(see):
+            vectors.scan(lambda deltas: see(deltas.abs_()))
 
-        def scores():
-            return (self._scores(piece, low, high) for piece in values())
-
-        # A sample of filtered vectors would cost the transforms of a whole pass.
-        sample = vectors.sample() if self.filter is None else None
+        def scores(see):
+            vectors.scan(lambda deltas: see(self._scores(deltas, low, high)))
 
         first = int(total * self.clip)
         last = max(int(total * (1 - self.clip) - 1), first)
-        bounds = order_statistics(magnitudes, [first, last], total, None if sample is None else sample.abs())
+        bounds = order_statistics(magnitudes, [first, last], shape, sample.abs(), vectors.gather)
         low, high = bounds[:, :1], bounds[:, 1:]
         ranks = [min(int(total * (1 - self.ratio)), total - 1), total - 1]
-        range_ = order_statistics(scores, ranks, total, None if sample is None else self._scores(sample, low, high))
+        range_ = order_statistics(scores, ranks, shape, self._scores(sample, low, high), vectors.gather)
         return PCBStatistics(low, high, range_[:, :1], range_[:, 1:])
 
     def combine(self, name: str, deltas: Tensor, statistics: PCBStatistics | None) -> Tensor:
@@ -121,8 +125,7 @@ class PCBMerging(MergeMethod):
     def _filtered(self, deltas: Tensor) -> Tensor:
         """(K, *shape) → (K, n), through the filter if there is one, which works in place."""
         if self.filter is not None:
-            for delta in deltas:
-                delta.copy_(self.filter(delta))
+            each(lambda delta: delta.copy_(self.filter(delta)), list(deltas))
         return flat(deltas)
 
     def _scores(self, values: Tensor, low: Tensor, high: Tensor) -> Tensor:

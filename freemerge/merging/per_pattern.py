@@ -59,6 +59,14 @@ class PerPattern(MergeMethod):
     def elementwise(self) -> bool:
         return all(method.elementwise for method in self._methods)
 
+    @property
+    def finishes(self) -> bool:
+        return any(method.finishes for method in self._methods)
+
+    @property
+    def passes(self) -> int:
+        return max(method.passes for method in self._methods)
+
     def check(self, labels: Sequence[str]) -> None:
         super().check(labels)
         for method in self._methods:
@@ -93,7 +101,11 @@ class PerPattern(MergeMethod):
 
     def combine_run(self, name: str, start: int, deltas: Tensor, statistics: PatternStatistics) -> Tensor:
         index = self._index(name)
-        return self._methods[index].combine_run(name, start, deltas, statistics.inner[index]) * self.scale
+        merged = self._methods[index].combine_run(name, start, deltas, statistics.inner[index])
+        return merged if self.finishes else merged * self.scale
+
+    def finish(self, name: str, merged: Tensor) -> Tensor:
+        return self._methods[self._index(name)].finish(name, merged) * self.scale
 
     def _index(self, name: str) -> int:
         """The position among `_methods` of the one that merges a tensor."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -16,9 +17,14 @@ from torch import Tensor
 from freemerge.checkpoints import Checkpoint, TensorSpec
 from freemerge.merging.errors import MergeError
 from freemerge.merging.patterns import select, unmatched
+from freemerge.merging.processes import Processes
+from freemerge.merging.quantized import find_quantized
 from freemerge.merging.streaming import Piece
+from freemerge.merging.threads import each
 from freemerge.merging.vectors import Vectors, differences, working_dtype
 from freemerge.merging.vocabulary import is_vocabulary, match_rows
+
+_DEVICE_PIECE = 1 << 25  # 128 MiB in float32: a copy of which is long against its start
 
 
 class Operands(NamedTuple):
@@ -43,6 +49,7 @@ class Plan:
         dtype: of the merged model's floating-point tensors; None for the base's own.
         embeddings: what became of vocabularies that differ, see `match_rows`.
         rows: of tensors whose vocabularies differ: how many leading rows of each model take part.
+        device: where to compute; None for where the tensors are.
     """
 
     base: Checkpoint
@@ -53,6 +60,7 @@ class Plan:
     dtype: torch.dtype | None
     embeddings: str = "error"
     rows: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    device: torch.device | None = None
 
     @property
     def specs(self) -> dict[str, TensorSpec]:
@@ -68,14 +76,39 @@ class Plan:
         dtype = self.base.spec(name).dtype
         return self.dtype if self.dtype is not None and dtype.is_floating_point else dtype
 
-    def vectors(self) -> Vectors:
-        """The models' task vectors, computed from the checkpoints whenever they are asked for."""
+    @property
+    def shapes(self) -> dict[str, torch.Size]:
+        """Shapes of the tensors to merge."""
+        return {name: torch.Size(self.base.spec(name).shape) for name in self.merged}
+
+    @cached_property
+    def home(self) -> torch.device:
+        """Where the base's tensors are."""
+        return self.base.run(self.merged[0], 0, 0).device
+
+    @property
+    def piece(self) -> int | None:
+        """Values of all models together in one piece; None for what suits a processor's cache."""
+        return None if self.device is None or self.device.type == "cpu" else _DEVICE_PIECE
+
+    def vectors(self, processes: Processes | None = None) -> Vectors:
+        """The models' task vectors, computed from the checkpoints whenever they are asked for.
+
+        Args:
+            processes: those that share the passes.
+        """
         return Vectors(
             [model.label for model in self.models],
-            {name: self.base.spec(name).shape for name in self.merged},
+            self.shapes,
             lambda name: self.read(name).deltas,
             lambda piece: self.read(piece).deltas,
+            processes,
+            self.piece,
         )
+
+    def read_base(self, what: str | Piece) -> Tensor:
+        """The base's values of a tensor, or of a piece of one, as stored."""
+        return self._placed(_read(self.base, what))
 
     def read(self, what: str | Piece) -> Operands:
         """Read the base's values of a tensor, or of a piece of one, and what the models add to them.
@@ -84,28 +117,43 @@ class Plan:
             MergeError: a value is NaN or infinite.
         """
         name = what.name if isinstance(what, Piece) else what
-        base = _read(self.base, what)
+        base = self.read_base(what)
         deltas = torch.empty(len(self.models), *base.shape, dtype=torch.float32, device=base.device)
         reference = base.to(working_dtype(base.dtype))  # converted once, not once per model
-        single = None
-        for index, (model, row) in enumerate(zip(self.models, deltas, strict=True)):
+
+        def read_delta(index: int) -> Tensor | None:
+            """Write a model's difference, and return its own values, if it has such."""
+            model, row = self.models[index], deltas[index]
             if not model.has(name):  # an adapter that leaves this tensor as it is
                 row.zero_()
-            elif name in self.rows:
-                single = _read_rows(model, what, self.rows[name][index], reference, row)
-            elif name in model.deltas:
-                row.copy_(_read(model, what))
-            else:
-                single = _read(model, what)
-                differences(reference, [single], out=row[None])
+                return None
+            if name in self.rows:
+                return _read_rows(model, what, self.rows[name][index], reference, row)
+            values = self._placed(_read(model, what))
+            if name in model.deltas:
+                row.copy_(values)
+                return None
+            differences(reference, [values], out=row[None])
+            return values if len(self.models) == 1 else None
+
+        indices = range(len(self.models))
+        own = [read_delta(index) for index in indices] if isinstance(what, Piece) else each(read_delta, indices)
         # One sum finds any NaN or infinity; only when it does (or overflows) is it worth asking where.
         if not bool(torch.isfinite(deltas.sum())):
             for checkpoint in (self.base, *self.models):
                 if name in checkpoint:
                     _require_finite(checkpoint.label, name, checkpoint.tensor(name))
-        return Operands(
-            base, deltas, single if len(self.models) == 1 else None, what.start if isinstance(what, Piece) else None
-        )
+        single = own[0] if len(own) == 1 else None
+        return Operands(base, deltas, single, what.start if isinstance(what, Piece) else None)
+
+    def _placed(self, values: Tensor) -> Tensor:
+        """Values where they are computed with."""
+        if self.device is None or values.device == self.device:
+            return values
+        if self.device.type != "cuda":
+            return values.to(self.device)
+        # From pinned memory a copy runs beside other threads' arithmetic, and is half as long.
+        return values.pin_memory().to(self.device, non_blocking=True)
 
 
 def make_plan(
@@ -115,6 +163,7 @@ def make_plan(
     exclude: Sequence[str] | None = None,
     dtype: torch.dtype | None = None,
     embeddings: str = "error",
+    device: torch.device | None = None,
 ) -> Plan:
     """Check that the models fit the base and decide what becomes of every tensor.
 
@@ -128,6 +177,7 @@ def make_plan(
         exclude: patterns of the tensors to keep as in the base.
         dtype: of the result's floating-point tensors; None for the base's own.
         embeddings: what to do with vocabularies that differ, see `merge`.
+        device: where to compute; None for where the tensors are.
 
     Raises:
         MergeError: nothing to merge, a pattern that matches nothing, a tensor that is missing, extra or of another
@@ -149,6 +199,12 @@ def make_plan(
             raise MergeError(f"{argument}: the pattern '{nothing[0]}' matches no tensor of any model; is it misspelt?")
 
     selected = set(select(everything, include, exclude))
+    for checkpoint in (base, *models):
+        if quantized := find_quantized(checkpoint, selected):
+            raise MergeError(
+                f"{checkpoint.label}: the tensor '{quantized[0]}' is quantized, its scales are in '{quantized[1]}'; "
+                "dequantize the model first (load it with transformers in bfloat16 and save it)"
+            )
     tied = {name: first for name, first in base.tied.items() if name in base and _tied_everywhere(name, first, models)}
     floating = [name for name in base.names if base.spec(name).dtype.is_floating_point and name not in tied]
     merged = tuple(name for name in floating if name in selected)
@@ -158,7 +214,7 @@ def make_plan(
     rows = match_rows(base, models, merged, embeddings)
     if not merged:
         raise MergeError("include and exclude leave no floating-point tensor of the base to merge")
-    return Plan(base, models, merged, kept, tied, dtype, embeddings, rows)
+    return Plan(base, models, merged, kept, tied, dtype, embeddings, rows, device)
 
 
 def _read(checkpoint: Checkpoint, what: str | Piece) -> Tensor:

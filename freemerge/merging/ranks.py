@@ -10,31 +10,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from freemerge.merging.brackets import Bracket, make_brackets
+from freemerge.merging.threads import each
 
 _PARTITIONED = 1 << 20  # values of a row that are partitioned in memory if they are all; with a sample fewer
 _PARTITIONED_DESPITE_SAMPLE = 1 << 14
 _BATCH = 1 << 15  # values of a row compared with the brackets at a time: they fit in the cache
 
-Stream = Callable[[], Iterable[Tensor]]
+_Value = TypeVar("_Value")
+Scan = Callable[[Callable[[Tensor], None]], None]
+Gather = Callable[[_Value], "list[_Value]"]
 
 
-def order_statistics(stream: Stream, ranks: Sequence[int], total: int, sample: Tensor | None = None) -> Tensor:
-    """Ascending order statistics of every row of a streamed matrix.
+def order_statistics(
+    scan: Scan,
+    ranks: Sequence[int],
+    shape: tuple[int, int],
+    sample: Tensor | None = None,
+    gather: Gather = lambda value: [value],
+) -> Tensor:
+    """Ascending order statistics of every row of a matrix that is only seen in blocks.
 
     Args:
-        stream: a function that starts a new pass; each pass yields blocks (K, n) float32 without NaN, the same values
-            every time.
+        scan: makes a pass: calls what it is given with blocks (K, n) float32 without NaN, the same values in every
+            pass, in any order, from several threads at once if it likes.
         ranks: R zero-based ranks, the same for every row.
-        total: the number of values of a row.
-        sample: (K, m) float32, some of the values of each row. The better it represents them, the likelier one pass is
-            enough; the result does not depend on it.
+        shape: (K, D), the number of rows, and of the values of each in all processes together.
+        sample: (K, m) float32, some of the values of each row, the same in all processes. The better it represents
+            them, the likelier one pass is enough; the result does not depend on it.
+        gather: returns a value of this process and those of the others, if each scans a share of the matrix.
 
     Returns:
         (K, R) float32: for each row its values of these ranks in ascending order, on the CPU.
@@ -42,15 +53,18 @@ def order_statistics(stream: Stream, ranks: Sequence[int], total: int, sample: T
     Raises:
         ValueError: a rank that no value has.
     """
+    rows, total = shape
     for rank in ranks:
         if not 0 <= rank < total:
             raise ValueError(f"there is no value of rank {rank} among {total}")
     sampled = sample is not None and sample.shape[1] > 0
     if total <= (_PARTITIONED_DESPITE_SAMPLE if sampled else _PARTITIONED):
-        values = torch.cat([block.cpu() for block in stream()], dim=1).numpy()
+        blocks: list[np.ndarray] = [np.empty((rows, 0), dtype=np.float32)]
+        scan(lambda block: blocks.append(block.cpu().numpy()))
+        values = np.concatenate(gather(np.concatenate(blocks, axis=1)), axis=1)
         return torch.from_numpy(np.partition(values, sorted(set(ranks)), axis=1)[:, list(ranks)])
-    found = _bracketed(stream, ranks, total, sample.cpu()) if sampled else None
-    return _bracketed(stream, ranks, total, None) if found is None else found
+    found = _bracketed(scan, ranks, shape, sample.cpu(), gather) if sampled else None
+    return _bracketed(scan, ranks, shape, torch.empty(rows, 0), gather) if found is None else found
 
 
 def tensor_order_statistics(values: Tensor, ranks: Sequence[int]) -> Tensor:
@@ -65,43 +79,43 @@ def tensor_order_statistics(values: Tensor, ranks: Sequence[int]) -> Tensor:
     """
     total = values.shape[1]
     stride = max(37, total >> 15 | 1)  # odd, so that it visits all columns of most weights
-    return order_statistics(lambda: [values], ranks, total, values[:, ::stride]).to(values.device)
+
+    def row_statistics(row: Tensor) -> Tensor:
+        return order_statistics(lambda see: see(row[None]), ranks, (1, total), row[None, ::stride])
+
+    return torch.cat(each(row_statistics, list(values))).to(values.device)
 
 
-def _bracketed(stream: Stream, ranks: Sequence[int], total: int, sample: Tensor | None) -> Tensor | None:
+def _bracketed(
+    scan: Scan, ranks: Sequence[int], shape: tuple[int, int], sample: Tensor, gather: Gather
+) -> Tensor | None:
     """Passes until every bracket has its answer; None if one does not hold it."""
-    answers: dict[tuple[int, int], float] = {}
-    brackets: dict[tuple[int, int], Bracket] | None = None
-    while brackets is None or brackets:
-        for batch in _batches(stream(), _BATCH):
-            if brackets is None:
-                nothing = torch.empty(len(batch), 0)
-                rows = make_brackets(nothing if sample is None else sample, ranks, total)
-                brackets = {(i, j): bracket for i, row in enumerate(rows) for j, bracket in enumerate(row)}
+    answers = torch.empty(shape[0], len(ranks))
+    made = make_brackets(sample, ranks, shape[1])
+    brackets = {(i, j): bracket for i, row in enumerate(made) for j, bracket in enumerate(row)}
+
+    def see(block: Tensor) -> None:
+        for batch in block.split(_BATCH, dim=1):
             for (row, _), bracket in brackets.items():
                 bracket.see(batch[row])
+
+    while brackets:
+        scan(see)
+        brackets = _sum(gather(brackets))
         found = {place: bracket.answer() for place, bracket in brackets.items()}
         if any(answer is None for answer in found.values()):
             return None
         brackets = {place: answer for place, answer in found.items() if isinstance(answer, Bracket)}
-        answers |= {place: answer for place, answer in found.items() if not isinstance(answer, Bracket)}
-    rows = 1 + max(row for row, _ in answers)
-    return torch.tensor([[answers[row, column] for column in range(len(ranks))] for row in range(rows)])
+        for place, answer in found.items():
+            if place not in brackets:
+                answers[place] = answer
+    return answers
 
 
-def _batches(blocks: Iterable[Tensor], size: int) -> Iterator[Tensor]:
-    """Blocks (K, n) cut and joined to batches of about `size` values a row, on the CPU."""
-    waiting: list[Tensor] = []
-    count = 0
-    for block in blocks:
-        for piece in block.cpu().split(size, dim=1):
-            if 2 * piece.shape[1] >= size:  # large enough to be worth no copy
-                yield piece
-                continue
-            waiting.append(piece)
-            count += piece.shape[1]
-            if count >= size:
-                yield torch.cat(waiting, dim=1)
-                waiting, count = [], 0
-    if waiting:
-        yield torch.cat(waiting, dim=1)
+def _sum(gathered: list[dict[tuple[int, int], Bracket]]) -> dict[tuple[int, int], Bracket]:
+    """What all processes have counted, made from fresh brackets so that all of them have the same."""
+    total = gathered[0]
+    for other in gathered[1:]:
+        for place, bracket in total.items():
+            bracket.add(other[place])
+    return total

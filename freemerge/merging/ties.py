@@ -44,6 +44,10 @@ class Ties(MergeMethod):
     def elementwise(self) -> bool:
         return self.scope == "model"
 
+    @property
+    def passes(self) -> int:
+        return 2 if self.scope == "model" and self.density < 1 else 1
+
     def survey(self, vectors: Vectors) -> Tensor | None:
         """Find t_k over the whole model, (K,) float32; None with scope "tensor" or if nothing is trimmed."""
         if self.scope == "tensor" or self.density == 1 or vectors.numel == 0:
@@ -51,10 +55,12 @@ class Ties(MergeMethod):
         total = vectors.numel
         rank = total - max(1, int(total * self.density))
 
-        def magnitudes():
-            return (deltas.abs_() for deltas in vectors.pieces())
+        shape = (len(vectors.labels), total)
 
-        return order_statistics(magnitudes, [rank], total, vectors.sample().abs_())[:, 0]
+        def scan(see):
+            vectors.scan(lambda deltas: see(deltas.abs_()))
+
+        return order_statistics(scan, [rank], shape, vectors.sample().abs_(), vectors.gather)[:, 0]
 
     def combine(self, name: str, deltas: Tensor, statistics: Tensor | None) -> Tensor:
         values = flat(deltas)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from freemerge.merging.method import MergeMethod, require_number, weighted_sum
+from freemerge.merging.threads import each
 
 
 @dataclass(frozen=True)
@@ -39,18 +40,19 @@ class TSVMerge(MergeMethod):
         if deltas.dim() != 3 or deltas[0].numel() == 0:
             return weighted_sum(deltas, self.scale / len(deltas))
         rank = max(1, min(deltas.shape[1:]) // len(deltas))
-        left, values, right = [], [], []
-        for delta in deltas:
-            if not bool(delta.any()):
-                continue  # no directions of its own, and it must not turn those of the others
-            u, s, vh = torch.linalg.svd(delta, full_matrices=False)
-            left.append(u[:, :rank])
-            values.append(s[:rank])
-            right.append(vh[:rank])
-        if not left:
+        # A vector of zeros has no directions of its own, and it must not turn those of the others.
+        own = [delta for delta in deltas if bool(delta.any())]
+        if not own:
             return torch.zeros_like(deltas[0])
+        left, values, right = zip(*each(lambda delta: _leading(delta, rank), own), strict=True)
         u, vh = nearest_orthonormal(torch.cat(left, dim=1)), nearest_orthonormal(torch.cat(right))
         return (u * (torch.cat(values) * self.scale)) @ vh
+
+
+def _leading(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The leading components of a matrix (m, n), in memory of their own: U (m, rank), Σ (rank,), Vᵀ (rank, n)."""
+    u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+    return u[:, :rank].clone(), s[:rank].clone(), vh[:rank].clone()
 
 
 def nearest_orthonormal(matrix: Tensor) -> Tensor:

@@ -9,17 +9,21 @@ Notation: K models, D merged parameters in all.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor
 
 from freemerge.checkpoints.memory import flat_run
 from freemerge.merging.errors import MergeError
+from freemerge.merging.processes import Processes
 from freemerge.merging.streaming import Piece, pieces, read_ahead
+from freemerge.merging.threads import run
 
 if TYPE_CHECKING:
     from freemerge.merging.method import MergeMethod
+
+_Value = TypeVar("_Value")
 
 _SAMPLE_RUNS = 1024
 _SAMPLE_RUN = 32  # neighbours cost next to nothing to read, and tell less than their number
@@ -33,6 +37,8 @@ class Vectors:
         shapes: name → shape of each merged tensor, in the order of iteration.
         read: returns the task vectors of one tensor, (K, *shape) float32, in memory of their own. Called in a thread.
         read_piece: returns those of a run of a tensor's values, (K, n) float32; by default the tensor is read and cut.
+        processes: those that share the passes; None for this one alone.
+        piece: bound of K × the length of a piece; None for the default.
     """
 
     def __init__(
@@ -41,11 +47,15 @@ class Vectors:
         shapes: Mapping[str, Sequence[int]],
         read: Callable[[str], Tensor],
         read_piece: Callable[[Piece], Tensor] | None = None,
+        processes: Processes | None = None,
+        piece: int | None = None,
     ) -> None:
         self.labels = tuple(labels)
         self.shapes = {name: torch.Size(shape) for name, shape in shapes.items()}
         self._read = read
         self._read_piece = read_piece
+        self._processes = processes or Processes()
+        self._piece = piece
 
     @property
     def cuts(self) -> bool:
@@ -67,14 +77,41 @@ class Vectors:
             return flat(self._read(piece.name))[:, piece.start : piece.stop]
         return self._read_piece(piece)
 
+    def scan(self, see: Callable[[Tensor], None]) -> None:
+        """One pass over all entries, by all threads and, each its share, all processes.
+
+        Args:
+            see: called with every piece, (K, n) float32, in any order and from several threads at once. It may
+                overwrite it. What it gathers must not depend on the order; see `gather`.
+        """
+        shapes = {name: self.shapes[name] for name in self._processes.share(self.shapes)}
+
+        def work(jobs: Iterator[str | Piece]) -> None:
+            for job in jobs:
+                see(self._read_piece(job) if isinstance(job, Piece) else flat(self._read(job)))
+
+        def scan() -> None:
+            if self._read_piece is not None:
+                run(work, pieces(shapes, len(self.labels), self._piece))
+                return
+            copies = len(self.labels) + 3  # what is read, and what is computed from it
+            sizes = {name: copies * shape.numel() for name, shape in shapes.items()}
+            run(work, shapes, cost=sizes.__getitem__, budget=max(sizes.values(), default=0))
+
+        self._processes.together(scan)
+
+    def gather(self, value: _Value) -> list[_Value]:
+        """What each process made of its share of a scan, by rank; every process gets all."""
+        return self._processes.gather(value)
+
     def pieces(self) -> Iterator[Tensor]:
         """All values in pieces of bounded size: (K, n) float32, in the order of the tensors.
 
-        For statistics that look at each entry by itself: no tensor is ever whole in memory.
+        For statistics that depend on the order; others are faster by `scan`.
         """
         if self._read_piece is None:
             return (flat(deltas) for _, deltas in self)
-        return read_ahead(self._read_piece, pieces(self.shapes, len(self.labels)))
+        return read_ahead(self._read_piece, pieces(self.shapes, len(self.labels), self._piece))
 
     def sample(self) -> Tensor:
         """Some of the entries, the same for all models: (K, n) float32, with n about 2¹⁵ to 2¹⁸.
@@ -102,7 +139,29 @@ class Vectors:
 
     def subset(self, names: Iterable[str]) -> Vectors:
         """The same models' vectors of some of the tensors."""
-        return Vectors(self.labels, {name: self.shapes[name] for name in names}, self._read, self._read_piece)
+        return self._changed({name: self.shapes[name] for name in names}, self._read, self._read_piece)
+
+    def through(
+        self, change: Callable[[str, Tensor], Tensor], change_piece: Callable[[Piece, Tensor], Tensor] | None = None
+    ) -> Vectors:
+        """The vectors after a change that depends on nothing but the tensor.
+
+        Args:
+            change: (name, (K, *shape) float32) → the same, perhaps in place.
+            change_piece: (piece, (K, n) float32) → the same; None if only whole tensors can be changed.
+        """
+
+        def read(name: str) -> Tensor:
+            return change(name, self._read(name))
+
+        def read_piece(piece: Piece) -> Tensor:
+            return change_piece(piece, self._read_piece(piece))
+
+        cuts = self._read_piece is not None and change_piece is not None
+        return self._changed(self.shapes, read, read_piece if cuts else None)
+
+    def _changed(self, shapes, read, read_piece) -> Vectors:
+        return Vectors(self.labels, shapes, read, read_piece, self._processes, self._piece)
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         return read_ahead(lambda name: (name, self._read(name)), self.shapes, depth=1)

@@ -73,16 +73,31 @@ class Artifacts:
         """Weights of one task's individual model's backbone."""
         return load_checkpoint(self._require_folder(self.finetune_stage(task)) / "backbone.safetensors")
 
-    def heads(self, shared: bool = True) -> dict[str, nn.Module]:
+    def finished(self, run: Path | None = None) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
+        """The base, and task → its individual model's backbone.
+
+        Args:
+            run: a run folder whose files to take as they are; None for this run's own, by their keys.
+        """
+        if run is None:
+            return self.base_weights(), self.finetuned_weights()
+        base = run / "base.safetensors"
+        return (
+            load_checkpoint(base) if base.exists() else self.tuner.backbone.weights(),
+            {task: load_checkpoint(run / "finetune" / task / "backbone.safetensors") for task in self.suite.names},
+        )
+
+    def heads(self, shared: bool = True, run: Path | None = None) -> dict[str, nn.Module]:
         """Task → head.
 
         Args:
             shared: tasks that share a head get the mean of the group's, which only differ where heads train along;
                 otherwise each has the one that it was fine-tuned with.
+            run: see `finished`.
         """
         states = {}
         for task in self.suite.names:
-            folder = self._require_folder(self.finetune_stage(task))
+            folder = run / "finetune" / task if run is not None else self._require_folder(self.finetune_stage(task))
             path = folder / "head.safetensors"  # not there where the head is the model's own
             states[task] = load_checkpoint(path) if path.is_file() else {}
         heads: dict[str, nn.Module] = {}
@@ -91,22 +106,6 @@ class Artifacts:
             state = {name: torch.stack([other[name] for other in group]).mean(dim=0) for name in group[0]}
             heads[task] = _linear(state) if state else nn.Identity()
         return heads
-
-    def finished(self, folder: Path | None = None) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]], dict]:
-        """The base, and each task's individual backbone and head.
-
-        Args:
-            folder: a run folder whose files to take as they are; None for this run's own, by their keys.
-        """
-        if folder is None:
-            return self.base_weights(), self.finetuned_weights(), self.heads()
-        stages = {task: folder / "finetune" / task for task in self.suite.names}
-        base = folder / "base.safetensors"
-        return (
-            load_checkpoint(base) if base.exists() else self.tuner.backbone.weights(),
-            {task: load_checkpoint(stage / "backbone.safetensors") for task, stage in stages.items()},
-            {task: _linear(load_checkpoint(stage / "head.safetensors")) for task, stage in stages.items()},
-        )
 
     def free_weights(self) -> dict[str, Tensor]:
         """The merged backbone that carries the experts."""

@@ -35,18 +35,17 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
-import freemerge
-from freemerge.checkpoints import hash_tensors, load_checkpoint, save_checkpoint
+from freemerge.checkpoints import hash_tensors, save_checkpoint
 from freemerge.data import TaskSuite
-from freemerge.evaluation import Report, Routing, Row, mean_score
+from freemerge.evaluation import Report, mean_score
 from freemerge.experts import extract, extract_low_rank, load_expert, save_expert
 from freemerge.merging import apply_task_vector, merge, merge_task_vectors, task_vector
 from freemerge.models import FreeModel, choose_threshold
 from freemerge.pipeline.artifacts import Artifacts
 from freemerge.pipeline.folder import StageFolder
-from freemerge.pipeline.held_out import held_out_heads
 from freemerge.pipeline.measure import Measure
 from freemerge.pipeline.others import Others
+from freemerge.pipeline.reporting import make_report
 from freemerge.pipeline.settings import STAGES, Settings
 from freemerge.pipeline.tune import Tuning
 from freemerge.training import ExpertTrainer, FineTuner, RouterTrainer
@@ -285,42 +284,8 @@ class SuiteRun:
 
         Where there are no experts, because their stages were left out, the report ends with the merged models.
         """
-        merge_record = self.files.require(self.files.merge_stage())["results"]
-        loaders = self.measure.loaders("test")
-        held_out = {task: self.suite.for_task(task).test_dataloader() for task in self.suite.held_out}
-        heads = self.files.heads() | held_out_heads(self.files, self.measure.device)
-        size = self._file_size(self.files.merged_path(self.settings.merge.free))
-
-        def row(name: str, weights: dict[str, Tensor], chosen: Mapping[str, Any] | None = None) -> Row:
-            scores = self.measure.shared(weights, heads, loaders | held_out)
-            apart = {task: scores.pop(task) for task in held_out}
-            return Row(name, scores, 0, dict(chosen or {}), held_out=apart)
-
-        rows = [
-            row("base (zero-shot)", self.files.base_weights()),
-            Row("individual", self.measure.individual(loaders), (len(self.suite.names) - 1) * size),
-        ]
-        for name in self.settings.merge.methods:
-            best = merge_record["methods"][name]["best"]
-            rows.append(row(name, load_checkpoint(self.files.merged_path(name)), best))
-        search = {name: entry["search"] for name, entry in merge_record["methods"].items()}
-        settings = self._provenance(size)
         model = self.files.free_model() if self.files.has_experts() or "experts" in self._stages else None
-        if model is not None:
-            extraction = self.files.require(self.files.extraction_stage())["results"]
-            search["FREE extracted"] = extraction["search"]
-            routing = self.measure.routing(model, loaders)
-            settings |= {"threshold": model.threshold, "routing": routing.as_dict()}
-            rows += self._free_rows(model, extraction, routing, loaders)
-        metrics = self.measure.metrics
-        what = "accuracy" if set(metrics.values()) == {"accuracy"} else "scores"
-        report = Report(
-            title=f"{type(self.suite).__name__}: test {what} (%), {len(self.suite.names)} tasks, seed {self.seed}",
-            rows=rows,
-            search=search,
-            settings=settings,
-            metrics=metrics,
-        )
+        report = make_report(self.files, self.measure, model)
         if rank_zero_only.rank == 0:
             if model is not None:
                 model.save_pretrained(self.folder / "free_model")
@@ -342,39 +307,6 @@ class SuiteRun:
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         return Tuning(self.files, self.measure, self.console).run(others)
-
-    def _free_rows(
-        self, model: FreeModel, extraction: Mapping[str, Any], routing: Routing, loaders: Mapping[str, Any]
-    ) -> list[Row]:
-        tasks = self.suite.names
-        merged = self.files.free_weights()
-        extracted = {task: load_expert(self.files.extracted_path(task), merged) for task in tasks}
-        untrained = FreeModel(self.files.backbone(merged), self.files.heads(), extracted)
-        expert_bytes = sum(self._file_size(self.files.expert_path(task)) for task in tasks)
-        extracted_bytes = sum(self._file_size(self.files.extracted_path(task)) for task in tasks)
-        router_bytes = self._file_size(self.files.router_stage().path / "router.safetensors")
-        return [
-            Row(
-                "FREE extracted (oracle)",
-                self.measure.free(untrained, loaders, oracle=True),
-                extracted_bytes,
-                chosen=extraction["best"],
-            ),
-            Row("FREE trained (routed)", self.measure.free(model, loaders, oracle=False), expert_bytes + router_bytes),
-            Row("FREE trained (oracle)", self.measure.free(model, loaders, oracle=True), expert_bytes),
-            Row("router accuracy", routing.accuracy, router_bytes, kind="router"),
-        ]
-
-    def _provenance(self, backbone_bytes: int) -> dict[str, Any]:
-        return {
-            "seed": self.seed,
-            "suite": self.suite.identity(),
-            "split": {"chosen_on": "val", "reported_on": "test"},
-            "backbone_bytes": backbone_bytes,
-            "density": self.settings.experts.density,
-            "free_on": self.settings.merge.free,
-            "versions": {"freemerge": freemerge.__version__, "torch": torch.__version__, "lightning": L.__version__},
-        }
 
     # -- small things -------------------------------------------------------------------------------------------------
 
@@ -427,9 +359,6 @@ class SuiteRun:
     def _write(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
         if rank_zero_only.rank == 0:
             save_checkpoint(path, {name: tensor.detach().cpu() for name, tensor in tensors.items()})
-
-    def _file_size(self, path: Path) -> int:
-        return path.stat().st_size
 
     def _seed(self, stage: StageFolder) -> None:
         digest = hashlib.sha256(f"{self.seed}:{stage.name}".encode()).digest()

@@ -129,9 +129,8 @@ def test_transformers_loads_the_folder_with_tied_weights_tied(tmp_path):
 KILL = """
 import os, signal, sys
 import torch
-from freemerge.checkpoints import folder, load_checkpoint, safetensors_files
+from freemerge.checkpoints import draft, load_checkpoint
 from freemerge.merging import TaskArithmetic, merge
-from freemerge.merging import streaming
 
 torch.set_num_threads(1)
 base = {f"w{index}": torch.zeros(1000) for index in range(8)}
@@ -146,11 +145,12 @@ def is_whole(scale):
 def die(*arguments, **keywords):
     os.kill(os.getpid(), signal.SIGKILL)
 
-def dying_at_shard(number):
-    real = folder.write_safetensors
-    def write(path, *arguments, **keywords):
-        real(path, *arguments, **keywords)
-        if f"-0000{number}-" in str(path):
+def dying_at(count):
+    real, calls = draft._write_at, []
+    def write(*arguments):
+        real(*arguments)
+        calls.append(1)
+        if len(calls) == count:
             die()
     return write
 
@@ -159,10 +159,11 @@ def dying_after(real):
 
 write(1.0)
 stages = {
-    "in a shard": (safetensors_files, "tensor_bytes", die),
-    "between shards": (folder, "write_safetensors", dying_at_shard(2)),
-    "before the swap": (folder, "_exchange", die),
-    "after the swap": (folder, "_exchange", dying_after(folder._exchange)),
+    "before the first shard": (draft.Draft, "_create", die),
+    "in a shard": (draft, "_write_at", dying_at(1)),
+    "between shards": (draft, "_write_at", dying_at(4)),
+    "before the swap": (draft, "_exchange", die),
+    "after the swap": (draft, "_exchange", dying_after(draft._exchange)),
 }
 for stage, (module, name, replacement) in stages.items():
     pid = os.fork()
@@ -185,6 +186,7 @@ def test_a_kill_leaves_the_old_folder_or_the_new(tmp_path):
     arguments = [sys.executable, "-c", KILL, str(tmp_path / "merged")]
     done = subprocess.run(arguments, check=True, capture_output=True, text=True, timeout=120)
     assert done.stdout.splitlines() == [
+        "before the first shard True",
         "in a shard True",
         "between shards True",
         "before the swap True",

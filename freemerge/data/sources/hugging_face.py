@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,25 +22,26 @@ class HuggingFaceSource(TaskSource):
     Args:
         path: hub id, local folder, or kind of file (`csv`, `json`, `parquet`, `imagefolder`, …), or a folder that
             `save_to_disk` wrote.
-        config: name of the dataset's configuration, such as `sst2` of `nyu-mll/glue`.
+        subset: name of the dataset's configuration, such as `sst2` of `nyu-mll/glue`.
         data_files: the files, by name of split, where `path` is a kind of file.
         splits: which of the dataset's splits are train, val and test; slices such as `train[:90%]` will do. Val and
-            test are cut from train where they are not named.
+            test are cut from train where they are not named; None names train alone.
         streaming: read no more than the samples that the sizes ask for, instead of the whole dataset; needs the size
             of each named split.
         buffer_size: streamed samples are drawn at random from a window of so many.
     """
 
     path: str
-    config: str | None = None
+    subset: str | None = None
     data_files: dict[str, str] | None = None
-    splits: dict[str, str] = field(default_factory=lambda: {"train": "train"})
+    splits: dict[str, str] | None = None
     streaming: bool = False
     buffer_size: int = 1000
 
     def __post_init__(self) -> None:
         super().__post_init__()
         where = type(self).__name__
+        self.splits = {"train": "train"} if self.splits is None else dict(self.splits)
         if "train" not in self.splits or set(self.splits) - set(SPLITS):
             raise ValueError(f"{where}: splits maps train, and perhaps val and test, to names; got {self.splits}")
         unsized = [split for split in self.splits if getattr(self, f"{split}_size") is None]
@@ -72,7 +73,7 @@ class HuggingFaceSource(TaskSource):
             if (Path(self.path) / "dataset_dict.json").is_file():
                 return datasets.load_from_disk(self.path)[self.splits[split]]
             return datasets.load_dataset(
-                self.path, self.config, split=self.splits[split], data_files=self.data_files, streaming=self.streaming
+                self.path, self.subset, split=self.splits[split], data_files=self.data_files, streaming=self.streaming
             )
         except (OSError, ValueError, KeyError, RuntimeError, datasets.exceptions.DatasetsError) as error:
             reason = " ".join(str(error).split())

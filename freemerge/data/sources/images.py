@@ -1,6 +1,6 @@
 """What all sources of images can be told."""
 
-from __future__ import annotations
+# Without postponed annotations: a subclass in another module would have to import the names that they use.
 
 from dataclasses import dataclass
 

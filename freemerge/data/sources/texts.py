@@ -1,6 +1,6 @@
 """What all sources of texts can be told, and how rows of texts become a task."""
 
-from __future__ import annotations
+# Without postponed annotations: a subclass in another module would have to import the names that they use.
 
 import math
 from collections.abc import Mapping, Sequence

@@ -1,0 +1,310 @@
+"""A model being written: a hidden folder beside its place, which it takes whole or not at all.
+
+- Every value has its byte from the start, so values are written in any order, by any thread and any process.
+- Space is claimed first: a disk that is too small says so before the work.
+- What is safely on the disk is noted down from time to time. An interrupted draft can be taken up again from there.
+- In the end files are verified, synced, and moved to their place; an existing folder is swapped with the new one in a
+  single step where the platform can (Linux), so that even a kill leaves the old or the new.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import json
+import os
+import shutil
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from freemerge.checkpoints.checkpoint import TensorSpec
+from freemerge.checkpoints.errors import CheckpointError
+from freemerge.checkpoints.safetensors_files import (
+    Layout,
+    SafetensorsFile,
+    lay_out,
+    make_public,
+    sync_folder,
+    tensor_bytes,
+)
+
+_NOTED = 1 << 28  # bytes written between two syncs
+_PLAN = ".plan.json"
+_DONE = ".done-"
+
+
+class Draft:
+    """The files of a model that are being written.
+
+    Args:
+        place: the file or folder that they will become.
+        shards: file name → specs of its tensors; a single one, named as the place, if that is a file.
+        tied: left-out name → stored name, of tensors that share their memory.
+        writer: the rank of this process among those that write; the first must have called `begin`.
+
+    Attributes:
+        finished: names of the tensors that an earlier writer of this draft had finished.
+    """
+
+    def __init__(
+        self,
+        place: Path,
+        shards: Mapping[str, Mapping[str, TensorSpec]],
+        tied: Mapping[str, str] | None = None,
+        writer: int = 0,
+    ) -> None:
+        self.place = place
+        self.folder = place.with_name(f".{place.name}.partial")
+        self.finished: set[str] = set()
+        self._shards = {file: dict(specs) for file, specs in shards.items()}
+        self._file_of = {name: file for file, specs in shards.items() for name in specs}
+        self._layouts: dict[str, Layout] = {}
+        for file, specs in self._shards.items():
+            own = {name: first for name, first in (tied or {}).items() if first in specs}
+            self._layouts[file] = lay_out(place, specs, tied=own)
+        self._writer = writer
+        self._handles: dict[str, int] = {}
+        self._lock_handle: int | None = None
+        self._missing: dict[str, int] = {}  # values still to be written, of tensors that were begun
+        self._unnoted: list[str] = []
+        self._unnoted_bytes = 0
+        self._lock = threading.Lock()
+
+    # -- by the first writer alone ------------------------------------------------------------------------------------
+
+    def begin(self, key: str, resume: bool = False) -> None:
+        """Make the folder and its files.
+
+        Args:
+            key: of all that the contents depend on.
+            resume: go on with an interrupted draft of the same key; else an interrupted one is removed.
+
+        Raises:
+            CheckpointError: there is no space, somebody else is writing this model, or the interrupted draft is of
+                another key.
+        """
+        try:
+            self.place.parent.mkdir(parents=True, exist_ok=True)
+            with contextlib.suppress(FileExistsError):
+                self.folder.mkdir()
+            self._claim()
+            plan = self._read_plan()
+            if resume and plan is not None and plan != key:
+                raise CheckpointError(
+                    f"{self.folder}: an interrupted merge with other inputs or parameters, which these cannot resume; "
+                    "merge without resume to begin anew"
+                )
+            if not (resume and plan == key):
+                self._clear()
+                for file, layout in self._layouts.items():
+                    self._create(self.folder / file, layout)
+                (self.folder / _PLAN).write_text(json.dumps(key))
+            make_public(self.folder, 0o777)
+        except OSError as error:
+            self.discard()
+            raise self._unwritable(error) from None
+        except CheckpointError:  # what is there is somebody's
+            self.close()
+            raise
+
+    def commit(self, files: Mapping[str, bytes] | None = None) -> None:
+        """Verify what all writers have finished, and move it to its place.
+
+        Args:
+            files: the small files of a folder, by name; None for a single file.
+
+        Raises:
+            CheckpointError: what was written does not read back, or cannot be moved.
+            ValueError: a tensor was not finished.
+        """
+        if missing := sorted(self._file_of.keys() - self._noted()):
+            raise ValueError(f"{self.place}: the tensor '{missing[0]}' was not written")
+        self.close_files()
+        try:
+            for file, specs in self._shards.items():
+                if SafetensorsFile(self.folder / file).specs != specs:
+                    raise CheckpointError(f"{self.place}: what was written does not read back; is the disk full?")
+            if files is None:
+                os.replace(self.folder / self.place.name, self.place)
+            else:
+                for name, content in files.items():
+                    with (self.folder / name).open("wb") as file:
+                        file.write(content)
+                        file.flush()
+                        os.fsync(file.fileno())
+                for note in (*self.folder.glob(f"{_DONE}*"), self.folder / _PLAN):
+                    note.unlink()
+                sync_folder(self.folder)
+                _put(self.folder, self.place)
+            sync_folder(self.place.parent)
+        except OSError as error:
+            raise self._unwritable(error) from None
+        self.discard()
+
+    def discard(self) -> None:
+        """Remove the folder and everything in it."""
+        self.close()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    # -- by every writer ----------------------------------------------------------------------------------------------
+
+    def open(self) -> None:
+        """Learn what is finished already."""
+        self.finished = self._noted()
+
+    def write(self, name: str, start: int, values: Tensor) -> None:
+        """Write a run of a tensor's values; from any thread.
+
+        Args:
+            name: the tensor.
+            start: position of the first value in row-major order.
+            values: any shape, in the tensor's dtype.
+
+        Raises:
+            CheckpointError: the file cannot be written.
+            ValueError: there is no such run of this tensor, or values of it were written twice.
+        """
+        spec = self._shards[self._file_of[name]][name]
+        total = torch.Size(spec.shape).numel()
+        if values.dtype != spec.dtype or start + values.numel() > total:
+            raise ValueError(f"{self.place}: the tensor '{name}' is {spec}, got {values.numel()} × {values.dtype}")
+        begin = self._layouts[self._file_of[name]].places[name][0] + start * spec.dtype.itemsize
+        try:
+            if values.numel():
+                _write_at(self._handle(self._file_of[name]), memoryview(tensor_bytes(values)), begin)
+            with self._lock:
+                missing = self._missing.get(name, total) - values.numel()
+                self._missing[name] = missing
+                if missing < 0:
+                    raise ValueError(f"{self.place}: values of the tensor '{name}' were written twice")
+                if missing == 0:
+                    self._unnoted.append(name)
+                self._unnoted_bytes += values.numel() * spec.dtype.itemsize
+                due = self._unnoted_bytes >= _NOTED
+            if due:
+                self._note()
+        except OSError as error:
+            raise self._unwritable(error) from None
+
+    def flush(self) -> None:
+        """Bring everything that this process wrote to the disk, and note it down."""
+        try:
+            self._note()
+        except OSError as error:
+            raise self._unwritable(error) from None
+
+    def close(self) -> None:
+        """Let go of the files, and leave them."""
+        self.close_files()
+        if self._lock_handle is not None:
+            os.close(self._lock_handle)
+            self._lock_handle = None
+
+    # -----------------------------------------------------------------------------------------------------------------
+
+    def _claim(self) -> None:
+        """Hold a lock on the folder for as long as this process lives."""
+        if os.name != "posix":
+            return
+        import fcntl
+
+        handle = os.open(self.folder, os.O_RDONLY)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(handle)
+            raise CheckpointError(
+                f"{self.place}: another process is writing it just now; wait for it, or choose another output"
+            ) from None
+        except OSError:  # a file system without locks
+            os.close(handle)
+            return
+        self._lock_handle = handle
+
+    def _clear(self) -> None:
+        for path in self.folder.iterdir():
+            path.unlink()
+
+    def _create(self, path: Path, layout: Layout) -> None:
+        with path.open("wb") as file:
+            file.write(layout.head)
+            file.flush()
+            try:
+                os.posix_fallocate(file.fileno(), 0, layout.size)
+            except (AttributeError, OSError) as error:
+                if isinstance(error, OSError) and error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+                    raise
+                file.truncate(layout.size)
+
+    def _read_plan(self) -> str | None:
+        try:
+            return json.loads((self.folder / _PLAN).read_text())
+        except (OSError, ValueError):
+            return None
+
+    def _noted(self) -> set[str]:
+        names: set[str] = set()
+        for path in self.folder.glob(f"{_DONE}*"):
+            # A last line that a kill cut short does not count.
+            names.update(json.loads(line) for line in path.read_text().split("\n")[:-1])
+        return names
+
+    def _note(self) -> None:
+        with self._lock:
+            names, self._unnoted, self._unnoted_bytes = self._unnoted, [], 0
+            handles = [self._handles[file] for file in {self._file_of[name] for name in names} if file in self._handles]
+        for handle in handles:
+            getattr(os, "fdatasync", os.fsync)(handle)
+        with self._lock, (self.folder / f"{_DONE}{self._writer}").open("a") as file:
+            file.write("".join(f"{json.dumps(name)}\n" for name in names))
+            file.flush()
+            os.fsync(file.fileno())
+
+    def _handle(self, file: str) -> int:
+        with self._lock:
+            if file not in self._handles:
+                self._handles[file] = os.open(self.folder / file, os.O_WRONLY | getattr(os, "O_BINARY", 0))
+            return self._handles[file]
+
+    def close_files(self) -> None:
+        """Close the files of weights, before others move them."""
+        with self._lock:
+            for handle in self._handles.values():
+                os.close(handle)
+            self._handles.clear()
+
+    def _unwritable(self, error: OSError) -> CheckpointError:
+        return CheckpointError(f"{self.place}: cannot be written: {error.strerror or error}")
+
+
+def _write_at(handle: int, data: memoryview, position: int) -> None:
+    while data:  # one write takes at most 2 GiB
+        count = os.pwrite(handle, data, position)
+        data, position = data[count:], position + count
+
+
+def _put(temporary: Path, path: Path) -> None:
+    """Move the new folder to its place; what was there, if anything, is then at `temporary`."""
+    if not path.exists():
+        temporary.rename(path)
+    elif not _exchange(temporary, path):
+        # No platform call to swap two folders: for a moment there is neither, but both are still beside the place.
+        old = temporary.with_suffix(".old")
+        path.rename(old)
+        temporary.rename(path)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Swap two folders in one step; False where the system cannot."""
+    at_working_directory, exchange = -100, 2
+    with contextlib.suppress(OSError, AttributeError):
+        call = ctypes.CDLL(None, use_errno=True).renameat2
+        names = [os.fsencode(path) for path in (first, second)]
+        return call(at_working_directory, names[0], at_working_directory, names[1], ctypes.c_uint(exchange)) == 0
+    return False

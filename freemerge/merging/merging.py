@@ -1,0 +1,258 @@
+"""The work of a merge: every tensor of the result is computed once and handed to where it belongs.
+
+- Elementwise methods see pieces that fit into the processor's cache, one in each thread.
+- Other methods see whole tensors, as many at a time as a fixed number of copies of the largest one allows.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from freemerge.checkpoints import TensorSpec
+from freemerge.merging.errors import MergeError
+from freemerge.merging.method import MergeMethod
+from freemerge.merging.plan import Operands, Plan
+from freemerge.merging.processes import Processes
+from freemerge.merging.rounding import round_to
+from freemerge.merging.streaming import Piece, pieces
+from freemerge.merging.threads import run
+from freemerge.merging.vectors import Vectors, working_dtype
+
+MERGED_BY_PIECES = 8  # float32 copies of a piece of all models that a thread has at a time, about
+_REPORTED = 1 << 24  # bytes read between two reports
+
+
+def copies_of_largest(method: MergeMethod, models: int) -> int:
+    """How many float32 copies of the largest tensor a merge may hold at a time; 0 if none is ever whole in memory.
+
+    Args:
+        method: how to merge.
+        models: K.
+    """
+    return models + 5 if not method.elementwise or method.finishes else 0
+
+
+class Sink(Protocol):
+    """Where the values of a result go."""
+
+    def write(self, name: str, start: int, values: Tensor) -> None:
+        """Take a run of a tensor's values; from any thread."""
+
+
+class Memory(dict[str, Tensor]):
+    """A result in memory: name → tensor.
+
+    Args:
+        specs: shape and dtype of every tensor.
+    """
+
+    def __init__(self, specs: Mapping[str, TensorSpec]) -> None:
+        super().__init__()
+        self._specs = specs
+        self._lock = threading.Lock()
+
+    def write(self, name: str, start: int, values: Tensor) -> None:
+        """Take a run of a tensor's values; the first decides where the tensor lives."""
+        with self._lock:
+            if name not in self:
+                shape, dtype = self._specs[name]
+                self[name] = torch.empty(shape, dtype=dtype, device=values.device)
+        self[name].view(-1)[start : start + values.numel()] = values.reshape(-1)
+
+
+class Meter:
+    """Counts the bytes that a merge reads, and reports them.
+
+    Args:
+        plan: the merge.
+        method: its method, which knows how many passes it makes.
+        report: called with the bytes read so far and in all; None for nobody.
+        processes: how many share the reading.
+    """
+
+    def __init__(
+        self, plan: Plan, method: MergeMethod, report: Callable[[int, int], None] | None = None, processes: int = 1
+    ) -> None:
+        self._plan = plan
+        self._report = report
+        self._lock = threading.Lock()
+        self.total = method.passes * sum(map(self._bytes, plan.merged)) // processes
+        self._done = self._reported = 0
+
+    def vectors(self, processes: Processes) -> Vectors:
+        """The models' task vectors, whose reading counts."""
+        vectors = self._plan.vectors(processes)
+        if self._report is None:
+            return vectors
+
+        def count(what: str | Piece, deltas: Tensor) -> Tensor:
+            self.count(what)
+            return deltas
+
+        return vectors.through(count, count)
+
+    def count(self, what: str | Piece) -> None:
+        """A tensor, or a piece of one, was read of all models."""
+        if self._report is None:
+            return
+        with self._lock:
+            self._done += self._bytes(what)
+            due = self._done - self._reported >= _REPORTED or self._done >= self.total
+            self._reported = self._done if due else self._reported
+            done = min(self._done, self.total)
+        if due:
+            self._report(done, self.total)
+
+    def _bytes(self, what: str | Piece) -> int:
+        name, values = (what.name, what.stop - what.start) if isinstance(what, Piece) else (what, None)
+        models = [model for model in (self._plan.base, *self._plan.models) if model.has(name)]
+        if values is None:
+            values = torch.Size(self._plan.base.spec(name).shape).numel()
+        return values * sum(model.spec(name).dtype.itemsize for model in models)
+
+
+class Merging:
+    """Merges tensors of a plan.
+
+    Args:
+        plan: the merge.
+        method: its method.
+        statistics: what the method's survey returned.
+        sink: where the result goes.
+        meter: counts what is read.
+    """
+
+    def __init__(self, plan: Plan, method: MergeMethod, statistics: Any, sink: Sink, meter: Meter) -> None:
+        self._plan = plan
+        self._method = method
+        self._statistics = statistics
+        self._sink = sink
+        self._meter = meter
+        self._shapes = {name: torch.Size(spec.shape) for name, spec in plan.specs.items()}
+        self._merged = set(plan.merged)
+        # With one model the sum is the model's own vector, which is better seen as a whole (see `_merge`).
+        self._finishes = method.finishes and len(plan.models) > 1
+        self._whole = copies_of_largest(method, len(plan.models)) > 0
+        self._kept = set(plan.kept)
+        self._copies = 5 if self._finishes else len(plan.models) + 4
+
+    def run(self, names: Sequence[str]) -> None:
+        """Merge tensors, by all threads.
+
+        Args:
+            names: of the result, none of them tied to another.
+
+        Raises:
+            MergeError: a value is NaN or infinite, or a method returns another shape than it should.
+        """
+        largest = max((self._shapes[name].numel() for name in names if self._takes_whole(name)), default=0)
+        budget = copies_of_largest(self._method, len(self._plan.models)) * largest
+        run(self._work, self._jobs(names), cost=self._cost if largest else None, budget=budget)
+
+    def _takes_whole(self, name: str) -> bool:
+        return self._whole and name in self._merged
+
+    def _jobs(self, names: Sequence[str]) -> Iterator[str | Piece]:
+        for name in names:
+            if self._takes_whole(name) or self._shapes[name].numel() == 0:
+                yield name
+            else:
+                yield from self._pieces(name)
+
+    def _pieces(self, name: str) -> Iterator[Piece]:
+        return pieces({name: self._shapes[name]}, len(self._plan.models), self._plan.piece)
+
+    def _cost(self, job: str | Piece) -> int:
+        return 0 if isinstance(job, Piece) else self._copies * self._shapes[job].numel()
+
+    def _work(self, jobs: Iterator[str | Piece]) -> None:
+        with _stream(self._plan.device):
+            for job in jobs:
+                name = job.name if isinstance(job, Piece) else job
+                if name in self._kept:
+                    self._keep(job)
+                elif self._finishes and not isinstance(job, Piece) and self._shapes[name].numel():
+                    self._merge_by_pieces(name)
+                else:
+                    self._merge(name, self._plan.read(job))
+                if name in self._merged:
+                    self._meter.count(job)
+
+    def _keep(self, what: str | Piece) -> None:
+        """Copy the base's values."""
+        name, start = (what.name, what.start) if isinstance(what, Piece) else (what, 0)
+        values, dtype = self._plan.read_base(what), self._plan.output_dtype(name)
+        if dtype != values.dtype:
+            values = round_to(values.to(working_dtype(values.dtype)), dtype, name)
+        self._hand_on(name, start, values)
+
+    def _merge_by_pieces(self, name: str) -> None:
+        """Merge a tensor by pieces that are finished as a whole: no more than the sum is ever whole in memory."""
+        merged: Tensor | None = None
+        for piece in self._pieces(name):
+            operands = self._plan.read(piece)
+            part = self._combine(name, piece.start, operands.deltas, operands.base.shape)
+            if merged is None:
+                merged = part.new_empty(self._shapes[name])
+            merged.view(-1)[piece.start : piece.stop] = part
+        merged = self._checked(name, self._method.finish(name, merged), self._shapes[name]).reshape(-1)
+        for piece in self._pieces(name):
+            base = self._plan.read_base(piece)
+            self._put(name, piece.start, _sum(base, merged[piece.start : piece.stop]))
+
+    def _merge(self, name: str, operands: Operands) -> None:
+        """Merge a tensor or a piece of one."""
+        base, deltas, single, start = operands
+        del operands
+        if single is None:
+            merged = self._combine(name, start, deltas, base.shape)
+            del deltas  # K tensors, perhaps
+            self._put(name, start, _sum(base, merged))
+            return
+        before = deltas[0].clone()  # a method may overwrite what it is given
+        merged = self._combine(name, start, deltas, base.shape)
+        # Where a single model's entry comes through unchanged, base + (model − base) is meant to be the model's own
+        # value, and in floating point it is not always.
+        result = _sum(base, merged)
+        self._put(name, start, torch.where(merged == before, single.to(result.device, result.dtype), result))
+
+    def _combine(self, name: str, start: int | None, deltas: Tensor, shape: torch.Size) -> Tensor:
+        if start is None:
+            return self._checked(name, self._method.combine(name, deltas, self._statistics), shape)
+        return self._checked(name, self._method.combine_run(name, start, deltas, self._statistics), shape)
+
+    def _checked(self, name: str, merged: Tensor, shape: torch.Size) -> Tensor:
+        if merged.shape != shape:
+            raise MergeError(
+                f"{type(self._method).__name__}.combine returned shape {list(merged.shape)} for the tensor '{name}', "
+                f"expected {list(shape)}"
+            )
+        return merged
+
+    def _put(self, name: str, start: int | None, result: Tensor) -> None:
+        """Round what is merged, (*shape) or (n,) float32 or float64, and hand it on if it is finite."""
+        # One sum finds any NaN or infinity; only when it does (or overflows) is it worth a second look.
+        if not bool(torch.isfinite(result.sum())) and not bool(torch.isfinite(result).all()):
+            raise MergeError(f"{type(self._method).__name__}: the merged tensor '{name}' has NaN or infinite values")
+        self._hand_on(name, start or 0, round_to(result, self._plan.output_dtype(name), name))
+
+    def _hand_on(self, name: str, start: int, values: Tensor) -> None:
+        self._sink.write(name, start, values if self._plan.device is None else values.to(self._plan.home))
+
+
+def _sum(base: Tensor, delta: Tensor) -> Tensor:
+    """θ_base + τ in float32, or float64 for a float64 base."""
+    return base.to(working_dtype(base.dtype)) + delta
+
+
+def _stream(device: torch.device | None) -> AbstractContextManager:
+    """A stream of this thread's own, so that its copies run beside other threads' arithmetic."""
+    if device is None or device.type != "cuda":
+        return nullcontext()
+    return torch.cuda.stream(torch.cuda.Stream(device))

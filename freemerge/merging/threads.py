@@ -1,0 +1,132 @@
+"""Threads that work side by side on a stream of jobs.
+
+Each runs single-threaded operations. So the work scales with the threads whatever its operations are, and no result
+depends on how many there are.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
+from typing import TypeVar
+
+import torch
+
+from freemerge.checkpoints.reading import keep_files_open
+
+_Job = TypeVar("_Job")
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
+
+_team = threading.local()  # .size: in a thread of ours, how many may work side by side
+
+
+def team_size() -> int:
+    """How many threads may work side by side: as many as torch would use (OMP_NUM_THREADS, `torch.set_num_threads`)."""
+    return getattr(_team, "size", None) or torch.get_num_threads()
+
+
+def run(
+    work: Callable[[Iterator[_Job]], None],
+    jobs: Iterable[_Job],
+    *,
+    cost: Callable[[_Job], int] | None = None,
+    budget: int = 0,
+) -> None:
+    """Let threads work on jobs until none is left, or one fails.
+
+    Args:
+        work: called once in each thread, with the jobs that fall to it.
+        jobs: taken one at a time, in order, by whichever thread is free.
+        cost: of a job, in any unit; None for jobs that cost nothing.
+        budget: what the jobs that are worked on may cost together. A single job may cost more.
+
+    Raises:
+        Exception: the first that a thread raised; the others stop after the job that they are at.
+    """
+    size = team_size()
+    source = _Source(jobs, cost, budget)
+
+    def body() -> None:
+        _team.size = size
+        torch.set_num_threads(1)
+        try:
+            with torch.no_grad(), keep_files_open():
+                work(source.deal())
+        except BaseException as error:  # handed on to the caller
+            source.fail(error)
+
+    threads = [threading.Thread(target=body, name=f"freemerge-{index}", daemon=True) for index in range(size)]
+    before = torch.get_num_threads()
+    for thread in threads:
+        thread.start()
+    try:
+        for thread in threads:
+            thread.join()
+    except BaseException as error:  # Ctrl-C: nobody may go on writing
+        source.fail(error)
+        for thread in threads:
+            thread.join()
+    finally:
+        torch.set_num_threads(before)  # the number for threads to come, which each of ours has set to 1
+    if source.error is not None:
+        raise source.error
+
+
+def each(function: Callable[[_Item], _Result], items: Sequence[_Item]) -> list[_Result]:
+    """Results of a function for all items, in their order, computed side by side.
+
+    For a method's `combine` to treat its K models at the same time.
+    """
+    if team_size() == 1 or len(items) < 2:
+        return [function(item) for item in items]
+    results: list[_Result | None] = [None] * len(items)
+
+    def work(jobs: Iterator[int]) -> None:
+        for index in jobs:
+            results[index] = function(items[index])
+
+    run(work, range(len(items)))
+    return results
+
+
+class _Source:
+    """Deals jobs out to threads, within a budget."""
+
+    def __init__(self, jobs: Iterable[_Job], cost: Callable[[_Job], int] | None, budget: int) -> None:
+        self.error: BaseException | None = None
+        self._jobs = iter(jobs)
+        self._cost = cost
+        self._budget = budget
+        self._spent = 0
+        self._changed = threading.Condition()
+        # A job that does not fit keeps its place: whoever waits for it holds the turn, so that jobs go out in order.
+        self._turn = threading.Lock() if cost is not None else nullcontext()
+
+    def deal(self) -> Iterator[_Job]:
+        """The jobs of one thread; asking for the next says that the last is done."""
+        while True:
+            spent = 0
+            with self._turn:
+                with self._changed:
+                    job = None if self.error is not None else next(self._jobs, self)
+                if job is None or job is self:
+                    return
+                if self._cost is not None:
+                    spent = self._cost(job)
+                    with self._changed:
+                        while self._spent and self._spent + spent > self._budget and self.error is None:
+                            self._changed.wait()
+                        self._spent += spent
+            try:
+                yield job
+            finally:
+                with self._changed:
+                    self._spent -= spent
+                    self._changed.notify_all()
+
+    def fail(self, error: BaseException) -> None:
+        with self._changed:
+            self.error = self.error or error
+            self._changed.notify_all()
