@@ -8,7 +8,7 @@ the model: the threshold is an order statistic of a stream of magnitudes.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -182,14 +182,12 @@ def _top_of_model(tensors: Mapping[str, Tensor], count: int) -> dict[str, Tensor
     total = sum(tensor.numel() for tensor in tensors.values())
     stride = total >> 17 | 1
     sample = torch.cat([tensor.reshape(-1)[::stride].float().abs() for tensor in tensors.values()])
-    threshold = float(
-        order_statistics(
-            lambda: (tensor.float().abs().reshape(1, -1) for tensor in tensors.values()),
-            [total - count],
-            total,
-            sample[None],
-        )
-    )
+
+    def scan(see: Callable[[Tensor], None]) -> None:
+        for tensor in tensors.values():
+            see(tensor.reshape(1, -1).float().abs())
+
+    threshold = float(order_statistics(scan, [total - count], (1, total), sample[None]))
     above = {name: (tensor.float().abs() > threshold).reshape(-1) for name, tensor in tensors.items()}
     room = count - sum(int(mask.sum()) for mask in above.values())  # for entries that equal the threshold
     found = {}

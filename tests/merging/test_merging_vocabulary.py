@@ -4,7 +4,6 @@ import json
 
 import pytest
 import torch
-from freemerge.merging.command import build_parser, run
 from peft import LoraConfig, get_peft_model
 from transformers import GPT2Config, GPT2LMHeadModel
 
