@@ -14,7 +14,7 @@ import freemerge
 from freemerge.checkpoints import hash_tensors, load_checkpoint
 from freemerge.data import TaskSuite
 from freemerge.experts import load_expert
-from freemerge.models import Backbone, FreeModel, Router
+from freemerge.models import Backbone, ConvRouter, EarlyRouter, FreeModel, Router, feature_width
 from freemerge.pipeline.folder import StageFolder
 from freemerge.pipeline.settings import Settings
 from freemerge.training import FineTuner
@@ -119,15 +119,23 @@ class Artifacts:
         for task in self.suite.names:
             self.require(self.expert_stage(task))
             experts[task] = load_expert(self.expert_path(task), merged)
-        self.require(self.router_stage())
+        routing = self.require(self.router_stage())["results"]
         router = self.new_router()
         router.load_state_dict(load_checkpoint(self.router_stage().path / "router.safetensors"))
         names = {task: self.suite.task(task).class_names for task in self.suite.names}
-        return FreeModel(self.backbone(merged), self.heads(), experts, router, names).eval()
+        backbone, settings = self.backbone(merged), self.settings.router
+        return FreeModel(
+            backbone, self.heads(), experts, router, names, threshold=routing["threshold"], top_n=settings.top_n
+        ).eval()
 
     def new_router(self) -> Router:
         """An untrained router for the suite."""
-        return Router(len(self.suite.names), self.suite.image_shape[0], self.settings.router.width)
+        settings, tasks = self.settings.router, len(self.suite.names)
+        if settings.kind == "conv":
+            return ConvRouter(tasks, self.suite.image_shape[0], settings.width)
+        inputs, _ = next(iter(self.suite.for_task(self.suite.names[0]).val_dataloader()))
+        width = feature_width(inputs, self.backbone(self.free_weights()).eval(), settings.point)
+        return EarlyRouter(tasks, settings.point, width, settings.hidden)
 
     def backbone(self, weights: Mapping[str, Tensor]) -> Backbone:
         """A copy of the template's backbone with these weights."""
@@ -186,9 +194,12 @@ class Artifacts:
         settings = self.settings.experts
         inputs = self._key() | {
             "merge": self.merge_stage().key,
+            "kind": settings.kind,
             "density": settings.density,
             "scope": settings.scope,
+            "vectors": settings.vectors,
             "rescale": settings.rescale,
+            "values": settings.values,
         }
         return StageFolder(self.folder / "extracted", "experts extracted", inputs)
 
@@ -207,6 +218,8 @@ class Artifacts:
             "data": self.suite.fingerprint(),
             "batch_size": self.settings.router.batch_size or self.suite.batch_size,
         }
+        if self.settings.router.kind == "early":  # it looks at the merged backbone
+            inputs["merge"] = self.merge_stage().key
         return StageFolder(self.folder / "router", "router", inputs)
 
     def tune_stage(self, name: str, inputs: Mapping[str, Any]) -> StageFolder:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import freemerge
 from freemerge.checkpoints import load_checkpoint
-from freemerge.evaluation import Report, Row
+from freemerge.evaluation import Report, Routing, Row
 from freemerge.experts import load_expert
 from freemerge.models import FreeModel
 from freemerge.pipeline.artifacts import Artifacts
@@ -50,15 +50,18 @@ def make_report(files: Artifacts, measure: Measure, model: FreeModel | None) -> 
     for name in files.settings.merge.methods:
         rows.append(row(name, load_checkpoint(files.merged_path(name)), merge_record["methods"][name]["best"]))
     search = {name: entry["search"] for name, entry in merge_record["methods"].items()}
+    settings = _provenance(files, size)
     if model is not None:
         extraction = files.require(files.extraction_stage())["results"]
         search["FREE extracted"] = extraction["search"]
-        rows += _free_rows(files, measure, model, extraction["best"], loaders)
+        routing = measure.routing(model, loaders)
+        settings |= {"threshold": model.threshold, "routing": routing.as_dict()}
+        rows += _free_rows(files, measure, model, routing, extraction["best"], loaders)
     return Report(
         title=f"{title(measure)}, {len(suite.names)} tasks, seed {files.seed}",
         rows=rows,
         search=search,
-        settings=_provenance(files, size),
+        settings=settings,
         metrics=measure.metrics,
     )
 
@@ -70,7 +73,12 @@ def title(measure: Measure) -> str:
 
 
 def _free_rows(
-    files: Artifacts, measure: Measure, model: FreeModel, chosen: Mapping[str, Any], loaders: Mapping[str, Any]
+    files: Artifacts,
+    measure: Measure,
+    model: FreeModel,
+    routing: Routing,
+    chosen: Mapping[str, Any],
+    loaders: Mapping[str, Any],
 ) -> list[Row]:
     tasks = files.suite.names
     merged = files.free_weights()
@@ -88,7 +96,7 @@ def _free_rows(
         ),
         Row("FREE trained (routed)", measure.free(model, loaders, oracle=False), expert_bytes + router_bytes),
         Row("FREE trained (oracle)", measure.free(model, loaders, oracle=True), expert_bytes),
-        Row("router accuracy", measure.router(model, loaders), router_bytes, kind="router"),
+        Row("router accuracy", routing.accuracy, router_bytes, kind="router"),
     ]
 
 

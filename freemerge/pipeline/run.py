@@ -38,9 +38,9 @@ from torch import Tensor
 from freemerge.checkpoints import hash_tensors, save_checkpoint
 from freemerge.data import TaskSuite
 from freemerge.evaluation import Report, mean_score
-from freemerge.experts import extract, load_expert, save_expert
+from freemerge.experts import extract, extract_low_rank, load_expert, save_expert
 from freemerge.merging import apply_task_vector, merge, merge_task_vectors, task_vector
-from freemerge.models import FreeModel
+from freemerge.models import FreeModel, choose_threshold
 from freemerge.pipeline.artifacts import Artifacts
 from freemerge.pipeline.folder import StageFolder
 from freemerge.pipeline.measure import Measure
@@ -228,26 +228,26 @@ class SuiteRun:
                 feature_weight=settings.feature_weight,
                 logit_weight=settings.logit_weight,
                 temperature=settings.temperature,
+                feature_loss=settings.feature_loss,
+                cache_teacher=settings.cache_teacher,
             )
             data = self.suite.for_task(task, batch_size=settings.batch_size)
             trainer = self._fit(stage, trainer_module, data, settings.trainer, resume, monitor="val/agreement")
             if rank_zero_only.rank == 0:
-                save_expert(self.files.expert_path(task), trainer_module.expert)
+                save_expert(self.files.expert_path(task), trainer_module.expert, settings.values)
             self._finish(stage, {"val/agreement": _metric(trainer, "val/agreement")})
 
     def _extract_experts(self, stage: StageFolder) -> None:
         settings = self.settings.experts
         merged, finetuned, heads = self.files.free_weights(), self.files.finetuned_weights(), self.files.heads()
         stage.begin()
-        merged_hash = hash_tensors(merged)
+        hashes = {"base_hash": hash_tensors(self.files.base_weights()), "merged_hash": hash_tensors(merged)}
+        shared: dict[str, Any] = {"density": settings.density, "vectors": settings.vectors}
+        cut = extract_low_rank
+        if settings.kind == "sparse":
+            cut, shared = extract, shared | {"scope": settings.scope, "rescale": settings.rescale}
         experts = {
-            task: extract(
-                task_vector(merged, weights),
-                settings.density,
-                scope=settings.scope,
-                rescale=settings.rescale,
-                metadata={"task": task, "merged_hash": merged_hash},
-            )
+            task: cut(task_vector(merged, weights), **shared, metadata={"task": task, **hashes})
             for task, weights in finetuned.items()
         }
         loaders = self.measure.loaders("val")
@@ -259,7 +259,7 @@ class SuiteRun:
         best = max(search, key=lambda candidate: candidate["mean_acc"])
         if rank_zero_only.rank == 0:
             for task, expert in experts.items():
-                save_expert(self.files.extracted_path(task), expert.scaled(best["scale"]))
+                save_expert(self.files.extracted_path(task), expert.scaled(best["scale"]), settings.values)
         self._finish(stage, {"search": search, "best": best})
         self._say(f"experts: extracted, scale {best['scale']:g}", best["mean_acc"])
 
@@ -272,10 +272,12 @@ class SuiteRun:
         data = self.suite.mixture(batch_size=settings.batch_size)
         resume = stage.begin(self.ckpt_path)
         self._seed(stage)
-        module = RouterTrainer(self.files.new_router(), **settings.optimization)
+        backbone = self.files.backbone(self.files.free_weights()) if settings.kind == "early" else None
+        module = RouterTrainer(self.files.new_router(), backbone, **settings.optimization)
         trainer = self._fit(stage, module, data, settings.trainer, resume, monitor="val/acc")
         self._write(stage.path / "router.safetensors", module.router.state_dict())
-        self._finish(stage, {"val/acc": _metric(trainer, "val/acc")})
+        threshold = choose_threshold(module.logits(data.val_dataloader()), settings.share)
+        self._finish(stage, {"val/acc": _metric(trainer, "val/acc"), "threshold": threshold})
 
     def evaluate(self) -> Report:
         """Evaluate everything on all tasks' test data; write the FREE model, the report and the picture.
