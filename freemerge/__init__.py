@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from freemerge.data import Task as Task
     from freemerge.data import TaskSuite as TaskSuite
+    from freemerge.experts import LowRankExpert as LowRankExpert
     from freemerge.experts import SparseExpert as SparseExpert
     from freemerge.experts import extract as extract
+    from freemerge.experts import extract_low_rank as extract_low_rank
     from freemerge.merging import merge as merge
     from freemerge.models import FreeModel as FreeModel
     from freemerge.training import ExpertTrainer as ExpertTrainer
@@ -27,6 +29,8 @@ except PackageNotFoundError:  # run from a source tree that is not installed
 _HOMES = {
     "merge": "freemerge.merging",
     "extract": "freemerge.experts",
+    "extract_low_rank": "freemerge.experts",
+    "LowRankExpert": "freemerge.experts",
     "SparseExpert": "freemerge.experts",
     "FreeModel": "freemerge.models",
     "Task": "freemerge.data",

@@ -11,6 +11,8 @@ import yaml
 
 from freemerge.checkpoints import load_checkpoint, save_checkpoint
 from freemerge.cli import main
+from freemerge.merging import FRMerging, Gaussian, HighPass, PCBMerging, merge
+from freemerge.tuning import Range, Space
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -65,6 +67,44 @@ def test_the_suite_and_the_configuration_of_readme_go_together(tmp_path, monkeyp
     config = yaml.safe_load(capsys.readouterr().out)
     assert config["data"]["class_path"] == "my_tasks.MySuite"
     assert config["trainer"]["devices"] in (4, "4")
+
+
+def test_the_overrides_and_the_method_of_readme_merge(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names = ("encoder.mlp.weight", "encoder.attention.weight", "norm")
+    models = {}
+    for seed, name in enumerate(("base", "a", "b")):
+        generator = torch.Generator().manual_seed(seed)
+        models[name] = {tensor: torch.randn(8, 8, generator=generator) for tensor in names}
+        save_checkpoint(f"{name}.safetensors", models[name])
+    (tmp_path / "m.yaml").write_text(next(block for block in blocks("yaml") if "overrides:" in block))
+    inputs = ["merge", "--base", "base.safetensors", "--finetuned", "[a.safetensors, b.safetensors]"]
+    assert main([*inputs, "--config", "m.yaml", "--output", "overrides.safetensors"]) == 0
+    expected = {
+        "encoder.mlp.weight": FRMerging(Gaussian(0.1), scale=0.4),
+        "encoder.attention.weight": FRMerging(Gaussian(0.2), scale=[0.5, 0.3]),
+        "norm": FRMerging(Gaussian(0.1)),
+    }
+    merged = load_checkpoint("overrides.safetensors")
+    for name, method in expected.items():
+        assert torch.equal(merged[name], merge(models["base"], [models["a"], models["b"]], method)[name])
+    (tmp_path / "my_methods.py").write_text(next(block for block in blocks("python") if "class Median" in block))
+    assert main([*inputs, "--method", "my_methods.Median", "--output", "median.safetensors"]) == 0
+    smaller = torch.minimum(models["a"]["norm"], models["b"]["norm"])  # torch's median of two
+    torch.testing.assert_close(load_checkpoint("median.safetensors")["norm"], smaller)
+
+
+def test_the_search_of_readme_can_be_told(tmp_path, capsys) -> None:
+    (tmp_path / "tune.yaml").write_text(next(block for block in blocks("yaml") if block.startswith("tune:")))
+    tiny = str(ROOT / "tests" / "tiny.yaml")
+    with pytest.raises(SystemExit) as stop:
+        main(["tune", "--config", tiny, "--config", str(tmp_path / "tune.yaml"), "--print_config"])
+    assert stop.value.code == 0
+    settings = yaml.safe_load(capsys.readouterr().out)["tune"]
+    method = PCBMerging(scale=0.3, filter=HighPass(0.1))
+    space = Space(method, ("a", "b"), {path: Range(**bounds) for path, bounds in settings["space"].items()})
+    assert [each.name for each in space.parameters] == ["scale/a", "scale/b", "ratio", "filter.cutoff"]
+    assert settings["method"]["init_args"]["scale"] == 0.3
 
 
 @pytest.mark.parametrize("path", sorted(set(re.findall(r"\]\(((?!http)[^)#]+)\)", README))))

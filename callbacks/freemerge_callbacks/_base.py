@@ -11,11 +11,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import lightning as L
+import torch
 from torch import Tensor
 
-from freemerge.checkpoints import Checkpoint, TensorSpec, hash_tensors, open_checkpoint, save_checkpoint
+from freemerge.checkpoints import Checkpoint, hash_tensors, open_checkpoint, save_checkpoint
+from freemerge.checkpoints.bases import hash_base
 from freemerge_callbacks._ranks import on_rank_zero
-from freemerge_callbacks._weights import find_prefix
 
 _WAY_OUT = "give the pretrained model with base=..."
 
@@ -56,7 +57,7 @@ class FitBase:
         """
         if self.given is not None:
             if digest:
-                self.hash = on_rank_zero(trainer, lambda: hash_base(open_base(self.given), weights))
+                self.hash = on_rank_zero(trainer, lambda: hash_base(open_base(self.given), dtypes_of(weights)))
         elif trainer.ckpt_path is None:
             self.hash = on_rank_zero(trainer, lambda: self._keep(weights, keep))
 
@@ -96,36 +97,14 @@ class FitBase:
 
 def open_base(path: Path) -> Checkpoint:
     """A base by all names of its tensors, so that a merge ties in its result what is tied in the base."""
-    return with_tied_names(open_checkpoint(path))
+    return open_checkpoint(path).with_tied_names()
 
 
-def with_tied_names(checkpoint: Checkpoint) -> Checkpoint:
-    """A checkpoint by all names of its tensors: those too that a file leaves out because they are tied to others."""
-    specs = {name: checkpoint.spec(name) for name in dict.fromkeys((*checkpoint.names, *checkpoint.tied))}
-    return Checkpoint(
-        checkpoint.label,
-        specs,
-        lambda name, run: read(checkpoint, name, run),
-        tied=checkpoint.tied,
-        outside=checkpoint.outside,
-    )
+def open_finetuned(path: Path) -> Checkpoint:
+    """A fine-tuned model; the callbacks have held it to their base already, before the training."""
+    return open_checkpoint(path).without_metadata()
 
 
-def read(checkpoint: Checkpoint, name: str, run: tuple[int, int] | None) -> Tensor:
-    """A tensor of a checkpoint, or a run of its values: what a checkpoint made from another one reads."""
-    return checkpoint.tensor(name) if run is None else checkpoint.run(name, *run)
-
-
-def hash_base(base: Checkpoint, weights: Mapping[str, Tensor]) -> str:
-    """The hash of a backbone's weights (`hash_tensors`) when this base has just been loaded into it.
-
-    Args:
-        base: the base, from `open_base`; its tensors may be named relative to something inside the backbone.
-        weights: the backbone's tensors; only their names and dtypes count.
-    """
-    prefix = find_prefix(weights, base.names)
-    loaded = {prefix + name: name for name in base.names if prefix + name in weights}
-    specs = {full: TensorSpec(base.spec(name).shape, weights[full].dtype) for full, name in loaded.items()}
-    return hash_tensors(
-        Checkpoint(base.label, specs, lambda full, run: read(base, loaded[full], run).to(weights[full].dtype))
-    )
+def dtypes_of(weights: Mapping[str, Tensor]) -> dict[str, torch.dtype]:
+    """Name → dtype."""
+    return {name: value.dtype for name, value in weights.items()}

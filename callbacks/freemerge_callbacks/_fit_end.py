@@ -18,10 +18,10 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from freemerge.checkpoints import open_checkpoint
+from freemerge.checkpoints.task_files import TaskRecord
 from freemerge.merging.engine import parse_dtype
-from freemerge_callbacks._base import FitBase
+from freemerge_callbacks._base import FitBase, dtypes_of
 from freemerge_callbacks._best import best_checkpoint
-from freemerge_callbacks._task_files import TaskRecord
 from freemerge_callbacks._weights import part_weights, refuse_placeholders
 
 
@@ -54,6 +54,7 @@ class FitEndCallback(Callback, ABC):
         self.weights = weights
         self.dtype = dtype
         self.overwrite = overwrite
+        self._began = False
 
     @property
     def who(self) -> str:
@@ -73,6 +74,7 @@ class FitEndCallback(Callback, ABC):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if stage != "fit" or trainer.fast_dev_run:
             return
+        self._began = False
         if self.weights not in ("last", "best"):
             raise ValueError(f"{self.who}: `weights` must be 'last' or 'best', got {self.weights!r}")
         parse_dtype(self.dtype)
@@ -91,14 +93,20 @@ class FitEndCallback(Callback, ABC):
         self.base.begin(trainer, weights, keep=self.needs_base, digest=self.needs_hash)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.fast_dev_run:
-            return
-        self.base.resume(trainer, keep=self.needs_base)  # by now every strategy has restored the callbacks' states
-        self.check_base(trainer)
+        if not trainer.fast_dev_run:
+            self._check_base(trainer)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if not trainer.fast_dev_run:
-            self.finish(trainer, pl_module)
+        if trainer.fast_dev_run:
+            return
+        if not self._began:  # resumed from a checkpoint after which there was nothing left to train
+            self._check_base(trainer)
+        self.finish(trainer, pl_module)
+
+    def _check_base(self, trainer: L.Trainer) -> None:
+        self._began = True
+        self.base.resume(trainer, keep=self.needs_base)  # by now every strategy has restored the callbacks' states
+        self.check_base(trainer)
 
     @property
     def needs_base(self) -> bool:
@@ -114,7 +122,9 @@ class FitEndCallback(Callback, ABC):
         """The checkpoint that holds the wanted weights; None where these are the module's own."""
         return best_checkpoint(trainer, self.who).best_model_path if self.weights == "best" else None
 
-    def task_record(self, trainer: L.Trainer, task: str, holds: Literal["weights", "task_vector"]) -> TaskRecord:
+    def task_record(
+        self, trainer: L.Trainer, task: str, holds: Literal["weights", "task_vector"], weights: Mapping[str, Tensor]
+    ) -> TaskRecord:
         """What a file of this fit's weights says of itself.
 
         Its metrics are those of the weights: all of the last epoch's, or the score that chose the best checkpoint.
@@ -125,7 +135,7 @@ class FitEndCallback(Callback, ABC):
             score = checkpoint.best_model_score
             metrics = {} if score is None else {checkpoint.monitor: float(score)}
         seed = os.environ.get("PL_GLOBAL_SEED")  # where `seed_everything` keeps it
-        return TaskRecord(task, holds, self.base.hash, None if seed is None else int(seed), metrics)
+        return TaskRecord(task, holds, self.base.hash, None if seed is None else int(seed), metrics, dtypes_of(weights))
 
     def refuse_existing(self) -> None:
         """Require that the output may be written.

@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 from glob import glob
 from pathlib import Path
 
-from freemerge_callbacks._task_files import read_record
+from freemerge.checkpoints.task_files import read_record
 
 
 def find_others(patterns: Sequence[str], own: Collection[Path], who: str) -> list[Path]:

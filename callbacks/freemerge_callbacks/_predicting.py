@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from freemerge.checkpoints import open_checkpoint
+from freemerge.checkpoints.bases import find_prefix
+from freemerge.checkpoints.task_files import read_record
 from freemerge.inputs import Inputs, select, to_device
-from freemerge_callbacks._task_files import read_record
-from freemerge_callbacks._weights import find_prefix, is_sharded, relative
+from freemerge_callbacks._weights import is_sharded, relative
 
 Predict = Callable[[Inputs, str], Any]
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import lightning as L
+
+from freemerge.merging.processes import Processes
 
 
 def on_rank_zero(trainer: L.Trainer, work: Callable[[], Any]) -> Any:
@@ -35,6 +38,32 @@ def on_rank_zero(trainer: L.Trainer, work: Callable[[], Any]) -> Any:
     if message is not None:
         raise RuntimeError(f"rank 0 failed with {message}")
     return result
+
+
+def all_reach(trainer: L.Trainer, inputs: Iterable[Path], output: Path) -> bool:
+    """Whether every rank sees all files of a merge and the folder it writes to, so that the ranks can share the work.
+
+    Args:
+        trainer: whose ranks; all of them must call this.
+        inputs: what is read.
+        output: what will be written.
+    """
+    if trainer.world_size == 1:
+        return False
+    probe = output.with_name(f".{output.name}.seen")
+
+    def leave() -> None:
+        probe.parent.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+
+    on_rank_zero(trainer, leave)
+    processes = Processes(shared=True)
+    try:
+        return all(processes.gather(all(path.exists() for path in (*inputs, probe))))
+    finally:
+        processes.close()
+        if trainer.is_global_zero:
+            probe.unlink(missing_ok=True)
 
 
 def log_metrics(trainer: L.Trainer, metrics: Mapping[str, float]) -> None:

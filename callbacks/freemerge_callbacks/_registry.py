@@ -16,9 +16,8 @@ import lightning as L
 from torch import Tensor
 
 from freemerge.checkpoints import hash_tensors, open_checkpoint
-from freemerge_callbacks._base import with_tied_names
+from freemerge.checkpoints.task_files import TaskRecord, read_record, write_task_file
 from freemerge_callbacks._ranks import on_rank_zero
-from freemerge_callbacks._task_files import TaskRecord, read_record, write_task_file
 
 _LONGEST_WAIT = 30 * 60.0  # seconds for another job's merge
 
@@ -140,7 +139,7 @@ class Registry:
             ValueError: another job has registered this task in the meantime.
         """
         if self.path.exists():
-            there = with_tied_names(open_checkpoint(self.path, prefix="backbone."))
+            there = open_checkpoint(self.path, prefix="backbone.").with_tied_names()
             if hash_tensors(there) == hash_tensors(weights):
                 return
             if not replace:

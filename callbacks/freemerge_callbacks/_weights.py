@@ -7,15 +7,18 @@ had never been there.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import lightning as L
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
 from torch import Tensor, nn
 
-from freemerge.checkpoints import Checkpoint
+from freemerge.checkpoints import Checkpoint, save_checkpoint
+from freemerge_callbacks._ranks import on_rank_zero
 
 _COMPILED = "_orig_mod."  # what `torch.compile` puts into the names of a module's tensors
 
@@ -66,6 +69,38 @@ def part_weights(trainer: L.Trainer, module: L.LightningModule, part: str, who: 
     return relative(whole_state(trainer, module), part)
 
 
+@contextmanager
+def final_weights(
+    trainer: L.Trainer, module: L.LightningModule, part: str, who: str, file: Path
+) -> Iterator[Mapping[str, Tensor] | Path]:
+    """The tensors of a part of the module as every rank can have them: rank 0's, by name, or in a file while it lasts.
+
+    Every rank must enter and leave.
+
+    Args:
+        trainer: the Trainer.
+        module: the module.
+        part: dotted path of the part.
+        who: what messages begin with.
+        file: where rank 0 may write them, if the strategy gathers them there.
+    """
+    weights = part_weights(trainer, module, part, who)
+    if trainer.world_size == 1:
+        yield weights
+    elif is_sharded(trainer.strategy):
+        on_rank_zero(trainer, lambda: save_checkpoint(file, weights))
+        try:
+            yield file
+        finally:
+            if trainer.is_global_zero:
+                file.unlink(missing_ok=True)
+    else:
+        # Parameters are the same on all ranks. Buffers (batch-norm statistics) are each rank's own.
+        buffers = [name for name, _ in module.get_submodule(part).named_buffers(remove_duplicate=False)]
+        own = {name: weights[name].cpu() for name in map(_plain, buffers) if name in weights}
+        yield weights | trainer.strategy.broadcast(own)
+
+
 def whole_state(trainer: L.Trainer, module: L.LightningModule) -> dict[str, Any]:
     """The module's state dict, gathered from all ranks where it is sharded; see `part_weights`."""
     if not is_sharded(trainer.strategy):
@@ -83,30 +118,28 @@ def whole_state(trainer: L.Trainer, module: L.LightningModule) -> dict[str, Any]
 def relative(state: Mapping[str, Any], part: str) -> dict[str, Tensor]:
     """The tensors of a module's state dict that belong to one of its parts, named relative to it."""
     prefix = f"{part}." if part else ""
-    named = ((name.replace(_COMPILED, ""), value) for name, value in state.items())
+    named = ((_plain(name), value) for name, value in state.items())
     return {
         name[len(prefix) :]: value for name, value in named if name.startswith(prefix) and isinstance(value, Tensor)
     }
 
 
-def find_prefix(module_names: Iterable[str], file_names: Iterable[str]) -> str:
-    """The prefix under which a module has the tensors of a file.
+def part_of(checkpoint: Checkpoint, part: str) -> Checkpoint:
+    """The tensors of the module's checkpoint that belong to one of its parts, named relative to it; see `relative`."""
+    prefix = f"{part}." if part else ""
+    names = {name: _plain(name) for name in (*checkpoint.names, *checkpoint.tied)}
+    return checkpoint.renamed({n: plain[len(prefix) :] for n, plain in names.items() if plain.startswith(prefix)})
 
-    A file may name its tensors relative to something inside the backbone, as a Hugging Face folder does where the
-    backbone wraps a model of that library.
 
-    Args:
-        module_names: the backbone's tensors.
-        file_names: the file's tensors; some may have no counterpart.
+def in_memory(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """A model's tensors by all their names, tied ones tied; of tensors in memory nothing is copied."""
+    tensors = {name: checkpoint.tensor(name) for name in checkpoint.names if name not in checkpoint.tied}
+    return tensors | {name: tensors[first] for name, first in checkpoint.tied.items()}
 
-    Returns:
-        The prefix that brings the most names into agreement, often "".
-    """
-    names = Checkpoint("", dict.fromkeys(module_names), lambda name: name)
-    inside = names.relative_to(file_names)
-    outside = set(inside.outside)
-    full = next(name for name in names if name not in outside)
-    return full.removesuffix(inside.names[0])
+
+def _plain(name: str) -> str:
+    """A tensor's name as if `torch.compile` had never been there."""
+    return name.replace(_COMPILED, "")
 
 
 def _shared(module: nn.Module) -> dict[str, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,14 +20,13 @@ from freemerge.merging.engine import parse_dtype
 from freemerge.merging.patterns import compile_patterns
 from freemerge.merging.plan import make_plan
 from freemerge.merging.provenance import make_record
-from freemerge_callbacks._base import open_base
+from freemerge_callbacks._base import open_base, open_finetuned
 from freemerge_callbacks._best import best_state
 from freemerge_callbacks._fit_end import FitEndCallback
 from freemerge_callbacks._others import base_hashes, check_base_hashes, find_others
-from freemerge_callbacks._ranks import log_metrics, on_rank_zero
+from freemerge_callbacks._ranks import all_reach, log_metrics, on_rank_zero
 from freemerge_callbacks._registry import Registry
-from freemerge_callbacks._task_files import TaskRecord, open_finetuned
-from freemerge_callbacks._weights import part_weights, relative
+from freemerge_callbacks._weights import final_weights, in_memory, part_of
 
 OWN_LABEL = "the backbone of this fit"
 
@@ -68,8 +68,8 @@ class MergeAtFitEnd(FitEndCallback):
     Attributes:
         merged_path: what was written; None before, and for a job that was not the last to finish.
         report: where the merge comes from and what it took: `method`, `base`, `finetuned`, `tensors`, `versions` and so
-            on, as in a merged folder's freemerge.json, and `output`, `hash` (of its tensors), `weights` and `seconds`;
-            empty before.
+            on, as in a merged folder's freemerge.json, and `output`, `hash` (of its tensors), `weights`, `ranks` (that
+            shared the work) and `seconds`; empty before.
     """
 
     def __init__(
@@ -109,13 +109,14 @@ class MergeAtFitEnd(FitEndCallback):
         self.merged_path: Path | None = None
         self.report: dict[str, Any] = {}
         self._found: list[Path] = []
+        self._best: Path | None = None
 
     @property
     def needs_hash(self) -> bool:
         return self.registry is not None or bool(base_hashes(self._found))
 
     def check_arguments(self, trainer: L.Trainer) -> None:
-        self.merged_path, self.report = None, {}
+        self.merged_path, self.report, self._best = None, {}, None
         self._check_output()
         compile_patterns(self.include, "include")
         compile_patterns(self.exclude, "exclude")
@@ -133,20 +134,29 @@ class MergeAtFitEnd(FitEndCallback):
         on_rank_zero(trainer, lambda: check_base_hashes(self._all_others(), self.base.hash, "MergeAtFitEnd"))
 
     def finish(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        weights = part_weights(trainer, module, self.backbone, "MergeAtFitEnd")
+        with self._own(trainer, module) as own:
+            if self.registry is None:
+                self._merge(trainer, {OWN_LABEL: own})
+                return
+            with self.registry.turn(trainer):
+                missing = on_rank_zero(trainer, lambda: self._register(trainer, own))
+                if missing:
+                    waiting = f"'{self.registry.task}' is in {self.registry.folder}; waiting for {missing}"
+                    rank_zero_info(f"MergeAtFitEnd: {waiting}")
+                else:
+                    self._merge(trainer, self.registry.registered())
+
+    def _own(
+        self, trainer: L.Trainer, module: L.LightningModule
+    ) -> AbstractContextManager[Mapping[str, Tensor] | Path]:
+        """This fit's weights as every rank that sees the files can have them."""
         best = self.best_path(trainer)
         if best is not None:
-            weights = relative(best_state(best, self.backbone, "MergeAtFitEnd"), self.backbone)
-        if self.registry is None:
-            self._merge(trainer, {OWN_LABEL: weights})
-            return
-        record = self.task_record(trainer, self.registry.task, "weights")
-        with self.registry.turn(trainer):
-            missing = on_rank_zero(trainer, lambda: self._register(record, weights, self._replaces(trainer)))
-            if missing:
-                rank_zero_info(f"MergeAtFitEnd: '{record.task}' is in {self.registry.folder}; waiting for {missing}")
-            else:
-                self._merge(trainer, self.registry.registered())
+            on_rank_zero(trainer, lambda: bool(best_state(best, self.backbone, "MergeAtFitEnd")))
+            self._best = Path(best)
+            return nullcontext(self._best)
+        file = self.output.with_name(f".{self.output.stem}.own.safetensors")  # hidden: no glob finds it
+        return final_weights(trainer, module, self.backbone, "MergeAtFitEnd", file)
 
     def _replaces(self, trainer: L.Trainer) -> bool:
         """Whether this fit may replace its task in the registry: also if it goes on after it has registered it once."""
@@ -174,11 +184,13 @@ class MergeAtFitEnd(FitEndCallback):
             self.registry.refuse_registered(replace)
         own = open_checkpoint(weights, label=OWN_LABEL)
         base = own.with_label("the base") if self.base.given is None else open_base(self.base.given)
-        models = [own, *(open_finetuned(path, base) for path in self._all_others())]
+        models = [own, *(open_finetuned(path) for path in self._all_others())]
         make_plan(base, models, self.include, self.exclude, parse_dtype(self.dtype))
 
-    def _register(self, record: TaskRecord, weights: Mapping[str, Tensor], replace: bool) -> str:
-        self.registry.register(record, weights, replace)
+    def _register(self, trainer: L.Trainer, own: Mapping[str, Tensor] | Path) -> str:
+        weights = in_memory(self._open(own))
+        record = self.task_record(trainer, self.registry.task, "weights", weights)
+        self.registry.register(record, weights, self._replaces(trainer))
         if missing := self.registry.missing():
             self.base.discard()
             return missing
@@ -187,26 +199,35 @@ class MergeAtFitEnd(FitEndCallback):
 
     def _merge(self, trainer: L.Trainer, models: Mapping[str, Path | Mapping[str, Tensor]]) -> None:
         began = time.monotonic()
-        self.report = on_rank_zero(
-            trainer, lambda: self._write({**models, **{str(path): path for path in self._found}})
-        )
+        models = {**models, **{str(path): path for path in self._found}}
+        files = [self.base.path, *(model for model in models.values() if isinstance(model, Path))]
+        shared = all_reach(trainer, files, self.output)
+        if shared:
+            self._write(models, distributed=True)  # every rank merges its share of the tensors
+        else:
+            on_rank_zero(trainer, lambda: self._write(models))
+        report = on_rank_zero(trainer, lambda: self._record(models))
         self.merged_path = self.output
+        self.report = report | {
+            "weights": self.weights,
+            "ranks": trainer.world_size if shared else 1,
+            "seconds": time.monotonic() - began,
+        }
         count = len(self.report["finetuned"])
-        self.report |= {"weights": self.weights, "seconds": time.monotonic() - began}
         log_metrics(trainer, {"merge/models": count, "merge/seconds": self.report["seconds"]})
         rank_zero_info(f"MergeAtFitEnd: merged {count} models into {self.merged_path}")
 
-    def _write(self, models: Mapping[str, Path | Mapping[str, Tensor]]) -> dict[str, Any]:
-        """Merge, and tell where the result comes from."""
-        base = open_base(self.base.path)
-        opened = {
-            label: open_finetuned(model, base) if isinstance(model, Path) else open_checkpoint(model)
-            for label, model in models.items()
-        }
+    def _open(self, model: Path | Mapping[str, Tensor]) -> Checkpoint:
+        """One of the models, this fit's among them."""
+        if model == self._best:
+            return part_of(best_state(str(model), self.backbone, "MergeAtFitEnd"), self.backbone)
+        return open_finetuned(model) if isinstance(model, Path) else open_checkpoint(model)
+
+    def _write(self, models: Mapping[str, Path | Mapping[str, Tensor]], distributed: bool = False) -> None:
         merge(
             # A folder's configuration and tokenizer are found by its path.
-            self.base.path if self.base.path.is_dir() else base,
-            opened,
+            self.base.path if self.base.path.is_dir() else open_base(self.base.path),
+            {label: self._open(model) for label, model in models.items()},
             self.method,
             include=self.include,
             exclude=self.exclude,
@@ -214,20 +235,18 @@ class MergeAtFitEnd(FitEndCallback):
             output=self.output,
             overwrite=self.overwrite,
             hash_inputs=self.hash_inputs,
+            distributed=distributed,
         )
-        report = self._record(base, opened) | {"output": str(self.output)}
-        report["hash"] = hash_tensors(open_checkpoint(self.output)) if self.hash_inputs else None
-        self.base.discard()
-        return report
 
-    def _record(self, base: Checkpoint, models: Mapping[str, Checkpoint]) -> dict[str, Any]:
+    def _record(self, models: Mapping[str, Path | Mapping[str, Tensor]]) -> dict[str, Any]:
+        """Where the written result comes from; then the kept start is not needed any more."""
         if self.output.is_dir():  # the merge has written it there
-            return json.loads((self.output / MARKER).read_text())
-        plan = make_plan(
-            base,
-            [model.with_label(label) for label, model in models.items()],
-            self.include,
-            self.exclude,
-            parse_dtype(self.dtype),
-        )
-        return make_record(plan, self.method, include=self.include, exclude=self.exclude, hash_inputs=self.hash_inputs)
+            record = json.loads((self.output / MARKER).read_text())
+        else:
+            labelled = [self._open(model).with_label(label) for label, model in models.items()]
+            plan = make_plan(open_base(self.base.path), labelled, self.include, self.exclude, parse_dtype(self.dtype))
+            patterns = {"include": self.include, "exclude": self.exclude}
+            record = make_record(plan, self.method, **patterns, hash_inputs=self.hash_inputs)
+        self.base.discard()
+        digest = hash_tensors(open_checkpoint(self.output)) if self.hash_inputs else None
+        return record | {"output": str(self.output), "hash": digest}

@@ -15,17 +15,18 @@ from torch.utils.data import DataLoader
 from torchmetrics import Metric
 
 from freemerge.checkpoints import open_checkpoint
+from freemerge.checkpoints.bases import hash_base
+from freemerge.checkpoints.task_files import read_record
 from freemerge.data import TaskSuite
 from freemerge.merging import FRMerging, MergeMethod, TaskArithmetic, merge
 from freemerge.merging.patterns import compile_patterns
 from freemerge.merging.plan import Plan, make_plan
-from freemerge_callbacks._base import hash_base, open_base
+from freemerge_callbacks._base import dtypes_of, open_base, open_finetuned
 from freemerge_callbacks._others import base_hashes, check_base_hashes, find_others
 from freemerge_callbacks._predicting import merged_into
 from freemerge_callbacks._ranks import on_rank_zero
 from freemerge_callbacks._similarity import Similarity, similarity
 from freemerge_callbacks._task_evaluation import TaskEvaluation
-from freemerge_callbacks._task_files import open_finetuned, read_record
 from freemerge_callbacks._weights import part_weights
 from freemerge_callbacks.merge_at_fit_end import OWN_LABEL
 
@@ -188,22 +189,22 @@ class MergePreview(Callback):
     def _finetuned(self, path: Path) -> Mapping[str, Tensor]:
         """The weights of one of the others, under the base's names."""
         base = open_base(self.base)
-        model = open_finetuned(path, base).relative_to(base.names)
+        model = open_finetuned(path).relative_to(base.names)
         return merge(base, [model], TaskArithmetic(1.0)) if model.deltas else model
 
     def _check_fit(self, weights: Mapping[str, Tensor]) -> None:
         self._plan(weights)
         if base_hashes(self._found):
-            check_base_hashes(self._found, hash_base(open_base(self.base), weights), "MergePreview")
+            check_base_hashes(self._found, hash_base(open_base(self.base), dtypes_of(weights)), "MergePreview")
 
     def _plan(self, weights: Mapping[str, Tensor]) -> Plan:
         base = open_base(self.base)
-        models = [open_checkpoint(weights, label=OWN_LABEL), *(open_finetuned(path, base) for path in self._found)]
+        models = [open_checkpoint(weights, label=OWN_LABEL), *(open_finetuned(path) for path in self._found)]
         return make_plan(base, models, self.include, self.exclude)
 
     def _merge(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         base = open_base(self.base)
-        models = {OWN_LABEL: weights, **{str(path): open_finetuned(path, base) for path in self._found}}
+        models = {OWN_LABEL: weights, **{str(path): open_finetuned(path) for path in self._found}}
         return merge(base, models, self.method, include=self.include, exclude=self.exclude)
 
 

@@ -41,6 +41,7 @@ class Checkpoint(Mapping[str, Tensor]):
         bind: for a model that cannot be told without its base (an adapter whose differences depend on the base's
             values): returns the model's tensors, given the base. See `on`.
         folder: where the files lie that describe this model (configuration, tokenizer), if there is such a folder.
+        metadata: what the file says of itself, for files that can.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class Checkpoint(Mapping[str, Tensor]):
         source: Mapping[str, Tensor] | None = None,
         bind: Callable[[Checkpoint], Checkpoint] | None = None,
         folder: Path | None = None,
+        metadata: Mapping[str, str] | None = None,
     ) -> None:
         self.label = label
         self.tied = dict(tied or {})
@@ -64,6 +66,7 @@ class Checkpoint(Mapping[str, Tensor]):
         self.partial = partial
         self.source: Mapping[str, Tensor] = self if source is None else source
         self.folder = folder
+        self.metadata = dict(metadata or {})
         self._specs = dict(specs)
         self._read = read
         self._bind = bind
@@ -117,6 +120,27 @@ class Checkpoint(Mapping[str, Tensor]):
         """The same tensors, described by the files of a folder."""
         return self._changed(folder=folder)
 
+    def without_metadata(self) -> Checkpoint:
+        """The same tensors, without what the file says of itself."""
+        return self._changed(metadata={})
+
+    def with_tied_names(self) -> Checkpoint:
+        """The same tensors by all their names: those too that a file leaves out because they are tied to others."""
+        names = dict.fromkeys((*self._specs, *self.tied))
+        return self._changed(
+            _specs={name: self.spec(name) for name in names},
+            _read=lambda name, run: self._read(self._stored(name), run),
+        )
+
+    def as_deltas(self, names: Mapping[str, str], deltas: Iterable[str]) -> Checkpoint:
+        """The same tensors by other names, some of them differences to a base in which all else is unchanged.
+
+        Args:
+            names: old → new, for all names.
+            deltas: old names of the differences.
+        """
+        return self.renamed(names)._changed(deltas=frozenset(names[name] for name in deltas), partial=True)
+
     def with_prefix(self, prefix: str) -> Checkpoint:
         """The tensors whose names start with `prefix`, without it; all others are listed in `outside`.
 
@@ -131,7 +155,7 @@ class Checkpoint(Mapping[str, Tensor]):
             raise CheckpointError(
                 f"{self.label}: no tensor's name starts with the prefix '{prefix}'; its first name is '{first}'"
             )
-        found = self._renamed(inside)
+        found = self.renamed(inside)
         found.outside = (*self.outside, *(name for name in self._specs if name not in inside))
         if self._bind is not None:
             found._bind = lambda base: self.on(base.under(prefix)).with_prefix(prefix)
@@ -139,7 +163,7 @@ class Checkpoint(Mapping[str, Tensor]):
 
     def under(self, prefix: str) -> Checkpoint:
         """The same tensors with a prefix before their names."""
-        found = self._renamed({name: prefix + name for name in (*self._specs, *self.tied)})
+        found = self.renamed({name: prefix + name for name in (*self._specs, *self.tied)})
         if self._bind is not None:
             found._bind = lambda base: self.on(base.with_prefix(prefix)).under(prefix)
         return found
@@ -155,8 +179,12 @@ class Checkpoint(Mapping[str, Tensor]):
         """
         return self if self._bind is None else self._bind(base)._changed(label=self.label, folder=self.folder)
 
-    def _renamed(self, names: Mapping[str, str]) -> Checkpoint:
-        """Some of the tensors, by other names: old → new."""
+    def renamed(self, names: Mapping[str, str]) -> Checkpoint:
+        """Some of the tensors, by other names.
+
+        Args:
+            names: old → new.
+        """
         old = {new: self._stored(name) for name, new in names.items()}
         tied = {names[name]: names[first] for name, first in self.tied.items() if name in names and first in names}
         # A tied name that a file leaves out comes to be listed when the one it is tied to is not taken.

@@ -15,6 +15,7 @@ from freemerge.checkpoints.errors import CheckpointError
 from freemerge.checkpoints.index import SUFFIX, read_index
 from freemerge.checkpoints.memory import from_tensors
 from freemerge.checkpoints.safetensors_files import open_safetensors
+from freemerge.checkpoints.task_files import open_task_file
 from freemerge.checkpoints.torch_files import open_torch
 
 Source = Mapping[str, Tensor] | nn.Module | str | os.PathLike[str]
@@ -33,11 +34,11 @@ def open_checkpoint(source: Source, *, label: str | None = None, prefix: str | N
     """Open a model's tensors; nothing but names, shapes and dtypes is read yet.
 
     Args:
-        source: a state dict, a module, a checkpoint that is already open, or a path: a `.safetensors` file, a
-            `torch.save` file (`.pt`, `.pth`, `.bin`, or a Lightning `.ckpt`), a Hugging Face folder
-            (`model.safetensors`, `pytorch_model.bin`, or the index of their shards), the folder of a distributed
-            checkpoint (`.metadata` and `.distcp` files, as Lightning's ModelParallelStrategy and FSDP write it), or
-            that of a LoRA, DoRA or (IA)³ adapter, whose tensors are then differences to a base (see
+        source: a state dict, a module, a checkpoint that is already open, or a path: a `.safetensors` file (a task file
+            among them, see `task_files`), a `torch.save` file (`.pt`, `.pth`, `.bin`, or a Lightning `.ckpt`), a
+            Hugging Face folder (`model.safetensors`, `pytorch_model.bin`, or the index of their shards), the folder of
+            a distributed checkpoint (`.metadata` and `.distcp` files, as Lightning's ModelParallelStrategy and FSDP
+            write it), or that of a LoRA, DoRA or (IA)³ adapter, whose tensors are then differences to a base (see
             `Checkpoint.deltas` and `Checkpoint.on`).
         label: how messages call this model; by default its path, or its class.
         prefix: take only the tensors whose names start with it, and strip it (`backbone.model.`).
@@ -60,11 +61,13 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         name → tensor, in the stored shapes and dtypes.
 
     Raises:
-        CheckpointError: see `open_checkpoint`; or it is an adapter, whose tensors are no model without a base.
+        CheckpointError: see `open_checkpoint`; or it is an adapter or a task vector, which are no model without a
+            base.
     """
     checkpoint = open_checkpoint(path)
     if checkpoint.deltas:
-        raise CheckpointError(f"{path}: is an adapter, not a model; merge it with its base")
+        kind = "a task vector" if checkpoint.metadata else "an adapter"
+        raise CheckpointError(f"{path}: is {kind}, not a model; merge it with its base")
     # A clone frees the values from the file they may be mapped to.
     tensors = {name: checkpoint.tensor(name).clone() for name in checkpoint.names if name not in checkpoint.tied}
     return tensors | {name: tensors[first] for name, first in checkpoint.tied.items()}
@@ -116,7 +119,7 @@ def _open_path(path: Path, label: str) -> Checkpoint:
         open_shards = open_safetensors if index.shards[0].suffix == ".safetensors" else open_torch
         return open_shards(index.shards, label, index)
     if path.suffix == ".safetensors":
-        return open_safetensors([path], label)
+        return open_task_file(open_safetensors([path], label))
     if path.suffix in _TORCH_SUFFIXES:
         return open_torch([path], label)
     raise CheckpointError(

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+_OUTPUT = re.compile(r"(?:.*\.)?(?:lm_head|embed_out|output_embeddings|generator_lm_head|decoder|output)\.weight")
+_HEADED = ("LMHeadModel", "ForCausalLM", "ForConditionalGeneration", "ForMaskedLM", "ForPreTraining")
 _TOKENIZERS = ("tokenizer.json", "vocab.json", "vocab.txt")
 
 
@@ -31,6 +35,23 @@ def vocabulary_size(folder: Path | None) -> int | None:
         if isinstance(table.get("vocab_size"), int):
             return table["vocab_size"]
     return None
+
+
+def ties_embeddings(folder: Path | None, names: Iterable[str]) -> bool:
+    """Whether the model of a folder uses its input embedding as its output embedding too.
+
+    Hugging Face's files do not say it: they leave the output embedding out, and `config.json` tells.
+
+    Args:
+        folder: where the model's configuration lies.
+        names: of the model's tensors.
+    """
+    config = _read_json(folder / "config.json") if folder else None
+    if not isinstance(config, dict) or any(_OUTPUT.fullmatch(name) for name in names):
+        return False
+    if config.get("tie_word_embeddings") is False:
+        return False
+    return any(str(name).endswith(_HEADED) for name in config.get("architectures") or ())
 
 
 def moved_tokens(first: Path | None, second: Path | None) -> list[Moved]:

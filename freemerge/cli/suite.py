@@ -24,6 +24,7 @@ from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 from rich.console import Console
@@ -68,8 +69,8 @@ _COMMANDS = {
     "fit": "Fine-tune on every task, merge, train experts and the router, and report.",
     "validate": "Evaluate the finished FREE model on every task's validation data.",
     "test": "Evaluate the finished FREE model on every task's test data.",
-    "tune": "Search for a merging method's parameters, λ of each task, on validation data.",
     "predict": "Run the finished FREE model and write its predictions to a CSV file.",
+    "tune": "Search for a merging method's parameters, λ of each task, on validation data.",
 }
 _EPILOG = """Every option may also stand in a YAML file for --config; files layer, and later ones and options win.
 Environment variables count below files and options: FREEMERGE_{command}__TRAINER__MAX_EPOCHS=3.
@@ -84,7 +85,7 @@ class FreemergeCLI(LightningCLI):
     """Lightning's CLI with a suite's pipeline behind `fit`."""
 
     def __init__(self, args: list[str] | None = None) -> None:
-        self._arguments = list(args or sys.argv[1:])
+        self._arguments = list(sys.argv[1:] if args is None else args)
         set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
         super().__init__(
             FineTuner,
@@ -106,7 +107,9 @@ class FreemergeCLI(LightningCLI):
     def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
         self._subcommand_parsers = {}
         commands = parser.add_subcommands()
-        for name, about in _COMMANDS.items():
+        asked = self._arguments[0] if self._arguments else None
+        for name in (asked,) if asked in _COMMANDS else _COMMANDS:  # a parser of everything takes its time to build
+            about = _COMMANDS[name]
             subparser = self._prepare_subcommand_parser(
                 self.trainer_class,
                 name,
@@ -116,6 +119,8 @@ class FreemergeCLI(LightningCLI):
             )
             self._subcommand_parsers[name] = subparser
             commands.add_subcommand(name, subparser, help=about)
+        if asked in _COMMANDS:
+            return
         # For `--help` alone: `main` hands `merge` on before a parser with models and data is built.
         about = "Merge finished checkpoints, without any data."
         commands.add_subcommand("merge", merge_command.build_parser(), help=about)
@@ -184,7 +189,9 @@ class FreemergeCLI(LightningCLI):
     def _started_from_outside(self) -> bool:
         """Whether srun, torchrun or the like started a process for each device, so that Lightning will start none."""
         environment = getattr(self.trainer.strategy, "cluster_environment", None)
-        return environment is not None and environment.creates_processes_externally
+        if environment is None or isinstance(environment, LightningEnvironment):  # which `ddp` itself starts with
+            return False
+        return environment.creates_processes_externally
 
     def _suite_run(self, model: FineTuner, suite: TaskSuite, ckpt_path: str | None = None) -> SuiteRun:
         return SuiteRun(

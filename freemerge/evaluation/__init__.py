@@ -4,7 +4,8 @@ from freemerge.data.task_metrics import ExactMatch, TaskMetric, metric_for
 from freemerge.evaluation.evaluator import MultiTaskEvaluator
 from freemerge.evaluation.loop import evaluate
 from freemerge.evaluation.metrics import LabelSpace, MultiTaskMetrics
-from freemerge.evaluation.report import Report, Row, comparable, mean_score
+from freemerge.evaluation.report import Report, Row, mean_score
+from freemerge.evaluation.routing import Routing, evaluate_routing
 
 __all__ = [
     "ExactMatch",
@@ -12,10 +13,11 @@ __all__ = [
     "MultiTaskEvaluator",
     "MultiTaskMetrics",
     "Report",
+    "Routing",
     "Row",
     "TaskMetric",
-    "comparable",
     "evaluate",
+    "evaluate_routing",
     "mean_score",
     "metric_for",
 ]

@@ -1,16 +1,28 @@
 """Lightweight experts: extract them from a residual, pack them into small files, switch them in and out of a model."""
 
-from freemerge.experts.files import check_merged_hash, load_expert, save_expert
-from freemerge.experts.sparse import SparseExpert, extract
-from freemerge.experts.switch import ExpertSwitch, attached, check_fits
+from freemerge.experts.expert import Expert, check_fits
+from freemerge.experts.extraction import STATISTICS, extract, extract_low_rank
+from freemerge.experts.files import check_hash, load_expert, save_expert
+from freemerge.experts.low_rank import LowRankExpert
+from freemerge.experts.masked import MaskedExpert, emr_experts
+from freemerge.experts.mixing import mix
+from freemerge.experts.sparse import SparseExpert
+from freemerge.experts.switch import ExpertSwitch, attached
 
 __all__ = [
+    "STATISTICS",
+    "Expert",
     "ExpertSwitch",
+    "LowRankExpert",
+    "MaskedExpert",
     "SparseExpert",
     "attached",
     "check_fits",
-    "check_merged_hash",
+    "check_hash",
+    "emr_experts",
     "extract",
+    "extract_low_rank",
     "load_expert",
+    "mix",
     "save_expert",
 ]

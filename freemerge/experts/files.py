@@ -1,118 +1,140 @@
 """Expert files: one safetensors file, packed so that the file is small, not only the count of its values.
 
-All tensors of the expert are laid end to end (the layout, names and shapes, is in the metadata). `gaps` (uint8) codes
-the ascending positions by their differences in base 255: a difference 255·q + r is q bytes of 255 followed by the byte
-r, so that positions are the running sum of the bytes wherever the byte is not 255. At density 0.01 nearly all
-differences fit one byte. `values` holds the values in the same order, in bfloat16 unless asked otherwise.
+    layout   deflated JSON: names and shapes, and how many values each part has
+    codes    the values, all parts end to end, as `codec` encodes them, deflated
+    scales   float32, one per part
+    gaps     the positions of a sparse expert, deflated;  masks  the bits of a masked one
+
+The file's metadata say what it is, how values are encoded, and what the expert's own metadata say: task, density, and
+the hashes of the base and of the merged backbone that it belongs to.
 """
 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from freemerge.checkpoints import CheckpointError, hash_tensors, save_checkpoint
+from freemerge.experts.codec import Encoding, decode_values, deflate, encode_values, inflate
+from freemerge.experts.expert import Expert
+from freemerge.experts.low_rank import LowRankExpert
+from freemerge.experts.masked import MaskedExpert
 from freemerge.experts.sparse import SparseExpert
 
-FORMAT = "freemerge-sparse-expert-1"
-_ESCAPE = 255
+FORMAT = "freemerge-expert-2"  # in the metadata as `kind`, with the kind of expert; "format" is safetensors' own
+_KINDS: dict[str, type[Expert]] = {
+    f"{FORMAT}-{kind.KIND}": kind for kind in (SparseExpert, LowRankExpert, MaskedExpert)
+}
+_DTYPES = {"int8": torch.int8, "bf16": torch.bfloat16, "float32": torch.float32}
 
 
-def save_expert(path: str | Path, expert: SparseExpert, dtype: torch.dtype = torch.bfloat16) -> Path:
+def save_expert(path: str | Path, expert: Expert, values: Encoding | None = None) -> Path:
     """Write an expert to a safetensors file, atomically.
 
     Args:
         path: the file to write; its folder is made if need be.
         expert: the expert; its metadata go into the file's.
-        dtype: dtype of the stored values.
+        values: how values are stored: `int8` with a scale per tensor, `bf16` or `float32`. If not given, as in the file
+            the expert came from, else `int8`.
 
     Returns:
         The path.
     """
-    offset, positions = 0, []
-    for name, shape in expert.shapes.items():
-        positions.append(expert.indices[name].cpu().numpy() + offset)
-        offset += math.prod(shape)
-    gaps = encode_positions(np.concatenate(positions))
-    layout = json.dumps([[name, list(shape)] for name, shape in expert.shapes.items()], separators=(",", ":"))
+    encoding = values or expert.metadata.get("values", "int8")
+    parts = expert.parts()
+    codes, scales = encode_values(list(parts.values()), encoding)
+    plain, arrays = expert.structure()
+    plain["parts"] = [[name, part.numel()] for name, part in parts.items()]
+    text = json.dumps(plain, separators=(",", ":"), ensure_ascii=False).encode()
+    tensors = {
+        "codes": deflate(codes.cpu()),
+        "scales": scales.cpu(),
+        "layout": deflate(torch.frombuffer(bytearray(text), dtype=torch.uint8)),
+    }
+    tensors |= {name: deflate(array.cpu()) for name, array in arrays.items()}
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_checkpoint(
-        path,
-        {"gaps": torch.from_numpy(gaps), "values": expert.flat_values().detach().cpu().to(dtype)},
-        metadata={**expert.metadata, "kind": FORMAT, "layout": layout},
-    )
+    save_checkpoint(path, tensors, metadata={**expert.metadata, "kind": f"{FORMAT}-{expert.KIND}", "values": encoding})
     return path
 
 
-def load_expert(path: str | Path, merged: Mapping[str, Tensor] | None = None) -> SparseExpert:
+def load_expert(
+    path: str | Path,
+    merged: Mapping[str, Tensor] | str | None = None,
+    base: Mapping[str, Tensor] | str | None = None,
+    shared: Mapping[str, Tensor] | None = None,
+) -> Expert:
     """Read an expert; values come back as float32.
 
     Args:
         path: a file written by `save_expert`.
-        merged: weights of the merged backbone; when given, an expert made for other weights is refused.
+        merged: weights of the merged backbone, or their hash; when given, an expert made for others is refused.
+        base: weights of the base, or their hash; likewise.
+        shared: the task vector that masked experts share.
 
     Raises:
-        CheckpointError: if the file is missing, damaged, no expert, or belongs to another merged backbone.
+        CheckpointError: if the file is missing, damaged, no expert, or belongs to another merged backbone or base.
     """
     path = Path(path)
     try:
         with safe_open(path, framework="pt") as file:
             metadata = dict(file.metadata() or {})
-            if metadata.get("kind") != FORMAT:
+            if metadata.get("kind") not in _KINDS:
                 raise CheckpointError(
-                    f"{path}: not an expert file (kind {metadata.get('kind')!r}, expected {FORMAT!r})"
+                    f"{path}: not an expert file (kind {metadata.get('kind')!r}, expected one of {', '.join(_KINDS)})"
                 )
-            gaps, values = file.get_tensor("gaps").numpy(), file.get_tensor("values").float()
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: no such expert file") from error
     except SafetensorError as error:
         raise CheckpointError(f"{path}: damaged safetensors file ({error}); make the expert again") from error
-    if merged is not None:
-        check_merged_hash(metadata, hash_tensors(merged), path)
-    layout = json.loads(metadata.pop("layout"))
-    for key in ("kind", "format"):  # "format" is safetensors' own
-        metadata.pop(key, None)
-    ends = np.cumsum([math.prod(shape) for _, shape in layout])
-    positions = decode_positions(gaps)
-    if len(positions) != values.numel() or (len(positions) and positions[-1] >= ends[-1]):
-        raise CheckpointError(f"{path}: positions and values do not match its layout; make the expert again")
-    cuts = np.searchsorted(positions, ends)  # (T,) how many positions lie before the end of each tensor
-    indices, parts, start = {}, {}, 0
-    for (name, shape), end, cut in zip(layout, ends, cuts, strict=True):
-        indices[name] = torch.from_numpy(positions[start:cut] - (end - math.prod(shape)))
-        parts[name] = values[start:cut]
-        start = cut
-    return SparseExpert(indices, parts, {name: tuple(shape) for name, shape in layout}, metadata)
+    for what, weights in (("merged", merged), ("base", base)):
+        if weights is not None:
+            check_hash(metadata, what, weights if isinstance(weights, str) else hash_tensors(weights), path)
+    try:
+        expert = _decode(tensors, metadata)
+    except (ValueError, KeyError, RuntimeError) as error:
+        raise CheckpointError(f"{path}: damaged expert file ({error}); make the expert again") from error
+    if isinstance(expert, MaskedExpert):
+        lacking = [
+            name for name, shape in expert.shapes.items() if shared is None or tuple(shared[name].shape) != shape
+        ]
+        if lacking:
+            raise CheckpointError(
+                f"{path}: needs the task vector that its tasks share, with tensor {lacking[0]!r} of shape "
+                f"{list(expert.shapes[lacking[0]])}; give it as `shared`"
+            )
+        expert = MaskedExpert(expert.masks, expert.rescaler, shared, expert.shapes, expert.metadata)
+    return expert
 
 
-def check_merged_hash(metadata: Mapping[str, str], found: str, path: str | Path) -> None:
-    """Raise a CheckpointError if an expert's metadata name other merged weights than those with hash `found`."""
-    expected = metadata.get("merged_hash")
+def _decode(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Expert:
+    plain = json.loads(inflate(tensors["layout"], torch.uint8).numpy().tobytes())
+    sizes = dict(plain["parts"])
+    codes = inflate(tensors["codes"], _DTYPES[metadata["values"]])
+    if len(codes) != sum(sizes.values()) or len(tensors["scales"]) != len(sizes):
+        raise ValueError(f"{len(codes)} values, {sum(sizes.values())} expected")
+    parts = dict(zip(sizes, decode_values(codes, tensors["scales"], list(sizes.values())), strict=True))
+    arrays = {
+        name: inflate(packed, torch.uint8)
+        for name, packed in tensors.items()
+        if name not in ("layout", "codes", "scales")
+    }
+    # What else is there was written by safetensors and by `checkpoints`, whose keys are dotted.
+    own = {key: value for key, value in metadata.items() if key not in ("format", "kind") and "." not in key}
+    return _KINDS[metadata["kind"]].restored(plain, arrays, parts, own)
+
+
+def check_hash(metadata: Mapping[str, str], what: str, found: str, path: str | Path) -> None:
+    """Raise a CheckpointError if an expert's metadata name other `merged` or `base` weights than those of this hash."""
+    expected = metadata.get(f"{what}_hash")
     if expected is not None and expected != found:
         raise CheckpointError(
-            f"{path}: this expert belongs to merged weights {expected[:12]}, the model has {found[:12]}; "
-            "load it beside the merged backbone it was made for"
+            f"{path}: this expert belongs to {what} weights {expected[:12]}, the model has {found[:12]}; "
+            f"load it beside the {'merged backbone' if what == 'merged' else 'base'} it was made for"
         )
-
-
-def encode_positions(positions: np.ndarray) -> np.ndarray:
-    """Ascending int64 positions (n,) → uint8 gaps (≥ n,)."""
-    gaps = np.diff(positions, prepend=0)
-    escapes, rest = np.divmod(gaps, _ESCAPE)
-    ends = np.cumsum(escapes + 1)  # each gap is `escapes` bytes of 255 and one closing byte
-    coded = np.full(int(ends[-1]) if len(ends) else 0, _ESCAPE, dtype=np.uint8)
-    coded[ends - 1] = rest
-    return coded
-
-
-def decode_positions(gaps: np.ndarray) -> np.ndarray:
-    """uint8 gaps → ascending int64 positions."""
-    return np.cumsum(gaps, dtype=np.int64)[gaps != _ESCAPE]

@@ -6,6 +6,7 @@ from freemerge.merging.emr_merging import EMRMerging, emr_task_vector
 from freemerge.merging.engine import merge
 from freemerge.merging.errors import MergeError
 from freemerge.merging.filters import Butterworth, Filter, Gaussian, HighPass, NyquistDisc
+from freemerge.merging.forecast import Forecast
 from freemerge.merging.fr_merging import FRMerging
 from freemerge.merging.iso_c import IsoC
 from freemerge.merging.method import MergeMethod
@@ -25,6 +26,7 @@ __all__ = [
     "EMRMerging",
     "FRMerging",
     "Filter",
+    "Forecast",
     "Gaussian",
     "HighPass",
     "IsoC",

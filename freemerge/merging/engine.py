@@ -17,11 +17,14 @@ from freemerge.checkpoints.draft import Draft
 from freemerge.checkpoints.folder import check_folder, companions, make_index, parse_size, plan_shards
 from freemerge.checkpoints.opening import Source
 from freemerge.checkpoints.safetensors_files import storage_order
+from freemerge.merging.adapter_output import write_adapter
+from freemerge.merging.bases import check_bases
 from freemerge.merging.errors import MergeError
+from freemerge.merging.forecast import Forecast, forecast
 from freemerge.merging.merging import Memory, Merging, Meter
 from freemerge.merging.method import MergeMethod
 from freemerge.merging.per_pattern import with_overrides
-from freemerge.merging.plan import make_plan
+from freemerge.merging.plan import Plan, make_plan
 from freemerge.merging.processes import Processes
 from freemerge.merging.provenance import make_files, make_record
 
@@ -37,18 +40,22 @@ def merge(
     dtype: torch.dtype | str | None = None,
     embeddings: str = "error",
     output: str | os.PathLike[str] | None = None,
+    output_format: str = "model",
+    rank: int | None = None,
     overwrite: bool = False,
     resume: bool = False,
     shard_size: int | str = "5GB",
     hash_inputs: bool = True,
     device: torch.device | str | None = None,
     distributed: bool = False,
+    dry_run: bool = False,
     progress: Callable[[int, int], None] | None = None,
-) -> dict[str, Tensor] | Path:
+) -> dict[str, Tensor] | Path | Forecast:
     """Merge fine-tuned models of one base.
 
-    All arithmetic is in float32, whatever the storage dtype. Integer and boolean tensors, and those that the patterns
-    leave out, keep the base's values; tied tensors stay tied. The inputs are never modified.
+    All arithmetic is in float32, whatever the storage dtype (fp8 too), and rounded once, to nearest even; a value that
+    does not fit into the result's dtype is an error, never infinite and never cut off. Integer and boolean tensors, and
+    those that the patterns leave out, keep the base's values; tied tensors stay tied. The inputs are never modified.
 
     Args:
         base: the pretrained model: a state dict, a module, or the path of a checkpoint (see `open_checkpoint`).
@@ -68,6 +75,9 @@ def merge(
         output: what to write instead of returning tensors: a `.safetensors` file, or a folder for Hugging Face's
             `from_pretrained`, with the base's configuration and tokenizer, a model card and `freemerge.json`. It
             appears whole or not at all.
+        output_format: "model", or "lora" for the folder of a LoRA adapter of the base, which PEFT loads: each merged
+            difference cut to `rank`, with the error of the cut in `freemerge.json` and the model card.
+        rank: of the adapter's factors; the same for all tensors.
         overwrite: replace an existing `output`; of folders only those that freemerge wrote.
         shard_size: largest file of weights in a folder, in bytes or such as "500MB".
         resume: go on with what an interrupted merge into this output had finished, if the inputs (by their hashes,
@@ -78,20 +88,25 @@ def merge(
             threads, each with a stream of its own, so that copies and arithmetic overlap.
         distributed: share the work with all processes of torch.distributed's default group. Each must make this same
             call, reach the inputs, and see the same output folder; the files are the same as from one process.
+        dry_run: check everything that can be told without reading values, and return what would be done.
         progress: called with the bytes read so far by this process and in all that it will read, now and then, from
             any thread.
 
     Returns:
-        All tensors of the base by name, in memory of their own, on the base's device; or the path written.
+        All tensors of the base by name, in memory of their own, on the base's device; or the path written; or, of a
+        dry run, the forecast.
 
     Raises:
-        MergeError: the models do not fit the base, or a value is NaN or infinite.
+        MergeError: the models do not fit the base, were fine-tuned from another (where a task file says so), or a value
+            is NaN or infinite.
         CheckpointError: a file cannot be read or written.
     """
     if output is not None:
-        output = _check_output(Path(output), overwrite)
-    elif distributed or resume:
-        raise MergeError(f"a {'distributed' if distributed else 'resumed'} merge needs an output to write")
+        sources = finetuned.values() if isinstance(finetuned, Mapping) else finetuned
+        output = _check_output(Path(output), overwrite, [base, *sources])
+    _check_format(output_format, rank, output)
+    if (distributed or resume) and (output is None or output_format == "lora"):
+        raise MergeError(f"a {'distributed' if distributed else 'resumed'} merge has to write a model")
     shard_bytes = parse_size(shard_size)
     method = with_overrides(method, overrides)
     plan = make_plan(
@@ -106,37 +121,24 @@ def merge(
     method.check([model.label for model in plan.models])
     processes = Processes(distributed)
     try:
+        processes.first(lambda: check_bases(plan.base, plan.models))
         meter = Meter(plan, method, progress, processes.size)
+        if dry_run:
+            return forecast(plan, method, _shards(plan, output, shard_bytes), meter.total)
         if output is None:
-            tensors = Memory(plan.specs)
-            statistics = method.survey(meter.vectors(processes))
-            Merging(plan, method, statistics, tensors, meter).run(list(plan.specs))
-            return {name: tensors[plan.tied.get(name, name)] for name in plan.base.names}
-        folder = output.suffix != ".safetensors"
-        shards = plan_shards(plan.specs, shard_bytes) if folder else {output.name: plan.specs}
-        draft = Draft(output, shards, plan.tied, processes.rank)
+            return _merge_in_memory(plan, method, meter)
+        hash_inputs = hash_inputs and output.suffix != ".safetensors"
 
-        def begin() -> dict[str, Any]:
-            record = make_record(plan, method, include=include, exclude=exclude, hash_inputs=folder and hash_inputs)
-            draft.begin(_key(record, shards), resume)
-            return record
+        def describe() -> dict[str, Any]:
+            return make_record(plan, method, include=include, exclude=exclude, hash_inputs=hash_inputs)
 
-        record = processes.first(begin)
-        try:
-            draft.open()
-            statistics = method.survey(meter.vectors(processes))
-            merging = Merging(plan, method, statistics, draft, meter)
-            names = [name for shard in shards.values() for name in storage_order(shard) if name not in draft.finished]
-            own = processes.share({name: plan.specs[name].shape for name in names})
-            processes.together(lambda: (merging.run(own), draft.flush(), draft.close_files()))
-            files = {**make_files(record, _companions(base), output.name), **make_index(shards)} if folder else None
-            processes.first(lambda: draft.commit(files))
-        except BaseException:
-            if processes.rank == 0 and not resume:
-                draft.discard()
-            raise
-        finally:
-            draft.close()
+        if output_format == "lora":
+            vectors = meter.vectors(processes)
+            statistics = method.survey(vectors)
+            deltas = ((name, method.combine(name, deltas, statistics)) for name, deltas in vectors)
+            write_adapter(output, plan.base, deltas, rank, describe(), dtype=plan.dtype, overwrite=overwrite)
+        else:
+            _write_model(plan, method, meter, processes, describe, output, shard_bytes, resume, _companions(base))
     finally:
         processes.close()
     return output
@@ -154,6 +156,60 @@ def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     if not isinstance(found, torch.dtype):
         raise MergeError(f"there is no dtype '{dtype}'; use float32, bfloat16 or float16")
     return found
+
+
+def _merge_in_memory(plan: Plan, method: MergeMethod, meter: Meter) -> dict[str, Tensor]:
+    tensors = Memory(plan.specs)
+    statistics = method.survey(meter.vectors(Processes()))
+    Merging(plan, method, statistics, tensors, meter).run(list(plan.specs))
+    return {name: tensors[plan.tied.get(name, name)] for name in plan.base.names}
+
+
+def _write_model(
+    plan: Plan,
+    method: MergeMethod,
+    meter: Meter,
+    processes: Processes,
+    describe: Callable[[], dict[str, Any]],
+    output: Path,
+    shard_bytes: int,
+    resume: bool,
+    companions: Mapping[str, Path],
+) -> None:
+    """Write a file or a folder, with all processes."""
+    shards = _shards(plan, output, shard_bytes)
+    draft = Draft(output, shards, plan.tied, processes.rank)
+
+    def begin() -> dict[str, Any]:
+        record = describe()
+        draft.begin(_key(record, shards), resume)
+        return record
+
+    record = processes.first(begin)
+    try:
+        draft.open()
+        statistics = method.survey(meter.vectors(processes))
+        merging = Merging(plan, method, statistics, draft, meter)
+        names = [name for specs in shards.values() for name in storage_order(specs) if name not in draft.finished]
+        own = processes.share({name: plan.specs[name].shape for name in names})
+        processes.together(lambda: (merging.run(own), draft.flush(), draft.close_files()))
+        files = None
+        if output.suffix != ".safetensors":
+            files = {**make_files(record, companions, output.name), **make_index(shards)}
+        processes.first(lambda: draft.commit(files))
+    except BaseException:
+        if processes.rank == 0 and not resume:
+            draft.discard()
+        raise
+    finally:
+        draft.close()
+
+
+def _shards(plan: Plan, output: Path | None, shard_bytes: int) -> dict[str, dict[str, TensorSpec]]:
+    """What is written: file name → specs of its tensors."""
+    if output is None:
+        return {}
+    return {output.name: plan.specs} if output.suffix == ".safetensors" else plan_shards(plan.specs, shard_bytes)
 
 
 def _key(record: Mapping[str, Any], shards: Mapping[str, Mapping[str, TensorSpec]]) -> str:
@@ -183,7 +239,26 @@ def _companions(base: Source) -> dict[str, Path]:
     return companions(folder) if (folder / "config.json").is_file() else {}
 
 
-def _check_output(output: Path, overwrite: bool) -> Path:
+def _check_format(output_format: str, rank: int | None, output: Path | None) -> None:
+    if output_format not in ("model", "lora"):
+        raise MergeError(f"output_format must be 'model' or 'lora', got {output_format!r}")
+    if (output_format == "lora") != (rank is not None):
+        raise MergeError(
+            "output_format='lora' needs the rank of the adapter, such as rank=16"
+            if rank is None
+            else "rank is of an adapter; give output_format='lora' as well"
+        )
+    if rank is not None and (not isinstance(rank, int) or rank < 1):
+        raise MergeError(f"rank must be a positive number, got {rank!r}")
+    if output_format == "lora" and (output is None or output.suffix == ".safetensors"):
+        raise MergeError("an adapter is a folder; give output= a path without the ending .safetensors")
+
+
+def _check_output(output: Path, overwrite: bool, sources: Sequence[Source]) -> Path:
+    place = output.resolve()
+    for source in sources:
+        if isinstance(source, (str, os.PathLike)) and Path(source).resolve() in place.parents and Path(source).is_dir():
+            raise MergeError(f"{output}: lies in the folder of an input, which it would change; choose another output")
     if output.suffix in (".pt", ".pth", ".bin", ".ckpt", ".gguf"):
         raise MergeError(f"{output}: the output must be a .safetensors file or a folder")
     if output.suffix != ".safetensors":

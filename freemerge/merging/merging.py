@@ -19,11 +19,23 @@ from freemerge.merging.errors import MergeError
 from freemerge.merging.method import MergeMethod
 from freemerge.merging.plan import Operands, Plan
 from freemerge.merging.processes import Processes
+from freemerge.merging.rounding import round_to
 from freemerge.merging.streaming import Piece, pieces
 from freemerge.merging.threads import run
-from freemerge.merging.vectors import Vectors, add
+from freemerge.merging.vectors import Vectors, working_dtype
 
+MERGED_BY_PIECES = 8  # float32 copies of a piece of all models that a thread has at a time, about
 _REPORTED = 1 << 24  # bytes read between two reports
+
+
+def copies_of_largest(method: MergeMethod, models: int) -> int:
+    """How many float32 copies of the largest tensor a merge may hold at a time; 0 if none is ever whole in memory.
+
+    Args:
+        method: how to merge.
+        models: K.
+    """
+    return models + 5 if not method.elementwise or method.finishes else 0
 
 
 class Sink(Protocol):
@@ -126,7 +138,7 @@ class Merging:
         self._merged = set(plan.merged)
         # With one model the sum is the model's own vector, which is better seen as a whole (see `_merge`).
         self._finishes = method.finishes and len(plan.models) > 1
-        self._whole = not method.elementwise or method.finishes
+        self._whole = copies_of_largest(method, len(plan.models)) > 0
         self._kept = set(plan.kept)
         self._copies = 5 if self._finishes else len(plan.models) + 4
 
@@ -140,7 +152,7 @@ class Merging:
             MergeError: a value is NaN or infinite, or a method returns another shape than it should.
         """
         largest = max((self._shapes[name].numel() for name in names if self._takes_whole(name)), default=0)
-        budget = (len(self._plan.models) + 5) * largest
+        budget = copies_of_largest(self._method, len(self._plan.models)) * largest
         run(self._work, self._jobs(names), cost=self._cost if largest else None, budget=budget)
 
     def _takes_whole(self, name: str) -> bool:
@@ -175,7 +187,10 @@ class Merging:
     def _keep(self, what: str | Piece) -> None:
         """Copy the base's values."""
         name, start = (what.name, what.start) if isinstance(what, Piece) else (what, 0)
-        self._sink.write(name, start, self._plan.read_base(what).to(self._plan.output_dtype(name)))
+        values, dtype = self._plan.read_base(what), self._plan.output_dtype(name)
+        if dtype != values.dtype:
+            values = round_to(values.to(working_dtype(values.dtype)), dtype, name)
+        self._hand_on(name, start, values)
 
     def _merge_by_pieces(self, name: str) -> None:
         """Merge a tensor by pieces that are finished as a whole: no more than the sum is ever whole in memory."""
@@ -189,23 +204,23 @@ class Merging:
         merged = self._checked(name, self._method.finish(name, merged), self._shapes[name]).reshape(-1)
         for piece in self._pieces(name):
             base = self._plan.read_base(piece)
-            self._put(name, piece.start, add(base, merged[piece.start : piece.stop], self._plan.output_dtype(name)))
+            self._put(name, piece.start, _sum(base, merged[piece.start : piece.stop]))
 
     def _merge(self, name: str, operands: Operands) -> None:
         """Merge a tensor or a piece of one."""
         base, deltas, single, start = operands
         del operands
-        dtype = self._plan.output_dtype(name)
         if single is None:
             merged = self._combine(name, start, deltas, base.shape)
             del deltas  # K tensors, perhaps
-            self._put(name, start, add(base, merged, dtype))
+            self._put(name, start, _sum(base, merged))
             return
         before = deltas[0].clone()  # a method may overwrite what it is given
         merged = self._combine(name, start, deltas, base.shape)
         # Where a single model's entry comes through unchanged, base + (model − base) is meant to be the model's own
         # value, and in floating point it is not always.
-        self._put(name, start, torch.where(merged == before, single.to(base.device, dtype), add(base, merged, dtype)))
+        result = _sum(base, merged)
+        self._put(name, start, torch.where(merged == before, single.to(result.device, result.dtype), result))
 
     def _combine(self, name: str, start: int | None, deltas: Tensor, shape: torch.Size) -> Tensor:
         if start is None:
@@ -221,15 +236,19 @@ class Merging:
         return merged
 
     def _put(self, name: str, start: int | None, result: Tensor) -> None:
-        """Hand on what is merged, if it is finite."""
+        """Round what is merged, (*shape) or (n,) float32 or float64, and hand it on if it is finite."""
         # One sum finds any NaN or infinity; only when it does (or overflows) is it worth a second look.
-        wide = result if result.dtype.itemsize > 2 else result.float()
-        if not bool(torch.isfinite(wide.sum())) and not bool(torch.isfinite(wide).all()):
-            raise MergeError(
-                f"the merged tensor '{name}' has values that are infinite or NaN in {result.dtype}; write it in a "
-                f"wider dtype, or take a smaller scale for {type(self._method).__name__}"
-            )
-        self._sink.write(name, start or 0, result if self._plan.device is None else result.to(self._plan.home))
+        if not bool(torch.isfinite(result.sum())) and not bool(torch.isfinite(result).all()):
+            raise MergeError(f"{type(self._method).__name__}: the merged tensor '{name}' has NaN or infinite values")
+        self._hand_on(name, start or 0, round_to(result, self._plan.output_dtype(name), name))
+
+    def _hand_on(self, name: str, start: int, values: Tensor) -> None:
+        self._sink.write(name, start, values if self._plan.device is None else values.to(self._plan.home))
+
+
+def _sum(base: Tensor, delta: Tensor) -> Tensor:
+    """θ_base + τ in float32, or float64 for a float64 base."""
+    return base.to(working_dtype(base.dtype)) + delta
 
 
 def _stream(device: torch.device | None) -> AbstractContextManager:

@@ -114,13 +114,72 @@ def _version(package: str) -> str:
         return "0+unknown"
 
 
-def _card(record: Mapping[str, Any], title: str, loadable: bool) -> str:
+def make_adapter_card(record: Mapping[str, Any], title: str) -> str:
+    """The model card of a merge that is written as a LoRA adapter.
+
+    Args:
+        record: see `make_record` and `write_adapter`.
+        title: the folder's name.
+    """
+    truncation = record["truncation"]
+    worst = sorted(truncation["tensors"].items(), key=lambda item: -item[1])[:10]
+    errors = "\n".join(f"| {name} | {error:.2e} |" for name, error in worst)
+    whole = len(record["tensors"]["whole"])
+    return f"""---
+library_name: peft
+base_model: {json.dumps(record["base"]["name"])}
+tags:
+- merge
+- freemerge
+- lora
+---
+# {title}
+
+{_summary(record)}, and cut to a LoRA adapter of rank {record["rank"]}.
+
+```python
+from peft import PeftModel
+
+model = PeftModel.from_pretrained(base_model, "{title}")
+```
+
+{_table(record)}
+
+The cut loses {truncation["overall"]:.2e} of the merged task vector (relative error, Frobenius norm); {whole} tensors
+are stored whole. The tensors with the largest errors:
+
+| tensor | relative error |
+|---|---|
+{errors}
+
+The method's parameters are
+
+```json
+{json.dumps(record["method"], indent=2)}
+```
+
+`freemerge.json` holds the whole record: full hashes, patterns, versions, the error of every tensor.
+"""
+
+
+def _summary(record: Mapping[str, Any]) -> str:
     name = record["method"]["class_path"].rpartition(".")[2]
+    return (
+        f"{len(record['finetuned'])} fine-tuned models of one base, merged with **{name}** by freemerge\n"
+        f"{record['versions']['freemerge']}"
+    )
+
+
+def _table(record: Mapping[str, Any]) -> str:
     rows = [("base", record["base"]), *(("fine-tuned", model) for model in record["finetuned"])]
-    table = "\n".join(
+    lines = [
         f"| {role} | {Path(item['name']).name} | {'`' + item['hash'][:16] + '`' if item['hash'] else 'not hashed'} |"
         for role, item in rows
-    )
+    ]
+    return "\n".join(["| | model | SHA-256 of the weights |", "|---|---|---|", *lines])
+
+
+def _card(record: Mapping[str, Any], title: str, loadable: bool) -> str:
     tensors = record["tensors"]
     load = f'\n```python\nfrom transformers import AutoModel\n\nmodel = AutoModel.from_pretrained("{title}")\n```\n'
     return f"""---
@@ -131,12 +190,9 @@ tags:
 ---
 # {title}
 
-{len(record["finetuned"])} fine-tuned models of one base, merged with **{name}** by freemerge
-{record["versions"]["freemerge"]}.
+{_summary(record)}.
 {load if loadable else ""}
-| | model | SHA-256 of the weights |
-|---|---|---|
-{table}
+{_table(record)}
 
 {tensors["merged"]} tensors were merged, {len(tensors["kept"])} are the base's own. The method's parameters are
 

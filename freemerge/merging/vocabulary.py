@@ -23,6 +23,11 @@ _NAMES = re.compile(
 )
 
 
+def is_embedding(name: str) -> bool:
+    """Whether a tensor is called like an embedding of tokens, of the input or the output."""
+    return _NAMES.fullmatch(name) is not None
+
+
 def is_vocabulary(name: str, base: Checkpoint, model: Checkpoint) -> bool:
     """Whether a tensor has a row for each token, and the rows of base and model can be matched.
 
@@ -36,7 +41,7 @@ def is_vocabulary(name: str, base: Checkpoint, model: Checkpoint) -> bool:
     ours, theirs = base.spec(name).shape, model.spec(name).shape
     if not ours or len(ours) != len(theirs) or ours[1:] != theirs[1:]:
         return False
-    if _NAMES.fullmatch(name):
+    if is_embedding(name):
         return True
     return ours[0] == vocabulary_size(base.folder) and vocabulary_size(model.folder) in (None, theirs[0])
 
@@ -95,9 +100,7 @@ def _misfit(name: str, rows: int, counts: Mapping[str, int]) -> str:
 def _compare_tokens(base: Checkpoint, models: Sequence[Checkpoint], merged: Sequence[str]) -> None:
     """Refuse to merge rows of which the tokenizers say that they are of different tokens."""
     for model in models:
-        embedded = next(
-            (n for n in merged if _NAMES.fullmatch(n) and model.has(n) and is_vocabulary(n, base, model)), None
-        )
+        embedded = next((n for n in merged if is_embedding(n) and model.has(n) and is_vocabulary(n, base, model)), None)
         if embedded and (moved := moved_tokens(base.folder, model.folder)):
             token, ours, theirs = moved[0]
             raise MergeError(

@@ -1,29 +1,34 @@
 """FreeModel: the merged backbone, an expert and a head per task, and the router, in one module.
 
-    FreeModel(images)              routes each sample, runs each expert's group, returns routed tasks and logits
-    FreeModel(images, task="x")    uses task x's expert and head for the whole batch
+    FreeModel(inputs)              routes each sample, runs each expert's group, returns routed tasks and logits
+    FreeModel(inputs, task="x")    uses task x's expert and head for the whole batch
 
-There is one backbone in memory. Experts are switched into its weights for the duration of their group and out again,
-bit for bit (`ExpertSwitch`).
+- There is one backbone in memory, and each expert in the bytes of its file. Sparse experts are switched into the
+  weights for the duration of their group and out again, bit for bit; others change one layer at a time.
+- What a sample gets depends on the sample alone, never on its neighbours in the batch.
+- A sample of which the router is not sure enough gets the plain merged backbone.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from freemerge.checkpoints import CheckpointError, hash_tensors, load_checkpoint, save_checkpoint
-from freemerge.experts import ExpertSwitch, SparseExpert, check_fits, check_merged_hash, load_expert, save_expert
+from freemerge.checkpoints.memory import find_tied
+from freemerge.experts import Expert, SparseExpert, attached, check_fits, mix
+from freemerge.experts.flat import FlatWeights
+from freemerge.experts.layerwise import substituted
+from freemerge.experts.packed import PackedExpert
+from freemerge.inputs import Inputs, batch_size, device_of, select
 from freemerge.models.backbones import Backbone
-from freemerge.models.encoder import TransformersBackbone
 from freemerge.models.router import Router
 
-FORMAT = "freemerge-free-model-1"
+_SHARES = 16  # soft routing's weights are multiples of 1/16, so that like samples can share a forward pass
 
 
 @dataclass  # not frozen: Lightning moves predictions to the CPU field by field
@@ -35,12 +40,15 @@ class FreeOutput:
         logits: (B, C) of that task's head, where C is the largest number of classes; −inf past a head's own classes.
         router_logits: (B, K) what the router said, or None where the caller named the task.
         tasks: the K task names.
+        abstained: (B,) bool, where the router was not sure enough: no expert was used, and `task` is only its best
+            guess. None where the caller named the task.
     """
 
     task: Tensor
     logits: Tensor
     router_logits: Tensor | None
     tasks: tuple[str, ...]
+    abstained: Tensor | None = None
 
     @property
     def task_names(self) -> list[str]:
@@ -60,8 +68,11 @@ class FreeModel(nn.Module):
         backbone: the backbone with the merged weights loaded.
         heads: task name → head, features (B, F) → logits (B, C_k); their order is the order of the tasks.
         experts: task name → expert; tasks without one use the merged backbone as it is.
-        router: images → task logits (B, K); without one, the task must be named in each call.
+        router: inputs → task logits (B, K); without one, the task must be named in each call.
         class_names: task name → names of its classes, kept for whoever uses the model.
+        threshold: the router abstains where its most likely task is less probable than this.
+        top_n: how many of the most likely tasks' experts are mixed, weighted by their probabilities (rounded to
+            sixteenths); 1 takes the most likely one's, as the paper does.
 
     Raises:
         ValueError: if an expert names no task or does not fit the backbone, or the router has another number of tasks.
@@ -71,153 +82,234 @@ class FreeModel(nn.Module):
         self,
         backbone: Backbone,
         heads: Mapping[str, nn.Module],
-        experts: Mapping[str, SparseExpert] | None = None,
+        experts: Mapping[str, Expert] | None = None,
         router: Router | None = None,
         class_names: Mapping[str, Sequence[str]] | None = None,
+        threshold: float = 0.0,
+        top_n: int = 1,
     ) -> None:
         super().__init__()
         self.backbone = backbone
         self.heads = nn.ModuleDict(heads)
         self.router = router
-        self.experts = dict(experts or {})
         self.class_names = {task: list(names) for task, names in (class_names or {}).items()}
-        for task, expert in self.experts.items():
+        self.threshold = threshold
+        self.top_n = top_n
+        for task, expert in (experts or {}).items():
             if task not in self.heads:
                 raise ValueError(
                     f"FreeModel: there is an expert for {task!r} but no head; tasks: {', '.join(self.tasks)}"
                 )
             check_fits(expert, backbone.weights())
-        if router is not None and router.config["num_tasks"] != len(self.heads):
-            raise ValueError(
-                f"FreeModel: the router knows {router.config['num_tasks']} tasks, there are {len(self.heads)} heads"
-            )
+        if router is not None and router.num_tasks != len(self.heads):
+            raise ValueError(f"FreeModel: the router knows {router.num_tasks} tasks, there are {len(self.heads)} heads")
+        if not 0.0 <= threshold <= 1.0:
+            raise ValueError(f"FreeModel: threshold is a probability, in [0, 1], got {threshold}")
+        if not 1 <= top_n <= len(self.heads):
+            raise ValueError(f"FreeModel: top_n must be between 1 and the {len(self.heads)} tasks, got {top_n}")
+        self._packed = {task: PackedExpert(expert) for task, expert in (experts or {}).items()}
+        self._flat: FlatWeights | None = None
+
+    # -- what it is made of -------------------------------------------------------------------------------------------
 
     @property
     def tasks(self) -> tuple[str, ...]:
         """The task names, in the order of the router's outputs."""
         return tuple(self.heads)
 
+    @property
+    def experts(self) -> dict[str, Expert]:
+        """Task name → expert, unpacked for the caller; the model keeps them packed."""
+        return {task: packed.unpacked() for task, packed in self._packed.items()}
+
+    @property
+    def expert_bytes(self) -> int:
+        """Bytes in memory that all experts take."""
+        return sum(packed.num_bytes for packed in self._packed.values())
+
+    def task_model(self, task: str) -> TaskModel:
+        """One task's backbone, its expert added for good, with its head: a plain module of its own.
+
+        It computes what `model(inputs, task=…)` does, and holds nothing that `torch.compile` or `torch.export` could
+        stumble over.
+
+        Raises:
+            ValueError: if the task is unknown.
+        """
+        self._check(task)
+        backbone = copy.deepcopy(self.backbone)
+        if task in self._packed:
+            weights = backbone.weights()
+            expert = self._packed[task].unpacked()
+            tied = find_tied(weights)
+            with torch.no_grad():
+                for name in expert.shapes:
+                    if name not in tied:
+                        weights[name].copy_(expert.added(name, weights[name]))
+        return TaskModel(backbone, copy.deepcopy(self.heads[task])).train(self.training)
+
     def _apply(self, fn, recurse: bool = True):
+        self._flat = None  # the weights are about to move
         super()._apply(fn, recurse)
         device = next(self.parameters()).device
-        self.experts = {task: expert.to(device) for task, expert in self.experts.items()}
+        for packed in self._packed.values():
+            packed.to(device)
         return self
 
-    def forward(self, images: Tensor, task: str | None = None) -> FreeOutput:
+    def __deepcopy__(self, memo: dict) -> FreeModel:
+        twin = self.__class__.__new__(self.__class__)
+        memo[id(self)] = twin
+        twin.__dict__ = {key: copy.deepcopy(value, memo) for key, value in self.__dict__.items() if key != "_flat"}
+        twin._flat = None  # of other weights
+        return twin
+
+    def _check(self, task: str) -> None:
+        if task not in self.heads:
+            raise ValueError(f"FreeModel: unknown task {task!r}; tasks: {', '.join(self.tasks)}")
+
+    # -- forward ------------------------------------------------------------------------------------------------------
+
+    def forward(self, inputs: Inputs, task: str | None = None) -> FreeOutput:
         """Logits of a batch, each sample by its own task's expert and head.
 
         Args:
-            images: (B, C, H, W); B may be 0.
+            inputs: a batch (B, …), a tensor or a dict of tensors; B may be 0.
             task: use this task for every sample instead of the router.
 
         Raises:
             ValueError: if the task is unknown, or none is named and there is no router.
         """
+        size, device = batch_size(inputs), device_of(inputs)
         if task is not None:
-            if task not in self.heads:
-                raise ValueError(f"FreeModel: unknown task {task!r}; tasks: {', '.join(self.tasks)}")
-            router_logits = None
-            routed = torch.full((len(images),), self.tasks.index(task), dtype=torch.long, device=images.device)
-        else:
-            if self.router is None:
-                raise ValueError("FreeModel: there is no router; name the task: model(images, task=…)")
-            router_logits = self.router(images)
-            routed = router_logits.argmax(dim=1)
-        width = max(self._num_classes(name) for name in self.tasks)
-        logits: Tensor | None = None
-        for index in routed.unique().tolist():
-            name = self.tasks[index]
-            group = (routed == index).nonzero().squeeze(1)
-            outputs = self.heads[name](self.features(images[group], name))  # (b, C_k)
-            if logits is None:
-                logits = outputs.new_full((len(images), width), float("-inf"))
-            logits[group, : outputs.shape[1]] = outputs
-        if logits is None:  # an empty batch
-            logits = torch.empty((0, width), device=images.device)
-        return FreeOutput(routed, logits, router_logits, self.tasks)
+            self._check(task)
+            index = self.tasks.index(task)
+            features = self.features(inputs, task) if size else None
+            routed = torch.full((size,), index, dtype=torch.long, device=device)
+            return FreeOutput(routed, self._logits(features, routed), None, self.tasks)
+        router_logits = self.route(inputs)
+        probabilities = router_logits.float().softmax(dim=1)
+        confidence, routed = probabilities.max(dim=1)
+        abstained = confidence < self.threshold
+        shares = self._shares(probabilities, routed).masked_fill(abstained[:, None], 0)  # (B, K)
+        features: Tensor | None = None
+        groups, of = shares.unique(dim=0, return_inverse=True) if size else (shares, routed)
+        for index, group in enumerate(groups.tolist()):
+            members = (of == index).nonzero().squeeze(1)
+            part = inputs if len(members) == size else select(inputs, members)
+            with self._switched({self.tasks[k]: share / _SHARES for k, share in enumerate(group) if share}):
+                outputs = self.backbone(part)  # (b, F)
+            if features is None:
+                features = outputs.new_empty(size, outputs.shape[1])
+            features[members] = outputs
+        return FreeOutput(routed, self._logits(features, routed), router_logits, self.tasks, abstained)
 
-    def features(self, images: Tensor, task: str) -> Tensor:
-        """Features (B, F) of the merged backbone with `task`'s expert switched in; the weights are restored after."""
-        expert = self.experts.get(task)
-        if expert is None:
-            return self.backbone(images)
-        switch = ExpertSwitch(self.backbone.weights())
-        switch.attach(expert)
-        try:
-            return self.backbone(images)
-        finally:
-            switch.detach()
-
-    def _num_classes(self, task: str) -> int:
-        return self.heads[task].out_features
-
-    def save_pretrained(self, directory: str | Path) -> Path:
-        """Write the model to a folder: the merged backbone as its own library writes it, and beside it
-        `experts/<task>.safetensors`, `heads.safetensors`, `router.safetensors` and `freemerge.json`."""
-        directory = Path(directory)
-        directory.mkdir(parents=True, exist_ok=True)
-        self.backbone.save_pretrained(directory)
-        merged_hash = hash_tensors(self.backbone.weights())
-        for task, expert in self.experts.items():
-            tagged = replace(expert, metadata={**expert.metadata, "task": task, "merged_hash": merged_hash})
-            save_expert(directory / "experts" / f"{task}.safetensors", tagged)
-        save_checkpoint(directory / "heads.safetensors", self.heads.state_dict())
-        if self.router is not None:
-            save_checkpoint(directory / "router.safetensors", self.router.state_dict())
-        description = {
-            "format": FORMAT,
-            "backbone": {"pooling": getattr(self.backbone, "pooling", None)},
-            "merged_hash": merged_hash,
-            "tasks": {
-                task: {"num_classes": self._num_classes(task), "class_names": self.class_names.get(task)}
-                for task in self.tasks
-            },
-            "experts": sorted(self.experts),
-            "router": self.router.config if self.router is not None else None,
-        }
-        (directory / "freemerge.json").write_text(json.dumps(description, indent=2, ensure_ascii=False) + "\n")
-        return directory
-
-    @classmethod
-    def from_pretrained(cls, directory: str | Path, backbone: Backbone | None = None) -> FreeModel:
-        """Load a folder written by `save_pretrained`.
-
-        Args:
-            directory: the folder.
-            backbone: a backbone with the folder's merged weights, for models that are not from transformers.
+    def route(self, inputs: Inputs) -> Tensor:
+        """What the router says: task logits (B, K).
 
         Raises:
-            CheckpointError: if the folder is not a FREE model, or an expert belongs to other merged weights.
+            ValueError: if there is no router.
         """
-        directory = Path(directory)
-        try:
-            description = json.loads((directory / "freemerge.json").read_text())
-        except FileNotFoundError as error:
-            raise CheckpointError(f"{directory}: not a FREE model (no freemerge.json)") from error
-        if description.get("format") != FORMAT:
-            raise CheckpointError(
-                f"{directory}/freemerge.json: format {description.get('format')!r}, expected {FORMAT!r}"
-            )
-        if backbone is None:
-            backbone = TransformersBackbone(pretrained=str(directory), pooling=description["backbone"]["pooling"])
-        merged_hash = hash_tensors(backbone.weights())
-        if merged_hash != description["merged_hash"]:
-            raise CheckpointError(
-                f"{directory}: the merged backbone has hash {merged_hash[:12]}, freemerge.json says "
-                f"{description['merged_hash'][:12]}; the folder's files do not belong together"
-            )
-        experts = {}
-        for task in description["experts"]:
-            path = directory / "experts" / f"{task}.safetensors"
-            experts[task] = load_expert(path)
-            check_merged_hash(experts[task].metadata, merged_hash, path)
-        heads = {
-            task: nn.Linear(backbone.feature_dim, info["num_classes"]) for task, info in description["tasks"].items()
-        }
-        router = Router(**description["router"]) if description["router"] is not None else None
-        names = {task: info["class_names"] for task, info in description["tasks"].items() if info["class_names"]}
-        model = cls(backbone, heads, experts, router, names)
-        model.heads.load_state_dict(load_checkpoint(directory / "heads.safetensors"))
-        if router is not None:
-            router.load_state_dict(load_checkpoint(directory / "router.safetensors"))
-        return model.eval()
+        if self.router is None:
+            raise ValueError("FreeModel: there is no router; name the task: model(inputs, task=…)")
+        if batch_size(inputs) == 0:
+            return torch.zeros(0, len(self.tasks), device=device_of(inputs))
+        return self.router(inputs, self.backbone)
+
+    def features(self, inputs: Inputs, task: str) -> Tensor:
+        """Features (B, F) of the merged backbone with `task`'s expert switched in; the weights are restored after."""
+        with self._switched({task: 1.0}):
+            return self.backbone(inputs)
+
+    def _shares(self, probabilities: Tensor, routed: Tensor) -> Tensor:
+        """How many sixteenths of each expert every sample gets: (B, K) int64."""
+        shares = torch.zeros_like(probabilities, dtype=torch.long)
+        if self.top_n == 1:
+            return shares.scatter_(1, routed[:, None], _SHARES)
+        top, which = probabilities.topk(self.top_n, dim=1)  # (B, n)
+        rounded = (top / top.sum(dim=1, keepdim=True) * _SHARES).round().long()
+        rounded[:, 0] += _SHARES - rounded.sum(dim=1)  # they add up to one
+        return shares.scatter_(1, which, rounded)
+
+    @contextmanager
+    def _switched(self, weights: Mapping[str, float]) -> Iterator[None]:
+        """The backbone with Σ w · expert added to its weights."""
+        packed = {task: self._packed[task] for task in weights if task in self._packed}
+        if not packed:
+            yield
+            return
+        if len(packed) == 1 and all(weights[task] == 1.0 for task in packed):
+            (expert,) = packed.values()
+        else:
+            expert = mix([one.unpacked() for one in packed.values()], [weights[task] for task in packed])
+        kind = expert.kind if isinstance(expert, PackedExpert) else type(expert)
+        with self._attached_sparse(expert) if kind is SparseExpert else self._substituted(expert):
+            yield
+
+    @contextmanager
+    def _attached_sparse(self, expert: PackedExpert | SparseExpert) -> Iterator[None]:
+        if isinstance(expert, SparseExpert):
+            with attached(self.backbone.model, expert):
+                yield
+            return
+        if self._flat is None or not self._flat.current:
+            self._flat = FlatWeights(self.backbone.model)
+        with self._flat.attached(expert):
+            yield
+
+    @contextmanager
+    def _substituted(self, expert: PackedExpert | Expert) -> Iterator[None]:
+        expert = expert.unpacked() if isinstance(expert, PackedExpert) else expert
+        with substituted(self.backbone.model, expert.shapes, expert.added):
+            yield
+
+    def _logits(self, features: Tensor | None, routed: Tensor) -> Tensor:
+        """(B, F) → (B, C), each sample by its routed task's head; −inf past its own classes."""
+        if features is None:  # an empty batch
+            width = max(self._outputs(task) for task in self.tasks)
+            return torch.empty((0, width), device=routed.device)
+        width = max(self._outputs(task, features.shape[1]) for task in self.tasks)
+        logits: Tensor | None = None
+        for index in routed.unique().tolist():
+            group = (routed == index).nonzero().squeeze(1)
+            outputs = self.heads[self.tasks[index]](features[group])  # (b, C_k)
+            if logits is None:
+                logits = outputs.new_full((len(features), width), float("-inf"))
+            logits[group, : outputs.shape[1]] = outputs
+        return logits
+
+    def _outputs(self, task: str, width: int | None = None) -> int:
+        """How many outputs a task's head has; one that is not linear is taken to leave the features' width."""
+        return getattr(self.heads[task], "out_features", width or self.backbone.feature_dim)
+
+    # -- files --------------------------------------------------------------------------------------------------------
+
+    def save_pretrained(self, directory):
+        """Write the model to a folder; see `freemerge.models.free_folder`."""
+        from freemerge.models.free_folder import save_free_model
+
+        return save_free_model(self, directory)
+
+    @classmethod
+    def from_pretrained(cls, directory, backbone: Backbone | None = None) -> FreeModel:
+        """Load a folder written by `save_pretrained`; see `freemerge.models.free_folder`."""
+        from freemerge.models.free_folder import load_free_model
+
+        return load_free_model(directory, backbone)
+
+
+class TaskModel(nn.Module):
+    """One task's model: inputs → logits (B, C).
+
+    Args:
+        backbone: with the task's weights.
+        head: features (B, F) → logits (B, C).
+    """
+
+    def __init__(self, backbone: Backbone, head: nn.Module) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head = head
+
+    def forward(self, inputs: Inputs) -> Tensor:
+        """Logits (B, C) of a batch."""
+        return self.head(self.backbone(inputs))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import freemerge
 from freemerge.checkpoints import hash_tensors, load_checkpoint
 from freemerge.data import TaskSuite
 from freemerge.experts import load_expert
-from freemerge.models import Backbone, FreeModel, Router
+from freemerge.models import Backbone, ConvRouter, EarlyRouter, FreeModel, Router, feature_width
 from freemerge.pipeline.folder import StageFolder
 from freemerge.pipeline.settings import Settings
 from freemerge.training import FineTuner
@@ -73,32 +73,39 @@ class Artifacts:
         """Weights of one task's individual model's backbone."""
         return load_checkpoint(self._require_folder(self.finetune_stage(task)) / "backbone.safetensors")
 
-    def heads(self, shared: bool = True) -> dict[str, nn.Module]:
+    def finished(self, run: Path | None = None) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
+        """The base, and task → its individual model's backbone.
+
+        Args:
+            run: a run folder whose files to take as they are; None for this run's own, by their keys.
+        """
+        if run is None:
+            return self.base_weights(), self.finetuned_weights()
+        base = run / "base.safetensors"
+        return (
+            load_checkpoint(base) if base.exists() else self.tuner.backbone.weights(),
+            {task: load_checkpoint(run / "finetune" / task / "backbone.safetensors") for task in self.suite.names},
+        )
+
+    def heads(self, shared: bool = True, run: Path | None = None) -> dict[str, nn.Module]:
         """Task → head.
 
         Args:
             shared: tasks that share a head get the mean of the group's, which only differ where heads train along;
                 otherwise each has the one that it was fine-tuned with.
+            run: see `finished`.
         """
-        stages = {task: self._require_folder(self.finetune_stage(task)) for task in self.suite.names}
-        groups = {task: self.suite.head_group(task) if shared else (task,) for task in stages}
-        return {task: _head([stages[member] for member in group]) for task, group in groups.items()}
-
-    def finished(self, folder: Path | None = None) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]], dict]:
-        """The base, and each task's individual backbone and head.
-
-        Args:
-            folder: a run folder whose files to take as they are; None for this run's own, by their keys.
-        """
-        if folder is None:
-            return self.base_weights(), self.finetuned_weights(), self.heads()
-        stages = {task: folder / "finetune" / task for task in self.suite.names}
-        base = folder / "base.safetensors"
-        return (
-            load_checkpoint(base) if base.exists() else self.tuner.backbone.weights(),
-            {task: load_checkpoint(stage / "backbone.safetensors") for task, stage in stages.items()},
-            {task: _head([stage]) for task, stage in stages.items()},
-        )
+        states = {}
+        for task in self.suite.names:
+            folder = run / "finetune" / task if run is not None else self._require_folder(self.finetune_stage(task))
+            path = folder / "head.safetensors"  # not there where the head is the model's own
+            states[task] = load_checkpoint(path) if path.is_file() else {}
+        heads: dict[str, nn.Module] = {}
+        for task in states:
+            group = [states[member] for member in (self.suite.head_group(task) if shared else (task,))]
+            state = {name: torch.stack([other[name] for other in group]).mean(dim=0) for name in group[0]}
+            heads[task] = _linear(state) if state else nn.Identity()
+        return heads
 
     def free_weights(self) -> dict[str, Tensor]:
         """The merged backbone that carries the experts."""
@@ -112,15 +119,23 @@ class Artifacts:
         for task in self.suite.names:
             self.require(self.expert_stage(task))
             experts[task] = load_expert(self.expert_path(task), merged)
-        self.require(self.router_stage())
+        routing = self.require(self.router_stage())["results"]
         router = self.new_router()
         router.load_state_dict(load_checkpoint(self.router_stage().path / "router.safetensors"))
         names = {task: self.suite.task(task).class_names for task in self.suite.names}
-        return FreeModel(self.backbone(merged), self.heads(), experts, router, names).eval()
+        backbone, settings = self.backbone(merged), self.settings.router
+        return FreeModel(
+            backbone, self.heads(), experts, router, names, threshold=routing["threshold"], top_n=settings.top_n
+        ).eval()
 
     def new_router(self) -> Router:
         """An untrained router for the suite."""
-        return Router(len(self.suite.names), self.suite.image_shape[0], self.settings.router.width)
+        settings, tasks = self.settings.router, len(self.suite.names)
+        if settings.kind == "conv":
+            return ConvRouter(tasks, self.suite.image_shape[0], settings.width)
+        inputs, _ = next(iter(self.suite.for_task(self.suite.names[0]).val_dataloader()))
+        width = feature_width(inputs, self.backbone(self.free_weights()).eval(), settings.point)
+        return EarlyRouter(tasks, settings.point, width, settings.hidden)
 
     def backbone(self, weights: Mapping[str, Tensor]) -> Backbone:
         """A copy of the template's backbone with these weights."""
@@ -179,9 +194,12 @@ class Artifacts:
         settings = self.settings.experts
         inputs = self._key() | {
             "merge": self.merge_stage().key,
+            "kind": settings.kind,
             "density": settings.density,
             "scope": settings.scope,
+            "vectors": settings.vectors,
             "rescale": settings.rescale,
+            "values": settings.values,
         }
         return StageFolder(self.folder / "extracted", "experts extracted", inputs)
 
@@ -200,6 +218,8 @@ class Artifacts:
             "data": self.suite.fingerprint(),
             "batch_size": self.settings.router.batch_size or self.suite.batch_size,
         }
+        if self.settings.router.kind == "early":  # it looks at the merged backbone
+            inputs["merge"] = self.merge_stage().key
         return StageFolder(self.folder / "router", "router", inputs)
 
     def tune_stage(self, name: str, inputs: Mapping[str, Any]) -> StageFolder:
@@ -244,13 +264,7 @@ class Artifacts:
         return stage.path
 
 
-def _head(stages: Sequence[Path]) -> nn.Module:
-    """The head of a fine-tuned model, or the mean of several."""
-    paths = [stage / "head.safetensors" for stage in stages]
-    if not paths[0].is_file():  # the head is the model's own
-        return nn.Identity()
-    states = [load_checkpoint(path) for path in paths]
-    state = {name: torch.stack([other[name] for other in states]).mean(dim=0) for name in states[0]}
+def _linear(state: Mapping[str, Tensor]) -> nn.Linear:
     outputs, width = state["weight"].shape
     head = nn.Linear(width, outputs)
     head.load_state_dict(state)

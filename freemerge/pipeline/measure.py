@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
-from freemerge.evaluation import LabelSpace, TaskMetric, evaluate
+from freemerge.evaluation import LabelSpace, Routing, TaskMetric, evaluate, evaluate_routing
 from freemerge.evaluation.loop import Predict
 from freemerge.models import FreeModel, batch_norms, reestimate_batch_norm
 from freemerge.pipeline.artifacts import Artifacts
@@ -38,11 +38,6 @@ class Measure:
     def metrics(self) -> dict[str, str]:
         """Task → name of its metric, of all tasks."""
         return {task: self.suite.task(task).metric for task in (*self.suite.names, *self.suite.held_out)}
-
-    @property
-    def what(self) -> str:
-        """What the numbers are, for a title."""
-        return "accuracy" if set(self.metrics.values()) == {"accuracy"} else "scores"
 
     def _evaluate(self, predict: Predict, loaders: Mapping[str, Any]) -> dict[str, float]:
         tasks = {name: self.suite.task(name) for name in (*self.suite.names, *self.suite.held_out)}
@@ -86,13 +81,6 @@ class Measure:
         model = model.eval().to(self.device)
         return self._evaluate(lambda inputs, task: model(inputs, task=task if oracle else None), loaders)
 
-    def router(self, model: FreeModel, loaders: Mapping[str, Any]) -> dict[str, float]:
-        """Share of each task's samples that are routed to it: one class per task, whatever their labels."""
-        tasks = self.suite.names
-        space = LabelSpace({"router": len(tasks)})
-        scores = {}
-        for index, task in enumerate(tasks):
-            own = ((inputs, torch.full((len(labels),), index)) for inputs, labels in loaders[task])
-            result = evaluate(lambda inputs, _: model.router(inputs), {"router": own}, space, self.device)
-            scores[task] = result["router"]
-        return scores
+    def routing(self, model: FreeModel, loaders: Mapping[str, Any]) -> Routing:
+        """Which tasks' samples a FREE model takes for which tasks', and where it abstains."""
+        return evaluate_routing(model.eval().to(self.device), loaders, self.device)

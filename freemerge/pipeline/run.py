@@ -35,18 +35,17 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
-import freemerge
-from freemerge.checkpoints import hash_tensors, load_checkpoint, save_checkpoint
+from freemerge.checkpoints import hash_tensors, save_checkpoint
 from freemerge.data import TaskSuite
-from freemerge.evaluation import Report, Row, mean_score
-from freemerge.experts import extract, load_expert, save_expert
+from freemerge.evaluation import Report, mean_score
+from freemerge.experts import extract, extract_low_rank, load_expert, save_expert
 from freemerge.merging import apply_task_vector, merge, merge_task_vectors, task_vector
-from freemerge.models import FreeModel
+from freemerge.models import FreeModel, choose_threshold
 from freemerge.pipeline.artifacts import Artifacts
 from freemerge.pipeline.folder import StageFolder
-from freemerge.pipeline.held_out import held_out_heads
 from freemerge.pipeline.measure import Measure
 from freemerge.pipeline.others import Others
+from freemerge.pipeline.reporting import make_report
 from freemerge.pipeline.settings import STAGES, Settings
 from freemerge.pipeline.tune import Tuning
 from freemerge.training import ExpertTrainer, FineTuner, RouterTrainer
@@ -229,26 +228,26 @@ class SuiteRun:
                 feature_weight=settings.feature_weight,
                 logit_weight=settings.logit_weight,
                 temperature=settings.temperature,
+                feature_loss=settings.feature_loss,
+                cache_teacher=settings.cache_teacher,
             )
             data = self.suite.for_task(task, batch_size=settings.batch_size)
             trainer = self._fit(stage, trainer_module, data, settings.trainer, resume, monitor="val/agreement")
             if rank_zero_only.rank == 0:
-                save_expert(self.files.expert_path(task), trainer_module.expert)
+                save_expert(self.files.expert_path(task), trainer_module.expert, settings.values)
             self._finish(stage, {"val/agreement": _metric(trainer, "val/agreement")})
 
     def _extract_experts(self, stage: StageFolder) -> None:
         settings = self.settings.experts
         merged, finetuned, heads = self.files.free_weights(), self.files.finetuned_weights(), self.files.heads()
         stage.begin()
-        merged_hash = hash_tensors(merged)
+        hashes = {"base_hash": hash_tensors(self.files.base_weights()), "merged_hash": hash_tensors(merged)}
+        shared: dict[str, Any] = {"density": settings.density, "vectors": settings.vectors}
+        cut = extract_low_rank
+        if settings.kind == "sparse":
+            cut, shared = extract, shared | {"scope": settings.scope, "rescale": settings.rescale}
         experts = {
-            task: extract(
-                task_vector(merged, weights),
-                settings.density,
-                scope=settings.scope,
-                rescale=settings.rescale,
-                metadata={"task": task, "merged_hash": merged_hash},
-            )
+            task: cut(task_vector(merged, weights), **shared, metadata={"task": task, **hashes})
             for task, weights in finetuned.items()
         }
         loaders = self.measure.loaders("val")
@@ -260,7 +259,7 @@ class SuiteRun:
         best = max(search, key=lambda candidate: candidate["mean_acc"])
         if rank_zero_only.rank == 0:
             for task, expert in experts.items():
-                save_expert(self.files.extracted_path(task), expert.scaled(best["scale"]))
+                save_expert(self.files.extracted_path(task), expert.scaled(best["scale"]), settings.values)
         self._finish(stage, {"search": search, "best": best})
         self._say(f"experts: extracted, scale {best['scale']:g}", best["mean_acc"])
 
@@ -273,48 +272,20 @@ class SuiteRun:
         data = self.suite.mixture(batch_size=settings.batch_size)
         resume = stage.begin(self.ckpt_path)
         self._seed(stage)
-        module = RouterTrainer(self.files.new_router(), **settings.optimization)
+        backbone = self.files.backbone(self.files.free_weights()) if settings.kind == "early" else None
+        module = RouterTrainer(self.files.new_router(), backbone, **settings.optimization)
         trainer = self._fit(stage, module, data, settings.trainer, resume, monitor="val/acc")
         self._write(stage.path / "router.safetensors", module.router.state_dict())
-        self._finish(stage, {"val/acc": _metric(trainer, "val/acc")})
+        threshold = choose_threshold(module.logits(data.val_dataloader()), settings.share)
+        self._finish(stage, {"val/acc": _metric(trainer, "val/acc"), "threshold": threshold})
 
     def evaluate(self) -> Report:
         """Evaluate everything on all tasks' test data; write the FREE model, the report and the picture.
 
         Where there are no experts, because their stages were left out, the report ends with the merged models.
         """
-        merge_record = self.files.require(self.files.merge_stage())["results"]
-        loaders = self.measure.loaders("test")
-        held_out = {task: self.suite.for_task(task).test_dataloader() for task in self.suite.held_out}
-        heads = self.files.heads() | held_out_heads(self.files, self.measure.device)
-        size = self._file_size(self.files.merged_path(self.settings.merge.free))
-
-        def row(name: str, weights: dict[str, Tensor], chosen: Mapping[str, Any] | None = None) -> Row:
-            scores = self.measure.shared(weights, heads, loaders | held_out)
-            apart = {task: scores.pop(task) for task in held_out}
-            return Row(name, scores, 0, dict(chosen or {}), held_out=apart)
-
-        rows = [
-            row("base (zero-shot)", self.files.base_weights()),
-            Row("individual", self.measure.individual(loaders), (len(self.suite.names) - 1) * size),
-        ]
-        for name in self.settings.merge.methods:
-            best = merge_record["methods"][name]["best"]
-            rows.append(row(name, load_checkpoint(self.files.merged_path(name)), best))
-        search = {name: entry["search"] for name, entry in merge_record["methods"].items()}
         model = self.files.free_model() if self.files.has_experts() or "experts" in self._stages else None
-        if model is not None:
-            extraction = self.files.require(self.files.extraction_stage())["results"]
-            search["FREE extracted"] = extraction["search"]
-            rows += self._free_rows(model, extraction, loaders)
-        count, what = len(self.suite.names), self.measure.what
-        report = Report(
-            title=f"{type(self.suite).__name__}: test {what} (%), {count} tasks, seed {self.seed}",
-            rows=rows,
-            search=search,
-            settings=self._provenance(size),
-            metrics=self.measure.metrics,
-        )
+        report = make_report(self.files, self.measure, model)
         if rank_zero_only.rank == 0:
             if model is not None:
                 model.save_pretrained(self.folder / "free_model")
@@ -324,26 +295,6 @@ class SuiteRun:
             rest = "report.json, report.png and free_model/" if model is not None else "report.json and report.png"
             self.console.print(f"[dim]{self.folder}/{rest} hold the rest[/dim]")
         return report
-
-    def _free_rows(self, model: FreeModel, extraction: Mapping[str, Any], loaders: Mapping[str, Any]) -> list[Row]:
-        tasks = self.suite.names
-        merged = self.files.free_weights()
-        extracted = {task: load_expert(self.files.extracted_path(task), merged) for task in tasks}
-        untrained = FreeModel(self.files.backbone(merged), self.files.heads(), extracted)
-        expert_bytes = sum(self._file_size(self.files.expert_path(task)) for task in tasks)
-        extracted_bytes = sum(self._file_size(self.files.extracted_path(task)) for task in tasks)
-        router_bytes = self._file_size(self.files.router_stage().path / "router.safetensors")
-        return [
-            Row(
-                "FREE extracted (oracle)",
-                self.measure.free(untrained, loaders, oracle=True),
-                extracted_bytes,
-                chosen=extraction["best"],
-            ),
-            Row("FREE trained (routed)", self.measure.free(model, loaders, oracle=False), expert_bytes + router_bytes),
-            Row("FREE trained (oracle)", self.measure.free(model, loaders, oracle=True), expert_bytes),
-            Row("router accuracy", self.measure.router(model, loaders), router_bytes, kind="router"),
-        ]
 
     def tune(self, others: Others | None = None) -> Report | None:
         """Search for a method's parameters on validation data; not a stage, as nothing else depends on it.
@@ -356,17 +307,6 @@ class SuiteRun:
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         return Tuning(self.files, self.measure, self.console).run(others)
-
-    def _provenance(self, backbone_bytes: int) -> dict[str, Any]:
-        return {
-            "seed": self.seed,
-            "suite": self.suite.identity(),
-            "split": {"chosen_on": "val", "reported_on": "test"},
-            "backbone_bytes": backbone_bytes,
-            "density": self.settings.experts.density,
-            "free_on": self.settings.merge.free,
-            "versions": {"freemerge": freemerge.__version__, "torch": torch.__version__, "lightning": L.__version__},
-        }
 
     # -- small things -------------------------------------------------------------------------------------------------
 
@@ -419,9 +359,6 @@ class SuiteRun:
     def _write(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
         if rank_zero_only.rank == 0:
             save_checkpoint(path, {name: tensor.detach().cpu() for name, tensor in tensors.items()})
-
-    def _file_size(self, path: Path) -> int:
-        return path.stat().st_size
 
     def _seed(self, stage: StageFolder) -> None:
         digest = hashlib.sha256(f"{self.seed}:{stage.name}".encode()).digest()

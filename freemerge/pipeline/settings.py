@@ -127,20 +127,31 @@ class ExpertsSettings(FitSettings):
     """The stage that makes each task's expert: extract it from the residual, then train it against the teacher.
 
     Args:
-        density: share d of the backbone's entries that an expert holds.
-        scope: where the top-d entries are ranked: over the whole model, in each tensor, or in each row.
-        rescale: `none`, or `released` for the released code's rescaling of extracted values.
+        kind: `sparse` experts hold the largest entries of the residual, `low_rank` ones its leading directions.
+        density: share d of the backbone's parameters that an expert holds as values.
+        scope: where a sparse expert's entries are ranked: over the whole model, in each tensor, or in each row.
+        vectors: norms and biases are `ranked` like all others, kept `whole` as far as half the density goes, or left
+            out (`none`).
+        rescale: `none`, or `released` for the released code's rescaling of a sparse expert's extracted values.
+        values: how files store values: `int8` with a scale per tensor, `bf16` or `float32`.
         feature_weight: weight of the features' loss.
+        feature_loss: `mse` or `cosine`.
         logit_weight: weight of the logits' loss.
         temperature: of the softened logits.
+        cache_teacher: compute the teacher's features of each input once and keep them: for data without augmentation.
     """
 
+    kind: Literal["sparse", "low_rank"] = "sparse"
     density: float = 0.01
     scope: Literal["model", "tensor", "row"] = "model"
+    vectors: Literal["whole", "ranked", "none"] = "ranked"
     rescale: Literal["none", "released"] = "none"
+    values: Literal["int8", "bf16", "float32"] = "int8"
     feature_weight: float = 1.0
+    feature_loss: Literal["mse", "cosine"] = "mse"
     logit_weight: float = 1.0
     temperature: float = 2.0
+    cache_teacher: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -153,10 +164,22 @@ class RouterSettings(FitSettings):
     """The stage that trains the router on a balanced mixture of all tasks.
 
     Args:
-        width: channels of the router's first convolution.
+        kind: `conv` is a small network over images; `early` looks at what the merged backbone makes of any input at an
+            early point.
+        width: channels of a `conv` router's first convolution.
+        point: the submodule of the backbone's model whose output an `early` router looks at.
+        hidden: width of an `early` router's hidden layer; 0 makes it linear.
+        share: share of validation samples that must be routed; the least confident others, and what is as strange to
+            the router, get the plain merged backbone. 1 routes everything.
+        top_n: how many of the most likely tasks' experts are mixed.
     """
 
+    kind: Literal["conv", "early"] = "conv"
     width: int = 16
+    point: str = "embeddings"
+    hidden: int = 64
+    share: float = 0.99
+    top_n: int = 1
 
 
 @dataclass

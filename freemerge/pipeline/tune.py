@@ -26,13 +26,15 @@ from torch import Tensor
 
 import freemerge
 from freemerge.checkpoints import hash_tensors, save_checkpoint
-from freemerge.evaluation import Report, Row, comparable, mean_score
+from freemerge.evaluation import Report, Row, mean_score
+from freemerge.evaluation.report import comparable
 from freemerge.merging import MergeMethod
 from freemerge.merging.candidates import Candidates
 from freemerge.merging.provenance import describe_method
 from freemerge.pipeline.artifacts import Artifacts
 from freemerge.pipeline.measure import Measure
 from freemerge.pipeline.others import Others
+from freemerge.pipeline.reporting import title
 from freemerge.tuning import Search, Space, Trial, default_ranges
 
 
@@ -56,7 +58,8 @@ class Tuning:
         self.name, self.method = self._chosen_method()
         tasks = files.suite.names
         self.space = Space(self.method, tasks, self.settings.space or default_ranges(self.method))
-        self.base, self.finetuned, self.heads = files.finished(self.models)
+        self.base, self.finetuned = files.finished(self.models)
+        self.heads = files.heads(run=self.models)
         self.stage = files.tune_stage(self.name, self._inputs())
 
     def _chosen_method(self) -> tuple[str, MergeMethod]:
@@ -140,24 +143,16 @@ class Tuning:
         """The fine-tuned models, to be merged again and again."""
         return Candidates(self.base, self.finetuned)
 
-    def _merge(self, method: MergeMethod) -> dict[str, Tensor]:
-        """What a method merges, batch norm measured anew as in the merge stage."""
-        return self.measure.with_own_statistics(self.candidates.merge(method))
-
-    def _comparable(self, scores: Mapping[str, float]) -> dict[str, float]:
-        """Scores in which more is better."""
-        return {task: comparable(score, self.measure.metrics[task]) for task, score in scores.items()}
-
     def _try(self, search: Search, others: Others | None) -> None:
         """Try points on validation data, together with others if there are any."""
         if others is not None:
             others.start()
         loaders = self.measure.loaders("val")
-        individual = self._comparable(self._individual(loaders)) if self.settings.goal != "mean" else {}
+        individual = self._individual(loaders) if self.settings.goal != "mean" else {}
 
         def objective(point: Mapping[str, float]) -> tuple[float, dict[str, Any]]:
-            scores = self.measure.shared(self._merge(self.space.apply(point)), self.heads, loaders)
-            return _value(self.settings.goal, self._comparable(scores), individual), {"scores": scores}
+            scores = self.measure.shared(self._merged(self.space.apply(point)), self.heads, loaders)
+            return self._value(scores, individual), {"scores": scores}
 
         best = float("-inf")
 
@@ -175,12 +170,27 @@ class Tuning:
             left = self.settings.seconds and self.settings.seconds - (time.monotonic() - began)
             search.run(objective, self.settings.trials, left, report)
 
+    def _merged(self, method: MergeMethod) -> dict[str, Tensor]:
+        """The merged backbone."""
+        return self.measure.with_own_statistics(self.candidates.merge(method))
+
     def _individual(self, loaders: Mapping[str, Any]) -> dict[str, float]:
-        """Each task's own fine-tuned model."""
-        scores: dict[str, float] = {}
+        """Each task's own fine-tuned model, under the head that it was fine-tuned with."""
+        scores, heads = {}, self.files.heads(shared=False, run=self.models)
         for task, weights in self.finetuned.items():
-            scores |= self.measure.shared(weights, self.heads, {task: loaders[task]})
+            scores |= self.measure.shared(weights, heads, {task: loaders[task]})
         return scores
+
+    def _value(self, scores: Mapping[str, float], individual: Mapping[str, float]) -> float:
+        """What a trial is judged by; more is better, whatever the tasks' metrics."""
+        metrics = self.measure.metrics
+        if self.settings.goal == "mean":
+            return mean_score(scores, metrics)
+        shares = []
+        for task, score in scores.items():
+            best = comparable(individual[task], metrics[task])
+            shares.append(comparable(score, metrics[task]) / best if best else 0.0)
+        return min(shares) if self.settings.goal == "worst" else sum(shares) / len(shares)
 
     # -- what was found -----------------------------------------------------------------------------------------------
 
@@ -188,14 +198,14 @@ class Tuning:
         """Evaluate on test data, once, and write everything."""
         trials, best = search.trials(), search.best()
         chosen = self.space.apply(best.point)
-        merged = self._merge(chosen)
+        merged = self._merged(chosen)
         loaders = self.measure.loaders("test")
         first = trials[0]  # the method's own point
         rows = [
             Row("individual", self._individual(loaders)),
             Row(
                 f"{self.name} as configured",
-                self.measure.shared(self._merge(self.method), self.heads, loaders),
+                self.measure.shared(self._merged(self.method), self.heads, loaders),
                 0,
                 chosen={"val": first.value, **first.point},
             ),
@@ -206,17 +216,16 @@ class Tuning:
                 chosen={"val": best.value, **best.point},
             ),
         ]
-        suite, what = type(self.files.suite).__name__, self.measure.what
         report = Report(
-            title=f"{suite}: test {what} (%), {self.name} tuned on validation data",
+            title=f"{title(self.measure)}, {self.name} tuned on validation data",
             rows=rows,
-            metrics=self.measure.metrics,
             search={
                 self.name: [
                     {"trial": each.number, "value": each.value, **each.point, **each.details, "seconds": each.seconds}
                     for each in trials
                 ]
             },
+            metrics=self.measure.metrics,
             settings={
                 "seed": self.files.seed,
                 "suite": self.files.suite.identity(),
@@ -255,14 +264,6 @@ class Tuning:
         report.print(self.console)
         self.console.print(f"[dim]{self.stage.path}: {how}; merge.yaml there merges with what was found[/dim]")
         return report
-
-
-def _value(goal: str, scores: Mapping[str, float], individual: Mapping[str, float]) -> float:
-    """What a trial is judged by: scores in which more is better."""
-    if goal == "mean":
-        return mean_score(scores)
-    shares = [score / individual[task] if individual[task] else 0.0 for task, score in scores.items()]
-    return min(shares) if goal == "worst" else sum(shares) / len(shares)
 
 
 def _versions() -> dict[str, str]:

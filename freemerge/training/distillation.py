@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -18,11 +19,17 @@ class Distillation:
         feature_weight: w_f.
         logit_weight: w_l.
         temperature: T of the softened logits.
+        feature_loss: `mse` as above, or `cosine`: 1 − cos(f_s − mean f_t, f_t − mean f_t), which leaves lengths free.
     """
 
     feature_weight: float = 1.0
     logit_weight: float = 1.0
     temperature: float = 2.0
+    feature_loss: Literal["mse", "cosine"] = "mse"
+
+    def __post_init__(self) -> None:
+        if self.feature_loss not in ("mse", "cosine"):
+            raise ValueError(f"feature_loss must be 'mse' or 'cosine', got {self.feature_loss!r}")
 
     def __call__(self, student: Tensor, teacher: Tensor, head: nn.Module) -> dict[str, Tensor]:
         """The loss and its parts.
@@ -36,8 +43,13 @@ class Distillation:
             Scalars: `loss`, its parts `features` and `logits` unweighted, and `agreement`, the share of samples that
             student and teacher put into the same class.
         """
-        spread = (teacher - teacher.mean(dim=0)).square().mean() + 1e-8
-        feature_loss = (student - teacher).square().mean() / spread
+        student, teacher = student.float(), teacher.float()
+        centre = teacher.mean(dim=0)
+        if self.feature_loss == "mse":
+            spread = (teacher - centre).square().mean() + 1e-8
+            feature_loss = (student - teacher).square().mean() / spread
+        else:
+            feature_loss = (1 - F.cosine_similarity(student - centre, teacher - centre, dim=1)).mean()
         log_student = F.log_softmax(head(student) / self.temperature, dim=1)
         log_teacher = F.log_softmax(head(teacher) / self.temperature, dim=1)
         logit_loss = self.temperature**2 * F.kl_div(log_student, log_teacher, log_target=True, reduction="batchmean")

@@ -1,22 +1,26 @@
 """ExpertTrainer: make merged + expert behave like the fine-tuned teacher.
 
-The expert's support is fixed; only its values train, so the optimizer's memory is proportional to the expert. There are
-no labels: the teacher's features and logits are what the student learns from.
+What an expert keeps is fixed; only its values train, so the optimizer's memory is proportional to the expert, and the
+student's weights exist one layer at a time. There are no labels: the teacher's features and logits are what the student
+learns from.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Literal
 
-import torch
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
-from torch.func import functional_call
 
-from freemerge.experts import SparseExpert, check_fits
+from freemerge.checkpoints.memory import find_tied
+from freemerge.experts import Expert, check_fits
+from freemerge.experts.layerwise import substituted
+from freemerge.inputs import Inputs, batch_size
 from freemerge.models import Backbone
 from freemerge.training.distillation import Distillation
 from freemerge.training.optimization import OptimizedModule, Schedule
+from freemerge.training.teacher import Teacher
 
 
 class ExpertTrainer(OptimizedModule):
@@ -28,13 +32,15 @@ class ExpertTrainer(OptimizedModule):
         backbone: the backbone with the merged weights; frozen here.
         head: the task's head, shared by teacher and student; frozen.
         teacher: weights of the task's fine-tuned backbone, named as in `backbone.weights()`; any float dtype.
-        expert: where to start from; its support stays fixed.
+        expert: where to start from; its support or ranks stay fixed.
         optimizer: makes the optimizer of the values; AdamW if not given.
         schedule: how the learning rate falls over the fit.
         warmup: share of the steps over which the learning rate rises.
         feature_weight: weight of the features' loss.
         logit_weight: weight of the logits' loss.
         temperature: of the softened logits.
+        feature_loss: `mse` or `cosine`.
+        cache_teacher: compute the teacher's features of each input once and keep them: for data without augmentation.
     """
 
     def __init__(
@@ -42,33 +48,36 @@ class ExpertTrainer(OptimizedModule):
         backbone: Backbone,
         head: nn.Module,
         teacher: Mapping[str, Tensor],
-        expert: SparseExpert,
+        expert: Expert,
         optimizer: OptimizerCallable | None = None,
         schedule: Schedule = "cosine",
         warmup: float = 0.1,
         feature_weight: float = 1.0,
         logit_weight: float = 1.0,
         temperature: float = 2.0,
+        feature_loss: Literal["mse", "cosine"] = "mse",
+        cache_teacher: bool = False,
     ) -> None:
         super().__init__(optimizer, schedule, warmup)
-        check_fits(expert, backbone.weights())
+        weights = backbone.weights()
+        check_fits(expert, weights)
         self.backbone = backbone.requires_grad_(False)
         self.head = head.requires_grad_(False)
-        # Outside the module tree: not in checkpoints, not in the parameter count, not wrapped by a strategy.
-        self.__dict__["teacher"] = {f"model.{name}": tensor.detach() for name, tensor in teacher.items()}
+        self.__dict__["teacher"] = Teacher(teacher, cache_teacher)  # outside the module tree
         self.start = expert
         self.values = nn.Parameter(expert.flat_values().clone())
-        self.distillation = Distillation(feature_weight, logit_weight, temperature)
+        self._tied = find_tied(weights)
+        self.distillation = Distillation(feature_weight, logit_weight, temperature, feature_loss)
         self.strict_loading = False  # checkpoints hold the values alone
 
     @property
-    def expert(self) -> SparseExpert:
+    def expert(self) -> Expert:
         """The expert as trained so far, on the CPU."""
         return self.start.to("cpu").with_values(self.values.detach().float().cpu())
 
     def on_fit_start(self) -> None:
         self.start = self.start.to(self.device)
-        self.__dict__["teacher"] = {name: tensor.to(self.device) for name, tensor in self.teacher.items()}
+        self.teacher.to(self.device)
 
     def train(self, mode: bool = True) -> ExpertTrainer:
         """The backbone stays in eval mode: dropout and batch statistics belong to neither teacher nor student."""
@@ -76,38 +85,33 @@ class ExpertTrainer(OptimizedModule):
         self.backbone.eval()
         return self
 
-    def forward(self, inputs: Tensor) -> Tensor:
+    def forward(self, inputs: Inputs) -> Tensor:
         """Features (B, F) of merged + expert, differentiable in the values."""
-        live = dict(self.backbone.model.named_parameters())
         expert = self.start.with_values(self.values)
-        weights = {
-            f"model.{name}": live[name]
-            .flatten()
-            .index_add(0, expert.indices[name], value.to(live[name].dtype))
-            .view(live[name].shape)
-            for name, value in expert.values.items()
-        }
-        return functional_call(self.backbone, weights, (inputs,))
 
-    def _losses(self, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+        def make(name: str, weight: Tensor) -> Tensor:
+            return expert.added(self._tied.get(name, name), weight)
+
+        with substituted(self.backbone.model, expert.shapes, make):
+            return self.backbone(inputs)
+
+    def _losses(self, batch: tuple[Inputs, Tensor]) -> dict[str, Tensor]:
         inputs = batch[0]
-        with torch.no_grad():
-            target = functional_call(self.backbone, self.teacher, (inputs,))  # (B, F)
-        return self.distillation(self(inputs), target, self.head)
+        return self.distillation(self(inputs), self.teacher(self.backbone, inputs), self.head)
 
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+    def training_step(self, batch: tuple[Inputs, Tensor], batch_idx: int) -> Tensor:
         losses = self._losses(batch)
         self.log_dict({f"train/{name}": value for name, value in losses.items()}, prog_bar=True)
         return losses["loss"]
 
-    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+    def validation_step(self, batch: tuple[Inputs, Tensor], batch_idx: int) -> None:
         losses = self._losses(batch)
         self.log_dict(
             {f"val/{name}": value for name, value in losses.items()},
             prog_bar=True,
             on_epoch=True,
             sync_dist=True,
-            batch_size=len(batch[0]),
+            batch_size=batch_size(batch[0]),
         )
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:

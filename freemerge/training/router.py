@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
+import torch
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 from torch.nn import functional as F
 from torchmetrics.classification import MulticlassAccuracy
 
-from freemerge.models import Router
+from freemerge.inputs import Inputs, to_device
+from freemerge.models import Backbone, Router
 from freemerge.training.optimization import OptimizedModule, Schedule
 
 
@@ -16,6 +20,7 @@ class RouterTrainer(OptimizedModule):
 
     Args:
         router: the router.
+        backbone: the merged backbone, for a router that looks at its features; frozen, and in no checkpoint.
         optimizer: makes the optimizer; AdamW if not given.
         schedule: how the learning rate falls over the fit.
         warmup: share of the steps over which the learning rate rises.
@@ -24,25 +29,45 @@ class RouterTrainer(OptimizedModule):
     def __init__(
         self,
         router: Router,
+        backbone: Backbone | None = None,
         optimizer: OptimizerCallable | None = None,
         schedule: Schedule = "cosine",
         warmup: float = 0.1,
     ) -> None:
         super().__init__(optimizer, schedule, warmup)
         self.router = router
-        self.accuracy = MulticlassAccuracy(router.config["num_tasks"], average="micro")
+        # Outside the module tree: nothing of it trains, and it is in no checkpoint.
+        self.__dict__["backbone"] = backbone.eval().requires_grad_(False) if backbone is not None else None
+        self.accuracy = MulticlassAccuracy(router.num_tasks, average="micro")
 
-    def forward(self, inputs: Tensor) -> Tensor:
+    def on_fit_start(self) -> None:
+        if self.backbone is not None:
+            self.backbone.to(self.device)
+
+    def forward(self, inputs: Inputs) -> Tensor:
         """Task logits (B, K)."""
-        return self.router(inputs)
+        return self.router(inputs, self.backbone)
 
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+    @torch.no_grad()
+    def logits(self, loader: Iterable) -> Tensor:
+        """Task logits (N, K) of all inputs of a loader, on the CPU, in eval mode."""
+        was_training = self.training
+        self.eval()
+        device = next(self.router.parameters()).device
+        if self.backbone is not None:
+            self.backbone.to(device)
+        try:
+            return torch.cat([self(to_device(inputs, device)).float().cpu() for inputs, _ in loader])
+        finally:
+            self.train(was_training)
+
+    def training_step(self, batch: tuple[Inputs, Tensor], batch_idx: int) -> Tensor:
         inputs, tasks = batch
         loss = F.cross_entropy(self(inputs), tasks)
         self.log("train/loss", loss, prog_bar=True)
         return loss
 
-    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+    def validation_step(self, batch: tuple[Inputs, Tensor], batch_idx: int) -> None:
         inputs, tasks = batch
         self.accuracy.update(self(inputs), tasks)
         self.log("val/acc", self.accuracy, prog_bar=True, on_epoch=True, batch_size=len(tasks))

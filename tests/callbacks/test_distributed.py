@@ -1,6 +1,9 @@
 """Two processes: the same file, bit for bit, and exact accuracies."""
 
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -10,11 +13,11 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from freemerge.checkpoints import hash_tensors, load_checkpoint, save_checkpoint
+from freemerge.checkpoints.task_files import read_record
 from freemerge.merging import FRMerging, merge
 from freemerge_callbacks import MergeAtFitEnd, MergePreview, MultiTaskEvaluation, TaskCheckpoint
 from freemerge_callbacks._predicting import check_loaders
 from freemerge_callbacks._ranks import on_rank_zero
-from freemerge_callbacks._task_files import read_record
 from tests.callbacks.callbacks_project import (
     LeaveTogether,
     SaveResults,
@@ -24,6 +27,8 @@ from tests.callbacks.callbacks_project import (
     make_loader,
     make_trainer,
 )
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_two_processes_merge_into_the_file_that_one_would_write(tmp_path, other):
@@ -64,6 +69,23 @@ def test_two_processes_merge_into_the_file_that_one_would_write(tmp_path, other)
                 results["MergePreview"],
             ):  # the last step was the last epoch's
                 torch.testing.assert_close(found[task], right / len(loader.dataset), rtol=0, atol=1e-6)
+
+
+def test_the_tool_that_checks_every_strategy():
+    """About 30 s: ddp and ModelParallelStrategy start their second process as a command, with all its imports.
+
+    Each fit's merge is shared by both ranks, and its file compared with that of one process with the same weights.
+    """
+    only = ["cpu-ddp", "cpu-model-parallel", "gpu-merge"]
+    command = [sys.executable, str(ROOT / "tools" / "check_gpu.py"), "--only", *only]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = [line.split() for line in done.stdout.splitlines() if "×" in line or "cuda" in line]
+    cpu = [row for row in rows if "cuda" not in row]
+    assert len(cpu) == 6 + 5
+    assert all("ok" in row for row in cpu)
+    if not torch.cuda.is_available():
+        assert [" ".join(row[-3:]) for row in rows if "cuda" in row] == ["skipped: no GPU"]
 
 
 def test_an_error_of_rank_zero_is_everybodys():

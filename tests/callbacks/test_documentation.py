@@ -19,10 +19,13 @@ from freemerge_callbacks import MergeAtFitEnd, MergePreview, MultiTaskEvaluation
 
 README = Path(__file__).parents[2] / "callbacks" / "README.md"
 EXAMPLES = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
-# The import of the callbacks leaves the evaluation, which is slower, for when it is needed.
-LATER = """
-import sys, freemerge_callbacks
-assert not {"freemerge.evaluation", "freemerge.models"} & set(sys.modules)
+# Over Lightning's own, the import of the callbacks brings nothing but what merges, and the base class of suites.
+IMPORTS = """
+import sys, lightning
+before = set(sys.modules)
+import freemerge_callbacks
+found = {".".join(name.split(".")[:2]) for name in set(sys.modules) - before if "callbacks" not in name}
+assert found == {"freemerge", *("freemerge." + room for room in ("checkpoints", "data", "inputs", "merging"))}, found
 """
 NAMES = {
     **{name: getattr(module, name) for module in (freemerge_callbacks, merging) for name in module.__all__},
@@ -57,7 +60,7 @@ YAML = """
 
 def test_the_first_example_is_a_whole_project(tmp_path):
     assert len(EXAMPLES[0].splitlines()) <= 40
-    run = [sys.executable, "-c", LATER + EXAMPLES[0]]
+    run = [sys.executable, "-c", IMPORTS + EXAMPLES[0]]
     done = subprocess.run(run, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     path, results = done.stdout.strip().splitlines()[-1].split(" ", 1)

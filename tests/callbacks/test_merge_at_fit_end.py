@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy
 
 from freemerge.checkpoints import hash_tensors, load_checkpoint, save_checkpoint
 from freemerge.merging import FRMerging, PCBMerging, TaskArithmetic, WeightAverage
@@ -240,6 +240,22 @@ def test_a_resumed_fit_whose_base_is_gone_is_refused(tmp_path, other):
     assert_equal(load_checkpoint(merge.merged_path), expected_mean(module.backbone.state_dict(), other))
 
 
+def test_a_finished_fit_that_is_resumed_with_nothing_left_to_train(tmp_path, other):
+    checkpoint = ModelCheckpoint(dirpath=tmp_path / "ckpt", save_last=True)
+    first = MergeAtFitEnd(WeightAverage(), [str(other)], str(tmp_path / "m.safetensors"))
+    module = fit(tmp_path, first, None, checkpoint, enable_checkpointing=True)
+    last = tmp_path / "ckpt" / "last.ckpt"
+    again = MergeAtFitEnd(WeightAverage(), [str(other)], str(tmp_path / "n.safetensors"))
+    again._generate_state_key = lambda **_: first.state_key
+    with pytest.raises(ValueError, match="is gone; give the pretrained model with base="):
+        fit(tmp_path, again, ckpt_path=last)
+    save_checkpoint(tmp_path / "base.safetensors", make_backbone().state_dict())
+    base = str(tmp_path / "base.safetensors")
+    again = MergeAtFitEnd(WeightAverage(), [str(other)], str(tmp_path / "n.safetensors"), base=base)
+    fit(tmp_path, again, ckpt_path=last)
+    assert_equal(load_checkpoint(again.merged_path), expected_mean(module.backbone.state_dict(), other))
+
+
 def test_a_resumed_fit_that_began_without_the_callback_is_refused(tmp_path, other):
     checkpoint = ModelCheckpoint(dirpath=tmp_path / "ckpt", save_last=True)
     fit(tmp_path, checkpoint, epochs=1, enable_checkpointing=True)
@@ -261,20 +277,12 @@ def test_state_is_small_and_goes_round(tmp_path):
     assert merge.state_key != MergeAtFitEnd(WeightAverage(), ["a"], "n.safetensors").state_key
 
 
-def test_strategies_that_hold_no_whole_weights(tmp_path, other):
+def test_zero_3_is_refused(tmp_path, other):
     zero3 = object.__new__(DeepSpeedStrategy)
     zero3.config = {"zero_optimization": {"stage": 3}}
     merge = MergeAtFitEnd(WeightAverage(), [str(other)], str(tmp_path / "m.safetensors"))
     with pytest.raises(ValueError, match=r"ZeRO-3.*stage 2.*zero_to_fp32"):
         merge.setup(SimpleNamespace(strategy=zero3, fast_dev_run=False), Plain(), "fit")
-    merge.weights = "best"
-    trainer = SimpleNamespace(
-        strategy=ModelParallelStrategy(),
-        fast_dev_run=False,
-        checkpoint_callbacks=[ModelCheckpoint(dirpath=tmp_path, monitor="quality")],
-    )
-    with pytest.raises(ValueError, match="sharded checkpoints of this ModelParallelStrategy"):
-        merge.setup(trainer, Plain(), "fit")
 
 
 def test_it_logs_how_many_models_and_how_long(tmp_path, other):
@@ -301,6 +309,7 @@ def test_the_report_says_where_the_merge_comes_from(tmp_path, other):
     assert report["hash"] == hash_tensors(load_checkpoint(merge.merged_path))
     assert report["tensors"] == {"merged": 4, "kept": [], "tied": {}}
     assert (report["dtype"], report["weights"], report["output"]) == ("bfloat16", "last", str(merge.merged_path))
+    assert report["ranks"] == 1
     assert 0 < report["seconds"] < 60
     json.dumps(report)
     merge = MergeAtFitEnd(WeightAverage(), [str(other)], str(tmp_path / "n.safetensors"), hash_inputs=False)

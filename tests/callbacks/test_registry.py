@@ -12,11 +12,11 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from freemerge.checkpoints import hash_tensors, load_checkpoint, save_checkpoint
+from freemerge.checkpoints.task_files import TaskRecord, read_record
 from freemerge.merging import TaskArithmetic, WeightAverage, merge
 from freemerge_callbacks import MergeAtFitEnd, MultiTaskEvaluation
 from freemerge_callbacks import _registry as registries
 from freemerge_callbacks._registry import Registry
-from freemerge_callbacks._task_files import TaskRecord, read_record
 from tests.callbacks.callbacks_project import Plain, make_backbone, make_loader, make_trainer
 
 METHOD = TaskArithmetic(scale=[0.5, 0.3, 0.2])

@@ -7,12 +7,14 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from safetensors.torch import load_file
 from torch import nn
 
-from freemerge.checkpoints import hash_tensors, load_checkpoint, open_checkpoint, save_checkpoint
+from freemerge.checkpoints import CheckpointError, hash_tensors, load_checkpoint, open_checkpoint, save_checkpoint
+from freemerge.checkpoints.task_files import TaskRecord, read_record
+from freemerge.cli import main
 from freemerge.merging import MergeError, TaskArithmetic, WeightAverage, merge
 from freemerge_callbacks import MergeAtFitEnd, MultiTaskEvaluation, TaskCheckpoint
-from freemerge_callbacks._task_files import TaskRecord, read_record
 from tests.callbacks.callbacks_project import Nested, Plain, Validated, make_backbone, make_loader, make_trainer
 
 
@@ -56,14 +58,17 @@ def test_task_vector_in_bfloat16(tmp_path, given):
         head=None,
     )
     module = fit(tmp_path, [keep])
-    saved = load_checkpoint(keep.saved_path)
+    saved = load_file(keep.saved_path)
     assert set(saved) == {f"backbone.{name}.task_vector" for name in start}
     for name, value in weights_of(module).items():
         assert torch.equal(saved[f"backbone.{name}.task_vector"], (value - start[name]).bfloat16())
     assert read_record(keep.saved_path).base_hash == hash_tensors(start)
     assert not keep.base.kept.exists()
-    with pytest.raises(MergeError, match="missing"):  # nobody else takes a task vector for weights
-        merge(start, [keep.saved_path], WeightAverage())
+    with pytest.raises(CheckpointError, match=r"is a task vector, not a model; merge it with its base"):
+        load_checkpoint(keep.saved_path)
+    merged = merge(start, [keep.saved_path], TaskArithmetic(scale=2.0))
+    for name, value in merged.items():
+        assert torch.equal(value, start[name] + 2 * saved[f"backbone.{name}.task_vector"].float())
 
 
 @pytest.mark.parametrize("save", ["weights", "task_vector"])
@@ -126,6 +131,35 @@ def test_another_base_is_refused_before_training(tmp_path, given):
         fit(tmp_path, [merger], module)
 
 
+@pytest.mark.parametrize("save", ["weights", "task_vector"])
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_any_later_merge_refuses_another_base(tmp_path, save, dtype, capsys):
+    """So does `python -m freemerge merge`; the base may come in another wrapper or precision, or with a head."""
+    save_checkpoint(tmp_path / "base.safetensors", make_backbone().state_dict() | {"score.weight": torch.ones(2, 8)})
+    other = {name: value + 1e-3 for name, value in make_backbone().state_dict().items()}
+    save_checkpoint(tmp_path / "other.safetensors", other)
+    path = str(tmp_path / "a.safetensors")
+    keep = TaskCheckpoint(path, task="a", save=save, dtype=dtype, backbone="model", head=None)  # model.encoder, .head
+    base_of_all = {name: value.clone() for name, value in Nested().model.state_dict().items()}
+    torch.manual_seed(1)
+    fit(tmp_path, [keep], Nested())
+    record = read_record(path)
+    assert set(record.dtypes) == set(base_of_all)
+    with pytest.raises(MergeError, match=r"the task 'a' was fine-tuned from another base than .*base \(hash"):
+        merge(base_of_all, [path], WeightAverage())  # its head began with other random numbers
+
+    keep = TaskCheckpoint(path, task="a", save=save, dtype=dtype, overwrite=True)
+    module = fit(tmp_path, [keep])
+    merged = merge(tmp_path / "base.safetensors", [path], TaskArithmetic(scale=1.0), exclude=["score.*", "head.*"])
+    for name, value in weights_of(module).items():
+        torch.testing.assert_close(merged[name], value, rtol=0, atol=1e-6 if dtype is None else 1e-2)
+    arguments = ["--method", "WeightAverage", "--exclude", "[head.*]", "--output", str(tmp_path / "m.safetensors")]
+    run = ["merge", "--base", str(tmp_path / "other.safetensors"), "--finetuned", f"[{path}]", *arguments]
+    assert main(run) == 2
+    assert "a.safetensors: the task 'a' was fine-tuned from another base than" in capsys.readouterr().err
+    assert not (tmp_path / "m.safetensors").exists()
+
+
 def test_a_given_base_in_another_precision_and_a_start_kept_from_it_are_one_base(tmp_path):
     rounded = {name: value.bfloat16() for name, value in make_backbone().state_dict().items()}
     save_checkpoint(tmp_path / "base.safetensors", rounded)
@@ -181,7 +215,7 @@ def test_a_resumed_fit_keeps_its_record(tmp_path):
     start = make_backbone().state_dict()
     for callback in again:
         assert read_record(callback.saved_path).base_hash == hash_tensors(start)
-    saved = load_checkpoint(vector)
+    saved = load_file(vector)
     for name, value in weights_of(module).items():
         assert torch.equal(saved[f"backbone.{name}.task_vector"], value - start[name])
 

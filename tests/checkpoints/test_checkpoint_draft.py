@@ -53,7 +53,7 @@ def test_what_is_missing_or_twice_is_an_error(draft):
         draft.write("a", 4, A.view(-1)[4:])
     with pytest.raises(ValueError, match=r"the tensor 'b' is .*torch.bool.*, got 2 × torch.float32"):
         draft.write("b", 0, torch.ones(2))
-    with pytest.raises(ValueError, match="got 3 × torch.bool"):
+    with pytest.raises(ValueError, match=r"got 3 × torch.bool"):
         draft.write("b", 0, torch.ones(3).bool())
     draft.flush()
     with pytest.raises(ValueError, match="the tensor 'a' was not written"):
@@ -95,7 +95,7 @@ def test_without_resume_an_interrupted_draft_is_removed(tmp_path, draft):
 
 def test_nobody_else_writes_the_same_model(tmp_path, draft):
     draft.begin("key")
-    with pytest.raises(CheckpointError, match="m.safetensors: another process is writing it just now"):
+    with pytest.raises(CheckpointError, match=r"m.safetensors: another process is writing it just now"):
         Draft(tmp_path / "m.safetensors", SHARDS).begin("key")
     draft.write("a", 0, A)  # unharmed
     draft.write("b", 0, B)
@@ -108,6 +108,6 @@ def test_a_disk_that_is_too_small_says_so_at_once(tmp_path, draft, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(CheckpointError, match="m.safetensors: cannot be written: No space left on device"):
+    with pytest.raises(CheckpointError, match=r"m.safetensors: cannot be written: No space left on device"):
         draft.begin("key")
     assert os.listdir(tmp_path) == []

@@ -1,5 +1,8 @@
 """Where settings come from: environment, layered files, options; and whose arguments a class gets."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +16,7 @@ from freemerge.merging import FRMerging, PCBMerging, TaskArithmetic
 
 ROOT = Path(__file__).parent.parent.parent
 TINY = str(ROOT / "tests" / "tiny.yaml")
+ENVIRONMENT = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'callbacks'}"}
 
 
 def settings(capsys, arguments: list[str]) -> dict:
@@ -28,7 +32,7 @@ def write(path: Path, text: str) -> str:
     return str(path)
 
 
-@pytest.mark.parametrize("command", ["fit", "validate", "test", "predict"])
+@pytest.mark.parametrize("command", ["fit", "validate", "test", "predict", "tune"])
 def test_the_environment_sets_options_of_every_command(command, monkeypatch, capsys) -> None:
     prefix = f"FREEMERGE_{command.upper()}__"
     monkeypatch.setenv(f"{prefix}TRAINER__MAX_TIME", "00:01:00:00")
@@ -215,3 +219,33 @@ def test_the_help_of_fit_has_a_group_for_each_part(capsys) -> None:
     for title in ("Where a run keeps its results", "The stage that merges", "The stage that trains the router"):
         assert f"\n{title}" in out
     assert "FREEMERGE_FIT__TRAINER__MAX_EPOCHS=3" in out
+
+
+def test_a_merge_by_two_processes_writes_the_same_file_and_one_line(tmp_path) -> None:
+    """About 10 s: torchrun starts two processes."""
+    generator = torch.Generator().manual_seed(0)
+    for name in ("base", "a", "b"):
+        tensors = {f"{layer}.weight": torch.randn(16, 16, generator=generator) for layer in range(4)}
+        save_checkpoint(tmp_path / f"{name}.safetensors", tensors)
+    arguments = ["merge", "--base", "base.safetensors", "--finetuned", "[a.safetensors, b.safetensors]"]
+    arguments += ["--method", "PCBMerging", "--output"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+    one, two = (
+        subprocess.run([*start, "freemerge", *arguments, name], cwd=tmp_path, env=ENVIRONMENT, capture_output=True)
+        for start, name in (([sys.executable, "-m"], "one.safetensors"), (torchrun, "two.safetensors"))
+    )
+    assert (one.returncode, one.stdout) == (0, b"merged into one.safetensors\n"), one.stderr
+    assert (two.returncode, two.stdout) == (0, b"merged into two.safetensors\n"), two.stderr
+    assert (tmp_path / "one.safetensors").read_bytes() == (tmp_path / "two.safetensors").read_bytes()
+
+
+def test_the_bar_of_a_merge_goes_to_a_terminal_only(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("base", "a"):
+        save_checkpoint(f"{name}.safetensors", {"weight": torch.ones(3)})
+    arguments = ["merge", "--base", "base.safetensors", "--finetuned", "[a.safetensors]", "--method", "WeightAverage"]
+    assert main([*arguments, "--output", "1.safetensors"]) == 0
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    assert main([*arguments, "--output", "2.safetensors", "--resume", "true", "--device", "cpu"]) == 0
+    assert capsys.readouterr().out == "merged into 2.safetensors\n"

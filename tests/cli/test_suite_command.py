@@ -236,7 +236,7 @@ def test_help_names_every_command(capsys) -> None:
     with pytest.raises(SystemExit):
         main(["--help"])
     out = capsys.readouterr().out
-    for line in ("fit  ", "validate  ", "test  ", "predict  ", "merge  ", "Merge finished checkpoints"):
+    for line in ("fit  ", "validate  ", "test  ", "predict  ", "tune  ", "merge  ", "Merge finished checkpoints"):
         assert line in out
 
 

@@ -9,9 +9,17 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from freemerge.evaluation import LabelSpace, MultiTaskEvaluator, MultiTaskMetrics, Report, Row, evaluate
+from freemerge.evaluation import (
+    LabelSpace,
+    MultiTaskEvaluator,
+    MultiTaskMetrics,
+    Report,
+    Row,
+    evaluate,
+    evaluate_routing,
+)
 from freemerge.evaluation.report import format_bytes
-from freemerge.models import FreeModel, FreeOutput, Router
+from freemerge.models import ConvRouter, FreeModel, FreeOutput
 from tests.tiny import TinySuite, tiny_backbone
 
 SPACE = LabelSpace({"a": 2, "b": 3})
@@ -64,7 +72,7 @@ def test_the_loop_counts_every_sample_once() -> None:
 def free_model() -> FreeModel:
     torch.manual_seed(0)
     heads = {"corners": nn.Linear(16, 4), "bars": nn.Linear(16, 2)}
-    return FreeModel(tiny_backbone(), heads, router=Router(2, channels=1, width=4)).eval()
+    return FreeModel(tiny_backbone(), heads, router=ConvRouter(2, channels=1, width=4)).eval()
 
 
 @pytest.mark.parametrize("oracle", [False, True])
@@ -140,3 +148,23 @@ def test_sizes_are_readable() -> None:
     assert [format_bytes(n) for n in (0, 999, 1000, 54_760, 999_600, 1_234_567_890)] == [
         "0 B", "999 B", "1.0 kB", "54.8 kB", "1.0 MB", "1.2 GB",
     ]  # fmt: skip
+
+
+def test_routing_counts_who_is_taken_for_whom_and_where_the_router_abstains(free_model: FreeModel) -> None:
+    suite = TinySuite(eval_batch_size=16)
+    suite.setup()
+    data = suite.test_dataloader()
+    logits = {task: torch.cat([free_model.route(x) for x, _ in loader]).detach() for task, loader in data.items()}
+    confidence = torch.cat(list(logits.values())).softmax(dim=1).amax(dim=1)
+    free_model.threshold = float(confidence.median())
+    routing = evaluate_routing(free_model, data)
+    for row, (task, own) in enumerate(logits.items()):
+        expected = [int((own.argmax(dim=1) == column).sum()) for column in range(2)]
+        assert routing.counts[row].tolist() == expected
+        unsure = int((own.softmax(dim=1).amax(dim=1) < free_model.threshold).sum())
+        assert routing.accuracy[task] == pytest.approx(expected[row] / 45)
+        assert routing.as_dict()[task] == {
+            "routed_to": dict(zip(("corners", "bars"), expected, strict=True)),
+            "abstained": unsure,
+        }
+    assert int(routing.abstained.sum()) == int((confidence < free_model.threshold).sum()) > 0

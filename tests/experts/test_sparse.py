@@ -67,6 +67,36 @@ def test_density_one_gives_back_the_residual() -> None:
     assert all(torch.equal(dense[name], tensors[name]) for name in tensors)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_selection_over_a_large_model_is_that_of_a_full_sort(dtype: torch.dtype) -> None:
+    """Large enough for the streamed order statistic to bracket instead of sorting; bfloat16 makes many ties."""
+    generator = torch.Generator().manual_seed(0)
+    tensors = {
+        name: (scale * torch.randn(shape, generator=generator)).to(dtype)
+        for name, scale, shape in (("a", 1.0, (700, 900)), ("b", 3.0, (900,)), ("c", 0.2, (1000, 700)))
+    }
+    expert = extract(tensors, 0.013)
+    flat = torch.cat([t.float().flatten().abs() for t in tensors.values()])
+    expected = flat.argsort(descending=True, stable=True)[: round(0.013 * len(flat))].sort().values
+    starts = dict(zip(tensors, (0, 630_000, 630_900), strict=True))
+    found = torch.cat([index + starts[name] for name, index in expert.indices.items()])
+    assert torch.equal(found, expected)
+
+
+def test_vectors_ride_along_whole_within_half_the_budget() -> None:
+    tensors = {"w": torch.randn(40, 50), "small": torch.full((20,), 1e-3), "large": torch.full((60,), 1e-3)}
+    expert = extract(tensors, 0.05, vectors="whole")  # 104 values: 20 fit into half of them, 80 do not
+    assert {name: len(value) for name, value in expert.values.items()} == {"w": 84, "small": 20}
+    assert "small" not in extract(tensors, 0.05, vectors="none").shapes
+    assert extract(tensors, 0.05).num_values == 104
+
+
+def test_running_statistics_are_left_out_unless_asked_for() -> None:
+    tensors = {"norm.running_var": torch.full((9,), 9.0), "norm.weight": torch.ones(9)}
+    assert set(extract(tensors, 1.0).shapes) == {"norm.weight"}
+    assert set(extract(tensors, 1.0, exclude=None).shapes) == {"norm.running_var", "norm.weight"}
+
+
 def test_a_residual_of_zeros_extracts_zeros() -> None:
     expert = extract({"w": torch.zeros(4, 5)}, 0.1, rescale="released")
     assert expert.num_values == 2

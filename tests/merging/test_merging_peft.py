@@ -59,6 +59,7 @@ CASES = {
         ),
     ),
     "both orientations": (gpt2, LoraConfig(r=2, target_modules=["c_attn", "lm_head"])),
+    "both orientations, square": (gpt2, LoraConfig(r=2, target_modules=["c_attn", "c_proj", "lm_head"])),
     "biases": (bert, LoraConfig(r=2, target_modules=["query", "dense"], bias="all", task_type="SEQ_CLS")),
     "biases of the layers": (bert, LoraConfig(r=2, target_modules=["query", "dense"], bias="lora_only")),
     "biases of the factors": (bert, LoraConfig(r=2, target_modules=["query", "dense"], lora_bias=True)),
@@ -177,8 +178,17 @@ def test_the_wrong_base(tmp_path):
         merge(narrow, [tmp_path / "adapter"], WeightAverage())
 
 
+class Mixed(nn.Module):
+    """Layers of both orientations, one of them square, by names that say nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = transformers.pytorch_utils.Conv1D(6, 4)
+        self.second = transformers.pytorch_utils.Conv1D(4, 4)
+        self.last = nn.Linear(4, 3)
+
+
 def test_a_square_matrix_that_could_lie_either_way(tmp_path):
-    """GPT-2's c_proj is square, and the configuration says what the head needed."""
-    base, _ = write(tmp_path / "adapter", gpt2, LoraConfig(r=2, target_modules=["c_attn", "c_proj", "lm_head"]))
-    with pytest.raises(CheckpointError, match=r"fan_in_fan_out does not hold for .* which is square, is transposed"):
+    base, _ = write(tmp_path / "adapter", Mixed, LoraConfig(r=2, target_modules=["first", "second", "last"]))
+    with pytest.raises(CheckpointError, match=r"fan_in_fan_out does not hold for .*'second.weight', which is square"):
         merge(base, [tmp_path / "adapter"], WeightAverage())

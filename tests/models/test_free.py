@@ -1,6 +1,8 @@
 """FreeModel: routing, grouping, exact restoration, and its folder."""
 
+import copy
 import json
+import random
 
 import pytest
 import torch
@@ -9,8 +11,8 @@ from torch import nn
 from transformers import AutoModel
 
 from freemerge.checkpoints import CheckpointError
-from freemerge.experts import attached, extract
-from freemerge.models import FreeModel, Router
+from freemerge.experts import attached, extract, extract_low_rank, mix
+from freemerge.models import ConvRouter, EarlyRouter, FreeModel, TransformersBackbone, choose_threshold
 from tests.tiny import tiny_backbone
 
 
@@ -25,7 +27,7 @@ def model(images: torch.Tensor) -> FreeModel:
         expert = extract(noise, 0.05)
         experts[task] = expert.with_values(expert.flat_values().bfloat16().float())  # as a file stores them
     heads = {"a": nn.Linear(16, 3), "b": nn.Linear(16, 5), "c": nn.Linear(16, 2)}
-    router = Router(3, channels=1, width=4).eval()
+    router = ConvRouter(3, channels=1, width=4).eval()
     with torch.no_grad():  # untrained, it would send every image to one task
         router.head.bias -= router(images).mean(dim=0)
     return FreeModel(backbone, heads, experts, router, {"a": ["x", "y", "z"]}).eval()
@@ -66,12 +68,149 @@ def test_a_mixed_batch_gives_each_sample_what_its_task_would(model: FreeModel, i
 
 
 @torch.no_grad()
-def test_the_merged_weights_come_back_bit_for_bit(model: FreeModel, images: torch.Tensor) -> None:
+@pytest.mark.parametrize("kind", ["sparse", "low_rank"])
+def test_ten_thousand_switches_leave_every_bit_in_bfloat16(model: FreeModel, images: torch.Tensor, kind: str) -> None:
+    """Through the model itself, but with one layer that runs, so that so many passes take seconds."""
+    if kind == "low_rank":
+        model = with_low_rank_experts(model)
     model = model.to(torch.bfloat16)
     before = {name: tensor.clone() for name, tensor in model.backbone.weights().items()}
-    for _ in range(20):
-        model(images.bfloat16())
+    outputs = {task: model(images.bfloat16(), task=task).logits for task in model.tasks}
+    model.backbone.forward = lambda inputs: model.backbone.model.layernorm(inputs)
+    choose, tokens = random.Random(0), torch.ones(1, 16, dtype=torch.bfloat16)
+    for _ in range(10_000 if kind == "sparse" else 100):
+        if kind == "sparse":
+            model.features(tokens, choose.choice(model.tasks))
+        else:
+            with model._switched({choose.choice(model.tasks): 1.0}):
+                pass
+    del model.backbone.forward
     assert all(torch.equal(before[name], tensor) for name, tensor in model.backbone.weights().items())
+    for task in model.tasks:
+        assert torch.equal(model(images.bfloat16(), task=task).logits, outputs[task])
+    model(images.bfloat16())
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.backbone.weights().items())
+
+
+def with_low_rank_experts(model: FreeModel) -> FreeModel:
+    experts = {}
+    for seed, task in enumerate(("a", "b")):
+        generator = torch.Generator().manual_seed(seed)
+        noise = {name: torch.randn(t.shape, generator=generator) for name, t in model.backbone.weights().items()}
+        experts[task] = extract_low_rank(noise, rank=1)
+    return FreeModel(model.backbone, dict(model.heads), experts, model.router).eval()
+
+
+@torch.no_grad()
+def test_low_rank_experts_give_what_the_summed_weights_do(model: FreeModel, images: torch.Tensor) -> None:
+    model = with_low_rank_experts(model)
+    for task in ("a", "b"):
+        expected = by_hand(model, images, task)
+        torch.testing.assert_close(model(images, task=task).logits[:, : expected.shape[1]], expected)
+    output = model(images)
+    for i, name in enumerate(output.task_names):
+        torch.testing.assert_close(output.logits[i], model(images[i : i + 1], task=name).logits[0])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["sparse", "low_rank"])
+def test_soft_mixing_adds_the_top_experts_by_their_probabilities(
+    model: FreeModel, images: torch.Tensor, kind: str
+) -> None:
+    model = with_low_rank_experts(model) if kind == "low_rank" else model
+    model.top_n = 2
+    output = model(images)
+    probabilities, experts = output.router_logits.softmax(dim=1), model.experts
+    assert torch.equal(output.task, probabilities.argmax(dim=1))
+    for i in range(8):
+        top, which = probabilities[i].topk(2)
+        second = round(float(top[1] / top.sum()) * 16)
+        shares = {model.tasks[which[0]]: 1 - second / 16, model.tasks[which[1]]: second / 16}
+        shares = {task: share for task, share in shares.items() if task in experts and share}
+        name = model.tasks[which[0]]
+        with attached(model.backbone.model, mix([experts[t] for t in shares], list(shares.values()))):
+            expected = model.heads[name](model.backbone(images[i : i + 1]))[0]
+        torch.testing.assert_close(output.logits[i, : len(expected)], expected, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(output.logits[i], model(images[i : i + 1]).logits[0], atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_an_unsure_router_abstains_to_the_plain_merged_backbone(model: FreeModel, images: torch.Tensor) -> None:
+    confidence = model.route(images).softmax(dim=1).amax(dim=1)
+    model.threshold = float(confidence.median())
+    output = model(images)
+    assert torch.equal(output.abstained, confidence < model.threshold)
+    assert 10 < int(output.abstained.sum()) < 30
+    for i in range(len(images)):
+        name = output.task_names[i]
+        if output.abstained[i]:
+            expected = model.heads[name](model.backbone(images[i : i + 1]))[0]
+        else:
+            expected = by_hand(model, images[i : i + 1], name)[0]
+        torch.testing.assert_close(output.logits[i, : len(expected)], expected)
+
+
+@torch.no_grad()
+def test_a_task_model_computes_what_the_named_task_does_compiled_and_exported(
+    model: FreeModel, images: torch.Tensor
+) -> None:
+    for kind in (model, with_low_rank_experts(model)):
+        expected = kind(images, task="a").logits[:, :3]
+        plain = kind.task_model("a")
+        torch.testing.assert_close(plain(images), expected)
+        exported = torch.export.export(plain, (images,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+        torch.testing.assert_close(exported.module()(images[:7]), expected[:7])
+    torch.testing.assert_close(torch.compile(plain, backend="aot_eager")(images), expected)
+    with pytest.raises(ValueError, match="unknown task 'd'; tasks: a, b, c"):
+        model.task_model("d")
+
+
+@torch.no_grad()
+def test_a_compiled_backbone_sees_the_switched_weights(model: FreeModel, images: torch.Tensor) -> None:
+    expected = {task: model(images, task=task).logits for task in model.tasks}
+    model.backbone.model.compile(backend="aot_eager")
+    for task in (*model.tasks, "a"):
+        torch.testing.assert_close(model(images, task=task).logits, expected[task])
+
+
+@torch.no_grad()
+def test_experts_rest_in_few_bytes_and_a_copy_is_a_model_of_its_own(model: FreeModel, images: torch.Tensor) -> None:
+    assert model.expert_bytes <= 3.2 * sum(expert.num_values for expert in model.experts.values()) + 400
+    expected = model(images, task="a").logits
+    twin = copy.deepcopy(model)
+    for parameter in twin.parameters():
+        parameter.zero_()
+    assert torch.equal(model(images, task="a").logits, expected)
+    assert not torch.equal(twin(images, task="a").logits, expected)
+
+
+@torch.no_grad()
+def test_texts_are_routed_by_the_backbones_own_embeddings() -> None:
+    """Inputs are a dict; padding on the right changes nothing."""
+    torch.manual_seed(0)
+    config = {"model_type": "bert", "vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 2}
+    config |= {"num_attention_heads": 2, "intermediate_size": 32, "max_position_embeddings": 32}
+    backbone = TransformersBackbone(config=config, pooling="mean").eval()
+    experts = {
+        task: extract(
+            {name: torch.randn(t.shape) for name, t in backbone.weights().items() if t.is_floating_point()}, 0.05
+        )
+        for task in ("a", "b")
+    }
+    router = EarlyRouter(2, "embeddings", 16, hidden=4).eval()
+    model = FreeModel(backbone, {"a": nn.Linear(16, 3), "b": nn.Linear(16, 2)}, experts, router).eval()
+    ids = torch.randint(1, 50, (12, 6))
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    with torch.no_grad():
+        router.head[-1].bias -= model.route(inputs).mean(dim=0)
+    output = model(inputs)
+    assert len(output.task.unique()) == 2
+    padded = {name: nn.functional.pad(tensor, (0, 3)) for name, tensor in inputs.items()}
+    torch.testing.assert_close(model(padded).logits, output.logits, atol=1e-5, rtol=1e-4)
+    for i, name in enumerate(output.task_names):
+        alone = {key: tensor[i : i + 1] for key, tensor in inputs.items()}
+        torch.testing.assert_close(model(alone, task=name).logits[0], output.logits[i], atol=1e-5, rtol=1e-4)
+    assert model({name: tensor[:0] for name, tensor in inputs.items()}).logits.shape == (0, 3)
 
 
 @torch.no_grad()
@@ -92,16 +231,23 @@ def test_refusals(model: FreeModel, images: torch.Tensor) -> None:
         FreeModel(model.backbone, dict(model.heads), {"z": model.experts["a"]})
     with pytest.raises(ValueError, match="the router knows 3 tasks, there are 1 heads"):
         FreeModel(model.backbone, {"a": model.heads["a"]}, router=model.router)
+    with pytest.raises(ValueError, match=r"threshold is a probability, in \[0, 1\], got 2"):
+        FreeModel(model.backbone, dict(model.heads), threshold=2.0)
+    with pytest.raises(ValueError, match="top_n must be between 1 and the 3 tasks, got 4"):
+        FreeModel(model.backbone, dict(model.heads), top_n=4)
     with pytest.raises(ValueError, match="the model has no tensor 'nowhere'"):
         FreeModel(model.backbone, dict(model.heads), {"a": extract({"nowhere": torch.ones(3)}, 1.0)})
 
 
 @torch.no_grad()
 def test_the_folder_round_trips(tmp_path, model: FreeModel, images: torch.Tensor) -> None:
+    model.threshold, model.top_n = 0.4, 2
+    model(images)  # the backbone's weights lie in one buffer now
     model.save_pretrained(tmp_path / "m")
     again = FreeModel.from_pretrained(tmp_path / "m")
     assert again.tasks == model.tasks
     assert again.class_names == model.class_names
+    assert (again.threshold, again.top_n) == (0.4, 2)
     for task in (None, "a", "c"):
         assert torch.equal(again(images, task=task).logits, model(images, task=task).logits)
     plain = AutoModel.from_pretrained(tmp_path / "m", add_pooling_layer=False)
@@ -132,3 +278,13 @@ def test_an_expert_of_other_merged_weights_is_refused(tmp_path, model: FreeModel
     expert.write_bytes((tmp_path / "n" / "experts" / "a.safetensors").read_bytes())
     with pytest.raises(CheckpointError, match=r"a\.safetensors: this expert belongs to merged weights"):
         FreeModel.from_pretrained(tmp_path / "m")
+
+
+def test_the_threshold_lets_the_wanted_share_of_validation_samples_pass() -> None:
+    logits = 3 * torch.randn(1000, 4, generator=torch.Generator().manual_seed(0))
+    confidence = logits.softmax(dim=1).amax(dim=1)
+    for share in (0.5, 0.9, 0.99):
+        assert int((confidence >= choose_threshold(logits, share)).sum()) == round(1000 * share)
+    assert choose_threshold(logits, 1.0) == 0.0
+    with pytest.raises(ValueError, match=r"must be in \(0, 1\], got 0"):
+        choose_threshold(logits, 0.0)

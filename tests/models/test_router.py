@@ -1,25 +1,64 @@
 """The router looks at what there is in an image, at any size, and not at its neighbours in the batch."""
 
+import pytest
 import torch
 
-from freemerge.models import Router
+from freemerge.models import ConvRouter, EarlyRouter, feature_width, make_router
+from tests.tiny import tiny_backbone
 
 
 def test_output_has_a_logit_per_task_for_any_image_size() -> None:
-    router = Router(5, channels=3, width=4).eval()
+    router = ConvRouter(5, channels=3, width=4).eval()
     for size in ((8, 8), (17, 40), (1, 1)):
         assert router(torch.randn(2, 3, *size)).shape == (2, 5)
 
 
 def test_a_sample_is_routed_alike_alone_and_in_a_batch() -> None:
-    router, images = Router(3, channels=1, width=4).eval(), torch.randn(6, 1, 16, 16)
+    router, images = ConvRouter(3, channels=1, width=4).eval(), torch.randn(6, 1, 16, 16)
     torch.testing.assert_close(router(images)[2:3], router(images[2:3]))
 
 
 def test_features_do_not_depend_on_where_something_is() -> None:
     """A dot moved by the convolutions' total stride of 8, away from the borders, changes neither mean nor maximum."""
-    router = Router(2, channels=1, width=4).eval()
+    router = ConvRouter(2, channels=1, width=4).eval()
     here, there = torch.zeros(1, 1, 48, 48), torch.zeros(1, 1, 48, 48)
     here[..., 20, 20] = 1.0
     there[..., 28, 28] = 1.0
     torch.testing.assert_close(router.features(here), router.features(there))
+
+
+@torch.no_grad()
+def test_an_early_router_sees_what_the_submodule_puts_out_and_nothing_after_it_runs() -> None:
+    backbone, images = tiny_backbone().eval(), torch.randn(5, 1, 8, 8)
+    assert feature_width(images, backbone, "embeddings") == 16
+    router = EarlyRouter(3, "embeddings", 16, hidden=0).eval()
+    tokens = backbone.model.embeddings(images)
+    summary = torch.cat([tokens.mean(dim=1), tokens.std(dim=1, correction=0), tokens.amax(dim=1)], dim=1)
+    ran = []
+    backbone.model.layernorm.register_forward_hook(lambda *_: ran.append(1))
+    logits = router(images, backbone)
+    assert not ran
+    torch.testing.assert_close(logits, router.head(router.standardise(summary)), atol=1e-4, rtol=1e-3)
+    assert backbone(images).shape == (5, 16)  # the backbone runs to its end as before
+    assert ran
+
+
+def test_a_router_is_made_again_from_its_config() -> None:
+    for router in (ConvRouter(3, channels=2, width=4), EarlyRouter(2, "embeddings", 16, hidden=8)):
+        again = make_router(router.config)
+        again.load_state_dict(router.state_dict())
+        assert type(again) is type(router)
+        assert again.config == router.config
+    with pytest.raises(ValueError, match="unknown kind of router 'oracle'; kinds: conv, early"):
+        make_router({"kind": "oracle"})
+
+
+def test_an_early_router_refuses_points_that_do_not_exist_or_do_not_run() -> None:
+    backbone, images = tiny_backbone().eval(), torch.randn(2, 1, 8, 8)
+    with pytest.raises(ValueError, match="the backbone has no submodule 'stem'; it has embeddings"):
+        EarlyRouter(2, "stem", 16)(images, backbone)
+    with pytest.raises(ValueError, match="give the backbone"):
+        EarlyRouter(2, "embeddings", 16)(images)
+    backbone.model.unused = torch.nn.Linear(2, 2)
+    with pytest.raises(ValueError, match="'unused' does not run in a forward pass"):
+        EarlyRouter(2, "unused", 16)(images, backbone)

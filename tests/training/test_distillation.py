@@ -26,3 +26,17 @@ def test_a_student_like_its_teacher_loses_nothing() -> None:
     losses = Distillation()(features, features.clone(), head)
     assert losses["loss"].item() == pytest.approx(0.0, abs=1e-6)
     assert losses["agreement"] == 1.0
+
+
+def test_cosine_leaves_lengths_free() -> None:
+    generator = torch.Generator().manual_seed(0)
+    teacher, head = torch.randn(6, 4, generator=generator), nn.Linear(4, 3)
+    centre = teacher.mean(0)
+    student = torch.randn(6, 4, generator=generator)
+    a, b = student - centre, teacher - centre
+    expected = (1 - (a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1))).mean()
+    cosine = Distillation(feature_loss="cosine")
+    torch.testing.assert_close(cosine(student, teacher, head)["features"], expected)
+    assert cosine(centre + 3 * b, teacher, head)["features"].item() == pytest.approx(0.0, abs=1e-6)
+    with pytest.raises(ValueError, match="feature_loss must be 'mse' or 'cosine', got 'l1'"):
+        Distillation(feature_loss="l1")

@@ -9,9 +9,9 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 from torch.func import functional_call
 
-from freemerge.experts import extract
+from freemerge.experts import extract, extract_low_rank
 from freemerge.merging import task_vector
-from freemerge.models import Router
+from freemerge.models import ConvRouter
 from freemerge.training import ExpertTrainer, FineTuner, RouterTrainer, fit_probe
 from tests.tiny import TinySuite, tiny_backbone
 
@@ -149,6 +149,37 @@ def test_expert_forward_equals_the_attached_expert(teacher_and_merged) -> None:
     torch.testing.assert_close(module(images), summed(images))
 
 
+@pytest.mark.parametrize("kind", ["sparse", "low_rank"])
+def test_experts_train_in_mixed_precision_from_a_bfloat16_teacher_seen_once(
+    tmp_path, teacher_and_merged, kind: str
+) -> None:
+    tuner, backbone = teacher_and_merged
+    teacher = {name: tensor.bfloat16() for name, tensor in tuner.backbone.weights().items()}
+    residual = task_vector(backbone.weights(), tuner.backbone.weights())
+    start = extract(residual, 0.05) if kind == "sparse" else extract_low_rank(residual, rank=1)
+    module = ExpertTrainer(
+        copy.deepcopy(backbone),
+        copy.deepcopy(tuner.head),
+        teacher,
+        start,
+        optimizer=adam(1e-2),
+        feature_loss="cosine",
+        cache_teacher=True,
+    )
+    agreements = []
+
+    class Watch(L.Callback):
+        def on_validation_epoch_end(self, trainer, *_):
+            agreements.append(float(trainer.callback_metrics["val/agreement"]))
+
+    loop = trainer(tmp_path, max_epochs=25, precision="bf16-mixed", callbacks=[Watch()], enable_checkpointing=False)
+    loop.fit(module, datamodule=TinySuite().for_task("corners"))
+    assert module.values.dtype == torch.float32
+    assert agreements[-1] >= agreements[0]
+    assert agreements[-1] > 0.8
+    assert module.expert.num_values == start.num_values
+
+
 def test_expert_checkpoints_hold_the_values_alone_and_resume(tmp_path, teacher_and_merged) -> None:
     tuner, backbone = teacher_and_merged
     start = extract(task_vector(backbone.weights(), tuner.backbone.weights()), 0.05)
@@ -167,7 +198,7 @@ def test_expert_checkpoints_hold_the_values_alone_and_resume(tmp_path, teacher_a
 
 def test_router_trainer_tells_the_tiny_tasks_apart(tmp_path) -> None:
     suite = TinySuite()
-    module = RouterTrainer(Router(2, channels=1, width=4), optimizer=adam(1e-2))
+    module = RouterTrainer(ConvRouter(2, channels=1, width=4), optimizer=adam(1e-2))
     loop = trainer(tmp_path, max_epochs=5, enable_checkpointing=False)
     loop.fit(module, datamodule=suite.mixture())
     assert loop.callback_metrics["val/acc"] == 1.0

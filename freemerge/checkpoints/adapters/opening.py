@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from freemerge.checkpoints.adapters.changes import Change, Rows, Run, Scaled, ScaledVector
+from freemerge.checkpoints.adapters.layers import is_turned
 from freemerge.checkpoints.adapters.lora import Decomposed, LowRank, find_scale
 from freemerge.checkpoints.checkpoint import Checkpoint, TensorSpec
 from freemerge.checkpoints.errors import CheckpointError
@@ -88,7 +89,7 @@ class _Adapter:
         changes = self.changes
         if base is not None:
             shapes = {name: base.spec(name).shape for name in changes if base.has(name)}
-            changes = self._oriented(changes, shapes)
+            changes = self._oriented(changes, shapes, base)
         changes = {name: change for name, change in changes.items() if name in shapes or not change.optional}
         specs = {name: TensorSpec(change.shape(shapes.get(name)), torch.float32) for name, change in changes.items()}
         specs |= {name: self.weights.spec(stored) for name, stored in self.whole.items()}
@@ -113,31 +114,36 @@ class _Adapter:
             bind=self.checkpoint if base is None else None,
         )
 
-    def _oriented(self, changes: Mapping[str, Change], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Change]:
+    def _oriented(
+        self, changes: Mapping[str, Change], shapes: Mapping[str, tuple[int, ...]], base: Checkpoint
+    ) -> dict[str, Change]:
         """The changes, each in the orientation in which the base holds its weight.
 
         PEFT saves one `fan_in_fan_out` for all modules, and in models that have layers of both orientations (GPT-2 and
         its head) it is that of the last one. Shapes tell, but for square weights.
         """
         fits = {name: changes[name].orientations(shape) for name, shape in shapes.items()}
-        for name, found in fits.items():
-            if not found and changes[name].needs_base:  # whoever compares shapes will see the others
+        contradicted = next((name for name, fit in fits.items() if fit and changes[name].turned not in fit), None)
+        turned = {name: change.turned for name, change in changes.items()}
+        for name, fit in fits.items():
+            if len(fit) == 1:
+                turned[name] = fit[0]
+            elif not fit and changes[name].needs_base:  # whoever compares shapes will see the others
                 shape = list(changes[name].shape(shapes[name]))
                 raise CheckpointError(
                     f"{self.label}: its change of the tensor '{name}' has shape {shape}, expected "
                     f"{list(shapes[name])} as in the base; is this the base that the adapter was trained on?"
                 )
-        wrong = next((name for name, found in fits.items() if found and changes[name].turned not in found), None)
-        square = next((name for name, found in fits.items() if len(found) == 2), None)
-        if wrong and square:
-            raise CheckpointError(
-                f"{self.folder / CONFIG}: fan_in_fan_out does not hold for '{wrong}', so it cannot be told whether "
-                f"'{square}', which is square, is transposed; merge the adapter into its base model with PEFT first"
-            )
-        return {
-            name: change.turn(change.turned if name not in fits or len(fits[name]) != 1 else fits[name][0])
-            for name, change in changes.items()
-        }
+            elif fit and contradicted:
+                told = is_turned(base, name)
+                if told is None:
+                    raise CheckpointError(
+                        f"{self.folder / CONFIG}: fan_in_fan_out does not hold for '{contradicted}', so it cannot be "
+                        f"told whether '{name}', which is square, is transposed; merge the adapter into its base model "
+                        "with PEFT first"
+                    )
+                turned[name] = told
+        return {name: change.turn(turned[name]) for name, change in changes.items()}
 
 
 def _read(checkpoint: Checkpoint, name: str, run: Run) -> Tensor:

@@ -1,0 +1,65 @@
+"""What kind of layer a tensor is the weight of, and which way round its matrix lies."""
+
+from __future__ import annotations
+
+import re
+from enum import Enum
+
+from freemerge.checkpoints.checkpoint import Checkpoint
+
+# Output embeddings are linear layers.
+_EMBEDDING = re.compile(r"(?:.*\.)?(?!embed_out|output_emb)(?:\w*emb\w*|w[tp]e|shared|relative_attention_bias)")
+# The layers of GPT-2 and its kin that hold their weight as (inputs, outputs); they always have a bias.
+_TURNED = re.compile(r"(?:.*\.)?(?:c_attn|c_proj|c_fc|q_attn)")
+
+
+class Layer(Enum):
+    """Kinds of layers, by what PEFT does with the factors."""
+
+    LINEAR = "linear"  # ΔW = B·A
+    TURNED = "turned"  # a linear layer whose weight lies as (inputs, outputs): ΔW = (B·A)ᵀ
+    EMBEDDING = "embedding"  # ΔW = (B·A)ᵀ, under names of their own
+    CONVOLUTION = "convolution"  # ΔW = B·A over the outputs × everything else
+
+
+def find_layer(base: Checkpoint, name: str) -> Layer | None:
+    """What kind of layer a tensor is the weight of; None if LoRA has no way to change it.
+
+    Tensors alone do not say it. The length of the bias tells how a matrix lies; names tell embeddings, and of square
+    matrices how they lie if others of their name lie so.
+
+    Args:
+        base: the pretrained model.
+        name: one of its tensors.
+    """
+    module, _, last = name.rpartition(".")
+    shape = base.spec(name).shape
+    if last != "weight" or not module or len(shape) < 2:
+        return None
+    if len(shape) > 2:
+        depthwise = shape[1] == 1 < shape[0]
+        return None if depthwise else Layer.CONVOLUTION
+    if _EMBEDDING.fullmatch(module) and not base.has(f"{module}.bias"):
+        return Layer.EMBEDDING
+    return Layer.TURNED if is_turned(base, name) else Layer.LINEAR
+
+
+def is_turned(base: Checkpoint, name: str) -> bool | None:
+    """Whether a matrix lies as (inputs, outputs); None if nothing tells.
+
+    Args:
+        base: the pretrained model.
+        name: one of its tensors, with two dimensions.
+    """
+    found = _told_by_bias(base, name)
+    if found is None and _TURNED.fullmatch(name.rpartition(".")[0]):
+        alike = [other for other in base.names if _TURNED.fullmatch(other.rpartition(".")[0])]
+        found = next((told for told in (_told_by_bias(base, other) for other in alike) if told is not None), None)
+    return found
+
+
+def _told_by_bias(base: Checkpoint, name: str) -> bool | None:
+    shape, bias = base.spec(name).shape, f"{name.rpartition('.')[0]}.bias"
+    if len(shape) != 2 or shape[0] == shape[1] or not base.has(bias):
+        return None
+    return base.spec(bias).shape == shape[1:]

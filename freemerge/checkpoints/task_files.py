@@ -1,0 +1,108 @@
+"""Task files: what one fine-tuned task leaves for a later merge, in one safetensors file.
+
+Tensors: `backbone.<name>` and `head.<name>`, so whatever merges checkpoints finds the backbone in it. Where only the
+task vector is kept, its tensors are called `backbone.<name>.task_vector`, so that nobody else takes them for weights.
+Metadata: kind, task, holds, base_hash, dtypes, seed, metrics; all strings, some of JSON.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from freemerge.checkpoints.checkpoint import Checkpoint
+from freemerge.checkpoints.safetensors_files import SafetensorsFile
+from freemerge.checkpoints.saving import save_checkpoint
+
+KIND = "freemerge-task-1"
+_SUFFIX = ".task_vector"
+
+
+@dataclass(frozen=True)
+class TaskRecord:
+    """What a task file says of itself.
+
+    Args:
+        task: the task's name.
+        holds: "weights" of the fine-tuned backbone, or only its "task_vector".
+        base_hash: hash of the backbone's weights before fine-tuning (`hash_base`).
+        seed: of the run, where one was set.
+        metrics: the fit's last metrics.
+        dtypes: name → dtype of all tensors of the backbone as it was fine-tuned, which the hash is of.
+    """
+
+    task: str
+    holds: Literal["weights", "task_vector"]
+    base_hash: str
+    seed: int | None
+    metrics: dict[str, float]
+    dtypes: dict[str, torch.dtype] = field(default_factory=dict, compare=False)
+
+
+def write_task_file(
+    path: Path,
+    record: TaskRecord,
+    backbone: Mapping[str, Tensor],
+    head: Mapping[str, Tensor],
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Write a task file, atomically.
+
+    Args:
+        path: the file.
+        record: what it says of itself.
+        backbone: the fine-tuned backbone's tensors, or its task vector, as `record.holds` says.
+        head: the head's tensors, stored as they are.
+        dtype: of the backbone's floating-point tensors in the file; None for their own. A task vector in bfloat16 loses
+            less than weights in bfloat16: it is rounded relative to itself.
+    """
+    suffix = _SUFFIX if record.holds == "task_vector" else ""
+    tensors = {
+        f"backbone.{name}{suffix}": value.to(dtype) if dtype and value.is_floating_point() else value
+        for name, value in backbone.items()
+    }
+    metadata = {
+        "kind": KIND,
+        "task": record.task,
+        "holds": record.holds,
+        "base_hash": record.base_hash,
+        "dtypes": json.dumps({name: str(each).removeprefix("torch.") for name, each in record.dtypes.items()}),
+        "seed": json.dumps(record.seed),
+        "metrics": json.dumps(record.metrics),
+    }
+    save_checkpoint(path, tensors | {f"head.{name}": value for name, value in head.items()}, metadata)
+
+
+def read_record(path: str | Path) -> TaskRecord | None:
+    """What a task file says of itself; None for any other checkpoint."""
+    if Path(path).suffix != ".safetensors" or not Path(path).is_file():
+        return None
+    return parse_record(SafetensorsFile(path).metadata)
+
+
+def parse_record(metadata: Mapping[str, str]) -> TaskRecord | None:
+    """The record in a file's metadata; None where there is none."""
+    if metadata.get("kind") != KIND:
+        return None
+    dtypes = {name: getattr(torch, dtype) for name, dtype in json.loads(metadata.get("dtypes", "{}")).items()}
+    seed, metrics = json.loads(metadata["seed"]), json.loads(metadata["metrics"])
+    return TaskRecord(metadata["task"], metadata["holds"], metadata["base_hash"], seed, metrics, dtypes)
+
+
+def open_task_file(checkpoint: Checkpoint) -> Checkpoint:
+    """A task file as a model: a task vector's tensors are differences to the base, under the names of its tensors.
+
+    Args:
+        checkpoint: the file as it is. One that is no task file comes back unchanged.
+    """
+    record = parse_record(checkpoint.metadata)
+    if record is None or record.holds == "weights":
+        return checkpoint
+    names = {name: name.removesuffix(_SUFFIX) for name in (*checkpoint.names, *checkpoint.tied)}
+    return checkpoint.as_deltas(names, [name for name in names if name.endswith(_SUFFIX)])

@@ -1,0 +1,72 @@
+"""What a router does by itself: which task's samples it takes for which task's, and where it abstains."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from freemerge.inputs import to_device
+from freemerge.models import FreeModel
+
+
+@dataclass(frozen=True)
+class Routing:
+    """How samples were routed.
+
+    Args:
+        tasks: the K tasks.
+        counts: (K, K) int64, samples of each task (row) by the task they were routed to (column).
+        abstained: (K,) int64, of these those that the router was not sure enough of.
+    """
+
+    tasks: tuple[str, ...]
+    counts: Tensor
+    abstained: Tensor
+
+    @property
+    def accuracy(self) -> dict[str, float]:
+        """Task → share of its samples that were routed to it."""
+        shares = self.counts.diag() / self.counts.sum(dim=1).clamp(min=1)
+        return dict(zip(self.tasks, shares.tolist(), strict=True))
+
+    def as_dict(self) -> dict[str, Any]:
+        """Task → the number of its samples by the task they were routed to, and how many the router abstained on."""
+        return {
+            task: {
+                "routed_to": dict(zip(self.tasks, row.tolist(), strict=True)),
+                "abstained": int(abstained),
+            }
+            for task, row, abstained in zip(self.tasks, self.counts, self.abstained, strict=True)
+        }
+
+
+@torch.no_grad()
+def evaluate_routing(model: FreeModel, loaders: Mapping[str, Iterable], device: torch.device | str = "cpu") -> Routing:
+    """Route every sample of every task, without running any expert.
+
+    Under several ranks each takes every world-th batch, and all get the sums.
+
+    Args:
+        model: the model, on `device`.
+        loaders: task name → iterable of (inputs, labels).
+        device: where to compute.
+    """
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+    tasks = model.tasks
+    counts = torch.zeros(len(tasks), len(tasks) + 1, dtype=torch.long, device=device)
+    for task, loader in loaders.items():
+        row = counts[tasks.index(task)]
+        for inputs, _ in islice(loader, rank, None, world):
+            confidence, routed = model.route(to_device(inputs, device)).float().softmax(dim=1).max(dim=1)
+            row[: len(tasks)] += routed.bincount(minlength=len(tasks))
+            row[-1] += (confidence < model.threshold).sum()
+    if world > 1:
+        dist.all_reduce(counts)
+    counts = counts.cpu()
+    return Routing(tasks, counts[:, :-1], counts[:, -1])

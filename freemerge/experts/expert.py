@@ -1,0 +1,117 @@
+"""What an expert is: few values that turn the merged backbone into one task's own.
+
+Every kind answers the same questions: which tensors it changes, what a changed tensor is (`added`, differentiable in
+the values), what its values are as one vector (what training changes), and how it lies in a file.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor
+
+Self = TypeVar("Self", bound="Expert")
+
+
+class Expert(ABC):
+    """What one task adds to the merged backbone; subclasses are frozen dataclasses."""
+
+    KIND: ClassVar[str]
+    """What a file calls this kind of expert."""
+
+    shapes: dict[str, tuple[int, ...]]
+    """Tensor name → shape of each whole tensor that the expert changes."""
+
+    metadata: dict[str, str]
+    """Strings that travel with the file: task, hashes of the base and of the merged backbone."""
+
+    # -- what each kind says ------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def parts(self) -> dict[str, Tensor]:
+        """The values by name, each a float tensor of any shape; quantized with one scale each."""
+
+    @abstractmethod
+    def with_parts(self: Self, parts: Mapping[str, Tensor]) -> Self:
+        """The same expert with other values: named and shaped as in `parts`."""
+
+    @abstractmethod
+    def added(self, name: str, weight: Tensor) -> Tensor:
+        """weight + expert of one tensor.
+
+        Args:
+            name: one of `shapes`.
+            weight: the merged tensor.
+
+        Returns:
+            A new tensor like `weight`: the sum is formed in float32 and rounded to its dtype once. Differentiable in
+            the values.
+        """
+
+    @abstractmethod
+    def structure(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """What a file needs beside the values: plain data, and named uint8 vectors."""
+
+    @classmethod
+    @abstractmethod
+    def restored(
+        cls: type[Self],
+        plain: Mapping[str, Any],
+        arrays: Mapping[str, Tensor],
+        parts: Mapping[str, Tensor],
+        metadata: Mapping[str, str],
+    ) -> Self:
+        """The inverse of `structure` and `parts`. Raises a ValueError if they do not fit each other."""
+
+    # -- what follows from it -----------------------------------------------------------------------------------------
+
+    @property
+    def num_values(self) -> int:
+        """How many values the expert holds."""
+        return sum(part.numel() for part in self.parts().values())
+
+    def flat_values(self) -> Tensor:
+        """All values as one vector (num_values,)."""
+        return torch.cat([part.reshape(-1) for part in self.parts().values()])
+
+    def with_values(self: Self, values: Tensor) -> Self:
+        """The expert with other values: one vector (num_values,) in the order of `flat_values`."""
+        own = self.parts()
+        pieces = values.split([part.numel() for part in own.values()])
+        return self.with_parts({name: piece.view(own[name].shape) for name, piece in zip(own, pieces, strict=True)})
+
+    def scaled(self: Self, factor: float) -> Self:
+        """The expert with `factor` times its effect on the weights."""
+        return self.with_values(self.flat_values() * factor)
+
+    def to(self: Self, device: torch.device | str) -> Self:
+        """The expert on another device; itself if it is there already."""
+        moved = {name: part.to(device) for name, part in self.parts().items()}
+        if all(moved[name] is part for name, part in self.parts().items()):
+            return self
+        return self.with_parts(moved)
+
+    def tagged(self: Self, **metadata: str) -> Self:
+        """The expert with these metadata beside, or instead of, its own."""
+        return replace(self, metadata={**self.metadata, **metadata})
+
+    def dense(self) -> dict[str, Tensor]:
+        """The expert as full tensors, (*shape) float32."""
+        device = next(iter(self.parts().values())).device
+        return {name: self.added(name, torch.zeros(shape, device=device)) for name, shape in self.shapes.items()}
+
+
+def check_fits(expert: Expert, weights: Mapping[str, Tensor]) -> None:
+    """Raise a ValueError that names the first tensor of `expert` that `weights` lacks or has in another shape."""
+    for name, shape in expert.shapes.items():
+        if name not in weights:
+            raise ValueError(f"expert of task {expert.metadata.get('task', '?')!r}: the model has no tensor {name!r}")
+        if tuple(weights[name].shape) != tuple(shape):
+            raise ValueError(
+                f"expert of task {expert.metadata.get('task', '?')!r}: tensor {name!r} has shape "
+                f"{tuple(weights[name].shape)} in the model, the expert was made for {tuple(shape)}"
+            )

@@ -1,0 +1,106 @@
+"""A module's weights in one buffer, into which sparse experts are switched with a handful of operations.
+
+The module's own tensors become views of the buffer, so an expert is one gather and one scatter, however many tensors it
+changes. Attaching saves the entries it overwrites, and detaching puts them back bit for bit: nothing drifts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from freemerge.checkpoints.memory import find_tied
+from freemerge.experts.codec import decode_positions
+from freemerge.experts.expert import check_fits
+from freemerge.experts.packed import PackedExpert
+from freemerge.merging.vectors import working_dtype
+
+
+class FlatWeights:
+    """A module's floating-point tensors in one buffer per dtype; the module's own become views of it.
+
+    Args:
+        module: the module; its parameters stay the same objects.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self._live = _floating(module)
+        self._tied = find_tied(self._live)
+        self._place: dict[str, tuple[torch.dtype, int]] = {}
+        lengths: dict[torch.dtype, int] = {}
+        for name, tensor in self._own():
+            start = lengths.get(tensor.dtype, 0)
+            self._place[name] = (tensor.dtype, start)
+            lengths[tensor.dtype] = start + tensor.numel()
+        device = next((tensor.device for tensor in self._live.values()), None)
+        self.buffers = {dtype: torch.empty(length, dtype=dtype, device=device) for dtype, length in lengths.items()}
+        for name, tensor in self._own():
+            dtype, start = self._place[name]
+            view = self.buffers[dtype][start : start + tensor.numel()].view(tensor.shape)
+            view.copy_(tensor)
+            for alias in [name, *(other for other, first in self._tied.items() if first == name)]:
+                self._live[alias].data = view
+        self._pointers = {name: tensor.data_ptr() for name, tensor in self._live.items()}
+
+    def _own(self) -> Iterator[tuple[str, Tensor]]:
+        return ((name, tensor) for name, tensor in self._live.items() if name not in self._tied)
+
+    @property
+    def current(self) -> bool:
+        """Whether the module's tensors are still these views: not after `.to(…)`, for instance."""
+        live = _floating(self.module)
+        return {name: tensor.data_ptr() for name, tensor in live.items()} == self._pointers and all(
+            tensor.dtype == self._live[name].dtype for name, tensor in live.items()
+        )
+
+    @contextmanager
+    def attached(self, expert: PackedExpert) -> Iterator[None]:
+        """Switch a sparse expert in for the duration of a block; the weights come back bit for bit, whatever happens.
+
+        Sums are formed in float32 and rounded to the weights' dtype once.
+        """
+        saved = self._attach(expert)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for buffer, positions, entries in saved:
+                    buffer[positions] = entries
+
+    @torch.no_grad()
+    def _attach(self, expert: PackedExpert) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Returns what was overwritten: buffers, positions (n,) in them, and the entries (n,) found there."""
+        check_fits(expert, self._live)
+        positions = decode_positions(expert.arrays["gaps"])  # (n,) in the expert's own tensors laid end to end
+        sizes = torch.tensor(list(expert.sizes.values()), device=positions.device)
+        values = expert.codes.float() * expert.scales.repeat_interleave(sizes)
+        shifts, wanted, end = [], [], 0
+        for name, shape in expert.shapes.items():
+            dtype, start = self._place[self._tied.get(name, name)]
+            shifts.append(start - end)
+            end += math.prod(shape)
+            wanted.append(None if name in self._tied else dtype)
+        positions += torch.tensor(shifts, device=positions.device).repeat_interleave(sizes)
+        saved = []
+        for dtype, buffer in self.buffers.items():
+            if all(found == dtype for found in wanted):  # nearly always: one dtype, nothing tied
+                chosen, added = positions, values
+            else:
+                mask = torch.tensor([found == dtype for found in wanted], device=positions.device)
+                mask = mask.repeat_interleave(sizes)
+                chosen, added = positions[mask], values[mask]
+            entries = buffer[chosen]
+            buffer[chosen] = (entries.to(working_dtype(dtype)) + added).to(dtype)
+            saved.append((buffer, chosen, entries))
+        return saved
+
+
+def _floating(module: nn.Module) -> dict[str, Tensor]:
+    """The live floating-point parameters and buffers of the state dict, by name, tied ones under each name."""
+    state = module.state_dict(keep_vars=True)
+    return {name: tensor for name, tensor in state.items() if tensor.is_floating_point()}

@@ -1,0 +1,113 @@
+"""Low-rank experts: two thin factors per weight, and small tensors whole.
+
+A weight of shape (O, …) is seen as a matrix (O, I), I being the product of the other dimensions, and r values per row
+and per column change it: W + U·V with U (O, r), V (r, I). No positions need storing. Extracted by singular value
+decomposition, as Twin-Merging compresses its exclusive knowledge (arXiv 2406.15479), they start training like LoRA's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from freemerge.experts.expert import Expert
+from freemerge.merging.vectors import working_dtype
+
+
+@dataclass(frozen=True)
+class LowRankExpert(Expert):
+    """What one task adds to the merged backbone, in few directions.
+
+    Args:
+        left: tensor name → U (O, r) float32.
+        right: tensor name → V (r, I) float32.
+        whole: name of a tensor changed without factors → what is added to it, (*shape) float32.
+        shapes: tensor name → shape of the whole tensor, for all of these.
+        metadata: strings that travel with the file.
+    """
+
+    left: dict[str, Tensor]
+    right: dict[str, Tensor]
+    whole: dict[str, Tensor]
+    shapes: dict[str, tuple[int, ...]]
+    metadata: dict[str, str] = field(default_factory=dict)
+
+    KIND = "low_rank"
+
+    def __post_init__(self) -> None:
+        if self.left.keys() != self.right.keys() or self.left.keys() & self.whole.keys():
+            raise ValueError("LowRankExpert: a tensor has both factors, or is whole")
+        if self.shapes.keys() != self.left.keys() | self.whole.keys():
+            raise ValueError("LowRankExpert: factors, whole tensors and shapes must name the same tensors")
+        for name, left in self.left.items():
+            rows, columns = matrix_shape(self.shapes[name])
+            right = self.right[name]
+            if left.shape != (rows, left.shape[-1]) or right.shape != (left.shape[-1], columns):
+                raise ValueError(
+                    f"LowRankExpert: tensor {name!r} of shape {self.shapes[name]} has factors of shapes "
+                    f"{tuple(left.shape)} and {tuple(right.shape)}; expected ({rows}, r) and (r, {columns})"
+                )
+        for name, tensor in self.whole.items():
+            if tuple(tensor.shape) != tuple(self.shapes[name]):
+                raise ValueError(f"LowRankExpert: tensor {name!r} has shape {tuple(tensor.shape)}")
+
+    def parts(self) -> dict[str, Tensor]:
+        factors = {}
+        for name, left in self.left.items():
+            factors[f"{name}:left"], factors[f"{name}:right"] = left, self.right[name]
+        return factors | self.whole
+
+    def with_parts(self, parts: Mapping[str, Tensor]) -> LowRankExpert:
+        return replace(
+            self,
+            left={name: parts[f"{name}:left"] for name in self.left},
+            right={name: parts[f"{name}:right"] for name in self.right},
+            whole={name: parts[name] for name in self.whole},
+        )
+
+    def scaled(self, factor: float) -> LowRankExpert:
+        return replace(
+            self,
+            left={name: left * factor for name, left in self.left.items()},
+            whole={name: tensor * factor for name, tensor in self.whole.items()},
+        )
+
+    def added(self, name: str, weight: Tensor) -> Tensor:
+        wide = weight.to(working_dtype(weight.dtype))
+        if name in self.whole:
+            return (wide + self.whole[name]).to(weight.dtype)
+        left, right = self.left[name].to(wide.dtype), self.right[name].to(wide.dtype)
+        return torch.addmm(wide.reshape(matrix_shape(weight.shape)), left, right).view(weight.shape).to(weight.dtype)
+
+    def structure(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        ranks = {name: left.shape[1] for name, left in self.left.items()}
+        return {"layout": [[name, list(shape), ranks.get(name, 0)] for name, shape in self.shapes.items()]}, {}
+
+    @classmethod
+    def restored(
+        cls,
+        plain: Mapping[str, Any],
+        arrays: Mapping[str, Tensor],
+        parts: Mapping[str, Tensor],
+        metadata: Mapping[str, str],
+    ) -> LowRankExpert:
+        shapes = {name: tuple(shape) for name, shape, _ in plain["layout"]}
+        ranks = {name: rank for name, _, rank in plain["layout"] if rank}
+        if {*parts} != {f"{name}:{side}" for name in ranks for side in ("left", "right")} | (shapes.keys() - ranks):
+            raise ValueError("factors do not match the layout")
+        left, right = {}, {}
+        for name, rank in ranks.items():
+            rows, columns = matrix_shape(shapes[name])
+            left[name], right[name] = parts[f"{name}:left"].view(rows, rank), parts[f"{name}:right"].view(rank, columns)
+        whole = {name: parts[name].view(shape) for name, shape in shapes.items() if name not in ranks}
+        return cls(left, right, whole, shapes, dict(metadata))
+
+
+def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
+    """(O, …) → (O, I)."""
+    return shape[0], math.prod(shape[1:])

@@ -1,0 +1,122 @@
+"""Masked experts: EMR-Merging's way to bring a task back (arXiv 2405.17461), as an expert among experts.
+
+The backbone is the pretrained base; all tasks share the elected task vector τ, kept once, and each has a mask of one
+bit per entry and a rescaler: θ_k = θ_base + λ_k · M_k ⊙ τ.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from freemerge.experts.expert import Expert
+from freemerge.merging import EMRMerging, emr_task_vector, merge_task_vectors
+from freemerge.merging.vectors import working_dtype
+
+
+@dataclass(frozen=True)
+class MaskedExpert(Expert):
+    """A task's share of a task vector that all tasks share.
+
+    Args:
+        masks: tensor name → M_k, one bit per entry, eight to a byte (the first entry in the highest bit), uint8.
+        rescaler: λ_k, (1,) float32.
+        shared: tensor name → τ, (*shape); the same object for all tasks, kept in a file of its own.
+        shapes: tensor name → shape.
+        metadata: strings that travel with the file.
+    """
+
+    masks: dict[str, Tensor]
+    rescaler: Tensor
+    shared: Mapping[str, Tensor]
+    shapes: dict[str, tuple[int, ...]]
+    metadata: dict[str, str] = field(default_factory=dict)
+
+    KIND = "masked"
+
+    def parts(self) -> dict[str, Tensor]:
+        return {"rescaler": self.rescaler}
+
+    def with_parts(self, parts: Mapping[str, Tensor]) -> MaskedExpert:
+        return replace(self, rescaler=parts["rescaler"].view(1))
+
+    def to(self, device: torch.device | str) -> MaskedExpert:
+        moved = super().to(device)
+        if moved is self:
+            return self
+        return replace(
+            moved,
+            masks={name: mask.to(device) for name, mask in self.masks.items()},
+            shared={name: tensor.to(device) for name, tensor in self.shared.items()},
+        )
+
+    def added(self, name: str, weight: Tensor) -> Tensor:
+        mask = _unpack_bits(self.masks[name], weight.numel()).view(weight.shape)
+        wide = weight.to(working_dtype(weight.dtype))
+        return (wide + self.rescaler * mask * self.shared[name]).to(weight.dtype)
+
+    def structure(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        layout = [[name, list(shape)] for name, shape in self.shapes.items()]
+        return {"layout": layout}, {"masks": torch.cat([mask.cpu() for mask in self.masks.values()])}
+
+    @classmethod
+    def restored(
+        cls,
+        plain: Mapping[str, Any],
+        arrays: Mapping[str, Tensor],
+        parts: Mapping[str, Tensor],
+        metadata: Mapping[str, str],
+    ) -> MaskedExpert:
+        """Without τ, which `load_expert` adds."""
+        shapes = {name: tuple(shape) for name, shape in plain["layout"]}
+        sizes = [(math.prod(shape) + 7) // 8 for shape in shapes.values()]
+        if sum(sizes) != len(arrays["masks"]):
+            raise ValueError("masks do not match the layout")
+        masks = dict(zip(shapes, arrays["masks"].split(sizes), strict=True))
+        return cls(masks, parts["rescaler"], {}, shapes, dict(metadata))
+
+
+def emr_experts(vectors: Mapping[str, Mapping[str, Tensor]]) -> tuple[dict[str, Tensor], dict[str, MaskedExpert]]:
+    """EMR-Merging: elect one task vector, then mask and rescale it per task.
+
+    Args:
+        vectors: task → task vector against the base, name → float32 tensor.
+
+    Returns:
+        τ, to be stored once, and task → expert on the base.
+
+    Raises:
+        MergeError: names or shapes differ.
+    """
+    shared = merge_task_vectors(list(vectors.values()), EMRMerging())
+    experts = {}
+    for task, vector in vectors.items():
+        _, masks, rescaler = emr_task_vector(shared, vector)
+        experts[task] = MaskedExpert(
+            masks={name: _pack_bits(mask) for name, mask in masks.items()},
+            rescaler=torch.tensor([rescaler]),
+            shared=shared,
+            shapes={name: tuple(mask.shape) for name, mask in masks.items()},
+            metadata={"task": task},
+        )
+    return shared, experts
+
+
+_BITS = torch.tensor([128, 64, 32, 16, 8, 4, 2, 1], dtype=torch.uint8)
+
+
+def _pack_bits(mask: Tensor) -> Tensor:
+    """bool (*shape) → uint8 (⌈n/8⌉,)."""
+    flat = mask.reshape(-1)
+    padded = torch.cat([flat, flat.new_zeros(-len(flat) % 8)]).view(-1, 8)
+    return (padded * _BITS.to(mask.device)).sum(dim=1, dtype=torch.uint8)
+
+
+def _unpack_bits(packed: Tensor, count: int) -> Tensor:
+    """uint8 (⌈n/8⌉,) → bool (n,)."""
+    return (packed[:, None] & _BITS.to(packed.device)).bool().view(-1)[:count]

@@ -1,0 +1,116 @@
+"""The report of a run: every model that its stages left behind, on all tasks' test data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+
+import freemerge
+from freemerge.checkpoints import load_checkpoint
+from freemerge.evaluation import Report, Routing, Row
+from freemerge.experts import load_expert
+from freemerge.models import FreeModel
+from freemerge.pipeline.artifacts import Artifacts
+from freemerge.pipeline.held_out import held_out_heads
+from freemerge.pipeline.measure import Measure
+
+
+def make_report(files: Artifacts, measure: Measure, model: FreeModel | None) -> Report:
+    """Evaluate everything.
+
+    Args:
+        files: the run's files.
+        measure: evaluation.
+        model: the finished FREE model; None where there are no experts: the report then ends with the merged models.
+
+    Raises:
+        ValueError: a stage has not been done.
+    """
+    suite = files.suite
+    merge_record = files.require(files.merge_stage())["results"]
+    loaders = measure.loaders("test")
+    held_out = {task: suite.for_task(task).test_dataloader() for task in suite.held_out}
+    heads = files.heads() | held_out_heads(files, measure.device)
+    size = _size(files.merged_path(files.settings.merge.free))
+
+    def row(name: str, weights: dict[str, Tensor], chosen: Mapping[str, Any] | None = None) -> Row:
+        scores = measure.shared(weights, heads, loaders | held_out)
+        apart = {task: scores.pop(task) for task in held_out}
+        return Row(name, scores, 0, dict(chosen or {}), held_out=apart)
+
+    rows = [
+        row("base (zero-shot)", files.base_weights()),
+        Row("individual", measure.individual(loaders), (len(suite.names) - 1) * size),
+    ]
+    for name in files.settings.merge.methods:
+        rows.append(row(name, load_checkpoint(files.merged_path(name)), merge_record["methods"][name]["best"]))
+    search = {name: entry["search"] for name, entry in merge_record["methods"].items()}
+    settings = _provenance(files, size)
+    if model is not None:
+        extraction = files.require(files.extraction_stage())["results"]
+        search["FREE extracted"] = extraction["search"]
+        routing = measure.routing(model, loaders)
+        settings |= {"threshold": model.threshold, "routing": routing.as_dict()}
+        rows += _free_rows(files, measure, model, routing, extraction["best"], loaders)
+    return Report(
+        title=f"{title(measure)}, {len(suite.names)} tasks, seed {files.seed}",
+        rows=rows,
+        search=search,
+        settings=settings,
+        metrics=measure.metrics,
+    )
+
+
+def title(measure: Measure) -> str:
+    """What a report of the suite's test data begins with."""
+    accuracies = set(measure.metrics.values()) == {"accuracy"}
+    return f"{type(measure.suite).__name__}: test {'accuracy' if accuracies else 'scores'} (%)"
+
+
+def _free_rows(
+    files: Artifacts,
+    measure: Measure,
+    model: FreeModel,
+    routing: Routing,
+    chosen: Mapping[str, Any],
+    loaders: Mapping[str, Any],
+) -> list[Row]:
+    tasks = files.suite.names
+    merged = files.free_weights()
+    extracted = {task: load_expert(files.extracted_path(task), merged) for task in tasks}
+    untrained = FreeModel(files.backbone(merged), files.heads(), extracted)
+    extracted_bytes = sum(_size(files.extracted_path(task)) for task in tasks)
+    expert_bytes = sum(_size(files.expert_path(task)) for task in tasks)
+    router_bytes = _size(files.router_stage().path / "router.safetensors")
+    return [
+        Row(
+            "FREE extracted (oracle)",
+            measure.free(untrained, loaders, oracle=True),
+            extracted_bytes,
+            chosen=dict(chosen),
+        ),
+        Row("FREE trained (routed)", measure.free(model, loaders, oracle=False), expert_bytes + router_bytes),
+        Row("FREE trained (oracle)", measure.free(model, loaders, oracle=True), expert_bytes),
+        Row("router accuracy", routing.accuracy, router_bytes, kind="router"),
+    ]
+
+
+def _provenance(files: Artifacts, backbone_bytes: int) -> dict[str, Any]:
+    return {
+        "seed": files.seed,
+        "suite": files.suite.identity(),
+        "split": {"chosen_on": "val", "reported_on": "test"},
+        "backbone_bytes": backbone_bytes,
+        "density": files.settings.experts.density,
+        "free_on": files.settings.merge.free,
+        "versions": {"freemerge": freemerge.__version__, "torch": torch.__version__, "lightning": L.__version__},
+    }
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size

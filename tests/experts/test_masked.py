@@ -1,0 +1,24 @@
+"""EMR-Merging's experts give what the paper's formula gives, from one bit per entry."""
+
+import torch
+
+from freemerge.experts import attached, emr_experts
+from freemerge.merging import EMRMerging, apply_task_vector, emr_task_vector, merge_task_vectors, task_vector
+
+
+def test_base_and_masked_expert_are_the_papers_task_model() -> None:
+    torch.manual_seed(0)
+    base = torch.nn.Sequential(torch.nn.Linear(7, 5), torch.nn.Linear(5, 3))
+    start = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    tuned = [{name: t + 0.1 * torch.randn(t.shape) for name, t in start.items()} for _ in range(3)]
+    vectors = {str(index): task_vector(start, weights) for index, weights in enumerate(tuned)}
+    shared, experts = emr_experts(vectors)
+    unified = merge_task_vectors(list(vectors.values()), EMRMerging())
+    assert all(torch.equal(shared[name], unified[name]) for name in unified)
+    for task, vector in vectors.items():
+        expected = apply_task_vector(start, emr_task_vector(unified, vector)[0])
+        assert experts[task].shared is shared  # once in memory, for all tasks
+        with attached(base, experts[task]):
+            for name, tensor in base.state_dict().items():
+                torch.testing.assert_close(tensor, expected[name])
+        assert all(torch.equal(start[name], tensor) for name, tensor in base.state_dict().items())

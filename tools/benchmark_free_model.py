@@ -1,0 +1,170 @@
+"""What routing and switching cost: a FREE model on mixed batches of many tasks, against one plain model on the same.
+
+    python tools/benchmark_free_model.py                           # the quickstart's ViT, 8 tasks, batch 256: a minute
+    python tools/benchmark_free_model.py --shape vit-b32 --repeat 3
+
+Weights and experts are random; the router runs, but each batch is dealt out evenly. Every figure is a ratio within one
+run: plain and FREE passes alternate, and the median of their ratios counts. `held` is what a model keeps in memory
+between passes; `peak` compares the largest resident sets of two processes, which load a model and run a batch of 8,
+each without what its imports take.
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from freemerge.experts import LowRankExpert, extract, load_expert, save_expert
+from freemerge.models import ConvRouter, EarlyRouter, FreeModel, TransformersBackbone, feature_width
+
+SHAPES = {
+    "quickstart": {
+        "model_type": "vit", "hidden_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4,
+        "intermediate_size": 384, "image_size": 32, "patch_size": 8, "num_channels": 1, "attn_implementation": "eager",
+    },
+    "vit-b32": {"model_type": "vit", "image_size": 224, "patch_size": 32},
+}  # fmt: skip
+KINDS = ("sparse", "low_rank")
+
+
+def make_backbone(arguments: argparse.Namespace) -> TransformersBackbone:
+    """A random ViT."""
+    torch.manual_seed(0)
+    return TransformersBackbone(config=SHAPES[arguments.shape], pooling="mean", dtype=arguments.dtype).eval()
+
+
+def make_images(arguments: argparse.Namespace, backbone: TransformersBackbone, count: int) -> Tensor:
+    """Random images (count, C, H, W)."""
+    config = backbone.model.config
+    return torch.randn(count, config.num_channels, config.image_size, config.image_size).to(backbone.model.dtype)
+
+
+def write_experts(arguments: argparse.Namespace, folder: Path) -> None:
+    """A random expert per task and kind: as many values, in int8, as density · parameters."""
+    weights = make_backbone(arguments).weights()
+    for kind in arguments.kinds:
+        for index in range(arguments.tasks):
+            generator = torch.Generator().manual_seed(index)
+            if kind == "sparse":
+                residual = {name: 1e-3 * torch.randn(t.shape, generator=generator) for name, t in weights.items()}
+                expert = extract(residual, arguments.density)
+            else:
+                matrices = {name: tuple(t.shape) for name, t in weights.items() if t.dim() == 2}
+                total = sum(tensor.numel() for tensor in weights.values())
+                rank = max(1, round(arguments.density * total / sum(o + i for o, i in matrices.values())))
+                left = {n: 0.01 * torch.randn(o, rank, generator=generator) for n, (o, _) in matrices.items()}
+                right = {n: 0.01 * torch.randn(rank, i, generator=generator) for n, (_, i) in matrices.items()}
+                expert = LowRankExpert(left, right, {}, matrices)
+            save_expert(folder / kind / f"task{index}.safetensors", expert)
+
+
+def make_model(arguments: argparse.Namespace, folder: Path) -> FreeModel:
+    """A FREE model with the experts of a folder; its router runs, then deals samples out in turn."""
+    backbone = make_backbone(arguments)
+    experts = {path.stem: load_expert(path) for path in sorted(folder.iterdir())}
+    if arguments.router == "conv":
+        router = ConvRouter(len(experts), backbone.model.config.num_channels)
+    else:
+        width = feature_width(make_images(arguments, backbone, 2), backbone, "embeddings")
+        router = EarlyRouter(len(experts), "embeddings", width)
+    heads = {task: nn.Linear(backbone.feature_dim, 10) for task in experts}
+    model = FreeModel(backbone, heads, experts, router).to(backbone.model.dtype).eval()
+    route = model.route
+
+    def evenly(inputs: Tensor) -> Tensor:
+        turns = torch.arange(len(inputs)) % len(experts)
+        return nn.functional.one_hot(turns, len(experts)).to(route(inputs).dtype)
+
+    model.route = evenly
+    return model
+
+
+def seconds(run: Callable[[], object]) -> float:
+    """How long it takes."""
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+@torch.no_grad()
+def throughput(arguments: argparse.Namespace, folder: Path) -> None:
+    """Print ratios of throughput, and what is held between passes."""
+    model = make_model(arguments, folder)
+    images, head = make_images(arguments, model.backbone, arguments.batch), model.heads["task0"]
+    passes = {
+        "mixed": lambda: model(images),
+        "single": lambda: model(images, task="task0"),
+        "router": lambda: FreeModel.route(model, images),
+    }
+    ratios: dict[str, list[float]] = {name: [] for name in passes}
+    for index in range(arguments.repeat + 1):
+        for name, run in passes.items():
+            ratio = seconds(lambda: head(model.backbone(images))) / seconds(run)
+            if index:  # the first round warms up
+                ratios[name].append(ratio)
+    middle = {name: statistics.median(found) for name, found in ratios.items()}
+    print(f"  throughput of a mixed batch  {middle['mixed']:6.2f} × plain")
+    print(f"  throughput of one task       {middle['single']:6.2f} × plain")
+    print(f"  routing                      {100 / middle['router']:6.1f} % of a plain pass")
+    backbone, router = (sum(t.nbytes for t in m.state_dict().values()) for m in (model.backbone, model.router))
+    print(
+        f"  memory held                  {1 + (model.expert_bytes + router) / backbone:6.3f} × plain "
+        f"(experts {model.expert_bytes / 2**20:.2f} MiB, router {router / 2**20:.2f} MiB)"
+    )
+
+
+@torch.no_grad()
+def peak(arguments: argparse.Namespace) -> None:
+    """In a process of its own: print by how many MiB loading a model and running a batch of 8 raised the peak."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if arguments.peak == "plain":
+        backbone = make_backbone(arguments)
+        backbone(make_images(arguments, backbone, 8))
+    else:
+        model = make_model(arguments, Path(arguments.peak))
+        model(make_images(arguments, model.backbone, 8))
+    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+
+
+def main() -> None:
+    """Measure the kinds of experts and print."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--shape", choices=list(SHAPES), default="quickstart")
+    parser.add_argument("--tasks", type=int, default=8)
+    parser.add_argument("--batch", type=int, default=256)
+    parser.add_argument("--density", type=float, default=0.01)
+    parser.add_argument("--router", choices=["conv", "early"], default="early")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--repeat", type=int, default=20)
+    parser.add_argument("--kinds", nargs="*", choices=KINDS, default=list(KINDS))
+    parser.add_argument("--peak", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.peak:
+        peak(arguments)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        write_experts(arguments, Path(folder))
+        for kind in arguments.kinds:
+            print(f"{arguments.shape}, {arguments.tasks} {kind} experts, batch {arguments.batch}, {arguments.dtype}")
+            throughput(arguments, Path(folder) / kind)
+            if arguments.shape == "quickstart":
+                continue  # smaller than what a resident set can tell
+            grown = [
+                float(subprocess.check_output([sys.executable, *sys.argv, "--peak", which], text=True).split()[-1])
+                for which in ("plain", str(Path(folder) / kind))
+            ]
+            print(f"  peak memory                  {grown[1] / grown[0]:6.3f} × plain ({grown[0]:.0f} MiB)", flush=True)
+
+
+if __name__ == "__main__":
+    main()
