@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +36,11 @@ def substituted(module: nn.Module, names: Collection[str], make: Callable[[str, 
         layer = layers.setdefault(module.get_submodule(runs), _Layer(runs, make))
         layer.own[name] = (module.get_submodule(owner), name.rpartition(".")[2])
     ran: set[nn.Module] = set()
-    parents = {layer: module.get_submodule(layer.name.rpartition(".")[0]) for layer in layers.values() if layer.name}
+    parents = {
+        layer: module.get_submodule(layer.name.rpartition(".")[0])
+        for layer in layers.values()
+        if layer.name and layer.name not in _seen_to_run.get(module, ())
+    }
     handles = [
         parent.register_forward_pre_hook(lambda ran_one, *_: ran.add(ran_one)) for parent in set(parents.values())
     ]
@@ -44,16 +49,24 @@ def substituted(module: nn.Module, names: Collection[str], make: Callable[[str, 
         handles.append(runs.register_forward_pre_hook(lambda *_, layer=layer: layer.begin(made)))
         handles.append(runs.register_forward_hook(lambda *_, layer=layer: layer.end(made), always_call=True))
     try:
-        with torch.autograd.graph.saved_tensors_hooks(_remember(made), _recall(make)):
+        if torch.is_grad_enabled():
+            with torch.autograd.graph.saved_tensors_hooks(_remember(made), _recall(make)):
+                yield
+        else:
             yield
     finally:
         for handle in handles:
             handle.remove()
+    _seen_to_run.setdefault(module, set()).update(layer.name for layer in parents if layer.ran)
     if idle := [layer.name for layer, parent in parents.items() if parent in ran and not layer.ran]:
         raise RuntimeError(
             f"the layer {idle[0]!r} never ran by itself, so its changed weights were not used: its parent computes "
             "with them; use `attached`, which writes them in place"
         )
+
+
+_seen_to_run: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
+"""Module → names of its layers that have run by themselves, and need not be watched again."""
 
 
 class _Layer:
