@@ -181,7 +181,10 @@ def test_a_configuration_runs(name: str, tmp_path: Path, monkeypatch) -> None:
     (tmp_path / "overlay.yaml").write_text(yaml.safe_dump(overlay))
     monkeypatch.chdir(ROOT)
     arguments = ["fit", "--config", f"configs/{name}.yaml", "--config", str(tmp_path / "overlay.yaml")]
-    assert main([*arguments, "--run.folder", str(run), "--run.stages", "[finetune, merge, evaluate]"]) == 0
+    # Experts and router on one suite of texts and one of images with batch norm: the rest would only repeat it.
+    stages = [] if name in ("text_lora", "torchvision_resnet") else ["--run.stages", "[finetune, merge, evaluate]"]
+    assert main([*arguments, "--run.folder", str(run), *stages]) == 0
+    assert (run / "free_model").is_dir() == (not stages)
     report = json.loads((run / "report.json").read_text())
     tasks = [path.name for path in sorted((run / "finetune").iterdir())]
     lines = {row["name"]: row for row in report["rows"]}
