@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -109,15 +111,16 @@ def merge(
         raise MergeError(f"a {'distributed' if distributed else 'resumed'} merge has to write a model")
     shard_bytes = parse_size(shard_size)
     method = with_overrides(method, overrides)
-    plan = make_plan(
-        open_checkpoint(base, label=None if isinstance(base, (str, os.PathLike)) else "base"),
-        [open_checkpoint(source, label=label) for label, source in _labelled(finetuned)],
-        include,
-        exclude,
-        parse_dtype(dtype),
-        embeddings,
-        torch.device(device) if device is not None else None,
-    )
+    with _collector_paused():
+        plan = make_plan(
+            open_checkpoint(base, label=None if isinstance(base, (str, os.PathLike)) else "base"),
+            [open_checkpoint(source, label=label) for label, source in _labelled(finetuned)],
+            include,
+            exclude,
+            parse_dtype(dtype),
+            embeddings,
+            torch.device(device) if device is not None else None,
+        )
     method.check([model.label for model in plan.models])
     processes = Processes(distributed)
     try:
@@ -142,6 +145,18 @@ def merge(
     finally:
         processes.close()
     return output
+
+
+@contextmanager
+def _collector_paused() -> Iterator[None]:
+    """No garbage collection: tables of many tensors are no garbage, and it would walk them again and again."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
