@@ -168,8 +168,8 @@ CONFIGS = sorted(name for name in vars(Overlays) if (ROOT / "configs" / f"{name}
 
 
 def test_no_configuration_is_left_out() -> None:
-    without_fine_tuning_of_their_own = {"merge", "quickstart", "short"}
-    written = {path.stem for path in (ROOT / "configs").glob("*.yaml")} - without_fine_tuning_of_their_own
+    measured_elsewhere = {"merge", "quickstart", "short", "vision8"}
+    written = {path.stem for path in (ROOT / "configs").glob("*.yaml")} - measured_elsewhere
     known = {name for name in written if "FineTuner" in (ROOT / "configs" / f"{name}.yaml").read_text()}
     assert set(CONFIGS) == known
 
@@ -181,7 +181,10 @@ def test_a_configuration_runs(name: str, tmp_path: Path, monkeypatch) -> None:
     (tmp_path / "overlay.yaml").write_text(yaml.safe_dump(overlay))
     monkeypatch.chdir(ROOT)
     arguments = ["fit", "--config", f"configs/{name}.yaml", "--config", str(tmp_path / "overlay.yaml")]
-    assert main([*arguments, "--run.folder", str(run), "--run.stages", "[finetune, merge, evaluate]"]) == 0
+    # Experts and router on one suite of texts and one of images with batch norm: the rest would only repeat it.
+    stages = [] if name in ("text_lora", "torchvision_resnet") else ["--run.stages", "[finetune, merge, evaluate]"]
+    assert main([*arguments, "--run.folder", str(run), *stages]) == 0
+    assert (run / "free_model").is_dir() == (not stages)
     report = json.loads((run / "report.json").read_text())
     tasks = [path.name for path in sorted((run / "finetune").iterdir())]
     lines = {row["name"]: row for row in report["rows"]}
