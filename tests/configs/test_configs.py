@@ -168,8 +168,8 @@ CONFIGS = sorted(name for name in vars(Overlays) if (ROOT / "configs" / f"{name}
 
 
 def test_no_configuration_is_left_out() -> None:
-    without_fine_tuning_of_their_own = {"merge", "quickstart", "short"}
-    written = {path.stem for path in (ROOT / "configs").glob("*.yaml")} - without_fine_tuning_of_their_own
+    measured_elsewhere = {"merge", "quickstart", "short", "vision8"}
+    written = {path.stem for path in (ROOT / "configs").glob("*.yaml")} - measured_elsewhere
     known = {name for name in written if "FineTuner" in (ROOT / "configs" / f"{name}.yaml").read_text()}
     assert set(CONFIGS) == known
 
