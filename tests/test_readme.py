@@ -61,12 +61,13 @@ def test_the_suite_and_the_configuration_of_readme_go_together(tmp_path, monkeyp
     (tmp_path / "my_tasks.py").write_text(source)
     (tmp_path / "my.yaml").write_text(blocks("yaml")[0])
     command = next(command for command in commands() if "my.yaml" in command)
-    with pytest.raises(SystemExit) as stop:
-        main([*command, "--print_config"])
-    assert stop.value.code == 0
-    config = yaml.safe_load(capsys.readouterr().out)
-    assert config["data"]["class_path"] == "my_tasks.MySuite"
-    assert config["trainer"]["devices"] in (4, "4")
+    for data, expected in (([], "freemerge.data.SourceSuite"), (["--data", "my_tasks.MySuite"], "my_tasks.MySuite")):
+        with pytest.raises(SystemExit) as stop:
+            main([*command, *data, "--print_config"])
+        assert stop.value.code == 0
+        config = yaml.safe_load(capsys.readouterr().out)
+        assert config["data"]["class_path"] == expected
+        assert config["trainer"]["devices"] in (4, "4")
 
 
 def test_the_overrides_and_the_method_of_readme_merge(tmp_path, monkeypatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import ClassVar
 
 import torch
@@ -63,6 +64,22 @@ class TinySuite(TaskSuite):
 
     def pretraining(self) -> Task:
         return self.build("corners")
+
+
+class SlowSuite(TinySuite):
+    """The same, whose validation takes half a second: long enough for a second process to take part in a search."""
+
+    def val_dataloader(self):
+        return {task: _Slow(loader) for task, loader in super().val_dataloader().items()}
+
+
+class _Slow:
+    def __init__(self, loader) -> None:
+        self.loader = loader
+
+    def __iter__(self):
+        time.sleep(0.25)
+        return iter(self.loader)
 
 
 def _corners(labels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:

@@ -114,6 +114,7 @@ def fit(case: Case, folder: Path) -> None:
     heads, loaders = parts.make_heads(), parts.make_loaders()
     merger = MergeAtFitEnd(FRMerging(), [other], str(folder / "merged.safetensors"))
     callbacks = [
+        parts.DriftApart(),
         TaskCheckpoint(str(folder / "task.safetensors"), task="a", head=None),
         merger,
         MergeAtFitEnd(FRMerging(), [other], str(folder / "best.safetensors"), weights="best"),

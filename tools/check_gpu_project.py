@@ -85,6 +85,15 @@ class Sharded(Small):
         fully_shard(self.backbone, mesh=mesh)
 
 
+class DriftApart(Callback):
+    """Makes the ranks' batch-norm statistics differ, as they do when a fit ends with a step of training."""
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        with torch.no_grad():
+            for buffer in pl_module.backbone.buffers():
+                buffer.add_(trainer.global_rank)
+
+
 class SaveWeights(Callback):
     """Writes the backbone's weights when a fit ends, gathered and seen from rank 0, to compare with."""
 

@@ -17,7 +17,7 @@ import lightning as L
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
 from torch import Tensor, nn
 
-from freemerge.checkpoints import Checkpoint, open_checkpoint, save_checkpoint
+from freemerge.checkpoints import Checkpoint, save_checkpoint
 from freemerge_callbacks._ranks import on_rank_zero
 
 _COMPILED = "_orig_mod."  # what `torch.compile` puts into the names of a module's tensors
@@ -131,9 +131,8 @@ def part_of(checkpoint: Checkpoint, part: str) -> Checkpoint:
     return checkpoint.renamed({n: plain[len(prefix) :] for n, plain in names.items() if plain.startswith(prefix)})
 
 
-def in_memory(model: Mapping[str, Tensor] | Path) -> dict[str, Tensor]:
+def in_memory(checkpoint: Checkpoint) -> dict[str, Tensor]:
     """A model's tensors by all their names, tied ones tied; of tensors in memory nothing is copied."""
-    checkpoint = open_checkpoint(model)
     tensors = {name: checkpoint.tensor(name) for name in checkpoint.names if name not in checkpoint.tied}
     return tensors | {name: tensors[first] for name, first in checkpoint.tied.items()}
 

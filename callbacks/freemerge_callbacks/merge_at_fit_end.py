@@ -109,13 +109,14 @@ class MergeAtFitEnd(FitEndCallback):
         self.merged_path: Path | None = None
         self.report: dict[str, Any] = {}
         self._found: list[Path] = []
+        self._best: Path | None = None
 
     @property
     def needs_hash(self) -> bool:
         return self.registry is not None or bool(base_hashes(self._found))
 
     def check_arguments(self, trainer: L.Trainer) -> None:
-        self.merged_path, self.report = None, {}
+        self.merged_path, self.report, self._best = None, {}, None
         self._check_output()
         compile_patterns(self.include, "include")
         compile_patterns(self.exclude, "exclude")
@@ -148,10 +149,12 @@ class MergeAtFitEnd(FitEndCallback):
     def _own(
         self, trainer: L.Trainer, module: L.LightningModule
     ) -> AbstractContextManager[Mapping[str, Tensor] | Path]:
-        """This fit's weights, on every rank."""
+        """This fit's weights as every rank that sees the files can have them."""
         best = self.best_path(trainer)
         if best is not None:
-            return nullcontext(part_of(best_state(best, self.backbone, "MergeAtFitEnd"), self.backbone))
+            on_rank_zero(trainer, lambda: bool(best_state(best, self.backbone, "MergeAtFitEnd")))
+            self._best = Path(best)
+            return nullcontext(self._best)
         file = self.output.with_name(f".{self.output.stem}.own.safetensors")  # hidden: no glob finds it
         return final_weights(trainer, module, self.backbone, "MergeAtFitEnd", file)
 
@@ -185,7 +188,7 @@ class MergeAtFitEnd(FitEndCallback):
         make_plan(base, models, self.include, self.exclude, parse_dtype(self.dtype))
 
     def _register(self, trainer: L.Trainer, own: Mapping[str, Tensor] | Path) -> str:
-        weights = in_memory(own)
+        weights = in_memory(self._open(own))
         record = self.task_record(trainer, self.registry.task, "weights", weights)
         self.registry.register(record, weights, self._replaces(trainer))
         if missing := self.registry.missing():
@@ -214,18 +217,17 @@ class MergeAtFitEnd(FitEndCallback):
         log_metrics(trainer, {"merge/models": count, "merge/seconds": self.report["seconds"]})
         rank_zero_info(f"MergeAtFitEnd: merged {count} models into {self.merged_path}")
 
-    def _open(self, models: Mapping[str, Path | Mapping[str, Tensor]]) -> dict[str, Checkpoint]:
-        """The models by label, this fit's among them."""
-        return {
-            label: open_finetuned(model) if isinstance(model, Path) else open_checkpoint(model, label=label)
-            for label, model in models.items()
-        }
+    def _open(self, model: Path | Mapping[str, Tensor]) -> Checkpoint:
+        """One of the models, this fit's among them."""
+        if model == self._best:
+            return part_of(best_state(str(model), self.backbone, "MergeAtFitEnd"), self.backbone)
+        return open_finetuned(model) if isinstance(model, Path) else open_checkpoint(model)
 
     def _write(self, models: Mapping[str, Path | Mapping[str, Tensor]], distributed: bool = False) -> None:
         merge(
             # A folder's configuration and tokenizer are found by its path.
             self.base.path if self.base.path.is_dir() else open_base(self.base.path),
-            self._open(models),
+            {label: self._open(model) for label, model in models.items()},
             self.method,
             include=self.include,
             exclude=self.exclude,
@@ -241,7 +243,7 @@ class MergeAtFitEnd(FitEndCallback):
         if self.output.is_dir():  # the merge has written it there
             record = json.loads((self.output / MARKER).read_text())
         else:
-            labelled = [model.with_label(label) for label, model in self._open(models).items()]
+            labelled = [self._open(model).with_label(label) for label, model in models.items()]
             plan = make_plan(open_base(self.base.path), labelled, self.include, self.exclude, parse_dtype(self.dtype))
             patterns = {"include": self.include, "exclude": self.exclude}
             record = make_record(plan, self.method, **patterns, hash_inputs=self.hash_inputs)

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from freemerge.checkpoints.checkpoint import TensorSpec
+from freemerge.checkpoints.checksums import add_up, write_sums
 from freemerge.checkpoints.errors import CheckpointError
 from freemerge.checkpoints.safetensors_files import (
     Layout,
@@ -71,6 +72,7 @@ class Draft:
         self._handles: dict[str, int] = {}
         self._lock_handle: int | None = None
         self._missing: dict[str, int] = {}  # values still to be written, of tensors that were begun
+        self._sums: dict[str, int] = {}  # of the bytes written so far, see `add_up`
         self._unnoted: list[str] = []
         self._unnoted_bytes = 0
         self._lock = threading.Lock()
@@ -122,11 +124,18 @@ class Draft:
             CheckpointError: what was written does not read back, or cannot be moved.
             ValueError: a tensor was not finished.
         """
-        if missing := sorted(self._file_of.keys() - self._noted()):
+        sums = self._noted()
+        if missing := sorted(self._file_of.keys() - sums.keys()):
             raise ValueError(f"{self.place}: the tensor '{missing[0]}' was not written")
         self.close_files()
         try:
             for file, specs in self._shards.items():
+                layout = self._layouts[file]
+                with (self.folder / file).open("r+b") as weights:
+                    weights.seek(layout.sums)
+                    weights.write(write_sums(sums[name] for name in layout.places))
+                    weights.flush()
+                    os.fsync(weights.fileno())
                 if SafetensorsFile(self.folder / file).specs != specs:
                     raise CheckpointError(f"{self.place}: what was written does not read back; is the disk full?")
             if files is None:
@@ -155,7 +164,7 @@ class Draft:
 
     def open(self) -> None:
         """Learn what is finished already."""
-        self.finished = self._noted()
+        self.finished = set(self._noted())
 
     def write(self, name: str, start: int, values: Tensor) -> None:
         """Write a run of a tensor's values; from any thread.
@@ -174,10 +183,13 @@ class Draft:
         if values.dtype != spec.dtype or start + values.numel() > total:
             raise ValueError(f"{self.place}: the tensor '{name}' is {spec}, got {values.numel()} × {values.dtype}")
         begin = self._layouts[self._file_of[name]].places[name][0] + start * spec.dtype.itemsize
+        data = tensor_bytes(values)
+        part = add_up(data, start * spec.dtype.itemsize)
         try:
-            if values.numel():
-                _write_at(self._handle(self._file_of[name]), memoryview(tensor_bytes(values)), begin)
+            if len(data):
+                _write_at(self._handle(self._file_of[name]), memoryview(data), begin)
             with self._lock:
+                self._sums[name] = self._sums.get(name, 0) + part
                 missing = self._missing.get(name, total) - values.numel()
                 self._missing[name] = missing
                 if missing < 0:
@@ -247,12 +259,13 @@ class Draft:
         except (OSError, ValueError):
             return None
 
-    def _noted(self) -> set[str]:
-        names: set[str] = set()
+    def _noted(self) -> dict[str, int]:
+        """The finished tensors and the sums of their bytes."""
+        sums: dict[str, int] = {}
         for path in self.folder.glob(f"{_DONE}*"):
             # A last line that a kill cut short does not count.
-            names.update(json.loads(line) for line in path.read_text().split("\n")[:-1])
-        return names
+            sums.update(json.loads(line) for line in path.read_text().split("\n")[:-1])
+        return sums
 
     def _note(self) -> None:
         with self._lock:
@@ -261,7 +274,7 @@ class Draft:
         for handle in handles:
             getattr(os, "fdatasync", os.fsync)(handle)
         with self._lock, (self.folder / f"{_DONE}{self._writer}").open("a") as file:
-            file.write("".join(f"{json.dumps(name)}\n" for name in names))
+            file.write("".join(f"{json.dumps([name, self._sums[name]])}\n" for name in names))
             file.flush()
             os.fsync(file.fileno())
 

@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 
 from freemerge.checkpoints.checkpoint import Checkpoint, TensorSpec
+from freemerge.checkpoints.checksums import KEY as SUMS
+from freemerge.checkpoints.checksums import add_up, read_sums, write_sums
 from freemerge.checkpoints.errors import CheckpointError
 from freemerge.checkpoints.index import Index
 from freemerge.checkpoints.reading import read_bytes
@@ -56,6 +58,7 @@ class SafetensorsFile:
         start = 8 + len(text)
         self._places = {name: (start + begin, start + stop) for name, (begin, stop) in header.places.items()}
         self.tied = self._read_tied()
+        self._sums = read_sums(self.metadata.get(SUMS, ""), self.specs)
 
     def _read_tied(self) -> dict[str, str]:
         """Left-out name → stored name, of tensors that share their memory.
@@ -90,12 +93,20 @@ class SafetensorsFile:
         """Read a tensor, or a run of its values as a 1-D tensor, into fresh memory.
 
         Raises:
-            CheckpointError: the file vanished or got shorter since it was opened.
+            CheckpointError: the file vanished or got shorter since it was opened; or, where the file has their sum, the
+                bytes of a whole tensor are not those that were written.
         """
         spec, (begin, stop) = self.specs[name], self._places[name]
         if run is not None:
             begin, stop = (begin + position * spec.dtype.itemsize for position in run)
         data = read_bytes(self.path, begin, stop, name)
+        if run is None and name in self._sums:
+            if add_up(data.numpy()) != self._sums[name]:
+                raise CheckpointError(
+                    f"{self.path}: the values of the tensor '{name}' are not those that were written (their sum is "
+                    "another); copy or download the file again"
+                )
+            self._sums.pop(name, None)  # once is enough
         return data.view(spec.dtype).view(spec.shape if run is None else -1)
 
 
@@ -151,18 +162,23 @@ def write_safetensors(
         ValueError: the stream does not match `specs`.
     """
     path = Path(path)
-    head = lay_out(path, specs, metadata, tied).head
+    layout = lay_out(path, specs, metadata, tied)
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
         with os.fdopen(handle, "wb") as file:
-            file.write(head)
+            file.write(layout.head)
+            sums = []
             for expected, (name, tensor) in zip(storage_order(specs), tensors, strict=True):
                 if name != expected or TensorSpec(tuple(tensor.shape), tensor.dtype) != specs[name]:
                     raise ValueError(f"{path}: expected the tensor '{expected}' {specs[expected]}, got '{name}'")
-                if tensor.numel():
-                    file.write(memoryview(tensor_bytes(tensor)))
+                data = tensor_bytes(tensor)
+                sums.append(add_up(data))
+                if len(data):
+                    file.write(memoryview(data))
+            file.seek(layout.sums)
+            file.write(write_sums(sums))
             file.flush()
             os.fsync(file.fileno())
         if SafetensorsFile(temporary).specs != dict(specs):
@@ -183,6 +199,7 @@ class Layout(NamedTuple):
 
     head: bytes  # what precedes the data
     places: dict[str, tuple[int, int]]  # name → its first byte in the file and the one after its last
+    sums: int  # where the sums of the tensors go, in the order of `places`; see `checksums.write_sums`
 
     @property
     def size(self) -> int:
@@ -203,6 +220,7 @@ def lay_out(
     """
     order = storage_order(specs)
     notes = _notes(specs, metadata or {}, tied or {})
+    notes[SUMS] = write_sums([0] * len(order)).decode()
     notes[DIGEST] = digest_table({name: specs[name] for name in order}, notes)
     header: dict[str, object] = {"__metadata__": notes}
     places = {}
@@ -217,7 +235,9 @@ def lay_out(
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # keeps the data aligned
     head = struct.pack("<Q", len(text)) + text
-    return Layout(head, {name: (len(head) + begin, len(head) + stop) for name, (begin, stop) in places.items()})
+    inside = {name: (len(head) + begin, len(head) + stop) for name, (begin, stop) in places.items()}
+    entry = json.dumps({SUMS: notes[SUMS]}, separators=(",", ":")).encode()[1:-1]
+    return Layout(head, inside, sums=head.index(entry) + len(SUMS) + len('"":"'))
 
 
 def make_public(path: str | os.PathLike[str], mode: int) -> None:

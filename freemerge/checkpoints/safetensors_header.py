@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 
 from freemerge.checkpoints.checkpoint import TensorSpec
+from freemerge.checkpoints.checksums import KEY as SUMS
 
 DTYPES = {
     "BOOL": torch.bool,
@@ -85,10 +86,10 @@ def digest_table(specs: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -
 
     Args:
         specs: of the tensors, in the order of the data.
-        metadata: the strings of the header; its own entry does not count.
+        metadata: the strings of the header; its own entry and the data's sums do not count.
     """
     entries = [[name, str(spec.dtype), list(spec.shape)] for name, spec in specs.items()]
-    notes = sorted((key, value) for key, value in metadata.items() if key != DIGEST)
+    notes = sorted((key, value) for key, value in metadata.items() if key not in (DIGEST, SUMS))
     return hashlib.sha256(json.dumps([entries, notes]).encode()).hexdigest()[:16]
 
 

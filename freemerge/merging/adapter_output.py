@@ -55,7 +55,7 @@ def write_adapter(
         path: the folder to write.
         base: the pretrained model.
         deltas: the merged task vector, tensor by tensor: name and float32 difference, each read once.
-        rank: of the factors.
+        rank: of the factors, at least 1.
         record: what `freemerge.json` says of the merge, see `make_record`.
         dtype: of the factors; None for float32. Tensors that are stored whole have it too, or else the base's.
         overwrite: replace a folder that freemerge wrote.
@@ -64,21 +64,25 @@ def write_adapter(
         The error of the truncation, which is in `freemerge.json` and the model card as well.
 
     Raises:
-        MergeError: the rank is not positive, or a tensor has changed that an adapter cannot change.
+        MergeError: a tensor has changed that an adapter cannot change.
         CheckpointError: the folder cannot be written.
     """
-    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-        raise MergeError(f"rank must be a positive number, got {rank!r}")
     stored: dict[str, Tensor] = {}
     layers: dict[str, Layer] = {}  # by module
     whole: dict[str, Tensor] = {}
     squares: dict[str, tuple[float, float]] = {}  # of what is lost, and of the difference
     for name, delta in deltas:
         square = float(delta.square().sum(dtype=torch.float64))
-        layer = find_layer(base, name)
         if square == 0:
             continue
+        if not math.isfinite(square):
+            raise MergeError(
+                f"{path}: the merged difference of the tensor '{name}' has values that are NaN or infinite"
+            )
+        layer = find_layer(base, name)
         if layer is None:
+            if delta.dim() > 1 and not name.endswith(".weight"):  # experts in one tensor, say: too much to keep whole
+                raise MergeError(_cannot_hold(path, name))
             whole[name] = delta.clone()
             squares[name] = (0.0, square)
             continue
@@ -147,9 +151,13 @@ def _place_whole(
             continue
         own = [other for other in base.names if other.startswith(f"{module}.")]
         if not module or module in layers or any("." in other[len(module) + 1 :] for other in own):
-            raise MergeError(
-                f"{path}: the tensor '{name}' has changed, and an adapter can hold neither factors of it nor the whole "
-                f"of its module; write output_format='model', or keep the base's: exclude=['{name}']"
-            )
+            raise MergeError(_cannot_hold(path, name))
         modules |= {other: value(other) for other in own}
     return biases, modules
+
+
+def _cannot_hold(path: Path, name: str) -> str:
+    return (
+        f"{path}: the tensor '{name}' has changed, and an adapter can hold neither factors of it nor the whole of its "
+        f"module; write output_format='model', or keep the base's: exclude=['{name}']"
+    )

@@ -248,6 +248,8 @@ def _check_format(output_format: str, rank: int | None, output: Path | None) -> 
             if rank is None
             else "rank is of an adapter; give output_format='lora' as well"
         )
+    if rank is not None and (not isinstance(rank, int) or rank < 1):
+        raise MergeError(f"rank must be a positive number, got {rank!r}")
     if output_format == "lora" and (output is None or output.suffix == ".safetensors"):
         raise MergeError("an adapter is a folder; give output= a path without the ending .safetensors")
 

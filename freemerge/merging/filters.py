@@ -4,7 +4,9 @@
 - Real input, real arithmetic: the real part of the inverse transform with an asymmetric mask M is the inverse with
   (M(k) + M(−k))/2, so half of the spectrum is enough.
 - The second transform is only taken of the lines whose gains vary. A line that is wholly kept or wholly removed needs
-  none, which is nearly all of a square matrix under `NyquistDisc(0.7)`.
+  none.
+- Where all but a few lines are kept, as in a square matrix under `NyquistDisc(0.7)`, these few are taken out one by one
+  and nothing else is transformed.
 - Filters are linear: G(Σ_k λ_k·v_k) = Σ_k λ_k·G(v_k).
 
 Notation: H × W the matrix; (k_y, k_x) a bin of its unshifted spectrum, 0 ≤ k_y < H, 0 ≤ k_x < W.
@@ -21,6 +23,9 @@ import torch
 from torch import Tensor
 
 from freemerge.merging.method import require, require_number
+
+_FEW_LINES = 24  # two thin matrix products are faster than two transforms up to about here
+_BLOCK = 1 << 16  # values transformed at a time: they fit in the cache
 
 
 class Filter(ABC):
@@ -49,9 +54,14 @@ class Filter(ABC):
         Returns:
             The real part of the filtered tensor, same shape and dtype, in new memory.
         """
-        if tensor.dim() < 2 or tensor.numel() == 0:
-            return tensor.clone()
-        return _apply(tensor.flatten(1), _plan(self, *tensor.flatten(1).shape)).reshape(tensor.shape)
+        return self.apply_(tensor.clone(memory_format=torch.contiguous_format))
+
+    def apply_(self, tensor: Tensor) -> Tensor:
+        """Filter a contiguous tensor in place, and return it; see `__call__`."""
+        if tensor.dim() > 1 and tensor.numel():
+            matrix = tensor.view(len(tensor), -1)
+            _filter_(matrix, _plan(self, *matrix.shape))
+        return tensor
 
 
 @dataclass(frozen=True)
@@ -156,6 +166,8 @@ class _Plan(NamedTuple):
     removed: Tensor  # indices of lines of gain 0
     varying: Tensor  # indices of lines that need the second transform
     gains: Tensor  # (len(varying), length of a line) float32
+    waves: Tensor | None  # (length of the axis, 2·L): cosines and negative sines of the L lines that are not kept
+    losses: Tensor | None  # (length of a line, L): what is to be taken from them, (1 − gain)·(weight of the line)
 
 
 @lru_cache(maxsize=4)  # a model has few shapes, and they come in turns
@@ -175,22 +187,67 @@ def _plan(filter_: Filter, height: int, width: int) -> _Plan:
         some = lines[start : start + step]
         # M(−k): the bin −k is (n − k) mod n.
         symmetric = (gain(some, bins) + gain((along - some) % along, (across - bins) % across)) / 2
-        zero, one = (symmetric == 0).all(1), (symmetric == 1).all(1)
-        varies = ~(zero | one)
+        zero = (symmetric == 0).all(1)
+        varies = ~(zero | (symmetric == 1).all(1))
         removed.append(start + zero.nonzero()[:, 0])
         varying.append(start + varies.nonzero()[:, 0])
         gains.append(symmetric[varies].float())
-    return _Plan(axis, torch.cat(removed), torch.cat(varying), torch.cat(gains))
+    plan = _Plan(axis, torch.cat(removed), torch.cat(varying), torch.cat(gains), None, None)
+    changed = torch.cat([plan.removed, plan.varying])
+    if not 0 < len(changed) <= _FEW_LINES:
+        return plan
+    angles = torch.arange(along, dtype=torch.float64)[:, None] * (2 * torch.pi / along) * changed
+    weights = torch.where((changed == 0) | (2 * changed == along), 1.0, 2.0) / along  # for itself and its mirror image
+    losses = torch.cat([torch.ones(len(plan.removed), across), 1 - plan.gains])
+    waves = torch.cat([angles.cos(), -angles.sin()], dim=1)
+    return plan._replace(waves=waves.float(), losses=(losses * weights[:, None]).T.float())
 
 
-def _apply(matrix: Tensor, plan: _Plan) -> Tensor:
-    """Filter an (H, W) float32 matrix."""
-    if len(plan.removed) == 0 and len(plan.varying) == 0:
-        return matrix.clone()
-    removed, varying, gains = (part.to(matrix.device) for part in plan[1:])
-    spectrum = torch.fft.rfft(matrix.T if plan.axis == 0 else matrix).T  # (lines, length of a line)
-    spectrum[removed] = 0
-    if len(varying):
-        spectrum[varying] = torch.fft.ifft(torch.fft.fft(spectrum[varying]).mul_(gains))
-    filtered = torch.fft.irfft(spectrum.T, n=matrix.shape[plan.axis])
-    return (filtered.T if plan.axis == 0 else filtered).contiguous()
+def _filter_(matrix: Tensor, plan: _Plan) -> None:
+    """Filter an (H, W) float32 matrix in place."""
+    if plan.waves is not None:
+        _take_lines(matrix.T if plan.axis == 0 else matrix, plan)
+    elif len(plan.removed) or len(plan.varying):
+        if plan.axis == 1 and matrix.is_contiguous():
+            _transform(matrix, plan)
+            return
+        rows = (matrix.T if plan.axis == 0 else matrix).contiguous()
+        _transform(rows, plan)
+        matrix.copy_(rows.T if plan.axis == 0 else rows)
+
+
+def _take_lines(rows: Tensor, plan: _Plan) -> None:
+    """Take a few lines of the spectrum out, each by its wave: two thin matrix products instead of two transforms."""
+    waves, losses = plan.waves.to(rows.device), plan.losses.to(rows.device)
+    parts = rows @ waves  # (length of a line, 2·L): real and imaginary parts
+    spectrum = torch.complex(*(part.contiguous() for part in parts.chunk(2, dim=1)))
+    spectrum = torch.fft.ifft(torch.fft.fft(spectrum, dim=0).mul_(losses), dim=0)
+    rows.addmm_(torch.cat([spectrum.real, spectrum.imag], dim=1), waves.T, alpha=-1)
+
+
+def _transform(rows: Tensor, plan: _Plan) -> None:
+    """Transform some rows at a time, and hold no more of the spectrum than comes back.
+
+    Args:
+        rows: (length of a line, length of the axis) float32, contiguous; overwritten.
+        plan: what to do.
+    """
+    length = rows.shape[1]
+    removed, varying, gains = (part.to(rows.device) for part in plan[1:4])
+    stays = torch.ones(length // 2 + 1, dtype=torch.bool).index_fill_(0, plan.removed, False).nonzero()[:, 0].tolist()
+    if not stays:
+        rows.zero_()
+        return
+    first, last = stays[0], stays[-1] + 1
+    held = rows.new_empty(len(rows), last - first, dtype=torch.complex64)
+    blocks = [slice(start, start + _BLOCK // length + 1) for start in range(0, len(rows), _BLOCK // length + 1)]
+    for block in blocks:
+        held[block] = torch.fft.rfft(rows[block])[:, first:last]
+    held[:, removed[(removed >= first) & (removed < last)] - first] = 0
+    if len(varying):  # some transforms of nothing are an error, those of length 1 for one
+        varied = held[:, varying - first].T.contiguous()  # (lines, length of a line)
+        held[:, varying - first] = torch.fft.ifft(torch.fft.fft(varied).mul_(gains)).T
+    for block in blocks:
+        spectrum = held.new_zeros(len(held[block]), length // 2 + 1)
+        spectrum[:, first:last] = held[block]
+        rows[block] = torch.fft.irfft(spectrum, n=length)

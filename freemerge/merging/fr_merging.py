@@ -91,12 +91,12 @@ class FRMerging(MergeMethod):
         return weighted_sum(deltas, weights)
 
     def finish(self, name: str, merged: Tensor) -> Tensor:
-        return self.filter(merged)
+        return self.filter.apply_(merged)
 
     def _filter(self, delta: Tensor) -> tuple[float, float]:
         """Filter one vector in place; E|v| and E|G(v)|."""
         before = _magnitude(delta)
-        delta.copy_(self.filter(delta))
+        self.filter.apply_(delta)
         return before, _magnitude(delta)
 
 
@@ -118,5 +118,5 @@ def alignment(after: Tensor, before: Tensor) -> Tensor:
 
 
 def _magnitude(delta: Tensor) -> float:
-    """E|v|, in float64."""
-    return float(delta.abs().mean(dtype=torch.float64))
+    """E|v|."""
+    return float(torch.linalg.vector_norm(delta, 1)) / max(delta.numel(), 1)

@@ -125,7 +125,7 @@ class PCBMerging(MergeMethod):
     def _filtered(self, deltas: Tensor) -> Tensor:
         """(K, *shape) → (K, n), through the filter if there is one, which works in place."""
         if self.filter is not None:
-            each(lambda delta: delta.copy_(self.filter(delta)), list(deltas))
+            each(self.filter.apply_, list(deltas))
         return flat(deltas)
 
     def _scores(self, values: Tensor, low: Tensor, high: Tensor) -> Tensor:

@@ -1,9 +1,11 @@
 """Damaged files: each is one line that names the file, and none becomes another model in silence."""
 
 import contextlib
+import itertools
 import json
 import struct
 
+import numpy as np
 import pytest
 import safetensors
 import safetensors.torch
@@ -12,7 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from freemerge.checkpoints import CheckpointError, load_checkpoint, open_checkpoint, save_checkpoint
+from freemerge.checkpoints.checksums import add_up
 from freemerge.checkpoints.safetensors_header import DTYPES, parse_header
+from freemerge.merging import WeightAverage, merge
 
 TENSORS = {
     "layer.weight": torch.arange(6.0).view(2, 3),
@@ -78,6 +82,44 @@ def test_damage_to_the_head_of_other_files_is_seen_or_changes_words_only(tmp_pat
                 stop - begin for begin, stop in header.places.values()
             ]
     assert seen > 1000
+
+
+def test_a_flipped_bit_in_the_values_is_seen(tmp_path):
+    """Every bit of our own files, and never by chance in an undamaged one."""
+    path = tmp_path / "m.safetensors"
+    save_checkpoint(path, TENSORS)
+    data, start = path.read_bytes(), header_of(path)
+    assert set(load_checkpoint(path)) == set(TENSORS)
+    for position in range(start, len(data)):
+        for bit in range(8):
+            path.write_bytes(data[:position] + bytes([data[position] ^ (1 << bit)]) + data[position + 1 :])
+            with pytest.raises(
+                CheckpointError, match=r"m\.safetensors: the values of the tensor '.*' are not those"
+            ) as error:
+                load_checkpoint(path)
+            assert "\n" not in str(error.value)
+
+
+def test_a_merge_of_damaged_values_writes_nothing(tmp_path):
+    save_checkpoint(tmp_path / "base.safetensors", {"w": torch.zeros(9, 9)})
+    save_checkpoint(tmp_path / "tuned.safetensors", {"w": torch.ones(9, 9)})
+    data = bytearray((tmp_path / "tuned.safetensors").read_bytes())
+    data[-1] ^= 1
+    (tmp_path / "tuned.safetensors").write_bytes(data)
+    with pytest.raises(CheckpointError, match=r"tuned\.safetensors: the values of the tensor 'w' are not those"):
+        merge(tmp_path / "base.safetensors", [tmp_path / "tuned.safetensors"], WeightAverage(), output=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@given(content=st.binary(max_size=40), cuts=st.lists(st.integers(0, 40)))
+def test_sums_of_runs_add_up(content, cuts):
+    padded = content + bytes(-len(content) % 8)
+    expected = sum(int.from_bytes(padded[i : i + 8], "little") for i in range(0, len(padded), 8)) % 2**64
+    data = np.frombuffer(content, dtype=np.uint8)
+    assert add_up(data) == expected
+    edges = sorted({0, len(content), *(min(cut, len(content)) for cut in cuts)})
+    parts = [add_up(data[low:high], low) for low, high in itertools.pairwise(edges)]
+    assert sum(parts) % 2**64 == expected
 
 
 @settings(max_examples=200, deadline=None)

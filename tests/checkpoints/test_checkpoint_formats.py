@@ -138,6 +138,7 @@ def test_ties_are_seen_and_survive_a_file(tmp_path):
         assert sorted(file.keys()) == ["k", "q", "transposed", "wte"]
         metadata = dict(file.metadata())
         assert len(metadata.pop("freemerge.table")) == 16
+        assert len(metadata.pop("freemerge.sums")) == 4 * 16
         assert metadata == {"note": "wte", "head": "wte", "format": "pt", "freemerge.tied": "head"}
     loaded = load_checkpoint(tmp_path / "t.safetensors")
     assert all(torch.equal(loaded[name], state[name]) for name in state)
@@ -173,7 +174,7 @@ def test_a_loaded_checkpoint_owns_its_memory(tmp_path):
 
 def test_only_what_is_read_is_opened(tmp_path, tensors):
     """Opening reads the header alone: the data may even be garbage."""
-    path = write(tmp_path, tensors, "ours")
+    path = write(tmp_path, tensors, "safetensors")
     size = path.stat().st_size
     header = 8 + struct.unpack("<Q", path.read_bytes()[:8])[0]
     path.write_bytes(path.read_bytes()[:header] + b"\xff" * (size - header))

@@ -143,17 +143,8 @@ def owners(folder: Path) -> list[str]:
 
 def test_two_processes_search_together_and_one_brings_it_to_its_end(run: Path, tmp_path, capsys) -> None:
     """About 20 s: the other process imports everything anew."""
-    options = [
-        "tune",
-        "--config",
-        TINY,
-        "--run.folder",
-        str(tmp_path),
-        "--tune.models",
-        str(run),
-        "--tune.trials",
-        "60",
-    ]
+    options = ["tune", "--config", TINY, "--run.folder", str(tmp_path), "--tune.models", str(run)]
+    options += ["--tune.trials", "24", "--data", "tests.tiny.SlowSuite"]
     command = [sys.executable, "-m", "freemerge", *options, "--tune.part", "search"]
     other = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while other.poll() is None and not owners(tmp_path / "tune" / "fr"):
@@ -162,7 +153,7 @@ def test_two_processes_search_together_and_one_brings_it_to_its_end(run: Path, t
     out, error = other.communicate(timeout=60)
     assert (other.returncode, out, error) == (0, "", "")
     assert "FR as configured" in capsys.readouterr().out
-    assert len(report(tmp_path / "tune" / "fr")["search"]["FR"]) == 30
+    assert len(report(tmp_path / "tune" / "fr")["search"]["FR"]) == 24
     assert len(set(owners(tmp_path / "tune" / "fr"))) == 2
 
 

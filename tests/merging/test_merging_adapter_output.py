@@ -9,6 +9,7 @@ import transformers
 from peft import LoraConfig, PeftModel
 
 from freemerge.checkpoints import CheckpointError, load_checkpoint, open_checkpoint, save_checkpoint
+from freemerge.checkpoints.adapters.layers import Layer, find_layer
 from freemerge.cli.merge import build_parser, run
 from freemerge.merging import FRMerging, Gaussian, MergeError, TaskArithmetic, Ties, WeightAverage, merge
 from tests.merging.test_merging_peft import Vision, bert, gpt2, llama, write
@@ -138,8 +139,12 @@ def test_what_an_adapter_cannot_hold(tmp_path):
     with pytest.raises(MergeError, match=r"'model\.embed_tokens\.weight' is input and output embedding at once"):
         merge(base, [model], WeightAverage(), **arguments)
     merge(base, [model], WeightAverage(), exclude=["*embed_tokens*"], **arguments)
-    for name in ("scale", "layers.gate"):
-        plain = {"layers.0.weight": torch.zeros(3, 3), name: torch.zeros(3)}
+    for name, value in (
+        ("scale", torch.zeros(3)),
+        ("layers.gate", torch.zeros(3)),
+        ("experts.up", torch.zeros(2, 3, 3)),
+    ):
+        plain = {"layers.0.weight": torch.zeros(3, 3), name: value}
         with pytest.raises(MergeError, match=rf"'{name}' has changed, and an adapter can hold neither factors"):
             merge(
                 plain,
@@ -193,3 +198,34 @@ def test_the_command_says_what_is_lost(tmp_path, capsys):
     ]
     assert run(build_parser().parse_args(arguments)) == 0
     assert ", a LoRA adapter of rank 2 that loses " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("tensors", "expected"),
+    [
+        ({"embed_tokens.weight": (9, 4)}, Layer.EMBEDDING),
+        ({"wpe.weight": (9, 4)}, Layer.EMBEDDING),
+        ({"block.relative_attention_bias.weight": (9, 4)}, Layer.EMBEDDING),
+        ({"embed_out.weight": (9, 4)}, Layer.LINEAR),
+        ({"lm_head.weight": (9, 4)}, Layer.LINEAR),
+        ({"time_embed.weight": (4, 4), "time_embed.bias": (4,)}, Layer.LINEAR),
+        ({"h.c_fc.weight": (4, 9), "h.c_fc.bias": (9,)}, Layer.TURNED),
+        ({"h.c_fc.weight": (9, 4), "h.c_fc.bias": (9,)}, Layer.LINEAR),
+        (
+            {"h.c_proj.weight": (4, 4), "h.c_proj.bias": (4,), "h.c_fc.weight": (4, 9), "h.c_fc.bias": (9,)},
+            Layer.TURNED,
+        ),
+        (
+            {"h.c_proj.weight": (4, 4), "h.c_proj.bias": (4,), "h.c_fc.weight": (9, 4), "h.c_fc.bias": (9,)},
+            Layer.LINEAR,
+        ),
+        ({"conv.weight": (8, 3, 2, 2)}, Layer.CONVOLUTION),
+        ({"depthwise.weight": (8, 1, 3, 3)}, None),
+        ({"norm.weight": (8,)}, None),
+        ({"weight": (8, 8)}, None),
+        ({"experts.up": (8, 8)}, None),
+    ],
+)
+def test_kinds_of_layers(tensors, expected):
+    base = open_checkpoint({name: torch.zeros(shape) for name, shape in tensors.items()})
+    assert find_layer(base, next(iter(tensors))) is expected

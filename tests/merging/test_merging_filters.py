@@ -88,3 +88,16 @@ def test_wrong_parameters():
     for build in (lambda: Butterworth(0.0), lambda: Gaussian(-0.1), lambda: Butterworth(0.1, 0), lambda: HighPass("x")):
         with pytest.raises(ValueError, match=r"`(cutoff|order)` must"):
             build()
+
+
+@pytest.mark.parametrize("shape", [(1, 80), (80, 1), (1, 5, 16), (1, 1), (1, 1, 16), (2, 80)])
+@pytest.mark.parametrize("filter_", [NyquistDisc(), NyquistDisc(0.3), HighPass(0.2), Gaussian(0.1)], ids=repr)
+def test_a_matrix_of_one_row_is_filtered_as_any_other(filter_, shape):
+    """Position embeddings and class tokens of vision transformers are such; here against plain complex transforms."""
+    tensor = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    matrix = tensor.flatten(1).double()
+    height, width = matrix.shape
+    rows, columns = torch.arange(height).double()[:, None], torch.arange(width).double()[None, :]
+    gain = filter_.gain(rows, columns, height, width)
+    expected = torch.fft.ifft2(torch.fft.fft2(matrix) * gain).real.reshape(shape)
+    torch.testing.assert_close(filter_(tensor).double(), expected, rtol=1e-5, atol=1e-5)

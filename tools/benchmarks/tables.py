@@ -33,7 +33,7 @@ class Results:
         from rich.console import Console
         from rich.table import Table
 
-        table = Table(title=self.title, title_justify="left", title_style="bold", header_style="")
+        table = Table(header_style="")
         for index, column in enumerate(self.columns):
             table.add_column(column, justify="right" if index else "left", no_wrap=not index)
         styles = {YES: "green", NO: "bold red"}
@@ -41,6 +41,7 @@ class Results:
             table.add_row(*(f"[{styles[cell]}]{cell}[/]" if cell in styles else cell for cell in row))
         width = 2 + sum(3 + max(len(row[i]) for row in [self.columns, *self.rows]) for i in range(len(self.columns)))
         console = Console(width=max(width, len(self.title) + 2), highlight=False)
+        console.print(self.title, style="bold")
         console.print(table)
         for note in self.notes:
             console.print(note, style="dim", soft_wrap=True)

@@ -7,7 +7,8 @@ from enum import Enum
 
 from freemerge.checkpoints.checkpoint import Checkpoint
 
-_EMBEDDING = re.compile(r"(?:.*\.)?(?:\w*emb\w*|w[tp]e|shared)")
+# Output embeddings are linear layers.
+_EMBEDDING = re.compile(r"(?:.*\.)?(?!embed_out|output_emb)(?:\w*emb\w*|w[tp]e|shared|relative_attention_bias)")
 # The layers of GPT-2 and its kin that hold their weight as (inputs, outputs); they always have a bias.
 _TURNED = re.compile(r"(?:.*\.)?(?:c_attn|c_proj|c_fc|q_attn)")
 
