@@ -288,6 +288,7 @@ class Benchmark:
         """Average accuracy against bytes per task."""
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
+        from matplotlib.ticker import LogLocator, NullFormatter
 
         groups: dict[str, list[tuple[float, float]]] = {}
         for name, row in self.rows.items():
@@ -305,6 +306,9 @@ class Benchmark:
             axes.axhline(100 * sum(scores) / len(scores), color="0.4", linestyle=style, linewidth=1, label=name)
         axes.axvline(1.0, color="0.8", linewidth=1)
         axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set_xlabel("bytes of a task's file, in % of one backbone")
         axes.set_ylabel("mean test accuracy (%), oracle routing")
         axes.spines[["top", "right"]].set_visible(False)
