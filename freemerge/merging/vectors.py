@@ -58,11 +58,6 @@ class Vectors:
         self._piece = piece
 
     @property
-    def cuts(self) -> bool:
-        """Whether a piece can be read without the rest of its tensor."""
-        return self._read_piece is not None
-
-    @property
     def numel(self) -> int:
         """D, the number of merged parameters of one model."""
         return sum(shape.numel() for shape in self.shapes.values())
