@@ -151,8 +151,8 @@ def make_brackets(sample: Tensor, ranks: Sequence[int], total: int) -> list[list
         row_brackets = []
         for rank in ranks:
             share = (rank + 0.5) / total
-            # Eight standard deviations of an independent sample: neighbours in a weight are alike, so it is not one.
-            margin = 8 * (size * share * (1 - share)) ** 0.5 + 8
+            # Six standard deviations of an independent sample: neighbours in a weight are alike, so it is not one.
+            margin = 6 * (size * share * (1 - share)) ** 0.5 + 8
             first, last = int(share * size - margin), int(share * size + margin) + 1
             low = row[first] if first >= 0 and size else -np.inf
             high = row[last] if last < size else np.inf

@@ -3,33 +3,37 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from freemerge.merging.method import MergeMethod, require, require_number, weighted_sum
-from freemerge.merging.ranks import tensor_order_statistics
-from freemerge.merging.vectors import flat
+from freemerge.merging.method import MergeMethod, require, require_number, require_scope, weighted_sum
+from freemerge.merging.ranks import order_statistics, tensor_order_statistics
+from freemerge.merging.threads import each
+from freemerge.merging.vectors import Vectors, flat
 
 
 @dataclass(frozen=True)
 class Breadcrumbs(MergeMethod):
-    """τ = Σ_k λ_k · m_k ⊙ v_k, where m_k removes both tails of the magnitudes of each tensor. One pass.
+    """τ = Σ_k λ_k · m_k ⊙ v_k, where m_k removes both tails of the magnitudes.
 
-    Of the n entries of a tensor the ⌊bottom·n⌋ smallest and the ⌊top·n⌋ largest magnitudes are set to zero (equals of
-    the last one kept stay). The defaults are the paper's β = 85 %, γ = 99.3 %, α = 0.3.
+    Of n entries the ⌊bottom·n⌋ smallest and the ⌊top·n⌋ largest magnitudes are set to zero (equals of
+    the last one kept stay). The defaults are the paper's β = 85 %, γ = 99.3 %, α = 0.3. One pass with scope "tensor",
+    two with "model".
 
     Args:
         bottom: fraction of the smallest entries to remove, in [0, 1).
         top: fraction of the largest entries to remove, in [0, 1 − bottom).
         scale: λ, one number for all models or one per model.
+        scope: over what the fractions count: each "tensor" by itself, as in the paper, or the whole "model".
     """
 
-    survey_fields: ClassVar = ()
+    survey_fields: ClassVar = ("bottom", "top", "scope")
 
     bottom: float = 0.85
     top: float = 0.007
     scale: float | list[float] = 0.3
+    scope: Literal["model", "tensor"] = "tensor"
 
     def __post_init__(self) -> None:
         for name in ("bottom", "top", "scale"):
@@ -39,14 +43,44 @@ class Breadcrumbs(MergeMethod):
             0 <= self.top < 1 - self.bottom, self, f"`top` must lie in [0, {1 - self.bottom:g}), as `bottom` is "
             f"{self.bottom}; got {self.top}"
         )  # fmt: skip
+        require_scope(self, self.scope)
 
-    def combine(self, name: str, deltas: Tensor, statistics: Any) -> Tensor:
+    @property
+    def elementwise(self) -> bool:
+        return self.scope == "model"
+
+    @property
+    def passes(self) -> int:
+        return 2 if self.scope == "model" else 1
+
+    def survey(self, vectors: Vectors) -> Tensor | None:
+        """The least and the greatest magnitude that each model keeps, (K, 2) float32; None with scope "tensor"."""
+        if self.scope == "tensor" or vectors.numel == 0:
+            return None
+        shape = (len(vectors.labels), vectors.numel)
+
+        def scan(see):
+            vectors.scan(lambda deltas: see(deltas.abs_()))
+
+        return order_statistics(scan, self._ranks(vectors.numel), shape, vectors.sample().abs_(), vectors.gather)
+
+    def combine(self, name: str, deltas: Tensor, statistics: Tensor | None) -> Tensor:
         values = flat(deltas)
         total = values.shape[1]
         if total:
-            magnitudes = values.abs()
-            first = int(total * self.bottom)
-            ranks = [first, max(total - 1 - int(total * self.top), first)]
-            bounds = tensor_order_statistics(magnitudes, ranks)
-            values.masked_fill_((magnitudes < bounds[:, :1]) | (magnitudes > bounds[:, 1:]), 0.0)
+            bounds = [None] * len(values) if statistics is None else statistics
+            each(lambda index: self._trim(values[index], bounds[index]), range(len(values)))
         return weighted_sum(values, self.scale).reshape(deltas.shape[1:])
+
+    def _ranks(self, total: int) -> list[int]:
+        """Zero-based ascending ranks of the least and the greatest of the magnitudes that are kept."""
+        first = int(total * self.bottom)
+        return [first, max(total - 1 - int(total * self.top), first)]
+
+    def _trim(self, row: Tensor, bounds: Tensor | None) -> None:
+        """Remove the tails of one model's entries, (n,), in place; the bounds, (2,), are its own if not given."""
+        magnitudes = row.abs()
+        if bounds is None:
+            bounds = tensor_order_statistics(magnitudes[None], self._ranks(len(row)))[0]
+        low, high = bounds.tolist()
+        row.masked_fill_((magnitudes < low) | (magnitudes > high), 0.0)

@@ -6,7 +6,7 @@ at: what is left of a merge is one pass of `combine` over tensors that are there
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from freemerge.checkpoints.opening import Source
 from freemerge.merging.method import MergeMethod
 from freemerge.merging.plan import make_plan
 from freemerge.merging.streaming import Piece
+from freemerge.merging.threads import run
 from freemerge.merging.vectors import Vectors, add
 
 
@@ -76,9 +77,15 @@ class Candidates:
         """
         method.check(self.labels)
         statistics = self._survey(method)
-        merged = {
-            name: add(self._base[name], method.combine(name, deltas, statistics)) for name, deltas in self._vectors
-        }
+        merged: dict[str, Tensor] = {}
+
+        def work(names: Iterator[str]) -> None:
+            for name in names:
+                merged[name] = add(self._base[name], method.combine(name, self._vectors.read(name), statistics))
+
+        # By the threads that merge, so that the results are the same to the last bit.
+        sizes = {name: shape.numel() for name, shape in self._vectors.shapes.items()}
+        run(work, sizes, cost=sizes.__getitem__, budget=max(sizes.values(), default=0))
         return {name: merged.get(self._plan.tied.get(name, name), self._base[name]) for name in self._plan.base.names}
 
     def _survey(self, method: MergeMethod) -> Any:

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from freemerge.merging.method import require, require_number
+from freemerge.merging.threads import scratch
 
 _FEW_LINES = 24  # two thin matrix products are faster than two transforms up to about here
 _BLOCK = 1 << 16  # values transformed at a time: they fit in the cache
@@ -182,7 +183,7 @@ def _plan(filter_: Filter, height: int, width: int) -> _Plan:
         return filter_.gain(rows, columns, height, width)
 
     removed, varying, gains = [], [], []
-    step = max(1, (1 << 20) // across)  # bounds the float64 temporaries
+    step = max(1, (1 << 17) // across)  # bounds the float64 temporaries
     for start in range(0, len(lines), step):
         some = lines[start : start + step]
         # M(−k): the bin −k is (n − k) mod n.
@@ -211,7 +212,8 @@ def _filter_(matrix: Tensor, plan: _Plan) -> None:
         if plan.axis == 1 and matrix.is_contiguous():
             _transform(matrix, plan)
             return
-        rows = (matrix.T if plan.axis == 0 else matrix).contiguous()
+        lines = matrix.T if plan.axis == 0 else matrix
+        rows = scratch("filter rows", lines.shape, lines.dtype, lines.device).copy_(lines)
         _transform(rows, plan)
         matrix.copy_(rows.T if plan.axis == 0 else rows)
 
@@ -239,14 +241,16 @@ def _transform(rows: Tensor, plan: _Plan) -> None:
         rows.zero_()
         return
     first, last = stays[0], stays[-1] + 1
-    held = rows.new_empty(len(rows), last - first, dtype=torch.complex64)
+    held = scratch("filter spectrum", (len(rows), last - first), torch.complex64, rows.device)
     blocks = [slice(start, start + _BLOCK // length + 1) for start in range(0, len(rows), _BLOCK // length + 1)]
     for block in blocks:
         held[block] = torch.fft.rfft(rows[block])[:, first:last]
     held[:, removed[(removed >= first) & (removed < last)] - first] = 0
-    if len(varying):  # some transforms of nothing are an error, those of length 1 for one
-        varied = held[:, varying - first].T.contiguous()  # (lines, length of a line)
-        held[:, varying - first] = torch.fft.ifft(torch.fft.fft(varied).mul_(gains)).T
+    step = max(1, _BLOCK // len(rows))
+    for lines, factors in zip((varying - first).split(step), gains.split(step), strict=True):
+        if len(lines):  # some transforms of nothing are an error, those of length 1 for one
+            varied = held[:, lines].T.contiguous()  # (lines, length of a line)
+            held[:, lines] = torch.fft.ifft(torch.fft.fft(varied).mul_(factors)).T
     for block in blocks:
         spectrum = held.new_zeros(len(held[block]), length // 2 + 1)
         spectrum[:, first:last] = held[block]

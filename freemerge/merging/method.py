@@ -173,3 +173,8 @@ def require_number(method: object, name: str, value: object) -> None:
     numbers = all(isinstance(number, (int, float)) and not isinstance(number, bool) for number in values)
     finite = numbers and bool(torch.isfinite(torch.tensor(values, dtype=torch.float64)).all())
     require(finite and len(values) > 0, method, f"`{name}` must be a finite number, got {value!r}")
+
+
+def require_scope(method: object, scope: object) -> None:
+    """Require the name of what fractions of the entries count over."""
+    require(scope in ("model", "tensor"), method, f'`scope` must be "model" or "tensor", got {scope!r}')

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from freemerge.merging.filters import Filter
-from freemerge.merging.method import MergeMethod, require, require_number, weighted_sum
-from freemerge.merging.ranks import order_statistics
+from freemerge.merging.method import MergeMethod, require, require_number, require_scope, weighted_sum
+from freemerge.merging.ranks import Gather, Scan, order_statistics
 from freemerge.merging.threads import each
-from freemerge.merging.vectors import Vectors, flat
+from freemerge.merging.vectors import COLUMNS, Vectors, flat
+
+_LINEAR = np.float32(3e-4)  # x − tanh x ≈ x³/3 is less than half a unit in the last place of a float32
 
 
 class PCBStatistics(NamedTuple):
@@ -29,7 +33,7 @@ class PCBMerging(MergeMethod):
     """Weigh each entry of each task vector by its importance within its task and its agreement with the others.
 
     With K models of D merged parameters and rank(q) the ascending order statistic at index ⌊D·q⌋, all of it over the
-    whole model, never per tensor:
+    whole model:
 
     1. m_k = |v_k| clamped to its order statistics at ⌊D·clip⌋ and ⌊D·(1 − clip) − 1⌋; c_k = sign(v_k)·m_k.
     2. score_k = exp(K·n_k²) · inter_k, where n_k = (m_k − min m_k)/(max m_k − min m_k).
@@ -40,7 +44,7 @@ class PCBMerging(MergeMethod):
     above zero (the formulas divide zero by zero there).
 
     Three passes: one for the clamp, one for the scores, one to merge. With a filter five, as no sample brackets the
-    ranks.
+    ranks. With scope "tensor" one.
 
     Args:
         ratio: fraction of each task vector's entries that take part, in (0, 1].
@@ -50,15 +54,18 @@ class PCBMerging(MergeMethod):
             tanh(s_k·Σ_j s_j) with s = sign(v)·n, the released vision code. "pairwise": Σ_j tanh(s_k·s_j), the
             released evolutionary search.
         filter: a high-pass filter for the task vectors' matrices, before anything else (FR-Merging with balancing).
+        scope: over what ranks, minima and maxima are taken: the whole "model", as the authors do, or each "tensor" by
+            itself.
     """
 
-    survey_fields: ClassVar = ("ratio", "clip", "inter", "filter")
+    survey_fields: ClassVar = ("ratio", "clip", "inter", "filter", "scope")
 
     ratio: float = 0.1
     scale: float | list[float] = 1.0
     clip: float = 1e-4
     inter: Literal["sum", "normalized", "pairwise"] = "sum"
     filter: Filter | None = None
+    scope: Literal["model", "tensor"] = "model"
 
     def __post_init__(self) -> None:
         for name in ("ratio", "scale", "clip"):
@@ -72,45 +79,66 @@ class PCBMerging(MergeMethod):
         )
         valid = self.filter is None or isinstance(self.filter, Filter)
         require(valid, self, f"`filter` must be a Filter or None, got {self.filter!r}")
+        require_scope(self, self.scope)
 
     @property
     def elementwise(self) -> bool:
-        return self.filter is None
+        return self.filter is None and self.scope == "model"
 
     @property
     def passes(self) -> int:
+        if self.scope == "tensor":
+            return 1
         return 3 if self.filter is None else 5
 
     def survey(self, vectors: Vectors) -> PCBStatistics | None:
-        """Find the clamp of the magnitudes and the range of the scores that take part, exactly."""
-        total = vectors.numel
-        if total == 0:
+        """Find the clamp of the magnitudes and the range of the scores that take part; None with scope "tensor"."""
+        if self.scope == "tensor" or vectors.numel == 0:
             return None
-
         if self.filter is not None:
             vectors = vectors.through(lambda name, deltas: self._filtered(deltas))
-        sample = vectors.sample()  # empty with a filter: filtered vectors would cost the transforms of a whole pass
-        shape = (len(vectors.labels), total)
-
-        def magnitudes(see):
-            vectors.scan(lambda deltas: see(deltas.abs_()))
-
-        def scores(see):
-            vectors.scan(lambda deltas: see(self._scores(deltas, low, high)))
-
-        first = int(total * self.clip)
-        last = max(int(total * (1 - self.clip) - 1), first)
-        bounds = order_statistics(magnitudes, [first, last], shape, sample.abs(), vectors.gather)
-        low, high = bounds[:, :1], bounds[:, 1:]
-        ranks = [min(int(total * (1 - self.ratio)), total - 1), total - 1]
-        range_ = order_statistics(scores, ranks, shape, self._scores(sample, low, high), vectors.gather)
-        return PCBStatistics(low, high, range_[:, :1], range_[:, 1:])
+        # The sample is empty with a filter: filtered vectors would cost the transforms of a whole pass.
+        return self._statistics(vectors.scan, vectors.sample(), vectors.numel, vectors.gather)
 
     def combine(self, name: str, deltas: Tensor, statistics: PCBStatistics | None) -> Tensor:
-        if statistics is None:
-            return deltas[0].clone()
-        low, high, threshold, maximum = (bound.to(deltas.device) for bound in statistics)
         values = self._filtered(deltas)
+        total = values.shape[1]
+        if total == 0:
+            return deltas[0].clone()
+        blocks = values.split(COLUMNS, dim=1)
+        if statistics is None:
+            stride = max(37, total >> 15 | 1)  # odd, so that it visits all columns of most weights
+
+            def scan(see: Callable[[Tensor], None]) -> None:
+                for block in blocks:
+                    see(block.clone())
+
+            statistics = self._statistics(scan, values[:, ::stride].contiguous(), total)
+        statistics = PCBStatistics(*(bound.to(deltas.device) for bound in statistics))
+        return torch.cat([self._balanced(block, statistics) for block in blocks]).reshape(deltas.shape[1:])
+
+    def _statistics(
+        self, scan: Scan, sample: Tensor, total: int, gather: Gather = lambda value: [value]
+    ) -> PCBStatistics:
+        """What is to be known of `total` entries of each task vector; see `order_statistics` for the arguments."""
+        first = int(total * self.clip)
+        clamp = [first, max(int(total * (1 - self.clip) - 1), first)]
+        take = [min(int(total * (1 - self.ratio)), total - 1), total - 1]
+        shape = (len(sample), total)
+
+        def magnitudes(see: Callable[[Tensor], None]) -> None:
+            scan(lambda deltas: see(deltas.abs_()))
+
+        def scores(see: Callable[[Tensor], None]) -> None:
+            scan(lambda deltas: see(self._scores(deltas, low, high)))
+
+        low, high = order_statistics(magnitudes, clamp, shape, sample.abs(), gather).split(1, dim=1)
+        range_ = order_statistics(scores, take, shape, self._scores(sample, low, high), gather)
+        return PCBStatistics(low, high, *range_.split(1, dim=1))
+
+    def _balanced(self, values: Tensor, statistics: PCBStatistics) -> Tensor:
+        """Σ_k λ_k·c_k·w_k / Σ_k w_k: (K, n) → (n,)."""
+        low, high, threshold, maximum = statistics
         scores = self._scores(values, low, high)
         spread = maximum - threshold
         level = (spread <= 0) & (scores >= threshold) & (scores > 0) if bool((spread <= 0).any()) else None
@@ -118,9 +146,8 @@ class PCBMerging(MergeMethod):
         if level is not None:
             weights.masked_fill_(level, 1.0)
         total = weights.sum(0).clamp_(min=1e-12)
-        clamped = torch.sign(values).mul_(values.abs_().clamp_(low, high))
-        merged = weighted_sum(clamped.mul_(weights), self.scale).div_(total)
-        return merged.reshape(deltas.shape[1:])
+        clamped = _clamped(values, low, high).mul_(values.sign_())
+        return weighted_sum(clamped.mul_(weights), self.scale).div_(total)
 
     def _filtered(self, deltas: Tensor) -> Tensor:
         """(K, *shape) → (K, n), through the filter if there is one, which works in place."""
@@ -132,11 +159,31 @@ class PCBMerging(MergeMethod):
         """(K, n) task vectors and (K, 1) bounds → (K, n) scores."""
         low, high = low.to(values.device), high.to(values.device)
         spread = high - low
-        normalized = values.abs().clamp_(low, high).sub_(low).div_(torch.where(spread > 0, spread, 1.0))
-        intra = normalized.square().mul_(len(values)).exp_()
-        if self.inter == "sum":
-            return intra.mul_((values * values.sum(0)).tanh_())
-        signed = normalized.mul_(values.sign())
-        if self.inter == "normalized":
-            return intra.mul_((signed * signed.sum(0)).tanh_())
-        return intra.mul_(torch.stack([(signed * row).tanh_().sum(0) for row in signed]))
+        agreement = _tanh_(values * values.sum(0)) if self.inter == "sum" else None
+        normalized = _clamped(values, low, high).sub_(low).div_(torch.where(spread > 0, spread, 1.0))
+        if agreement is None:
+            signed = values.sign().mul_(normalized)
+            if self.inter == "normalized":
+                agreement = signed.mul_(signed.sum(0)).tanh_()
+            else:
+                agreement = torch.stack([(signed * row).tanh_().sum(0) for row in signed])
+        return normalized.square_().mul_(len(values)).exp_().mul_(agreement)
+
+
+def _clamped(values: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """Magnitudes of (K, n) clamped to the rows' bounds, (K, 1); in new memory."""
+    magnitudes = values.abs()  # one after the other: clamp_ with bounds in tensors takes six times as long
+    torch.maximum(magnitudes, low, out=magnitudes)
+    return torch.minimum(magnitudes, high, out=magnitudes)
+
+
+def _tanh_(values: Tensor) -> Tensor:
+    """tanh in place of contiguous values, fast where most are small: below _LINEAR it is x itself to the last bit."""
+    if values.device.type != "cpu":
+        return values.tanh_()
+    far = np.flatnonzero(values.abs().numpy() >= _LINEAR)
+    if 8 * len(far) > values.numel():
+        return values.tanh_()
+    run = values.view(-1)
+    run[far] = run[far].tanh()
+    return values

@@ -22,7 +22,7 @@ from freemerge.merging.threads import each
 
 _PARTITIONED = 1 << 20  # values of a row that are partitioned in memory if they are all; with a sample fewer
 _PARTITIONED_DESPITE_SAMPLE = 1 << 14
-_BATCH = 1 << 15  # values of a row compared with the brackets at a time: they fit in the cache
+_BATCH = 1 << 17  # values of a row compared with the brackets at a time: they fit in the cache
 
 _Value = TypeVar("_Value")
 Scan = Callable[[Callable[[Tensor], None]], None]

@@ -12,10 +12,11 @@ import torch
 _Job = TypeVar("_Job")
 _Result = TypeVar("_Result")
 
-# Values of all models together in one piece: 1 MiB in float32, so that what a method has just computed is still in the
-# cache when it computes the next thing from it. With many models a run is no shorter than _SHORTEST: each is a read.
-PIECE = 1 << 18
-_SHORTEST = 1 << 14
+# Values of all models together in one piece: 4 MiB in float32. Smaller ones would stay in a core's own cache, but then
+# threads wait for each other's turn in the interpreter more than for memory; larger ones only take memory. With many
+# models a run is no shorter than _SHORTEST: each is a read.
+PIECE = 1 << 20
+_SHORTEST = 1 << 16
 
 
 class Piece(NamedTuple):

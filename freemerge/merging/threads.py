@@ -6,12 +6,15 @@ depends on how many there are.
 
 from __future__ import annotations
 
+import ctypes
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import TypeVar
 
 import torch
+from torch import Tensor
 
 from freemerge.checkpoints.reading import keep_files_open
 
@@ -19,7 +22,11 @@ _Job = TypeVar("_Job")
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 
-_team = threading.local()  # .size: in a thread of ours, how many may work side by side
+# In a thread of ours: .size, how many may work side by side; .scratch, memory that it uses again.
+_team = threading.local()
+
+_HEAP, _TRIM = 32 << 20, 24 << 20  # glibc's own limits of what it adapts to
+_WHOLE = 1 << 20
 
 
 def team_size() -> int:
@@ -49,7 +56,7 @@ def run(
     source = _Source(jobs, cost, budget)
 
     def body() -> None:
-        _team.size = size
+        _team.size, _team.scratch = size, {}
         torch.set_num_threads(1)
         try:
             with torch.no_grad(), keep_files_open():
@@ -59,17 +66,18 @@ def run(
 
     threads = [threading.Thread(target=body, name=f"freemerge-{index}", daemon=True) for index in range(size)]
     before = torch.get_num_threads()
-    for thread in threads:
-        thread.start()
-    try:
+    with nullcontext() if hasattr(_team, "size") else _heap(_HEAP if cost is None else _WHOLE):
         for thread in threads:
-            thread.join()
-    except BaseException as error:  # Ctrl-C: nobody may go on writing
-        source.fail(error)
-        for thread in threads:
-            thread.join()
-    finally:
-        torch.set_num_threads(before)  # the number for threads to come, which each of ours has set to 1
+            thread.start()
+        try:
+            for thread in threads:
+                thread.join()
+        except BaseException as error:  # Ctrl-C: nobody may go on writing
+            source.fail(error)
+            for thread in threads:
+                thread.join()
+        finally:
+            torch.set_num_threads(before)  # the number for threads to come, which each of ours has set to 1
     if source.error is not None:
         raise source.error
 
@@ -89,6 +97,47 @@ def each(function: Callable[[_Item], _Result], items: Sequence[_Item]) -> list[_
 
     run(work, range(len(items)))
     return results
+
+
+def scratch(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Memory with arbitrary contents, for a computation that leaves nothing in it.
+
+    Args:
+        name: of its use. In a thread of ours the next use of this name takes the same memory.
+        shape: of the tensor.
+        dtype: of the tensor.
+        device: of the tensor; only the CPU's memory is kept.
+    """
+    kept: dict[str, Tensor] | None = getattr(_team, "scratch", None)
+    size = torch.Size(shape).numel() * dtype.itemsize
+    if kept is None or device.type != "cpu" or size < _WHOLE:
+        return torch.empty(shape, dtype=dtype, device=device)
+    if name not in kept or len(kept[name]) < size:
+        kept.pop(name, None)
+        kept[name] = torch.empty(size, dtype=torch.uint8)
+    return kept[name][:size].view(dtype).view(shape)
+
+
+@contextmanager
+def _heap(threshold: int) -> Iterator[None]:
+    """Have the C library return blocks of memory of this size or larger at once, and reuse smaller ones; glibc only.
+
+    Left to itself it reuses blocks as large as any that was freed before. That keeps whole tensors, which each thread's
+    heap hoards; and it gives back the temporaries of pieces, whose fresh pages cost more than what is computed in them.
+    """
+    mallopt = None
+    if sys.platform == "linux":
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none, or one that does nothing
+    trim_threshold, mmap_threshold = -1, -3
+    if mallopt is not None:
+        mallopt(mmap_threshold, threshold)
+        mallopt(trim_threshold, _TRIM if threshold == _HEAP else 2 * threshold)
+    try:
+        yield
+    finally:
+        if mallopt is not None:  # what it would have adapted to
+            mallopt(mmap_threshold, _HEAP)
+            mallopt(trim_threshold, _TRIM)
 
 
 class _Source:

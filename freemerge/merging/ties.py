@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+import torch
 from torch import Tensor
 
-from freemerge.merging.method import MergeMethod, require, require_number
+from freemerge.merging.method import MergeMethod, require, require_number, require_scope
 from freemerge.merging.ranks import order_statistics, tensor_order_statistics
+from freemerge.merging.threads import each
 from freemerge.merging.vectors import Vectors, flat
 
 
@@ -38,7 +40,7 @@ class Ties(MergeMethod):
         require_number(self, "density", self.density)
         require(0 < self.density <= 1, self, f"`density` must lie in (0, 1], got {self.density}")
         require_number(self, "scale", self.scale)
-        require(self.scope in ("model", "tensor"), self, f'`scope` must be "model" or "tensor", got {self.scope!r}')
+        require_scope(self, self.scope)
 
     @property
     def elementwise(self) -> bool:
@@ -67,13 +69,23 @@ class Ties(MergeMethod):
         if values.shape[1] == 0:
             return deltas[0].clone()
         if self.density < 1:
-            magnitudes = values.abs()
             if statistics is None:
                 total = values.shape[1]
                 rank = total - max(1, int(total * self.density))
-                statistics = tensor_order_statistics(magnitudes, [rank])[:, 0]
-            values.masked_fill_(magnitudes < statistics.to(values.device)[:, None], 0.0)
-        # Where the sum is zero no entry has its sign but those that are zero themselves, and their mean is zero too.
-        agrees = (values.sign() == values.sum(0).sign_()).to(values.dtype)
-        merged = values.mul_(agrees).sum(0).div_(agrees.sum(0).clamp_(min=1)).mul_(self.scale)
+                rows = each(lambda row: tensor_order_statistics(row.abs()[None], [rank])[:, 0], list(values))
+                statistics = torch.cat(rows)
+            _trim(values, statistics)
+        sign = values.sum(0).sign_()
+        # Entries of the elected sign, as magnitudes. Where the sum is zero there are none, and their mean is zero too.
+        agreeing = values.mul_(sign).clamp_(min=0)
+        total = agreeing.sum(0)
+        merged = total.mul_(sign).div_(agreeing.sign_().sum(0).clamp_(min=1)).mul_(self.scale)
         return merged.reshape(deltas.shape[1:])
+
+
+def _trim(values: Tensor, thresholds: Tensor) -> None:
+    """Set the entries of (K, n) whose magnitudes lie below their row's threshold, (K,), to zero."""
+    # hardshrink zeroes what is at most its bound, which is therefore the next smaller number.
+    bounds = torch.nextafter(thresholds, torch.full_like(thresholds, -torch.inf)).tolist()
+    for row, bound in zip(values, bounds, strict=True):
+        torch.hardshrink(row, bound, out=row)

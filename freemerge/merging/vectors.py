@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from freemerge.checkpoints.memory import flat_run
+from freemerge.checkpoints.reading import keep_files_open
 from freemerge.merging.errors import MergeError
 from freemerge.merging.processes import Processes
 from freemerge.merging.streaming import Piece, pieces, read_ahead
@@ -25,8 +26,9 @@ if TYPE_CHECKING:
 
 _Value = TypeVar("_Value")
 
+COLUMNS = 1 << 17  # of a whole tensor treated at a time: of what is computed from it, no copy is ever whole
 _SAMPLE_RUNS = 1024
-_SAMPLE_RUN = 32  # neighbours cost next to nothing to read, and tell less than their number
+_SAMPLE_RUN = 128  # neighbours cost next to nothing to read, and tell less than their number
 
 
 class Vectors:
@@ -83,13 +85,17 @@ class Vectors:
 
         def work(jobs: Iterator[str | Piece]) -> None:
             for job in jobs:
-                see(self._read_piece(job) if isinstance(job, Piece) else flat(self._read(job)))
+                if isinstance(job, Piece):
+                    see(self._read_piece(job))
+                    continue
+                for block in flat(self._read(job)).split(COLUMNS, dim=1):
+                    see(block)
 
         def scan() -> None:
             if self._read_piece is not None:
                 run(work, pieces(shapes, len(self.labels), self._piece))
                 return
-            copies = len(self.labels) + 3  # what is read, and what is computed from it
+            copies = len(self.labels) + 4  # what is read, and what filters hold
             sizes = {name: copies * shape.numel() for name, shape in shapes.items()}
             run(work, shapes, cost=sizes.__getitem__, budget=max(sizes.values(), default=0))
 
@@ -109,7 +115,7 @@ class Vectors:
         return read_ahead(self._read_piece, pieces(self.shapes, len(self.labels), self._piece))
 
     def sample(self) -> Tensor:
-        """Some of the entries, the same for all models: (K, n) float32, with n about 2¹⁵ to 2¹⁸.
+        """Some of the entries, the same for all models: (K, n) float32, with n about 2¹⁷ to 2¹⁸.
 
         Short runs at seeded positions, one in each of equal shares of the model, so that every tensor is represented
         by its size. The same call gives the same sample. It is empty where tensors can only be read whole.
@@ -118,18 +124,19 @@ class Vectors:
             return torch.zeros(len(self.labels), 0)
         if self.numel <= _SAMPLE_RUNS * _SAMPLE_RUN:
             return torch.cat(list(self.pieces()) or [torch.zeros(len(self.labels), 0)], dim=1)
-        runs = min(_SAMPLE_RUNS << 3, max(_SAMPLE_RUNS, self.numel >> 15))
+        runs = min(_SAMPLE_RUNS << 1, max(_SAMPLE_RUNS, self.numel >> 17))
         share = self.numel / runs
         offsets = torch.rand(runs, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
         starts = ((torch.arange(runs) + offsets) * share).long().tolist()
         found, position, index = [], 0, 0
-        for name, shape in self.shapes.items():
-            total = shape.numel()
-            while index < runs and starts[index] < position + total:
-                start = starts[index] - position
-                found.append(self._read_piece(Piece(name, start, min(start + _SAMPLE_RUN, total))))
-                index += 1
-            position += total
+        with keep_files_open():
+            for name, shape in self.shapes.items():
+                total = shape.numel()
+                while index < runs and starts[index] < position + total:
+                    start = starts[index] - position
+                    found.append(self._read_piece(Piece(name, start, min(start + _SAMPLE_RUN, total))))
+                    index += 1
+                position += total
         return torch.cat(found, dim=1)
 
     def subset(self, names: Iterable[str]) -> Vectors:

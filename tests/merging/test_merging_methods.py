@@ -26,6 +26,7 @@ from freemerge.merging import (
     merge_task_vectors,
     task_vector,
 )
+from freemerge.merging.pcb_merging import _tanh_
 from tests.merging.merging_models import METHODS, finetune
 
 
@@ -212,6 +213,29 @@ def test_pcb_never_leaves_the_range_of_its_inputs(values, inter, ratio):
     assert (np.abs(merged) <= np.abs(values).max() * (1 + 1e-5)).all()
 
 
+def test_pcb_per_tensor_merges_each_tensor_as_if_it_were_a_model():
+    generator = torch.Generator().manual_seed(0)
+    vectors = [
+        {"w": torch.randn(30, 40, generator=generator), "b": 9 * torch.randn(50, generator=generator)} for _ in range(3)
+    ]
+    merged = merge_task_vectors(vectors, PCBMerging(0.3, 0.7, 0.01, scope="tensor"))
+    for name in ("w", "b"):
+        alone = merge_task_vectors([{name: vector[name]} for vector in vectors], PCBMerging(0.3, 0.7, 0.01))
+        assert torch.equal(merged[name], alone[name])
+
+
+@pytest.mark.parametrize("far", [0.0, 0.01, 0.5])
+def test_tanh_of_small_numbers_is_theirs(far):
+    generator = torch.Generator().manual_seed(0)
+    values = (torch.rand(4, 50_000, generator=generator) * 2 - 1) * 3e-4
+    share = torch.rand(values.shape, generator=generator) < far
+    values = torch.where(share, torch.randn(values.shape, generator=generator), values)
+    exact = values.double().tanh()
+    found = _tanh_(values.clone())
+    assert torch.equal(found[~share], exact.float()[~share])
+    torch.testing.assert_close(found.double(), exact, rtol=2e-7, atol=0)
+
+
 def test_a_silent_task_has_no_vote_in_pcb():
     vector = {"w": torch.randn(200, generator=torch.Generator().manual_seed(0))}
     alone = merge_task_vectors([vector], PCBMerging(inter="sum"))["w"]
@@ -261,6 +285,7 @@ def test_methods_without_tensors():
         (lambda: PCBMerging(ratio=1.5), r"PCBMerging: `ratio` must lie in \(0, 1\], got 1.5"),
         (lambda: PCBMerging(clip=0.5), r"PCBMerging: `clip` must lie in \[0, 0.5\), got 0.5"),
         (lambda: PCBMerging(inter="some"), 'PCBMerging: `inter` must be "sum"'),
+        (lambda: PCBMerging(scope="layer"), 'PCBMerging: `scope` must be "model" or "tensor", got \'layer\''),
         (lambda: PCBMerging(filter="x"), "PCBMerging: `filter` must be a Filter or None, got 'x'"),
         (lambda: FRMerging(coefficients="best"), 'FRMerging: `coefficients` must be "align", "mean", "uniform"'),
         (lambda: FRMerging(coefficients=[1.0, None]), "FRMerging: `coefficients` must be a finite number"),

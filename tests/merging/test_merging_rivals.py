@@ -105,6 +105,14 @@ class TestBreadcrumbs:
         expected = torch.where((vector["v"].abs() >= plain[80]) & (vector["v"].abs() <= plain[94]), vector["v"], 0.0)
         assert torch.equal(merged["v"], expected)
 
+    def test_over_the_whole_model_the_tails_are_those_of_all_tensors(self):
+        vector = {"w": torch.arange(1.0, 101).reshape(10, 10), "v": 1000 * torch.arange(-50.0, 50)}
+        merged = merge_task_vectors([vector], Breadcrumbs(bottom=0.5, top=0.05, scale=1.0, scope="model"))
+        magnitudes = torch.cat([tensor.flatten() for tensor in vector.values()]).abs().sort().values
+        for name, tensor in vector.items():
+            inside = (tensor.abs() >= magnitudes[100]) & (tensor.abs() <= magnitudes[189])
+            assert torch.equal(merged[name], torch.where(inside, tensor, 0.0))
+
     def test_nothing_removed_is_task_arithmetic(self, base, models):
         plain, merged = merge(base, models, TaskArithmetic(0.4)), merge(base, models, Breadcrumbs(0, 0, 0.4))
         assert all(torch.equal(plain[name], merged[name]) for name in base)
