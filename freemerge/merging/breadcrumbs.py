@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from freemerge.merging.method import MergeMethod, require, require_number, require_scope, weighted_sum
-from freemerge.merging.ranks import order_statistics, tensor_order_statistics
+from freemerge.merging.ranks import magnitudes, order_statistics, tensor_order_statistics
 from freemerge.merging.threads import each
 from freemerge.merging.vectors import Vectors, flat
 
@@ -79,8 +79,8 @@ class Breadcrumbs(MergeMethod):
 
     def _trim(self, row: Tensor, bounds: Tensor | None) -> None:
         """Remove the tails of one model's entries, (n,), in place; the bounds, (2,), are its own if not given."""
-        magnitudes = row.abs()
+        sizes = magnitudes(row)
         if bounds is None:
-            bounds = tensor_order_statistics(magnitudes[None], self._ranks(len(row)))[0]
+            bounds = tensor_order_statistics(sizes[None], self._ranks(len(row)))[0]
         low, high = bounds.tolist()
-        row.masked_fill_((magnitudes < low) | (magnitudes > high), 0.0)
+        row.masked_fill_((sizes < low) | (sizes > high), 0.0)

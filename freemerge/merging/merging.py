@@ -20,7 +20,7 @@ from freemerge.merging.method import MergeMethod
 from freemerge.merging.plan import Operands, Plan
 from freemerge.merging.processes import Processes
 from freemerge.merging.rounding import round_to
-from freemerge.merging.streaming import Piece, pieces
+from freemerge.merging.streaming import PIECE, Piece, pieces
 from freemerge.merging.threads import run
 from freemerge.merging.vectors import Vectors, working_dtype
 
@@ -153,7 +153,9 @@ class Merging:
         """
         largest = max((self._shapes[name].numel() for name in names if self._takes_whole(name)), default=0)
         budget = copies_of_largest(self._method, len(self._plan.models)) * largest
-        run(self._work, self._jobs(names), cost=self._cost if largest else None, budget=budget)
+        # What finishes works on pieces as well, so their memory is to be used again, and whole tensors' is not.
+        returned = 5 * PIECE if largest and self._finishes else None
+        run(self._work, self._jobs(names), cost=self._cost if largest else None, budget=budget, returned=returned)
 
     def _takes_whole(self, name: str) -> bool:
         return self._whole and name in self._merged

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from freemerge.merging.brackets import Bracket, make_brackets
-from freemerge.merging.threads import each
+from freemerge.merging.threads import each, scratch
 
 _PARTITIONED = 1 << 20  # values of a row that are partitioned in memory if they are all; with a sample fewer
 _PARTITIONED_DESPITE_SAMPLE = 1 << 14
@@ -84,6 +84,11 @@ def tensor_order_statistics(values: Tensor, ranks: Sequence[int]) -> Tensor:
         return order_statistics(lambda see: see(row[None]), ranks, (1, total), row[None, ::stride])
 
     return torch.cat(each(row_statistics, list(values))).to(values.device)
+
+
+def magnitudes(row: Tensor) -> Tensor:
+    """|v| of one model's entries, (n,) float32; only until the next call in the same thread, see `scratch`."""
+    return torch.abs(row, out=scratch("magnitudes", tuple(row.shape), row.dtype, row.device))
 
 
 def _bracketed(

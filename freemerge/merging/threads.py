@@ -40,6 +40,7 @@ def run(
     *,
     cost: Callable[[_Job], int] | None = None,
     budget: int = 0,
+    returned: int | None = None,
 ) -> None:
     """Let threads work on jobs until none is left, or one fails.
 
@@ -48,6 +49,8 @@ def run(
         jobs: taken one at a time, in order, by whichever thread is free.
         cost: of a job, in any unit; None for jobs that cost nothing.
         budget: what the jobs that are worked on may cost together. A single job may cost more.
+        returned: blocks of memory of so many bytes go back to the system when they are freed, smaller ones are used
+            again; None for what suits whole tensors if jobs have a cost, and pieces if not.
 
     Raises:
         Exception: the first that a thread raised; the others stop after the job that they are at.
@@ -66,7 +69,8 @@ def run(
 
     threads = [threading.Thread(target=body, name=f"freemerge-{index}", daemon=True) for index in range(size)]
     before = torch.get_num_threads()
-    with nullcontext() if hasattr(_team, "size") else _heap(_HEAP if cost is None else _WHOLE):
+    returned = returned or (_HEAP if cost is None else _WHOLE)
+    with nullcontext() if hasattr(_team, "size") else _heap(returned):
         for thread in threads:
             thread.start()
         try:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from freemerge.merging.method import MergeMethod, require, require_number, require_scope
-from freemerge.merging.ranks import order_statistics, tensor_order_statistics
+from freemerge.merging.ranks import magnitudes, order_statistics, tensor_order_statistics
 from freemerge.merging.threads import each
 from freemerge.merging.vectors import Vectors, flat
 
@@ -72,7 +72,7 @@ class Ties(MergeMethod):
             if statistics is None:
                 total = values.shape[1]
                 rank = total - max(1, int(total * self.density))
-                rows = each(lambda row: tensor_order_statistics(row.abs()[None], [rank])[:, 0], list(values))
+                rows = each(lambda row: tensor_order_statistics(magnitudes(row)[None], [rank])[:, 0], list(values))
                 statistics = torch.cat(rows)
             _trim(values, statistics)
         sign = values.sum(0).sign_()

@@ -67,6 +67,11 @@ class StageFolder:
         recorded = from_rank_zero(lambda: _read_json(self.path / "stage.json"))
         return recorded if recorded is not None and recorded["key"] == self.key else None
 
+    def is_stale(self) -> bool:
+        """Whether `begin` will empty the folder, as what it holds was made from other inputs."""
+        current = _read_json(self.path / "started.json") or _read_json(self.path / "stage.json")
+        return current is not None and current["key"] != self.key
+
     def begin(self, ckpt_path: str | None = None) -> Path | None:
         """Make the folder ready for the stage to be done in it.
 

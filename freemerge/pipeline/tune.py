@@ -35,7 +35,7 @@ from freemerge.pipeline.artifacts import Artifacts
 from freemerge.pipeline.measure import Measure
 from freemerge.pipeline.others import Others
 from freemerge.pipeline.reporting import title
-from freemerge.tuning import Search, Space, Trial, default_ranges
+from freemerge.tuning import Search, Space, Trial, default_ranges, searchers
 
 
 class Tuning:
@@ -97,6 +97,11 @@ class Tuning:
         with turn:
             if (report := self._finished()) is not None:
                 return None if self.searches_only else self._show(report, "done already")
+            if self.stage.is_stale() and (busy := searchers(self._study_path)):
+                raise ValueError(
+                    f"{self.stage.path}: process {busy[0]} is searching there with other settings; wait for it, or "
+                    "choose another run.folder (if it was killed, remove the folder)"
+                )
             self.stage.begin()
             search = self._search()
         self._try(search, others)
@@ -128,8 +133,11 @@ class Tuning:
             scales = {each.name: grid for each in self.space.parameters if each.path == "scale"}
             if bounds.low <= grid <= bounds.high:
                 starts.append(self.space.start() | scales)
-        path = self.stage.path / "study.journal"
-        return Search(path, self.space, self.settings.sampler, self.files.seed, starts)
+        return Search(self._study_path, self.space, self.settings.sampler, self.files.seed, starts)
+
+    @property
+    def _study_path(self) -> Path:
+        return self.stage.path / "study.journal"
 
     def _grid_scale(self) -> float | None:
         """The one λ that the merge stage found by its grid, if it was done for this method."""

@@ -1,6 +1,6 @@
 """The search for a method's parameters: where to search, and the study that keeps what was tried."""
 
 from freemerge.tuning.space import Parameter, Range, Space, default_ranges
-from freemerge.tuning.study import Sampler, Search, Trial
+from freemerge.tuning.study import Sampler, Search, Trial, searchers
 
-__all__ = ["Parameter", "Range", "Sampler", "Search", "Space", "Trial", "default_ranges"]
+__all__ = ["Parameter", "Range", "Sampler", "Search", "Space", "Trial", "default_ranges", "searchers"]

@@ -153,8 +153,7 @@ class Search:
         """Trials of processes of this machine that are no more count as failed."""
         for trial in self._running():
             # Owner and trial are written under one lock; a trial without an owner was cut off in between.
-            host, _, process = trial.user_attrs.get("owner", f"{socket.gethostname()}:0").rpartition(":")
-            if host == socket.gethostname() and not _is_alive(int(process)):
+            if _is_dead(trial.user_attrs.get("owner", f"{socket.gethostname()}:0")):
                 self._study.tell(trial.number, state=_optuna().trial.TrialState.FAIL)
 
     def _sampler(self, known: int) -> Any:
@@ -165,6 +164,27 @@ class Search:
         if self.sampler == "tpe":
             return samplers.TPESampler(seed=seed, constant_liar=True)
         return samplers.RandomSampler(seed=seed)
+
+
+def searchers(path: Path) -> list[str]:
+    """The processes, `host:number`, that are at a trial of the study in this file.
+
+    Those of this machine are alive; of other machines' it cannot be told.
+    """
+    if not path.exists():
+        return []
+    optuna = _optuna()
+    storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(path)))
+    study = optuna.load_study(study_name="tune", storage=storage)
+    running = [trial for trial in study.get_trials(deepcopy=False) if trial.state.name == "RUNNING"]
+    owners = {trial.user_attrs["owner"] for trial in running if "owner" in trial.user_attrs}
+    return sorted(owner for owner in owners if not _is_dead(owner))
+
+
+def _is_dead(owner: str) -> bool:
+    """Whether a process was one of this machine and is no more."""
+    host, _, process = owner.rpartition(":")
+    return host == socket.gethostname() and not _is_alive(int(process))
 
 
 def _optuna() -> Any:

@@ -1,7 +1,9 @@
 """`tune`: on validation data alone, within a budget, from a run's own or anybody's finished models."""
 
 import json
+import os
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -13,8 +15,10 @@ import yaml
 
 from freemerge.checkpoints import load_checkpoint
 from freemerge.cli import main
+from freemerge.merging import FRMerging
 from freemerge.pipeline.measure import Measure
 from freemerge.pipeline.others import Others
+from freemerge.tuning import Range, Search, Space, searchers
 
 ROOT = Path(__file__).parent.parent.parent
 TINY = str(ROOT / "tests" / "tiny.yaml")
@@ -77,6 +81,25 @@ def test_what_was_found_is_what_merge_makes_of_its_configuration(own: Path) -> N
     scales = yaml.safe_load(path.read_text())["method"]["init_args"]["scale"]
     chosen = report(tuned)["rows"][2]["chosen"]
     assert scales == [chosen["scale/corners"], chosen["scale/bars"]]
+
+
+def test_other_settings_do_not_wipe_a_search_that_is_running(own: Path, run: Path, tmp_path, capsys) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(own, folder)
+    journal = folder / "tune" / "fr" / "study.journal"
+    codes = []
+
+    def objective(point):
+        codes.append(main(["tune", "--config", TINY, "--run.folder", str(folder), "--tune.goal", "worst"]))
+        return 0.0, {}
+
+    search = Search(journal, Space(FRMerging(), (), {"scale": Range(0.0, 1.0)}), "random")
+    search.run(objective, trials=len(search.trials()) + 1)
+    assert codes == [2]
+    message = capsys.readouterr().err
+    assert f"process {socket.gethostname()}:{os.getpid()} is searching there with other settings" in message
+    assert searchers(journal) == []
+    assert len(search.trials()) == 10
 
 
 def test_any_number_of_any_method_over_finished_models(run: Path, tmp_path) -> None:
