@@ -183,7 +183,7 @@ def _plan(filter_: Filter, height: int, width: int) -> _Plan:
         return filter_.gain(rows, columns, height, width)
 
     removed, varying, gains = [], [], []
-    step = max(1, (1 << 17) // across)  # bounds the float64 temporaries
+    step = max(1, (1 << 15) // across)  # bounds the float64 temporaries
     for start in range(0, len(lines), step):
         some = lines[start : start + step]
         # M(−k): the bin −k is (n − k) mod n.

@@ -133,7 +133,8 @@ class PCBMerging(MergeMethod):
             scan(lambda deltas: see(self._scores(deltas, low, high)))
 
         low, high = order_statistics(magnitudes, clamp, shape, sample.abs(), gather).split(1, dim=1)
-        range_ = order_statistics(scores, take, shape, self._scores(sample, low, high), gather)
+        sample = self._scores(sample, low, high)  # in the place of the other, which takes as much memory
+        range_ = order_statistics(scores, take, shape, sample, gather)
         return PCBStatistics(low, high, *range_.split(1, dim=1))
 
     def _balanced(self, values: Tensor, statistics: PCBStatistics) -> Tensor:

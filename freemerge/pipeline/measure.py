@@ -53,14 +53,19 @@ class Measure:
         heads = {task: head.eval().to(self.device) for task, head in heads.items()}
         return self._evaluate(lambda inputs, task: heads[task](backbone(inputs)), loaders)
 
+    @property
+    def has_own_statistics(self) -> bool:
+        """Whether the backbone has batch norm, whose statistics are measured after a merge."""
+        return bool(self.files.settings.merge.batch_norm_batches and batch_norms(self.files.tuner.backbone))
+
     def with_own_statistics(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
         """Merged weights with batch norm's statistics measured on their own activations, on all tasks' training data.
 
         Weights of a backbone without batch norm come back as they are.
         """
-        batches = self.files.settings.merge.batch_norm_batches
-        if not (batches and batch_norms(self.files.tuner.backbone)):
+        if not self.has_own_statistics:
             return weights
+        batches = self.files.settings.merge.batch_norm_batches
         backbone = self.files.backbone(weights).to(self.device)
         mixture = self.suite.mixture(batch_size=self.suite.batch_size)
         mixture.setup()

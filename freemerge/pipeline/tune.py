@@ -266,7 +266,10 @@ class Tuning:
                 "output": str(self.stage.path / "again.safetensors"),
             }
         text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
-        path.write_text(f"# python -m freemerge merge --config {path}\n{text}")
+        lines = [f"# python -m freemerge merge --config {path}"]
+        if self.measure.has_own_statistics:
+            lines.append("# It merges batch norm's statistics; merged.safetensors has them measured anew.")
+        path.write_text("\n".join([*lines, text]))
 
     def _show(self, report: Report, how: str) -> Report:
         report.print(self.console)
