@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from freemerge.merging.method import MergeMethod, require, require_number, require_scope, weighted_sum
-from freemerge.merging.ranks import magnitudes, order_statistics, tensor_order_statistics
+from freemerge.merging.ranks import magnitudes, model_magnitudes, tensor_order_statistics
 from freemerge.merging.threads import each
 from freemerge.merging.vectors import Vectors, flat
 
@@ -17,9 +17,9 @@ from freemerge.merging.vectors import Vectors, flat
 class Breadcrumbs(MergeMethod):
     """τ = Σ_k λ_k · m_k ⊙ v_k, where m_k removes both tails of the magnitudes.
 
-    Of n entries the ⌊bottom·n⌋ smallest and the ⌊top·n⌋ largest magnitudes are set to zero (equals of
-    the last one kept stay). The defaults are the paper's β = 85 %, γ = 99.3 %, α = 0.3. One pass with scope "tensor",
-    two with "model".
+    Of n entries the ⌊bottom·n⌋ smallest and the ⌊top·n⌋ largest magnitudes are set to zero (equals of the last one
+    kept stay). The defaults are the paper's β = 85 %, γ = 99.3 %, α = 0.3. One pass with scope "tensor", two with
+    "model".
 
     Args:
         bottom: fraction of the smallest entries to remove, in [0, 1).
@@ -57,19 +57,17 @@ class Breadcrumbs(MergeMethod):
         """The least and the greatest magnitude that each model keeps, (K, 2) float32; None with scope "tensor"."""
         if self.scope == "tensor" or vectors.numel == 0:
             return None
-        shape = (len(vectors.labels), vectors.numel)
-
-        def scan(see):
-            vectors.scan(lambda deltas: see(deltas.abs_()))
-
-        return order_statistics(scan, self._ranks(vectors.numel), shape, vectors.sample().abs_(), vectors.gather)
+        return model_magnitudes(vectors, self._ranks(vectors.numel))
 
     def combine(self, name: str, deltas: Tensor, statistics: Tensor | None) -> Tensor:
         values = flat(deltas)
-        total = values.shape[1]
-        if total:
-            bounds = [None] * len(values) if statistics is None else statistics
-            each(lambda index: self._trim(values[index], bounds[index]), range(len(values)))
+        if values.shape[1] == 0:
+            return deltas[0].clone()
+        if statistics is None:
+            each(self._trim, list(values))
+        else:  # a piece is too short to be shared between threads
+            for row, bounds in zip(values, statistics, strict=True):
+                self._trim(row, bounds)
         return weighted_sum(values, self.scale).reshape(deltas.shape[1:])
 
     def _ranks(self, total: int) -> list[int]:
@@ -77,7 +75,7 @@ class Breadcrumbs(MergeMethod):
         first = int(total * self.bottom)
         return [first, max(total - 1 - int(total * self.top), first)]
 
-    def _trim(self, row: Tensor, bounds: Tensor | None) -> None:
+    def _trim(self, row: Tensor, bounds: Tensor | None = None) -> None:
         """Remove the tails of one model's entries, (n,), in place; the bounds, (2,), are its own if not given."""
         sizes = magnitudes(row)
         if bounds is None:

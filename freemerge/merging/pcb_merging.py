@@ -12,7 +12,7 @@ from torch import Tensor
 
 from freemerge.merging.filters import Filter
 from freemerge.merging.method import MergeMethod, require, require_number, require_scope, weighted_sum
-from freemerge.merging.ranks import Gather, Scan, order_statistics
+from freemerge.merging.ranks import Gather, Scan, order_statistics, tensor_sample
 from freemerge.merging.threads import each
 from freemerge.merging.vectors import COLUMNS, Vectors, flat
 
@@ -102,18 +102,16 @@ class PCBMerging(MergeMethod):
 
     def combine(self, name: str, deltas: Tensor, statistics: PCBStatistics | None) -> Tensor:
         values = self._filtered(deltas)
-        total = values.shape[1]
-        if total == 0:
+        if values.shape[1] == 0:
             return deltas[0].clone()
         blocks = values.split(COLUMNS, dim=1)
         if statistics is None:
-            stride = max(37, total >> 15 | 1)  # odd, so that it visits all columns of most weights
 
             def scan(see: Callable[[Tensor], None]) -> None:
                 for block in blocks:
                     see(block.clone())
 
-            statistics = self._statistics(scan, values[:, ::stride].contiguous(), total)
+            statistics = self._statistics(scan, tensor_sample(values), values.shape[1])
         statistics = PCBStatistics(*(bound.to(deltas.device) for bound in statistics))
         return torch.cat([self._balanced(block, statistics) for block in blocks]).reshape(deltas.shape[1:])
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from freemerge.merging.brackets import Bracket, make_brackets
 from freemerge.merging.threads import each, scratch
+from freemerge.merging.vectors import Vectors
 
 _PARTITIONED = 1 << 20  # values of a row that are partitioned in memory if they are all; with a sample fewer
 _PARTITIONED_DESPITE_SAMPLE = 1 << 14
@@ -78,12 +79,35 @@ def tensor_order_statistics(values: Tensor, ranks: Sequence[int]) -> Tensor:
         (K, R) float32, on the device of the values.
     """
     total = values.shape[1]
-    stride = max(37, total >> 15 | 1)  # odd, so that it visits all columns of most weights
 
     def row_statistics(row: Tensor) -> Tensor:
-        return order_statistics(lambda see: see(row[None]), ranks, (1, total), row[None, ::stride])
+        return order_statistics(lambda see: see(row[None]), ranks, (1, total), tensor_sample(row[None]))
 
     return torch.cat(each(row_statistics, list(values))).to(values.device)
+
+
+def tensor_sample(values: Tensor) -> Tensor:
+    """Some of the columns of a matrix in memory, (K, n) → (K, m), a view, as a sample for `order_statistics`."""
+    stride = max(37, values.shape[1] >> 15 | 1)  # odd, so that it visits all columns of most weights
+    return values[:, ::stride]
+
+
+def model_magnitudes(vectors: Vectors, ranks: Sequence[int]) -> Tensor:
+    """Ascending order statistics of each model's magnitudes |v| over all tensors.
+
+    Args:
+        vectors: the task vectors of K models, D entries each.
+        ranks: R zero-based ranks below D.
+
+    Returns:
+        (K, R) float32, on the CPU.
+    """
+    shape = (len(vectors.labels), vectors.numel)
+
+    def scan(see: Callable[[Tensor], None]) -> None:
+        vectors.scan(lambda deltas: see(deltas.abs_()))
+
+    return order_statistics(scan, ranks, shape, vectors.sample().abs_(), vectors.gather)
 
 
 def magnitudes(row: Tensor) -> Tensor:

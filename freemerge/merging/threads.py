@@ -25,8 +25,9 @@ _Result = TypeVar("_Result")
 # In a thread of ours: .size, how many may work side by side; .scratch, memory that it uses again.
 _team = threading.local()
 
-_HEAP, _TRIM = 32 << 20, 24 << 20  # glibc's own limits of what it adapts to
-_WHOLE = 1 << 20
+_HEAP = 32 << 20  # bytes of the largest block that glibc ever adapts to use again
+_WHOLE = 1 << 20  # from here on a block is (or is of) a whole tensor, while such are worked on
+_TRIM = 24 << 20  # free bytes that a thread's heap may keep
 
 
 def team_size() -> int:
@@ -69,8 +70,9 @@ def run(
 
     threads = [threading.Thread(target=body, name=f"freemerge-{index}", daemon=True) for index in range(size)]
     before = torch.get_num_threads()
-    returned = returned or (_HEAP if cost is None else _WHOLE)
-    with nullcontext() if hasattr(_team, "size") else _heap(returned):
+    # Within another run its setting holds.
+    heap = nullcontext() if hasattr(_team, "size") else _heap(returned or (_HEAP if cost is None else _WHOLE))
+    with heap:
         for thread in threads:
             thread.start()
         try:
@@ -135,13 +137,13 @@ def _heap(threshold: int) -> Iterator[None]:
     trim_threshold, mmap_threshold = -1, -3
     if mallopt is not None:
         mallopt(mmap_threshold, threshold)
-        mallopt(trim_threshold, _TRIM if threshold == _HEAP else 2 * threshold)
+        mallopt(trim_threshold, min(2 * threshold, _TRIM))
     try:
         yield
     finally:
         if mallopt is not None:  # what it would have adapted to
             mallopt(mmap_threshold, _HEAP)
-            mallopt(trim_threshold, _TRIM)
+            mallopt(trim_threshold, 2 * _HEAP)
 
 
 class _Source:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from freemerge.merging.method import MergeMethod, require, require_number, require_scope
-from freemerge.merging.ranks import magnitudes, order_statistics, tensor_order_statistics
+from freemerge.merging.ranks import magnitudes, model_magnitudes, tensor_order_statistics
 from freemerge.merging.threads import each
 from freemerge.merging.vectors import Vectors, flat
 
@@ -54,15 +54,7 @@ class Ties(MergeMethod):
         """Find t_k over the whole model, (K,) float32; None with scope "tensor" or if nothing is trimmed."""
         if self.scope == "tensor" or self.density == 1 or vectors.numel == 0:
             return None
-        total = vectors.numel
-        rank = total - max(1, int(total * self.density))
-
-        shape = (len(vectors.labels), total)
-
-        def scan(see):
-            vectors.scan(lambda deltas: see(deltas.abs_()))
-
-        return order_statistics(scan, [rank], shape, vectors.sample().abs_(), vectors.gather)[:, 0]
+        return model_magnitudes(vectors, [self._rank(vectors.numel)])[:, 0]
 
     def combine(self, name: str, deltas: Tensor, statistics: Tensor | None) -> Tensor:
         values = flat(deltas)
@@ -70,9 +62,8 @@ class Ties(MergeMethod):
             return deltas[0].clone()
         if self.density < 1:
             if statistics is None:
-                total = values.shape[1]
-                rank = total - max(1, int(total * self.density))
-                rows = each(lambda row: tensor_order_statistics(magnitudes(row)[None], [rank])[:, 0], list(values))
+                ranks = [self._rank(values.shape[1])]
+                rows = each(lambda row: tensor_order_statistics(magnitudes(row)[None], ranks)[:, 0], list(values))
                 statistics = torch.cat(rows)
             _trim(values, statistics)
         sign = values.sum(0).sign_()
@@ -81,6 +72,10 @@ class Ties(MergeMethod):
         total = agreeing.sum(0)
         merged = total.mul_(sign).div_(agreeing.sign_().sum(0).clamp_(min=1)).mul_(self.scale)
         return merged.reshape(deltas.shape[1:])
+
+    def _rank(self, total: int) -> int:
+        """Zero-based ascending rank of the least of the magnitudes that are kept."""
+        return total - max(1, int(total * self.density))
 
 
 def _trim(values: Tensor, thresholds: Tensor) -> None:

@@ -69,8 +69,12 @@ class StageFolder:
 
     def is_stale(self) -> bool:
         """Whether `begin` will empty the folder, as what it holds was made from other inputs."""
-        current = _read_json(self.path / "started.json") or _read_json(self.path / "stage.json")
+        current = self._current()
         return current is not None and current["key"] != self.key
+
+    def _current(self) -> dict[str, Any] | None:
+        """What says whose the folder is: the stage that began in it last."""
+        return _read_json(self.path / "started.json") or _read_json(self.path / "stage.json")
 
     def begin(self, ckpt_path: str | None = None) -> Path | None:
         """Make the folder ready for the stage to be done in it.
@@ -89,8 +93,8 @@ class StageFolder:
         return Path(resume) if resume else None
 
     def _prepare(self, ckpt_path: str | None) -> str | None:
-        started, done = _read_json(self.path / "started.json"), _read_json(self.path / "stage.json")
-        current = started or done
+        interrupted = (self.path / "started.json").exists()
+        current = self._current()
         same = current is not None and current["key"] == self.key
         if rank_zero_only.rank == 0:
             if self.path.exists() and not same:
@@ -107,7 +111,7 @@ class StageFolder:
         last = self.checkpoints / "last.ckpt"
         if ckpt_path is not None:
             return ckpt_path
-        return str(last) if same and started is not None and last.exists() else None
+        return str(last) if same and interrupted and last.exists() else None
 
     def finish(self, results: Mapping[str, Any]) -> dict[str, Any]:
         """Record that the stage is done; returns the record."""

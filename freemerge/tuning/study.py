@@ -19,6 +19,8 @@ from filelock import FileLock
 
 from freemerge.tuning.space import Space
 
+_NAME = "tune"  # of the one study in a file
+
 Sampler = Literal["cmaes", "tpe", "random"]
 Objective = Callable[[Mapping[str, float]], "tuple[float, dict[str, Any]]"]
 """point → (its value, the higher the better; what else to keep of it)."""
@@ -66,9 +68,12 @@ class Search:
         with self._lock:
             # Whoever held Optuna's own lock was killed: no living process writes outside of ours.
             Path(f"{path}.lock").unlink(missing_ok=True)
-            storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(path)))
             self._study = optuna.create_study(
-                storage=storage, study_name="tune", direction="maximize", load_if_exists=True, sampler=self._sampler(0)
+                storage=_storage(path),
+                study_name=_NAME,
+                direction="maximize",
+                load_if_exists=True,
+                sampler=self._sampler(0),
             )
             if not self._study.get_trials(deepcopy=False):
                 for point in (space.start(), *(starts or ())):
@@ -100,7 +105,7 @@ class Search:
             with self._lock:
                 self._give_up_dead()
                 known = len(self.trials())
-                if known + len(self._running()) >= trials:
+                if known + len(_running(self._study)) >= trials:
                     return
                 self._study.sampler = self._sampler(known)  # proposals depend on what is known, not on who asks
                 trial = self._study.ask(self._distributions)
@@ -121,7 +126,7 @@ class Search:
         while True:
             with self._lock:
                 self._give_up_dead()
-                owners = [trial.user_attrs.get("owner", "") for trial in self._running()]
+                owners = [trial.user_attrs.get("owner", "") for trial in _running(self._study)]
             here = any(owner.startswith(f"{socket.gethostname()}:") for owner in owners)
             if not owners or (not here and time.monotonic() > patience):
                 return
@@ -146,12 +151,9 @@ class Search:
             raise ValueError("tune: the budget was over before the first trial; allow more tune.seconds")
         return max(trials, key=lambda trial: (trial.value, -trial.number))
 
-    def _running(self) -> list[Any]:
-        return [trial for trial in self._study.get_trials(deepcopy=False) if trial.state.name == "RUNNING"]
-
     def _give_up_dead(self) -> None:
         """Trials of processes of this machine that are no more count as failed."""
-        for trial in self._running():
+        for trial in _running(self._study):
             # Owner and trial are written under one lock; a trial without an owner was cut off in between.
             if _is_dead(trial.user_attrs.get("owner", f"{socket.gethostname()}:0")):
                 self._study.tell(trial.number, state=_optuna().trial.TrialState.FAIL)
@@ -173,12 +175,21 @@ def searchers(path: Path) -> list[str]:
     """
     if not path.exists():
         return []
-    optuna = _optuna()
-    storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(path)))
-    study = optuna.load_study(study_name="tune", storage=storage)
-    running = [trial for trial in study.get_trials(deepcopy=False) if trial.state.name == "RUNNING"]
+    optuna, storage = _optuna(), _storage(path)
+    if _NAME not in optuna.get_all_study_names(storage):  # who made the file was killed before it was a study
+        return []
+    running = _running(optuna.load_study(study_name=_NAME, storage=storage))
     owners = {trial.user_attrs["owner"] for trial in running if "owner" in trial.user_attrs}
     return sorted(owner for owner in owners if not _is_dead(owner))
+
+
+def _storage(path: Path) -> Any:
+    storages = _optuna().storages
+    return storages.JournalStorage(storages.journal.JournalFileBackend(str(path)))
+
+
+def _running(study: Any) -> list[Any]:
+    return [trial for trial in study.get_trials(deepcopy=False) if trial.state.name == "RUNNING"]
 
 
 def _is_dead(owner: str) -> bool:

@@ -83,7 +83,7 @@ def test_what_was_found_is_what_merge_makes_of_its_configuration(own: Path) -> N
     assert scales == [chosen["scale/corners"], chosen["scale/bars"]]
 
 
-def test_other_settings_do_not_wipe_a_search_that_is_running(own: Path, run: Path, tmp_path, capsys) -> None:
+def test_other_settings_do_not_wipe_a_search_that_is_running(own: Path, tmp_path, capsys) -> None:
     folder = tmp_path / "run"
     shutil.copytree(own, folder)
     journal = folder / "tune" / "fr" / "study.journal"

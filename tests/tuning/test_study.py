@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from freemerge.merging import PCBMerging, TaskArithmetic, Ties
-from freemerge.tuning import Range, Search, Space, default_ranges
+from freemerge.tuning import Range, Search, Space, default_ranges, searchers
 
 ROOT = Path(__file__).parent.parent.parent
 TASKS = ("a", "b", "c")
@@ -115,6 +116,21 @@ def test_two_processes_share_a_study_and_its_budget(tmp_path) -> None:
     assert all(numbers)
     assert sorted(numbers[0] + numbers[1]) == list(range(20))  # each trial once, none too many
     assert len(Search(tmp_path / "study", space(), "cmaes").trials()) == 20
+
+
+def test_who_searches(tmp_path) -> None:
+    path = tmp_path / "study"
+    assert searchers(path) == []
+    path.touch()  # somebody was killed before there was a study in it
+    assert searchers(path) == []
+    killed = start(path, 1000, 60.0)
+    assert killed.stdout.readline() == "ready\n"
+    while not (found := searchers(path)):
+        time.sleep(0.05)
+    assert found == [f"{socket.gethostname()}:{killed.pid}"]
+    os.kill(killed.pid, signal.SIGKILL)
+    killed.wait()
+    assert searchers(path) == []
 
 
 def test_a_killed_process_costs_its_own_trial_and_no_other(tmp_path) -> None:
