@@ -97,3 +97,21 @@ def test_readmes_slurm_script_runs_on_two_nodes(tmp_path) -> None:
         shutil.rmtree(tmp_path / stage)
     run_as_srun_does([*own, "--run.stages", "[merge, experts, evaluate]"], nodes=2)
     assert json.loads((tmp_path / "report.json").read_text())["rows"] == json.loads(report)["rows"]
+
+
+def test_a_command_leaves_no_process_group_behind(tmp_path) -> None:
+    """Gloo's threads abort a process now and then whose interpreter ends before they do."""
+    watch = "import atexit, torch.distributed as d; atexit.register(lambda: print('group left:', d.is_initialized()))"
+    (tmp_path / "sitecustomize.py").write_text(watch)
+    own = ["--config", TINY, "--run.folder", str(tmp_path / "run"), "--run.stages", "[pretrain]"]
+    done = subprocess.run(
+        [sys.executable, "-m", "freemerge", "fit", *own, "--trainer.strategy", "ddp"],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "MEMBER: 1/1" in done.stderr  # there was one
+    assert done.stdout.endswith("group left: False\n")

@@ -302,6 +302,7 @@ def quieten() -> None:
 def run(args: list[str]) -> int:
     """Run one of the commands; returns the exit code."""
     quieten()
+    guest = _in_process_group()
     try:
         FreemergeCLI(args)
     except (ValueError, MisconfigurationException) as error:
@@ -310,7 +311,15 @@ def run(args: list[str]) -> int:
             raise  # somebody else's: the traceback will be needed
         print_error(refusal(str(error)) if origin == "jsonargparse" else error)
         return 2
+    finally:
+        # Lightning leaves gloo's threads to the end of the process, which they abort if they still free a tensor then.
+        if _in_process_group() and not guest:
+            torch.distributed.destroy_process_group()
     return 0
+
+
+def _in_process_group() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def _origin(error: Exception) -> str:
