@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from freemerge.checkpoints.errors import CheckpointError
+from freemerge.checkpoints.pages import fresh
 
 _MOST_HANDLES = 64  # a thousand shards need no thousand handles
 _kept = threading.local()
@@ -49,7 +50,7 @@ def read_bytes(path: Path, begin: int, stop: int, name: str) -> Tensor:
     Raises:
         CheckpointError: the file vanished or got shorter since it was opened.
     """
-    data = torch.empty(stop - begin, dtype=torch.uint8)
+    data = fresh((stop - begin,), torch.uint8)
     if stop > begin:
         view = memoryview(data.numpy())
         try:

@@ -59,6 +59,7 @@ class SafetensorsFile:
         self._places = {name: (start + begin, start + stop) for name, (begin, stop) in header.places.items()}
         self.tied = self._read_tied()
         self._sums = read_sums(self.metadata.get(SUMS, ""), self.specs)
+        self._seen: dict[str, tuple[int, int]] = {}  # name → bytes read in order so far, and their sum
 
     def _read_tied(self) -> dict[str, str]:
         """Left-out name → stored name, of tensors that share their memory.
@@ -94,20 +95,40 @@ class SafetensorsFile:
 
         Raises:
             CheckpointError: the file vanished or got shorter since it was opened; or, where the file has their sum, the
-                bytes of a whole tensor are not those that were written.
+                bytes of a tensor, read whole or run by run from its beginning to its end, are not those that were
+                written.
         """
-        spec, (begin, stop) = self.specs[name], self._places[name]
+        spec, (first, last) = self.specs[name], self._places[name]
+        begin, stop = first, last
         if run is not None:
-            begin, stop = (begin + position * spec.dtype.itemsize for position in run)
+            begin, stop = (first + position * spec.dtype.itemsize for position in run)
         data = read_bytes(self.path, begin, stop, name)
-        if run is None and name in self._sums:
-            if add_up(data.numpy()) != self._sums[name]:
-                raise CheckpointError(
-                    f"{self.path}: the values of the tensor '{name}' are not those that were written (their sum is "
-                    "another); copy or download the file again"
-                )
-            self._sums.pop(name, None)  # once is enough
+        if name in self._sums:
+            self._check(name, data, begin - first, last - first)
         return data.view(spec.dtype).view(spec.shape if run is None else -1)
+
+    def _check(self, name: str, data: Tensor, begin: int, size: int) -> None:
+        """Compare the sum of a tensor's bytes once all of them have been read in order; else nothing is known.
+
+        Args:
+            name: of the tensor.
+            data: a run of its bytes.
+            begin: position of the first.
+            size: how many it has in all.
+        """
+        seen, total = self._seen.pop(name, (0, 0)) if begin else (0, 0)
+        if begin != seen:
+            return
+        total = (total + add_up(data.numpy(), begin)) % 2**64
+        if begin + len(data) < size:
+            self._seen[name] = (begin + len(data), total)
+        elif total == self._sums.get(name, total):
+            self._sums.pop(name, None)  # once is enough
+        else:
+            raise CheckpointError(
+                f"{self.path}: the values of the tensor '{name}' are not those that were written (their sum is "
+                "another); copy or download the file again"
+            )
 
 
 def open_safetensors(paths: Iterable[Path], label: str, index: Index | None = None) -> Checkpoint:

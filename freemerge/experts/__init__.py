@@ -1,5 +1,6 @@
 """Lightweight experts: extract them from a residual, pack them into small files, switch them in and out of a model."""
 
+from freemerge.experts.codec import Encoding
 from freemerge.experts.expert import Expert, check_fits
 from freemerge.experts.extraction import STATISTICS, extract, extract_low_rank
 from freemerge.experts.files import check_hash, load_expert, save_expert
@@ -11,6 +12,7 @@ from freemerge.experts.switch import ExpertSwitch, attached
 
 __all__ = [
     "STATISTICS",
+    "Encoding",
     "Expert",
     "ExpertSwitch",
     "LowRankExpert",

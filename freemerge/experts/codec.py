@@ -4,8 +4,8 @@ Positions: ascending, coded by their differences in base 255: a difference 255·
 byte r, so that positions are the running sum of the bytes wherever the byte is not 255. At density 0.01 nearly all
 differences fit one byte, which is within a few per cent of their entropy.
 
-Values: `int8` with one scale per part, `bf16`, or `float32`. Scales have 11 significant bits, so that decoded values
-are exact and coding them again gives the same bytes.
+Values: `int8` or `int4` with one scale per part, `bf16`, or `float32`. Scales have 11 significant bits, so that decoded
+values are exact and coding them again gives the same bytes.
 
 In files both are deflated too: the bytes of small values and differences are more frequent than the others.
 """
@@ -20,11 +20,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-Encoding = Literal["int8", "bf16", "float32"]
-ENCODINGS: tuple[Encoding, ...] = ("int8", "bf16", "float32")
-BYTES_PER_VALUE = {"int8": 1, "bf16": 2, "float32": 4}
+Encoding = Literal["int4", "int8", "bf16", "float32"]
+ENCODINGS: tuple[Encoding, ...] = ("int4", "int8", "bf16", "float32")
 _ESCAPE = 255
-_LEVELS = 127
+_LEVELS = {"int4": 7, "int8": 127}  # on either side of zero
+# What part of the largest magnitude the last level stands for: with few levels it is better to cut off what is rare.
+_CLIPS = {"int4": (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3), "int8": (1.0,)}
 _SMALLEST = 2.0**-100  # below it a part counts as zeros: its scale would have fewer significant bits
 
 
@@ -50,7 +51,8 @@ def encode_values(parts: Sequence[Tensor], encoding: Encoding) -> tuple[Tensor, 
         encoding: of the values.
 
     Returns:
-        Codes (n,) of dtype int8, bfloat16 or float32, and scales (P,) float32, all ones unless int8.
+        Codes (n,) of dtype int8 (for int4 too: from −7 to 7, whose frequencies make half bytes of them in a deflated
+        file), bfloat16 or float32, and scales (P,) float32, all ones unless int8 or int4.
 
     Raises:
         ValueError: for an unknown encoding or values that are not finite.
@@ -62,18 +64,30 @@ def encode_values(parts: Sequence[Tensor], encoding: Encoding) -> tuple[Tensor, 
         raise ValueError("an expert's values must be finite; training it has diverged")
     device = flat[0].device if flat else None
     scales = torch.ones(len(flat), device=device)
-    if encoding != "int8":
+    if encoding not in _LEVELS:
         dtype = torch.bfloat16 if encoding == "bf16" else torch.float32
         return torch.cat([part.to(dtype) for part in flat]), scales
     codes = []
     for index, part in enumerate(flat):
         largest = float(part.abs().max()) if part.numel() else 0.0
-        part = part if largest > _SMALLEST else torch.zeros_like(part)
-        if largest > _SMALLEST:
-            mantissa, exponent = np.frexp(largest / _LEVELS)
-            scales[index] = float(np.ldexp(np.ceil(mantissa * 2048) / 2048, exponent))
-        codes.append((part / scales[index]).round().clamp(-_LEVELS, _LEVELS).to(torch.int8))
+        if largest <= _SMALLEST:
+            codes.append(torch.zeros_like(part, dtype=torch.int8))
+            continue
+        levels, errors = _LEVELS[encoding], []
+        for clip in _CLIPS[encoding]:
+            scale = _short(clip * largest / levels)
+            rounded = (part / scale).round_().clamp_(-levels, levels)
+            errors.append((float((rounded * scale - part).square().sum()), len(errors), scale, rounded))
+        _, _, scale, rounded = min(errors, key=lambda candidate: candidate[:2])
+        scales[index] = scale
+        codes.append(rounded.to(torch.int8))
     return torch.cat(codes), scales
+
+
+def _short(scale: float) -> float:
+    """Rounded up to 11 significant bits."""
+    mantissa, exponent = np.frexp(scale)
+    return float(np.ldexp(np.ceil(mantissa * 2048) / 2048, exponent))
 
 
 def decode_values(codes: Tensor, scales: Tensor, sizes: Sequence[int]) -> list[Tensor]:

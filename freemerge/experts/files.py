@@ -30,7 +30,7 @@ FORMAT = "freemerge-expert-2"  # in the metadata as `kind`, with the kind of exp
 _KINDS: dict[str, type[Expert]] = {
     f"{FORMAT}-{kind.KIND}": kind for kind in (SparseExpert, LowRankExpert, MaskedExpert)
 }
-_DTYPES = {"int8": torch.int8, "bf16": torch.bfloat16, "float32": torch.float32}
+_DTYPES = {"int4": torch.int8, "int8": torch.int8, "bf16": torch.bfloat16, "float32": torch.float32}
 
 
 def save_expert(path: str | Path, expert: Expert, values: Encoding | None = None) -> Path:
@@ -39,8 +39,8 @@ def save_expert(path: str | Path, expert: Expert, values: Encoding | None = None
     Args:
         path: the file to write; its folder is made if need be.
         expert: the expert; its metadata go into the file's.
-        values: how values are stored: `int8` with a scale per tensor, `bf16` or `float32`. If not given, as in the file
-            the expert came from, else `int8`.
+        values: how values are stored: `int8` or `int4` with a scale per tensor, `bf16` or `float32`. If not given, as
+            in the file the expert came from, else `int8`.
 
     Returns:
         The path.

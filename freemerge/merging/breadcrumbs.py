@@ -8,9 +8,8 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from freemerge.merging.method import MergeMethod, require, require_number, require_scope, weighted_sum
-from freemerge.merging.ranks import magnitudes, model_magnitudes, tensor_order_statistics
-from freemerge.merging.threads import each
-from freemerge.merging.vectors import Vectors, flat
+from freemerge.merging.ranks import model_magnitudes, tensor_magnitudes
+from freemerge.merging.vectors import Vectors, by_blocks, flat
 
 
 @dataclass(frozen=True)
@@ -63,22 +62,17 @@ class Breadcrumbs(MergeMethod):
         values = flat(deltas)
         if values.shape[1] == 0:
             return deltas[0].clone()
-        if statistics is None:
-            each(self._trim, list(values))
-        else:  # a piece is too short to be shared between threads
-            for row, bounds in zip(values, statistics, strict=True):
-                self._trim(row, bounds)
-        return weighted_sum(values, self.scale).reshape(deltas.shape[1:])
+        bounds = tensor_magnitudes(values, self._ranks(values.shape[1])) if statistics is None else statistics
+        return by_blocks(lambda block: self._sum(block, bounds.tolist()), values).reshape(deltas.shape[1:])
+
+    def _sum(self, values: Tensor, bounds: list[list[float]]) -> Tensor:
+        """(K, n) → (n,), without the tails of each row outside of its (low, high); `values` are overwritten."""
+        for row, (low, high) in zip(values, bounds, strict=True):
+            sizes = row.abs()
+            row.masked_fill_((sizes < low) | (sizes > high), 0.0)
+        return weighted_sum(values, self.scale)
 
     def _ranks(self, total: int) -> list[int]:
         """Zero-based ascending ranks of the least and the greatest of the magnitudes that are kept."""
         first = int(total * self.bottom)
         return [first, max(total - 1 - int(total * self.top), first)]
-
-    def _trim(self, row: Tensor, bounds: Tensor | None = None) -> None:
-        """Remove the tails of one model's entries, (n,), in place; the bounds, (2,), are its own if not given."""
-        sizes = magnitudes(row)
-        if bounds is None:
-            bounds = tensor_order_statistics(sizes[None], self._ranks(len(row)))[0]
-        low, high = bounds.tolist()
-        row.masked_fill_((sizes < low) | (sizes > high), 0.0)

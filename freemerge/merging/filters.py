@@ -214,7 +214,7 @@ def _filter_(matrix: Tensor, plan: _Plan) -> None:
             return
         lines = matrix.T if plan.axis == 0 else matrix
         rows = scratch("filter rows", lines.shape, lines.dtype, lines.device).copy_(lines)
-        _transform(rows, plan)
+        _transform(rows, plan, spare=matrix)
         matrix.copy_(rows.T if plan.axis == 0 else rows)
 
 
@@ -227,12 +227,13 @@ def _take_lines(rows: Tensor, plan: _Plan) -> None:
     rows.addmm_(torch.cat([spectrum.real, spectrum.imag], dim=1), waves.T, alpha=-1)
 
 
-def _transform(rows: Tensor, plan: _Plan) -> None:
+def _transform(rows: Tensor, plan: _Plan, spare: Tensor | None = None) -> None:
     """Transform some rows at a time, and hold no more of the spectrum than comes back.
 
     Args:
         rows: (length of a line, length of the axis) float32, contiguous; overwritten.
         plan: what to do.
+        spare: memory of the same size that may be overwritten, for the spectrum if that fits in.
     """
     length = rows.shape[1]
     removed, varying, gains = (part.to(rows.device) for part in plan[1:4])
@@ -241,7 +242,12 @@ def _transform(rows: Tensor, plan: _Plan) -> None:
         rows.zero_()
         return
     first, last = stays[0], stays[-1] + 1
-    held = scratch("filter spectrum", (len(rows), last - first), torch.complex64, rows.device)
+    shape = (len(rows), last - first)
+    values = 2 * len(rows) * (last - first)
+    if spare is not None and spare.is_contiguous() and values <= spare.numel() and spare.storage_offset() % 2 == 0:
+        held = spare.view(-1)[:values].view(torch.complex64).view(shape)
+    else:
+        held = scratch("filter spectrum", shape, torch.complex64, rows.device)
     blocks = [slice(start, start + _BLOCK // length + 1) for start in range(0, len(rows), _BLOCK // length + 1)]
     for block in blocks:
         held[block] = torch.fft.rfft(rows[block])[:, first:last]

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from freemerge.checkpoints import TensorSpec
+from freemerge.checkpoints.pages import Pool, fresh
 from freemerge.merging.errors import MergeError
 from freemerge.merging.method import MergeMethod
 from freemerge.merging.plan import Operands, Plan
@@ -25,6 +26,7 @@ from freemerge.merging.threads import run
 from freemerge.merging.vectors import Vectors, working_dtype
 
 MERGED_BY_PIECES = 8  # float32 copies of a piece of all models that a thread has at a time, about
+_RUN = 1 << 17  # values of a whole tensor that are rounded and written at a time
 _REPORTED = 1 << 24  # bytes read between two reports
 
 
@@ -62,7 +64,7 @@ class Memory(dict[str, Tensor]):
         with self._lock:
             if name not in self:
                 shape, dtype = self._specs[name]
-                self[name] = torch.empty(shape, dtype=dtype, device=values.device)
+                self[name] = fresh(shape, dtype, values.device)
         self[name].view(-1)[start : start + values.numel()] = values.reshape(-1)
 
 
@@ -140,6 +142,7 @@ class Merging:
         self._finishes = method.finishes and len(plan.models) > 1
         self._whole = copies_of_largest(method, len(plan.models)) > 0
         self._kept = set(plan.kept)
+        self._pool = Pool(0)
         self._copies = 5 if self._finishes else len(plan.models) + 4
 
     def run(self, names: Sequence[str]) -> None:
@@ -153,6 +156,7 @@ class Merging:
         """
         largest = max((self._shapes[name].numel() for name in names if self._takes_whole(name)), default=0)
         budget = copies_of_largest(self._method, len(self._plan.models)) * largest
+        self._pool = Pool(4 * len(self._plan.models) * largest)
         # What finishes works on pieces as well, so their memory is to be used again, and whole tensors' is not.
         returned = 5 * PIECE if largest and self._finishes else None
         run(self._work, self._jobs(names), cost=self._cost if largest else None, budget=budget, returned=returned)
@@ -181,8 +185,10 @@ class Merging:
                     self._keep(job)
                 elif self._finishes and not isinstance(job, Piece) and self._shapes[name].numel():
                     self._merge_by_pieces(name)
-                else:
+                elif isinstance(job, Piece):
                     self._merge(name, self._plan.read(job))
+                else:
+                    self._merge_whole(name)
                 if name in self._merged:
                     self._meter.count(job)
 
@@ -201,12 +207,20 @@ class Merging:
             operands = self._plan.read(piece)
             part = self._combine(name, piece.start, operands.deltas, operands.base.shape)
             if merged is None:
-                merged = part.new_empty(self._shapes[name])
+                merged = fresh(self._shapes[name], part.dtype, part.device)
             merged.view(-1)[piece.start : piece.stop] = part
         merged = self._checked(name, self._method.finish(name, merged), self._shapes[name]).reshape(-1)
         for piece in self._pieces(name):
             base = self._plan.read_base(piece)
             self._put(name, piece.start, _sum(base, merged[piece.start : piece.stop]))
+
+    def _merge_whole(self, name: str) -> None:
+        """Merge a tensor that the method has to see whole."""
+        memory = self._pool.take(4 * len(self._plan.models) * self._shapes[name].numel())
+        try:
+            self._merge(name, self._plan.read(name, memory.view(torch.float32)))
+        finally:
+            self._pool.give(memory)
 
     def _merge(self, name: str, operands: Operands) -> None:
         """Merge a tensor or a piece of one."""
@@ -215,7 +229,11 @@ class Merging:
         if single is None:
             merged = self._combine(name, start, deltas, base.shape)
             del deltas  # K tensors, perhaps
-            self._put(name, start, _sum(base, merged))
+            base, merged = base.reshape(-1), merged.reshape(-1)
+            step = _RUN if merged.device.type == "cpu" else max(1, len(base))
+            for first in range(0, max(1, len(base)), step):  # neither sums nor rounded values are ever whole
+                part = slice(first, first + step)
+                self._put(name, (start or 0) + first, _sum(base[part], merged[part]))
             return
         before = deltas[0].clone()  # a method may overwrite what it is given
         merged = self._combine(name, start, deltas, base.shape)

@@ -15,13 +15,14 @@ import torch
 from torch import Tensor
 
 from freemerge.checkpoints import Checkpoint, TensorSpec
+from freemerge.checkpoints.pages import fresh
 from freemerge.merging.errors import MergeError
 from freemerge.merging.patterns import select, unmatched
 from freemerge.merging.processes import Processes
 from freemerge.merging.quantized import find_quantized
 from freemerge.merging.streaming import Piece
 from freemerge.merging.threads import each
-from freemerge.merging.vectors import Vectors, differences, working_dtype
+from freemerge.merging.vectors import COLUMNS, Vectors, differences, widened
 from freemerge.merging.vocabulary import is_vocabulary, match_rows
 
 _DEVICE_PIECE = 1 << 25  # 128 MiB in float32: a copy of which is long against its start
@@ -110,16 +111,26 @@ class Plan:
         """The base's values of a tensor, or of a piece of one, as stored."""
         return self._placed(_read(self.base, what))
 
-    def read(self, what: str | Piece) -> Operands:
+    def read(self, what: str | Piece, memory: Tensor | None = None) -> Operands:
         """Read the base's values of a tensor, or of a piece of one, and what the models add to them.
+
+        Args:
+            what: name of the tensor, or the piece.
+            memory: (K·n or more,) float32 on the CPU, to put the latter in; fresh memory if None.
 
         Raises:
             MergeError: a value is NaN or infinite.
         """
         name = what.name if isinstance(what, Piece) else what
         base = self.read_base(what)
-        deltas = torch.empty(len(self.models), *base.shape, dtype=torch.float32, device=base.device)
-        reference = base.to(working_dtype(base.dtype))  # converted once, not once per model
+        shape = torch.Size((len(self.models), *base.shape))
+        if memory is None or base.device.type != "cpu":
+            deltas = fresh(shape, torch.float32, base.device)
+        else:
+            deltas = memory[: shape.numel()].view(shape)
+        whole = not isinstance(what, Piece)
+        by_runs = whole and name not in self.rows and len(self.models) > 1 and base.device.type == "cpu"
+        reference = base if by_runs else widened(base)  # once, not once per model
 
         def read_delta(index: int) -> Tensor | None:
             """Write a model's difference, and return its own values, if it has such."""
@@ -129,6 +140,9 @@ class Plan:
                 return None
             if name in self.rows:
                 return _read_rows(model, what, self.rows[name][index], reference, row)
+            if by_runs and name not in model.deltas:
+                _read_runs(model, name, reference, row)
+                return None
             values = self._placed(_read(model, what))
             if name in model.deltas:
                 row.copy_(values)
@@ -137,14 +151,14 @@ class Plan:
             return values if len(self.models) == 1 else None
 
         indices = range(len(self.models))
-        own = [read_delta(index) for index in indices] if isinstance(what, Piece) else each(read_delta, indices)
+        own = each(read_delta, indices) if whole else [read_delta(index) for index in indices]
         # One sum finds any NaN or infinity; only when it does (or overflows) is it worth asking where.
         if not bool(torch.isfinite(deltas.sum())):
             for checkpoint in (self.base, *self.models):
                 if name in checkpoint:
                     _require_finite(checkpoint.label, name, checkpoint.tensor(name))
         single = own[0] if len(own) == 1 else None
-        return Operands(base, deltas, single, what.start if isinstance(what, Piece) else None)
+        return Operands(base, deltas, single, None if whole else what.start)
 
     def _placed(self, values: Tensor) -> Tensor:
         """Values where they are computed with."""
@@ -219,6 +233,22 @@ def make_plan(
 
 def _read(checkpoint: Checkpoint, what: str | Piece) -> Tensor:
     return checkpoint.run(*what) if isinstance(what, Piece) else checkpoint.tensor(what)
+
+
+def _read_runs(model: Checkpoint, name: str, base: Tensor, delta: Tensor) -> None:
+    """Read a model's difference to the base in runs: its own values are never whole in memory.
+
+    Args:
+        model: the fine-tuned model.
+        name: of the tensor.
+        base: the base's, (*shape) as stored.
+        delta: where the difference is written, (*shape) float32.
+    """
+    base, delta = base.reshape(-1), delta.view(-1)
+    for start in range(0, len(base), COLUMNS):
+        run = slice(start, start + COLUMNS)
+        values = model.run(name, start, min(start + COLUMNS, len(base)))
+        differences(widened(base[run]), [values], out=delta[None, run])
 
 
 def _read_rows(model: Checkpoint, what: str | Piece, rows: int, reference: Tensor, delta: Tensor) -> Tensor | None:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from freemerge.merging.brackets import Bracket, make_brackets
-from freemerge.merging.threads import each, scratch
+from freemerge.merging.threads import each
 from freemerge.merging.vectors import Vectors
 
 _PARTITIONED = 1 << 20  # values of a row that are partitioned in memory if they are all; with a sample fewer
@@ -68,8 +68,8 @@ def order_statistics(
     return _bracketed(scan, ranks, shape, torch.empty(rows, 0), gather) if found is None else found
 
 
-def tensor_order_statistics(values: Tensor, ranks: Sequence[int]) -> Tensor:
-    """Ascending order statistics of every row of a matrix in memory, faster than by sorting it.
+def tensor_magnitudes(values: Tensor, ranks: Sequence[int]) -> Tensor:
+    """Ascending order statistics of the magnitudes in every row of a matrix in memory, faster than by sorting them.
 
     Args:
         values: (K, n) float32 without NaN, n ≥ 1.
@@ -81,7 +81,11 @@ def tensor_order_statistics(values: Tensor, ranks: Sequence[int]) -> Tensor:
     total = values.shape[1]
 
     def row_statistics(row: Tensor) -> Tensor:
-        return order_statistics(lambda see: see(row[None]), ranks, (1, total), tensor_sample(row[None]))
+        def scan(see: Callable[[Tensor], None]) -> None:
+            for block in row.split(_BATCH):  # no copy of magnitudes is ever whole
+                see(block.abs()[None])
+
+        return order_statistics(scan, ranks, (1, total), tensor_sample(row[None]).abs())
 
     return torch.cat(each(row_statistics, list(values))).to(values.device)
 
@@ -108,11 +112,6 @@ def model_magnitudes(vectors: Vectors, ranks: Sequence[int]) -> Tensor:
         vectors.scan(lambda deltas: see(deltas.abs_()))
 
     return order_statistics(scan, ranks, shape, vectors.sample().abs_(), vectors.gather)
-
-
-def magnitudes(row: Tensor) -> Tensor:
-    """|v| of one model's entries, (n,) float32; only until the next call in the same thread, see `scratch`."""
-    return torch.abs(row, out=scratch("magnitudes", tuple(row.shape), row.dtype, row.device))
 
 
 def _bracketed(

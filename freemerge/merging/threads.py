@@ -16,6 +16,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from freemerge.checkpoints.pages import fresh
 from freemerge.checkpoints.reading import keep_files_open
 
 _Job = TypeVar("_Job")
@@ -117,10 +118,10 @@ def scratch(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch
     kept: dict[str, Tensor] | None = getattr(_team, "scratch", None)
     size = torch.Size(shape).numel() * dtype.itemsize
     if kept is None or device.type != "cpu" or size < _WHOLE:
-        return torch.empty(shape, dtype=dtype, device=device)
+        return fresh(shape, dtype, device)
     if name not in kept or len(kept[name]) < size:
         kept.pop(name, None)
-        kept[name] = torch.empty(size, dtype=torch.uint8)
+        kept[name] = fresh((size,), torch.uint8)
     return kept[name][:size].view(dtype).view(shape)
 
 

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from freemerge.merging.method import MergeMethod, require, require_number, require_scope
-from freemerge.merging.ranks import magnitudes, model_magnitudes, tensor_order_statistics
-from freemerge.merging.threads import each
-from freemerge.merging.vectors import Vectors, flat
+from freemerge.merging.ranks import model_magnitudes, tensor_magnitudes
+from freemerge.merging.vectors import Vectors, by_blocks, flat
 
 
 @dataclass(frozen=True)
@@ -60,18 +59,22 @@ class Ties(MergeMethod):
         values = flat(deltas)
         if values.shape[1] == 0:
             return deltas[0].clone()
+        thresholds = None
         if self.density < 1:
+            thresholds = statistics
             if statistics is None:
-                ranks = [self._rank(values.shape[1])]
-                rows = each(lambda row: tensor_order_statistics(magnitudes(row)[None], ranks)[:, 0], list(values))
-                statistics = torch.cat(rows)
-            _trim(values, statistics)
+                thresholds = tensor_magnitudes(values, [self._rank(values.shape[1])])[:, 0]
+        return by_blocks(lambda block: self._elect(block, thresholds), values).reshape(deltas.shape[1:])
+
+    def _elect(self, values: Tensor, thresholds: Tensor | None) -> Tensor:
+        """(K, n) → (n,); `values` are overwritten."""
+        if thresholds is not None:
+            _trim(values, thresholds)
         sign = values.sum(0).sign_()
         # Entries of the elected sign, as magnitudes. Where the sum is zero there are none, and their mean is zero too.
         agreeing = values.mul_(sign).clamp_(min=0)
         total = agreeing.sum(0)
-        merged = total.mul_(sign).div_(agreeing.sign_().sum(0).clamp_(min=1)).mul_(self.scale)
-        return merged.reshape(deltas.shape[1:])
+        return total.mul_(sign).div_(agreeing.sign_().sum(0).clamp_(min=1)).mul_(self.scale)
 
     def _rank(self, total: int) -> int:
         """Zero-based ascending rank of the least of the magnitudes that are kept."""

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from freemerge.checkpoints.memory import flat_run
+from freemerge.checkpoints.pages import fresh
 from freemerge.checkpoints.reading import keep_files_open
 from freemerge.merging.errors import MergeError
 from freemerge.merging.processes import Processes
 from freemerge.merging.streaming import Piece, pieces, read_ahead
-from freemerge.merging.threads import run
+from freemerge.merging.threads import each, run
 
 if TYPE_CHECKING:
     from freemerge.merging.method import MergeMethod
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 _Value = TypeVar("_Value")
 
 COLUMNS = 1 << 17  # of a whole tensor treated at a time: of what is computed from it, no copy is ever whole
+_SHORT = 1 << 20  # values of a model that are not worth the start of threads, as in any piece
 _SAMPLE_RUNS = 1024
 _SAMPLE_RUN = 128  # neighbours cost next to nothing to read, and tell less than their number
 
@@ -285,11 +287,34 @@ def differences(base: Tensor, tensors: Sequence[Tensor], out: Tensor | None = No
     deltas = torch.empty(len(tensors), *base.shape, dtype=torch.float32, device=base.device) if out is None else out
     for index, tensor in enumerate(tensors):
         tensor = tensor.detach().to(base.device)
-        if reference.dtype is torch.float32 and tensor.dtype.itemsize > 1:
-            torch.sub(tensor, reference, out=deltas[index])  # converts on the fly
+        if reference.dtype is tensor.dtype is torch.float32:
+            torch.sub(tensor, reference, out=deltas[index])
+        elif reference.dtype is torch.float32:
+            deltas[index].copy_(tensor).sub_(reference)  # a difference of two dtypes would convert to new memory first
         else:
             deltas[index] = tensor.to(reference.dtype) - reference
     return deltas
+
+
+def by_blocks(combine: Callable[[Tensor], Tensor], values: Tensor) -> Tensor:
+    """Apply an entry-wise merge block by block: what it computes on the way stays in the processor's cache.
+
+    Args:
+        combine: (K, m) float32, which it may overwrite → (m,) float32.
+        values: (K, n) float32; may be overwritten.
+
+    Returns:
+        (n,) float32.
+    """
+    if values.device.type != "cpu" or values.shape[1] <= _SHORT:
+        return combine(values)
+    merged = fresh((values.shape[1],), torch.float32)
+
+    def one(start: int) -> None:
+        merged[start : start + COLUMNS] = combine(values[:, start : start + COLUMNS])
+
+    each(one, range(0, len(merged), COLUMNS))
+    return merged
 
 
 def flat(deltas: Tensor) -> Tensor:
@@ -300,6 +325,12 @@ def flat(deltas: Tensor) -> Tensor:
 def add(base: Tensor, delta: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """θ_base + τ in float32 (float64 for a float64 base), rounded once, to `dtype` or the base's; in new memory."""
     return (base.detach().to(working_dtype(base.dtype)) + delta).to(dtype or base.dtype)
+
+
+def widened(tensor: Tensor) -> Tensor:
+    """The tensor in its working dtype; itself if it is in it already."""
+    dtype = working_dtype(tensor.dtype)
+    return tensor if tensor.dtype == dtype else fresh(tensor.shape, dtype, tensor.device).copy_(tensor)
 
 
 def working_dtype(*dtypes: torch.dtype) -> torch.dtype:

@@ -38,7 +38,7 @@ from torch import Tensor
 from freemerge.checkpoints import hash_tensors, save_checkpoint
 from freemerge.data import TaskSuite
 from freemerge.evaluation import Report, mean_score
-from freemerge.experts import extract, extract_low_rank, load_expert, save_expert
+from freemerge.experts import load_expert, save_expert
 from freemerge.merging import apply_task_vector, merge, merge_task_vectors, task_vector
 from freemerge.models import FreeModel, choose_threshold
 from freemerge.pipeline.artifacts import Artifacts
@@ -224,12 +224,7 @@ class SuiteRun:
                 head,
                 teacher,
                 start,
-                **settings.optimization,
-                feature_weight=settings.feature_weight,
-                logit_weight=settings.logit_weight,
-                temperature=settings.temperature,
-                feature_loss=settings.feature_loss,
-                cache_teacher=settings.cache_teacher,
+                **settings.training,
             )
             data = self.suite.for_task(task, batch_size=settings.batch_size)
             trainer = self._fit(stage, trainer_module, data, settings.trainer, resume, monitor="val/agreement")
@@ -242,12 +237,8 @@ class SuiteRun:
         merged, finetuned, heads = self.files.free_weights(), self.files.finetuned_weights(), self.files.heads()
         stage.begin()
         hashes = {"base_hash": hash_tensors(self.files.base_weights()), "merged_hash": hash_tensors(merged)}
-        shared: dict[str, Any] = {"density": settings.density, "vectors": settings.vectors}
-        cut = extract_low_rank
-        if settings.kind == "sparse":
-            cut, shared = extract, shared | {"scope": settings.scope, "rescale": settings.rescale}
         experts = {
-            task: cut(task_vector(merged, weights), **shared, metadata={"task": task, **hashes})
+            task: settings.cut(task_vector(merged, weights), {"task": task, **hashes})
             for task, weights in finetuned.items()
         }
         loaders = self.measure.loaders("val")

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any, Literal
 
 import lightning as L
 from lightning.pytorch.cli import OptimizerCallable
+from torch import Tensor
 
+from freemerge.experts import Encoding, Expert, extract, extract_low_rank
 from freemerge.merging import FRMerging, MergeMethod, PCBMerging, TaskArithmetic, Ties, WeightAverage
 from freemerge.training.optimization import Schedule
 from freemerge.tuning import Range, Sampler
@@ -133,7 +136,8 @@ class ExpertsSettings(FitSettings):
         vectors: norms and biases are `ranked` like all others, kept `whole` as far as half the density goes, or left
             out (`none`).
         rescale: `none`, or `released` for the released code's rescaling of a sparse expert's extracted values.
-        values: how files store values: `int8` with a scale per tensor, `bf16` or `float32`.
+        values: how files store values: `int8` or `int4` with a scale per tensor, `bf16` or `float32`; training
+            takes the rounding to `int4` into account.
         feature_weight: weight of the features' loss.
         feature_loss: `mse` or `cosine`.
         logit_weight: weight of the logits' loss.
@@ -146,7 +150,7 @@ class ExpertsSettings(FitSettings):
     scope: Literal["model", "tensor", "row"] = "model"
     vectors: Literal["whole", "ranked", "none"] = "ranked"
     rescale: Literal["none", "released"] = "none"
-    values: Literal["int8", "bf16", "float32"] = "int8"
+    values: Encoding = "int8"
     feature_weight: float = 1.0
     feature_loss: Literal["mse", "cosine"] = "mse"
     logit_weight: float = 1.0
@@ -157,6 +161,25 @@ class ExpertsSettings(FitSettings):
         super().__post_init__()
         if not 0.0 < self.density <= 1.0:
             raise ValueError(f"experts.density: must be in (0, 1], got {self.density}")
+
+    def cut(self, residual: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> Expert:
+        """An expert of this kind and size from a task's residual against the merged backbone, before training."""
+        if self.kind == "low_rank":
+            return extract_low_rank(residual, density=self.density, vectors=self.vectors, metadata=metadata)
+        return extract(
+            residual,
+            self.density,
+            scope=self.scope,
+            vectors=self.vectors,
+            rescale=self.rescale,
+            metadata=metadata,
+        )
+
+    @property
+    def training(self) -> dict[str, Any]:
+        """The arguments of `ExpertTrainer` beside models and data."""
+        names = ("feature_weight", "logit_weight", "temperature", "feature_loss", "cache_teacher")
+        return self.optimization | {name: getattr(self, name) for name in names} | {"encoding": self.values}
 
 
 @dataclass

@@ -10,11 +10,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Literal
 
+import torch
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 
 from freemerge.checkpoints.memory import find_tied
-from freemerge.experts import Expert, check_fits
+from freemerge.experts import Encoding, Expert, check_fits
+from freemerge.experts.codec import decode_values, encode_values
 from freemerge.experts.layerwise import substituted
 from freemerge.inputs import Inputs, batch_size
 from freemerge.models import Backbone
@@ -36,6 +38,9 @@ class ExpertTrainer(OptimizedModule):
         optimizer: makes the optimizer of the values; AdamW if not given.
         schedule: how the learning rate falls over the fit.
         warmup: share of the steps over which the learning rate rises.
+        encoding: how a file will store the values. With `int4` the student has them rounded like that, and gradients
+            pass the rounding by (straight-through), so that training makes up for it; all others change next to
+            nothing.
         feature_weight: weight of the features' loss.
         logit_weight: weight of the logits' loss.
         temperature: of the softened logits.
@@ -52,6 +57,7 @@ class ExpertTrainer(OptimizedModule):
         optimizer: OptimizerCallable | None = None,
         schedule: Schedule = "cosine",
         warmup: float = 0.1,
+        encoding: Encoding = "int8",
         feature_weight: float = 1.0,
         logit_weight: float = 1.0,
         temperature: float = 2.0,
@@ -66,6 +72,7 @@ class ExpertTrainer(OptimizedModule):
         self.__dict__["teacher"] = Teacher(teacher, cache_teacher)  # outside the module tree
         self.start = expert
         self.values = nn.Parameter(expert.flat_values().clone())
+        self.encoding = encoding
         self._tied = find_tied(weights)
         self.distillation = Distillation(feature_weight, logit_weight, temperature, feature_loss)
         self.strict_loading = False  # checkpoints hold the values alone
@@ -87,13 +94,23 @@ class ExpertTrainer(OptimizedModule):
 
     def forward(self, inputs: Inputs) -> Tensor:
         """Features (B, F) of merged + expert, differentiable in the values."""
-        expert = self.start.with_values(self.values)
+        expert = self.start.with_values(self._stored())
 
         def make(name: str, weight: Tensor) -> Tensor:
             return expert.added(self._tied.get(name, name), weight)
 
         with substituted(self.backbone.model, expert.shapes, make):
             return self.backbone(inputs)
+
+    def _stored(self) -> Tensor:
+        """The values as a file will give them back, where that matters; with the gradient of the values themselves."""
+        if self.encoding != "int4":
+            return self.values
+        with torch.no_grad():
+            parts = self.start.with_values(self.values).parts().values()
+            codes, scales = encode_values(list(parts), self.encoding)
+            rounded = torch.cat(decode_values(codes, scales, [part.numel() for part in parts]))
+        return self.values + (rounded - self.values).detach()
 
     def _losses(self, batch: tuple[Inputs, Tensor]) -> dict[str, Tensor]:
         inputs = batch[0]

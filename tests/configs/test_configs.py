@@ -139,6 +139,14 @@ class Overlays:
         data = {"folder": str(self.folder / "tables"), "tokenizer": self.tokenizer, "batch_size": 8}
         return backbone(ROBERTA) | {"data": {"init_args": data}}
 
+    def text8(self) -> dict[str, Any]:
+        pairs = [{**row, "text_a": row["text"], "text_b": row["second"]} for row in tiny_files.rows()]
+        for task, rows in (("cola", [{**row, "text_b": ""} for row in pairs]), ("rte", pairs)):
+            columns = ["split", "text_a", "text_b", "label"]
+            tiny_files.write_table(self.folder / "tables" / f"{task}.tsv", columns, rows)
+        data = {"folder": str(self.folder / "tables"), "tokenizer": self.tokenizer, "batch_size": 8}
+        return backbone(BERT) | {"data": {"init_args": data}}
+
     def cross_domain(self) -> dict[str, Any]:
         for task in ("books", "films", "tweets", "dialogues"):
             tiny_files.write_table(self.folder / "domains" / f"{task}.csv", ["split", "text", "label"])

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from freemerge.merging import order_statistics
 from freemerge.merging.brackets import Bracket, _float, _key
-from freemerge.merging.ranks import tensor_order_statistics
+from freemerge.merging.ranks import tensor_magnitudes
 
 
 def assert_exact(values, ranks, cuts, sample=None):
@@ -147,7 +147,7 @@ def test_a_large_stream(monkeypatch):
 def test_of_a_tensor(total):
     values = torch.randn(2, total, generator=torch.Generator().manual_seed(0))
     ranks = [0, total // 3, total - 1]
-    assert torch.equal(tensor_order_statistics(values, ranks), values.sort(dim=1).values[:, ranks])
+    assert torch.equal(tensor_magnitudes(values, ranks), values.abs().sort(dim=1).values[:, ranks])
 
 
 def test_keys_sort_like_the_values():
