@@ -9,7 +9,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 from torch.func import functional_call
 
-from freemerge.experts import extract, extract_low_rank
+from freemerge.experts import extract, extract_low_rank, load_expert, save_expert
 from freemerge.merging import task_vector
 from freemerge.models import ConvRouter
 from freemerge.training import ExpertTrainer, FineTuner, RouterTrainer, fit_probe
@@ -147,6 +147,26 @@ def test_expert_forward_equals_the_attached_expert(teacher_and_merged) -> None:
     summed = copy.deepcopy(backbone).eval()
     summed.load_weights({name: t + dense[name] if name in dense else t for name, t in backbone.weights().items()})
     torch.testing.assert_close(module(images), summed(images))
+
+
+def test_training_makes_up_for_the_rounding_to_int4(tmp_path, teacher_and_merged) -> None:
+    tuner, backbone = teacher_and_merged
+    teacher, merged = tuner.backbone.weights(), backbone.weights()
+    images = torch.cat([images for images, _ in TinySuite().test_dataloader()["corners"]])
+    target = tuner.backbone.eval()(images).detach()
+    distances = {}
+    for encoding in ("int8", "int4"):
+        start = extract_low_rank(task_vector(merged, teacher), rank=1)
+        heads = copy.deepcopy(tuner.head)
+        module = ExpertTrainer(copy.deepcopy(backbone), heads, teacher, start, adam(1e-2), encoding=encoding)
+        loop = trainer(tmp_path, max_epochs=30, enable_checkpointing=False)
+        loop.fit(module, datamodule=TinySuite().for_task("corners"))
+        stored = load_expert(save_expert(tmp_path / "e.safetensors", module.expert, "int4"))
+        reader = ExpertTrainer(copy.deepcopy(backbone), heads, teacher, stored).eval()
+        distances[encoding] = float((reader(images) - target).square().mean().detach())
+        if encoding == "int4":  # what it trained is what the file holds
+            torch.testing.assert_close(module.eval()(images), reader(images))
+    assert distances["int4"] < distances["int8"]
 
 
 @pytest.mark.parametrize("kind", ["sparse", "low_rank"])

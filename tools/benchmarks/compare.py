@@ -38,12 +38,12 @@ def compare(base: Path, first: Path, second: Path) -> Difference:
             raise SystemExit(f"error: {first} and {second} hold '{name}' with other shapes or dtypes")
         reference, one, other = (tensor.float() for tensor in stored)
         apart = (one - other).abs()
+        changed = float((one - reference).abs().max())
         # Both sides compute in float32, where what is near zero after a subtraction is known less well than it is fine.
         step = torch.finfo(stored[0].dtype).eps * torch.maximum(one.abs(), other.abs())
-        beyond += int((apart > step + 2 * torch.finfo(torch.float32).eps * reference.abs()).sum())
+        beyond += int((apart > step + 4 * torch.finfo(torch.float32).eps * (reference.abs() + changed)).sum())
         total += apart.numel()
-        largest = max(largest, float(apart.max()))
-        change = max(change, float((one - reference).abs().max()))
+        largest, change = max(largest, float(apart.max())), max(change, changed)
     return Difference(largest, change, beyond / total)
 
 
