@@ -12,6 +12,7 @@ import threading
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 from torch import Tensor
 
 _COUNTERS = 1 << 21  # one counter per number up to this width: 16 MiB a bracket
@@ -41,9 +42,7 @@ class Bracket:
         self._size = 0
         self._shift = 0
         if expected < min(2 * width, _COLLECTED / 2):  # collecting takes less memory than counting
-            # One buffer, of which the system gives what is used: small arrays kept from every batch would scatter over
-            # the heap and hold it.
-            self._collected = np.empty(_COLLECTED, dtype=np.float32)
+            self._collected = _buffer()
             return
         if width > _COUNTERS:
             self._shift = max(width.bit_length() - _COARSE_BITS, 0)
@@ -84,7 +83,7 @@ class Bracket:
     def __setstate__(self, state: dict[str, object]) -> None:
         self.__dict__.update(state, _lock=threading.Lock())
         if self._collected is not None:
-            held, self._collected = self._collected, np.empty(_COLLECTED, dtype=np.float32)
+            held, self._collected = self._collected, _buffer()
             self._collected[: len(held)] = held
 
     def _collect(self, values: np.ndarray) -> None:
@@ -116,6 +115,14 @@ class Bracket:
             return _float(key)
         last = min(key + (1 << self._shift) - 1, int(_key(self.high)))
         return Bracket(_float(key), _float(last), self.rank, expected=float(self._counts[index]))
+
+
+def _buffer() -> np.ndarray:
+    """Room for what is collected, of which the system gives what is used, page by page.
+
+    Small arrays kept from every batch would scatter over the heap and hold it; NumPy's own would have huge pages.
+    """
+    return torch.empty(_COLLECTED, dtype=torch.float32).numpy()
 
 
 def _within(values: Tensor, low: np.float32, high: np.float32) -> tuple[np.ndarray, int]:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from freemerge.merging.method import MergeMethod, require, require_number, require_scope, weighted_sum
 from freemerge.merging.ranks import model_magnitudes, tensor_magnitudes
-from freemerge.merging.vectors import Vectors, by_blocks, flat
+from freemerge.merging.vectors import Vectors, flat
 
 
 @dataclass(frozen=True)
@@ -17,8 +17,7 @@ class Breadcrumbs(MergeMethod):
     """τ = Σ_k λ_k · m_k ⊙ v_k, where m_k removes both tails of the magnitudes.
 
     Of n entries the ⌊bottom·n⌋ smallest and the ⌊top·n⌋ largest magnitudes are set to zero (equals of the last one
-    kept stay). The defaults are the paper's β = 85 %, γ = 99.3 %, α = 0.3. One pass with scope "tensor", two with
-    "model".
+    kept stay). The defaults are the paper's β = 85 %, γ = 99.3 %, α = 0.3. Two passes.
 
     Args:
         bottom: fraction of the smallest entries to remove, in [0, 1).
@@ -46,31 +45,29 @@ class Breadcrumbs(MergeMethod):
 
     @property
     def elementwise(self) -> bool:
-        return self.scope == "model"
+        return True
 
     @property
     def passes(self) -> int:
-        return 2 if self.scope == "model" else 1
+        return 2
 
-    def survey(self, vectors: Vectors) -> Tensor | None:
-        """The least and the greatest magnitude that each model keeps, (K, 2) float32; None with scope "tensor"."""
-        if self.scope == "tensor" or vectors.numel == 0:
+    def survey(self, vectors: Vectors) -> Tensor | dict[str, Tensor] | None:
+        """The least and the greatest magnitude that each model keeps, (K, 2) float32, by name with scope "tensor"."""
+        if vectors.numel == 0:
             return None
+        if self.scope == "tensor":
+            return tensor_magnitudes(vectors, self._ranks)
         return model_magnitudes(vectors, self._ranks(vectors.numel))
 
-    def combine(self, name: str, deltas: Tensor, statistics: Tensor | None) -> Tensor:
+    def combine(self, name: str, deltas: Tensor, statistics: Tensor | dict[str, Tensor] | None) -> Tensor:
         values = flat(deltas)
         if values.shape[1] == 0:
             return deltas[0].clone()
-        bounds = tensor_magnitudes(values, self._ranks(values.shape[1])) if statistics is None else statistics
-        return by_blocks(lambda block: self._sum(block, bounds.tolist()), values).reshape(deltas.shape[1:])
-
-    def _sum(self, values: Tensor, bounds: list[list[float]]) -> Tensor:
-        """(K, n) → (n,), without the tails of each row outside of its (low, high); `values` are overwritten."""
-        for row, (low, high) in zip(values, bounds, strict=True):
+        bounds = statistics[name] if isinstance(statistics, dict) else statistics
+        for row, (low, high) in zip(values, bounds.tolist(), strict=True):
             sizes = row.abs()
             row.masked_fill_((sizes < low) | (sizes > high), 0.0)
-        return weighted_sum(values, self.scale)
+        return weighted_sum(values, self.scale).reshape(deltas.shape[1:])
 
     def _ranks(self, total: int) -> list[int]:
         """Zero-based ascending ranks of the least and the greatest of the magnitudes that are kept."""

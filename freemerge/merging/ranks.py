@@ -18,15 +18,13 @@ import torch
 from torch import Tensor
 
 from freemerge.merging.brackets import Bracket, make_brackets
-from freemerge.merging.threads import each
-from freemerge.merging.vectors import Vectors
+from freemerge.merging.vectors import Scan, Vectors
 
 _PARTITIONED = 1 << 20  # values of a row that are partitioned in memory if they are all; with a sample fewer
 _PARTITIONED_DESPITE_SAMPLE = 1 << 14
 _BATCH = 1 << 17  # values of a row compared with the brackets at a time: they fit in the cache
 
 _Value = TypeVar("_Value")
-Scan = Callable[[Callable[[Tensor], None]], None]
 Gather = Callable[[_Value], "list[_Value]"]
 
 
@@ -68,28 +66,6 @@ def order_statistics(
     return _bracketed(scan, ranks, shape, torch.empty(rows, 0), gather) if found is None else found
 
 
-def tensor_magnitudes(values: Tensor, ranks: Sequence[int]) -> Tensor:
-    """Ascending order statistics of the magnitudes in every row of a matrix in memory, faster than by sorting them.
-
-    Args:
-        values: (K, n) float32 without NaN, n ≥ 1.
-        ranks: R zero-based ranks, the same for every row.
-
-    Returns:
-        (K, R) float32, on the device of the values.
-    """
-    total = values.shape[1]
-
-    def row_statistics(row: Tensor) -> Tensor:
-        def scan(see: Callable[[Tensor], None]) -> None:
-            for block in row.split(_BATCH):  # no copy of magnitudes is ever whole
-                see(block.abs()[None])
-
-        return order_statistics(scan, ranks, (1, total), tensor_sample(row[None]).abs())
-
-    return torch.cat(each(row_statistics, list(values))).to(values.device)
-
-
 def tensor_sample(values: Tensor) -> Tensor:
     """Some of the columns of a matrix in memory, (K, n) → (K, m), a view, as a sample for `order_statistics`."""
     stride = max(37, values.shape[1] >> 15 | 1)  # odd, so that it visits all columns of most weights
@@ -112,6 +88,26 @@ def model_magnitudes(vectors: Vectors, ranks: Sequence[int]) -> Tensor:
         vectors.scan(lambda deltas: see(deltas.abs_()))
 
     return order_statistics(scan, ranks, shape, vectors.sample().abs_(), vectors.gather)
+
+
+def tensor_magnitudes(vectors: Vectors, ranks: Callable[[int], Sequence[int]]) -> dict[str, Tensor]:
+    """Ascending order statistics of each model's magnitudes |v| in every tensor by itself.
+
+    Args:
+        vectors: the task vectors of K models.
+        ranks: number of values of a tensor → R zero-based ranks below it.
+
+    Returns:
+        Name → (K, R) float32, on the CPU; without tensors that have no values.
+    """
+
+    def measure(size: int, scan: Scan, sample: Tensor) -> Tensor:
+        def scan_magnitudes(see: Callable[[Tensor], None]) -> None:
+            scan(lambda deltas: see(deltas.abs_()))
+
+        return order_statistics(scan_magnitudes, ranks(size), (len(vectors.labels), size), sample.abs_())
+
+    return vectors.subset(name for name, shape in vectors.shapes.items() if shape.numel()).by_tensor(measure)
 
 
 def _bracketed(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from freemerge.merging.method import MergeMethod, require, require_number, require_scope
 from freemerge.merging.ranks import model_magnitudes, tensor_magnitudes
-from freemerge.merging.vectors import Vectors, by_blocks, flat
+from freemerge.merging.vectors import Vectors, flat
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Ties(MergeMethod):
     2. Elect: γ = sign(Σ_k v_k).
     3. Disjoint mean: τ = scale · mean of {v_k : sign(v_k) = γ}; zero where no entry is left.
 
-    Two passes with scope "model" (one to find t_k exactly, from a bracket that a sample gives), one with "tensor".
+    Two passes, one of them to find t_k exactly, from a bracket that a sample gives; one if nothing is trimmed.
 
     Args:
         density: fraction of the entries to keep, in (0, 1].
@@ -43,38 +43,32 @@ class Ties(MergeMethod):
 
     @property
     def elementwise(self) -> bool:
-        return self.scope == "model"
+        return True
 
     @property
     def passes(self) -> int:
-        return 2 if self.scope == "model" and self.density < 1 else 1
+        return 2 if self.density < 1 else 1
 
-    def survey(self, vectors: Vectors) -> Tensor | None:
-        """Find t_k over the whole model, (K,) float32; None with scope "tensor" or if nothing is trimmed."""
-        if self.scope == "tensor" or self.density == 1 or vectors.numel == 0:
+    def survey(self, vectors: Vectors) -> Tensor | dict[str, Tensor] | None:
+        """Find t_k, (K, 1) float32, over the whole model or, by name, of each tensor; None if nothing is trimmed."""
+        if self.density == 1 or vectors.numel == 0:
             return None
-        return model_magnitudes(vectors, [self._rank(vectors.numel)])[:, 0]
+        if self.scope == "tensor":
+            return tensor_magnitudes(vectors, lambda size: [self._rank(size)])
+        return model_magnitudes(vectors, [self._rank(vectors.numel)])
 
-    def combine(self, name: str, deltas: Tensor, statistics: Tensor | None) -> Tensor:
+    def combine(self, name: str, deltas: Tensor, statistics: Tensor | dict[str, Tensor] | None) -> Tensor:
         values = flat(deltas)
         if values.shape[1] == 0:
             return deltas[0].clone()
-        thresholds = None
-        if self.density < 1:
-            thresholds = statistics
-            if statistics is None:
-                thresholds = tensor_magnitudes(values, [self._rank(values.shape[1])])[:, 0]
-        return by_blocks(lambda block: self._elect(block, thresholds), values).reshape(deltas.shape[1:])
-
-    def _elect(self, values: Tensor, thresholds: Tensor | None) -> Tensor:
-        """(K, n) → (n,); `values` are overwritten."""
-        if thresholds is not None:
-            _trim(values, thresholds)
+        if statistics is not None:
+            _trim(values, (statistics[name] if isinstance(statistics, dict) else statistics)[:, 0])
         sign = values.sum(0).sign_()
         # Entries of the elected sign, as magnitudes. Where the sum is zero there are none, and their mean is zero too.
         agreeing = values.mul_(sign).clamp_(min=0)
         total = agreeing.sum(0)
-        return total.mul_(sign).div_(agreeing.sign_().sum(0).clamp_(min=1)).mul_(self.scale)
+        merged = total.mul_(sign).div_(agreeing.sign_().sum(0).clamp_(min=1)).mul_(self.scale)
+        return merged.reshape(deltas.shape[1:])
 
     def _rank(self, total: int) -> int:
         """Zero-based ascending rank of the least of the magnitudes that are kept."""

@@ -19,18 +19,20 @@ from freemerge.checkpoints.pages import fresh
 from freemerge.checkpoints.reading import keep_files_open
 from freemerge.merging.errors import MergeError
 from freemerge.merging.processes import Processes
-from freemerge.merging.streaming import Piece, pieces, read_ahead
-from freemerge.merging.threads import each, run
+from freemerge.merging.streaming import PIECE, Piece, pieces, read_ahead
+from freemerge.merging.threads import run
 
 if TYPE_CHECKING:
     from freemerge.merging.method import MergeMethod
 
 _Value = TypeVar("_Value")
+Scan = Callable[[Callable[[Tensor], None]], None]
 
 COLUMNS = 1 << 17  # of a whole tensor treated at a time: of what is computed from it, no copy is ever whole
-_SHORT = 1 << 20  # values of a model that are not worth the start of threads, as in any piece
 _SAMPLE_RUNS = 1024
 _SAMPLE_RUN = 128  # neighbours cost next to nothing to read, and tell less than their number
+_RUNS_OF_TENSOR, _RUN_OF_TENSOR = 32, 1024  # every run costs as much as many values
+_UNSAMPLED = 1 << 18  # values of a tensor that are rather taken all
 
 
 class Vectors:
@@ -96,16 +98,56 @@ class Vectors:
         def scan() -> None:
             if self._read_piece is not None:
                 run(work, pieces(shapes, len(self.labels), self._piece))
-                return
-            copies = len(self.labels) + 4  # what is read, and what filters hold
-            sizes = {name: copies * shape.numel() for name, shape in shapes.items()}
-            run(work, shapes, cost=sizes.__getitem__, budget=max(sizes.values(), default=0))
+            else:
+                self._run_over(work, list(shapes))
 
         self._processes.together(scan)
 
     def gather(self, value: _Value) -> list[_Value]:
         """What each process made of its share of a scan, by rank; every process gets all."""
         return self._processes.gather(value)
+
+    def by_tensor(self, measure: Callable[[int, Scan, Tensor], _Value]) -> dict[str, _Value]:
+        """Measure something of every tensor by itself, each in one of the threads of one of the processes.
+
+        Args:
+            measure: called with the number of values n that each model has in the tensor, a function that makes a pass
+                over them, and a sample of them, (K, m) with m ≤ n, which may be empty. A pass calls what it is given
+                with pieces, (K, ≤ n) float32, that it may overwrite.
+
+        Returns:
+            Name → what was measured, in every process.
+        """
+        found: dict[str, _Value] = {}
+
+        def blocks(name: str) -> Iterator[Tensor]:
+            if self._read_piece is None:
+                return iter(flat(self._read(name)).split(COLUMNS, dim=1))
+            return map(self._read_piece, pieces({name: self.shapes[name]}, len(self.labels), self._piece))
+
+        def work(names: Iterator[str]) -> None:
+            for name in names:
+
+                def scan(see: Callable[[Tensor], None], name: str = name) -> None:
+                    for block in blocks(name):
+                        see(block)
+
+                size = self.shapes[name].numel()
+                runs = _RUNS_OF_TENSOR if size > _UNSAMPLED else 0
+                found[name] = measure(size, scan, self._sample({name: self.shapes[name]}, runs, _RUN_OF_TENSOR))
+
+        self._processes.together(lambda: self._run_over(work, self._processes.share(self.shapes)))
+        gathered = {name: value for part in self._processes.gather(found) for name, value in part.items()}
+        return {name: gathered[name] for name in self.shapes}
+
+    def _run_over(self, work: Callable[[Iterator[str]], None], names: Sequence[str]) -> None:
+        """Run on tensors; where they are only to be had whole, on no more at a time than memory allows."""
+        if self._read_piece is not None:
+            run(work, names, returned=5 * PIECE)  # brackets live longer than pieces, and would scatter over the heap
+            return
+        copies = len(self.labels) + 4  # what is read, and what filters hold
+        sizes = {name: copies * self.shapes[name].numel() for name in names}
+        run(work, names, cost=sizes.__getitem__, budget=max(sizes.values(), default=0))
 
     def pieces(self) -> Iterator[Tensor]:
         """All values in pieces of bounded size: (K, n) float32, in the order of the tensors.
@@ -127,16 +169,22 @@ class Vectors:
         if self.numel <= _SAMPLE_RUNS * _SAMPLE_RUN:
             return torch.cat(list(self.pieces()) or [torch.zeros(len(self.labels), 0)], dim=1)
         runs = min(_SAMPLE_RUNS << 1, max(_SAMPLE_RUNS, self.numel >> 17))
-        share = self.numel / runs
+        return self._sample(self.shapes, runs, _SAMPLE_RUN)
+
+    def _sample(self, shapes: Mapping[str, torch.Size], runs: int, length: int) -> Tensor:
+        """So many runs of this length, (K, n) float32; none where tensors can only be read whole."""
+        if self._read_piece is None or not runs:
+            return torch.zeros(len(self.labels), 0)
+        share = sum(shape.numel() for shape in shapes.values()) / runs
         offsets = torch.rand(runs, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
         starts = ((torch.arange(runs) + offsets) * share).long().tolist()
         found, position, index = [], 0, 0
         with keep_files_open():
-            for name, shape in self.shapes.items():
+            for name, shape in shapes.items():
                 total = shape.numel()
                 while index < runs and starts[index] < position + total:
                     start = starts[index] - position
-                    found.append(self._read_piece(Piece(name, start, min(start + _SAMPLE_RUN, total))))
+                    found.append(self._read_piece(Piece(name, start, min(start + length, total))))
                     index += 1
                 position += total
         return torch.cat(found, dim=1)
@@ -294,27 +342,6 @@ def differences(base: Tensor, tensors: Sequence[Tensor], out: Tensor | None = No
         else:
             deltas[index] = tensor.to(reference.dtype) - reference
     return deltas
-
-
-def by_blocks(combine: Callable[[Tensor], Tensor], values: Tensor) -> Tensor:
-    """Apply an entry-wise merge block by block: what it computes on the way stays in the processor's cache.
-
-    Args:
-        combine: (K, m) float32, which it may overwrite → (m,) float32.
-        values: (K, n) float32; may be overwritten.
-
-    Returns:
-        (n,) float32.
-    """
-    if values.device.type != "cpu" or values.shape[1] <= _SHORT:
-        return combine(values)
-    merged = fresh((values.shape[1],), torch.float32)
-
-    def one(start: int) -> None:
-        merged[start : start + COLUMNS] = combine(values[:, start : start + COLUMNS])
-
-    each(one, range(0, len(merged), COLUMNS))
-    return merged
 
 
 def flat(deltas: Tensor) -> Tensor:

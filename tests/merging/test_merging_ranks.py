@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 from freemerge.merging import order_statistics
 from freemerge.merging.brackets import Bracket, _float, _key
 from freemerge.merging.ranks import tensor_magnitudes
+from freemerge.merging.streaming import Piece
+from freemerge.merging.vectors import Vectors
 
 
 def assert_exact(values, ranks, cuts, sample=None):
@@ -143,11 +145,23 @@ def test_a_large_stream(monkeypatch):
     assert assert_exact(values, ranks, [99], values[:, ::10]) == 1
 
 
-@pytest.mark.parametrize("total", [1, 36, 5000, 70_000, 1_300_000])
-def test_of_a_tensor(total):
-    values = torch.randn(2, total, generator=torch.Generator().manual_seed(0))
-    ranks = [0, total // 3, total - 1]
-    assert torch.equal(tensor_magnitudes(values, ranks), values.abs().sort(dim=1).values[:, ranks])
+@pytest.mark.parametrize("cut", [True, False])
+def test_of_every_tensor(cut):
+    generator = torch.Generator().manual_seed(0)
+    sizes = (1, 0, 36, 5000, 70_000, 1_300_000)
+    tensors = {str(size): torch.randn(2, size, generator=generator) for size in sizes}
+    shapes = {name: values.shape[1:] for name, values in tensors.items()}
+
+    def piece(what: Piece) -> torch.Tensor:
+        return tensors[what.name][:, what.start : what.stop].clone()
+
+    vectors = Vectors(["a", "b"], shapes, lambda name: tensors[name].clone(), piece if cut else None)
+    found = tensor_magnitudes(vectors, lambda size: [0, size // 3, size - 1])
+    assert list(found) == [str(size) for size in sizes if size]
+    for name, values in found.items():
+        size = int(name)
+        expected = tensors[name].abs().sort(dim=1).values[:, [0, size // 3, size - 1]]
+        assert torch.equal(values, expected)
 
 
 def test_keys_sort_like_the_values():

@@ -12,7 +12,18 @@ from hypothesis import strategies as st
 
 from freemerge.checkpoints import load_checkpoint, save_checkpoint
 from freemerge.checkpoints.memory import flat_run
-from freemerge.merging import Dare, FRMerging, HighPass, PCBMerging, TaskArithmetic, Ties, Vectors, WeightAverage, merge
+from freemerge.merging import (
+    Breadcrumbs,
+    Dare,
+    FRMerging,
+    HighPass,
+    PCBMerging,
+    TaskArithmetic,
+    Ties,
+    Vectors,
+    WeightAverage,
+    merge,
+)
 from freemerge.merging.streaming import Piece, pieces, read_ahead
 
 
@@ -85,7 +96,8 @@ class Counted(Vectors):
     ("method", "passes"),
     [
         (TaskArithmetic(), 0),
-        (Ties(scope="tensor"), 0),
+        (Ties(scope="tensor"), 1),
+        (Breadcrumbs(), 1),
         (FRMerging(), 0),
         (FRMerging(coefficients="mean"), 1),
         (Ties(), 1),
