@@ -138,7 +138,9 @@ class Benchmark:
             scaled = {task: expert.scaled(scale) for task, expert in experts.items()}
             found[scale] = mean_score(self._scores(self.merged, scaled, loaders), self.metrics)
         best = max(found, key=found.get)
-        return self._measured(self.merged, {task: expert.scaled(best) for task, expert in experts.items()}, settings)
+        return self._measured(
+            self.merged, {task: expert.scaled(best) for task, expert in experts.items()}, settings=settings
+        )
 
     def trained(self, settings: ExpertsSettings) -> Row:
         """Ours, trained as the run's own were; kept in the run's folder."""
@@ -160,7 +162,7 @@ class Benchmark:
                 trainer.fit(module, self.run.suite.for_task(task, batch_size=settings.batch_size))
                 save_expert(path, module.expert, settings.values)
             experts[task] = load_expert(path)
-        return self._measured(self.merged, experts, settings)
+        return self._measured(self.merged, experts, settings=settings)
 
     def _measured(
         self, weights: Mapping[str, Tensor], experts: Experts, shared: int = 0, settings: ExpertsSettings | None = None
@@ -205,7 +207,7 @@ def table(runs: list[Benchmark], markdown: bool) -> None:
     tasks = list(first.tuned)
     results = Results(
         f"{len(tasks)} tasks, {len(runs)} seed{'s' * (len(runs) > 1)}; a backbone is {first.size} bytes",
-        ("bytes/task", "% of one", "average", "±", "kept (%)", *tasks),
+        ("", "bytes/task", "% of one", "average", "±", "kept (%)", *tasks),
     )
     best = statistics.fmean(_average(run, "individual") for run in runs)
     for name in first.rows:
