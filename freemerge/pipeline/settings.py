@@ -14,6 +14,7 @@ from torch import Tensor
 
 from freemerge.experts import Encoding, Expert, extract, extract_low_rank
 from freemerge.merging import FRMerging, MergeMethod, PCBMerging, TaskArithmetic, Ties, WeightAverage
+from freemerge.training.experts import check_mixup
 from freemerge.training.optimization import Schedule
 from freemerge.tuning import Range, Sampler
 
@@ -143,6 +144,8 @@ class ExpertsSettings(FitSettings):
         logit_weight: weight of the logits' loss.
         temperature: of the softened logits.
         cache_teacher: compute the teacher's features of each input once and keep them: for data without augmentation.
+        mixup: largest share of another input that is blended into each, for teacher and student alike; for images, and
+            not with `cache_teacher`. Few data then go a longer way, in more epochs.
     """
 
     kind: Literal["sparse", "low_rank"] = "sparse"
@@ -156,9 +159,11 @@ class ExpertsSettings(FitSettings):
     logit_weight: float = 1.0
     temperature: float = 2.0
     cache_teacher: bool = False
+    mixup: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_mixup(self.mixup, self.cache_teacher)
         if not 0.0 < self.density <= 1.0:
             raise ValueError(f"experts.density: must be in (0, 1], got {self.density}")
 
@@ -178,7 +183,7 @@ class ExpertsSettings(FitSettings):
     @property
     def training(self) -> dict[str, Any]:
         """The arguments of `ExpertTrainer` beside models and data."""
-        names = ("feature_weight", "logit_weight", "temperature", "feature_loss", "cache_teacher")
+        names = ("feature_weight", "logit_weight", "temperature", "feature_loss", "cache_teacher", "mixup")
         return self.optimization | {name: getattr(self, name) for name in names} | {"encoding": self.values}
 
 

@@ -46,6 +46,13 @@ class ExpertTrainer(OptimizedModule):
         temperature: of the softened logits.
         feature_loss: `mse` or `cosine`.
         cache_teacher: compute the teacher's features of each input once and keep them: for data without augmentation.
+        mixup: in training each input is blended with another of its batch, which gets a share drawn uniformly from 0 to
+            this; 0 leaves inputs as they are. Teacher and student see the same blend, so that few data go a long way: the
+            student has to match a function, and not just what it does to these (Beyer et al., arXiv 2106.05237). For
+            pixels, not for tokens.
+
+    Raises:
+        ValueError: a weight, loss or share that cannot be; `cache_teacher` with `mixup`, as no blend is seen twice.
     """
 
     def __init__(
@@ -63,7 +70,9 @@ class ExpertTrainer(OptimizedModule):
         temperature: float = 2.0,
         feature_loss: Literal["mse", "cosine"] = "mse",
         cache_teacher: bool = False,
+        mixup: float = 0.0,
     ) -> None:
+        check_mixup(mixup, cache_teacher)
         super().__init__(optimizer, schedule, warmup)
         weights = backbone.weights()
         check_fits(expert, weights)
@@ -73,6 +82,7 @@ class ExpertTrainer(OptimizedModule):
         self.start = expert
         self.values = nn.Parameter(expert.flat_values().clone())
         self.encoding = encoding
+        self.mixup = mixup
         self._tied = find_tied(weights)
         self.distillation = Distillation(feature_weight, logit_weight, temperature, feature_loss)
         self.strict_loading = False  # checkpoints hold the values alone
@@ -112,17 +122,16 @@ class ExpertTrainer(OptimizedModule):
             rounded = torch.cat(decode_values(codes, scales, [part.numel() for part in parts]))
         return self.values + (rounded - self.values).detach()
 
-    def _losses(self, batch: tuple[Inputs, Tensor]) -> dict[str, Tensor]:
-        inputs = batch[0]
+    def _losses(self, inputs: Inputs) -> dict[str, Tensor]:
         return self.distillation(self(inputs), self.teacher(self.backbone, inputs), self.head)
 
     def training_step(self, batch: tuple[Inputs, Tensor], batch_idx: int) -> Tensor:
-        losses = self._losses(batch)
+        losses = self._losses(blended(batch[0], self.mixup) if self.mixup else batch[0])
         self.log_dict({f"train/{name}": value for name, value in losses.items()}, prog_bar=True)
         return losses["loss"]
 
     def validation_step(self, batch: tuple[Inputs, Tensor], batch_idx: int) -> None:
-        losses = self._losses(batch)
+        losses = self._losses(batch[0])
         self.log_dict(
             {f"val/{name}": value for name, value in losses.items()},
             prog_bar=True,
@@ -133,3 +142,31 @@ class ExpertTrainer(OptimizedModule):
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
         checkpoint["state_dict"] = {"values": checkpoint["state_dict"]["values"]}
+
+
+def check_mixup(mixup: float, cache_teacher: bool) -> None:
+    """Raise a ValueError for a share that cannot be, or one whose blends a cache of the teacher would only pile up."""
+    if not 0.0 <= mixup <= 1.0:
+        raise ValueError(f"mixup must be in [0, 1], got {mixup}")
+    if mixup and cache_teacher:
+        raise ValueError("mixup shows the teacher new inputs all the time: set cache_teacher to false, or mixup to 0")
+
+
+def blended(inputs: Inputs, largest: float) -> Tensor:
+    """Each input with a share of the one before it in the batch.
+
+    Args:
+        inputs: (B, …) floating point.
+        largest: each input's share of the other is drawn from a uniform distribution between 0 and this.
+
+    Returns:
+        (B, …) of the same dtype.
+
+    Raises:
+        ValueError: for inputs that cannot be blended, such as tokens.
+    """
+    if not isinstance(inputs, Tensor) or not inputs.is_floating_point():
+        found = inputs.dtype if isinstance(inputs, Tensor) else f"a dict of {', '.join(inputs)}"
+        raise ValueError(f"mixup blends images, one float tensor per batch; these inputs are {found}: set mixup to 0")
+    share = largest * torch.rand(len(inputs), *(1,) * (inputs.dim() - 1), device=inputs.device, dtype=inputs.dtype)
+    return torch.lerp(inputs, inputs.roll(1, dims=0), share)
