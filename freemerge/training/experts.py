@@ -47,12 +47,13 @@ class ExpertTrainer(OptimizedModule):
         feature_loss: `mse` or `cosine`.
         cache_teacher: compute the teacher's features of each input once and keep them: for data without augmentation.
         mixup: in training each input is blended with another of its batch, which gets a share drawn uniformly from 0 to
-            this; 0 leaves inputs as they are. Teacher and student see the same blend, so that few data go a long way: the
-            student has to match a function, and not just what it does to these (Beyer et al., arXiv 2106.05237). For
-            pixels, not for tokens.
+            this; 0 leaves inputs as they are. Teacher and student see the same blend, so that few data go a long way:
+            the student has to match a function, and not only what it does to these (Beyer et al., arXiv 2106.05237).
+            For pixels, not for tokens.
 
     Raises:
-        ValueError: a weight, loss or share that cannot be; `cache_teacher` with `mixup`, as no blend is seen twice.
+        ValueError: an expert for other weights; a loss or share that cannot be; `mixup` with `cache_teacher`, as no
+            blend is seen twice.
     """
 
     def __init__(

@@ -13,6 +13,7 @@ from freemerge.experts import extract, extract_low_rank, load_expert, save_exper
 from freemerge.merging import task_vector
 from freemerge.models import ConvRouter
 from freemerge.training import ExpertTrainer, FineTuner, RouterTrainer, fit_probe
+from freemerge.training.experts import blended
 from tests.tiny import TinySuite, tiny_backbone
 
 
@@ -167,6 +168,51 @@ def test_training_makes_up_for_the_rounding_to_int4(tmp_path, teacher_and_merged
         if encoding == "int4":  # what it trained is what the file holds
             torch.testing.assert_close(module.eval()(images), reader(images))
     assert distances["int4"] < distances["int8"]
+
+
+def test_mixup_shows_teacher_and_student_the_same_blends(tmp_path, teacher_and_merged) -> None:
+    tuner, backbone = teacher_and_merged
+    start = extract(task_vector(backbone.weights(), tuner.backbone.weights()), 0.05)
+    module = ExpertTrainer(
+        copy.deepcopy(backbone), copy.deepcopy(tuner.head), tuner.backbone.weights(), start, adam(1e-2), mixup=1.0
+    )
+    seen = []
+    module.backbone.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0].clone()))
+    loop = trainer(tmp_path, max_epochs=2, limit_val_batches=0, enable_checkpointing=False)
+    loop.fit(module, datamodule=TinySuite().for_task("corners"))
+    assert len(seen) == 2 * 2 * 4  # epochs, teacher and student, batches
+    assert all(torch.equal(first, second) for first, second in zip(seen[::2], seen[1::2], strict=True))
+    own = torch.stack([image for image, _ in TinySuite().build("corners").train])
+    assert not any(torch.equal(image, other) for image in torch.cat(seen) for other in own)
+    assert not torch.equal(module.expert.flat_values(), start.flat_values())
+
+
+def test_blends_lie_between_two_inputs_of_the_batch() -> None:
+    inputs = torch.randn(6, 3, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    mixed = blended(inputs, 0.5)
+    other = inputs.roll(1, dims=0)
+    shares = ((mixed - inputs) * (other - inputs)).sum(dim=(1, 2, 3)) / (other - inputs).square().sum(dim=(1, 2, 3))
+    torch.testing.assert_close(mixed, inputs + shares[:, None, None, None] * (other - inputs))
+    assert shares.min() >= 0
+    assert shares.max() <= 0.5
+    assert len(shares.unique()) == 6
+    assert torch.equal(blended(inputs, 0.0), inputs)
+    assert blended(inputs[:0], 1.0).shape == (0, 3, 4, 4)
+
+
+def test_mixup_refusals(teacher_and_merged) -> None:
+    tuner, backbone = teacher_and_merged
+    start = extract(task_vector(backbone.weights(), tuner.backbone.weights()), 0.1)
+    for arguments, message in (
+        ({"mixup": 1.5}, r"mixup must be in \[0, 1\], got 1.5"),
+        ({"mixup": 0.5, "cache_teacher": True}, "set cache_teacher to false"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ExpertTrainer(backbone, tuner.head, tuner.backbone.weights(), start, **arguments)
+    with pytest.raises(ValueError, match="a dict of attention_mask, input_ids: set mixup to 0"):
+        blended({"attention_mask": torch.ones(2, 3), "input_ids": torch.ones(2, 3)}, 1.0)
+    with pytest.raises(ValueError, match=r"inputs are torch\.int64"):
+        blended(torch.ones(2, 3, dtype=torch.int64), 1.0)
 
 
 @pytest.mark.parametrize("kind", ["sparse", "low_rank"])
