@@ -17,9 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import statistics
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -28,33 +26,22 @@ from typing import Any
 
 import lightning as L
 import torch
+from benchmarks.finished import FinishedRun, be_quiet
 from benchmarks.tables import Results
 from torch import Tensor
 
 from freemerge.checkpoints import load_checkpoint
-from freemerge.cli.suite import FreemergeCLI, quieten
 from freemerge.evaluation import mean_score
 from freemerge.experts import STATISTICS, Expert, emr_experts, extract, extract_low_rank, load_expert, save_expert
 from freemerge.merging import task_vector
 from freemerge.merging.patterns import select
 from freemerge.models import FreeModel
-from freemerge.pipeline import ExpertsSettings, SuiteRun
+from freemerge.pipeline import ExpertsSettings
 from freemerge.training import ExpertTrainer
 
 SCALES = (0.5, 0.7, 1.0, 1.4)  # of extracted experts; the released rescaling and the rivals have none to choose
 Experts = dict[str, Expert]
 Row = dict[str, Any]  # scores: task → score; bytes: of each task's file; shared_bytes: of what all tasks share
-
-
-class FinishedRun(FreemergeCLI):
-    """A run, from the configuration that it left in its folder."""
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__(["fit", "--config", str(folder / "config.yaml"), "--run.folder", str(folder)])
-
-    def fit(self, model: Any, datamodule: Any, **_: Any) -> None:
-        """In place of a fit: make what the stages would run on."""
-        self.suite_run: SuiteRun = self._suite_run(model, datamodule)
 
 
 class Benchmark:
@@ -284,9 +271,7 @@ def main() -> None:
     parser.add_argument("--trained", type=_expert, nargs="*", default=[], help="kind:density[:learning rate], of Adam")
     parser.add_argument("--markdown", action="store_true", help="print Markdown")
     arguments = parser.parse_args()
-    quieten()
-    warnings.filterwarnings("ignore")
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    be_quiet()
     runs = [Benchmark(folder) for folder in arguments.runs]
     for run in runs:
         run.measure_all(arguments)

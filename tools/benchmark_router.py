@@ -1,0 +1,94 @@
+"""Does a router know what it does not know? Its accuracy, and how often it abstains, in and out of the suite.
+
+    python -m freemerge fit --config configs/vision8.yaml --data.folder DATA --model.backbone.weights WEIGHTS \\
+        --run.folder runs/vision8/0
+    python tools/benchmark_router.py runs/vision8/0
+
+A run's router is trained anew on all tasks of the suite but one, with the run's settings, and shown test data of these
+and of the one that was left out, whose inputs belong to none of its tasks; and so on for each task. The threshold
+below which it abstains is chosen, as in a run, on validation data of the tasks that it knows. `separation` is the
+probability that an input of the suite gets more confidence than one of the task left out (the area under the curve).
+
+Rows are kept in the run's `router.json`, so that an interrupted benchmark goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+
+import lightning as L
+import torch
+from benchmarks.finished import FinishedRun, be_quiet
+from benchmarks.tables import Results
+from torchmetrics.functional.classification import binary_auroc
+
+from freemerge.models import choose_threshold
+from freemerge.pipeline import SuiteRun
+from freemerge.training import RouterTrainer
+
+
+def trained_router(run: SuiteRun, folder: Path) -> tuple[RouterTrainer, float]:
+    """A router for the suite's tasks, and the threshold of its confidence."""
+    settings = run.settings.router
+    backbone = run.files.backbone(run.files.free_weights()) if settings.kind == "early" else None
+    L.seed_everything(run.seed, verbose=False)
+    data = run.suite.mixture(batch_size=settings.batch_size)
+    module = RouterTrainer(run.files.new_router(), backbone, **settings.optimization)
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "limit_val_batches": 0}
+    run.make_trainer(folder, {**settings.trainer, **quiet}, []).fit(module, data)
+    return module, choose_threshold(module.logits(data.val_dataloader()), settings.share)
+
+
+def measure(folder: Path, left_out: str) -> dict[str, float]:
+    """One row: shares in [0, 1] of test inputs, tasks counting alike."""
+    run = FinishedRun(folder, "--data.held_out", json.dumps([left_out])).suite_run
+    run.suite.prepare_data()
+    run.suite.setup()
+    module, threshold = trained_router(run, folder / "benchmark")
+    correct, abstained, confidences = [], [], []
+    for index, task in enumerate(run.suite.names):
+        logits = module.logits(run.suite.for_task(task).test_dataloader())
+        confidence, routed = logits.softmax(dim=1).max(dim=1)
+        correct.append(float((routed == index).float().mean()))
+        abstained.append(float((confidence < threshold).float().mean()))
+        confidences.append(confidence)
+    strange = module.logits(run.suite.for_task(left_out).test_dataloader()).softmax(dim=1).amax(dim=1)
+    known = torch.cat(confidences)
+    belongs = torch.cat([torch.ones_like(known), torch.zeros_like(strange)]).int()
+    return {
+        "accuracy": statistics.fmean(correct),
+        "abstained": statistics.fmean(abstained),
+        "abstained left out": float((strange < threshold).float().mean()),
+        "separation": float(binary_auroc(torch.cat([known, strange]), belongs)),
+    }
+
+
+def main() -> None:
+    """Measure every task left out, print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("run", type=Path, help="folder of a finished run")
+    parser.add_argument("--tasks", nargs="*", help="which to leave out; each one if not given")
+    parser.add_argument("--markdown", action="store_true", help="print Markdown")
+    arguments = parser.parse_args()
+    be_quiet()
+    run = FinishedRun(arguments.run).suite_run
+    tasks = arguments.tasks or run.suite.names
+    path = arguments.run / "router.json"
+    rows = json.loads(path.read_text()) if path.exists() else {}
+    names = ("accuracy", "abstained", "abstained left out", "separation")
+    kind = run.settings.router.kind
+    results = Results(f"{len(run.suite.names)} tasks, a {kind} router without one of them (%)", ("left out", *names))
+    for task in tasks:
+        if task not in rows:
+            rows[task] = measure(arguments.run, task)
+            path.write_text(json.dumps(rows, indent=2) + "\n")
+        results.add(task, *(f"{100 * rows[task][name]:.1f}" for name in names))
+    results.add("mean", *(f"{100 * statistics.fmean(rows[task][name] for task in tasks):.1f}" for name in names))
+    results.show(arguments.markdown)
+
+
+if __name__ == "__main__":
+    main()
