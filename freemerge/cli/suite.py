@@ -34,6 +34,7 @@ from freemerge.cli import merge as merge_command
 from freemerge.cli.parsing import OneLineErrors, print_error
 from freemerge.cli.problems import refusal
 from freemerge.data import TaskSuite
+from freemerge.distributed import in_process_group
 from freemerge.evaluation import MultiTaskEvaluator
 from freemerge.models import FreeModel
 from freemerge.pipeline import (
@@ -302,7 +303,7 @@ def quieten() -> None:
 def run(args: list[str]) -> int:
     """Run one of the commands; returns the exit code."""
     quieten()
-    guest = _in_process_group()
+    guest = in_process_group()
     try:
         FreemergeCLI(args)
     except (ValueError, MisconfigurationException) as error:
@@ -313,13 +314,9 @@ def run(args: list[str]) -> int:
         return 2
     finally:
         # Lightning leaves gloo's threads to the end of the process, which they abort if they still free a tensor then.
-        if _in_process_group() and not guest:
+        if in_process_group() and not guest:
             torch.distributed.destroy_process_group()
     return 0
-
-
-def _in_process_group() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def _origin(error: Exception) -> str:

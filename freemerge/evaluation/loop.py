@@ -7,11 +7,11 @@ from itertools import islice
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torchmetrics import Metric
 
 from freemerge.data.task_metrics import TaskMetric
+from freemerge.distributed import rank_and_world
 from freemerge.evaluation.metrics import LabelSpace, MultiTaskMetrics
 from freemerge.inputs import Inputs, to_device
 
@@ -42,7 +42,7 @@ def evaluate(
     Returns:
         Task name → value of its metric, for the tasks of `loaders`.
     """
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+    rank, world = rank_and_world()
     counting = MultiTaskMetrics(label_space, metrics).to(device)
     for task, loader in loaders.items():
         for inputs, labels in islice(loader, rank, None, world):

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from freemerge.distributed import rank_and_world
 from freemerge.inputs import to_device
 from freemerge.models import FreeModel
 
@@ -57,7 +58,7 @@ def evaluate_routing(model: FreeModel, loaders: Mapping[str, Iterable], device: 
         loaders: task name → iterable of (inputs, labels).
         device: where to compute.
     """
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+    rank, world = rank_and_world()
     tasks = model.tasks
     counts = torch.zeros(len(tasks), len(tasks) + 1, dtype=torch.long, device=device)
     for task, loader in loaders.items():

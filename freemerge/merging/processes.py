@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from freemerge.distributed import in_process_group, rank_and_world
 from freemerge.merging.errors import MergeError
 
 _Result = TypeVar("_Result")
@@ -32,10 +33,10 @@ class Processes:
         self.rank, self.size, self._group = 0, 1, None
         if not shared:
             return
-        if not (dist.is_available() and dist.is_initialized()):
+        if not in_process_group():
             raise MergeError("a distributed merge needs torch.distributed.init_process_group first (torchrun)")
-        if dist.get_world_size() > 1:
-            self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        self.rank, self.size = rank_and_world()
+        if self.size > 1:
             self._group = dist.new_group(backend="gloo", timeout=_PATIENCE)
 
     def close(self) -> None:

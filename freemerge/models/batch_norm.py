@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from freemerge.distributed import rank_and_world
 from freemerge.inputs import to_device
 
 
@@ -58,7 +59,7 @@ def reestimate_batch_norm(
     layers = batch_norms(module)
     if not layers:
         return {}
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+    rank, world = rank_and_world()
     device = device or next(module.parameters()).device
     sums = {name: torch.zeros(3, layer.num_features, dtype=torch.float64) for name, layer in layers.items()}
     modes = {part: part.training for part in module.modules()}

@@ -19,6 +19,8 @@ from typing import Any
 import torch.distributed as dist
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+from freemerge.distributed import in_process_group
+
 
 def from_rank_zero(compute: Any) -> Any:
     """`compute()` on rank 0, its result on all ranks.
@@ -26,7 +28,7 @@ def from_rank_zero(compute: Any) -> Any:
     Before the first fit has launched the other ranks, they do not exist, and when they start they run this code anew
     and find what rank 0 left behind; so without a process group each computes for itself.
     """
-    if not (dist.is_available() and dist.is_initialized()):
+    if not in_process_group():
         return compute()
     box = [compute() if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(box, src=0)
@@ -125,7 +127,7 @@ class StageFolder:
         if rank_zero_only.rank == 0:
             write_json(self.path / "stage.json", record)
             (self.path / "started.json").unlink(missing_ok=True)
-        if dist.is_available() and dist.is_initialized():
+        if in_process_group():
             dist.barrier()  # nobody reads the results before they are complete
         return record
 
