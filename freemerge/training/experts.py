@@ -77,7 +77,7 @@ class ExpertTrainer(OptimizedModule):
         super().__init__(optimizer, schedule, warmup)
         weights = backbone.weights()
         check_fits(expert, weights)
-        self.backbone = backbone.requires_grad_(False)
+        self.backbone = backbone.requires_grad_(False).eval()  # by itself, as Lightning keeps the mode that it finds
         self.head = head.requires_grad_(False)
         self.__dict__["teacher"] = Teacher(teacher, cache_teacher)  # outside the module tree
         self.start = expert

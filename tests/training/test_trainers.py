@@ -7,11 +7,12 @@ import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
+from torch import nn
 from torch.func import functional_call
 
 from freemerge.experts import extract, extract_low_rank, load_expert, save_expert
 from freemerge.merging import task_vector
-from freemerge.models import ConvRouter
+from freemerge.models import Backbone, ConvRouter
 from freemerge.training import ExpertTrainer, FineTuner, RouterTrainer, fit_probe
 from freemerge.training.experts import blended
 from tests.tiny import TinySuite, tiny_backbone
@@ -137,6 +138,32 @@ def test_expert_training_brings_the_student_closer_and_touches_nothing_else(tmp_
     assert distance(trained) < 0.5 * before
     assert all(torch.equal(trained.indices[name], start.indices[name]) for name in start.indices)
     assert all(torch.equal(merged[name], tensor) for name, tensor in module.backbone.weights().items())
+
+
+class _Normalised(Backbone):
+    """A backbone that behaves otherwise in training: batch norm and dropout."""
+
+    def __init__(self) -> None:
+        model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Dropout(0.5), nn.Conv2d(4, 6, 3))
+        super().__init__(model, feature_dim=6)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return self.model(inputs).mean(dim=(2, 3))
+
+
+def test_neither_dropout_nor_batch_statistics_get_into_an_expert(tmp_path) -> None:
+    backbone = _Normalised()  # in training mode, as a run's are
+    teacher = {name: tensor + 0.1 * (name == "3.weight") for name, tensor in backbone.weights().items()}
+    start = extract(task_vector(backbone.weights(), teacher), 0.2)
+    module = ExpertTrainer(backbone, nn.Linear(6, 4), teacher, start, adam(1e-2))
+    images = torch.cat([images for images, _ in TinySuite().test_dataloader()["corners"]])
+    before = {name: tensor.clone() for name, tensor in backbone.weights().items()}
+    modes = set()
+    module.register_forward_hook(lambda module, *_: modes.add(module.backbone.training))
+    trainer(tmp_path, max_epochs=2, enable_checkpointing=False).fit(module, datamodule=TinySuite().for_task("corners"))
+    assert modes == {False}
+    assert all(torch.equal(before[name], tensor) for name, tensor in backbone.weights().items())
+    assert torch.equal(module(images), module(images))
 
 
 def test_expert_forward_equals_the_attached_expert(teacher_and_merged) -> None:
