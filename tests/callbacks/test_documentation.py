@@ -25,7 +25,8 @@ import sys, lightning
 before = set(sys.modules)
 import freemerge_callbacks
 found = {".".join(name.split(".")[:2]) for name in set(sys.modules) - before if "callbacks" not in name}
-assert found == {"freemerge", *("freemerge." + room for room in ("checkpoints", "data", "inputs", "merging"))}, found
+rooms = ("checkpoints", "data", "distributed", "inputs", "merging")
+assert found == {"freemerge", *("freemerge." + room for room in rooms)}, found
 """
 NAMES = {
     **{name: getattr(module, name) for module in (freemerge_callbacks, merging) for name in module.__all__},
