@@ -26,7 +26,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from benchmarks.finished import FinishedRun, be_quiet
+from benchmarks.finished import ONLY_FIT, FinishedRun, be_quiet
 from benchmarks.tables import Results
 from torch import Tensor
 
@@ -144,8 +144,7 @@ class Benchmark:
                     settings.cut(task_vector(self.merged, teacher)),
                     **settings.training,
                 )
-                quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-                trainer = self.run.make_trainer(folder, {**settings.trainer, **quiet, "limit_val_batches": 0}, [])
+                trainer = self.run.make_trainer(folder, {**settings.trainer, **ONLY_FIT}, [])
                 trainer.fit(module, self.run.suite.for_task(task, batch_size=settings.batch_size))
                 save_expert(path, module.expert, settings.values)
             experts[task] = load_expert(path)

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import lightning as L
 import torch
-from benchmarks.finished import FinishedRun, be_quiet
+from benchmarks.finished import ONLY_FIT, FinishedRun, be_quiet
 from benchmarks.tables import Results
 from torchmetrics.functional.classification import binary_auroc
 
@@ -37,8 +37,7 @@ def trained_router(run: SuiteRun, folder: Path) -> tuple[RouterTrainer, float]:
     L.seed_everything(run.seed, verbose=False)
     data = run.suite.mixture(batch_size=settings.batch_size)
     module = RouterTrainer(run.files.new_router(), backbone, **settings.optimization)
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "limit_val_batches": 0}
-    run.make_trainer(folder, {**settings.trainer, **quiet}, []).fit(module, data)
+    run.make_trainer(folder, {**settings.trainer, **ONLY_FIT}, []).fit(module, data)
     return module, choose_threshold(module.logits(data.val_dataloader()), settings.share)
 
 

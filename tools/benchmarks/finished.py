@@ -10,6 +10,9 @@ from typing import Any
 from freemerge.cli.suite import FreemergeCLI, quieten
 from freemerge.pipeline import SuiteRun
 
+ONLY_FIT = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "limit_val_batches": 0}
+"""Arguments of a Trainer that fits, and leaves nothing behind but the module."""
+
 
 class FinishedRun(FreemergeCLI):
     """A run, from the configuration that it left in its folder.
