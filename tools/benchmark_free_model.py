@@ -81,9 +81,10 @@ def make_model(arguments: argparse.Namespace, folder: Path) -> FreeModel:
     model = FreeModel(backbone, heads, experts, router).to(backbone.model.dtype).eval()
     route = model.route
 
-    def evenly(inputs: Tensor) -> Tensor:
+    def evenly(inputs: Tensor) -> tuple[Tensor, Tensor]:
+        logits, abstained = route(inputs)
         turns = torch.arange(len(inputs)) % len(experts)
-        return nn.functional.one_hot(turns, len(experts)).to(route(inputs).dtype)
+        return nn.functional.one_hot(turns, len(experts)).to(logits.dtype), abstained
 
     model.route = evenly
     return model

@@ -5,9 +5,10 @@
     python tools/benchmark_router.py runs/vision8/0
 
 A run's router is trained anew on all tasks of the suite but one, with the run's settings, and shown test data of these
-and of the one that was left out, whose inputs belong to none of its tasks; and so on for each task. The threshold
-below which it abstains is chosen, as in a run, on validation data of the tasks that it knows. `separation` is the
-probability that an input of the suite gets more confidence than one of the task left out (the area under the curve).
+and of the one that was left out, whose inputs belong to none of its tasks; and so on for each task. The thresholds
+below which it abstains are chosen, as in a run, on validation data of the tasks that it knows. The last two columns are
+the probability that an input of the suite gets more confidence, or is more familiar, than one of the task left out (the
+area under the curve).
 
 Rows are kept in the run's `router.json`, so that an interrupted benchmark goes on.
 """
@@ -17,28 +18,36 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+from collections.abc import Iterable
 from pathlib import Path
 
 import lightning as L
 import torch
 from benchmarks.finished import ONLY_FIT, FinishedRun, be_quiet
 from benchmarks.tables import Results
+from torch import Tensor
 from torchmetrics.functional.classification import binary_auroc
 
-from freemerge.models import choose_threshold
 from freemerge.pipeline import SuiteRun
 from freemerge.training import RouterTrainer
 
 
 def trained_router(run: SuiteRun, folder: Path) -> tuple[RouterTrainer, float]:
-    """A router for the suite's tasks, and the threshold of its confidence."""
+    """A router for the suite's tasks, which knows how familiar an input must be, and the threshold of its confidence."""
     settings = run.settings.router
     backbone = run.files.backbone(run.files.free_weights()) if settings.kind == "early" else None
     L.seed_everything(run.seed, verbose=False)
     data = run.suite.mixture(batch_size=settings.batch_size)
     module = RouterTrainer(run.files.new_router(), backbone, **settings.optimization)
     run.make_trainer(folder, {**settings.trainer, **ONLY_FIT}, []).fit(module, data)
-    return module, choose_threshold(module.logits(data.val_dataloader()), settings.share)
+    return module, module.calibrate(data.train_dataloader(), data.val_dataloader(), settings.share)
+
+
+def judged(module: RouterTrainer, threshold: float, loader: Iterable) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """For all inputs (N,) of a loader: most likely task, its probability, familiarity, and whether to abstain."""
+    logits, familiarity = module.judge(loader)
+    confidence, routed = logits.softmax(dim=1).max(dim=1)
+    return routed, confidence, familiarity, (confidence < threshold) | (familiarity < module.router.familiarity.least)
 
 
 def measure(folder: Path, left_out: str) -> dict[str, float]:
@@ -47,21 +56,24 @@ def measure(folder: Path, left_out: str) -> dict[str, float]:
     run.suite.prepare_data()
     run.suite.setup()
     module, threshold = trained_router(run, folder / "benchmark")
-    correct, abstained, confidences = [], [], []
+    correct, abstained, known = [], [], []
     for index, task in enumerate(run.suite.names):
-        logits = module.logits(run.suite.for_task(task).test_dataloader())
-        confidence, routed = logits.softmax(dim=1).max(dim=1)
+        routed, *scores, unsure = judged(module, threshold, run.suite.for_task(task).test_dataloader())
         correct.append(float((routed == index).float().mean()))
-        abstained.append(float((confidence < threshold).float().mean()))
-        confidences.append(confidence)
-    strange = module.logits(run.suite.for_task(left_out).test_dataloader()).softmax(dim=1).amax(dim=1)
-    known = torch.cat(confidences)
-    belongs = torch.cat([torch.ones_like(known), torch.zeros_like(strange)]).int()
+        abstained.append(float(unsure.float().mean()))
+        known.append(torch.stack(scores))  # (2, N)
+    _, *scores, unsure = judged(module, threshold, run.suite.for_task(left_out).test_dataloader())
+    strange, inside = torch.stack(scores), torch.cat(known, dim=1)
+    belongs = torch.cat([torch.ones(inside.shape[1]), torch.zeros(strange.shape[1])]).int()
+    by_confidence, by_familiarity = (
+        float(binary_auroc(torch.cat([inside[i], strange[i]]).double(), belongs)) for i in range(2)
+    )
     return {
         "accuracy": statistics.fmean(correct),
         "abstained": statistics.fmean(abstained),
-        "abstained left out": float((strange < threshold).float().mean()),
-        "separation": float(binary_auroc(torch.cat([known, strange]), belongs)),
+        "abstained left out": float(unsure.float().mean()),
+        "by confidence": by_confidence,
+        "by familiarity": by_familiarity,
     }
 
 
@@ -77,7 +89,7 @@ def main() -> None:
     tasks = arguments.tasks or run.suite.names
     path = arguments.run / "router.json"
     rows = json.loads(path.read_text()) if path.exists() else {}
-    names = ("accuracy", "abstained", "abstained left out", "separation")
+    names = ("accuracy", "abstained", "abstained left out", "by confidence", "by familiarity")
     kind = run.settings.router.kind
     results = Results(f"{len(run.suite.names)} tasks, a {kind} router without one of them (%)", ("left out", *names))
     for task in tasks:

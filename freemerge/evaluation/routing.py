@@ -22,8 +22,8 @@ class Routing:
 
     Args:
         tasks: the K tasks.
-        counts: (K, K) int64, samples of each task (row) by the task they were routed to (column).
-        abstained: (K,) int64, of these those that the router was not sure enough of.
+        counts: (K, K) int64, samples of each task (row) by the task they were routed to (column), abstained or not.
+        abstained: (K,) int64, of these those that the router abstained on.
     """
 
     tasks: tuple[str, ...]
@@ -64,9 +64,9 @@ def evaluate_routing(model: FreeModel, loaders: Mapping[str, Iterable], device: 
     for task, loader in loaders.items():
         row = counts[tasks.index(task)]
         for inputs, _ in islice(loader, rank, None, world):
-            confidence, routed = model.route(to_device(inputs, device)).float().softmax(dim=1).max(dim=1)
-            row[: len(tasks)] += routed.bincount(minlength=len(tasks))
-            row[-1] += (confidence < model.threshold).sum()
+            logits, abstained = model.route(to_device(inputs, device))
+            row[: len(tasks)] += logits.argmax(dim=1).bincount(minlength=len(tasks))
+            row[-1] += abstained.sum()
     if world > 1:
         dist.all_reduce(counts)
     counts = counts.cpu()

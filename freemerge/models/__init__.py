@@ -7,7 +7,7 @@ from freemerge.models.free import FreeModel, FreeOutput, TaskModel
 from freemerge.models.image_text import ImageTextBackbone
 from freemerge.models.language import LanguageBackbone
 from freemerge.models.modules import ModuleBackbone, TorchvisionBackbone
-from freemerge.models.router import ConvRouter, EarlyRouter, Router, choose_threshold, feature_width, make_router
+from freemerge.models.router import ConvRouter, EarlyRouter, Router, choose_thresholds, feature_width, make_router
 
 __all__ = [
     "Backbone",
@@ -23,7 +23,7 @@ __all__ = [
     "TorchvisionBackbone",
     "TransformersBackbone",
     "batch_norms",
-    "choose_threshold",
+    "choose_thresholds",
     "extract_features",
     "feature_width",
     "load_backbone",

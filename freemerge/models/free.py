@@ -6,7 +6,7 @@
 - There is one backbone in memory, and each expert in the bytes of its file. Sparse experts are switched into the
   weights for the duration of their group and out again, bit for bit; others change one layer at a time.
 - What a sample gets depends on the sample alone, never on its neighbours in the batch.
-- A sample of which the router is not sure enough gets the plain merged backbone.
+- A sample of which the router is not sure enough, or which is like none that it knows, gets the plain merged backbone.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ class FreeOutput:
         logits: (B, C) of that task's head, where C is the largest number of classes; −inf past a head's own classes.
         router_logits: (B, K) what the router said, or None where the caller named the task.
         tasks: the K task names.
-        abstained: (B,) bool, where the router was not sure enough: no expert was used, and `task` is only its best
-            guess. None where the caller named the task.
+        abstained: (B,) bool, where the router was not sure enough or the input too strange: no expert was used, and
+            `task` is only its best guess. None where the caller named the task.
     """
 
     task: Tensor
@@ -70,7 +70,8 @@ class FreeModel(nn.Module):
         experts: task name → expert; tasks without one use the merged backbone as it is.
         router: inputs → task logits (B, K); without one, the task must be named in each call.
         class_names: task name → names of its classes, kept for whoever uses the model.
-        threshold: the router abstains where its most likely task is less probable than this.
+        threshold: the router abstains where its most likely task is less probable than this, and where an input is less
+            familiar than `router.familiarity.least`.
         top_n: how many of the most likely tasks' experts are mixed, weighted by their probabilities (rounded to
             sixteenths); 1 takes the most likely one's, as the paper does.
 
@@ -186,10 +187,9 @@ class FreeModel(nn.Module):
             features = self.features(inputs, task) if size else None
             routed = torch.full((size,), index, dtype=torch.long, device=device)
             return FreeOutput(routed, self._logits(features, routed), None, self.tasks)
-        router_logits = self.route(inputs)
+        router_logits, abstained = self.route(inputs)
         probabilities = router_logits.float().softmax(dim=1)
-        confidence, routed = probabilities.max(dim=1)
-        abstained = confidence < self.threshold
+        routed = probabilities.argmax(dim=1)
         shares = self._shares(probabilities, routed).masked_fill(abstained[:, None], 0)  # (B, K)
         features: Tensor | None = None
         groups, of = shares.unique(dim=0, return_inverse=True) if size else (shares, routed)
@@ -203,8 +203,8 @@ class FreeModel(nn.Module):
             features[members] = outputs
         return FreeOutput(routed, self._logits(features, routed), router_logits, self.tasks, abstained)
 
-    def route(self, inputs: Inputs) -> Tensor:
-        """What the router says: task logits (B, K).
+    def route(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        """What the router says: task logits (B, K), and where it abstains, (B,) bool.
 
         Raises:
             ValueError: if there is no router.
@@ -212,8 +212,11 @@ class FreeModel(nn.Module):
         if self.router is None:
             raise ValueError("FreeModel: there is no router; name the task: model(inputs, task=…)")
         if batch_size(inputs) == 0:
-            return torch.zeros(0, len(self.tasks), device=device_of(inputs))
-        return self.router(inputs, self.backbone)
+            device = device_of(inputs)
+            return torch.zeros(0, len(self.tasks), device=device), torch.zeros(0, dtype=torch.bool, device=device)
+        logits, familiarity = self.router.judge(inputs, self.backbone)
+        unsure = logits.float().softmax(dim=1).amax(dim=1) < self.threshold
+        return logits, unsure | (familiarity < self.router.familiarity.least)
 
     def features(self, inputs: Inputs, task: str) -> Tensor:
         """Features (B, F) of the merged backbone with `task`'s expert switched in; the weights are restored after."""

@@ -16,7 +16,7 @@ from freemerge.models.backbones import Backbone, load_backbone
 from freemerge.models.free import FreeModel
 from freemerge.models.router import make_router
 
-FORMAT = "freemerge-free-model-2"
+FORMAT = "freemerge-free-model-3"
 
 
 def save_free_model(model: FreeModel, directory: str | Path) -> Path:

@@ -16,94 +16,114 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from freemerge.inputs import Inputs
 from freemerge.models.backbones import Backbone
+from freemerge.models.familiarity import Familiarity
 
 
 class Router(nn.Module):
-    """Base class of routers.
+    """Base class of routers: features of an input, and a small head on them.
 
     Args:
         num_tasks: number of tasks K.
-        config: all arguments of the class, from which `from_config` makes it again.
+        num_features: number of features F.
+        hidden: width of the head's hidden layer; 0 makes it linear.
+        directions: how many directions of what the head's last layer takes in are looked at, to tell inputs that are
+            like none of the tasks'; see `Familiarity`.
+        config: the other arguments of the class, from which `make_router` makes it again.
     """
 
     KIND: ClassVar[str]
 
-    def __init__(self, num_tasks: int, **config: Any) -> None:
+    def __init__(self, num_tasks: int, num_features: int, hidden: int, directions: int, **config: Any) -> None:
         super().__init__()
         self.num_tasks = num_tasks
-        self.config = {"kind": self.KIND, "num_tasks": num_tasks, **config}
+        self.config = {"kind": self.KIND, "num_tasks": num_tasks, "hidden": hidden, "directions": directions, **config}
+        layers = [nn.Linear(num_features, hidden), nn.GELU()] if hidden else []
+        self.standardise = nn.BatchNorm1d(num_features, affine=False)  # by the training data's statistics
+        self.hidden = nn.Sequential(*layers)
+        self.head = nn.Linear(hidden or num_features, num_tasks)
+        self.familiarity = Familiarity(num_tasks, hidden or num_features, directions)
 
     @abstractmethod
+    def features(self, inputs: Inputs, backbone: Backbone | None = None) -> Tensor:
+        """Features (B, F) of a batch; `backbone` is the merged one, for those who look at what it makes of it."""
+
+    def seen(self, inputs: Inputs, backbone: Backbone | None = None) -> Tensor:
+        """What the head's last layer takes in: (B, hidden), or (B, F) where it is linear; in the dtype of the head."""
+        return self.hidden(self.standardise(self.features(inputs, backbone).to(self.head.weight.dtype)))
+
     def forward(self, inputs: Inputs, backbone: Backbone | None = None) -> Tensor:
-        """Task logits (B, K) of a batch; `backbone` is the merged one, for those who look at its features."""
+        """Task logits (B, K) of a batch."""
+        return self.head(self.seen(inputs, backbone))
+
+    def judge(self, inputs: Inputs, backbone: Backbone | None = None) -> tuple[Tensor, Tensor]:
+        """Task logits (B, K) of a batch, and how familiar each input is, (B,) float32."""
+        seen = self.seen(inputs, backbone)
+        return self.head(seen), self.familiarity(seen)
 
 
 class ConvRouter(Router):
-    """A small network over images: a linear head on cheap features.
+    """A small network over images: a head on cheap features.
 
-    The features are those of three strided convolutions, their mean and their maximum over all places: what kinds of
-    edges and textures there are, wherever they are. Images of any size will do.
+    What three strided convolutions see, and the pixels themselves, are summed up by mean, spread and maximum over all
+    places: what colours, edges and textures there are, wherever they are. Images of any size will do.
 
     Args:
         num_tasks: number of tasks K.
         channels: channels C of the images.
         width: channels of the first convolution; the others have twice as many.
+        hidden, directions: of the base class.
     """
 
     KIND = "conv"
 
-    def __init__(self, num_tasks: int, channels: int, width: int = 16) -> None:
-        super().__init__(num_tasks, channels=channels, width=width)
-        self.stem = nn.Sequential(
-            nn.BatchNorm2d(channels),  # standardises the pixels by the training data's statistics
-            nn.Conv2d(channels, width, 5, stride=2, padding=2),
-            nn.GELU(),
-            nn.Conv2d(width, 2 * width, 3, stride=2, padding=1),
-            nn.GELU(),
-            nn.Conv2d(2 * width, 2 * width, 3, stride=2, padding=1),
-            nn.GELU(),
+    def __init__(
+        self, num_tasks: int, channels: int, width: int = 16, hidden: int = 64, directions: int = 16
+    ) -> None:
+        super().__init__(num_tasks, 3 * (channels + 5 * width), hidden, directions, channels=channels, width=width)
+        self.norm = nn.BatchNorm2d(channels)  # standardises the pixels by the training data's statistics
+        self.convolutions = nn.ModuleList(
+            [
+                nn.Conv2d(channels, width, 5, stride=2, padding=2),
+                nn.Conv2d(width, 2 * width, 3, stride=2, padding=1),
+                nn.Conv2d(2 * width, 2 * width, 3, stride=2, padding=1),
+            ]
         )
-        self.head = nn.Linear(4 * width, num_tasks)
 
-    def features(self, images: Tensor) -> Tensor:
-        """(B, C, H, W) → (B, 4·width)."""
-        maps = self.stem(images).flatten(2)  # (B, 2·width, places)
-        return torch.cat([maps.mean(dim=2), maps.amax(dim=2)], dim=1)
-
-    def forward(self, inputs: Tensor, backbone: Backbone | None = None) -> Tensor:
-        """Task logits (B, K) of images (B, C, H, W)."""
-        return self.head(self.features(inputs))
+    def features(self, inputs: Tensor, backbone: Backbone | None = None) -> Tensor:
+        """Images (B, C, H, W) → (B, 3·(C + 5·width)) in float32."""
+        maps = self.norm(inputs)
+        found = [_summed_up(_places(maps))]
+        for convolution in self.convolutions:
+            maps = F.gelu(convolution(maps))
+            found.append(_summed_up(_places(maps)))
+        return torch.cat(found, dim=1)
 
 
 class EarlyRouter(Router):
     """A small head on what the merged backbone makes of an input at an early point.
 
     What comes out there, tokens (B, N, F) or maps (B, F, H, W), is summed up by its mean, its spread and its maximum
-    over tokens or places (for texts: where `attention_mask` is 1), standardised by the training data's statistics.
+    over tokens or places (for texts: where `attention_mask` is 1).
 
     Args:
         num_tasks: number of tasks K.
         point: name of the submodule of the backbone's model whose output is looked at; nothing after it runs.
         width: F, channels of that output; `feature_width` finds it.
-        hidden: width of the head's hidden layer; 0 makes it linear.
+        hidden, directions: of the base class.
     """
 
     KIND = "early"
 
-    def __init__(self, num_tasks: int, point: str, width: int, hidden: int = 64) -> None:
-        super().__init__(num_tasks, point=point, width=width, hidden=hidden)
+    def __init__(self, num_tasks: int, point: str, width: int, hidden: int = 64, directions: int = 16) -> None:
+        super().__init__(num_tasks, 3 * width, hidden, directions, point=point, width=width)
         self.point = point
-        self.standardise = nn.BatchNorm1d(3 * width, affine=False)
-        if hidden:
-            self.head = nn.Sequential(nn.Linear(3 * width, hidden), nn.GELU(), nn.Linear(hidden, num_tasks))
-        else:
-            self.head = nn.Linear(3 * width, num_tasks)
 
-    def forward(self, inputs: Inputs, backbone: Backbone | None = None) -> Tensor:
-        """Task logits (B, K).
+    def features(self, inputs: Inputs, backbone: Backbone | None = None) -> Tensor:
+        """(B, 3·F) in float32, without gradient.
 
         Raises:
             ValueError: without a backbone.
@@ -111,8 +131,7 @@ class EarlyRouter(Router):
         if backbone is None:
             raise ValueError("EarlyRouter: looks at the backbone's features; give the backbone")
         with torch.no_grad():
-            features = early_features(inputs, backbone, self.point)
-        return self.head(self.standardise(features.to(self.standardise.running_mean.dtype)))
+            return early_features(inputs, backbone, self.point)
 
 
 def make_router(config: Mapping[str, Any]) -> Router:
@@ -157,8 +176,17 @@ def early_features(inputs: Inputs, backbone: Backbone, point: str) -> Tensor:
     if not isinstance(found, Tensor) or found.dim() not in (3, 4):
         shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
         raise ValueError(f"router: {point!r} puts out {shape}; expected tokens (B, N, F) or maps (B, F, H, W)")
-    tokens = found.flatten(2).transpose(1, 2) if found.dim() == 4 else found  # (B, N, F)
     mask = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
+    return _summed_up(_places(found) if found.dim() == 4 else found, mask)
+
+
+def _places(maps: Tensor) -> Tensor:
+    """Maps (B, F, H, W) → tokens (B, H·W, F)."""
+    return maps.flatten(2).transpose(1, 2)
+
+
+def _summed_up(tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Mean, spread and maximum of tokens (B, N, F), where a mask (B, N) is 1: (B, 3·F) in float32."""
     tokens = tokens.float()
     if mask is None:
         count, largest = tokens.shape[1], tokens.amax(dim=1)
@@ -167,7 +195,8 @@ def early_features(inputs: Inputs, backbone: Backbone, point: str) -> Tensor:
         count, largest = kept.sum(dim=1).clamp(min=1), tokens.masked_fill(kept == 0, float("-inf")).amax(dim=1)
         tokens = tokens * kept
     mean, square = tokens.sum(dim=1) / count, tokens.square().sum(dim=1) / count  # many times as fast as `std`
-    return torch.cat([mean, (square - mean.square()).clamp(min=0).sqrt(), largest], dim=1)
+    spread = (square - mean.square()).clamp(min=1e-6).sqrt()  # the root of 0 has no gradient
+    return torch.cat([mean, spread, largest], dim=1)
 
 
 def feature_width(inputs: Inputs, backbone: Backbone, point: str) -> int:
@@ -176,21 +205,30 @@ def feature_width(inputs: Inputs, backbone: Backbone, point: str) -> int:
         return early_features(inputs, backbone, point).shape[1] // 3
 
 
-def choose_threshold(logits: Tensor, share: float = 0.99) -> float:
-    """The confidence below which a router abstains, from validation data.
+def choose_thresholds(logits: Tensor, familiarity: Tensor, share: float = 0.99) -> tuple[float, float]:
+    """The confidence and the familiarity below which a router abstains, from validation data.
+
+    Both thresholds lie at the same quantile: as many samples are not sure enough as are not familiar enough.
 
     Args:
         logits: (N, K), of samples of the suite that the router was not trained on.
-        share: share of these that must stay above the threshold.
+        familiarity: (N,), of the same.
+        share: share of these that must stay above both thresholds.
 
     Returns:
-        The largest such threshold of the most likely task's probability; 0 for a share of 1.
+        The largest such thresholds, of the most likely task's probability and of the familiarity; 0 and −∞ for a share
+        of 1.
     """
     if not 0.0 < share <= 1.0:
         raise ValueError(f"the share of samples to route must be in (0, 1], got {share}")
-    confidence = logits.float().softmax(dim=1).amax(dim=1).sort().values
-    below = int((1 - share) * len(confidence) + 1e-9)
-    return float(confidence[below]) if below > 0 else 0.0
+    scores = torch.stack([logits.float().softmax(dim=1).amax(dim=1), familiarity.float()])  # (2, N)
+    ordered = scores.sort(dim=1).values
+    # A sample is below the thresholds at a rank if its own, the last among equals, is smaller by either score.
+    ranks = (torch.searchsorted(ordered, scores, right=True) - 1).amin(dim=0).sort().values
+    below = int((1 - share) * len(ranks) + 1e-9)
+    rank = int(ranks[below]) if below else 0
+    confidence, least = ordered[:, rank].tolist() if rank else (0.0, float("-inf"))
+    return confidence, least
 
 
 class _Reached(Exception):

@@ -132,10 +132,10 @@ class Artifacts:
         """An untrained router for the suite."""
         settings, tasks = self.settings.router, len(self.suite.names)
         if settings.kind == "conv":
-            return ConvRouter(tasks, self.suite.image_shape[0], settings.width)
+            return ConvRouter(tasks, self.suite.image_shape[0], settings.width, **settings.judging)
         inputs, _ = next(iter(self.suite.for_task(self.suite.names[0]).val_dataloader()))
         width = feature_width(inputs, self.backbone(self.free_weights()).eval(), settings.point)
-        return EarlyRouter(tasks, settings.point, width, settings.hidden)
+        return EarlyRouter(tasks, settings.point, width, **settings.judging)
 
     def backbone(self, weights: Mapping[str, Tensor]) -> Backbone:
         """A copy of the template's backbone with these weights."""

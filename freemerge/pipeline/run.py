@@ -40,7 +40,7 @@ from freemerge.data import TaskSuite
 from freemerge.evaluation import Report, mean_score
 from freemerge.experts import load_expert, save_expert
 from freemerge.merging import apply_task_vector, merge, merge_task_vectors, task_vector
-from freemerge.models import FreeModel, choose_threshold
+from freemerge.models import FreeModel
 from freemerge.pipeline.artifacts import Artifacts
 from freemerge.pipeline.folder import StageFolder
 from freemerge.pipeline.measure import Measure
@@ -266,8 +266,8 @@ class SuiteRun:
         backbone = self.files.backbone(self.files.free_weights()) if settings.kind == "early" else None
         module = RouterTrainer(self.files.new_router(), backbone, **settings.optimization)
         trainer = self._fit(stage, module, data, settings.trainer, resume, monitor="val/acc")
+        threshold = module.calibrate(data.train_dataloader(), data.val_dataloader(), settings.share)
         self._write(stage.path / "router.safetensors", module.router.state_dict())
-        threshold = choose_threshold(module.logits(data.val_dataloader()), settings.share)
         self._finish(stage, {"val/acc": _metric(trainer, "val/acc"), "threshold": threshold})
 
     def evaluate(self) -> Report:

@@ -196,9 +196,10 @@ class RouterSettings(FitSettings):
             early point.
         width: channels of a `conv` router's first convolution.
         point: the submodule of the backbone's model whose output an `early` router looks at.
-        hidden: width of an `early` router's hidden layer; 0 makes it linear.
-        share: share of validation samples that must be routed; the least confident others, and what is as strange to
-            the router, get the plain merged backbone. 1 routes everything.
+        hidden: width of the router's hidden layer; 0 makes it linear.
+        directions: how many directions of the router's features are looked at to tell inputs like none of the tasks'.
+        share: share of validation samples that must be routed; those the router is least sure of, the least familiar,
+            and what is as strange to it, get the plain merged backbone. 1 routes everything.
         top_n: how many of the most likely tasks' experts are mixed.
     """
 
@@ -206,8 +207,14 @@ class RouterSettings(FitSettings):
     width: int = 16
     point: str = "embeddings"
     hidden: int = 64
+    directions: int = 16
     share: float = 0.99
     top_n: int = 1
+
+    @property
+    def judging(self) -> dict[str, int]:
+        """The arguments that every kind of router takes."""
+        return {"hidden": self.hidden, "directions": self.directions}
 
 
 @dataclass

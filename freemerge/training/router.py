@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torchmetrics.classification import MulticlassAccuracy
 
 from freemerge.inputs import Inputs, to_device
-from freemerge.models import Backbone, Router
+from freemerge.models import Backbone, Router, choose_thresholds
 from freemerge.training.optimization import OptimizedModule, Schedule
 
 
@@ -48,18 +48,42 @@ class RouterTrainer(OptimizedModule):
         """Task logits (B, K)."""
         return self.router(inputs, self.backbone)
 
+    def judge(self, loader: Iterable) -> tuple[Tensor, Tensor]:
+        """Task logits (N, K) and familiarity (N,) of all inputs of a loader, on the CPU."""
+        logits, familiarity, _ = self._over(loader, self.router.judge)
+        return logits.float(), familiarity
+
+    def calibrate(self, train: Iterable, val: Iterable, share: float = 0.99) -> float:
+        """After training: learn what is familiar, and choose below what the router abstains.
+
+        Args:
+            train: batches of (inputs, task index) that the router was trained on.
+            val: such batches that it was not trained on.
+            share: share of the latter that must be routed.
+
+        Returns:
+            The threshold of the confidence; that of the familiarity is kept in the router.
+        """
+        seen, tasks = self._over(train, lambda *batch: (self.router.seen(*batch),))
+        familiarity = self.router.familiarity
+        familiarity.fit(seen.to(familiarity.mean.device), tasks.to(familiarity.mean.device))
+        threshold, least = choose_thresholds(*self.judge(val), share)
+        familiarity.least.fill_(least)
+        return threshold
+
     @torch.no_grad()
-    def logits(self, loader: Iterable) -> Tensor:
-        """Task logits (N, K) of all inputs of a loader, on the CPU, in eval mode."""
+    def _over(self, loader: Iterable, compute: Callable[..., tuple[Tensor, ...]]) -> list[Tensor]:
+        """What `compute` gives for all batches, in eval mode, and their labels: on the CPU."""
         was_training = self.training
         self.eval()
         device = next(self.router.parameters()).device
         if self.backbone is not None:
             self.backbone.to(device)
         try:
-            return torch.cat([self(to_device(inputs, device)).float().cpu() for inputs, _ in loader])
+            found = [(*compute(to_device(inputs, device), self.backbone), labels) for inputs, labels in loader]
         finally:
             self.train(was_training)
+        return [torch.cat([part.cpu() for part in parts]) for parts in zip(*found, strict=True)]
 
     def training_step(self, batch: tuple[Inputs, Tensor], batch_idx: int) -> Tensor:
         inputs, tasks = batch

@@ -154,7 +154,7 @@ def test_routing_counts_who_is_taken_for_whom_and_where_the_router_abstains(free
     suite = TinySuite(eval_batch_size=16)
     suite.setup()
     data = suite.test_dataloader()
-    logits = {task: torch.cat([free_model.route(x) for x, _ in loader]).detach() for task, loader in data.items()}
+    logits = {task: torch.cat([free_model.route(x)[0] for x, _ in loader]).detach() for task, loader in data.items()}
     confidence = torch.cat(list(logits.values())).softmax(dim=1).amax(dim=1)
     free_model.threshold = float(confidence.median())
     routing = evaluate_routing(free_model, data)

@@ -12,7 +12,7 @@ from transformers import AutoModel
 
 from freemerge.checkpoints import CheckpointError
 from freemerge.experts import attached, extract, extract_low_rank, mix
-from freemerge.models import ConvRouter, EarlyRouter, FreeModel, TransformersBackbone, choose_threshold
+from freemerge.models import ConvRouter, EarlyRouter, FreeModel, TransformersBackbone, choose_thresholds
 from tests.tiny import tiny_backbone
 
 
@@ -136,7 +136,7 @@ def test_soft_mixing_adds_the_top_experts_by_their_probabilities(
 
 @torch.no_grad()
 def test_an_unsure_router_abstains_to_the_plain_merged_backbone(model: FreeModel, images: torch.Tensor) -> None:
-    confidence = model.route(images).softmax(dim=1).amax(dim=1)
+    confidence = model.route(images)[0].softmax(dim=1).amax(dim=1)
     model.threshold = float(confidence.median())
     output = model(images)
     assert torch.equal(output.abstained, confidence < model.threshold)
@@ -148,6 +148,21 @@ def test_an_unsure_router_abstains_to_the_plain_merged_backbone(model: FreeModel
         else:
             expected = by_hand(model, images[i : i + 1], name)[0]
         torch.testing.assert_close(output.logits[i, : len(expected)], expected)
+
+
+@torch.no_grad()
+def test_a_strange_input_gets_the_plain_merged_backbone_however_sure_the_router_is(
+    model: FreeModel, images: torch.Tensor
+) -> None:
+    router, tasks = model.router, torch.arange(40) % 3
+    router.familiarity.fit(router.seen(images), tasks)
+    router.familiarity.least.fill_(float(router.judge(images)[1].amin()))
+    strange = torch.cat([images[:3], 100 * images[3:6]])
+    output = model(strange)
+    assert output.abstained.tolist() == [False] * 3 + [True] * 3
+    for i in range(3, 6):
+        expected = model.heads[output.task_names[i]](model.backbone(strange[i : i + 1]))[0]
+        torch.testing.assert_close(output.logits[i, : len(expected)], expected, atol=1e-4, rtol=1e-4)
 
 
 @torch.no_grad()
@@ -202,7 +217,7 @@ def test_texts_are_routed_by_the_backbones_own_embeddings() -> None:
     ids = torch.randint(1, 50, (12, 6))
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     with torch.no_grad():
-        router.head[-1].bias -= model.route(inputs).mean(dim=0)
+        router.head.bias -= model.route(inputs)[0].mean(dim=0)
     output = model(inputs)
     assert len(output.task.unique()) == 2
     padded = {name: nn.functional.pad(tensor, (0, 3)) for name, tensor in inputs.items()}
@@ -280,11 +295,16 @@ def test_an_expert_of_other_merged_weights_is_refused(tmp_path, model: FreeModel
         FreeModel.from_pretrained(tmp_path / "m")
 
 
-def test_the_threshold_lets_the_wanted_share_of_validation_samples_pass() -> None:
-    logits = 3 * torch.randn(1000, 4, generator=torch.Generator().manual_seed(0))
+def test_the_thresholds_let_the_wanted_share_of_validation_samples_pass() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits, familiarity = 3 * torch.randn(1000, 4, generator=generator), torch.randn(1000, generator=generator)
     confidence = logits.softmax(dim=1).amax(dim=1)
     for share in (0.5, 0.9, 0.99):
-        assert int((confidence >= choose_threshold(logits, share)).sum()) == round(1000 * share)
-    assert choose_threshold(logits, 1.0) == 0.0
+        sure, least = choose_thresholds(logits, familiarity, share)
+        assert 1000 * share <= int(((confidence >= sure) & (familiarity >= least)).sum()) <= 1000 * share + 1
+        assert int((confidence < sure).sum()) == int((familiarity < least).sum()) > 0
+    assert choose_thresholds(logits, familiarity, 1.0) == (0.0, float("-inf"))
+    always = torch.zeros(1000)  # a router whose inputs are all as familiar decides by its confidence alone
+    assert int((confidence >= choose_thresholds(logits, always, 0.9)[0]).sum()) == 900
     with pytest.raises(ValueError, match=r"must be in \(0, 1\], got 0"):
-        choose_threshold(logits, 0.0)
+        choose_thresholds(logits, familiarity, 0.0)

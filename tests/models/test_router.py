@@ -28,6 +28,32 @@ def test_features_do_not_depend_on_where_something_is() -> None:
 
 
 @torch.no_grad()
+def test_features_are_mean_spread_and_maximum_of_pixels_and_of_each_convolution() -> None:
+    router, images = ConvRouter(2, channels=3, width=4).eval(), torch.randn(5, 3, 16, 16)
+    maps, expected = router.norm(images), []
+    for convolution in (None, *router.convolutions):
+        maps = maps if convolution is None else torch.nn.functional.gelu(convolution(maps))
+        expected += [maps.mean(dim=(2, 3)), maps.std(dim=(2, 3), correction=0), maps.amax(dim=(2, 3))]
+    features = router.features(images)
+    assert features.shape == (5, 3 * (3 + 5 * 4))
+    torch.testing.assert_close(features, torch.cat(expected, dim=1), atol=2e-3, rtol=1e-3)
+
+
+def test_flat_images_have_a_gradient() -> None:
+    router = ConvRouter(2, channels=1, width=4)
+    router(torch.zeros(3, 1, 8, 8)).sum().backward()
+    assert all(parameter.grad.isfinite().all() for parameter in router.parameters())
+
+
+def test_a_router_in_bfloat16_says_about_the_same() -> None:
+    router, images = ConvRouter(3, channels=1, width=4).eval(), torch.randn(6, 1, 16, 16)
+    expected = router(images)
+    found = router.bfloat16()(images.bfloat16())
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.float(), expected, atol=0.05, rtol=0.05)
+
+
+@torch.no_grad()
 def test_an_early_router_sees_what_the_submodule_puts_out_and_nothing_after_it_runs() -> None:
     backbone, images = tiny_backbone().eval(), torch.randn(5, 1, 8, 8)
     assert feature_width(images, backbone, "embeddings") == 16

@@ -295,3 +295,11 @@ def test_router_trainer_tells_the_tiny_tasks_apart(tmp_path) -> None:
     loop = trainer(tmp_path, max_epochs=5, enable_checkpointing=False)
     loop.fit(module, datamodule=suite.mixture())
     assert loop.callback_metrics["val/acc"] == 1.0
+    data = suite.mixture()
+    data.setup()
+    threshold = module.calibrate(data.train_dataloader(), data.val_dataloader(), share=0.9)
+    logits, familiarity = module.judge(data.val_dataloader())
+    kept = (logits.softmax(dim=1).amax(dim=1) >= threshold) & (familiarity >= module.router.familiarity.least)
+    assert 0.9 <= float(kept.float().mean()) < 1.0
+    noise = torch.randn(50, 1, 8, 8)  # no task's
+    assert float((module.judge([(noise, torch.zeros(50))])[1] < module.router.familiarity.least).float().mean()) > 0.9

@@ -1,0 +1,77 @@
+"""How much an input is like those that a router has seen: what the router's confidence cannot tell.
+
+A router that is sure of an input may still never have seen one like it: softmax only compares the tasks. What its last
+layer takes in is therefore modelled too, by a Gaussian per task over a few leading directions (after Lee et al., arXiv
+1807.03888, who have one covariance for all classes and take all features).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+_SHRINKAGE = 0.01  # share of the mean variance that is added to every direction's
+
+
+class Familiarity(nn.Module):
+    """Log density, up to a constant, of features under the likeliest of K Gaussians.
+
+    Everything is a buffer: `fit` estimates it, nothing is trained. Until then, all inputs are equally familiar.
+
+    Args:
+        num_tasks: number of tasks K.
+        width: number of features F.
+        directions: how many leading directions r of the features are looked at, at most F.
+
+    Attributes:
+        least: (), inputs less familiar than this are strange; −∞ at first. Its owner chooses it.
+    """
+
+    def __init__(self, num_tasks: int, width: int, directions: int = 16) -> None:
+        super().__init__()
+        directions = min(directions, width)
+        self.register_buffer("mean", torch.zeros(width))
+        self.register_buffer("directions", torch.zeros(width, directions))
+        self.register_buffer("centers", torch.zeros(num_tasks, directions))
+        self.register_buffer("whitening", torch.zeros(num_tasks, directions, directions))
+        self.register_buffer("offsets", torch.zeros(num_tasks))
+        self.register_buffer("least", torch.tensor(float("-inf")))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Features (B, F) → (B,), in float32."""
+        seen = (features.float() - self.mean.float()) @ self.directions.float()  # (B, r)
+        apart = seen - self.centers.float()[:, None]  # (K, B, r)
+        distances = (apart @ self.whitening.float().mT).square().sum(dim=2)  # (K, B)
+        return -(distances + self.offsets.float()[:, None]).amin(dim=0)
+
+    @torch.no_grad()
+    def fit(self, features: Tensor, tasks: Tensor) -> None:
+        """Estimate directions and Gaussians.
+
+        Args:
+            features: (N, F), of training inputs.
+            tasks: (N,) int64, the task of each, in [0, K).
+
+        Raises:
+            ValueError: if some task has no inputs.
+        """
+        features = features.double()
+        mean, spread = features.mean(dim=0), features.std(dim=0, correction=0)
+        spread = spread.clamp(min=1e-3 * float(spread.max()) + 1e-12)  # features that never change tell nothing
+        standard = (features - mean) / spread
+        _, leading = torch.linalg.eigh(standard.T @ standard / len(standard))  # by rising eigenvalue
+        directions = leading.flip(1)[:, : self.directions.shape[1]] / spread[:, None]
+        seen = (features - mean) @ directions  # (N, r)
+        self.mean.copy_(mean)
+        self.directions.copy_(directions)
+        for task in range(len(self.centers)):
+            own = seen[tasks == task]
+            if not len(own):
+                raise ValueError(f"Familiarity: no inputs of task {task}; fit it on inputs of all {len(self.centers)}")
+            apart = own - own.mean(dim=0)
+            covariance = apart.T @ apart / len(own)
+            floor = _SHRINKAGE * float(covariance.diagonal().mean()) + 1e-6
+            root = torch.linalg.cholesky(covariance + floor * torch.eye(len(covariance)).to(covariance))
+            self.centers[task] = own.mean(dim=0)
+            self.whitening[task] = torch.linalg.inv(root)
+            self.offsets[task] = 2 * root.diagonal().log().sum()
