@@ -33,7 +33,7 @@ from freemerge.training import RouterTrainer
 
 
 def trained_router(run: SuiteRun, folder: Path) -> tuple[RouterTrainer, float]:
-    """A router for the suite's tasks, which knows how familiar an input must be, and the threshold of its confidence."""
+    """A router for the suite's tasks, calibrated, and the threshold of its confidence."""
     settings = run.settings.router
     backbone = run.files.backbone(run.files.free_weights()) if settings.kind == "early" else None
     L.seed_everything(run.seed, verbose=False)

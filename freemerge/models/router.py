@@ -80,9 +80,7 @@ class ConvRouter(Router):
 
     KIND = "conv"
 
-    def __init__(
-        self, num_tasks: int, channels: int, width: int = 16, hidden: int = 64, directions: int = 16
-    ) -> None:
+    def __init__(self, num_tasks: int, channels: int, width: int = 16, hidden: int = 64, directions: int = 16) -> None:
         super().__init__(num_tasks, 3 * (channels + 5 * width), hidden, directions, channels=channels, width=width)
         self.norm = nn.BatchNorm2d(channels)  # standardises the pixels by the training data's statistics
         self.convolutions = nn.ModuleList(
