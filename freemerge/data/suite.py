@@ -24,6 +24,7 @@ from functools import partial
 from typing import Any, ClassVar
 
 import lightning as L
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from freemerge.data.mixture import TaskData, TaskMixture
@@ -102,8 +103,16 @@ class TaskSuite(L.LightningDataModule):
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """(channels, height, width) of every image; builds the first task unless a subclass knows better."""
-        image, _ = self.task(self.names[0]).test[0]
+        """(channels, height, width) of every image; builds the first task unless a subclass knows better.
+
+        Raises:
+            ValueError: if its inputs are no images.
+        """
+        name = self.names[0]
+        image, _ = self.task(name).test[0]
+        if not isinstance(image, Tensor) or image.dim() != 3:
+            found = f"shape {tuple(image.shape)}" if isinstance(image, Tensor) else f"the keys {', '.join(image)}"
+            raise ValueError(f"the inputs of task {name!r} are no images (C, H, W): they have {found}")
         return tuple(image.shape)
 
     def head_group(self, name: str) -> tuple[str, ...]:

@@ -105,14 +105,15 @@ class SuiteRun:
             The report, if `evaluate` is among the stages.
 
         Raises:
-            ValueError: for an unknown stage, a stage whose input has not been made, or a `ckpt_path` that could mean
-                several fits.
+            ValueError: for an unknown stage, a stage whose input has not been made, a setting for images where there
+                are none, or a `ckpt_path` that could mean several fits.
         """
         unknown = [stage for stage in stages if stage not in STAGES]
         if unknown:
             raise ValueError(f"run.stages: unknown stage {unknown[0]!r}; stages: {', '.join(STAGES)}")
         self._stages = tuple(stage for stage in STAGES if stage in stages)
         self._check_ckpt_path()
+        self._check_images()
         began = time.monotonic()
         report = None
         for stage in self._stages:
@@ -129,6 +130,19 @@ class SuiteRun:
                 "--ckpt_path: these stages fit several models, and an interrupted run resumes by itself; to resume one "
                 "fit from a checkpoint, choose it, for instance --run.stages '[finetune]' --data.tasks '[digits]'"
             )
+
+    def _check_images(self) -> None:
+        """Refuse what is only for images at once, and not after hours of fine-tuning."""
+        settings = self.settings
+        for stage, wanted, setting, instead in (
+            ("experts", settings.experts.mixup > 0, "experts.mixup", "set it to 0"),
+            ("router", settings.router.kind == "conv", "router.kind: conv", "choose router.kind: early"),
+        ):
+            if wanted and stage in self._stages:
+                try:
+                    _ = self.suite.image_shape
+                except ValueError as error:
+                    raise ValueError(f"{setting} is for images, but {error}; {instead}") from error
 
     # -- stages -------------------------------------------------------------------------------------------------------
 

@@ -182,6 +182,23 @@ def test_no_configuration_is_left_out() -> None:
     assert set(CONFIGS) == known
 
 
+@pytest.mark.parametrize(
+    ("option", "instead"),
+    [("--experts.mixup=1", "set it to 0"), ("--router.kind=conv", "choose router.kind: early")],
+)
+def test_what_is_for_images_is_refused_for_texts_before_anything_is_trained(
+    option: str, instead: str, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    (tmp_path / "overlay.yaml").write_text(yaml.safe_dump({**COMMON, **Overlays(tmp_path).text_lora()}))
+    monkeypatch.chdir(ROOT)
+    arguments = ["fit", "--config", "configs/text_lora.yaml", "--config", str(tmp_path / "overlay.yaml"), option]
+    assert main([*arguments, "--run.folder", str(tmp_path / "run")]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "is for images, but the inputs of task 'acceptable' are no images (C, H, W): they have the keys input_ids" in said
+    assert said.endswith(instead)
+    assert not (tmp_path / "run" / "finetune").exists()
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_configuration_runs(name: str, tmp_path: Path, monkeypatch) -> None:
     run = tmp_path / "run"
