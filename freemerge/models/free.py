@@ -193,6 +193,7 @@ class FreeModel(nn.Module):
         shares = self._shares(probabilities, routed).masked_fill(abstained[:, None], 0)  # (B, K)
         features: Tensor | None = None
         groups, of = shares.unique(dim=0, return_inverse=True) if size else (shares, routed)
+        self._flatten()
         for index, group in enumerate(groups.tolist()):
             members = (of == index).nonzero().squeeze(1)
             part = inputs if len(members) == size else select(inputs, members)
@@ -220,6 +221,7 @@ class FreeModel(nn.Module):
 
     def features(self, inputs: Inputs, task: str) -> Tensor:
         """Features (B, F) of the merged backbone with `task`'s expert switched in; the weights are restored after."""
+        self._flatten()
         with self._switched({task: 1.0}):
             return self.backbone(inputs)
 
@@ -254,10 +256,15 @@ class FreeModel(nn.Module):
             with attached(self.backbone.model, expert):
                 yield
             return
-        if self._flat is None or not self._flat.current:
-            self._flat = FlatWeights(self.backbone.model)
         with self._flat.attached(expert):
             yield
+
+    def _flatten(self) -> None:
+        """Before a batch's switches: lay the weights out for them, unless they still are. That looks at every tensor."""
+        if self._flat is not None and self._flat.current:
+            return
+        if any(packed.kind is SparseExpert for packed in self._packed.values()):
+            self._flat = FlatWeights(self.backbone.model)
 
     @contextmanager
     def _substituted(self, expert: PackedExpert | Expert) -> Iterator[None]:
