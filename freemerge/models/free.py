@@ -260,7 +260,7 @@ class FreeModel(nn.Module):
             yield
 
     def _flatten(self) -> None:
-        """Before a batch's switches: lay the weights out for them, unless they still are. That looks at every tensor."""
+        """Lay the weights out for a batch's switches, unless they still are; finding out looks at every tensor."""
         if self._flat is not None and self._flat.current:
             return
         if any(packed.kind is SparseExpert for packed in self._packed.values()):
