@@ -49,7 +49,7 @@ class Familiarity(nn.Module):
         """Estimate directions and Gaussians.
 
         Args:
-            features: (N, F), of training inputs.
+            features: (N, F), of training inputs, on the CPU.
             tasks: (N,) int64, the task of each, in [0, K).
 
         Raises:
@@ -71,7 +71,7 @@ class Familiarity(nn.Module):
             apart = own - own.mean(dim=0)
             covariance = apart.T @ apart / len(own)
             floor = _SHRINKAGE * float(covariance.diagonal().mean()) + 1e-6
-            root = torch.linalg.cholesky(covariance + floor * torch.eye(len(covariance)).to(covariance))
-            self.centers[task] = own.mean(dim=0)
-            self.whitening[task] = torch.linalg.inv(root)
-            self.offsets[task] = 2 * root.diagonal().log().sum()
+            root = torch.linalg.cholesky(covariance + floor * torch.eye(len(covariance)))
+            self.centers[task].copy_(own.mean(dim=0))
+            self.whitening[task].copy_(torch.linalg.inv(root))
+            self.offsets[task].copy_(2 * root.diagonal().log().sum())

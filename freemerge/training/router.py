@@ -65,10 +65,9 @@ class RouterTrainer(OptimizedModule):
             The threshold of the confidence; that of the familiarity is kept in the router.
         """
         seen, tasks = self._over(train, lambda *batch: (self.router.seen(*batch),))
-        familiarity = self.router.familiarity
-        familiarity.fit(seen.to(familiarity.mean.device), tasks.to(familiarity.mean.device))
+        self.router.familiarity.fit(seen, tasks)
         threshold, least = choose_thresholds(*self.judge(val), share)
-        familiarity.least.fill_(least)
+        self.router.familiarity.least.fill_(least)
         return threshold
 
     @torch.no_grad()
