@@ -10,7 +10,6 @@ step's, in multiples of the first line's.
 from __future__ import annotations
 
 import argparse
-import resource
 import subprocess
 import sys
 import tempfile
@@ -19,6 +18,7 @@ from pathlib import Path
 
 import torch
 from benchmark_free_model import KINDS, make_backbone, make_images, write_experts
+from benchmarks.processes import high_water
 from torch import Tensor
 from torch.func import functional_call
 
@@ -45,7 +45,7 @@ def train(arguments: argparse.Namespace) -> None:
     values = torch.nn.Parameter(expert.flat_values())
     optimizer = torch.optim.Adam([values])
     images = make_images(arguments, backbone, arguments.batch)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = high_water()
     times = []
     for _ in range(arguments.repeat + 1):
         start = time.perf_counter()
@@ -53,7 +53,7 @@ def train(arguments: argparse.Namespace) -> None:
         step(backbone, expert.with_values(values), images, arguments.way).square().mean().backward()
         optimizer.step()
         times.append(time.perf_counter() - start)
-    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    grown = high_water() - before
     size = sum(parameter.nbytes for parameter in backbone.parameters()) / 2**20
     print(grown / size, min(times[1:]))
 

@@ -12,7 +12,6 @@ each without what its imports take.
 from __future__ import annotations
 
 import argparse
-import resource
 import statistics
 import subprocess
 import sys
@@ -22,9 +21,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from benchmarks.processes import high_water
 from torch import Tensor, nn
 
-from freemerge.experts import LowRankExpert, extract, load_expert, save_expert
+from freemerge.experts import LowRankExpert, PackedExpert, extract, load_expert, save_expert
 from freemerge.models import ConvRouter, EarlyRouter, FreeModel, TransformersBackbone, feature_width
 
 SHAPES = {
@@ -71,7 +71,7 @@ def write_experts(arguments: argparse.Namespace, folder: Path) -> None:
 def make_model(arguments: argparse.Namespace, folder: Path) -> FreeModel:
     """A FREE model with the experts of a folder; its router runs, then deals samples out in turn."""
     backbone = make_backbone(arguments)
-    experts = {path.stem: load_expert(path) for path in sorted(folder.iterdir())}
+    experts = {path.stem: PackedExpert(load_expert(path)) for path in sorted(folder.iterdir())}
     if arguments.router == "conv":
         router = ConvRouter(len(experts), backbone.model.config.num_channels)
     else:
@@ -127,14 +127,14 @@ def throughput(arguments: argparse.Namespace, folder: Path) -> None:
 @torch.no_grad()
 def peak(arguments: argparse.Namespace) -> None:
     """In a process of its own: print by how many MiB loading a model and running a batch of 8 raised the peak."""
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = high_water()
     if arguments.peak == "plain":
         backbone = make_backbone(arguments)
         backbone(make_images(arguments, backbone, 8))
     else:
         model = make_model(arguments, Path(arguments.peak))
         model(make_images(arguments, model.backbone, 8))
-    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+    print(high_water() - before)
 
 
 def main() -> None:

@@ -7,6 +7,7 @@ from freemerge.experts.files import check_hash, load_expert, save_expert
 from freemerge.experts.low_rank import LowRankExpert
 from freemerge.experts.masked import MaskedExpert, emr_experts
 from freemerge.experts.mixing import mix
+from freemerge.experts.packed import PackedExpert
 from freemerge.experts.sparse import SparseExpert
 from freemerge.experts.switch import ExpertSwitch, attached
 
@@ -17,6 +18,7 @@ __all__ = [
     "ExpertSwitch",
     "LowRankExpert",
     "MaskedExpert",
+    "PackedExpert",
     "SparseExpert",
     "attached",
     "check_fits",

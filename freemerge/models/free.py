@@ -20,10 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from freemerge.checkpoints.memory import find_tied
-from freemerge.experts import Expert, SparseExpert, attached, check_fits, mix
+from freemerge.experts import Expert, PackedExpert, SparseExpert, attached, check_fits, mix
 from freemerge.experts.flat import FlatWeights
 from freemerge.experts.layerwise import substituted
-from freemerge.experts.packed import PackedExpert
 from freemerge.inputs import Inputs, batch_size, device_of, select
 from freemerge.models.backbones import Backbone
 from freemerge.models.router import Router
@@ -67,7 +66,7 @@ class FreeModel(nn.Module):
     Args:
         backbone: the backbone with the merged weights loaded.
         heads: task name → head, features (B, F) → logits (B, C_k); their order is the order of the tasks.
-        experts: task name → expert; tasks without one use the merged backbone as it is.
+        experts: task name → expert, packed already or not; tasks without one use the merged backbone as it is.
         router: inputs → task logits (B, K); without one, the task must be named in each call.
         class_names: task name → names of its classes, kept for whoever uses the model.
         threshold: the router abstains where its most likely task is less probable than this, and where an input is less
@@ -83,7 +82,7 @@ class FreeModel(nn.Module):
         self,
         backbone: Backbone,
         heads: Mapping[str, nn.Module],
-        experts: Mapping[str, Expert] | None = None,
+        experts: Mapping[str, Expert | PackedExpert] | None = None,
         router: Router | None = None,
         class_names: Mapping[str, Sequence[str]] | None = None,
         threshold: float = 0.0,
@@ -108,7 +107,10 @@ class FreeModel(nn.Module):
             raise ValueError(f"FreeModel: threshold is a probability, in [0, 1], got {threshold}")
         if not 1 <= top_n <= len(self.heads):
             raise ValueError(f"FreeModel: top_n must be between 1 and the {len(self.heads)} tasks, got {top_n}")
-        self._packed = {task: PackedExpert(expert) for task, expert in (experts or {}).items()}
+        self._packed = {
+            task: expert if isinstance(expert, PackedExpert) else PackedExpert(expert)
+            for task, expert in (experts or {}).items()
+        }
         self._flat: FlatWeights | None = None
 
     # -- what it is made of -------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from pathlib import Path
 from torch import nn
 
 from freemerge.checkpoints import CheckpointError, hash_tensors, load_checkpoint, save_checkpoint
-from freemerge.experts import load_expert, save_expert
+from freemerge.experts import PackedExpert, load_expert, save_expert
 from freemerge.models.backbones import Backbone, load_backbone
 from freemerge.models.free import FreeModel
 from freemerge.models.router import make_router
@@ -86,8 +86,8 @@ def load_free_model(directory: str | Path, backbone: Backbone | None = None) -> 
             f"{directory}: the merged backbone has hash {merged_hash[:12]}, freemerge.json says "
             f"{description['merged_hash'][:12]}; the folder's files do not belong together"
         )
-    experts = {
-        task: load_expert(directory / "experts" / f"{task}.safetensors", merged=merged_hash)
+    experts = {  # packed one by one: unpacked they take six times the memory
+        task: PackedExpert(load_expert(directory / "experts" / f"{task}.safetensors", merged=merged_hash))
         for task in description["experts"]
     }
     heads = {task: nn.Linear(backbone.feature_dim, info["num_classes"]) for task, info in description["tasks"].items()}

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import freemerge
 from freemerge.checkpoints import hash_tensors, load_checkpoint
 from freemerge.data import TaskSuite
-from freemerge.experts import load_expert
+from freemerge.experts import PackedExpert, load_expert
 from freemerge.models import Backbone, ConvRouter, EarlyRouter, FreeModel, Router, feature_width
 from freemerge.pipeline.folder import StageFolder
 from freemerge.pipeline.settings import Settings
@@ -118,7 +118,7 @@ class Artifacts:
         experts = {}
         for task in self.suite.names:
             self.require(self.expert_stage(task))
-            experts[task] = load_expert(self.expert_path(task), merged)
+            experts[task] = PackedExpert(load_expert(self.expert_path(task), merged))
         routing = self.require(self.router_stage())["results"]
         router = self.new_router()
         router.load_state_dict(load_checkpoint(self.router_stage().path / "router.safetensors"))

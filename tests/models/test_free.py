@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoModel
 
 from freemerge.checkpoints import CheckpointError
-from freemerge.experts import attached, extract, extract_low_rank, mix
+from freemerge.experts import PackedExpert, attached, extract, extract_low_rank, mix
 from freemerge.models import ConvRouter, EarlyRouter, FreeModel, TransformersBackbone, choose_thresholds
 from tests.tiny import tiny_backbone
 
@@ -226,6 +226,16 @@ def test_texts_are_routed_by_the_backbones_own_embeddings() -> None:
         alone = {key: tensor[i : i + 1] for key, tensor in inputs.items()}
         torch.testing.assert_close(model(alone, task=name).logits[0], output.logits[i], atol=1e-5, rtol=1e-4)
     assert model({name: tensor[:0] for name, tensor in inputs.items()}).logits.shape == (0, 3)
+
+
+@torch.no_grad()
+def test_packed_experts_are_taken_as_they_are(model: FreeModel, images: torch.Tensor) -> None:
+    packed = {task: PackedExpert(expert) for task, expert in model.experts.items()}
+    again = FreeModel(copy.deepcopy(model.backbone), dict(model.heads), packed).eval()
+    assert again.expert_bytes == model.expert_bytes
+    assert torch.equal(again(images, task="a").logits, model(images, task="a").logits)
+    with pytest.raises(ValueError, match="there is an expert for 'z' but no head"):
+        FreeModel(model.backbone, dict(model.heads), {"z": packed["a"]})
 
 
 @torch.no_grad()

@@ -156,6 +156,12 @@ def read_into_cache(files: Sequence[Path]) -> None:
                 pass
 
 
+def high_water() -> float:
+    """MiB of the largest resident set that this process has had, mapped files included; not that of who started it."""
+    status = Path("/proc/self/status").read_text()
+    return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM:")) / 1024
+
+
 def _resident(pid: int) -> int:
     """RssAnon + RssShmem of a process in bytes; 0 if it has just ended."""
     try:
