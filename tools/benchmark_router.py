@@ -47,7 +47,7 @@ def judged(module: RouterTrainer, threshold: float, loader: Iterable) -> tuple[T
     """For all inputs (N,) of a loader: most likely task, its probability, familiarity, and whether to abstain."""
     logits, familiarity = module.judge(loader)
     confidence, routed = logits.softmax(dim=1).max(dim=1)
-    return routed, confidence, familiarity, (confidence < threshold) | (familiarity < module.router.familiarity.least)
+    return routed, confidence, familiarity, module.router.abstains(logits, familiarity, threshold)
 
 
 def measure(folder: Path, left_out: str) -> dict[str, float]:

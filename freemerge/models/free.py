@@ -218,8 +218,7 @@ class FreeModel(nn.Module):
             device = device_of(inputs)
             return torch.zeros(0, len(self.tasks), device=device), torch.zeros(0, dtype=torch.bool, device=device)
         logits, familiarity = self.router.judge(inputs, self.backbone)
-        unsure = logits.float().softmax(dim=1).amax(dim=1) < self.threshold
-        return logits, unsure | (familiarity < self.router.familiarity.least)
+        return logits, self.router.abstains(logits, familiarity, self.threshold)
 
     def features(self, inputs: Inputs, task: str) -> Tensor:
         """Features (B, F) of the merged backbone with `task`'s expert switched in; the weights are restored after."""

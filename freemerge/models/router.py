@@ -64,6 +64,17 @@ class Router(nn.Module):
         seen = self.seen(inputs, backbone)
         return self.head(seen), self.familiarity(seen)
 
+    def abstains(self, logits: Tensor, familiarity: Tensor, threshold: float) -> Tensor:
+        """Where what `judge` says is not enough to choose an expert by: (B,) bool.
+
+        Args:
+            logits: (B, K).
+            familiarity: (B,), held against `familiarity.least`.
+            threshold: for the most likely task's probability.
+        """
+        confidence = logits.float().softmax(dim=1).amax(dim=1)
+        return (confidence < threshold) | (familiarity < self.familiarity.least)
+
 
 class ConvRouter(Router):
     """A small network over images: a head on cheap features.

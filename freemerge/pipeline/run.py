@@ -139,6 +139,7 @@ class SuiteRun:
             ("router", settings.router.kind == "conv", "router.kind: conv", "choose router.kind: early"),
         ):
             if wanted and stage in self._stages:
+                self.suite.prepare_data()
                 try:
                     _ = self.suite.image_shape
                 except ValueError as error:

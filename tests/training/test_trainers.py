@@ -300,6 +300,7 @@ def test_router_trainer_tells_the_tiny_tasks_apart(tmp_path) -> None:
     threshold = module.calibrate(data.train_dataloader(), data.val_dataloader(), share=0.9)
     logits, familiarity = module.judge(data.val_dataloader())
     kept = (logits.softmax(dim=1).amax(dim=1) >= threshold) & (familiarity >= module.router.familiarity.least)
+    assert torch.equal(module.router.abstains(logits, familiarity, threshold), ~kept)
     assert 0.9 <= float(kept.float().mean()) < 1.0
     noise = torch.randn(50, 1, 8, 8)  # no task's
     assert float((module.judge([(noise, torch.zeros(50))])[1] < module.router.familiarity.least).float().mean()) > 0.9
