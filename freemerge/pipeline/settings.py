@@ -197,7 +197,8 @@ class RouterSettings(FitSettings):
         width: channels of a `conv` router's first convolution.
         point: the submodule of the backbone's model whose output an `early` router looks at.
         hidden: width of the router's hidden layer; 0 makes it linear.
-        directions: how many directions of the router's features are looked at to tell inputs like none of the tasks'.
+        directions: how many directions of the router's features are looked at to tell inputs like none of the tasks';
+            0 leaves that out.
         share: share of validation samples that must be routed; those the router is least sure of, the least familiar,
             and what is as strange to it, get the plain merged backbone. 1 routes everything.
         top_n: how many of the most likely tasks' experts are mixed.
@@ -210,6 +211,14 @@ class RouterSettings(FitSettings):
     directions: int = 16
     share: float = 0.99
     top_n: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, least in (("width", 1), ("hidden", 0), ("directions", 0), ("top_n", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"router.{name}: must be at least {least}, got {getattr(self, name)}")
+        if not 0.0 < self.share <= 1.0:
+            raise ValueError(f"router.share: must be in (0, 1], got {self.share}")
 
     @property
     def judging(self) -> dict[str, int]:

@@ -55,5 +55,8 @@ def test_features_that_never_change_and_few_inputs_do_no_harm() -> None:
     again = Familiarity(2, 6, directions=16)
     again.load_state_dict(familiarity.state_dict())
     assert torch.equal(again(features), familiarity(features))
+    without = Familiarity(2, 6, directions=0)
+    without.fit(features, torch.tensor([0, 0, 0, 0, 0, 1]))
+    assert without(features).tolist() == [0.0] * 6
     with pytest.raises(ValueError, match="no inputs of task 1; fit it on inputs of all 2"):
         familiarity.fit(features, torch.zeros(6, dtype=torch.long))
