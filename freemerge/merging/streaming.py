@@ -9,6 +9,8 @@ from typing import NamedTuple, TypeVar
 
 import torch
 
+from freemerge.merging.heap import relieve
+
 _Job = TypeVar("_Job")
 _Result = TypeVar("_Result")
 
@@ -40,6 +42,7 @@ def pieces(shapes: Mapping[str, torch.Size], models: int, size: int | None = Non
         total = shape.numel()
         for start in range(0, total, step):
             yield Piece(name, start, min(start + step, total))
+            relieve()
 
 
 def read_ahead(read: Callable[[_Job], _Result], jobs: Iterable[_Job], depth: int = 2) -> Iterator[_Result]:

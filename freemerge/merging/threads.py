@@ -6,11 +6,9 @@ depends on how many there are.
 
 from __future__ import annotations
 
-import ctypes
-import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from typing import TypeVar
 
 import torch
@@ -18,6 +16,7 @@ from torch import Tensor
 
 from freemerge.checkpoints.pages import fresh
 from freemerge.checkpoints.reading import keep_files_open
+from freemerge.merging.heap import REUSED, relieve, returning
 
 _Job = TypeVar("_Job")
 _Item = TypeVar("_Item")
@@ -26,9 +25,7 @@ _Result = TypeVar("_Result")
 # In a thread of ours: .size, how many may work side by side; .scratch, memory that it uses again.
 _team = threading.local()
 
-_HEAP = 32 << 20  # bytes of the largest block that glibc ever adapts to use again
 _WHOLE = 1 << 20  # from here on a block is (or is of) a whole tensor, while such are worked on
-_TRIM = 24 << 20  # free bytes that a thread's heap may keep
 
 
 def team_size() -> int:
@@ -72,7 +69,7 @@ def run(
     threads = [threading.Thread(target=body, name=f"freemerge-{index}", daemon=True) for index in range(size)]
     before = torch.get_num_threads()
     # Within another run its setting holds.
-    heap = nullcontext() if hasattr(_team, "size") else _heap(returned or (_HEAP if cost is None else _WHOLE))
+    heap = nullcontext() if hasattr(_team, "size") else returning(returned or (REUSED if cost is None else _WHOLE))
     with heap:
         for thread in threads:
             thread.start()
@@ -125,28 +122,6 @@ def scratch(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch
     return kept[name][:size].view(dtype).view(shape)
 
 
-@contextmanager
-def _heap(threshold: int) -> Iterator[None]:
-    """Have the C library return blocks of memory of this size or larger at once, and reuse smaller ones; glibc only.
-
-    Left to itself it reuses blocks as large as any that was freed before. That keeps whole tensors, which each thread's
-    heap hoards; and it gives back the temporaries of pieces, whose fresh pages cost more than what is computed in them.
-    """
-    mallopt = None
-    if sys.platform == "linux":
-        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none, or one that does nothing
-    trim_threshold, mmap_threshold = -1, -3
-    if mallopt is not None:
-        mallopt(mmap_threshold, threshold)
-        mallopt(trim_threshold, min(2 * threshold, _TRIM))
-    try:
-        yield
-    finally:
-        if mallopt is not None:  # what it would have adapted to
-            mallopt(mmap_threshold, _HEAP)
-            mallopt(trim_threshold, 2 * _HEAP)
-
-
 class _Source:
     """Deals jobs out to threads, within a budget."""
 
@@ -178,6 +153,7 @@ class _Source:
             try:
                 yield job
             finally:
+                relieve()
                 with self._changed:
                     self._spent -= spent
                     self._changed.notify_all()
