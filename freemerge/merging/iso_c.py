@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from freemerge.merging.method import MergeMethod, require_number, weighted_sum
+from freemerge.merging.spectra import nearest_isometry
+from freemerge.merging.vectors import Vectors
 
 
 @dataclass(frozen=True)
@@ -24,17 +26,29 @@ class IsoC(MergeMethod):
     """
 
     survey_fields: ClassVar = ()
+    elementwise: ClassVar = True  # the sum is; `finish` is not
 
     scale: float = 1.0
 
     def __post_init__(self) -> None:
         require_number(self, "scale", self.scale)
 
-    def combine(self, name: str, deltas: Tensor, statistics: Any) -> Tensor:
-        if deltas.dim() != 3 or deltas[0].numel() == 0:
-            return weighted_sum(deltas, self.scale / len(deltas))
-        u, s, vh = torch.linalg.svd(weighted_sum(deltas, 1.0), full_matrices=False)
-        rank = int((s > s[0] * max(deltas.shape[1:]) * torch.finfo(s.dtype).eps).sum())
-        if rank == 0:
-            return torch.zeros_like(deltas[0])
-        return (u[:, :rank] @ vh[:rank]).mul_(s[:rank].mean() * self.scale)
+    @property
+    def finishes(self) -> bool:
+        return True
+
+    def survey(self, vectors: Vectors) -> frozenset[str]:
+        """Names of the matrices."""
+        return frozenset(name for name, shape in vectors.shapes.items() if len(shape) == 2)
+
+    def combine(self, name: str, deltas: Tensor, statistics: frozenset[str]) -> Tensor:
+        return self.finish(name, self.combine_run(name, 0, deltas, statistics))
+
+    def combine_run(self, name: str, start: int, deltas: Tensor, statistics: frozenset[str]) -> Tensor:
+        return weighted_sum(deltas, 1.0 if name in statistics else self.scale / len(deltas))
+
+    def finish(self, name: str, merged: Tensor) -> Tensor:
+        if merged.dim() != 2 or merged.numel() == 0:
+            return merged
+        nearest, values = nearest_isometry(merged, max(merged.shape) * torch.finfo(merged.dtype).eps)
+        return nearest.mul_(values.mean() * self.scale) if len(values) else merged

@@ -26,6 +26,7 @@ _Result = TypeVar("_Result")
 _team = threading.local()
 
 _WHOLE = 1 << 20  # from here on a block is (or is of) a whole tensor, while such are worked on
+_SCATTERED = 32 << 20  # bytes of free memory that may lie scattered; a quarter where whole tensors need the room
 
 
 def team_size() -> int:
@@ -68,8 +69,9 @@ def run(
 
     threads = [threading.Thread(target=body, name=f"freemerge-{index}", daemon=True) for index in range(size)]
     before = torch.get_num_threads()
-    # Within another run its setting holds.
-    heap = nullcontext() if hasattr(_team, "size") else returning(returned or (REUSED if cost is None else _WHOLE))
+    heap = nullcontext()  # within another run its setting holds
+    if not hasattr(_team, "size"):
+        heap = returning(returned or (REUSED if cost is None else _WHOLE), _SCATTERED >> (2 if budget else 0))
     with heap:
         for thread in threads:
             thread.start()
@@ -153,7 +155,8 @@ class _Source:
             try:
                 yield job
             finally:
-                relieve()
+                if spent:
+                    relieve(pause=0.0)
                 with self._changed:
                     self._spent -= spent
                     self._changed.notify_all()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from freemerge.merging.method import MergeMethod, require_number, weighted_sum
+from freemerge.merging.spectra import left_spectrum, nearest_isometry, rounding
 from freemerge.merging.threads import each
 
 
@@ -40,19 +41,23 @@ class TSVMerge(MergeMethod):
         if deltas.dim() != 3 or deltas[0].numel() == 0:
             return weighted_sum(deltas, self.scale / len(deltas))
         rank = max(1, min(deltas.shape[1:]) // len(deltas))
-        # A vector of zeros has no directions of its own, and it must not turn those of the others.
-        own = [delta for delta in deltas if bool(delta.any())]
-        if not own:
+        # What has no directions of its own, a vector of zeros or one of low rank, must not turn those of the others.
+        found = each(lambda delta: _leading(delta, rank), list(deltas))
+        left, values, right = (torch.cat(parts, dim=-1) for parts in zip(*found, strict=True))
+        del found  # as large as a tensor
+        if not len(values):
             return torch.zeros_like(deltas[0])
-        left, values, right = zip(*each(lambda delta: _leading(delta, rank), own), strict=True)
-        u, vh = nearest_orthonormal(torch.cat(left, dim=1)), nearest_orthonormal(torch.cat(right))
-        return (u * (torch.cat(values) * self.scale)) @ vh
+        left, right = nearest_orthonormal(left), nearest_orthonormal(right)
+        return (left * (values * self.scale)) @ right.T
 
 
 def _leading(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The leading components of a matrix (m, n), in memory of their own: U (m, rank), Σ (rank,), Vᵀ (rank, n)."""
-    u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
-    return u[:, :rank].clone(), s[:rank].clone(), vh[:rank].clone()
+    """At most `rank` leading components of a matrix (m, n): U (m, r), Σ (r,), V (n, r), float32."""
+    if matrix.shape[0] > matrix.shape[1]:
+        right, values, left = _leading(matrix.T, rank)
+        return left, values, right
+    left, values = (part[..., :rank].to(matrix.dtype) for part in left_spectrum(matrix, rounding(*matrix.shape)))
+    return left, values, matrix.T @ (left / values)
 
 
 def nearest_orthonormal(matrix: Tensor) -> Tensor:
@@ -64,5 +69,4 @@ def nearest_orthonormal(matrix: Tensor) -> Tensor:
     Returns:
         (m, n) float32.
     """
-    p, _, qh = torch.linalg.svd(matrix, full_matrices=False)
-    return p @ qh
+    return nearest_isometry(matrix, rounding(*matrix.shape))[0]

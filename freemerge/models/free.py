@@ -126,6 +126,11 @@ class FreeModel(nn.Module):
         return {task: packed.unpacked() for task, packed in self._packed.items()}
 
     @property
+    def packed_experts(self) -> dict[str, PackedExpert]:
+        """Task name → expert as the model keeps it."""
+        return dict(self._packed)
+
+    @property
     def expert_bytes(self) -> int:
         """Bytes in memory that all experts take."""
         return sum(packed.num_bytes for packed in self._packed.values())

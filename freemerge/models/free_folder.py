@@ -11,7 +11,7 @@ from pathlib import Path
 from torch import nn
 
 from freemerge.checkpoints import CheckpointError, hash_tensors, load_checkpoint, save_checkpoint
-from freemerge.experts import PackedExpert, load_expert, save_expert
+from freemerge.experts import MaskedExpert, PackedExpert, load_expert, save_expert
 from freemerge.models.backbones import Backbone, load_backbone
 from freemerge.models.free import FreeModel
 from freemerge.models.router import make_router
@@ -33,15 +33,16 @@ def save_free_model(model: FreeModel, directory: str | Path) -> Path:
         ValueError: for masked experts, whose shared task vector has no place in the folder.
     """
     directory = Path(directory)
-    experts = model.experts
-    for task, expert in experts.items():
-        if expert.KIND == "masked":
+    experts = model.packed_experts
+    for task, packed in experts.items():
+        if packed.kind is MaskedExpert:
             raise ValueError(f"FreeModel: the expert of {task!r} shares a task vector, which the folder does not hold")
     directory.mkdir(parents=True, exist_ok=True)
     model.backbone.save_pretrained(directory)
     merged_hash = hash_tensors(model.backbone.weights())
-    for task, expert in experts.items():
-        save_expert(directory / "experts" / f"{task}.safetensors", expert.tagged(task=task, merged_hash=merged_hash))
+    for task, packed in experts.items():  # unpacked one by one: they take six times the memory
+        expert = packed.unpacked().tagged(task=task, merged_hash=merged_hash)
+        save_expert(directory / "experts" / f"{task}.safetensors", expert)
     save_checkpoint(directory / "heads.safetensors", model.heads.state_dict())
     if model.router is not None:
         save_checkpoint(directory / "router.safetensors", model.router.state_dict())
@@ -86,7 +87,7 @@ def load_free_model(directory: str | Path, backbone: Backbone | None = None) -> 
             f"{directory}: the merged backbone has hash {merged_hash[:12]}, freemerge.json says "
             f"{description['merged_hash'][:12]}; the folder's files do not belong together"
         )
-    experts = {  # packed one by one: unpacked they take six times the memory
+    experts = {  # packed one by one, for the same reason
         task: PackedExpert(load_expert(directory / "experts" / f"{task}.safetensors", merged=merged_hash))
         for task in description["experts"]
     }

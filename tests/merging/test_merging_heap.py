@@ -29,7 +29,7 @@ def grown(before):
 
 relieve()  # nothing to do where nothing is watched
 before = _Watch._own()
-with returning(1 << 25):
+with returning(1 << 25, 1 << 24):
     scattered()
     kept = grown(before)
     relieve()

@@ -1,0 +1,57 @@
+"""Singular values and directions of a matrix, from the eigenvalues of its Gram matrix in float64.
+
+Only the side with fewer directions is looked for, the other follows from it. That takes a fraction of the memory of a
+singular value decomposition, and a third of its time for a long matrix. Squaring costs half of float64's digits, and
+leaves more than float32 has.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_COLUMNS = 256  # widened to float64 at a time
+
+
+def left_spectrum(matrix: Tensor, tolerance: float) -> tuple[Tensor, Tensor]:
+    """U and σ of a wide matrix A = U diag(σ) Vᵀ; V is then Aᵀ U diag(1/σ).
+
+    Args:
+        matrix: A, (m, n) float32, m ≤ n.
+        tolerance: directions with σ ≤ tolerance · σ_max are left out; less than about 1e-7 is not to be told from 0.
+
+    Returns:
+        (m, r) and (r,) float64, largest first; r is 0 for a matrix of zeros.
+    """
+    gram = torch.zeros(len(matrix), len(matrix), dtype=torch.float64, device=matrix.device)
+    for block in matrix.split(_COLUMNS, dim=1):
+        block = block.to(torch.float64)
+        gram.addmm_(block, block.T)
+    squares, directions = torch.linalg.eigh(gram)  # smallest first
+    del gram
+    values = squares.clamp(min=0).sqrt()
+    rank = int((values > values[-1] * tolerance).sum())
+    return directions[:, len(values) - rank :].flip(1), values[len(values) - rank :].flip(0)
+
+
+def nearest_isometry(matrix: Tensor, tolerance: float) -> tuple[Tensor, Tensor]:
+    """U Vᵀ of a matrix A = U diag(σ) Vᵀ, and its σ.
+
+    Args:
+        matrix: A, (m, n) float32.
+        tolerance: directions with σ ≤ tolerance · σ_max are left out.
+
+    Returns:
+        (m, n) float32, and (r,) float64, largest first.
+    """
+    if matrix.shape[0] > matrix.shape[1]:
+        transposed, values = nearest_isometry(matrix.T, tolerance)
+        return transposed.T, values
+    directions, values = left_spectrum(matrix, tolerance)
+    whitening = (directions / values) @ directions.T  # (A Aᵀ)^(−1/2), (m, m)
+    return whitening.to(matrix.dtype) @ matrix, values
+
+
+def rounding(rows: int, columns: int) -> float:
+    """The norm of a matrix of float32's rounding errors, against that of the matrix that was rounded, at most about."""
+    return torch.finfo(torch.float32).eps * (rows**0.5 + columns**0.5)
