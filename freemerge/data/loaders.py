@@ -10,7 +10,8 @@ import hashlib
 from collections.abc import Iterator, Sequence
 
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 
 from freemerge.data.batches import collate
 
@@ -51,7 +52,7 @@ class EpochSampler(Sampler[int]):
         self.epoch += 1
         return iter(self._order(generator).tolist())
 
-    def _order(self, generator: torch.Generator) -> torch.Tensor:
+    def _order(self, generator: torch.Generator) -> Tensor:
         raise NotImplementedError
 
 
@@ -70,7 +71,7 @@ class ShuffleSampler(EpochSampler):
     def __len__(self) -> int:
         return self.size
 
-    def _order(self, generator: torch.Generator) -> torch.Tensor:
+    def _order(self, generator: torch.Generator) -> Tensor:
         return torch.randperm(self.size, generator=generator)
 
 
@@ -95,7 +96,7 @@ class BalancedSampler(EpochSampler):
     def __len__(self) -> int:
         return len(self.sizes) * self.per_dataset
 
-    def _order(self, generator: torch.Generator) -> torch.Tensor:
+    def _order(self, generator: torch.Generator) -> Tensor:
         draws, offset = [], 0
         for size in self.sizes:
             rounds = -(-self.per_dataset // size)
@@ -104,6 +105,32 @@ class BalancedSampler(EpochSampler):
             offset += size
         draws = torch.cat(draws)
         return draws[torch.randperm(len(draws), generator=generator)]
+
+
+class SimilarLengths(Sampler[int]):
+    """Every index once, in an order in which a batch's samples are of similar lengths: little of it is padding.
+
+    The order of the batches tells nothing of the lengths, so that the first few are like the others. The order is the
+    same each time.
+
+    Args:
+        lengths: Of the samples, (N,).
+        batch_size: Samples per batch.
+    """
+
+    def __init__(self, lengths: Tensor, batch_size: int) -> None:
+        self.lengths = lengths
+        self.batch_size = batch_size
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        order = self.lengths.argsort(stable=True)
+        whole = len(order) // self.batch_size * self.batch_size
+        batches = order[len(order) - whole :].view(-1, self.batch_size)  # the shortest samples are the incomplete batch
+        shuffled = batches[torch.randperm(len(batches), generator=torch.Generator().manual_seed(0))]
+        return iter([*shuffled.flatten().tolist(), *order[: len(order) - whole].tolist()])
 
 
 def training_loader(dataset: Dataset, sampler: EpochSampler, batch_size: int, num_workers: int = 0) -> DataLoader:
@@ -129,21 +156,32 @@ def training_loader(dataset: Dataset, sampler: EpochSampler, batch_size: int, nu
     )
 
 
-def evaluation_loader(dataset: Dataset, batch_size: int, num_workers: int = 0) -> DataLoader:
-    """A loader for measuring: every sample once, in order.
+def evaluation_loader(dataset: Dataset, batch_size: int, num_workers: int = 0, in_order: bool = False) -> DataLoader:
+    """A loader for measuring: every sample once.
 
     Args:
-        dataset: Map-style dataset.
-        batch_size: Images per batch; the last one may be smaller.
+        dataset: Map-style dataset. If its samples are of different lengths, it has them as `lengths`, (N,).
+        batch_size: Samples per batch; the last one may be smaller.
         num_workers: Worker processes.
+        in_order: Whether samples of different lengths come in order too. That takes more padding.
 
     Returns:
         The loader.
     """
+    lengths = None if in_order else lengths_of(dataset)
     return DataLoader(
         dataset,
         batch_size=batch_size,
+        sampler=None if lengths is None else SimilarLengths(lengths, batch_size),
         num_workers=num_workers,
         persistent_workers=num_workers > 0,
         collate_fn=collate,
     )
+
+
+def lengths_of(dataset: Dataset) -> Tensor | None:
+    """The lengths of a dataset's samples, (N,), or None if it does not say that they differ."""
+    if isinstance(dataset, Subset):
+        lengths = lengths_of(dataset.dataset)
+        return None if lengths is None else lengths[torch.as_tensor(dataset.indices)]
+    return getattr(dataset, "lengths", None)

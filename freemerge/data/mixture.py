@@ -12,7 +12,14 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from freemerge.data.batches import StackedBatch, collate
-from freemerge.data.loaders import BalancedSampler, ShuffleSampler, derive_seed, evaluation_loader, training_loader
+from freemerge.data.loaders import (
+    BalancedSampler,
+    ShuffleSampler,
+    derive_seed,
+    evaluation_loader,
+    lengths_of,
+    training_loader,
+)
 from freemerge.data.tasks import Task
 from freemerge.inputs import IGNORED, Inputs, join, join_padded, select
 
@@ -82,7 +89,7 @@ class TaskData(L.LightningDataModule):
         return training_loader(dataset, sampler, self.batch_size, self.num_workers)
 
     def head_dataloader(self) -> DataLoader | None:
-        """The training data of all tasks that share this one's head, in order; None where it has its own."""
+        """The training data of all tasks that share this one's head; None where it has its own."""
         if self._head_tasks is None:
             return None
         dataset = JoinedDataset([task.train for task in self._head_tasks()])
@@ -95,7 +102,8 @@ class TaskData(L.LightningDataModule):
         return evaluation_loader(self.task.test, self.eval_batch_size, self.num_workers)
 
     def predict_dataloader(self) -> DataLoader:
-        return self.test_dataloader()
+        """The test data in their order."""
+        return evaluation_loader(self.task.test, self.eval_batch_size, self.num_workers, in_order=True)
 
 
 class JoinedDataset(Dataset):
@@ -112,6 +120,12 @@ class JoinedDataset(Dataset):
 
     def __len__(self) -> int:
         return self._ends[-1]
+
+    @property
+    def lengths(self) -> torch.Tensor | None:
+        """Of the samples, (N,), if all datasets have them."""
+        parts = [lengths_of(dataset) for dataset in self.datasets]
+        return None if any(part is None for part in parts) else torch.cat(parts)
 
     def _locate(self, index: int) -> tuple[int, int]:
         if not 0 <= index < len(self):
@@ -225,13 +239,14 @@ class TaskMixture(L.LightningDataModule):
         return self._evaluation("test")
 
     def predict_dataloader(self) -> DataLoader:
-        return self.test_dataloader()
+        """The test data, task by task."""
+        return self._evaluation("test", in_order=True)
 
-    def _evaluation(self, split: str) -> DataLoader:
+    def _evaluation(self, split: str, in_order: bool = False) -> DataLoader:
         """As many images of each task as the smallest has, evenly spaced, because sets may be sorted by class."""
         dataset = MixtureDataset([getattr(self._load(name), split) for name in self.names])
         share, offset, chosen = min(dataset.sizes), 0, []
         for size in dataset.sizes:
             chosen += [offset + i * size // share for i in range(share)]
             offset += size
-        return evaluation_loader(Subset(dataset, chosen), self.eval_batch_size, self.num_workers)
+        return evaluation_loader(Subset(dataset, chosen), self.eval_batch_size, self.num_workers, in_order)

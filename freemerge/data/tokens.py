@@ -28,6 +28,11 @@ class Ragged:
     def __len__(self) -> int:
         return len(self.ends) - 1
 
+    @property
+    def lengths(self) -> Tensor:
+        """(N,) int64."""
+        return self.ends.diff()
+
     def __getitem__(self, index: int) -> Tensor:
         return self.values[self.ends[index] : self.ends[index + 1]].long()  # (L,)
 
@@ -57,6 +62,11 @@ class TokenDataset(Dataset):
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @property
+    def lengths(self) -> Tensor:
+        """How many tokens the samples take, (N,) int64: by it, evaluation makes batches that need little padding."""
+        return torch.stack([sequences.lengths for sequences in self.inputs.values()]).amax(dim=0)
 
     def __getitem__(self, index: int) -> tuple[dict[str, Tensor], Tensor]:
         return {name: sequences[index] for name, sequences in self.inputs.items()}, self.labels[index]

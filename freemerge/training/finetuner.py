@@ -181,7 +181,7 @@ class FineTuner(OptimizedModule):
         """Features (N, F) and labels (N,) of the training data; of all tasks that share the head, where some do."""
         data = getattr(self.trainer, "datamodule", None)
         shared = data.head_dataloader() if hasattr(data, "head_dataloader") else None
-        if shared is not None:  # in order and undivided, so every rank may see all of it
+        if shared is not None:  # undivided, so every rank may see all of it
             return extract_features(self.backbone, shared, self.device)
         features, labels = extract_features(self.backbone, self.trainer.train_dataloader, self.device)
         if self.trainer.world_size > 1:  # each rank saw its share: (world, n, …) → (world · n, …)
