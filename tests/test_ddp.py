@@ -36,7 +36,7 @@ def test_fit_on_two_processes_reports_what_one_process_measures(tmp_path) -> Non
     assert tested.returncode == 0, tested.stderr
     routed = next(row for row in json.loads(report)["rows"] if row["name"] == "FREE trained (routed)")
     for task, accuracy in routed["scores"].items():
-        assert f"{task} {100 * accuracy:.1f}" in " ".join(tested.stdout.replace("│", " ").split())
+        assert f"{task} accuracy {100 * accuracy:.1f}" in " ".join(tested.stdout.replace("│", " ").split())
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("stage.json")}
     assert main(["fit", "--config", TINY, "--run.folder", str(tmp_path)]) == 0
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("stage.json")} == before

@@ -35,7 +35,7 @@ from freemerge.cli.parsing import OneLineErrors, print_error
 from freemerge.cli.problems import refusal
 from freemerge.data import TaskSuite
 from freemerge.distributed import in_process_group
-from freemerge.evaluation import MultiTaskEvaluator
+from freemerge.evaluation import MultiTaskEvaluator, TaskMetric
 from freemerge.models import FreeModel
 from freemerge.pipeline import (
     ExpertsSettings,
@@ -220,11 +220,12 @@ class FreemergeCLI(LightningCLI):
         if self.trainer.is_global_zero:
             from rich.table import Table
 
-            table = Table(title=f"{verb}: accuracy (%)", title_justify="left")
+            table = Table(title=f"{verb}, routed (%)", title_justify="left")
             table.add_column("task")
-            table.add_column("routed", justify="right")
+            table.add_column("metric")
+            table.add_column("score", justify="right")
             for task, value in evaluator.results.items():
-                table.add_row(task, f"{100 * value:.1f}")
+                table.add_row(task, evaluator.metrics.named[task].name, f"{100 * value:.1f}")
             Console().print(table)
 
     def predict(self, model: FineTuner, datamodule: TaskSuite, ckpt_path: str | None = None, **_: Any) -> None:
@@ -253,7 +254,10 @@ class FreemergeCLI(LightningCLI):
     def _evaluator(self, suite: TaskSuite, ckpt_path: str | None) -> MultiTaskEvaluator:
         """The finished model: the folder in `--ckpt_path`, or the run's own."""
         folder = Path(ckpt_path) if ckpt_path else Path(self._get(self.config_init, "run").folder) / "free_model"
-        return MultiTaskEvaluator(FreeModel.from_pretrained(folder), suite.names)
+        suite.prepare_data()
+        tasks = {name: suite.task(name) for name in suite.names}
+        metrics = {name: TaskMetric(task.kind, task.metric) for name, task in tasks.items()}
+        return MultiTaskEvaluator(FreeModel.from_pretrained(folder), suite.names, metrics=metrics)
 
     # -- trainers -----------------------------------------------------------------------------------------------------
 

@@ -217,7 +217,8 @@ class TaskSuite(L.LightningDataModule):
         return {name: self.for_task(name).test_dataloader() for name in self.names}
 
     def predict_dataloader(self) -> dict[str, DataLoader]:
-        return self.test_dataloader()
+        """The test data in their order."""
+        return {name: self.for_task(name).predict_dataloader() for name in self.names}
 
     # ---- identity
 

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import lightning as L
 from torch import Tensor
 
+from freemerge.data.task_metrics import TaskMetric
 from freemerge.evaluation.metrics import LabelSpace, MultiTaskMetrics
+from freemerge.evaluation.report import mean_score
+from freemerge.inputs import Inputs, select
 from freemerge.models import FreeModel, FreeOutput
 
 
@@ -16,9 +21,16 @@ class MultiTaskEvaluator(L.LightningModule):
         model: the model; it routes each sample by itself.
         tasks: the task of each dataloader, in order.
         oracle: name the true task to the model instead of letting it route.
+        metrics: task name → its metric; accuracy for those not named.
     """
 
-    def __init__(self, model: FreeModel, tasks: tuple[str, ...], oracle: bool = False) -> None:
+    def __init__(
+        self,
+        model: FreeModel,
+        tasks: tuple[str, ...],
+        oracle: bool = False,
+        metrics: Mapping[str, TaskMetric] | None = None,
+    ) -> None:
         super().__init__()
         unknown = [task for task in tasks if task not in model.tasks]
         if unknown:
@@ -26,18 +38,24 @@ class MultiTaskEvaluator(L.LightningModule):
         self.model = model
         self.tasks = tasks
         self.oracle = oracle
-        self.label_space = LabelSpace({task: model.heads[task].out_features for task in model.tasks})
-        self.metrics = MultiTaskMetrics(self.label_space)
+        kinds = {task: metric.kind for task, metric in (metrics or {}).items()}
+        self.label_space = LabelSpace(
+            {
+                task: model.heads[task].out_features if kinds.get(task, "classification") == "classification" else 0
+                for task in model.tasks
+            }
+        )
+        self.metrics = MultiTaskMetrics(self.label_space, metrics)
         self.results: dict[str, float] = {}
 
-    def forward(self, inputs: Tensor, task: str | None = None) -> FreeOutput:
+    def forward(self, inputs: Inputs, task: str | None = None) -> FreeOutput:
         return self.model(inputs, task=task)
 
-    def _step(self, batch: tuple[Tensor, Tensor], batch_idx: int, dataloader_idx: int) -> None:
+    def _step(self, batch: tuple[Inputs, Tensor], batch_idx: int, dataloader_idx: int) -> None:
         inputs, labels = batch
         task = self.tasks[dataloader_idx]
         keep = self._own_samples(batch_idx, len(labels), dataloader_idx)
-        output = self.model(inputs[:keep], task=task if self.oracle else None)
+        output = self.model(select(inputs, slice(keep)), task=task if self.oracle else None)
         self.metrics.update(task, output, labels[:keep])
 
     def _own_samples(self, batch_idx: int, size: int, dataloader_idx: int) -> int:
@@ -53,13 +71,13 @@ class MultiTaskEvaluator(L.LightningModule):
         total, first = len(loader.dataset), self.trainer.global_rank + world * batch_idx * loader.batch_size
         return max(0, min(size, -(-(total - first) // world)))
 
-    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
+    def validation_step(self, batch: tuple[Inputs, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
         self._step(batch, batch_idx, dataloader_idx)
 
-    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
+    def test_step(self, batch: tuple[Inputs, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
         self._step(batch, batch_idx, dataloader_idx)
 
-    def predict_step(self, batch: tuple[Tensor, Tensor], batch_idx: int, dataloader_idx: int = 0) -> FreeOutput:
+    def predict_step(self, batch: tuple[Inputs, Tensor], batch_idx: int, dataloader_idx: int = 0) -> FreeOutput:
         """Predictions come from the inputs alone, routed unless `oracle`."""
         return self.model(batch[0], task=self.tasks[dataloader_idx] if self.oracle else None)
 
@@ -67,8 +85,11 @@ class MultiTaskEvaluator(L.LightningModule):
         computed = self.metrics.compute()
         self.results = {task: computed[task] for task in self.tasks}
         self.metrics.reset()
-        self.log_dict({f"{split}/{task}/acc": value for task, value in self.results.items()}, sync_dist=False)
-        self.log(f"{split}/mean_acc", sum(self.results.values()) / len(self.results))
+        named = self.metrics.named
+        values = {f"{split}/{task}/{named[task].label}": value for task, value in self.results.items()}
+        self.log_dict(values, sync_dist=False)
+        mean = "mean_acc" if all(named[task].name == "accuracy" for task in self.tasks) else "mean_score"
+        self.log(f"{split}/{mean}", mean_score(self.results, {task: named[task].name for task in self.tasks}))
 
     def on_validation_epoch_end(self) -> None:
         self._log_results("val")

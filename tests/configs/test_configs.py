@@ -6,7 +6,9 @@ something to download or takes long: an overlay of a few lines goes over it, as 
 
 from __future__ import annotations
 
+import csv
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -200,7 +202,7 @@ def test_what_is_for_images_is_refused_for_texts_before_anything_is_trained(
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_a_configuration_runs(name: str, tmp_path: Path, monkeypatch) -> None:
+def test_a_configuration_runs(name: str, tmp_path: Path, monkeypatch, capsys) -> None:
     run = tmp_path / "run"
     overlay = {**COMMON, **getattr(Overlays(tmp_path), name)()}
     (tmp_path / "overlay.yaml").write_text(yaml.safe_dump(overlay))
@@ -225,4 +227,20 @@ def test_a_configuration_runs(name: str, tmp_path: Path, monkeypatch) -> None:
         assert weights.keys() == merged.keys()
         assert not any("lora" in key or "base_layer" in key for key in weights)
         assert base is None or weights.keys() == base.keys()
+    if not stages:
+        check_other_commands([*arguments[1:], "--run.folder", str(run)], lines["FREE trained (routed)"], capsys)
     assert set(lines["FR"]["held_out"]) == set(written["data"]["init_args"].get("held_out", ()))
+
+
+def check_other_commands(arguments: list[str], routed: dict[str, Any], capsys) -> None:
+    """`test` measures what the report says of the routed model; `predict` writes the test data in their order."""
+    capsys.readouterr()
+    assert main(["test", *arguments]) == 0
+    said = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    for task, score in routed["scores"].items():
+        assert re.search(rf"{task} \w+ {100 * score:.1f}\b", said)
+    assert main(["predict", *arguments]) == 0
+    with (Path(arguments[-1]) / "predictions.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    for task in routed["scores"]:
+        assert [int(row["index"]) for row in rows if row["loader"] == task] == list(range(len(rows) // 2))
