@@ -227,13 +227,17 @@ class Merging:
         base, deltas, single, start = operands
         del operands
         if single is None:
-            merged = self._combine(name, start, deltas, base.shape)
+            shape, on_cpu = base.shape, base.device.type == "cpu"
+            again = start is None and on_cpu and shape.numel() > _RUN  # a whole tensor is rather read twice than kept
+            if again:
+                del base
+            merged = self._combine(name, start, deltas, shape).reshape(-1)
             del deltas  # K tensors, perhaps
-            base, merged = base.reshape(-1), merged.reshape(-1)
-            step = _RUN if merged.device.type == "cpu" else max(1, len(base))
-            for first in range(0, max(1, len(base)), step):  # neither sums nor rounded values are ever whole
-                part = slice(first, first + step)
-                self._put(name, (start or 0) + first, _sum(base[part], merged[part]))
+            step = _RUN if on_cpu else max(1, len(merged))
+            for first in range(0, max(1, len(merged)), step):  # neither sums nor rounded values are ever whole
+                stop = min(first + step, len(merged))
+                own = self._plan.read_base(Piece(name, first, stop)) if again else base.reshape(-1)[first:stop]
+                self._put(name, (start or 0) + first, _sum(own, merged[first:stop]))
             return
         before = deltas[0].clone()  # a method may overwrite what it is given
         merged = self._combine(name, start, deltas, base.shape)
