@@ -19,8 +19,8 @@ class TSVMerge(MergeMethod):
 
     For a matrix of shape (m, n) and K tasks:
 
-    1. v_k = U_k Σ_k V_kᵀ, of which the ⌊min(m, n)/K⌋ largest components (at least one) are kept, and of these no rounding
-       (σ ≤ ε·(√m + √n)·σ_max).
+    1. v_k = U_k Σ_k V_kᵀ, of which the ⌊min(m, n)/K⌋ largest components (at least one) are kept, but
+       nothing that is mere rounding (σ ≤ ε·(√m + √n)·σ_max).
     2. U = [U_1 … U_K] and V = [V_1 … V_K] are replaced by the nearest matrices with orthonormal columns: with the
        singular value decomposition U = P D Qᵀ, U⊥ = P Qᵀ (orthogonal Procrustes).
     3. τ = scale · U⊥ diag(Σ_1 … Σ_K) V⊥ᵀ.
