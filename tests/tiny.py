@@ -21,12 +21,27 @@ VIT = {
     "num_channels": 1,
 }
 
+BERT = {
+    "model_type": "bert",
+    "vocab_size": 50,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "max_position_embeddings": 32,
+}
+
 
 def tiny_backbone(seed: int = 0) -> TransformersBackbone:
     """A ViT of about 5 000 parameters for 8×8 grey images."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return TransformersBackbone(config=VIT, pooling="mean")
+
+
+def tiny_text_backbone() -> TransformersBackbone:
+    """A BERT of width 16 for texts of up to 32 tokens, of 50 different ones."""
+    return TransformersBackbone(config=BERT, pooling="mean")
 
 
 class TinySuite(TaskSuite):

@@ -62,17 +62,25 @@ class ShuffleSampler(EpochSampler):
     Args:
         size: Length of the dataset.
         seed: Seed of the order.
+        lengths: Of the samples, (N,), if they differ: the samples of a batch are then of similar lengths, as far as
+            that goes among those of a few dozen batches that chance has brought together.
+        batch_size: Samples per batch, where there are lengths.
     """
 
-    def __init__(self, size: int, seed: int) -> None:
+    def __init__(self, size: int, seed: int, lengths: Tensor | None = None, batch_size: int = 1) -> None:
         super().__init__(seed)
         self.size = size
+        self.lengths = lengths
+        self.batch_size = batch_size
 
     def __len__(self) -> int:
         return self.size
 
     def _order(self, generator: torch.Generator) -> Tensor:
-        return torch.randperm(self.size, generator=generator)
+        order = torch.randperm(self.size, generator=generator)
+        if self.lengths is None:
+            return order
+        return _in_similar_batches(order, self.lengths, self.batch_size, _AMONG * self.batch_size, generator)
 
 
 class BalancedSampler(EpochSampler):
@@ -126,11 +134,35 @@ class SimilarLengths(Sampler[int]):
         return len(self.lengths)
 
     def __iter__(self) -> Iterator[int]:
-        order = self.lengths.argsort(stable=True)
-        whole = len(order) // self.batch_size * self.batch_size
-        batches = order[len(order) - whole :].view(-1, self.batch_size)  # the shortest samples are the incomplete batch
-        shuffled = batches[torch.randperm(len(batches), generator=torch.Generator().manual_seed(0))]
-        return iter([*shuffled.flatten().tolist(), *order[: len(order) - whole].tolist()])
+        order = self.lengths.argsort(descending=True, stable=True)  # the shortest samples are the incomplete batch
+        generator = torch.Generator().manual_seed(0)
+        return iter(_in_similar_batches(order, self.lengths, self.batch_size, len(order), generator).tolist())
+
+
+_AMONG = 32
+"""Batches that training samples of similar lengths are looked for among: more of them leave less to chance."""
+
+
+def _in_similar_batches(
+    order: Tensor, lengths: Tensor, batch_size: int, among: int, generator: torch.Generator
+) -> Tensor:
+    """Puts samples of similar lengths in one batch, and the batches in a random order.
+
+    Args:
+        order: Indices (N,); those at its end that fill no batch stay there.
+        lengths: Of all samples.
+        batch_size: Samples per batch.
+        among: How many consecutive samples of the order are sorted by length.
+        generator: Draws the order of the batches.
+
+    Returns:
+        (N,).
+    """
+    whole = len(order) // batch_size * batch_size
+    runs = [run[lengths[run].argsort(stable=True)] for run in order[:whole].split(among)]
+    batches = torch.cat(runs).view(-1, batch_size)
+    shuffled = batches[torch.randperm(len(batches), generator=generator)]
+    return torch.cat([shuffled.flatten(), order[whole:]])
 
 
 def training_loader(dataset: Dataset, sampler: EpochSampler, batch_size: int, num_workers: int = 0) -> DataLoader:

@@ -83,9 +83,13 @@ class TaskData(L.LightningDataModule):
         _ = self.task
 
     def train_dataloader(self) -> DataLoader:
-        """Shuffled anew each epoch from (seed, epoch); an incomplete last batch is dropped."""
+        """Shuffled anew each epoch from (seed, epoch); an incomplete last batch is dropped.
+
+        Texts are in batches of similar lengths: much of a batch drawn at random would be padding.
+        """
         dataset = self.task.train
-        sampler = ShuffleSampler(len(dataset), derive_seed(self.seed, "order", self.name))  # type: ignore[arg-type]
+        seed = derive_seed(self.seed, "order", self.name)
+        sampler = ShuffleSampler(len(dataset), seed, lengths_of(dataset), self.batch_size)  # type: ignore[arg-type]
         return training_loader(dataset, sampler, self.batch_size, self.num_workers)
 
     def head_dataloader(self) -> DataLoader | None:
@@ -226,7 +230,10 @@ class TaskMixture(L.LightningDataModule):
             self._load(name)
 
     def train_dataloader(self) -> DataLoader:
-        """Equally many images of each task, drawn and shuffled anew each epoch from (seed, epoch)."""
+        """Equally many images of each task, drawn and shuffled anew each epoch from (seed, epoch).
+
+        Texts of all lengths are mixed: in batches of similar lengths, there would be few tasks in each.
+        """
         dataset = MixtureDataset([self._load(name).train for name in self.names])
         per_task = self.per_task or len(dataset) // len(dataset.datasets)
         sampler = BalancedSampler(dataset.sizes, max(1, per_task), derive_seed(self.seed, "order", "mixture"))

@@ -116,23 +116,29 @@ class EarlyRouter(Router):
     """A small head on what the merged backbone makes of an input at an early point.
 
     What comes out there, tokens (B, N, F) or maps (B, F, H, W), is summed up by its mean, its spread and its maximum
-    over tokens or places (for texts: where `attention_mask` is 1).
+    over tokens or places (for texts: where `attention_mask` is 1). Of pairs of texts, each text is summed up by itself:
+    how a question differs from its answer, or a premise from its hypothesis, tells tasks apart that their words do not.
 
     Args:
         num_tasks: number of tasks K.
         point: name of the submodule of the backbone's model whose output is looked at; nothing after it runs.
         width: F, channels of that output; `feature_width` finds it.
+        segments: S, texts of an input, told apart by `token_type_ids`; 1 sums up all there is at once.
         hidden, directions: of the base class.
     """
 
     KIND = "early"
 
-    def __init__(self, num_tasks: int, point: str, width: int, hidden: int = 64, directions: int = 16) -> None:
-        super().__init__(num_tasks, 3 * width, hidden, directions, point=point, width=width)
+    def __init__(
+        self, num_tasks: int, point: str, width: int, segments: int = 1, hidden: int = 64, directions: int = 16
+    ) -> None:
+        features = 3 * width * segments
+        super().__init__(num_tasks, features, hidden, directions, point=point, width=width, segments=segments)
         self.point = point
+        self.segments = segments
 
     def features(self, inputs: Inputs, backbone: Backbone | None = None) -> Tensor:
-        """(B, 3·F) in float32, without gradient.
+        """(B, 3·F·S) in float32, without gradient.
 
         Raises:
             ValueError: without a backbone.
@@ -140,7 +146,7 @@ class EarlyRouter(Router):
         if backbone is None:
             raise ValueError("EarlyRouter: looks at the backbone's features; give the backbone")
         with torch.no_grad():
-            return early_features(inputs, backbone, self.point)
+            return early_features(inputs, backbone, self.point, self.segments)
 
 
 def make_router(config: Mapping[str, Any]) -> Router:
@@ -153,16 +159,18 @@ def make_router(config: Mapping[str, Any]) -> Router:
     return kinds[kind](**settings)
 
 
-def early_features(inputs: Inputs, backbone: Backbone, point: str) -> Tensor:
-    """Mean, spread and maximum of a submodule's output over tokens or places: (B, 3·F).
+def early_features(inputs: Inputs, backbone: Backbone, point: str, segments: int = 1) -> Tensor:
+    """Mean, spread and maximum of a submodule's output over the tokens or places of each segment: (B, 3·F·S).
 
     Args:
         inputs: a batch; nothing is computed for an empty one.
         backbone: the backbone; the rest of its pass, after the submodule, is left out.
         point: name of the submodule of `backbone.model`.
+        segments: S; more than one are told apart by the inputs' `token_type_ids`.
 
     Raises:
-        ValueError: if there is no such submodule, it does not run, or its output is neither tokens nor maps.
+        ValueError: if there is no such submodule, it does not run, its output is neither tokens nor maps, or the
+            inputs do not say which segment a token is of.
     """
     try:
         layer = backbone.model.get_submodule(point)
@@ -185,8 +193,15 @@ def early_features(inputs: Inputs, backbone: Backbone, point: str) -> Tensor:
     if not isinstance(found, Tensor) or found.dim() not in (3, 4):
         shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
         raise ValueError(f"router: {point!r} puts out {shape}; expected tokens (B, N, F) or maps (B, F, H, W)")
-    mask = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
-    return _summed_up(_places(found) if found.dim() == 4 else found, mask)
+    tokens = _places(found) if found.dim() == 4 else found
+    given = inputs if isinstance(inputs, Mapping) else {}
+    mask = given.get("attention_mask")  # (B, N)
+    if segments == 1:
+        return _summed_up(tokens, mask)
+    if (segment := given.get("token_type_ids")) is None:
+        raise ValueError(f"router: tells {segments} segments apart by token_type_ids, which the inputs do not have")
+    mask = torch.ones_like(segment) if mask is None else mask
+    return torch.cat([_summed_up(tokens, mask * (segment == index)) for index in range(segments)], dim=1)
 
 
 def _places(maps: Tensor) -> Tensor:
@@ -195,14 +210,15 @@ def _places(maps: Tensor) -> Tensor:
 
 
 def _summed_up(tokens: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Mean, spread and maximum of tokens (B, N, F), where a mask (B, N) is 1: (B, 3·F) in float32."""
+    """Mean, spread and maximum of tokens (B, N, F), where a mask (B, N) is 1: (B, 3·F) in float32; 0 of no token."""
     tokens = tokens.float()
     if mask is None:
         count, largest = tokens.shape[1], tokens.amax(dim=1)
     else:
         kept = mask.to(tokens.dtype)[:, :, None]  # (B, N, 1)
-        count, largest = kept.sum(dim=1).clamp(min=1), tokens.masked_fill(kept == 0, float("-inf")).amax(dim=1)
-        tokens = tokens * kept
+        count = kept.sum(dim=1)  # (B, 1)
+        largest = tokens.masked_fill(kept == 0, float("-inf")).amax(dim=1).masked_fill(count == 0, 0.0)
+        tokens, count = tokens * kept, count.clamp(min=1)
     mean, square = tokens.sum(dim=1) / count, tokens.square().sum(dim=1) / count  # many times as fast as `std`
     spread = (square - mean.square()).clamp(min=1e-6).sqrt()  # the root of 0 has no gradient
     return torch.cat([mean, spread, largest], dim=1)

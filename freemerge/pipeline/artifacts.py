@@ -135,7 +135,8 @@ class Artifacts:
             return ConvRouter(tasks, self.suite.image_shape[0], settings.width, **settings.judging)
         inputs, _ = next(iter(self.suite.for_task(self.suite.names[0]).val_dataloader()))
         width = feature_width(inputs, self.backbone(self.free_weights()).eval(), settings.point)
-        return EarlyRouter(tasks, settings.point, width, **settings.judging)
+        segments = 2 if isinstance(inputs, Mapping) and "token_type_ids" in inputs else 1
+        return EarlyRouter(tasks, settings.point, width, segments, **settings.judging)
 
     def backbone(self, weights: Mapping[str, Tensor]) -> Backbone:
         """A copy of the template's backbone with these weights."""

@@ -1,4 +1,4 @@
-"""Samples of different lengths: evaluation sees each once, in batches that need little padding; prediction in order."""
+"""Samples of different lengths: each comes once, in batches that need little padding; predictions keep the order."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch.utils.data import Subset
 
-from freemerge.data import Task, TaskData, TaskMixture, TokenDataset
-from freemerge.data.loaders import SimilarLengths, evaluation_loader, lengths_of
+from freemerge.data import Task, TaskData, TaskMixture, TaskSuite, TokenDataset
+from freemerge.data.loaders import ShuffleSampler, SimilarLengths, evaluation_loader, lengths_of
 from freemerge.data.mixture import JoinedDataset
 
 
@@ -43,6 +43,34 @@ def test_first_batches_are_no_shorter_than_others():
     assert list(SimilarLengths(lengths, 10)) == order.tolist()
 
 
+def test_training_batches_are_of_similar_lengths_and_drawn_anew_each_epoch():
+    data = texts(1000)
+    sampler = ShuffleSampler(1000, 3, data.lengths, 16)
+    first, second = torch.tensor(list(sampler)), torch.tensor(list(sampler))
+    assert sorted(first.tolist()) == list(range(1000))
+    assert {tuple(sorted(batch.tolist())) for batch in first.split(16)}.isdisjoint(
+        tuple(sorted(batch.tolist())) for batch in second.split(16)
+    )
+    sampler.set_epoch(0)
+    assert list(sampler) == first.tolist()
+    longest = data.lengths[first[:992]].view(62, 16).amax(dim=1)
+    assert int(longest.sum()) * 16 < 1.1 * int(data.lengths[first[:992]].sum())  # by chance it would be about 1.9 times
+    assert 25 < data.lengths[first[:160]].float().mean() < 36  # a beginning is like the whole
+    assert len(ShuffleSampler(5, 0, texts(5).lengths, 16)) == len(list(ShuffleSampler(5, 0, texts(5).lengths, 16))) == 5
+
+
+def test_a_task_of_texts_trains_in_batches_of_similar_lengths_and_a_mixture_does_not():
+    task = Task("letters", tuple("ab"), texts(320), texts(20), texts(40))
+    data = TaskData("letters", lambda: task, batch_size=10)
+    mixture = TaskMixture(["one", "two"], partial(lambda task, name: task, task), batch_size=10)
+    needed = int(task.train.lengths.sum())
+    spent = {
+        name: sum(inputs["input_ids"].numel() for inputs, _ in loader)
+        for name, loader in {"task": data.train_dataloader(), "mixture": mixture.train_dataloader()}.items()
+    }
+    assert spent["task"] < 1.1 * needed < 1.5 * needed < spent["mixture"]
+
+
 def test_lengths_of_parts_and_of_several_datasets():
     first, second = texts(20), texts(30, seed=1)
     joined = JoinedDataset([first, second])
@@ -54,9 +82,17 @@ def test_lengths_of_parts_and_of_several_datasets():
 
 
 def test_predictions_keep_the_order():
+    class Letters(TaskSuite):
+        TASKS = ("letters",)
+
+        def build(self, name):
+            return task
+
     task = Task("letters", tuple("ab"), texts(50), texts(20), texts(40))
     data = TaskData("letters", lambda: task, eval_batch_size=8)
     mixture = TaskMixture(["one", "two"], partial(lambda task, name: task, task), eval_batch_size=8)
     assert torch.cat([labels for _, labels in data.predict_dataloader()]).tolist() == list(range(40))
     assert torch.cat([labels for _, labels in data.test_dataloader()]).tolist() != list(range(40))
     assert torch.cat([labels for _, labels in mixture.predict_dataloader()]).tolist() == [0] * 40 + [1] * 40
+    suite = Letters(eval_batch_size=8)
+    assert torch.cat([labels for _, labels in suite.predict_dataloader()["letters"]]).tolist() == list(range(40))

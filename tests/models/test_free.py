@@ -12,8 +12,8 @@ from transformers import AutoModel
 
 from freemerge.checkpoints import CheckpointError
 from freemerge.experts import PackedExpert, attached, extract, extract_low_rank, mix
-from freemerge.models import ConvRouter, EarlyRouter, FreeModel, TransformersBackbone, choose_thresholds
-from tests.tiny import tiny_backbone
+from freemerge.models import ConvRouter, EarlyRouter, FreeModel, choose_thresholds
+from tests.tiny import tiny_backbone, tiny_text_backbone
 
 
 @pytest.fixture
@@ -203,9 +203,7 @@ def test_experts_rest_in_few_bytes_and_a_copy_is_a_model_of_its_own(model: FreeM
 def test_texts_are_routed_by_the_backbones_own_embeddings() -> None:
     """Inputs are a dict; padding on the right changes nothing."""
     torch.manual_seed(0)
-    config = {"model_type": "bert", "vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 2}
-    config |= {"num_attention_heads": 2, "intermediate_size": 32, "max_position_embeddings": 32}
-    backbone = TransformersBackbone(config=config, pooling="mean").eval()
+    backbone = tiny_text_backbone().eval()
     experts = {
         task: extract(
             {name: torch.randn(t.shape) for name, t in backbone.weights().items() if t.is_floating_point()}, 0.05

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from freemerge.models import ConvRouter, EarlyRouter, feature_width, make_router
-from tests.tiny import tiny_backbone
+from tests.tiny import tiny_backbone, tiny_text_backbone
 
 
 def test_output_has_a_logit_per_task_for_any_image_size() -> None:
@@ -69,8 +69,30 @@ def test_an_early_router_sees_what_the_submodule_puts_out_and_nothing_after_it_r
     assert ran
 
 
+@torch.no_grad()
+def test_an_early_router_sums_up_each_text_of_a_pair_by_itself() -> None:
+    """Padding on the right changes nothing, and the second text of a single sentence is as if it were all 0."""
+    backbone = tiny_text_backbone().eval()
+    router = EarlyRouter(3, "embeddings", 16, segments=2, hidden=0).eval()
+    ids = torch.randint(1, 50, (2, 6))
+    segment = torch.tensor([[0, 0, 1, 1, 1, 0], [0, 0, 0, 0, 0, 0]])
+    mask = torch.tensor([[1, 1, 1, 1, 1, 0], [1, 1, 1, 1, 1, 1]])
+    features = router.features({"input_ids": ids, "attention_mask": mask, "token_type_ids": segment}, backbone)
+    tokens = backbone.model.embeddings(input_ids=ids, token_type_ids=segment)  # (2, 6, 16)
+    parts = [tokens[0, :2], tokens[0, 2:5], tokens[1]]
+    expected = [torch.cat([part.mean(0), part.std(0, correction=0), part.amax(0)]) for part in parts]
+    torch.testing.assert_close(features[0], torch.cat(expected[:2]), atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(features[1, :48], expected[2], atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(features[1, 48:], torch.zeros(48), atol=1e-3, rtol=0)
+    without_mask = router.features({"input_ids": ids[1:], "token_type_ids": segment[1:]}, backbone)
+    torch.testing.assert_close(without_mask, features[1:])
+    with pytest.raises(ValueError, match="tells 2 segments apart by token_type_ids, which the inputs do not have"):
+        router({"input_ids": ids, "attention_mask": mask}, backbone)
+
+
 def test_a_router_is_made_again_from_its_config() -> None:
-    for router in (ConvRouter(3, channels=2, width=4), EarlyRouter(2, "embeddings", 16, hidden=8)):
+    early = EarlyRouter(2, "embeddings", 16, segments=2, hidden=8)
+    for router in (ConvRouter(3, channels=2, width=4), early):
         again = make_router(router.config)
         again.load_state_dict(router.state_dict())
         assert type(again) is type(router)
