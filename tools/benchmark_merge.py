@@ -49,13 +49,14 @@ METHODS = {  # name → (method, largest multiple of the floor)
     "Ties": ("Ties()", 3.0),
     "Ties, tensor": ("Ties(scope='tensor')", 3.0),
     "PCB": ("PCBMerging()", 5.0),
+    "FR, PCB": ("PCBMerging(filter=NyquistDisc())", None),
     "Dare, Ties": ("Dare(Ties())", None),
     "Breadcrumbs": ("Breadcrumbs()", None),
     "EMR": ("EMRMerging()", None),
     "TSV": ("TSVMerge()", None),
     "IsoC": ("IsoC()", None),
 }
-SLOW = {"TSV", "IsoC"}  # singular value decompositions: minutes
+SLOW = {"TSV", "IsoC", "FR, PCB"}  # spectra of weights; five passes of K transforms: minutes
 FIRST_TENSOR = 1.0  # seconds over `import torch`
 PLANNING = 1.0  # seconds for 4 000 tensors × 5 models
 MEMORY = 6  # the peak may be K + 6 of the largest tensor in float32 over `import torch`

@@ -188,7 +188,7 @@ class TaskEvaluation:
         metrics: dict[str, TaskMetric | Metric] = dict.fromkeys(self._loaders, TaskMetric())
         if isinstance(self.loaders, TaskSuite):
             tasks = [self.loaders.task(name) for name in self.loaders.names]
-            metrics |= {task.name: TaskMetric(task.kind, task.metric) for task in tasks}
+            metrics |= {task.name: TaskMetric.of(task) for task in tasks}
         return metrics | {
             task: TaskMetric.parse(metric) if isinstance(metric, str) else metric for task, metric in given.items()
         }

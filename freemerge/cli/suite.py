@@ -256,7 +256,7 @@ class FreemergeCLI(LightningCLI):
         folder = Path(ckpt_path) if ckpt_path else Path(self._get(self.config_init, "run").folder) / "free_model"
         suite.prepare_data()
         tasks = {name: suite.task(name) for name in suite.names}
-        metrics = {name: TaskMetric(task.kind, task.metric) for name, task in tasks.items()}
+        metrics = {name: TaskMetric.of(task) for name, task in tasks.items()}
         return MultiTaskEvaluator(FreeModel.from_pretrained(folder), suite.names, metrics=metrics)
 
     # -- trainers -----------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from freemerge.data.tasks import METRICS, check_kind
+from freemerge.data.tasks import METRICS, Task, check_kind
 from freemerge.inputs import IGNORED
 
 
@@ -43,6 +43,11 @@ class TaskMetric:
 
     def __post_init__(self) -> None:
         check_kind("metrics", self.kind, self.name)
+
+    @classmethod
+    def of(cls, task: Task) -> TaskMetric:
+        """What a task says that it is judged by."""
+        return cls(task.kind, task.metric)
 
     @classmethod
     def parse(cls, text: str) -> TaskMetric:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,6 +32,15 @@ from freemerge.merging.vectors import working_dtype
 from freemerge.merging.vocabulary import is_embedding
 
 
+class Part(NamedTuple):
+    """What an adapter holds of one tensor's difference: two factors of it, or the whole."""
+
+    layer: Layer | None  # the kind of layer whose factors these are
+    values: tuple[Tensor, ...]  # (n, r) and (r, m), or (*shape)
+    lost: float  # the square of what the cut loses, in the Frobenius norm
+    square: float  # that of the whole difference
+
+
 class Truncation(NamedTuple):
     """What a cut to a rank loses, relative to the whole difference, in the Frobenius norm."""
 
@@ -39,10 +48,46 @@ class Truncation(NamedTuple):
     tensors: dict[str, float]
 
 
+def cut(path: Path, base: Checkpoint, name: str, delta: Tensor, rank: int, dtype: torch.dtype | None) -> Part | None:
+    """Cut the merged difference of one tensor to a rank; None if there is none.
+
+    Args:
+        path: the folder to write, for messages.
+        base: the pretrained model.
+        name: of the tensor.
+        delta: its merged difference, float32.
+        rank: of the factors, at least 1; zeros fill those of matrices that are smaller, so that one rank holds for all.
+        dtype: of the factors; None for float32.
+
+    Raises:
+        MergeError: an adapter cannot hold it, or it has values that are no numbers.
+    """
+    square = float(delta.square().sum(dtype=torch.float64))
+    if square == 0:
+        return None
+    if not math.isfinite(square):
+        raise MergeError(f"{path}: the merged difference of the tensor '{name}' has values that are NaN or infinite")
+    layer = find_layer(base, name)
+    if layer is None:
+        if delta.dim() > 1 and not name.endswith(".weight"):  # experts in one tensor, say: too much to keep whole
+            raise MergeError(_cannot_hold(path, name))
+        return Part(None, (delta.clone(),), 0.0, square)
+    if name in base.tied.values() or (is_embedding(name) and ties_embeddings(base.folder, base.names)):
+        raise MergeError(
+            f"{path}: the tensor '{name}' is input and output embedding at once, and PEFT would add its difference "
+            f"twice when it merges the adapter; write output_format='model', or keep the base's: exclude=['{name}']"
+        )
+    matrix = delta.flatten(1)
+    left, right = (round_to(factor.cpu(), dtype or torch.float32, name) for factor in factorize(matrix, rank))
+    lost = squared_error(matrix.cpu(), left, right)
+    missing = rank - right.shape[0]
+    return Part(layer, (pad(left, (0, missing)), pad(right, (0, 0, 0, missing))), lost, square)
+
+
 def write_adapter(
     path: Path,
     base: Checkpoint,
-    deltas: Iterable[tuple[str, Tensor]],
+    parts: Mapping[str, Part | None],
     rank: int,
     record: Mapping[str, Any],
     *,
@@ -54,8 +99,8 @@ def write_adapter(
     Args:
         path: the folder to write.
         base: the pretrained model.
-        deltas: the merged task vector, tensor by tensor: name and float32 difference, each read once.
-        rank: of the factors, at least 1.
+        parts: the merged task vector by tensor, see `cut`.
+        rank: of the factors.
         record: what `freemerge.json` says of the merge, see `make_record`.
         dtype: of the factors; None for float32. Tensors that are stored whole have it too, or else the base's.
         overwrite: replace a folder that freemerge wrote.
@@ -67,45 +112,19 @@ def write_adapter(
         MergeError: a tensor has changed that an adapter cannot change.
         CheckpointError: the folder cannot be written.
     """
+    changed = {name: part for name, part in parts.items() if part is not None}
+    factored = {name: part for name, part in changed.items() if part.layer is not None}
+    whole = {name: part.values[0] for name, part in changed.items() if part.layer is None}
+    layers = {name.removesuffix(".weight"): part.layer for name, part in factored.items()}  # by module
     stored: dict[str, Tensor] = {}
-    layers: dict[str, Layer] = {}  # by module
-    whole: dict[str, Tensor] = {}
-    squares: dict[str, tuple[float, float]] = {}  # of what is lost, and of the difference
-    for name, delta in deltas:
-        square = float(delta.square().sum(dtype=torch.float64))
-        if square == 0:
-            continue
-        if not math.isfinite(square):
-            raise MergeError(
-                f"{path}: the merged difference of the tensor '{name}' has values that are NaN or infinite"
-            )
-        layer = find_layer(base, name)
-        if layer is None:
-            if delta.dim() > 1 and not name.endswith(".weight"):  # experts in one tensor, say: too much to keep whole
-                raise MergeError(_cannot_hold(path, name))
-            whole[name] = delta.clone()
-            squares[name] = (0.0, square)
-            continue
-        if name in base.tied.values() or (is_embedding(name) and ties_embeddings(base.folder, base.names)):
-            raise MergeError(
-                f"{path}: the tensor '{name}' is input and output embedding at once, and PEFT would add its difference "
-                f"twice when it merges the adapter; write output_format='model', or keep the base's: exclude=['{name}']"
-            )
-        layers[name.removesuffix(".weight")] = layer
-        left, right = (
-            round_to(factor.cpu(), dtype or torch.float32, name) for factor in factorize(delta.flatten(1), rank)
-        )
-        squares[name] = (squared_error(delta.flatten(1).cpu(), left, right), square)
-        # Zeros fill the factors of matrices that are smaller than the rank: one rank holds for all of them.
-        missing = rank - right.shape[0]
-        left, right = pad(left, (0, missing)), pad(right, (0, 0, 0, missing))
-        stored |= pack_factors(name, layer, base.spec(name).shape, left, right)
+    for name, part in factored.items():
+        stored |= pack_factors(name, part.layer, base.spec(name).shape, *part.values)
     if not layers:
         raise MergeError(f"{path}: no matrix has changed, so there is nothing for a LoRA adapter to hold")
     biases, modules = _place_whole(path, base, layers, whole, dtype)
     truncation = Truncation(
-        math.sqrt(sum(lost for lost, _ in squares.values()) / sum(square for _, square in squares.values())),
-        {name: math.sqrt(lost / square) for name, (lost, square) in squares.items()},
+        math.sqrt(sum(part.lost for part in changed.values()) / sum(part.square for part in changed.values())),
+        {name: math.sqrt(part.lost / part.square) for name, part in changed.items()},
     )
     config = make_config(
         rank,

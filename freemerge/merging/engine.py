@@ -19,7 +19,7 @@ from freemerge.checkpoints.draft import Draft
 from freemerge.checkpoints.folder import check_folder, companions, make_index, parse_size, plan_shards
 from freemerge.checkpoints.opening import Source
 from freemerge.checkpoints.safetensors_files import storage_order
-from freemerge.merging.adapter_output import write_adapter
+from freemerge.merging.adapter_output import cut, write_adapter
 from freemerge.merging.bases import check_bases
 from freemerge.merging.errors import MergeError
 from freemerge.merging.forecast import Forecast, forecast
@@ -107,8 +107,10 @@ def merge(
         sources = finetuned.values() if isinstance(finetuned, Mapping) else finetuned
         output = _check_output(Path(output), overwrite, [base, *sources])
     _check_format(output_format, rank, output)
-    if (distributed or resume) and (output is None or output_format == "lora"):
-        raise MergeError(f"a {'distributed' if distributed else 'resumed'} merge has to write a model")
+    if output is None and (distributed or resume):
+        raise MergeError(f"a {'distributed' if distributed else 'resumed'} merge has to write its result")
+    if resume and output_format == "lora":
+        raise MergeError("the merge into an adapter cannot be resumed: nothing of it is on the disk before its end")
     shard_bytes = parse_size(shard_size)
     method = with_overrides(method, overrides)
     with _collector_paused():
@@ -138,8 +140,14 @@ def merge(
         if output_format == "lora":
             vectors = meter.vectors(processes)
             statistics = method.survey(vectors)
-            deltas = ((name, method.combine(name, deltas, statistics)) for name, deltas in vectors)
-            write_adapter(output, plan.base, deltas, rank, describe(), dtype=plan.dtype, overwrite=overwrite)
+            parts = vectors.map(
+                lambda name, deltas: cut(
+                    output, plan.base, name, method.combine(name, deltas, statistics), rank, plan.dtype
+                )
+            )
+            processes.first(
+                lambda: write_adapter(output, plan.base, parts, rank, describe(), dtype=plan.dtype, overwrite=overwrite)
+            )
         else:
             _write_model(plan, method, meter, processes, describe, output, shard_bytes, resume, _companions(base))
     finally:

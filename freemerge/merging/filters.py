@@ -214,7 +214,7 @@ def _filter_(matrix: Tensor, plan: _Plan) -> None:
             return
         lines = matrix.T if plan.axis == 0 else matrix
         rows = scratch("filter rows", lines.shape, lines.dtype, lines.device).copy_(lines)
-        _transform(rows, plan, spare=matrix)
+        _transform(rows, plan)
         matrix.copy_(rows.T if plan.axis == 0 else rows)
 
 
@@ -227,37 +227,48 @@ def _take_lines(rows: Tensor, plan: _Plan) -> None:
     rows.addmm_(torch.cat([spectrum.real, spectrum.imag], dim=1), waves.T, alpha=-1)
 
 
-def _transform(rows: Tensor, plan: _Plan, spare: Tensor | None = None) -> None:
-    """Transform some rows at a time, and hold no more of the spectrum than comes back.
+def _transform(rows: Tensor, plan: _Plan) -> None:
+    """Transform some rows at a time; their spectrum takes their own place, as far as it fits in.
 
     Args:
         rows: (length of a line, length of the axis) float32, contiguous; overwritten.
         plan: what to do.
-        spare: memory of the same size that may be overwritten, for the spectrum if that fits in.
     """
     length = rows.shape[1]
-    removed, varying, gains = (part.to(rows.device) for part in plan[1:4])
     stays = torch.ones(length // 2 + 1, dtype=torch.bool).index_fill_(0, plan.removed, False).nonzero()[:, 0].tolist()
     if not stays:
         rows.zero_()
         return
     first, last = stays[0], stays[-1] + 1
-    shape = (len(rows), last - first)
-    values = 2 * len(rows) * (last - first)
-    if spare is not None and spare.is_contiguous() and values <= spare.numel() and spare.storage_offset() % 2 == 0:
-        held = spare.view(-1)[:values].view(torch.complex64).view(shape)
-    else:
-        held = scratch("filter spectrum", shape, torch.complex64, rows.device)
+    if length % 2 or rows.storage_offset() % 2:
+        held = [(first, scratch("filter spectrum", (len(rows), last - first), torch.complex64, rows.device))]
+    else:  # a whole spectrum has one line too many
+        end = min(last, first + length // 2)
+        inside = rows.view(torch.complex64)[:, : end - first]
+        held = [(first, inside), (end, inside.new_empty(len(rows), last - end))]
     blocks = [slice(start, start + _BLOCK // length + 1) for start in range(0, len(rows), _BLOCK // length + 1)]
     for block in blocks:
-        held[block] = torch.fft.rfft(rows[block])[:, first:last]
-    held[:, removed[(removed >= first) & (removed < last)] - first] = 0
-    step = max(1, _BLOCK // len(rows))
-    for lines, factors in zip((varying - first).split(step), gains.split(step), strict=True):
-        if len(lines):  # some transforms of nothing are an error, those of length 1 for one
-            varied = held[:, lines].T.contiguous()  # (lines, length of a line)
-            held[:, lines] = torch.fft.ifft(torch.fft.fft(varied).mul_(factors)).T
+        spectrum = torch.fft.rfft(rows[block])
+        for start, lines in held:
+            lines[block] = spectrum[:, start : start + lines.shape[1]]
+    for start, lines in held:
+        _filter_lines(lines, start, plan)
     for block in blocks:
-        spectrum = held.new_zeros(len(held[block]), length // 2 + 1)
-        spectrum[:, first:last] = held[block]
+        spectrum = rows.new_zeros(len(rows[block]), length // 2 + 1, dtype=torch.complex64)
+        for start, lines in held:
+            spectrum[:, start : start + lines.shape[1]] = lines[block]
         rows[block] = torch.fft.irfft(spectrum, n=length)
+
+
+def _filter_lines(lines: Tensor, start: int, plan: _Plan) -> None:
+    """Apply the gains to some lines of a half spectrum, (length of a line, L) complex64, from line `start` on."""
+    stop = start + lines.shape[1]
+    removed = plan.removed[(plan.removed >= start) & (plan.removed < stop)] - start
+    lines[:, removed.to(lines.device)] = 0
+    begin, end = torch.searchsorted(plan.varying, torch.tensor([start, stop])).tolist()
+    step = max(1, _BLOCK // len(lines))
+    for some in range(begin, end, step):
+        part = slice(some, min(some + step, end))
+        which, gains = (plan.varying[part] - start).to(lines.device), plan.gains[part].to(lines.device)
+        varied = lines[:, which].T.contiguous()  # (lines, length of a line)
+        lines[:, which] = torch.fft.ifft(torch.fft.fft(varied).mul_(gains)).T

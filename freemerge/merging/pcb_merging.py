@@ -14,7 +14,7 @@ from freemerge.merging.filters import Filter
 from freemerge.merging.method import MergeMethod, require, require_number, require_scope, weighted_sum
 from freemerge.merging.ranks import Gather, Scan, order_statistics, tensor_sample
 from freemerge.merging.threads import each
-from freemerge.merging.vectors import COLUMNS, Vectors, flat
+from freemerge.merging.vectors import BLOCK, Vectors, flat
 
 _LINEAR = np.float32(3e-4)  # x − tanh x ≈ x³/3 is less than half a unit in the last place of a float32
 
@@ -104,7 +104,7 @@ class PCBMerging(MergeMethod):
         values = self._filtered(deltas)
         if values.shape[1] == 0:
             return deltas[0].clone()
-        blocks = values.split(COLUMNS, dim=1)
+        blocks = values.split(BLOCK, dim=1)
         if statistics is None:
 
             def scan(see: Callable[[Tensor], None]) -> None:
@@ -113,7 +113,7 @@ class PCBMerging(MergeMethod):
 
             statistics = self._statistics(scan, tensor_sample(values), values.shape[1])
         statistics = PCBStatistics(*(bound.to(deltas.device) for bound in statistics))
-        return torch.cat([self._balanced(block, statistics) for block in blocks]).reshape(deltas.shape[1:])
+        return torch.cat(each(lambda block: self._balanced(block, statistics), blocks)).reshape(deltas.shape[1:])
 
     def _statistics(
         self, scan: Scan, sample: Tensor, total: int, gather: Gather = lambda value: [value]

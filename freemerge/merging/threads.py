@@ -71,7 +71,7 @@ def run(
     before = torch.get_num_threads()
     heap = nullcontext()  # within another run its setting holds
     if not hasattr(_team, "size"):
-        heap = returning(returned or (REUSED if cost is None else _WHOLE), _SCATTERED >> (2 if budget else 0))
+        heap = returning(returned or (REUSED if cost is None else _WHOLE), _SCATTERED // 4 if budget else _SCATTERED)
     with heap:
         for thread in threads:
             thread.start()
@@ -100,6 +100,7 @@ def each(function: Callable[[_Item], _Result], items: Sequence[_Item]) -> list[_
     def work(jobs: Iterator[int]) -> None:
         for index in jobs:
             results[index] = function(items[index])
+            relieve()
 
     run(work, range(len(items)))
     return results

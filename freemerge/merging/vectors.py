@@ -20,7 +20,7 @@ from freemerge.checkpoints.reading import keep_files_open
 from freemerge.merging.errors import MergeError
 from freemerge.merging.processes import Processes
 from freemerge.merging.streaming import PIECE, Piece, pieces, read_ahead
-from freemerge.merging.threads import run
+from freemerge.merging.threads import each, run
 
 if TYPE_CHECKING:
     from freemerge.merging.method import MergeMethod
@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 _Value = TypeVar("_Value")
 Scan = Callable[[Callable[[Tensor], None]], None]
 
-COLUMNS = 1 << 17  # of a whole tensor treated at a time: of what is computed from it, no copy is ever whole
+COLUMNS = 1 << 17  # of a whole tensor read at a time: of what is computed from it, no copy is ever whole
+BLOCK = 1 << 15  # columns of a whole tensor of K models that are looked at at a time, by several threads side by side
 _SAMPLE_RUNS = 1024
 _SAMPLE_RUN = 128  # neighbours cost next to nothing to read, and tell less than their number
 _RUNS_OF_TENSOR, _RUN_OF_TENSOR = 32, 1024  # every run costs as much as many values
@@ -87,13 +88,15 @@ class Vectors:
         """
         shapes = {name: self.shapes[name] for name in self._processes.share(self.shapes)}
 
+        def look(name: str) -> None:  # a function, so that nothing of a tensor is held while the next one is read
+            each(see, flat(self._read(name)).split(BLOCK, dim=1))
+
         def work(jobs: Iterator[str | Piece]) -> None:
             for job in jobs:
                 if isinstance(job, Piece):
                     see(self._read_piece(job))
-                    continue
-                for block in flat(self._read(job)).split(COLUMNS, dim=1):
-                    see(block)
+                else:
+                    look(job)
 
         def scan() -> None:
             if self._read_piece is not None:
@@ -122,7 +125,7 @@ class Vectors:
 
         def blocks(name: str) -> Iterator[Tensor]:
             if self._read_piece is None:
-                return iter(flat(self._read(name)).split(COLUMNS, dim=1))
+                return iter(flat(self._read(name)).split(BLOCK, dim=1))
             return map(self._read_piece, pieces({name: self.shapes[name]}, len(self.labels), self._piece))
 
         def work(names: Iterator[str]) -> None:
@@ -137,14 +140,40 @@ class Vectors:
                 found[name] = measure(size, scan, self._sample({name: self.shapes[name]}, runs, _RUN_OF_TENSOR))
 
         self._processes.together(lambda: self._run_over(work, self._processes.share(self.shapes)))
-        gathered = {name: value for part in self._processes.gather(found) for name, value in part.items()}
-        return {name: gathered[name] for name in self.shapes}
+        return self._gathered(found)
+
+    def map(self, function: Callable[[str, Tensor], _Value]) -> dict[str, _Value]:
+        """Compute something of every whole tensor, each in one of the threads of one of the processes.
+
+        Args:
+            function: called with the name and (K, *shape) float32, which it may overwrite.
+
+        Returns:
+            Name → what was computed, in every process.
+        """
+        found: dict[str, _Value] = {}
+
+        def work(names: Iterator[str]) -> None:
+            for name in names:
+                found[name] = function(name, self._read(name))
+
+        self._processes.together(lambda: self._run_over_whole(work, self._processes.share(self.shapes)))
+        return self._gathered(found)
+
+    def _gathered(self, found: dict[str, _Value]) -> dict[str, _Value]:
+        """What all processes have found, by tensor."""
+        everything = {name: value for part in self._processes.gather(found) for name, value in part.items()}
+        return {name: everything[name] for name in self.shapes}
 
     def _run_over(self, work: Callable[[Iterator[str]], None], names: Sequence[str]) -> None:
-        """Run on tensors; where they are only to be had whole, on no more at a time than memory allows."""
-        if self._read_piece is not None:
+        """Run on tensors that are read in pieces where they can be."""
+        if self._read_piece is None:
+            self._run_over_whole(work, names)
+        else:
             run(work, names, returned=5 * PIECE)  # brackets live longer than pieces, and would scatter over the heap
-            return
+
+    def _run_over_whole(self, work: Callable[[Iterator[str]], None], names: Sequence[str]) -> None:
+        """Run on whole tensors, on no more at a time than memory allows."""
         copies = len(self.labels) + 4  # what is read, and what filters hold
         sizes = {name: copies * self.shapes[name].numel() for name in names}
         run(work, names, cost=sizes.__getitem__, budget=max(sizes.values(), default=0))

@@ -42,7 +42,7 @@ class Measure:
     def _evaluate(self, predict: Predict, loaders: Mapping[str, Any]) -> dict[str, float]:
         tasks = {name: self.suite.task(name) for name in (*self.suite.names, *self.suite.held_out)}
         space = LabelSpace({name: task.num_classes for name, task in tasks.items()})
-        metrics = {name: TaskMetric(task.kind, task.metric) for name, task in tasks.items()}
+        metrics = {name: TaskMetric.of(task) for name, task in tasks.items()}
         return evaluate(predict, loaders, space, self.device, metrics)
 
     def shared(

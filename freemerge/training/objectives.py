@@ -45,7 +45,7 @@ class Objective:
         """The objective of a task, or of a classification with so many classes."""
         if isinstance(task, int):
             return cls("classification", task, TaskMetric(), label_smoothing)
-        return cls(task.kind, task.num_outputs, TaskMetric(task.kind, task.metric), label_smoothing)
+        return cls(task.kind, task.num_outputs, TaskMetric.of(task), label_smoothing)
 
     def loss(self, outputs: Tensor, labels: Tensor) -> Tensor:
         """The mean loss of a batch: over its samples, or over the tokens that count."""

@@ -233,7 +233,7 @@ def test_a_configuration_runs(name: str, tmp_path: Path, monkeypatch, capsys) ->
 
 
 def check_other_commands(arguments: list[str], routed: dict[str, Any], capsys) -> None:
-    """`test` measures what the report says of the routed model; `predict` writes the test data in their order."""
+    """`test` measures what the report says of the routed model; `predict` writes a line for each test sample."""
     capsys.readouterr()
     assert main(["test", *arguments]) == 0
     said = " ".join(capsys.readouterr().out.replace("│", " ").split())

@@ -8,8 +8,10 @@ import torch.distributed as dist
 from scipy import stats
 from sklearn import metrics as sk
 from torch.nn.functional import cross_entropy
+from torch.utils.data import TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 
+from freemerge.data import Task
 from freemerge.evaluation import ExactMatch, LabelSpace, MultiTaskMetrics, TaskMetric, evaluate, metric_for
 from freemerge.models import FreeOutput
 
@@ -101,6 +103,8 @@ def test_two_ranks_give_the_same_numbers(tmp_path):
 
 
 def test_how_a_metric_is_written():
+    task = Task("price", (), *[TensorDataset(torch.zeros(2, 1), torch.zeros(2))] * 3, kind="regression")
+    assert TaskMetric.of(task) == TaskMetric("regression", "pearson")
     assert TaskMetric.parse("accuracy") == TaskMetric()
     assert TaskMetric.parse("recall@10") == TaskMetric("classification", "recall@10")
     assert TaskMetric.parse("pearson") == TaskMetric("regression", "pearson")

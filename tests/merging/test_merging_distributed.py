@@ -25,6 +25,8 @@ inputs = (f"{folder}/base.safetensors", [f"{folder}/a.safetensors", f"{folder}/b
 for name, method in GLOBAL.items():
     merge(*inputs, method, output=f"{folder}/{name}.safetensors", distributed=True)
     merge(*inputs, method, output=f"{folder}/{name}", shard_size=3000, distributed=True)
+    merge(*inputs, method, output=f"{folder}/{name}-lora", output_format="lora", rank=4, exclude=["bias"],
+          distributed=True)
 try:
     merge(inputs[0], [f"{folder}/a.safetensors", f"{folder}/broken.safetensors"], Ties(), output=f"{folder}/no",
           distributed=True)
@@ -60,6 +62,9 @@ def test_two_processes_write_the_same_files_as_one(tmp_path, inputs):
         for path in one.iterdir():
             if path.name != "README.md":  # names the folder
                 assert path.read_bytes() == (tmp_path / name / path.name).read_bytes(), path.name
+        merge(*inputs, method, output=tmp_path / "lora", output_format="lora", rank=4, exclude=["bias"], overwrite=True)
+        for file in ("adapter_model.safetensors", "adapter_config.json", "freemerge.json"):
+            assert (tmp_path / "lora" / file).read_bytes() == (tmp_path / f"{name}-lora" / file).read_bytes()
     # What fails in one fails in all, with the same words, and nothing is left.
     for rank in (0, 1):
         assert f"rank {rank}: " in done.stderr
@@ -89,8 +94,10 @@ def test_the_number_of_threads_changes_nothing(base, models, method, monkeypatch
 def test_processes_need_a_group_and_something_to_write(inputs, tmp_path):
     with pytest.raises(MergeError, match=r"init_process_group first \(torchrun\)"):
         merge(*inputs, TaskArithmetic(), output=tmp_path / "m", distributed=True)
-    with pytest.raises(MergeError, match="a distributed merge has to write a model"):
+    with pytest.raises(MergeError, match="a distributed merge has to write its result"):
         merge(*inputs, TaskArithmetic(), distributed=True)
+    with pytest.raises(MergeError, match="into an adapter cannot be resumed: nothing of it is on the disk before"):
+        merge(*inputs, TaskArithmetic(), output=tmp_path / "m", output_format="lora", rank=2, resume=True)
 
 
 INTERRUPTED = """
