@@ -180,6 +180,11 @@ def _tanh_(values: Tensor) -> Tensor:
     """tanh in place of contiguous values, fast where most are small: below _LINEAR it is x itself to the last bit."""
     if values.device.type != "cpu":
         return values.tanh_()
+    if values.numel() == 0:
+        return values
+    least, most = values.aminmax()
+    if max(-least, most) < _LINEAR:  # of most pieces all values are small
+        return values
     far = np.flatnonzero(values.abs().numpy() >= _LINEAR)
     if 8 * len(far) > values.numel():
         return values.tanh_()
