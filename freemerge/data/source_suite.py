@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from freemerge.data.arrays import Augmentation
-from freemerge.data.sources import NpzSource, TaskSource, TextTableSource
+from freemerge.data.sources import NpzSource, PooledSource, TaskSource, TextTableSource
 from freemerge.data.suite import TaskSuite
 from freemerge.data.tasks import Kind, Task
 
@@ -23,6 +23,7 @@ class SourceSuite(TaskSuite):
         seed: Determines what is drawn from the data, and the order of training.
         held_out: Tasks that are evaluated but neither fine-tuned on nor merged: out-of-domain.
         shared_heads: Groups of tasks with the same classes that share one head.
+        pretraining_source: What a backbone without pretrained weights is pretrained on; None is nothing.
     """
 
     def __init__(
@@ -35,8 +36,10 @@ class SourceSuite(TaskSuite):
         seed: int = 0,
         held_out: list[str] | None = None,
         shared_heads: list[list[str]] | None = None,
+        pretraining_source: TaskSource | None = None,
     ) -> None:
         self.sources = dict(sources)
+        self.pretraining_source = pretraining_source
         super().__init__(tasks, batch_size, eval_batch_size, num_workers, seed, held_out, shared_heads)
 
     def available(self) -> tuple[str, ...]:
@@ -45,6 +48,15 @@ class SourceSuite(TaskSuite):
     def prepare_data(self) -> None:
         for name in (*self.names, *self.held_out):
             self.sources[name].prepare()
+        if self.pretraining_source is not None:
+            self.pretraining_source.prepare()
+
+    @property
+    def has_pretraining(self) -> bool:
+        return self.pretraining_source is not None
+
+    def pretraining(self) -> Task | None:
+        return self.pretraining_source.build("pretraining", self.seed) if self.has_pretraining else None
 
     def build(self, name: str) -> Task:
         return self.sources[name].build(name, self.seed)
@@ -54,6 +66,8 @@ class SourceSuite(TaskSuite):
         kind = type(self)
         sources = {name: source.identity() for name, source in self.sources.items()}
         arguments = {"seed": self.seed, "shared_heads": self.shared_heads, "sources": sources}
+        if self.pretraining_source is not None:
+            arguments["pretraining"] = self.pretraining_source.identity()
         return {"class": f"{kind.__module__}.{kind.__qualname__}", "version": self.DATA_VERSION, "arguments": arguments}
 
 
@@ -77,6 +91,8 @@ class NpzSuite(SourceSuite):
         seed: Determines what is drawn from the data, and the order of training.
         held_out: Tasks that are evaluated but neither fine-tuned on nor merged: out-of-domain.
         shared_heads: Groups of tasks with the same classes that share one head.
+        pretraining: What a backbone without pretrained weights is pretrained on: `pooled`, the training images of all
+            files as one task with the classes of all, or another NPZ file's path; None is nothing.
     """
 
     def __init__(
@@ -97,6 +113,7 @@ class NpzSuite(SourceSuite):
         seed: int = 0,
         held_out: list[str] | None = None,
         shared_heads: list[list[str]] | None = None,
+        pretraining: str | None = None,
     ) -> None:
         options = {
             "image_size": image_size, "channels": channels, "mean": mean, "std": std, "augment": augment,
@@ -104,7 +121,11 @@ class NpzSuite(SourceSuite):
         }  # fmt: skip
         files = _files(folder, (".npz",))
         sources = {name: NpzSource(path=path, **options) for name, path in files.items()}
-        super().__init__(sources, tasks, batch_size, eval_batch_size, num_workers, seed, held_out, shared_heads)
+        source: TaskSource | None = None
+        if pretraining is not None:
+            pooled = pretraining == "pooled"
+            source = PooledSource(sources=sources) if pooled else NpzSource(path=pretraining, **options)
+        super().__init__(sources, tasks, batch_size, eval_batch_size, num_workers, seed, held_out, shared_heads, source)
 
 
 class TextTableSuite(SourceSuite):

@@ -153,6 +153,11 @@ class TaskSuite(L.LightningDataModule):
             self._check_head(name)
         return self._built[name]
 
+    @property
+    def has_pretraining(self) -> bool:
+        """Whether there are data to pretrain a backbone on; nothing is built to tell."""
+        return type(self).pretraining is not TaskSuite.pretraining
+
     def pretraining(self) -> Task | None:
         """Data to pretrain a backbone on, disjoint from the test data of every task; None where there is none."""
         return None

@@ -155,7 +155,7 @@ class Artifacts:
 
     def pretrain_stage(self) -> StageFolder | None:
         """None where there is nothing to pretrain: the backbone came pretrained, or the suite has no data for it."""
-        if self.tuner.backbone.pretrained or type(self.suite).pretraining is TaskSuite.pretraining:
+        if self.tuner.backbone.pretrained or not self.suite.has_pretraining:
             return None
         settings = self.settings.pretrain
         inputs = self._key("trainer", "pretrain") | {

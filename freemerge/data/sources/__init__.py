@@ -4,6 +4,7 @@ from freemerge.data.sources.hugging_face import HuggingFaceImageSource, HuggingF
 from freemerge.data.sources.image_folder import ImageFolderSource
 from freemerge.data.sources.images import ImageSource
 from freemerge.data.sources.npz import NpzSource
+from freemerge.data.sources.pooled import PooledSource
 from freemerge.data.sources.source import TaskSource
 from freemerge.data.sources.text_table import TextTableSource
 from freemerge.data.sources.texts import TextSource
@@ -15,6 +16,7 @@ __all__ = [
     "ImageFolderSource",
     "ImageSource",
     "NpzSource",
+    "PooledSource",
     "TaskSource",
     "TextSource",
     "TextTableSource",
