@@ -100,6 +100,13 @@ class Overlays:
             "merge": {**MERGE, "batch_norm_batches": 2},
         }
 
+    def vision8_vit(self) -> dict[str, Any]:
+        for task, grey in (("one", False), ("two", True)):
+            tiny_files.write_npz(self.folder / "npz" / f"{task}.npz", grey=grey)
+        data = {"folder": str(self.folder / "npz"), "image_size": 8, "batch_size": 8}
+        cache = {"cache": str(self.folder / "cache")}
+        return backbone(VIT) | {"data": {"init_args": data}, "pretrain": cache}
+
     def own_module(self) -> dict[str, Any]:
         overlay = self.torchvision_resnet()
         module = {"init_args": {"num_classes": 20}}
@@ -209,7 +216,8 @@ def test_a_configuration_runs(name: str, tmp_path: Path, monkeypatch, capsys) ->
     monkeypatch.chdir(ROOT)
     arguments = ["fit", "--config", f"configs/{name}.yaml", "--config", str(tmp_path / "overlay.yaml")]
     # Experts and router on one suite of texts and one of images with batch norm: the rest would only repeat it.
-    stages = [] if name in ("text_lora", "torchvision_resnet") else ["--run.stages", "[finetune, merge, evaluate]"]
+    whole = name in ("text_lora", "torchvision_resnet")
+    stages = [] if whole else ["--run.stages", "[pretrain, finetune, merge, evaluate]"]
     assert main([*arguments, "--run.folder", str(run), *stages]) == 0
     assert (run / "free_model").is_dir() == (not stages)
     report = json.loads((run / "report.json").read_text())
@@ -218,6 +226,7 @@ def test_a_configuration_runs(name: str, tmp_path: Path, monkeypatch, capsys) ->
     assert set(lines["FR"]["scores"]) == set(tasks)
     assert all(isinstance(score, float) for score in lines["individual"]["scores"].values())
     written = yaml.safe_load((ROOT / "configs" / f"{name}.yaml").read_text())
+    assert (run / "base.safetensors").exists() == ("pretraining" in written["data"]["init_args"])
     with_adapter = "peft" in written["model"]["init_args"]
     assert all((run / "finetune" / task / "adapter").is_dir() == with_adapter for task in tasks)
     base = load_checkpoint(run / "base.safetensors") if (run / "base.safetensors").exists() else None

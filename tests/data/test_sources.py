@@ -14,6 +14,7 @@ from freemerge.data import (
     ImageFolderSource,
     NpzSource,
     NpzSuite,
+    PooledSource,
     SourceSuite,
     Task,
     TextTableSource,
@@ -158,6 +159,37 @@ def test_torchvisions_datasets() -> None:
         TorchvisionSource(dataset="FakeDat").build("a", 0)
     with pytest.raises(ValueError, match="TorchvisionSource: MNIST, train: Dataset not found"):
         TorchvisionSource(dataset="MNIST", root="/nonexistent").build("a", 0)
+
+
+def test_tasks_pooled_for_pretraining_keep_their_classes_apart_and_their_test_sets_out(tmp_path) -> None:
+    tiny_files.write_npz(tmp_path / "a.npz")
+    tiny_files.write_npz(tmp_path / "b.npz", grey=True)
+    suite = NpzSuite(str(tmp_path), channels=3, train_size=10, pretraining="pooled")
+    assert suite.has_pretraining
+    pooled, parts = suite.pretraining(), [suite.task(name) for name in "ab"]
+    assert pooled.class_names == tuple(f"{name}/{colour}" for name in "ab" for colour in tiny_files.COLOURS)
+    for split in ("train", "val"):
+        expected = [sample for part in parts for sample in getattr(part, split)]
+        assert len(getattr(pooled, split)) == len(expected)
+        for index, (image, label) in enumerate(expected):
+            found = getattr(pooled, split)[index]
+            assert torch.equal(found[0], image)
+            assert found[1] == label + (index >= len(expected) // 2) * len(tiny_files.COLOURS)
+    assert len(pooled.test) == len(pooled.val)  # and not the tasks' test sets
+    assert suite.pretraining_data().num_classes == 2 * len(tiny_files.COLOURS)
+    plain = NpzSuite(str(tmp_path), channels=3, train_size=10)
+    assert not plain.has_pretraining
+    assert plain.pretraining() is None
+    elsewhere = NpzSuite(str(tmp_path), channels=3, train_size=10, pretraining=str(tmp_path / "a.npz"))
+    assert elsewhere.pretraining().class_names == tuple(tiny_files.COLOURS)
+    assert len({each.fingerprint() for each in (suite, plain, elsewhere)}) == 3
+
+
+def test_only_classifications_are_pooled(tmp_path, tokenizer) -> None:
+    path = tiny_files.write_table(tmp_path / "r.csv", ["split", "text", "score"])
+    scores = TextTableSource(path=path, tokenizer=tokenizer, text=["text"], label="score", kind="regression")
+    with pytest.raises(ValueError, match="all: only classifications can be pooled, and 'r' is a regression"):
+        PooledSource(sources={"r": scores}).build("all", 0)
 
 
 # ---- texts
