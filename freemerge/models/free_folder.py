@@ -45,7 +45,7 @@ def save_free_model(model: FreeModel, directory: str | Path) -> Path:
         save_expert(directory / "experts" / f"{task}.safetensors", expert)
     save_checkpoint(directory / "heads.safetensors", model.heads.state_dict())
     if model.router is not None:
-        save_checkpoint(directory / "router.safetensors", model.router.state_dict())
+        save_checkpoint(directory / "router.safetensors", model.router.stored())
     description = {
         "format": FORMAT,
         "merged_hash": merged_hash,

@@ -64,6 +64,22 @@ class Router(nn.Module):
         seen = self.seen(inputs, backbone)
         return self.head(seen), self.familiarity(seen)
 
+    @torch.no_grad()
+    def round_(self) -> Router:
+        """Round what is trained to bfloat16, which `stored` keeps in half the bytes; the dtype stays."""
+        for parameter in self.parameters():
+            parameter.copy_(parameter.bfloat16())
+        return self
+
+    def stored(self) -> dict[str, Tensor]:
+        """The state for a file: parameters as bfloat16 where that is exact, all else as it is."""
+        state = {name: tensor.detach() for name, tensor in self.state_dict().items()}
+        for name, parameter in self.named_parameters():
+            rounded = state[name].bfloat16()
+            if torch.equal(rounded.to(parameter), state[name]):
+                state[name] = rounded
+        return state
+
     def abstains(self, logits: Tensor, familiarity: Tensor, threshold: float) -> Tensor:
         """Where what `judge` says is not enough to choose an expert by: (B,) bool.
 

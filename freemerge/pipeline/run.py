@@ -282,7 +282,7 @@ class SuiteRun:
         module = RouterTrainer(self.files.new_router(), backbone, **settings.optimization)
         trainer = self._fit(stage, module, data, settings.trainer, resume, monitor="val/acc")
         threshold = module.calibrate(data.train_dataloader(), data.val_dataloader(), settings.share)
-        self._write(stage.path / "router.safetensors", module.router.state_dict())
+        self._write(stage.path / "router.safetensors", module.router.stored())
         self._finish(stage, {"val/acc": _metric(trainer, "val/acc"), "threshold": threshold})
 
     def evaluate(self) -> Report:

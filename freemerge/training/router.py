@@ -54,7 +54,7 @@ class RouterTrainer(OptimizedModule):
         return logits.float(), familiarity
 
     def calibrate(self, train: Iterable, val: Iterable, share: float = 0.99) -> float:
-        """After training: learn what is familiar, and choose below what the router abstains.
+        """After training: round the router, learn what is familiar, and choose below what it abstains.
 
         Args:
             train: batches of (inputs, task index) that the router was trained on.
@@ -64,6 +64,7 @@ class RouterTrainer(OptimizedModule):
         Returns:
             The threshold of the confidence; that of the familiarity is kept in the router.
         """
+        self.router.round_()
         seen, tasks = self._over(train, lambda *batch: (self.router.seen(*batch),))
         self.router.familiarity.fit(seen, tasks)
         threshold, least = choose_thresholds(*self.judge(val), share)

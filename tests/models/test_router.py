@@ -90,6 +90,19 @@ def test_an_early_router_sums_up_each_text_of_a_pair_by_itself() -> None:
         router({"input_ids": ids, "attention_mask": mask}, backbone)
 
 
+def test_a_rounded_router_is_stored_in_half_the_bytes_and_one_that_is_not_stays_exact() -> None:
+    router, images = ConvRouter(3, channels=2, width=4).eval(), torch.randn(2, 2, 8, 8)
+    assert router.stored()["head.weight"].dtype == router.stored()["convolutions.0.weight"].dtype == torch.float32
+    before = router(images)
+    stored = router.round_().stored()
+    torch.testing.assert_close(router(images), before, atol=0.05, rtol=0.05)
+    parameters = dict(router.named_parameters())
+    assert {name for name, tensor in stored.items() if tensor.dtype == torch.bfloat16} == parameters.keys()
+    again = make_router(router.config).eval()
+    again.load_state_dict(stored)
+    assert torch.equal(again(images), router(images))
+
+
 def test_a_router_is_made_again_from_its_config() -> None:
     early = EarlyRouter(2, "embeddings", 16, segments=2, hidden=8)
     for router in (ConvRouter(3, channels=2, width=4), early):
