@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_COUNTERS = 1 << 21  # one counter per number up to this width: 16 MiB a bracket
+_COUNTERS = 1 << 21  # one counter per number up to this width: 8 MiB a bracket, 16 for 2³¹ values and more
 _COLLECTED = 1 << 23  # values collected in a wide bracket, half of them expected: 16 to 32 MiB
 _COARSE_BITS = 16  # else 2¹⁶ counters, and at most 2¹⁶ numbers behind each of them
 
@@ -30,10 +30,12 @@ class Bracket:
         high: upper end, float32, not below `low`; +inf for none.
         rank: zero-based ascending rank among all the values that will be seen.
         expected: about how many values the interval will hold.
+        total: how many values will be seen, at most.
     """
 
-    def __init__(self, low: float, high: float, rank: int, expected: float) -> None:
+    def __init__(self, low: float, high: float, rank: int, expected: float, total: int) -> None:
         self.low, self.high, self.rank = np.float32(low), np.float32(high), rank
+        self._total = total
         self._below = 0
         self._first = int(_key(self.low))
         self._lock = threading.Lock()
@@ -46,7 +48,7 @@ class Bracket:
             return
         if width > _COUNTERS:
             self._shift = max(width.bit_length() - _COARSE_BITS, 0)
-        self._counts = np.zeros(((width - 1) >> self._shift) + 1, dtype=np.int64)
+        self._counts = np.zeros(((width - 1) >> self._shift) + 1, dtype=np.int32 if total < 1 << 31 else np.int64)
 
     def see(self, values: Tensor) -> None:
         """Count the values of one batch, (n,) float32."""
@@ -106,7 +108,7 @@ class Bracket:
             if self._size > _COLLECTED or within >= self._size:
                 return None
             return float(np.partition(self._collected[: self._size], within)[within])
-        cumulative = self._counts.cumsum()
+        cumulative = self._counts.cumsum(dtype=np.int64)
         if within >= cumulative[-1]:
             return None
         index = int(np.searchsorted(cumulative, within, side="right"))
@@ -114,7 +116,7 @@ class Bracket:
         if self._shift == 0:
             return _float(key)
         last = min(key + (1 << self._shift) - 1, int(_key(self.high)))
-        return Bracket(_float(key), _float(last), self.rank, expected=float(self._counts[index]))
+        return Bracket(_float(key), _float(last), self.rank, float(self._counts[index]), self._total)
 
 
 def _buffer() -> np.ndarray:
@@ -169,7 +171,7 @@ def make_brackets(sample: Tensor, ranks: Sequence[int], total: int) -> list[list
             if high == np.inf and size and row[-1] == low:
                 high = row[-1]
             held = np.searchsorted(row, high, side="right") - np.searchsorted(row, low)
-            row_brackets.append(Bracket(low, high, rank, expected=total * held / size if size else total))
+            row_brackets.append(Bracket(low, high, rank, total * held / size if size else total, total))
         brackets.append(row_brackets)
     return brackets
 
