@@ -71,7 +71,7 @@ def cut(path: Path, base: Checkpoint, name: str, delta: Tensor, rank: int, dtype
     if layer is None:
         if delta.dim() > 1 and not name.endswith(".weight"):  # experts in one tensor, say: too much to keep whole
             raise MergeError(_cannot_hold(path, name))
-        return Part(None, (delta.clone(),), 0.0, square)
+        return Part(None, (delta.to("cpu", copy=True),), 0.0, square)
     if name in base.tied.values() or (is_embedding(name) and ties_embeddings(base.folder, base.names)):
         raise MergeError(
             f"{path}: the tensor '{name}' is input and output embedding at once, and PEFT would add its difference "

@@ -190,6 +190,8 @@ def test_only_classifications_are_pooled(tmp_path, tokenizer) -> None:
     scores = TextTableSource(path=path, tokenizer=tokenizer, text=["text"], label="score", kind="regression")
     with pytest.raises(ValueError, match="all: only classifications can be pooled, and 'r' is a regression"):
         PooledSource(sources={"r": scores}).build("all", 0)
+    with pytest.raises(ValueError, match="PooledSource: give at least one source"):
+        PooledSource()
 
 
 # ---- texts

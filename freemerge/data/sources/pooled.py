@@ -28,6 +28,11 @@ class PooledSource(TaskSource):
 
     sources: dict[str, TaskSource] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.sources:
+            raise ValueError("PooledSource: give at least one source")
+
     def prepare(self) -> None:
         for source in self.sources.values():
             source.prepare()
