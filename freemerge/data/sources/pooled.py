@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,9 +35,6 @@ class PooledSource(TaskSource):
     def prepare(self) -> None:
         for source in self.sources.values():
             source.prepare()
-
-    def files(self) -> list[Path]:
-        return [path for source in self.sources.values() for path in source.files()]
 
     def identity(self) -> dict[str, Any]:
         return {
