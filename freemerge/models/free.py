@@ -2,6 +2,7 @@
 
     FreeModel(inputs)              routes each sample, runs each expert's group, returns routed tasks and logits
     FreeModel(inputs, task="x")    uses task x's expert and head for the whole batch
+    FreeModel(inputs, head="x")    routes each sample to an expert, and answers by task x's head
 
 - There is one backbone in memory, and each expert in the bytes of its file. Sparse experts are switched into the
   weights for the duration of their group and out again, bit for bit; others change one layer at a time.
@@ -35,7 +36,8 @@ class FreeOutput:
     """What a FreeModel says of a batch.
 
     Args:
-        task: (B,) int64, which task each sample was routed to: an index into `tasks`.
+        task: (B,) int64, whose head has answered: an index into `tasks`, of the task each sample was routed to unless
+            the caller named a task or head.
         logits: (B, C) of that task's head, where C is the largest number of classes; −inf past a head's own classes.
         router_logits: (B, K) what the router said, or None where the caller named the task.
         tasks: the K task names.
@@ -51,12 +53,12 @@ class FreeOutput:
 
     @property
     def task_names(self) -> list[str]:
-        """The routed task of each sample, by name."""
+        """The task whose head has answered each sample, by name."""
         return [self.tasks[i] for i in self.task.tolist()]
 
     @property
     def labels(self) -> Tensor:
-        """(B,) int64, the most likely class in the routed task's own label space."""
+        """(B,) int64, the most likely class in that task's own label space."""
         return self.logits.argmax(dim=1)
 
 
@@ -177,16 +179,22 @@ class FreeModel(nn.Module):
 
     # -- forward ------------------------------------------------------------------------------------------------------
 
-    def forward(self, inputs: Inputs, task: str | None = None) -> FreeOutput:
+    def forward(self, inputs: Inputs, task: str | None = None, head: str | None = None) -> FreeOutput:
         """Logits of a batch, each sample by its own task's expert and head.
 
         Args:
             inputs: a batch (B, …), a tensor or a dict of tensors; B may be 0.
             task: use this task for every sample instead of the router.
+            head: the router chooses each sample's expert, and this task's head answers: for who knows what to ask of
+                an input but not where it comes from, and as papers measure routed models.
 
         Raises:
-            ValueError: if the task is unknown, or none is named and there is no router.
+            ValueError: if a task is unknown, both are named, or no task is and there is no router.
         """
+        if task is not None and head is not None:
+            raise ValueError("FreeModel: task names the head as well; give task or head, not both")
+        if head is not None:
+            self._check(head)
         size, device = batch_size(inputs), device_of(inputs)
         if task is not None:
             self._check(task)
@@ -209,7 +217,8 @@ class FreeModel(nn.Module):
             if features is None:
                 features = outputs.new_empty(size, outputs.shape[1])
             features[members] = outputs
-        return FreeOutput(routed, self._logits(features, routed), router_logits, self.tasks, abstained)
+        answering = routed if head is None else torch.full_like(routed, self.tasks.index(head))
+        return FreeOutput(answering, self._logits(features, answering), router_logits, self.tasks, abstained)
 
     def route(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """What the router says: task logits (B, K), and where it abstains, (B,) bool.
@@ -278,15 +287,15 @@ class FreeModel(nn.Module):
         with substituted(self.backbone.model, expert.shapes, expert.added):
             yield
 
-    def _logits(self, features: Tensor | None, routed: Tensor) -> Tensor:
-        """(B, F) → (B, C), each sample by its routed task's head; −inf past its own classes."""
+    def _logits(self, features: Tensor | None, answering: Tensor) -> Tensor:
+        """(B, F) → (B, C), each sample by the head of the task `answering` names; −inf past its own classes."""
         if features is None:  # an empty batch
             width = max(self._outputs(task) for task in self.tasks)
-            return torch.empty((0, width), device=routed.device)
+            return torch.empty((0, width), device=answering.device)
         width = max(self._outputs(task, features.shape[1]) for task in self.tasks)
         logits: Tensor | None = None
-        for index in routed.unique().tolist():
-            group = (routed == index).nonzero().squeeze(1)
+        for index in answering.unique().tolist():
+            group = (answering == index).nonzero().squeeze(1)
             outputs = self.heads[self.tasks[index]](features[group])  # (b, C_k)
             if logits is None:
                 logits = outputs.new_full((len(features), width), float("-inf"))

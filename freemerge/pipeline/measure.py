@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch.utilities.seed import isolate_rng
@@ -81,10 +81,14 @@ class Measure:
             scores |= self.shared(weights, heads, {task: loaders[task]})
         return scores
 
-    def free(self, model: FreeModel, loaders: Mapping[str, Any], oracle: bool) -> dict[str, float]:
-        """A FREE model that is told each sample's task (`oracle`), or finds it by itself."""
+    def free(
+        self, model: FreeModel, loaders: Mapping[str, Any], told: Literal["task", "head", "nothing"]
+    ) -> dict[str, float]:
+        """A FREE model that is told each sample's task, only which head is to answer, or finds both by itself."""
         model = model.eval().to(self.device)
-        return self._evaluate(lambda inputs, task: model(inputs, task=task if oracle else None), loaders)
+        return self._evaluate(
+            lambda inputs, task: model(inputs) if told == "nothing" else model(inputs, **{told: task}), loaders
+        )
 
     def routing(self, model: FreeModel, loaders: Mapping[str, Any]) -> Routing:
         """Which tasks' samples a FREE model takes for which tasks', and where it abstains."""

@@ -90,12 +90,12 @@ def _free_rows(
     return [
         Row(
             "FREE extracted (oracle)",
-            measure.free(untrained, loaders, oracle=True),
+            measure.free(untrained, loaders, told="task"),
             extracted_bytes,
             chosen=dict(chosen),
         ),
-        Row("FREE trained (routed)", measure.free(model, loaders, oracle=False), expert_bytes + router_bytes),
-        Row("FREE trained (oracle)", measure.free(model, loaders, oracle=True), expert_bytes),
+        Row("FREE trained (routed)", measure.free(model, loaders, told="nothing"), expert_bytes + router_bytes),
+        Row("FREE trained (oracle)", measure.free(model, loaders, told="task"), expert_bytes),
         Row("router accuracy", routing.accuracy, router_bytes, kind="router"),
     ]
 

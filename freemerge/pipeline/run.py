@@ -260,7 +260,7 @@ class SuiteRun:
         search = []
         for scale in self._each_scale("experts: extracted"):
             scaled = {task: expert.scaled(scale) for task, expert in experts.items()}
-            scores = self.measure.free(FreeModel(self.files.backbone(merged), heads, scaled), loaders, oracle=True)
+            scores = self.measure.free(FreeModel(self.files.backbone(merged), heads, scaled), loaders, told="task")
             search.append({"scale": scale, "mean_acc": mean_score(scores, self.measure.metrics)})
         best = max(search, key=lambda candidate: candidate["mean_acc"])
         if rank_zero_only.rank == 0:

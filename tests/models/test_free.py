@@ -68,6 +68,18 @@ def test_a_mixed_batch_gives_each_sample_what_its_task_would(model: FreeModel, i
 
 
 @torch.no_grad()
+def test_a_named_head_answers_for_whichever_expert_was_routed_to(model: FreeModel, images: torch.Tensor) -> None:
+    routed, output = model(images), model(images, head="b")
+    assert output.task_names == ["b"] * len(images)
+    assert torch.equal(output.router_logits, routed.router_logits)
+    assert torch.equal(output.abstained, routed.abstained)
+    for i, name in enumerate(routed.task_names):
+        features = model.features(images[i : i + 1], name)
+        torch.testing.assert_close(output.logits[i], model.heads["b"](features)[0])
+    assert model(images[:0], head="b").logits.shape == (0, 5)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("kind", ["sparse", "low_rank"])
 def test_ten_thousand_switches_leave_every_bit_in_bfloat16(model: FreeModel, images: torch.Tensor, kind: str) -> None:
     """Through the model itself, but with one layer that runs, so that so many passes take seconds."""
@@ -248,6 +260,10 @@ def test_batches_of_one_and_none(model: FreeModel, images: torch.Tensor) -> None
 def test_refusals(model: FreeModel, images: torch.Tensor) -> None:
     with pytest.raises(ValueError, match="unknown task 'd'; tasks: a, b, c"):
         model(images, task="d")
+    with pytest.raises(ValueError, match="unknown task 'd'; tasks: a, b, c"):
+        model(images, head="d")
+    with pytest.raises(ValueError, match="give task or head, not both"):
+        model(images, task="a", head="b")
     with pytest.raises(ValueError, match="no router; name the task"):
         FreeModel(model.backbone, dict(model.heads))(images)
     with pytest.raises(ValueError, match="an expert for 'z' but no head"):
