@@ -52,33 +52,39 @@ def read_bytes(path: Path, begin: int, stop: int, name: str) -> Tensor:
     """
     data = fresh((stop - begin,), torch.uint8)
     if stop > begin:
-        view = memoryview(data.numpy())
+        files: OrderedDict[str, BinaryIO] | None = getattr(_kept, "files", None)
         try:
-            with _opened(path) as file:
-                file.seek(begin)
-                done = 0
-                while done < len(view):  # one read returns at most 2 GiB
-                    count = file.readinto(view[done:])
-                    if not count:
-                        raise CheckpointError(
-                            f"{path}: ended inside the tensor '{name}': the file changed while it was read"
-                        )
-                    done += count
+            if files is None:
+                with path.open("rb", buffering=0) as file:
+                    complete = _fill(data, file, begin)
+            else:
+                complete = _fill(data, _kept_open(files, path), begin)
         except OSError as error:
             raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from None
+        if not complete:
+            raise CheckpointError(f"{path}: ended inside the tensor '{name}': the file changed while it was read")
     return data
 
 
-@contextmanager
-def _opened(path: Path) -> Iterator[BinaryIO]:
-    files: OrderedDict[str, BinaryIO] | None = getattr(_kept, "files", None)
-    if files is None:
-        with path.open("rb", buffering=0) as file:
-            yield file
-        return
+def _fill(data: Tensor, file: BinaryIO, begin: int) -> bool:
+    """Read the bytes of a file from `begin` on; False if it has fewer."""
+    view, done = memoryview(data.numpy()), 0
+    file.seek(begin)
+    while done < len(view):  # one read returns at most 2 GiB
+        count = file.readinto(view[done:])
+        if not count:
+            return False
+        done += count
+    return True
+
+
+def _kept_open(files: OrderedDict[str, BinaryIO], path: Path) -> BinaryIO:
+    """The file, from those that this thread keeps open."""
     key = os.fspath(path)
-    file = files.pop(key, None) or path.open("rb", buffering=0)
-    files[key] = file  # the last used at the end
+    if key in files:
+        files.move_to_end(key)
+        return files[key]
+    files[key] = path.open("rb", buffering=0)
     if len(files) > _MOST_HANDLES:
         files.popitem(last=False)[1].close()
-    yield file
+    return files[key]

@@ -15,6 +15,7 @@ from freemerge.merging.threads import each
 from freemerge.merging.vectors import Vectors
 
 _NAMED = ("align", "mean", "uniform")
+_EIGHT = 8
 
 
 @dataclass(frozen=True)
@@ -67,8 +68,7 @@ class FRMerging(MergeMethod):
         if self.coefficients != "mean":
             return None
         parts: list[list[float]] = [[0.0] * len(vectors.labels)]
-        # In float64 there is no drift over billions of entries, and `fsum` is exact, so that no order counts.
-        vectors.scan(lambda deltas: parts.append(deltas.abs_().sum(1, dtype=torch.float64).tolist()))
+        vectors.scan(lambda deltas: parts.append(_magnitudes_(deltas).tolist()))  # `fsum` is exact: no order counts
         gathered = [row for part in vectors.gather(parts) for row in part]
         totals = torch.tensor([math.fsum(column) for column in zip(*gathered, strict=True)], dtype=torch.float64)
         return totals / totals.sum().clamp(min=torch.finfo(torch.float64).tiny)
@@ -115,6 +115,18 @@ def alignment(after: Tensor, before: Tensor) -> Tensor:
     something = after > before * torch.finfo(torch.float32).eps
     after = torch.where(something, after, 0.0)
     return torch.where(something, after.max() / after, 0.0)
+
+
+def _magnitudes_(deltas: Tensor) -> Tensor:
+    """Σ|v_k| over a piece, (K, n) float32, which is overwritten: (K,) float64.
+
+    In float64 there is no drift over billions of entries. It costs ten times as much as float32, which is good enough to
+    add up eight values first.
+    """
+    magnitudes = deltas.abs_()
+    even = magnitudes.shape[1] // _EIGHT * _EIGHT
+    eighths = magnitudes[:, :even].unflatten(1, (_EIGHT, even // _EIGHT)).sum(1)  # (K, n/8)
+    return eighths.sum(1, dtype=torch.float64) + magnitudes[:, even:].sum(1, dtype=torch.float64)
 
 
 def _magnitude(delta: Tensor) -> float:

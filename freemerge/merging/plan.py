@@ -22,7 +22,7 @@ from freemerge.merging.processes import Processes
 from freemerge.merging.quantized import find_quantized
 from freemerge.merging.streaming import Piece
 from freemerge.merging.threads import each
-from freemerge.merging.vectors import COLUMNS, Vectors, differences, widened
+from freemerge.merging.vectors import COLUMNS, Vectors, subtract, widened
 from freemerge.merging.vocabulary import is_vocabulary, match_rows
 
 _DEVICE_PIECE = 1 << 25  # 128 MiB in float32: a copy of which is long against its start
@@ -147,7 +147,7 @@ class Plan:
             if name in model.deltas:
                 row.copy_(values)
                 return None
-            differences(reference, [values], out=row[None])
+            subtract(reference, values, row)
             return values if len(self.models) == 1 else None
 
         indices = range(len(self.models))
@@ -248,7 +248,7 @@ def _read_runs(model: Checkpoint, name: str, base: Tensor, delta: Tensor) -> Non
     for start in range(0, len(base), COLUMNS):
         run = slice(start, start + COLUMNS)
         values = model.run(name, start, min(start + COLUMNS, len(base)))
-        differences(widened(base[run]), [values], out=delta[None, run])
+        subtract(widened(base[run]), values, delta[run])
 
 
 def _read_rows(model: Checkpoint, what: str | Piece, rows: int, reference: Tensor, delta: Tensor) -> Tensor | None:
@@ -272,7 +272,7 @@ def _read_rows(model: Checkpoint, what: str | Piece, rows: int, reference: Tenso
         return None
     values = reference.clone(memory_format=torch.contiguous_format)
     values.view(-1)[:count] = model.run(name, start, start + count)
-    differences(reference, [values], out=delta[None])
+    subtract(reference, values, delta)
     return values
 
 

@@ -360,17 +360,27 @@ def differences(base: Tensor, tensors: Sequence[Tensor], out: Tensor | None = No
     Returns:
         (K, *shape) float32 on the base's device. float64 operands are subtracted in float64.
     """
-    reference = base.detach().to(working_dtype(base.dtype, *(tensor.dtype for tensor in tensors)))
+    reference = base.detach().to(working_dtype(base.dtype))
     deltas = torch.empty(len(tensors), *base.shape, dtype=torch.float32, device=base.device) if out is None else out
-    for index, tensor in enumerate(tensors):
-        tensor = tensor.detach().to(base.device)
-        if reference.dtype is tensor.dtype is torch.float32:
-            torch.sub(tensor, reference, out=deltas[index])
-        elif reference.dtype is torch.float32:
-            deltas[index].copy_(tensor).sub_(reference)  # a difference of two dtypes would convert to new memory first
-        else:
-            deltas[index] = tensor.to(reference.dtype) - reference
+    for tensor, delta in zip(tensors, deltas, strict=True):
+        subtract(reference, tensor.detach().to(base.device), delta)
     return deltas
+
+
+def subtract(base: Tensor, tensor: Tensor, out: Tensor) -> None:
+    """Write θ − θ_base of one model.
+
+    Args:
+        base: any shape, float32 or float64.
+        tensor: that shape, in any floating-point dtype.
+        out: (*shape) float32, where it is written. float64 operands are subtracted in float64.
+    """
+    if base.dtype is tensor.dtype is torch.float32:
+        torch.sub(tensor, base, out=out)
+    elif torch.float64 in (base.dtype, tensor.dtype):
+        out.copy_(tensor.double() - base.double())
+    else:
+        out.copy_(tensor).sub_(base)  # a difference of two dtypes would convert to new memory first
 
 
 def flat(deltas: Tensor) -> Tensor:
