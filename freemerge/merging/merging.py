@@ -186,7 +186,7 @@ class Merging:
                 elif self._finishes and not isinstance(job, Piece) and self._shapes[name].numel():
                     self._merge_by_pieces(name)
                 elif isinstance(job, Piece):
-                    self._merge(name, self._plan.read(job))
+                    self._merge(name, self._plan.read_again(job))
                 else:
                     self._merge_whole(name)
                 if name in self._merged:
@@ -202,17 +202,21 @@ class Merging:
 
     def _merge_by_pieces(self, name: str) -> None:
         """Merge a tensor by pieces that are finished as a whole: no more than the sum is ever whole in memory."""
-        merged: Tensor | None = None
-        for piece in self._pieces(name):
-            operands = self._plan.read(piece)
-            part = self._combine(name, piece.start, operands.deltas, operands.base.shape)
-            if merged is None:
-                merged = fresh(self._shapes[name], part.dtype, part.device)
-            merged.view(-1)[piece.start : piece.stop] = part
-        merged = self._checked(name, self._method.finish(name, merged), self._shapes[name]).reshape(-1)
-        for piece in self._pieces(name):
-            base = self._plan.read_base(piece)
-            self._put(name, piece.start, _sum(base, merged[piece.start : piece.stop]))
+        shape = self._shapes[name]
+        memory = self._pool.take(4 * shape.numel())
+        try:
+            merged = memory.view(torch.float32)[: shape.numel()]
+            for piece in self._pieces(name):
+                operands = self._plan.read_again(piece)
+                part = self._combine(name, piece.start, operands.deltas, operands.base.shape)
+                merged = merged.to(part.device)
+                merged[piece.start : piece.stop] = part
+            merged = self._checked(name, self._method.finish(name, merged.view(shape)), shape).reshape(-1)
+            for piece in self._pieces(name):
+                base = self._plan.read_base(piece)
+                self._put(name, piece.start, _sum(base, merged[piece.start : piece.stop]))
+        finally:
+            self._pool.give(memory)
 
     def _merge_whole(self, name: str) -> None:
         """Merge a tensor that the method has to see whole."""

@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from freemerge.checkpoints.pages import fresh
 from freemerge.merging.errors import MergeError
 from freemerge.merging.vectors import Vectors
 
@@ -155,7 +156,7 @@ def weighted_sum(deltas: Tensor, weights: float | Sequence[float] | Tensor) -> T
     if isinstance(weights, (int, float)):
         weights = [float(weights)] * len(deltas)
     values = weights.tolist() if isinstance(weights, Tensor) else [float(weight) for weight in weights]
-    total = deltas[0] * values[0]
+    total = torch.mul(deltas[0], values[0], out=fresh(deltas.shape[1:], deltas.dtype, deltas.device))
     for delta, value in zip(deltas[1:], values[1:], strict=True):
         total.add_(delta, alpha=value)
     return total

@@ -21,7 +21,7 @@ from freemerge.merging.patterns import select, unmatched
 from freemerge.merging.processes import Processes
 from freemerge.merging.quantized import find_quantized
 from freemerge.merging.streaming import Piece
-from freemerge.merging.threads import each
+from freemerge.merging.threads import each, scratch
 from freemerge.merging.vectors import COLUMNS, Vectors, subtract, widened
 from freemerge.merging.vocabulary import is_vocabulary, match_rows
 
@@ -102,7 +102,7 @@ class Plan:
             [model.label for model in self.models],
             self.shapes,
             lambda name: self.read(name).deltas,
-            lambda piece: self.read(piece).deltas,
+            lambda piece: self.read_again(piece).deltas,
             processes,
             self.piece,
         )
@@ -159,6 +159,11 @@ class Plan:
                     _require_finite(checkpoint.label, name, checkpoint.tensor(name))
         single = own[0] if len(own) == 1 else None
         return Operands(base, deltas, single, None if whole else what.start)
+
+    def read_again(self, piece: Piece) -> Operands:
+        """`read`, into memory that the next call in the same of our threads uses again."""
+        size = len(self.models) * (piece.stop - piece.start)
+        return self.read(piece, scratch("differences", (size,), torch.float32, torch.device("cpu")))
 
     def _placed(self, values: Tensor) -> Tensor:
         """Values where they are computed with."""

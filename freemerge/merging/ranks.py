@@ -39,7 +39,7 @@ def order_statistics(
 
     Args:
         scan: makes a pass: calls what it is given with blocks (K, n) float32 without NaN, the same values in every
-            pass, in any order, from several threads at once if it likes.
+            pass, in any order, from several threads at once if it likes; their memory may be used again.
         ranks: R zero-based ranks, the same for every row.
         shape: (K, D), the number of rows, and of the values of each in all processes together.
         sample: (K, m) float32, some of the values of each row, the same in all processes. The better it represents
@@ -59,7 +59,7 @@ def order_statistics(
     sampled = sample is not None and sample.shape[1] > 0
     if total <= (_PARTITIONED_DESPITE_SAMPLE if sampled else _PARTITIONED):
         blocks: list[np.ndarray] = [np.empty((rows, 0), dtype=np.float32)]
-        scan(lambda block: blocks.append(block.cpu().numpy()))
+        scan(lambda block: blocks.append(block.cpu().numpy().copy()))
         values = np.concatenate(gather(np.concatenate(blocks, axis=1)), axis=1)
         return torch.from_numpy(np.partition(values, sorted(set(ranks)), axis=1)[:, list(ranks)])
     found = _bracketed(scan, ranks, shape, sample.cpu(), gather) if sampled else None

@@ -43,7 +43,8 @@ class Vectors:
         labels: the names of the K models.
         shapes: name → shape of each merged tensor, in the order of iteration.
         read: returns the task vectors of one tensor, (K, *shape) float32, in memory of their own. Called in a thread.
-        read_piece: returns those of a run of a tensor's values, (K, n) float32; by default the tensor is read and cut.
+        read_piece: returns those of a run of a tensor's values, (K, n) float32, in memory that the same thread's next
+            call may use again; by default the tensor is read and cut.
         processes: those that share the passes; None for this one alone.
         piece: bound of K × the length of a piece; None for the default.
     """
@@ -84,7 +85,8 @@ class Vectors:
 
         Args:
             see: called with every piece, (K, n) float32, in any order and from several threads at once. It may
-                overwrite it. What it gathers must not depend on the order; see `gather`.
+                overwrite it, and must not keep it: its memory is used again. What it gathers must not depend on the
+                order; see `gather`.
         """
         shapes = {name: self.shapes[name] for name in self._processes.share(self.shapes)}
 
@@ -116,7 +118,7 @@ class Vectors:
         Args:
             measure: called with the number of values n that each model has in the tensor, a function that makes a pass
                 over them, and a sample of them, (K, m) with m ≤ n, which may be empty. A pass calls what it is given
-                with pieces, (K, ≤ n) float32, that it may overwrite.
+                with pieces, (K, ≤ n) float32, that it may overwrite and must not keep.
 
         Returns:
             Name → what was measured, in every process.
@@ -213,7 +215,7 @@ class Vectors:
                 total = shape.numel()
                 while index < runs and starts[index] < position + total:
                     start = starts[index] - position
-                    found.append(self._read_piece(Piece(name, start, min(start + length, total))))
+                    found.append(self._read_piece(Piece(name, start, min(start + length, total))).clone())
                     index += 1
                 position += total
         return torch.cat(found, dim=1)
