@@ -112,8 +112,11 @@ class PCBMerging(MergeMethod):
                     see(block.clone())
 
             statistics = self._statistics(scan, tensor_sample(values), values.shape[1])
-        statistics = PCBStatistics(*(bound.to(deltas.device) for bound in statistics))
         return torch.cat(each(lambda block: self._balanced(block, statistics), blocks)).reshape(deltas.shape[1:])
+
+    def combine_run(self, name: str, start: int, deltas: Tensor, statistics: PCBStatistics) -> Tensor:
+        # One block after the other: every thread has a run of its own.
+        return torch.cat([self._balanced(block, statistics) for block in deltas.split(BLOCK, dim=1)])
 
     def _statistics(
         self, scan: Scan, sample: Tensor, total: int, gather: Gather = lambda value: [value]
@@ -137,7 +140,7 @@ class PCBMerging(MergeMethod):
 
     def _balanced(self, values: Tensor, statistics: PCBStatistics) -> Tensor:
         """Σ_k λ_k·c_k·w_k / Σ_k w_k: (K, n) → (n,)."""
-        low, high, threshold, maximum = statistics
+        low, high, threshold, maximum = (bound.to(values.device) for bound in statistics)
         scores = self._scores(values, low, high)
         spread = maximum - threshold
         level = (spread <= 0) & (scores >= threshold) & (scores > 0) if bool((spread <= 0).any()) else None
