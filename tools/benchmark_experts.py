@@ -40,6 +40,7 @@ from freemerge.pipeline import ExpertsSettings
 from freemerge.training import ExpertTrainer
 
 SCALES = (0.5, 0.7, 1.0, 1.4)  # of extracted experts; the released rescaling and the rivals have none to choose
+WIDE = 4.0  # times the density of an expert that is selected again: what it is trained at for an epoch
 Experts = dict[str, Expert]
 Row = dict[str, Any]  # scores: task → score; bytes: of each task's file; shared_bytes: of what all tasks share
 
@@ -135,26 +136,44 @@ class Benchmark:
             self.merged, {task: expert.scaled(best) for task, expert in experts.items()}, settings=settings
         )
 
-    def trained(self, settings: ExpertsSettings) -> Row:
-        """Ours, trained as the run's own were; kept in the run's folder."""
+    def trained(self, settings: ExpertsSettings, wide: float = 1.0) -> Row:
+        """Ours, trained as the run's own were; kept in the run's folder.
+
+        Args:
+            settings: what kind, how many values, and how they are trained.
+            wide: an expert so many times as large is trained for an epoch first, and the support selected again from
+                what it has become; 1 leaves the residual's.
+        """
         experts = {}
         for task, teacher in self.tuned.items():
-            folder = self.run.folder / "benchmark" / f"{settings.kind} {settings.density:g}" / task
+            kind = f"{settings.kind} {settings.density:g}" + (f", {wide:g} wide" if wide > 1 else "")
+            folder = self.run.folder / "benchmark" / kind / task
             path = folder / "expert.safetensors"
             if not path.exists():
                 L.seed_everything(self.files.seed, verbose=False)
-                module = ExpertTrainer(
-                    self.files.backbone(self.merged),
-                    self.files.heads()[task],
-                    teacher,
-                    settings.cut(task_vector(self.merged, teacher)),
-                    **settings.training,
-                )
-                trainer = self.run.make_trainer(folder, {**settings.trainer, **ONLY_FIT}, [])
-                trainer.fit(module, self.run.suite.for_task(task, batch_size=settings.batch_size))
-                save_expert(path, module.expert, settings.values)
+                residual = task_vector(self.merged, teacher)
+                if wide > 1:
+                    wider = replace(settings, density=wide * settings.density)
+                    residual = self._fitted(wider, task, wider.cut(residual), folder, {"max_epochs": 1}).dense()
+                save_expert(path, self._fitted(settings, task, settings.cut(residual), folder), settings.values)
             experts[task] = load_expert(path)
         return self._measured(self.merged, experts, settings=settings)
+
+    def _fitted(
+        self,
+        settings: ExpertsSettings,
+        task: str,
+        start: Expert,
+        folder: Path,
+        overrides: Mapping[str, Any] | None = None,
+    ) -> Expert:
+        """An expert after its training from `start` on."""
+        module = ExpertTrainer(
+            self.files.backbone(self.merged), self.files.heads()[task], self.tuned[task], start, **settings.training
+        )
+        trainer = self.run.make_trainer(folder, {**settings.trainer, **ONLY_FIT, **(overrides or {})}, [])
+        trainer.fit(module, self.run.suite.for_task(task, batch_size=settings.batch_size))
+        return module.expert
 
     def _measured(
         self, weights: Mapping[str, Tensor], experts: Experts, shared: int = 0, settings: ExpertsSettings | None = None
@@ -183,12 +202,16 @@ class Benchmark:
             self.row(f"Twin, rank {rank}", partial(self.twin, rank))
         for density in arguments.released:
             self.row(f"FREE as released, {density:g}", partial(self.released, density))
-        for what in ("extracted", "trained"):
+        for what, make in (
+            ("extracted", self.extracted),
+            ("trained", self.trained),
+            ("reselected", partial(self.trained, wide=WIDE)),
+        ):
             for kind, density, lr in getattr(arguments, what):
                 settings = replace(self.settings, kind=kind, density=density)
                 if lr is not None:
                     settings.optimizer = partial(torch.optim.Adam, lr=lr, betas=(0.9, 0.98))
-                self.row(f"ours {what}, {kind} {density:g}", partial(getattr(self, what), settings))
+                self.row(f"ours {what}, {kind} {density:g}", partial(make, settings))
 
 
 # -- what several runs say together -----------------------------------------------------------------------------------
@@ -275,6 +298,9 @@ def main() -> None:
     parser.add_argument("--released", type=float, nargs="*", default=[0.01, 0.04], help="densities")
     parser.add_argument("--extracted", type=_expert, nargs="*", default=[], help="kind:density")
     parser.add_argument("--trained", type=_expert, nargs="*", default=[], help="kind:density[:learning rate], of Adam")
+    parser.add_argument(
+        "--reselected", type=_expert, nargs="*", default=[], help="the same, the support selected again after an epoch"
+    )
     parser.add_argument("--markdown", action="store_true", help="print Markdown")
     arguments = parser.parse_args()
     be_quiet()
