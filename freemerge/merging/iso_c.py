@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from freemerge.merging.method import MergeMethod, require_number, weighted_sum
-from freemerge.merging.spectra import nearest_isometry
+from freemerge.merging.spectra import to_nearest_isometry_
 from freemerge.merging.vectors import Vectors
 
 
@@ -50,5 +50,5 @@ class IsoC(MergeMethod):
     def finish(self, name: str, merged: Tensor) -> Tensor:
         if merged.dim() != 2 or merged.numel() == 0:
             return merged
-        nearest, values = nearest_isometry(merged, max(merged.shape) * torch.finfo(merged.dtype).eps)
-        return nearest.mul_(values.mean() * self.scale) if len(values) else merged
+        values = to_nearest_isometry_(merged, max(merged.shape) * torch.finfo(merged.dtype).eps)
+        return merged.mul_(values.mean() * self.scale) if len(values) else merged

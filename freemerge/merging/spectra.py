@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_COLUMNS = 256  # widened to float64 at a time
+_COLUMNS = 256  # computed with at a time
 
 
 def left_spectrum(matrix: Tensor, tolerance: float) -> tuple[Tensor, Tensor]:
@@ -34,22 +34,23 @@ def left_spectrum(matrix: Tensor, tolerance: float) -> tuple[Tensor, Tensor]:
     return directions[:, len(values) - rank :].flip(1), values[len(values) - rank :].flip(0)
 
 
-def nearest_isometry(matrix: Tensor, tolerance: float) -> tuple[Tensor, Tensor]:
-    """U Vᵀ of a matrix A = U diag(σ) Vᵀ, and its σ.
+def to_nearest_isometry_(matrix: Tensor, tolerance: float) -> Tensor:
+    """Make a matrix A = U diag(σ) Vᵀ into U Vᵀ, in its own memory.
 
     Args:
-        matrix: A, (m, n) float32.
+        matrix: A, (m, n) float32; overwritten.
         tolerance: directions with σ ≤ tolerance · σ_max are left out.
 
     Returns:
-        (m, n) float32, and (r,) float64, largest first.
+        σ, (r,) float64, largest first.
     """
     if matrix.shape[0] > matrix.shape[1]:
-        transposed, values = nearest_isometry(matrix.T, tolerance)
-        return transposed.T, values
+        return to_nearest_isometry_(matrix.T, tolerance)
     directions, values = left_spectrum(matrix, tolerance)
-    whitening = (directions / values) @ directions.T  # (A Aᵀ)^(−1/2), (m, m)
-    return whitening.to(matrix.dtype) @ matrix, values
+    whitening = ((directions / values) @ directions.T).to(matrix.dtype)  # (A Aᵀ)^(−1/2), (m, m)
+    for block in matrix.split(_COLUMNS, dim=1):
+        block.copy_(whitening @ block)
+    return values
 
 
 def rounding(rows: int, columns: int) -> float:

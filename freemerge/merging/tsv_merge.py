@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from freemerge.merging.method import MergeMethod, require_number, weighted_sum
-from freemerge.merging.spectra import left_spectrum, nearest_isometry, rounding
-from freemerge.merging.threads import each
+from freemerge.merging.spectra import left_spectrum, rounding, to_nearest_isometry_
 
 
 @dataclass(frozen=True)
@@ -41,33 +40,49 @@ class TSVMerge(MergeMethod):
     def combine(self, name: str, deltas: Tensor, statistics: Any) -> Tensor:
         if deltas.dim() != 3 or deltas[0].numel() == 0:
             return weighted_sum(deltas, self.scale / len(deltas))
-        rank = max(1, min(deltas.shape[1:]) // len(deltas))
-        # What has no directions of its own, a vector of zeros or one of low rank, must not turn those of the others.
-        found = each(lambda delta: _leading(delta, rank), list(deltas))
-        left, values, right = (torch.cat(parts, dim=-1) for parts in zip(*found, strict=True))
-        del found  # as large as a tensor
+        wide = deltas.shape[1] <= deltas.shape[2]
+        matrices = deltas if wide else deltas.mT  # (K, s, l), s ≤ l: singular vectors have a short and a long side
+        short, values, long = _leading(matrices, max(1, matrices.shape[1] // len(deltas)))
         if not len(values):
             return torch.zeros_like(deltas[0])
-        left, right = nearest_orthonormal(left), nearest_orthonormal(right)
-        return (left * (values * self.scale)) @ right.T
+        to_nearest_orthonormal_(short)
+        to_nearest_orthonormal_(long)
+        short *= values * self.scale
+        return short @ long if wide else long.T @ short.T
 
 
-def _leading(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """At most `rank` leading components of a matrix (m, n): U (m, r), Σ (r,), V (n, r), float32."""
-    if matrix.shape[0] > matrix.shape[1]:
-        right, values, left = _leading(matrix.T, rank)
-        return left, values, right
-    left, values = (part[..., :rank].to(matrix.dtype) for part in left_spectrum(matrix, rounding(*matrix.shape)))
-    return left, values, matrix.T @ (left / values)
+def _leading(matrices: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The leading components of K wide matrices, side by side: R ≤ K · rank in all.
 
-
-def nearest_orthonormal(matrix: Tensor) -> Tensor:
-    """The matrix with orthonormal columns (or rows, if it is wide) that is nearest to a matrix: P Qᵀ of its P D Qᵀ.
+    They are found one model after the other, which takes less memory than side by side, and laid into that of the
+    matrices: components of a model take no more room than the model itself.
 
     Args:
-        matrix: (m, n) float32.
+        matrices: (K, s, l) float32 with s ≤ l; overwritten.
+        rank: of each, at most. What has no directions of its own, a vector of zeros or one of low rank, has fewer, and
+            must not turn those of the others.
 
     Returns:
-        (m, n) float32.
+        U (s, R) and Σ (R,) in new memory, and Vᵀ (R, l) in that of the matrices, all float32.
     """
-    return nearest_isometry(matrix, rounding(*matrix.shape))[0]
+    memory = (matrices if matrices.is_contiguous() else matrices.mT).view(-1)
+    tolerance = rounding(*matrices.shape[1:])
+    sides, spectra, found = [], [], 0
+    for matrix in matrices:
+        side, values = (part[..., :rank].to(matrix.dtype, copy=True) for part in left_spectrum(matrix, tolerance))
+        rows = (side / values).T @ matrix
+        memory[found : found + rows.numel()] = rows.reshape(-1)
+        found += rows.numel()
+        sides.append(side)
+        spectra.append(values)
+    values = torch.cat(spectra)
+    return torch.cat(sides, dim=1), values, memory[:found].view(len(values), matrices.shape[2])
+
+
+def to_nearest_orthonormal_(matrix: Tensor) -> None:
+    """Make a matrix into the nearest one with orthonormal columns (or rows, if it is wide): P Qᵀ of its P D Qᵀ.
+
+    Args:
+        matrix: (m, n) float32; overwritten.
+    """
+    to_nearest_isometry_(matrix, rounding(*matrix.shape))
