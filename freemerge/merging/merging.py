@@ -23,7 +23,7 @@ from freemerge.merging.processes import Processes
 from freemerge.merging.rounding import round_to
 from freemerge.merging.streaming import PIECE, Piece, pieces
 from freemerge.merging.threads import run
-from freemerge.merging.vectors import Vectors, working_dtype
+from freemerge.merging.vectors import Vectors, add_wide, working_dtype
 
 MERGED_BY_PIECES = 8  # float32 copies of a piece of all models that a thread has at a time, about
 _RUN = 1 << 17  # values of a whole tensor that are rounded and written at a time
@@ -214,7 +214,7 @@ class Merging:
             merged = self._checked(name, self._method.finish(name, merged.view(shape)), shape).reshape(-1)
             for piece in self._pieces(name):
                 base = self._plan.read_base(piece)
-                self._put(name, piece.start, _sum(base, merged[piece.start : piece.stop]))
+                self._put(name, piece.start, add_wide(base, merged[piece.start : piece.stop]))
         finally:
             self._pool.give(memory)
 
@@ -241,13 +241,13 @@ class Merging:
             for first in range(0, max(1, len(merged)), step):  # neither sums nor rounded values are ever whole
                 stop = min(first + step, len(merged))
                 own = self._plan.read_base(Piece(name, first, stop)) if again else base.reshape(-1)[first:stop]
-                self._put(name, (start or 0) + first, _sum(own, merged[first:stop]))
+                self._put(name, (start or 0) + first, add_wide(own, merged[first:stop]))
             return
         before = deltas[0].clone()  # a method may overwrite what it is given
         merged = self._combine(name, start, deltas, base.shape)
         # Where a single model's entry comes through unchanged, base + (model − base) is meant to be the model's own
         # value, and in floating point it is not always.
-        result = _sum(base, merged)
+        result = add_wide(base, merged)
         self._put(name, start, torch.where(merged == before, single.to(result.device, result.dtype), result))
 
     def _combine(self, name: str, start: int | None, deltas: Tensor, shape: torch.Size) -> Tensor:
@@ -272,11 +272,6 @@ class Merging:
 
     def _hand_on(self, name: str, start: int, values: Tensor) -> None:
         self._sink.write(name, start, values if self._plan.device is None else values.to(self._plan.home))
-
-
-def _sum(base: Tensor, delta: Tensor) -> Tensor:
-    """θ_base + τ in float32, or float64 for a float64 base."""
-    return base.to(working_dtype(base.dtype)) + delta
 
 
 def _stream(device: torch.device | None) -> AbstractContextManager:

@@ -390,9 +390,14 @@ def flat(deltas: Tensor) -> Tensor:
     return deltas.reshape(len(deltas), deltas.shape[1:].numel())
 
 
-def add(base: Tensor, delta: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """θ_base + τ in float32 (float64 for a float64 base), rounded once, to `dtype` or the base's; in new memory."""
-    return (base.detach().to(working_dtype(base.dtype)) + delta).to(dtype or base.dtype)
+def add(base: Tensor, delta: Tensor) -> Tensor:
+    """θ_base + τ, rounded to the base's dtype once; in new memory."""
+    return add_wide(base, delta).to(base.dtype)
+
+
+def add_wide(base: Tensor, delta: Tensor) -> Tensor:
+    """θ_base + τ in float32, or float64 for a float64 base; in new memory."""
+    return base.detach().to(working_dtype(base.dtype)) + delta
 
 
 def widened(tensor: Tensor) -> Tensor:
