@@ -18,6 +18,8 @@ from torch import Tensor
 _COUNTERS = 1 << 21  # one counter per number up to this width: 8 MiB a bracket, 16 for 2³¹ values and more
 _COLLECTED = 1 << 23  # values collected in a wide bracket, half of them expected: 16 to 32 MiB
 _COARSE_BITS = 16  # else 2¹⁶ counters, and at most 2¹⁶ numbers behind each of them
+_SORTED_BITS = 12  # of collected values, 2¹² counters tell which are worth sorting
+_BLOCK = 1 << 17  # collected values that are counted at a time
 
 
 class Bracket:
@@ -107,7 +109,7 @@ class Bracket:
         if self._collected is not None:
             if self._size > _COLLECTED or within >= self._size:
                 return None
-            return float(np.partition(self._collected[: self._size], within)[within])
+            return _of_rank(self._collected[: self._size], within)
         cumulative = self._counts.cumsum(dtype=np.int64)
         if within >= cumulative[-1]:
             return None
@@ -117,6 +119,26 @@ class Bracket:
             return _float(key)
         last = min(key + (1 << self._shift) - 1, int(_key(self.high)))
         return Bracket(_float(key), _float(last), self.rank, float(self._counts[index]), self._total)
+
+
+def _of_rank(values: np.ndarray, rank: int) -> float:
+    """The value of a zero-based ascending rank, of (n,) float32.
+
+    NumPy's partition takes thirty times as long where many values are equal, as differences of bfloat16 weights are. So
+    they are counted coarsely first, and only those are sorted among which the rank falls.
+    """
+    first, last = int(_key(values.min())), int(_key(values.max()))
+    shift = max((last - first).bit_length() - _SORTED_BITS, 0)
+    counts = np.zeros(((last - first) >> shift) + 1, dtype=np.int64)
+    for start in range(0, len(values), _BLOCK):
+        keys = _key(values[start : start + _BLOCK]).astype(np.int64)  # their distance may be no int32
+        counts += np.bincount((keys - first) >> shift, minlength=len(counts))
+    cumulative = counts.cumsum()
+    index = int(np.searchsorted(cumulative, rank, side="right"))
+    low = first + (index << shift)
+    high = min(low + (1 << shift) - 1, last)
+    held = values[(values >= _float(low)) & (values <= _float(high))]
+    return float(np.sort(held)[rank - int(cumulative[index]) + len(held)])
 
 
 def _buffer() -> np.ndarray:

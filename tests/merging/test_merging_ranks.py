@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from freemerge.merging import order_statistics
-from freemerge.merging.brackets import Bracket, _float, _key
+from freemerge.merging.brackets import Bracket, _float, _key, _of_rank
 from freemerge.merging.ranks import tensor_magnitudes
 from freemerge.merging.streaming import Piece
 from freemerge.merging.vectors import Vectors
@@ -129,6 +129,14 @@ def test_exact_for_any_floats(values, data):
         patch.setattr("freemerge.merging.brackets._COLLECTED", data.draw(st.sampled_from([1, 40, 1 << 20])))
         sample = tensor[:, : data.draw(index)] if data.draw(st.booleans()) else None
         assert_exact(tensor, ranks, cuts, sample)
+
+
+@pytest.mark.parametrize("kind", kinds(1, 2, torch.Generator()))
+def test_the_value_of_a_rank_among_what_is_collected(kind, monkeypatch):
+    monkeypatch.setattr("freemerge.merging.brackets._BLOCK", 100)
+    values = kinds(1, 1001, torch.Generator().manual_seed(0))[kind][0].numpy()
+    ordered = np.sort(values)
+    assert all(_of_rank(values, rank) == ordered[rank] for rank in (0, 1, 250, 500, 998, 1000))
 
 
 def test_what_fits_in_a_batch_takes_one_pass():
