@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +19,17 @@ from freemerge.checkpoints.memory import find_tied
 from freemerge.experts.codec import decode_positions
 from freemerge.experts.expert import check_fits
 from freemerge.experts.packed import PackedExpert
+from freemerge.experts.switch import forget_casts
 from freemerge.merging.vectors import working_dtype
+
+
+class _Target(NamedTuple):
+    """Where an expert of P tensors has its values in the buffers."""
+
+    sizes: Tensor  # (P,) values of each tensor
+    shifts: Tensor  # (P,) from its own tensors laid end to end to the buffer
+    dtype: torch.dtype | None  # of all its tensors; None if they differ or one is tied, and then:
+    wanted: dict[torch.dtype, Tensor]  # (P,) bool, which tensors are in that dtype's buffer
 
 
 class FlatWeights:
@@ -38,6 +50,9 @@ class FlatWeights:
             self._place[name] = (tensor.dtype, start)
             lengths[tensor.dtype] = start + tensor.numel()
         device = next((tensor.device for tensor in self._live.values()), None)
+        if device is not None and device.type != "cpu":  # or there would be two of each weight for a moment
+            for _, tensor in self._own():
+                tensor.data = tensor.data.cpu()
         self.buffers = {dtype: torch.empty(length, dtype=dtype, device=device) for dtype, length in lengths.items()}
         for name, tensor in self._own():
             dtype, start = self._place[name]
@@ -45,6 +60,7 @@ class FlatWeights:
             view.copy_(tensor)
             for alias in [name, *(other for other, first in self._tied.items() if first == name)]:
                 self._live[alias].data = view
+        self._targets: WeakKeyDictionary[PackedExpert, _Target] = WeakKeyDictionary()
         self._pointers = {name: tensor.data_ptr() for name, tensor in self._live.items()}
 
     def _own(self) -> Iterator[tuple[str, Tensor]]:
@@ -71,33 +87,50 @@ class FlatWeights:
             with torch.no_grad():
                 for buffer, positions, entries in saved:
                     buffer[positions] = entries
+                forget_casts()
 
     @torch.no_grad()
     def _attach(self, expert: PackedExpert) -> list[tuple[Tensor, Tensor, Tensor]]:
         """Returns what was overwritten: buffers, positions (n,) in them, and the entries (n,) found there."""
-        check_fits(expert, self._live)
+        if expert not in self._targets:
+            self._targets[expert] = self._target(expert)
+        target = self._targets[expert]
         positions = decode_positions(expert.arrays["gaps"])  # (n,) in the expert's own tensors laid end to end
-        sizes = torch.tensor(list(expert.sizes.values()), device=positions.device)
-        values = expert.codes.float() * expert.scales.repeat_interleave(sizes)
+
+        def spread(each: Tensor) -> Tensor:  # one of each tensor's to one of each value's
+            return each.repeat_interleave(target.sizes, output_size=len(positions))  # its size: not to wait for a GPU
+
+        values = expert.codes.float() * spread(expert.scales)
+        positions += spread(target.shifts)
+        saved = []
+        for dtype, buffer in self.buffers.items():
+            if target.dtype == dtype:  # nearly always: one dtype, nothing tied
+                chosen, added = positions, values
+            else:
+                mask = spread(target.wanted[dtype])
+                chosen, added = positions[mask], values[mask]
+            entries = buffer[chosen]
+            buffer[chosen] = (entries.to(working_dtype(dtype)) + added).to(dtype)
+            saved.append((buffer, chosen, entries))
+        forget_casts()
+        return saved
+
+    def _target(self, expert: PackedExpert) -> _Target:
+        """Raises a ValueError if an expert does not fit."""
+        check_fits(expert, self._live)
         shifts, wanted, end = [], [], 0
         for name, shape in expert.shapes.items():
             dtype, start = self._place[self._tied.get(name, name)]
             shifts.append(start - end)
             end += math.prod(shape)
             wanted.append(None if name in self._tied else dtype)
-        positions += torch.tensor(shifts, device=positions.device).repeat_interleave(sizes)
-        saved = []
-        for dtype, buffer in self.buffers.items():
-            if all(found == dtype for found in wanted):  # nearly always: one dtype, nothing tied
-                chosen, added = positions, values
-            else:
-                mask = torch.tensor([found == dtype for found in wanted], device=positions.device)
-                mask = mask.repeat_interleave(sizes)
-                chosen, added = positions[mask], values[mask]
-            entries = buffer[chosen]
-            buffer[chosen] = (entries.to(working_dtype(dtype)) + added).to(dtype)
-            saved.append((buffer, chosen, entries))
-        return saved
+        device = expert.codes.device
+        return _Target(
+            torch.tensor(list(expert.sizes.values()), device=device),
+            torch.tensor(shifts, device=device),
+            wanted[0] if len(set(wanted)) == 1 else None,
+            {dtype: torch.tensor([found == dtype for found in wanted], device=device) for dtype in self.buffers},
+        )
 
 
 def _floating(module: nn.Module) -> dict[str, Tensor]:

@@ -51,6 +51,7 @@ class ExpertSwitch:
             changed = expert.added(name, weight)
             self._saved[name] = (index, weight.reshape(-1)[index] if sparse else weight.clone())
             weight.copy_(changed)
+        forget_casts()
 
     @torch.no_grad()
     def detach(self) -> None:
@@ -62,6 +63,13 @@ class ExpertSwitch:
             else:
                 weight.view(-1)[index] = saved
         self._saved = {}
+        forget_casts()
+
+
+def forget_casts() -> None:
+    """To be called after weights were written to: under autocast torch keeps narrower copies of them."""
+    if torch.is_autocast_cache_enabled():
+        torch.clear_autocast_cache()
 
 
 @contextmanager

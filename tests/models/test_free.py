@@ -82,26 +82,43 @@ def test_a_named_head_answers_for_whichever_expert_was_routed_to(model: FreeMode
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["sparse", "low_rank"])
 def test_ten_thousand_switches_leave_every_bit_in_bfloat16(model: FreeModel, images: torch.Tensor, kind: str) -> None:
-    """Through the model itself, but with one layer that runs, so that so many passes take seconds."""
+    """Through the model itself; sparse ones with one layer that runs, so that so many passes take seconds."""
     if kind == "low_rank":
         model = with_low_rank_experts(model)
     model = model.to(torch.bfloat16)
     before = {name: tensor.clone() for name, tensor in model.backbone.weights().items()}
     outputs = {task: model(images.bfloat16(), task=task).logits for task in model.tasks}
-    model.backbone.forward = lambda inputs: model.backbone.model.layernorm(inputs)
-    choose, tokens = random.Random(0), torch.ones(1, 16, dtype=torch.bfloat16)
+    choose, inputs = random.Random(0), images[:1].bfloat16()
+    if kind == "sparse":
+        inputs = torch.ones(1, 16, dtype=torch.bfloat16)
+        model.backbone.forward = lambda inputs: model.backbone.model.layernorm(inputs)
     for _ in range(10_000 if kind == "sparse" else 100):
-        if kind == "sparse":
-            model.features(tokens, choose.choice(model.tasks))
-        else:
-            with model._switched({choose.choice(model.tasks): 1.0}):
-                pass
-    del model.backbone.forward
+        model.features(inputs, choose.choice(model.tasks))
+    vars(model.backbone).pop("forward", None)
     assert all(torch.equal(before[name], tensor) for name, tensor in model.backbone.weights().items())
     for task in model.tasks:
         assert torch.equal(model(images.bfloat16(), task=task).logits, outputs[task])
     model(images.bfloat16())
     assert all(torch.equal(before[name], tensor) for name, tensor in model.backbone.weights().items())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["sparse", "low_rank", "mixed"])
+def test_autocast_keeps_no_narrow_copies_of_switched_weights(model: FreeModel, images: torch.Tensor, kind: str) -> None:
+    model = with_low_rank_experts(model) if kind == "low_rank" else model
+    model.top_n = 2 if kind == "mixed" else 1
+    alone, routed = {}, None
+    for task in model.tasks:
+        with torch.autocast("cpu", torch.bfloat16):
+            alone[task] = model(images, task=task).logits
+    with torch.autocast("cpu", torch.bfloat16):
+        routed = model(images).logits
+    with torch.autocast("cpu", torch.bfloat16):  # all of them within one region
+        for task in model.tasks:
+            assert torch.equal(model(images, task=task).logits, alone[task])
+        assert torch.equal(model(images).logits, routed)
+        one_by_one = torch.cat([model(images[i : i + 1]).logits for i in range(len(images))])
+    torch.testing.assert_close(one_by_one, routed, rtol=0.05, atol=0.05)
 
 
 def with_low_rank_experts(model: FreeModel) -> FreeModel:
