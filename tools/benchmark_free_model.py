@@ -2,16 +2,18 @@
 
     python tools/benchmark_free_model.py                           # the quickstart's ViT, 8 tasks, batch 256: a minute
     python tools/benchmark_free_model.py --shape vit-b32 --repeat 3
+    python tools/benchmark_free_model.py --shape vit-b32 --device cuda --cuda_graphs --dtype float32 bfloat16
 
 Weights and experts are random; the router runs, but each batch is dealt out evenly. Every figure is a ratio within one
 run: plain and FREE passes alternate, and the median of their ratios counts. `held` is what a model keeps in memory
 between passes; `peak` compares the largest resident sets of two processes, which load a model and run a batch of 8,
-each without what its imports take.
+each without what its imports take; on a GPU it is what torch has allocated there, with the batch itself.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import statistics
 import subprocess
 import sys
@@ -35,12 +37,13 @@ SHAPES = {
     "vit-b32": {"model_type": "vit", "image_size": 224, "patch_size": 32},
 }  # fmt: skip
 KINDS = ("sparse", "low_rank")
+WARM_UP = 1  # rounds that are not counted, besides the first; passes are recorded when they come for the second time
 
 
-def make_backbone(arguments: argparse.Namespace) -> TransformersBackbone:
+def make_backbone(arguments: argparse.Namespace, dtype: str = "float32") -> TransformersBackbone:
     """A random ViT."""
     torch.manual_seed(0)
-    return TransformersBackbone(config=SHAPES[arguments.shape], pooling="mean", dtype=arguments.dtype).eval()
+    return TransformersBackbone(config=SHAPES[arguments.shape], pooling="mean", dtype=dtype).eval()
 
 
 def make_images(arguments: argparse.Namespace, backbone: TransformersBackbone, count: int) -> Tensor:
@@ -68,9 +71,9 @@ def write_experts(arguments: argparse.Namespace, folder: Path) -> None:
             save_expert(folder / kind / f"task{index}.safetensors", expert)
 
 
-def make_model(arguments: argparse.Namespace, folder: Path) -> FreeModel:
+def make_model(arguments: argparse.Namespace, folder: Path, dtype: str) -> FreeModel:
     """A FREE model with the experts of a folder; its router runs, then deals samples out in turn."""
-    backbone = make_backbone(arguments)
+    backbone = make_backbone(arguments, dtype)
     experts = {path.stem: PackedExpert(load_expert(path)) for path in sorted(folder.iterdir())}
     if arguments.router == "conv":
         router = ConvRouter(len(experts), backbone.model.config.num_channels)
@@ -78,42 +81,51 @@ def make_model(arguments: argparse.Namespace, folder: Path) -> FreeModel:
         width = feature_width(make_images(arguments, backbone, 2), backbone, "embeddings")
         router = EarlyRouter(len(experts), "embeddings", width)
     heads = {task: nn.Linear(backbone.feature_dim, 10) for task in experts}
-    model = FreeModel(backbone, heads, experts, router).to(backbone.model.dtype).eval()
+    model = FreeModel(backbone, heads, experts, router, cuda_graphs=arguments.cuda_graphs)
+    model.to(arguments.device, backbone.model.dtype).eval()
     route = model.route
 
     def evenly(inputs: Tensor) -> tuple[Tensor, Tensor]:
         logits, abstained = route(inputs)
-        turns = torch.arange(len(inputs)) % len(experts)
+        turns = torch.arange(len(inputs), device=inputs.device) % len(experts)
         return nn.functional.one_hot(turns, len(experts)).to(logits.dtype), abstained
 
     model.route = evenly
     return model
 
 
-def seconds(run: Callable[[], object]) -> float:
+def seconds(run: Callable[[], object], device: str) -> float:
     """How long it takes."""
+    wait = torch.cuda.synchronize if torch.device(device).type == "cuda" else lambda: None
+    wait()
     start = time.perf_counter()
     run()
+    wait()
     return time.perf_counter() - start
 
 
 @torch.no_grad()
-def throughput(arguments: argparse.Namespace, folder: Path) -> None:
+def throughput(arguments: argparse.Namespace, folder: Path, dtype: str) -> None:
     """Print ratios of throughput, and what is held between passes."""
-    model = make_model(arguments, folder)
-    images, head = make_images(arguments, model.backbone, arguments.batch), model.heads["task0"]
+    model = make_model(arguments, folder, dtype)
+    images = make_images(arguments, model.backbone, arguments.batch).to(arguments.device)
+    head = model.heads["task0"]
     passes = {
         "mixed": lambda: model(images),
         "single": lambda: model(images, task="task0"),
         "router": lambda: FreeModel.route(model, images),
     }
     ratios: dict[str, list[float]] = {name: [] for name in passes}
-    for index in range(arguments.repeat + 1):
+    plain = []
+    for index in range(arguments.repeat + 1 + WARM_UP):
         for name, run in passes.items():
-            ratio = seconds(lambda: head(model.backbone(images))) / seconds(run)
-            if index:  # the first round warms up
+            alone = seconds(lambda: head(model.backbone(images)), arguments.device)
+            ratio = alone / seconds(run, arguments.device)
+            if index > WARM_UP:
                 ratios[name].append(ratio)
+                plain.append(alone)
     middle = {name: statistics.median(found) for name, found in ratios.items()}
+    print(f"  a plain pass                 {1e3 * statistics.median(plain):6.1f} ms")
     print(f"  throughput of a mixed batch  {middle['mixed']:6.2f} × plain")
     print(f"  throughput of one task       {middle['single']:6.2f} × plain")
     print(f"  routing                      {100 / middle['router']:6.1f} % of a plain pass")
@@ -128,13 +140,35 @@ def throughput(arguments: argparse.Namespace, folder: Path) -> None:
 def peak(arguments: argparse.Namespace) -> None:
     """In a process of its own: print by how many MiB loading a model and running a batch of 8 raised the peak."""
     before = high_water()
-    if arguments.peak == "plain":
-        backbone = make_backbone(arguments)
-        backbone(make_images(arguments, backbone, 8))
-    else:
-        model = make_model(arguments, Path(arguments.peak))
-        model(make_images(arguments, model.backbone, 8))
+    run_once(arguments, arguments.peak, arguments.dtype[0], 8)
     print(high_water() - before)
+
+
+def run_once(arguments: argparse.Namespace, which: str, dtype: str, count: int) -> None:
+    """Load a model, "plain" or with the experts of a folder, and run a batch; three times if passes are recorded."""
+    plain = which == "plain"
+    model = make_backbone(arguments, dtype).to(arguments.device) if plain else make_model(arguments, Path(which), dtype)
+    images = make_images(arguments, model if plain else model.backbone, count).to(arguments.device)
+    for _ in range(3 if arguments.cuda_graphs else 1):
+        model(images)
+
+
+@torch.no_grad()
+def peaks(arguments: argparse.Namespace, folder: Path, dtype: str) -> list[float]:
+    """MiB of a plain model and of one with the experts of a folder."""
+    found = []
+    for which in ("plain", str(folder)):
+        if torch.device(arguments.device).type == "cuda":
+            gc.collect()
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            run_once(arguments, which, dtype, arguments.batch)
+            found.append((torch.cuda.max_memory_allocated() - before) / 2**20)
+        else:
+            command = [sys.executable, *sys.argv, "--dtype", dtype, "--peak", which]
+            found.append(float(subprocess.check_output(command, text=True).split()[-1]))
+    return found
 
 
 def main() -> None:
@@ -145,7 +179,9 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--density", type=float, default=0.01)
     parser.add_argument("--router", choices=["conv", "early"], default="early")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--dtype", nargs="+", choices=["float32", "bfloat16"], default=["float32"])
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--cuda_graphs", action="store_true")
     parser.add_argument("--repeat", type=int, default=20)
     parser.add_argument("--kinds", nargs="*", choices=KINDS, default=list(KINDS))
     parser.add_argument("--peak", help=argparse.SUPPRESS)
@@ -155,16 +191,15 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         write_experts(arguments, Path(folder))
-        for kind in arguments.kinds:
-            print(f"{arguments.shape}, {arguments.tasks} {kind} experts, batch {arguments.batch}, {arguments.dtype}")
-            throughput(arguments, Path(folder) / kind)
-            if arguments.shape == "quickstart":
-                continue  # smaller than what a resident set can tell
-            grown = [
-                float(subprocess.check_output([sys.executable, *sys.argv, "--peak", which], text=True).split()[-1])
-                for which in ("plain", str(Path(folder) / kind))
-            ]
-            print(f"  peak memory                  {grown[1] / grown[0]:6.3f} × plain ({grown[0]:.0f} MiB)", flush=True)
+        for dtype in arguments.dtype:
+            for kind in arguments.kinds:
+                about = f"{arguments.tasks} {kind} experts, batch {arguments.batch}, {dtype}, {arguments.device}"
+                print(f"{arguments.shape}, {about}{', CUDA graphs' if arguments.cuda_graphs else ''}")
+                throughput(arguments, Path(folder) / kind, dtype)
+                if arguments.shape == "quickstart":
+                    continue  # smaller than what a resident set can tell
+                plain, free = peaks(arguments, Path(folder) / kind, dtype)
+                print(f"  peak memory                  {free / plain:6.3f} × plain ({plain:.0f} MiB)", flush=True)
 
 
 if __name__ == "__main__":

@@ -60,7 +60,7 @@ SLOW = {"TSV", "IsoC", "FR, PCB"}  # spectra of weights; five passes of K transf
 FIRST_TENSOR = 1.0  # seconds over `import torch`
 PLANNING = 1.0  # seconds for 4 000 tensors × 5 models
 MEMORY = 6  # the peak may be K + 6 of the largest tensor in float32 over `import torch`
-PARTS = ("merge", "start", "planning")
+PARTS = ("merge", "start", "planning", "device")
 
 IMPORT_TORCH = [sys.executable, "-c", "import torch, time; print('first', time.monotonic())"]
 
@@ -256,7 +256,7 @@ def main() -> None:
             merges(case, inputs, arguments).show(arguments.markdown)
         if "start" in arguments.parts:
             start(case, inputs, arguments).show(arguments.markdown)
-        if arguments.device != "cpu":
+        if "device" in arguments.parts and arguments.device != "cpu":
             on_device(case, inputs, arguments).show(arguments.markdown)
     if "planning" in arguments.parts:
         planning(arguments).show(arguments.markdown)

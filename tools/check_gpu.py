@@ -26,11 +26,17 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "callbacks")]
 TIMEOUT = 300  # seconds for a case
+METHODS = [
+    "TaskArithmetic(0.3)", "WeightAverage()", "FRMerging()", "FRMerging(coefficients='mean')",
+    "FRMerging(HighPass(0.2))", "FRMerging(Butterworth(0.1))", "PCBMerging()", "PCBMerging(inter='pairwise')",
+    "PCBMerging(scope='tensor')", "PCBMerging(filter=NyquistDisc())", "Ties()", "Ties(scope='tensor')", "Dare(Ties())",
+    "Breadcrumbs()", "EMRMerging()", "TSVMerge()", "IsoC()",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Case:
-    """One fit, or one merge where `strategy` is "merge".
+    """One fit; or merges where `strategy` is "merge", or routed models where it is "free".
 
     Args:
         name: how it is called on the command line.
@@ -67,6 +73,8 @@ CASES = [
     Case("gpu-ddp-bf16", "ddp", "cuda", 0, "bf16-mixed"),
     Case("gpu-model-parallel-bf16", "model_parallel", "cuda", 0, "bf16-mixed"),
     Case("gpu-merge", "merge", "cuda"),
+    Case("gpu-free", "free", "cuda"),
+    Case("gpu-free-bf16", "free", "cuda", precision="bf16-mixed"),
 ]
 
 
@@ -75,8 +83,9 @@ def run_case(case: Case, folder: Path) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     warnings.filterwarnings("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    if case.strategy == "merge":
-        results = dict(attempt(*check) for check in merge_checks(case))
+    if case.strategy in ("merge", "free"):
+        checks = merge_checks(case, folder) if case.strategy == "merge" else free_checks(case)
+        results = dict(attempt(*check) for check in checks)
     else:
         fit(case, folder)
         if int(os.environ.get("LOCAL_RANK", 0)) != 0:
@@ -201,25 +210,135 @@ def fit_checks(case: Case, folder: Path) -> Iterator[tuple]:
         yield "metrics exact", exact
 
 
-def merge_checks(case: Case) -> Iterator[tuple]:
+def merge_checks(case: Case, folder: Path) -> Iterator[tuple]:
     """What must hold of a merge on a device: the same as on the CPU, up to rounding."""
     import torch
 
-    from freemerge.merging import FRMerging, IsoC, PCBMerging, TaskArithmetic, Ties, merge
+    from freemerge import merging
+    from freemerge.checkpoints import load_checkpoint, save_checkpoint
 
     generator = torch.Generator().manual_seed(0)
-    base = {"w": torch.randn(256, 192, generator=generator), "b": torch.randn(256, generator=generator)}
-    models = [{n: v + 0.1 * torch.randn(v.shape, generator=generator) for n, v in base.items()} for _ in range(3)]
+    shapes = {"wide": (192, 2304), "square": (768, 768), "high": (3072, 768), "odd": (33, 65, 3), "bias": (768,)}
+    # Larger than what a GPU computes with at a time, and than what is partitioned in memory.
+    shapes["vocabulary"] = (9000, 768)
+    base = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    base["half"], base["steps"] = base["square"].bfloat16(), torch.tensor(7)
+
+    def finetuned(value: torch.Tensor) -> torch.Tensor:
+        change = 0.02 * torch.randn(value.shape, generator=generator)
+        return value + change.to(value.dtype) if value.is_floating_point() else value
+
+    models = {label: {name: finetuned(value) for name, value in base.items()} for label in "abc"}
+    everything = {"base": base, **models}
+    paths = {label: folder / f"{label}.safetensors" for label in everything}
+    for label, tensors in everything.items():
+        save_checkpoint(paths[label], tensors)
+    moved = {
+        label: {name: value.to(case.accelerator) for name, value in tensors.items()}
+        for label, tensors in everything.items()
+    }
+
+    def merge(models: dict, method, **options):
+        return merging.merge(models["base"], {label: models[label] for label in "abc"}, method, **options)
+
+    def compare(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+        assert list(found) == list(expected), "other tensors"
+        for name, value in expected.items():
+            assert found[name].dtype == value.dtype, f"{name} has dtype {found[name].dtype}"
+            if not value.is_floating_point():
+                assert torch.equal(found[name].cpu(), value), f"{name} was not kept"
+                continue
+            change = (value.float() - base[name].float()).norm()  # what is merged, without what is not
+            error = (found[name].cpu().float() - value.float()).norm() / change
+            limit = 1e-4 if value.dtype == torch.float32 else 1e-2
+            assert error < limit, f"{name} differs by {float(error):.1e} of what the merge changed"
 
     def same(method) -> None:
-        on_cpu = merge(base, models, method)
-        moved = [{name: value.to(case.accelerator) for name, value in model.items()} for model in (base, *models)]
-        for found in (merge(base, models, method, device=case.accelerator), merge(moved[0], moved[1:], method)):
-            for name, value in on_cpu.items():
-                torch.testing.assert_close(found[name].cpu(), value, rtol=1e-4, atol=1e-5)
+        on_cpu = merge(everything, method)
+        compare(merge(everything, method, device=case.accelerator), on_cpu)
+        there = merge(moved, method)
+        assert all(value.device.type == case.accelerator for value in there.values()), "left the device"
+        compare(there, on_cpu)
+        output = folder / "merged.safetensors"
+        merge(paths, method, device=case.accelerator, output=output, overwrite=True)
+        compare({name: load_checkpoint(output)[name] for name in on_cpu}, on_cpu)
 
-    for method in (TaskArithmetic(0.3), FRMerging(), PCBMerging(), Ties(), IsoC()):
-        yield f"{type(method).__name__} on the GPU", lambda method=method: same(method)
+    for text in METHODS:
+        yield f"{text} on the GPU", lambda text=text: same(eval(text, vars(merging)))
+
+
+def free_checks(case: Case) -> Iterator[tuple]:
+    """What must hold of a routed model on a device: it answers as on the CPU, and its weights come back."""
+    import copy
+
+    import torch
+    from torch import nn
+
+    from freemerge.experts import extract, extract_low_rank
+    from freemerge.models import EarlyRouter, FreeModel, TransformersBackbone, feature_width
+
+    torch.manual_seed(0)
+    shape = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 128}
+    images = {"pixel_values": torch.randn(45, 3, 32, 32)}
+    tokens = torch.randint(5, 90, (45, 12)).sort(dim=1, descending=True).values
+    texts = {"input_ids": tokens, "attention_mask": (tokens > 20).long()}
+    configs = {
+        "images": ({"model_type": "vit", "image_size": 32, "patch_size": 8, **shape}, images["pixel_values"]),
+        "texts": ({"model_type": "bert", "vocab_size": 100, **shape}, texts),
+    }
+
+    def make(kind: str, config: dict, inputs, top_n: int) -> FreeModel:
+        backbone = TransformersBackbone(config=config, pooling="mean").eval()
+        noise = [{name: 0.02 * torch.randn(t.shape) for name, t in backbone.weights().items()} for _ in range(3)]
+        some = [extract(one, 0.05) if kind == "sparse" else extract_low_rank(one, rank=2) for one in noise]
+        experts = dict(zip("abc", some, strict=True))
+        router = EarlyRouter(4, "embeddings", feature_width(inputs, backbone, "embeddings")).eval()
+        heads = {task: nn.Linear(shape["hidden_size"], 5) for task in "abcd"}
+        model = FreeModel(backbone, heads, experts, router, top_n=top_n).eval()
+        with torch.no_grad():  # untrained, it would send everything to one task
+            router.head.weight *= 30
+            router.head.bias -= model.route(inputs)[0].mean(0)
+        return model
+
+    def select(inputs, count: int, device: str):
+        cut = {name: tensor[:count].to(device) for name, tensor in inputs.items()} if isinstance(inputs, dict) else None
+        return inputs[:count].to(device) if cut is None else cut
+
+    @torch.no_grad()
+    def same(kind: str, config: dict, inputs, top_n: int, cuda_graphs: bool) -> None:
+        on_cpu = make(kind, config, inputs, top_n)
+        model = copy.deepcopy(on_cpu).to(case.accelerator)
+        model.cuda_graphs = cuda_graphs
+        before = {name: tensor.clone() for name, tensor in model.backbone.weights().items()}
+        narrow = torch.autocast(case.accelerator, torch.bfloat16, enabled=case.precision != "32-true")
+        limit = 1e-3 if case.precision == "32-true" else 5e-2
+        with narrow:
+            for count in (45, 45, 44, 45, 1, 7, 1, 45):
+                for task in (None, "a", "d"):
+                    found = model(select(inputs, count, case.accelerator), task=task)
+                    # Narrow numbers may route a sample elsewhere: it is compared with what it was routed to.
+                    groups = {task} if task else set(found.task_names)
+                    for name in groups:
+                        own = torch.tensor([each == name for each in found.task_names])
+                        expected = on_cpu(select(inputs, count, "cpu"), task=name).logits
+                        if top_n > 1 and task is None:
+                            expected = on_cpu(select(inputs, count, "cpu")).logits
+                        error = (found.logits.cpu().float() - expected)[own].norm() / expected[own].norm()
+                        assert error < limit, f"{count} inputs, task {task}: differs by {float(error):.1e}"
+                    assert task or len(groups) > 1 or count < 44, f"all went to {groups}"
+        recorded = model._recorded
+        if cuda_graphs and case.precision == "32-true":
+            assert recorded.failed is None, f"nothing was recorded: {recorded.failed}"
+        else:
+            assert recorded is None, "passes were recorded"
+        for name, tensor in model.backbone.weights().items():
+            assert torch.equal(tensor, before[name]), f"{name} did not come back"
+
+    for kind in ("sparse", "low_rank"):
+        for what, (config, inputs) in configs.items():
+            for top_n, graphs in ((1, False), (1, True), (2, True)):
+                name = f"{kind} experts, {what}, top {top_n}" + ", CUDA graphs" * graphs
+                yield name, lambda args=(kind, config, inputs, top_n, graphs): same(*args)
 
 
 def run(case: Case) -> tuple[dict[str, str], float]:

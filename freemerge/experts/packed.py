@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Hashable, Mapping
 from dataclasses import replace
 
 import torch
@@ -45,6 +46,34 @@ class PackedExpert:
         self.arrays = {name: array.to(device) for name, array in self.arrays.items()}
         if self._shared is not None:
             self._shared = {name: tensor.to(device) for name, tensor in self._shared.items()}
+        return self
+
+    @property
+    def layout(self) -> Hashable:
+        """All but the values: experts that agree in it can take each other's place in memory."""
+        arrays = tuple((name, array.shape) for name, array in self.arrays.items())
+        return (
+            self.kind,
+            tuple(self.shapes.items()),
+            tuple(self.sizes.items()),
+            self.codes.dtype,
+            arrays,
+            id(self._shared),
+        )
+
+    def twin(self) -> PackedExpert:
+        """The same expert in memory of its own; what masked experts share stays shared."""
+        twin = copy.copy(self)
+        twin.codes, twin.scales = self.codes.clone(), self.scales.clone()
+        twin.arrays = {name: array.clone() for name, array in self.arrays.items()}
+        return twin
+
+    def copy_(self, other: PackedExpert) -> PackedExpert:
+        """Take over the values of an expert of the same layout, in place."""
+        self.codes.copy_(other.codes)
+        self.scales.copy_(other.scales)
+        for name, array in self.arrays.items():
+            array.copy_(other.arrays[name])
         return self
 
     @property

@@ -54,12 +54,12 @@ class Bracket:
 
     def see(self, values: Tensor) -> None:
         """Count the values of one batch, (n,) float32."""
+        if values.device.type != "cpu" and self._collected is None:
+            self._see_on_device(values)
+            return
         within, below = _within(values, self.low, self.high)
         if self._collected is None and len(within):
-            # In two steps, as the distance of two int32 keys may be none.
-            within = _key(within).astype(np.int64)
-            within -= self._first
-            within >>= self._shift
+            within = self._bins(_key(within).astype(np.int64))
             bins, counts = np.unique(within, return_counts=True) if 8 * len(within) < len(self._counts) else (within, 1)
         with self._lock:
             self._below += below
@@ -67,6 +67,23 @@ class Bracket:
                 self._collect(within)
             elif len(within):
                 self._count(bins, counts)
+
+    def _see_on_device(self, values: Tensor) -> None:
+        """Count where the values are, of which nothing but the counts is copied."""
+        below = int((values < float(self.low)).sum())
+        within = values[(values >= float(self.low)) & (values <= float(self.high))]
+        bits = (within + 0.0).view(torch.int32)
+        bins = self._bins((bits ^ ((bits >> 31) & 0x7FFFFFFF)).long())
+        counts = torch.bincount(bins, minlength=len(self._counts)).cpu().numpy()
+        with self._lock:
+            self._below += below
+            self._counts += counts
+
+    def _bins(self, keys):
+        """Which counters keys are counted by: int64, as their distance may be no int32; in place."""
+        keys -= self._first
+        keys >>= self._shift
+        return keys
 
     def add(self, other: Bracket) -> None:
         """Take over what an equal bracket has counted elsewhere."""

@@ -121,7 +121,7 @@ def merge(
             exclude,
             parse_dtype(dtype),
             embeddings,
-            torch.device(device) if device is not None else None,
+            parse_device(device),
         )
     method.check([model.label for model in plan.models])
     processes = Processes(distributed)
@@ -178,6 +178,25 @@ def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     found = getattr(torch, str(dtype).removeprefix("torch."), None)
     if not isinstance(found, torch.dtype):
         raise MergeError(f"there is no dtype '{dtype}'; use float32, bfloat16 or float16")
+    return found
+
+
+def parse_device(device: torch.device | str | None) -> torch.device | None:
+    """The torch device of a name such as "cuda" or "cuda:1"; of GPUs the current one if it has no number.
+
+    Raises:
+        MergeError: there is no such device.
+    """
+    if device is None:
+        return None
+    try:
+        found = torch.device(device)
+        if found.type == "cuda" and found.index is None:
+            found = torch.device("cuda", torch.cuda.current_device())
+        torch.empty(1, device=found).item()
+    except (RuntimeError, AssertionError) as error:  # the latter where torch was built without CUDA
+        reason = str(error).splitlines()[0].split(". ")[0]
+        raise MergeError(f"cannot compute on the device '{device}': {reason}") from None
     return found
 
 

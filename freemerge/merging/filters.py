@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from freemerge.merging.method import require, require_number
+from freemerge.merging.streaming import at_a_time
 from freemerge.merging.threads import scratch
 
 _FEW_LINES = 24  # two thin matrix products are faster than two transforms up to about here
@@ -246,7 +247,8 @@ def _transform(rows: Tensor, plan: _Plan) -> None:
         end = min(last, first + length // 2)
         inside = rows.view(torch.complex64)[:, : end - first]
         held = [(first, inside), (end, inside.new_empty(len(rows), last - end))]
-    blocks = [slice(start, start + _BLOCK // length + 1) for start in range(0, len(rows), _BLOCK // length + 1)]
+    step = at_a_time(_BLOCK, rows.device) // length + 1
+    blocks = [slice(start, start + step) for start in range(0, len(rows), step)]
     for block in blocks:
         spectrum = torch.fft.rfft(rows[block])
         for start, lines in held:
@@ -266,7 +268,7 @@ def _filter_lines(lines: Tensor, start: int, plan: _Plan) -> None:
     removed = plan.removed[(plan.removed >= start) & (plan.removed < stop)] - start
     lines[:, removed.to(lines.device)] = 0
     begin, end = torch.searchsorted(plan.varying, torch.tensor([start, stop])).tolist()
-    step = max(1, _BLOCK // len(lines))
+    step = max(1, at_a_time(_BLOCK, lines.device) // len(lines))
     for some in range(begin, end, step):
         part = slice(some, min(some + step, end))
         which, gains = (plan.varying[part] - start).to(lines.device), plan.gains[part].to(lines.device)

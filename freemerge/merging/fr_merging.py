@@ -11,6 +11,7 @@ from torch import Tensor
 
 from freemerge.merging.filters import Filter, NyquistDisc
 from freemerge.merging.method import MergeMethod, require, require_number, weighted_sum
+from freemerge.merging.streaming import at_a_time
 from freemerge.merging.threads import each
 from freemerge.merging.vectors import Vectors
 
@@ -133,5 +134,5 @@ def _magnitudes_(deltas: Tensor) -> Tensor:
 def _magnitude(delta: Tensor) -> float:
     """E|v|. torch's own norm adds up in float32 without care, which is off by 3e-4 in a large weight, and is slower."""
     run = delta.reshape(-1)
-    step = _BLOCK if delta.device.type == "cpu" else max(len(run), 1)
-    return math.fsum(float(block.abs().sum()) for block in run.split(step)) / max(len(run), 1)
+    parts = run.split(at_a_time(_BLOCK, delta.device))
+    return math.fsum(float(block.abs().sum()) for block in parts) / max(len(run), 1)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -178,19 +178,18 @@ class Merging:
         return 0 if isinstance(job, Piece) else self._copies * self._shapes[job].numel()
 
     def _work(self, jobs: Iterator[str | Piece]) -> None:
-        with _stream(self._plan.device):
-            for job in jobs:
-                name = job.name if isinstance(job, Piece) else job
-                if name in self._kept:
-                    self._keep(job)
-                elif self._finishes and not isinstance(job, Piece) and self._shapes[name].numel():
-                    self._merge_by_pieces(name)
-                elif isinstance(job, Piece):
-                    self._merge(name, self._plan.read_again(job))
-                else:
-                    self._merge_whole(name)
-                if name in self._merged:
-                    self._meter.count(job)
+        for job in jobs:
+            name = job.name if isinstance(job, Piece) else job
+            if name in self._kept:
+                self._keep(job)
+            elif self._finishes and not isinstance(job, Piece) and self._shapes[name].numel():
+                self._merge_by_pieces(name)
+            elif isinstance(job, Piece):
+                self._merge(name, self._plan.read_again(job))
+            else:
+                self._merge_whole(name)
+            if name in self._merged:
+                self._meter.count(job)
 
     def _keep(self, what: str | Piece) -> None:
         """Copy the base's values."""
@@ -203,26 +202,31 @@ class Merging:
     def _merge_by_pieces(self, name: str) -> None:
         """Merge a tensor by pieces that are finished as a whole: no more than the sum is ever whole in memory."""
         shape = self._shapes[name]
-        memory = self._pool.take(4 * shape.numel())
-        try:
-            merged = memory.view(torch.float32)[: shape.numel()]
+        with self._lent(shape.numel()) as memory:
+            merged = memory[: shape.numel()]
             for piece in self._pieces(name):
                 operands = self._plan.read_again(piece)
                 part = self._combine(name, piece.start, operands.deltas, operands.base.shape)
-                merged = merged.to(part.device)
                 merged[piece.start : piece.stop] = part
             merged = self._checked(name, self._method.finish(name, merged.view(shape)), shape).reshape(-1)
             for piece in self._pieces(name):
                 base = self._plan.read_base(piece)
                 self._put(name, piece.start, add_wide(base, merged[piece.start : piece.stop]))
-        finally:
-            self._pool.give(memory)
 
     def _merge_whole(self, name: str) -> None:
         """Merge a tensor that the method has to see whole."""
-        memory = self._pool.take(4 * len(self._plan.models) * self._shapes[name].numel())
+        with self._lent(len(self._plan.models) * self._shapes[name].numel()) as memory:
+            self._merge(name, self._plan.read(name, memory))
+
+    @contextmanager
+    def _lent(self, values: int) -> Iterator[Tensor]:
+        """Memory for at least so many values, (n,) float32 with arbitrary contents; torch pools a GPU's own."""
+        if self._plan.place.type != "cpu":
+            yield fresh((values,), torch.float32, self._plan.place)
+            return
+        memory = self._pool.take(4 * values)
         try:
-            self._merge(name, self._plan.read(name, memory.view(torch.float32)))
+            yield memory.view(torch.float32)
         finally:
             self._pool.give(memory)
 
@@ -271,11 +275,4 @@ class Merging:
         self._hand_on(name, start or 0, round_to(result, self._plan.output_dtype(name), name))
 
     def _hand_on(self, name: str, start: int, values: Tensor) -> None:
-        self._sink.write(name, start, values if self._plan.device is None else values.to(self._plan.home))
-
-
-def _stream(device: torch.device | None) -> AbstractContextManager:
-    """A stream of this thread's own, so that its copies run beside other threads' arithmetic."""
-    if device is None or device.type != "cuda":
-        return nullcontext()
-    return torch.cuda.stream(torch.cuda.Stream(device))
+        self._sink.write(name, start, self._plan.returned(values))

@@ -14,7 +14,7 @@ from freemerge.merging.filters import Filter
 from freemerge.merging.method import MergeMethod, require, require_number, require_scope, weighted_sum
 from freemerge.merging.ranks import Gather, Scan, order_statistics, tensor_sample
 from freemerge.merging.threads import each
-from freemerge.merging.vectors import BLOCK, Vectors, flat
+from freemerge.merging.vectors import Vectors, blocks, flat
 
 _LINEAR = np.float32(3e-4)  # x − tanh x ≈ x³/3 is less than half a unit in the last place of a float32
 
@@ -104,19 +104,19 @@ class PCBMerging(MergeMethod):
         values = self._filtered(deltas)
         if values.shape[1] == 0:
             return deltas[0].clone()
-        blocks = values.split(BLOCK, dim=1)
+        parts = blocks(values)
         if statistics is None:
 
             def scan(see: Callable[[Tensor], None]) -> None:
-                for block in blocks:
+                for block in parts:
                     see(block.clone())
 
             statistics = self._statistics(scan, tensor_sample(values), values.shape[1])
-        return torch.cat(each(lambda block: self._balanced(block, statistics), blocks)).reshape(deltas.shape[1:])
+        return torch.cat(each(lambda block: self._balanced(block, statistics), parts)).reshape(deltas.shape[1:])
 
     def combine_run(self, name: str, start: int, deltas: Tensor, statistics: PCBStatistics) -> Tensor:
         # One block after the other: every thread has a run of its own.
-        return torch.cat([self._balanced(block, statistics) for block in deltas.split(BLOCK, dim=1)])
+        return torch.cat([self._balanced(block, statistics) for block in blocks(deltas)])
 
     def _statistics(
         self, scan: Scan, sample: Tensor, total: int, gather: Gather = lambda value: [value]

@@ -20,12 +20,11 @@ from freemerge.merging.errors import MergeError
 from freemerge.merging.patterns import select, unmatched
 from freemerge.merging.processes import Processes
 from freemerge.merging.quantized import find_quantized
-from freemerge.merging.streaming import Piece
+from freemerge.merging.streaming import PIECE, Piece, at_a_time
 from freemerge.merging.threads import each, scratch
+from freemerge.merging.transfer import Transfer
 from freemerge.merging.vectors import COLUMNS, Vectors, subtract, widened
 from freemerge.merging.vocabulary import is_vocabulary, match_rows
-
-_DEVICE_PIECE = 1 << 25  # 128 MiB in float32: a copy of which is long against its start
 
 
 class Operands(NamedTuple):
@@ -87,10 +86,21 @@ class Plan:
         """Where the base's tensors are."""
         return self.base.run(self.merged[0], 0, 0).device
 
+    @cached_property
+    def place(self) -> torch.device:
+        """Where the merge is computed."""
+        return self.home if self.device is None else self.device
+
+    @cached_property
+    def transfer(self) -> Transfer | None:
+        """Copies to a GPU and back, if the base's tensors are not there already."""
+        apart = self.place.type == "cuda" and self.home.type == "cpu"
+        return Transfer(self.place) if apart else None
+
     @property
     def piece(self) -> int | None:
         """Values of all models together in one piece; None for what suits a processor's cache."""
-        return None if self.device is None or self.device.type == "cpu" else _DEVICE_PIECE
+        return None if self.place.type == "cpu" else at_a_time(PIECE, self.place)
 
     def vectors(self, processes: Processes | None = None) -> Vectors:
         """The models' task vectors, computed from the checkpoints whenever they are asked for.
@@ -116,7 +126,7 @@ class Plan:
 
         Args:
             what: name of the tensor, or the piece.
-            memory: (K·n or more,) float32 on the CPU, to put the latter in; fresh memory if None.
+            memory: (K·n or more,) float32, to put the latter in; fresh memory if None, or on another device.
 
         Raises:
             MergeError: a value is NaN or infinite.
@@ -124,7 +134,7 @@ class Plan:
         name = what.name if isinstance(what, Piece) else what
         base = self.read_base(what)
         shape = torch.Size((len(self.models), *base.shape))
-        if memory is None or base.device.type != "cpu":
+        if memory is None or memory.device != base.device:
             deltas = fresh(shape, torch.float32, base.device)
         else:
             deltas = memory[: shape.numel()].view(shape)
@@ -167,12 +177,17 @@ class Plan:
 
     def _placed(self, values: Tensor) -> Tensor:
         """Values where they are computed with."""
-        if self.device is None or values.device == self.device:
+        if values.device == self.place:
             return values
-        if self.device.type != "cuda":
-            return values.to(self.device)
-        # From pinned memory a copy runs beside other threads' arithmetic, and is half as long.
-        return values.pin_memory().to(self.device, non_blocking=True)
+        if self.transfer is None or values.device.type != "cpu":
+            return values.to(self.place)
+        return self.transfer.inward(values)
+
+    def returned(self, values: Tensor) -> Tensor:
+        """Values of the result where the base's are."""
+        if values.device == self.home:
+            return values
+        return values.to(self.home) if self.transfer is None else self.transfer.outward(values)
 
 
 def make_plan(
@@ -253,7 +268,7 @@ def _read_runs(model: Checkpoint, name: str, base: Tensor, delta: Tensor) -> Non
     for start in range(0, len(base), COLUMNS):
         run = slice(start, start + COLUMNS)
         values = model.run(name, start, min(start + COLUMNS, len(base)))
-        subtract(widened(base[run]), values, delta[run])
+        subtract(widened(base[run]), values.to(base.device), delta[run])
 
 
 def _read_rows(model: Checkpoint, what: str | Piece, rows: int, reference: Tensor, delta: Tensor) -> Tensor | None:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from freemerge.merging.brackets import Bracket, make_brackets
+from freemerge.merging.streaming import at_a_time
 from freemerge.merging.vectors import Scan, Vectors
 
 _PARTITIONED = 1 << 20  # values of a row that are partitioned in memory if they are all; with a sample fewer
@@ -119,7 +120,7 @@ def _bracketed(
     brackets = {(i, j): bracket for i, row in enumerate(made) for j, bracket in enumerate(row)}
 
     def see(block: Tensor) -> None:
-        for batch in block.split(_BATCH, dim=1):
+        for batch in block.split(at_a_time(_BATCH, block.device), dim=1):
             for (row, _), bracket in brackets.items():
                 bracket.see(batch[row])
 

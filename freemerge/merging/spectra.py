@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from freemerge.merging.streaming import at_a_time
+
 _COLUMNS = 256  # computed with at a time
 
 
@@ -24,7 +26,7 @@ def left_spectrum(matrix: Tensor, tolerance: float) -> tuple[Tensor, Tensor]:
         (m, r) and (r,) float64, largest first; r is 0 for a matrix of zeros.
     """
     gram = torch.zeros(len(matrix), len(matrix), dtype=torch.float64, device=matrix.device)
-    for block in matrix.split(_COLUMNS, dim=1):
+    for block in _blocks(matrix):
         block = block.to(torch.float64)
         gram.addmm_(block, block.T)
     squares, directions = torch.linalg.eigh(gram)  # smallest first
@@ -48,9 +50,14 @@ def to_nearest_isometry_(matrix: Tensor, tolerance: float) -> Tensor:
         return to_nearest_isometry_(matrix.T, tolerance)
     directions, values = left_spectrum(matrix, tolerance)
     whitening = ((directions / values) @ directions.T).to(matrix.dtype)  # (A Aᵀ)^(−1/2), (m, m)
-    for block in matrix.split(_COLUMNS, dim=1):
+    for block in _blocks(matrix):
         block.copy_(whitening @ block)
     return values
+
+
+def _blocks(matrix: Tensor) -> tuple[Tensor, ...]:
+    """Some of the columns of (m, n) at a time; views."""
+    return matrix.split(at_a_time(_COLUMNS, matrix.device, len(matrix)), dim=1)
 
 
 def rounding(rows: int, columns: int) -> float:

@@ -19,6 +19,7 @@ _Result = TypeVar("_Result")
 # models a run is no shorter than _SHORTEST: each is a read.
 PIECE = 1 << 20
 _SHORTEST = 1 << 16
+_ON_DEVICE = 1 << 24  # 64 MiB in float32: long against the start of a copy or a kernel, and there is room for many
 
 
 class Piece(NamedTuple):
@@ -43,6 +44,17 @@ def pieces(shapes: Mapping[str, torch.Size], models: int, size: int | None = Non
         for start in range(0, total, step):
             yield Piece(name, start, min(start + step, total))
             relieve()
+
+
+def at_a_time(values: int, device: torch.device, models: int = 1) -> int:
+    """How many values of each model to compute with at a time.
+
+    Args:
+        values: as many as suit a processor's cache; on a GPU each start costs as much as very many.
+        device: where they are.
+        models: K, whose values are computed with together.
+    """
+    return values if device.type == "cpu" else max(values, _ON_DEVICE // max(models, 1))
 
 
 def read_ahead(read: Callable[[_Job], _Result], jobs: Iterable[_Job], depth: int = 2) -> Iterator[_Result]:

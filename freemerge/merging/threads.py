@@ -57,12 +57,14 @@ def run(
     """
     size = team_size()
     source = _Source(jobs, cost, budget)
+    # What threads ask of a GPU is queued where their caller's work is: so it is done in order, and on the same GPU.
+    stream = torch.cuda.current_stream() if torch.cuda.is_initialized() else None
 
     def body() -> None:
         _team.size, _team.scratch = size, {}
         torch.set_num_threads(1)
         try:
-            with torch.no_grad(), keep_files_open():
+            with torch.no_grad(), keep_files_open(), torch.cuda.stream(stream):
                 work(source.deal())
         except BaseException as error:  # handed on to the caller
             source.fail(error)

@@ -19,7 +19,7 @@ from freemerge.checkpoints.pages import fresh
 from freemerge.checkpoints.reading import keep_files_open
 from freemerge.merging.errors import MergeError
 from freemerge.merging.processes import Processes
-from freemerge.merging.streaming import PIECE, Piece, pieces, read_ahead
+from freemerge.merging.streaming import PIECE, Piece, at_a_time, pieces, read_ahead
 from freemerge.merging.threads import each, run
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ class Vectors:
         shapes = {name: self.shapes[name] for name in self._processes.share(self.shapes)}
 
         def look(name: str) -> None:  # a function, so that nothing of a tensor is held while the next one is read
-            each(see, flat(self._read(name)).split(BLOCK, dim=1))
+            each(see, blocks(flat(self._read(name))))
 
         def work(jobs: Iterator[str | Piece]) -> None:
             for job in jobs:
@@ -125,16 +125,16 @@ class Vectors:
         """
         found: dict[str, _Value] = {}
 
-        def blocks(name: str) -> Iterator[Tensor]:
+        def parts(name: str) -> Iterator[Tensor]:
             if self._read_piece is None:
-                return iter(flat(self._read(name)).split(BLOCK, dim=1))
+                return iter(blocks(flat(self._read(name))))
             return map(self._read_piece, pieces({name: self.shapes[name]}, len(self.labels), self._piece))
 
         def work(names: Iterator[str]) -> None:
             for name in names:
 
                 def scan(see: Callable[[Tensor], None], name: str = name) -> None:
-                    for block in blocks(name):
+                    for block in parts(name):
                         see(block)
 
                 size = self.shapes[name].numel()
@@ -388,6 +388,11 @@ def subtract(base: Tensor, tensor: Tensor, out: Tensor) -> None:
 def flat(deltas: Tensor) -> Tensor:
     """(K, *shape) → (K, n), for scalars and empty tensors too."""
     return deltas.reshape(len(deltas), deltas.shape[1:].numel())
+
+
+def blocks(values: Tensor) -> tuple[Tensor, ...]:
+    """A whole tensor of K models, (K, n), in parts (K, ≤ n) that suit where it is; views."""
+    return values.split(at_a_time(BLOCK, values.device, len(values)), dim=1)
 
 
 def add(base: Tensor, delta: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ from freemerge.experts.flat import FlatWeights
 from freemerge.experts.layerwise import substituted
 from freemerge.inputs import Inputs, batch_size, device_of, select
 from freemerge.models.backbones import Backbone
+from freemerge.models.recorded import RecordedBackbone
 from freemerge.models.router import Router
 
 _SHARES = 16  # soft routing's weights are multiples of 1/16, so that like samples can share a forward pass
@@ -75,6 +76,9 @@ class FreeModel(nn.Module):
             familiar than `router.familiarity.least`.
         top_n: how many of the most likely tasks' experts are mixed, weighted by their probabilities (rounded to
             sixteenths); 1 takes the most likely one's, as the paper does.
+        cuda_graphs: record the backbone's passes as CUDA graphs, one for each shape of inputs that comes again: on a
+            GPU a mixed batch's small passes are started several times as fast. In evaluation mode, without gradients
+            and autocast; whatever cannot be recorded runs as usual. May be switched at any time.
 
     Raises:
         ValueError: if an expert names no task or does not fit the backbone, or the router has another number of tasks.
@@ -89,6 +93,7 @@ class FreeModel(nn.Module):
         class_names: Mapping[str, Sequence[str]] | None = None,
         threshold: float = 0.0,
         top_n: int = 1,
+        cuda_graphs: bool = False,
     ) -> None:
         super().__init__()
         self.backbone = backbone
@@ -97,6 +102,7 @@ class FreeModel(nn.Module):
         self.class_names = {task: list(names) for task, names in (class_names or {}).items()}
         self.threshold = threshold
         self.top_n = top_n
+        self.cuda_graphs = cuda_graphs
         for task, expert in (experts or {}).items():
             if task not in self.heads:
                 raise ValueError(
@@ -114,6 +120,7 @@ class FreeModel(nn.Module):
             for task, expert in (experts or {}).items()
         }
         self._flat: FlatWeights | None = None
+        self._recorded: RecordedBackbone | None = None
 
     # -- what it is made of -------------------------------------------------------------------------------------------
 
@@ -159,7 +166,7 @@ class FreeModel(nn.Module):
         return TaskModel(backbone, copy.deepcopy(self.heads[task])).train(self.training)
 
     def _apply(self, fn, recurse: bool = True):
-        self._flat = None  # the weights are about to move
+        self._flat = self._recorded = None  # the weights are about to move
         super()._apply(fn, recurse)
         device = next(self.parameters()).device
         for packed in self._packed.values():
@@ -169,8 +176,9 @@ class FreeModel(nn.Module):
     def __deepcopy__(self, memo: dict) -> FreeModel:
         twin = self.__class__.__new__(self.__class__)
         memo[id(self)] = twin
-        twin.__dict__ = {key: copy.deepcopy(value, memo) for key, value in self.__dict__.items() if key != "_flat"}
-        twin._flat = None  # of other weights
+        own = ("_flat", "_recorded")  # of other weights
+        twin.__dict__ = {key: copy.deepcopy(value, memo) for key, value in self.__dict__.items() if key not in own}
+        twin._flat = twin._recorded = None
         return twin
 
     def _check(self, task: str) -> None:
@@ -206,19 +214,30 @@ class FreeModel(nn.Module):
         probabilities = router_logits.float().softmax(dim=1)
         routed = probabilities.argmax(dim=1)
         shares = self._shares(probabilities, routed).masked_fill(abstained[:, None], 0)  # (B, K)
-        features: Tensor | None = None
-        groups, of = shares.unique(dim=0, return_inverse=True) if size else (shares, routed)
-        self._flatten()
-        for index, group in enumerate(groups.tolist()):
-            members = (of == index).nonzero().squeeze(1)
-            part = inputs if len(members) == size else select(inputs, members)
-            with self._switched({self.tasks[k]: share / _SHARES for k, share in enumerate(group) if share}):
-                outputs = self.backbone(part)  # (b, F)
-            if features is None:
-                features = outputs.new_empty(size, outputs.shape[1])
-            features[members] = outputs
+        features = self._mixed(inputs, shares.cpu()) if size else None
         answering = routed if head is None else torch.full_like(routed, self.tasks.index(head))
         return FreeOutput(answering, self._logits(features, answering), router_logits, self.tasks, abstained)
+
+    def _mixed(self, inputs: Inputs, shares: Tensor) -> Tensor:
+        """Features (B, F), each group of samples that share their experts in a pass of its own.
+
+        Args:
+            inputs: B ≥ 1 samples.
+            shares: (B, K) int64 on the CPU, sixteenths of each expert.
+        """
+        groups, of = shares.unique(dim=0, return_inverse=True)
+        order = of.argsort(stable=True)  # the groups side by side
+        device, in_order = device_of(inputs), order.argsort()
+        if len(groups) > 1:
+            inputs = select(inputs, order.to(device))
+        outputs, start = [], 0
+        recorded = self._prepare(device)
+        for group, count in zip(groups.tolist(), of.bincount().tolist(), strict=True):
+            part = select(inputs, slice(start, start + count))
+            weights = {self.tasks[k]: share / _SHARES for k, share in enumerate(group) if share}
+            outputs.append(self._pass(part, weights, recorded))  # (b, F)
+            start += count
+        return torch.cat(outputs)[in_order.to(device)] if len(groups) > 1 else outputs[0]
 
     def route(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """What the router says: task logits (B, K), and where it abstains, (B,) bool.
@@ -236,9 +255,7 @@ class FreeModel(nn.Module):
 
     def features(self, inputs: Inputs, task: str) -> Tensor:
         """Features (B, F) of the merged backbone with `task`'s expert switched in; the weights are restored after."""
-        self._flatten()
-        with self._switched({task: 1.0}):
-            return self.backbone(inputs)
+        return self._pass(inputs, {task: 1.0}, self._prepare(device_of(inputs)))
 
     def _shares(self, probabilities: Tensor, routed: Tensor) -> Tensor:
         """How many sixteenths of each expert every sample gets: (B, K) int64."""
@@ -250,20 +267,25 @@ class FreeModel(nn.Module):
         rounded[:, 0] += _SHARES - rounded.sum(dim=1)  # they add up to one
         return shares.scatter_(1, which, rounded)
 
-    @contextmanager
-    def _switched(self, weights: Mapping[str, float]) -> Iterator[None]:
-        """The backbone with Σ w · expert added to its weights."""
+    def _pass(self, inputs: Inputs, weights: Mapping[str, float], recorded: RecordedBackbone | None) -> Tensor:
+        """Features (B, F) of the backbone with Σ w · expert added to its weights."""
         packed = {task: self._packed[task] for task in weights if task in self._packed}
+        run = recorded or self.backbone
         if not packed:
-            yield
-            return
+            return run(inputs)
         if len(packed) == 1 and all(weights[task] == 1.0 for task in packed):
             (expert,) = packed.values()
         else:
             expert = mix([one.unpacked() for one in packed.values()], [weights[task] for task in packed])
-        kind = expert.kind if isinstance(expert, PackedExpert) else type(expert)
-        with self._attached_sparse(expert) if kind is SparseExpert else self._substituted(expert):
-            yield
+        if (expert.kind if isinstance(expert, PackedExpert) else type(expert)) is SparseExpert:
+            with self._attached_sparse(expert):
+                return run(inputs)
+        if isinstance(expert, PackedExpert):
+            if recorded is not None:
+                return recorded(inputs, expert)
+            expert = expert.unpacked()
+        with substituted(self.backbone.model, expert.shapes, expert.added):
+            return self.backbone(inputs)
 
     @contextmanager
     def _attached_sparse(self, expert: PackedExpert | SparseExpert) -> Iterator[None]:
@@ -274,18 +296,21 @@ class FreeModel(nn.Module):
         with self._flat.attached(expert):
             yield
 
-    def _flatten(self) -> None:
-        """Lay the weights out for a batch's switches, unless they still are; finding out looks at every tensor."""
-        if self._flat is not None and self._flat.current:
-            return
-        if any(packed.kind is SparseExpert for packed in self._packed.values()):
-            self._flat = FlatWeights(self.backbone.model)
+    def _prepare(self, device: torch.device) -> RecordedBackbone | None:
+        """Lay the weights out for a batch's switches, unless they still are; finding out looks at every tensor.
 
-    @contextmanager
-    def _substituted(self, expert: PackedExpert | Expert) -> Iterator[None]:
-        expert = expert.unpacked() if isinstance(expert, PackedExpert) else expert
-        with substituted(self.backbone.model, expert.shapes, expert.added):
-            yield
+        Returns:
+            What to run the backbone's passes with, if they may be recorded.
+        """
+        if self._flat is None or not self._flat.current:
+            sparse = any(packed.kind is SparseExpert for packed in self._packed.values())
+            self._flat = FlatWeights(self.backbone.model) if sparse else None
+        recordable = self.cuda_graphs and device.type == "cuda" and not self.training
+        if not recordable or torch.is_grad_enabled() or torch.is_autocast_enabled(device.type):
+            return None
+        if self._recorded is None or not self._recorded.current:
+            self._recorded = RecordedBackbone(self.backbone)
+        return self._recorded
 
     def _logits(self, features: Tensor | None, answering: Tensor) -> Tensor:
         """(B, F) → (B, C), each sample by the head of the task `answering` names; −inf past its own classes."""
@@ -294,8 +319,9 @@ class FreeModel(nn.Module):
             return torch.empty((0, width), device=answering.device)
         width = max(self._outputs(task, features.shape[1]) for task in self.tasks)
         logits: Tensor | None = None
-        for index in answering.unique().tolist():
-            group = (answering == index).nonzero().squeeze(1)
+        on_cpu = answering.cpu()
+        for index in on_cpu.unique().tolist():
+            group = (on_cpu == index).nonzero().squeeze(1).to(answering.device)
             outputs = self.heads[self.tasks[index]](features[group])  # (b, C_k)
             if logits is None:
                 logits = outputs.new_full((len(features), width), float("-inf"))

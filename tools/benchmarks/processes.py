@@ -69,7 +69,7 @@ def confine(cores: int) -> None:
         raise SystemExit(f"error: there are {len(available)} cores, not {cores}; give --cores {len(available)}")
     os.sched_setaffinity(0, available[:cores])
     os.environ["OMP_NUM_THREADS"] = str(cores)
-    os.environ["PYTHONPATH"] = str(ROOT)
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     os.environ["HF_HUB_OFFLINE"] = "1"
 
 
