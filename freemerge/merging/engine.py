@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from freemerge.merging.per_pattern import with_overrides
 from freemerge.merging.plan import Plan, make_plan
 from freemerge.merging.processes import Processes
 from freemerge.merging.provenance import make_files, make_record
+from freemerge.merging.threads import one_thread
 
 
 def merge(
@@ -131,7 +132,8 @@ def merge(
         if dry_run:
             return forecast(plan, method, _shards(plan, output, shard_bytes), meter.total)
         if output is None:
-            return _merge_in_memory(plan, method, meter)
+            with one_thread() if plan.resident else nullcontext():
+                return _merge_in_memory(plan, method, meter)
         hash_inputs = hash_inputs and output.suffix != ".safetensors"
 
         def describe() -> dict[str, Any]:

@@ -91,6 +91,11 @@ class Plan:
         """Where the merge is computed."""
         return self.home if self.device is None else self.device
 
+    @property
+    def resident(self) -> bool:
+        """Whether the base is on the GPU that computes, so that nothing else has work to do."""
+        return self.place.type == "cuda" and self.transfer is None
+
     @cached_property
     def transfer(self) -> Transfer | None:
         """Copies to a GPU and back, if the base's tensors are not there already."""

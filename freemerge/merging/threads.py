@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import TypeVar
 
 import torch
@@ -32,6 +32,20 @@ _SCATTERED = 32 << 20  # bytes of free memory that may lie scattered; a quarter 
 def team_size() -> int:
     """How many threads may work side by side: as many as torch would use (OMP_NUM_THREADS, `torch.set_num_threads`)."""
     return getattr(_team, "size", None) or torch.get_num_threads()
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """For the duration of a block there is one thread: where a GPU does all the work, more would wait for each other."""
+    before = getattr(_team, "size", None)
+    _team.size = 1
+    try:
+        yield
+    finally:
+        if before is None:
+            del _team.size
+        else:
+            _team.size = before
 
 
 def run(
