@@ -2,7 +2,7 @@
 
     python tools/benchmark_free_model.py                           # the quickstart's ViT, 8 tasks, batch 256: a minute
     python tools/benchmark_free_model.py --shape vit-b32 --repeat 3
-    python tools/benchmark_free_model.py --shape vit-b32 --device cuda --cuda_graphs --dtype float32 bfloat16
+    python tools/benchmark_free_model.py --shape vit-b32 --device cuda --dtype float32 bfloat16
 
 Weights and experts are random; the router runs, but each batch is dealt out evenly. Every figure is a ratio within one
 run: plain and FREE passes alternate, and the median of their ratios counts. `held` is what a model keeps in memory
@@ -37,7 +37,6 @@ SHAPES = {
     "vit-b32": {"model_type": "vit", "image_size": 224, "patch_size": 32},
 }  # fmt: skip
 KINDS = ("sparse", "low_rank")
-WARM_UP = 1  # rounds that are not counted, besides the first; passes are recorded when they come for the second time
 
 
 def make_backbone(arguments: argparse.Namespace, dtype: str = "float32") -> TransformersBackbone:
@@ -81,7 +80,7 @@ def make_model(arguments: argparse.Namespace, folder: Path, dtype: str) -> FreeM
         width = feature_width(make_images(arguments, backbone, 2), backbone, "embeddings")
         router = EarlyRouter(len(experts), "embeddings", width)
     heads = {task: nn.Linear(backbone.feature_dim, 10) for task in experts}
-    model = FreeModel(backbone, heads, experts, router, cuda_graphs=arguments.cuda_graphs)
+    model = FreeModel(backbone, heads, experts, router)
     model.to(arguments.device, backbone.model.dtype).eval()
     route = model.route
 
@@ -117,11 +116,11 @@ def throughput(arguments: argparse.Namespace, folder: Path, dtype: str) -> None:
     }
     ratios: dict[str, list[float]] = {name: [] for name in passes}
     plain = []
-    for index in range(arguments.repeat + 1 + WARM_UP):
+    for index in range(arguments.repeat + 1):
         for name, run in passes.items():
             alone = seconds(lambda: head(model.backbone(images)), arguments.device)
             ratio = alone / seconds(run, arguments.device)
-            if index > WARM_UP:
+            if index:  # the first round warms up
                 ratios[name].append(ratio)
                 plain.append(alone)
     middle = {name: statistics.median(found) for name, found in ratios.items()}
@@ -145,12 +144,11 @@ def peak(arguments: argparse.Namespace) -> None:
 
 
 def run_once(arguments: argparse.Namespace, which: str, dtype: str, count: int) -> None:
-    """Load a model, "plain" or with the experts of a folder, and run a batch; three times if passes are recorded."""
+    """Load a model, "plain" or with the experts of a folder, and run a batch."""
     plain = which == "plain"
     model = make_backbone(arguments, dtype).to(arguments.device) if plain else make_model(arguments, Path(which), dtype)
     images = make_images(arguments, model if plain else model.backbone, count).to(arguments.device)
-    for _ in range(3 if arguments.cuda_graphs else 1):
-        model(images)
+    model(images)
 
 
 @torch.no_grad()
@@ -181,7 +179,6 @@ def main() -> None:
     parser.add_argument("--router", choices=["conv", "early"], default="early")
     parser.add_argument("--dtype", nargs="+", choices=["float32", "bfloat16"], default=["float32"])
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--cuda_graphs", action="store_true")
     parser.add_argument("--repeat", type=int, default=20)
     parser.add_argument("--kinds", nargs="*", choices=KINDS, default=list(KINDS))
     parser.add_argument("--peak", help=argparse.SUPPRESS)
@@ -194,7 +191,7 @@ def main() -> None:
         for dtype in arguments.dtype:
             for kind in arguments.kinds:
                 about = f"{arguments.tasks} {kind} experts, batch {arguments.batch}, {dtype}, {arguments.device}"
-                print(f"{arguments.shape}, {about}{', CUDA graphs' if arguments.cuda_graphs else ''}")
+                print(f"{arguments.shape}, {about}")
                 throughput(arguments, Path(folder) / kind, dtype)
                 if arguments.shape == "quickstart":
                     continue  # smaller than what a resident set can tell

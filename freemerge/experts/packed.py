@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -27,6 +27,8 @@ class PackedExpert:
         self.metadata = dict(expert.metadata)
         parts = {name: part.detach() for name, part in expert.parts().items()}
         self.sizes = {name: part.numel() for name, part in parts.items()}
+        ends = accumulate(self.sizes.values())
+        self._ends = dict(zip(self.sizes, enumerate(ends), strict=True))  # name → which part it is, and where it ends
         for encoding in ENCODINGS:
             self.codes, self.scales = encode_values(list(parts.values()), encoding)
             decoded = decode_values(self.codes, self.scales, list(self.sizes.values()))
@@ -49,37 +51,14 @@ class PackedExpert:
         return self
 
     @property
-    def layout(self) -> Hashable:
-        """All but the values: experts that agree in it can take each other's place in memory."""
-        arrays = tuple((name, array.shape) for name, array in self.arrays.items())
-        return (
-            self.kind,
-            tuple(self.shapes.items()),
-            tuple(self.sizes.items()),
-            self.codes.dtype,
-            arrays,
-            id(self._shared),
-        )
-
-    def twin(self) -> PackedExpert:
-        """The same expert in memory of its own; what masked experts share stays shared."""
-        twin = copy.copy(self)
-        twin.codes, twin.scales = self.codes.clone(), self.scales.clone()
-        twin.arrays = {name: array.clone() for name, array in self.arrays.items()}
-        return twin
-
-    def copy_(self, other: PackedExpert) -> PackedExpert:
-        """Take over the values of an expert of the same layout, in place."""
-        self.codes.copy_(other.codes)
-        self.scales.copy_(other.scales)
-        for name, array in self.arrays.items():
-            array.copy_(other.arrays[name])
-        return self
-
-    @property
     def num_bytes(self) -> int:
         """Bytes in memory, without what masked experts share."""
         return sum(x.numel() * x.element_size() for x in (self.codes, self.scales, *self.arrays.values()))
+
+    def part(self, name: str) -> Tensor:
+        """The values of one part, (n,) float32, as the unpacked expert has them."""
+        index, end = self._ends[name]
+        return self.codes[end - self.sizes[name] : end].float() * self.scales[index]
 
     def unpacked(self) -> Expert:
         """The expert as it was given."""

@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from freemerge.merging.threads import load_linalg
+
 _SMALL = 256  # of a smaller side the whole decomposition is fast
 _OVERSAMPLING = 16
 _GAIN = 1e-3  # of the energy that is left: an iteration that captures less of it is the last
@@ -37,6 +39,7 @@ def factorize(matrix: Tensor, rank: int) -> Factors:
     Returns:
         The factors, with min(r, m, n) columns and rows. The same matrix gives the same factors.
     """
+    load_linalg(matrix.device)
     rank = min(rank, *matrix.shape)
     width = rank + max(_OVERSAMPLING, rank // 4)
     if min(matrix.shape) <= max(_SMALL, 2 * width):

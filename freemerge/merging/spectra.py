@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from freemerge.merging.streaming import at_a_time
+from freemerge.merging.threads import load_linalg
 
 _COLUMNS = 256  # computed with at a time
 
@@ -25,6 +26,7 @@ def left_spectrum(matrix: Tensor, tolerance: float) -> tuple[Tensor, Tensor]:
     Returns:
         (m, r) and (r,) float64, largest first; r is 0 for a matrix of zeros.
     """
+    load_linalg(matrix.device)
     gram = torch.zeros(len(matrix), len(matrix), dtype=torch.float64, device=matrix.device)
     for block in _blocks(matrix):
         block = block.to(torch.float64)

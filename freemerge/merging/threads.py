@@ -25,6 +25,9 @@ _Result = TypeVar("_Result")
 # In a thread of ours: .size, how many may work side by side; .scratch, memory that it uses again.
 _team = threading.local()
 
+_loading = threading.Lock()
+_loaded: set[torch.device] = set()
+
 _WHOLE = 1 << 20  # from here on a block is (or is of) a whole tensor, while such are worked on
 _SCATTERED = 32 << 20  # bytes of free memory that may lie scattered; a quarter where whole tensors need the room
 
@@ -36,7 +39,7 @@ def team_size() -> int:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """For the duration of a block there is one thread: where a GPU does all the work, more would wait for each other."""
+    """For the duration of a block there is one thread: where a GPU does all the work, more only wait for each other."""
     before = getattr(_team, "size", None)
     _team.size = 1
     try:
@@ -139,6 +142,17 @@ def scratch(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch
         kept.pop(name, None)
         kept[name] = fresh((size,), torch.uint8)
     return kept[name][:size].view(dtype).view(shape)
+
+
+def load_linalg(device: torch.device) -> None:
+    """To be called before `torch.linalg` is used on a device: torch loads a GPU's part of it when it is first called,
+    and fails if several threads call it then."""
+    if device.type == "cpu":
+        return
+    with _loading:
+        if device not in _loaded:
+            torch.linalg.inv(torch.eye(1, device=device))
+            _loaded.add(device)
 
 
 class _Source:

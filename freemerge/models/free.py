@@ -5,7 +5,8 @@
     FreeModel(inputs, head="x")    routes each sample to an expert, and answers by task x's head
 
 - There is one backbone in memory, and each expert in the bytes of its file. Sparse experts are switched into the
-  weights for the duration of their group and out again, bit for bit; others change one layer at a time.
+  weights for the duration of their group and out again, bit for bit. Low-rank ones run side by side in one pass, where
+  the backbone allows it; others change one layer at a time.
 - What a sample gets depends on the sample alone, never on its neighbours in the batch.
 - A sample of which the router is not sure enough, or which is like none that it knows, gets the plain merged backbone.
 """
@@ -21,12 +22,12 @@ import torch
 from torch import Tensor, nn
 
 from freemerge.checkpoints.memory import find_tied
-from freemerge.experts import Expert, PackedExpert, SparseExpert, attached, check_fits, mix
+from freemerge.experts import Expert, LowRankExpert, PackedExpert, SparseExpert, attached, check_fits, mix
 from freemerge.experts.flat import FlatWeights
 from freemerge.experts.layerwise import substituted
+from freemerge.experts.side_by_side import runs_side_by_side, side_by_side
 from freemerge.inputs import Inputs, batch_size, device_of, select
 from freemerge.models.backbones import Backbone
-from freemerge.models.recorded import RecordedBackbone
 from freemerge.models.router import Router
 
 _SHARES = 16  # soft routing's weights are multiples of 1/16, so that like samples can share a forward pass
@@ -76,9 +77,6 @@ class FreeModel(nn.Module):
             familiar than `router.familiarity.least`.
         top_n: how many of the most likely tasks' experts are mixed, weighted by their probabilities (rounded to
             sixteenths); 1 takes the most likely one's, as the paper does.
-        cuda_graphs: record the backbone's passes as CUDA graphs, one for each shape of inputs that comes again: on a
-            GPU a mixed batch's small passes are started several times as fast. In evaluation mode, without gradients
-            and autocast; whatever cannot be recorded runs as usual. May be switched at any time.
 
     Raises:
         ValueError: if an expert names no task or does not fit the backbone, or the router has another number of tasks.
@@ -93,7 +91,6 @@ class FreeModel(nn.Module):
         class_names: Mapping[str, Sequence[str]] | None = None,
         threshold: float = 0.0,
         top_n: int = 1,
-        cuda_graphs: bool = False,
     ) -> None:
         super().__init__()
         self.backbone = backbone
@@ -102,7 +99,6 @@ class FreeModel(nn.Module):
         self.class_names = {task: list(names) for task, names in (class_names or {}).items()}
         self.threshold = threshold
         self.top_n = top_n
-        self.cuda_graphs = cuda_graphs
         for task, expert in (experts or {}).items():
             if task not in self.heads:
                 raise ValueError(
@@ -120,7 +116,6 @@ class FreeModel(nn.Module):
             for task, expert in (experts or {}).items()
         }
         self._flat: FlatWeights | None = None
-        self._recorded: RecordedBackbone | None = None
 
     # -- what it is made of -------------------------------------------------------------------------------------------
 
@@ -166,7 +161,7 @@ class FreeModel(nn.Module):
         return TaskModel(backbone, copy.deepcopy(self.heads[task])).train(self.training)
 
     def _apply(self, fn, recurse: bool = True):
-        self._flat = self._recorded = None  # the weights are about to move
+        self._flat = None  # the weights are about to move
         super()._apply(fn, recurse)
         device = next(self.parameters()).device
         for packed in self._packed.values():
@@ -176,9 +171,8 @@ class FreeModel(nn.Module):
     def __deepcopy__(self, memo: dict) -> FreeModel:
         twin = self.__class__.__new__(self.__class__)
         memo[id(self)] = twin
-        own = ("_flat", "_recorded")  # of other weights
-        twin.__dict__ = {key: copy.deepcopy(value, memo) for key, value in self.__dict__.items() if key not in own}
-        twin._flat = twin._recorded = None
+        twin.__dict__ = {key: copy.deepcopy(value, memo) for key, value in self.__dict__.items() if key != "_flat"}
+        twin._flat = None  # of other weights
         return twin
 
     def _check(self, task: str) -> None:
@@ -219,25 +213,23 @@ class FreeModel(nn.Module):
         return FreeOutput(answering, self._logits(features, answering), router_logits, self.tasks, abstained)
 
     def _mixed(self, inputs: Inputs, shares: Tensor) -> Tensor:
-        """Features (B, F), each group of samples that share their experts in a pass of its own.
+        """Features (B, F), samples that share their experts together.
 
         Args:
             inputs: B ≥ 1 samples.
             shares: (B, K) int64 on the CPU, sixteenths of each expert.
         """
         groups, of = shares.unique(dim=0, return_inverse=True)
-        order = of.argsort(stable=True)  # the groups side by side
-        device, in_order = device_of(inputs), order.argsort()
-        if len(groups) > 1:
-            inputs = select(inputs, order.to(device))
-        outputs, start = [], 0
-        recorded = self._prepare(device)
-        for group, count in zip(groups.tolist(), of.bincount().tolist(), strict=True):
-            part = select(inputs, slice(start, start + count))
-            weights = {self.tasks[k]: share / _SHARES for k, share in enumerate(group) if share}
-            outputs.append(self._pass(part, weights, recorded))  # (b, F)
-            start += count
-        return torch.cat(outputs)[in_order.to(device)] if len(groups) > 1 else outputs[0]
+        weights = [
+            {self.tasks[k]: share / _SHARES for k, share in enumerate(group) if share} for group in groups.tolist()
+        ]
+        if len(groups) == 1:
+            return self._grouped(inputs, [(weights[0], len(of))])
+        order, device = of.argsort(stable=True), device_of(inputs)  # the groups side by side
+        grouped = self._grouped(
+            select(inputs, order.to(device)), list(zip(weights, of.bincount().tolist(), strict=True))
+        )
+        return grouped[order.argsort().to(device)]
 
     def route(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """What the router says: task logits (B, K), and where it abstains, (B,) bool.
@@ -254,8 +246,8 @@ class FreeModel(nn.Module):
         return logits, self.router.abstains(logits, familiarity, self.threshold)
 
     def features(self, inputs: Inputs, task: str) -> Tensor:
-        """Features (B, F) of the merged backbone with `task`'s expert switched in; the weights are restored after."""
-        return self._pass(inputs, {task: 1.0}, self._prepare(device_of(inputs)))
+        """Features (B, F) of the merged backbone with `task`'s expert; the weights are afterwards what they were."""
+        return self._grouped(inputs, [({task: 1.0}, batch_size(inputs))])
 
     def _shares(self, probabilities: Tensor, routed: Tensor) -> Tensor:
         """How many sixteenths of each expert every sample gets: (B, K) int64."""
@@ -267,50 +259,65 @@ class FreeModel(nn.Module):
         rounded[:, 0] += _SHARES - rounded.sum(dim=1)  # they add up to one
         return shares.scatter_(1, which, rounded)
 
-    def _pass(self, inputs: Inputs, weights: Mapping[str, float], recorded: RecordedBackbone | None) -> Tensor:
-        """Features (B, F) of the backbone with Σ w · expert added to its weights."""
+    def _grouped(self, inputs: Inputs, groups: Sequence[tuple[Mapping[str, float], int]]) -> Tensor:
+        """Features (B, F) of the backbone with Σ w · expert added to its weights, for each group of samples.
+
+        Args:
+            inputs: B ≥ 1 samples, group by group.
+            groups: task → w, and the number of samples.
+        """
+        experts = [self._expert(weights) for weights, _ in groups]
+        counts = [count for _, count in groups]
+        if self._low_rank(inputs, experts):
+            with side_by_side(self.backbone.model, list(zip(experts, counts, strict=True))):
+                return self.backbone(inputs)
+        outputs, start = [], 0
+        self._flatten()
+        for expert, count in zip(experts, counts, strict=True):
+            part = inputs if len(groups) == 1 else select(inputs, slice(start, start + count))
+            with self._switched(expert):
+                outputs.append(self.backbone(part))  # (b, F)
+            start += count
+        return outputs[0] if len(groups) == 1 else torch.cat(outputs)
+
+    def _expert(self, weights: Mapping[str, float]) -> Expert | PackedExpert | None:
+        """Σ w · expert, or the expert itself, packed, if it is one alone; None if there is none."""
         packed = {task: self._packed[task] for task in weights if task in self._packed}
-        run = recorded or self.backbone
-        if not packed:
-            return run(inputs)
         if len(packed) == 1 and all(weights[task] == 1.0 for task in packed):
-            (expert,) = packed.values()
-        else:
-            expert = mix([one.unpacked() for one in packed.values()], [weights[task] for task in packed])
-        if (expert.kind if isinstance(expert, PackedExpert) else type(expert)) is SparseExpert:
-            with self._attached_sparse(expert):
-                return run(inputs)
-        if isinstance(expert, PackedExpert):
-            if recorded is not None:
-                return recorded(inputs, expert)
-            expert = expert.unpacked()
-        with substituted(self.backbone.model, expert.shapes, expert.added):
-            return self.backbone(inputs)
+            return next(iter(packed.values()))
+        if not packed:
+            return None
+        return mix([one.unpacked() for one in packed.values()], [weights[task] for task in packed])
+
+    def _low_rank(self, inputs: Inputs, experts: Sequence[Expert | PackedExpert | None]) -> bool:
+        """Whether all experts of a batch can run side by side in one pass."""
+        kinds = {_kind(expert) for expert in experts if expert is not None}
+        if kinds != {LowRankExpert} or self.training:
+            return False
+        return runs_side_by_side(self.backbone.model, self.backbone, [(expert, 0) for expert in experts], inputs)
 
     @contextmanager
-    def _attached_sparse(self, expert: PackedExpert | SparseExpert) -> Iterator[None]:
-        if isinstance(expert, SparseExpert):
+    def _switched(self, expert: Expert | PackedExpert | None) -> Iterator[None]:
+        """The backbone with an expert added to its weights."""
+        if expert is None:
+            yield
+        elif isinstance(expert, SparseExpert):
             with attached(self.backbone.model, expert):
                 yield
+        elif _kind(expert) is SparseExpert:
+            with self._flat.attached(expert):
+                yield
+        else:
+            expert = expert.unpacked() if isinstance(expert, PackedExpert) else expert
+            with substituted(self.backbone.model, expert.shapes, expert.added):
+                yield
+
+    def _flatten(self) -> None:
+        """Lay the weights out for a batch's switches, unless they still are; finding out looks at every tensor."""
+        if self._flat is not None and self._flat.current:
             return
-        with self._flat.attached(expert):
-            yield
-
-    def _prepare(self, device: torch.device) -> RecordedBackbone | None:
-        """Lay the weights out for a batch's switches, unless they still are; finding out looks at every tensor.
-
-        Returns:
-            What to run the backbone's passes with, if they may be recorded.
-        """
-        if self._flat is None or not self._flat.current:
-            sparse = any(packed.kind is SparseExpert for packed in self._packed.values())
-            self._flat = FlatWeights(self.backbone.model) if sparse else None
-        recordable = self.cuda_graphs and device.type == "cuda" and not self.training
-        if not recordable or torch.is_grad_enabled() or torch.is_autocast_enabled(device.type):
-            return None
-        if self._recorded is None or not self._recorded.current:
-            self._recorded = RecordedBackbone(self.backbone)
-        return self._recorded
+        if any(packed.kind is SparseExpert for packed in self._packed.values()):
+            self._flat = FlatWeights(self.backbone.model)
 
     def _logits(self, features: Tensor | None, answering: Tensor) -> Tensor:
         """(B, F) → (B, C), each sample by the head of the task `answering` names; −inf past its own classes."""
@@ -346,6 +353,10 @@ class FreeModel(nn.Module):
         from freemerge.models.free_folder import load_free_model
 
         return load_free_model(directory, backbone)
+
+
+def _kind(expert: Expert | PackedExpert) -> type[Expert]:
+    return expert.kind if isinstance(expert, PackedExpert) else type(expert)
 
 
 class TaskModel(nn.Module):

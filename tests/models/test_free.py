@@ -121,6 +121,20 @@ def test_autocast_keeps_no_narrow_copies_of_switched_weights(model: FreeModel, i
     torch.testing.assert_close(one_by_one, routed, rtol=0.05, atol=0.05)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("top_n", [1, 2])
+def test_a_backbone_of_another_layout_gives_the_same_group_by_group(
+    model: FreeModel, images: torch.Tensor, top_n: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = with_low_rank_experts(model)
+    model.top_n = top_n
+    side_by_side = model(images)
+    monkeypatch.setattr("freemerge.models.free.runs_side_by_side", lambda *_: False)
+    one_by_one = model(images)
+    assert torch.equal(one_by_one.task, side_by_side.task)
+    torch.testing.assert_close(one_by_one.logits, side_by_side.logits)
+
+
 def with_low_rank_experts(model: FreeModel) -> FreeModel:
     experts = {}
     for seed, task in enumerate(("a", "b")):

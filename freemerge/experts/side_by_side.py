@@ -1,0 +1,231 @@
+"""One pass over a batch whose samples have low-rank experts of their own.
+
+(W + U·V)·x is W·x + U·(V·x). A linear layer runs on the whole batch with its weight as it is, and each group of samples
+gets its two thin products on top. Other layers that experts change (norms, embeddings) are small; they run group by
+group with changed tensors, as a linear layer does where one expert's many rows make these less work than the products.
+Nothing is ever written to, and nothing has to be put back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from freemerge.experts.low_rank import LowRankExpert, matrix_shape
+from freemerge.experts.packed import PackedExpert
+from freemerge.inputs import Inputs, batch_size, device_of, select
+
+_SMALL = 1 << 18  # values, 1 MiB in float32
+
+Groups = Sequence[tuple[LowRankExpert | PackedExpert | None, int]]
+"""An expert, or None for the weights as they are, and how many samples have it; they lie in this order."""
+
+
+@contextmanager
+def side_by_side(module: nn.Module, groups: Groups) -> Iterator[None]:
+    """For the duration of a block, `module` computes with an expert for each group of samples.
+
+    Args:
+        module: the module, for which `runs_side_by_side`.
+        groups: low-rank experts, packed or not, and numbers of samples that add up to the batch.
+    """
+    groups = [(_unpacked_if_small(expert), count) for expert, count in groups]
+    linear, others = _owners(module, groups)
+    with ExitStack() as stack:
+        for owner, names in (linear | others).items():
+            layer = _Layer(module, owner, names, groups)
+            run = layer.run_linear if owner in linear else layer.run_by_groups
+            stack.enter_context(_instead_of_forward(layer.body, run))
+        yield
+
+
+@torch.no_grad()
+def runs_side_by_side(module: nn.Module, run: Callable[[Inputs], Any], groups: Groups, inputs: Inputs) -> bool:
+    """Whether every layer that the experts change sees samples in its first dimension.
+
+    Two samples and three tell: what has two rows and then three has one for each of them, what has one row both times
+    is the same for all. The answer is kept.
+
+    Args:
+        module: the module.
+        run: runs it on a batch.
+        groups: the experts.
+        inputs: a batch to try with.
+    """
+    linear, others = _owners(module, groups)
+    owners = frozenset((*linear, *others))
+    known = _known.setdefault(module, {})
+    if owners not in known:
+        two, three = (_rows(module, run, owners, inputs, count) for count in (2, 3))
+        known[owners] = two.keys() == three.keys() == owners and all(
+            _follows(two[owner], three[owner], shared=owner in others) for owner in owners
+        )
+    return known[owners]
+
+
+_known: WeakKeyDictionary[nn.Module, dict[frozenset[str], bool]] = WeakKeyDictionary()
+"""Module → sets of its layers → whether they see samples in their first dimension."""
+
+
+def _follows(two: list[int], three: list[int], shared: bool) -> bool:
+    """Whether rows are as many as samples, or, if that is allowed, one for all."""
+    allowed = {(2, 3), (1, 1)} if shared else {(2, 3)}
+    return len(two) == len(three) and allowed.issuperset(zip(two, three, strict=True))
+
+
+class _Layer:
+    """One layer that experts change.
+
+    Args:
+        module: the module that it is in.
+        owner: its name there.
+        names: its tensors, and those of layers in it, that are changed.
+        groups: the experts.
+    """
+
+    def __init__(self, module: nn.Module, owner: str, names: Sequence[str], groups: Groups) -> None:
+        self.module, self.names, self.groups = module, names, groups
+        self.body = module.get_submodule(owner)
+        self.forward = self.body.forward
+        self.weight, self.bias = (f"{owner}.{leaf}" if owner else leaf for leaf in ("weight", "bias"))
+        self.size = sum(count for _, count in groups)
+
+    def run_by_groups(self, *args, **kwargs) -> Tensor:
+        """What the layer makes of each group with changed tensors, (B, …)."""
+        outputs, start = [], 0
+        for expert, count in self.groups:
+            part = slice(start, start + count)
+            start += count
+            given = [self._cut(value, part) for value in args]
+            named = {name: self._cut(value, part) for name, value in kwargs.items()}
+            with _changed(self.module, self.names, expert):
+                output = self.forward(*given, **named)
+            outputs.append(output if len(output) == count else output.expand(count, *output.shape[1:]))
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+    def run_linear(self, inputs: Tensor) -> Tensor:
+        """(B, …, I) → (B, …, O), in the way that is less work."""
+        rows = inputs.numel() // inputs.shape[-1]
+        if len(self.groups) == 1 and rows * sum(self.body.weight.shape) > self.body.weight.numel():
+            return self.run_by_groups(inputs)
+        output, start = self.forward(inputs).contiguous(), 0
+        for expert, count in self.groups:
+            own, part = (x[start : start + count].flatten(0, -2) for x in (inputs, output))  # (n, I), (n, O)
+            start += count
+            if expert is not None and self.weight in expert.shapes:
+                found = _of_tensor(expert, self.weight)
+                left, right = (factors[self.weight].to(output.dtype) for factors in (found.left, found.right))
+                part.addmm_(own.to(output.dtype) @ right.mT, left.mT)  # in the place of the layer's own
+            if expert is not None and self.bias in expert.shapes:
+                part += _of_tensor(expert, self.bias).whole[self.bias]
+        return output
+
+    def _cut(self, value: Any, part: slice) -> Any:
+        return value[part] if isinstance(value, Tensor) and value.dim() and len(value) == self.size else value
+
+
+@contextmanager
+def _instead_of_forward(body: nn.Module, run: Callable[..., Tensor]) -> Iterator[None]:
+    own = vars(body).get("forward")  # of this very object
+    body.forward = run
+    try:
+        yield
+    finally:
+        if own is None:
+            del body.forward
+        else:
+            body.forward = own
+
+
+@contextmanager
+def _changed(module: nn.Module, names: Sequence[str], expert: LowRankExpert | PackedExpert | None) -> Iterator[None]:
+    kept: list[tuple[dict, str, Tensor]] = []
+    try:
+        for name in names:
+            if expert is not None and name in expert.shapes:
+                path, _, leaf = name.rpartition(".")
+                owner = module.get_submodule(path)
+                home = owner._parameters if leaf in owner._parameters else owner._buffers
+                kept.append((home, leaf, home[leaf]))
+                home[leaf] = _of_tensor(expert, name).added(name, home[leaf])
+        yield
+    finally:
+        for home, leaf, own in kept:
+            home[leaf] = own
+
+
+def _owners(module: nn.Module, groups: Groups) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
+    """The layers that experts change with the tensors in them that are changed: linear ones, and others.
+
+    What lies within one of the others runs with it, and is not listed by itself.
+    """
+    owned: dict[str, list[str]] = {}
+    for name in dict.fromkeys(name for expert, _ in groups if expert is not None for name in expert.shapes):
+        owned.setdefault(name.rpartition(".")[0], []).append(name)
+    linear = {owner for owner, names in owned.items() if _adds_products(module, owner, names, groups)}
+    others = {owner: list(names) for owner, names in owned.items() if owner not in linear}
+    outermost = {owner: names for owner, names in others.items() if not _within(owner, others)}
+    for owner, names in owned.items():
+        if around := _within(owner, outermost):
+            outermost[around[0]].extend(names)
+    alone = {owner: owned[owner] for owner in owned if owner in linear and not _within(owner, outermost)}
+    return alone, outermost
+
+
+def _within(owner: str, others: dict[str, list[str]]) -> list[str]:
+    """Those of the others that a layer lies in."""
+    return [other for other in others if other != owner and (not other or owner.startswith(f"{other}."))]
+
+
+def _adds_products(module: nn.Module, owner: str, names: Sequence[str], groups: Groups) -> bool:
+    """Whether a layer is a linear one whose weight is changed by two factors, if at all."""
+    parts = [expert.sizes if isinstance(expert, PackedExpert) else expert.whole for expert, _ in groups if expert]
+    factored = all(name.endswith("bias") or name not in whole for name in names for whole in parts)
+    return isinstance(module.get_submodule(owner), nn.Linear) and factored
+
+
+def _unpacked_if_small(expert: LowRankExpert | PackedExpert | None) -> LowRankExpert | PackedExpert | None:
+    """A small expert as a whole; of a large one, each tensor is unpacked when its layer runs, and forgotten."""
+    small = isinstance(expert, PackedExpert) and len(expert.codes) <= _SMALL
+    return expert.unpacked() if small else expert
+
+
+def _of_tensor(expert: LowRankExpert | PackedExpert, name: str) -> LowRankExpert:
+    """An expert as far as it concerns one tensor, unpacked now."""
+    if isinstance(expert, LowRankExpert):
+        return expert
+    shape = expert.shapes[name]
+    if name in expert.sizes:
+        return LowRankExpert({}, {}, {name: expert.part(name).view(shape)}, {name: shape})
+    (rows, columns), (left, right) = matrix_shape(shape), (expert.part(f"{name}:{side}") for side in ("left", "right"))
+    return LowRankExpert({name: left.view(rows, -1)}, {name: right.view(-1, columns)}, {}, {name: shape})
+
+
+def _rows(
+    module: nn.Module, run: Callable[[Inputs], Any], owners: frozenset[str], inputs: Inputs, count: int
+) -> dict[str, list[int]]:
+    """The rows of all that goes into layers and comes out of them when so many samples are run; −1 for containers."""
+    seen: dict[str, list[int]] = {}
+
+    def watch(owner: str) -> Callable[..., None]:
+        def hook(_: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+            given = [*args, *kwargs.values()]
+            containers = [-1 for value in (*given, output) if isinstance(value, (tuple, list, dict))]
+            tensors = [len(value) for value in (*given, output) if isinstance(value, Tensor) and value.dim()]
+            seen.setdefault(owner, []).extend(tensors + containers)
+
+        return hook
+
+    index = torch.arange(count, device=device_of(inputs)) % batch_size(inputs)
+    hooks = [module.get_submodule(owner).register_forward_hook(watch(owner), with_kwargs=True) for owner in owners]
+    try:
+        run(select(inputs, index))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return seen

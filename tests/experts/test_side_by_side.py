@@ -1,0 +1,143 @@
+"""Low-rank experts side by side: each group of a batch gets what its own changed weights would give."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from freemerge.experts import LowRankExpert, PackedExpert, extract_low_rank
+from freemerge.experts.side_by_side import runs_side_by_side, side_by_side
+from freemerge.inputs import Inputs, select
+from tests.tiny import tiny_backbone, tiny_text_backbone
+
+TEXTS = {
+    "input_ids": torch.randint(5, 20, (9, 6), generator=torch.Generator().manual_seed(0)),
+    "attention_mask": torch.ones(9, 6, dtype=torch.long),
+}
+
+
+def images(count: int) -> Tensor:
+    return torch.randn(count, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+
+
+def make_expert(weights: dict[str, Tensor], seed: int, rank: int = 2) -> LowRankExpert:
+    generator = torch.Generator().manual_seed(seed)
+    floating = {name: tensor for name, tensor in weights.items() if tensor.is_floating_point()}
+    noise = {name: 0.3 * torch.randn(tensor.shape, generator=generator) for name, tensor in floating.items()}
+    return extract_low_rank(noise, rank=rank)
+
+
+def with_changed_weights(model: nn.Module, run: Callable, expert: LowRankExpert | None, inputs: Inputs) -> Tensor:
+    own = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    if expert is not None:
+        model.load_state_dict(own | {name: expert.added(name, own[name]) for name in expert.shapes})
+    result = run(inputs)
+    model.load_state_dict(own)
+    return result
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("counts", [(4, 1, 3, 1), (9,), (1,)])
+@pytest.mark.parametrize(("make", "inputs"), [(tiny_backbone, images(9)), (tiny_text_backbone, TEXTS)])
+def test_every_group_gets_what_its_changed_weights_give(make, inputs: Inputs, counts: tuple, packed: bool) -> None:
+    backbone = make().eval()
+    before = {name: tensor.clone() for name, tensor in backbone.weights().items()}
+    experts = [make_expert(backbone.weights(), seed) for seed in range(len(counts))]
+    assert any(expert.whole for expert in experts)
+    if packed:
+        experts = [PackedExpert(expert) for expert in experts]
+    experts = [None if index == 2 else expert for index, expert in enumerate(experts)]
+    groups = list(zip(experts, counts, strict=True))
+    inputs = select(inputs, slice(sum(counts)))
+    assert runs_side_by_side(backbone.model, backbone, groups, inputs)
+    with side_by_side(backbone.model, groups):
+        found = backbone(inputs)
+    start = 0
+    for expert, count in groups:
+        part = slice(start, start + count)
+        start += count
+        plain = expert.unpacked() if isinstance(expert, PackedExpert) else expert
+        expected = with_changed_weights(backbone.model, backbone, plain, select(inputs, part))
+        torch.testing.assert_close(found[part], expected, rtol=1e-4, atol=1e-4)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in backbone.weights().items())
+    assert not any("forward" in vars(part) for part in backbone.modules())
+
+
+def test_large_packed_experts_are_unpacked_layer_by_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("freemerge.experts.side_by_side._SMALL", 0)
+    monkeypatch.setattr(PackedExpert, "unpacked", lambda self: pytest.fail("unpacked as a whole"))
+    backbone = tiny_backbone().eval()
+    expert = make_expert(backbone.weights(), 0)
+    with torch.no_grad(), side_by_side(backbone.model, [(PackedExpert(expert), 5), (None, 4)]):
+        found = backbone(images(9))
+    with torch.no_grad(), side_by_side(backbone.model, [(expert, 5), (None, 4)]):
+        torch.testing.assert_close(found, backbone(images(9)))
+
+
+class TimeFirst(nn.Module):
+    """A model whose layers see (time, samples, features)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.layer(inputs.transpose(0, 1)).mean(0)
+
+
+class Functional(nn.Module):
+    """A model that computes with a layer's weight itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return inputs @ self.layer.weight.T
+
+
+@pytest.mark.parametrize("make", [TimeFirst, Functional])
+def test_other_layouts_are_found_out(make: type[nn.Module]) -> None:
+    model = make().eval()
+    groups = [(make_expert(model.state_dict(), 0, rank=1), 3), (None, 3)]
+    assert not runs_side_by_side(model, model, groups, torch.randn(6, 2, 4))
+    assert not runs_side_by_side(model, model, groups, torch.randn(1, 3, 4))
+
+
+def test_layers_are_themselves_again_after_an_error() -> None:
+    backbone = tiny_backbone().eval()
+    groups = [(make_expert(backbone.weights(), 0), 2), (None, 1)]
+    own = backbone.model.layernorm.forward
+    backbone.model.layernorm.forward = lambda inputs: own(inputs)  # somebody else's, which has to come back
+    mine = backbone.model.layernorm.forward
+    with pytest.raises(RuntimeError), side_by_side(backbone.model, groups):
+        backbone(images(3)[:, :, :3])
+    assert backbone.model.layernorm.forward is mine
+    del backbone.model.layernorm.forward
+    assert not any("forward" in vars(part) for part in backbone.modules())
+
+
+@torch.no_grad()
+def test_a_parameter_of_the_whole_model_makes_the_whole_model_run_group_by_group() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(4))
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            return self.layer(inputs) * self.scale
+
+    model = Scaled().eval()
+    experts = [make_expert(model.state_dict(), seed, rank=1) for seed in range(2)]
+    inputs = torch.randn(5, 4)
+    groups = [(experts[0], 2), (experts[1], 3)]
+    assert runs_side_by_side(model, model, groups, inputs)
+    with side_by_side(model, groups):
+        found = model(inputs)
+    for expert, part in zip(experts, (slice(0, 2), slice(2, 5)), strict=True):
+        changed = {name: expert.added(name, tensor) for name, tensor in model.state_dict().items()}
+        torch.testing.assert_close(found[part], functional_call(model, changed, (inputs[part],)))
