@@ -99,6 +99,14 @@ def test_dtypes(tmp_path, base, models):
         merge(base, models, WeightAverage(), dtype=torch.int8)
 
 
+@pytest.mark.parametrize("device", ["cuda:97", "graphics", "meta"])
+def test_a_device_that_cannot_compute_is_one_line(base, models, device, tmp_path):
+    with pytest.raises(MergeError, match=rf"^cannot compute on the device '{device}': .+") as refused:
+        merge(base, models, WeightAverage(), device=device, output=tmp_path / "o.safetensors")
+    assert "\n" not in str(refused.value)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_float64_base_keeps_its_precision():
     base = {"w": torch.tensor([1.0, 1.0 + 1e-12], dtype=torch.float64)}
     assert_equal(merge(base, [base, base], WeightAverage()), base)

@@ -81,8 +81,11 @@ def test_exact_for_every_kind_of_values(small_batches, kind):
     assert assert_exact(values, ranks, cuts, torch.zeros(2, 1000)) <= 3
 
 
+@pytest.mark.parametrize("on_device", [False, True])
 @pytest.mark.parametrize("kind", kinds(1, 4, None))
-def test_counting_is_as_exact_as_collecting(small_batches, kind, monkeypatch):
+def test_counting_is_as_exact_as_collecting(small_batches, kind, on_device, monkeypatch):
+    if on_device:  # the way that counts on a GPU, which runs anywhere
+        monkeypatch.setattr("freemerge.merging.brackets.Bracket.see", Bracket._see_on_device)
     values = kinds(2, 1201, torch.Generator().manual_seed(0))[kind]
     monkeypatch.setattr("freemerge.merging.brackets._COLLECTED", 0)
     ranks, cuts = [0, 1, 300, 600, 1199, 1200], [1, 2, 500, 500, 700]
