@@ -81,6 +81,8 @@ def make_model(arguments: argparse.Namespace, folder: Path, dtype: str) -> FreeM
         router = EarlyRouter(len(experts), "embeddings", width)
     heads = {task: nn.Linear(backbone.feature_dim, 10) for task in experts}
     model = FreeModel(backbone, heads, experts, router)
+    if arguments.apart:
+        model._low_rank = lambda *_: False
     model.to(arguments.device, backbone.model.dtype).eval()
     route = model.route
 
@@ -181,6 +183,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--repeat", type=int, default=20)
     parser.add_argument("--kinds", nargs="*", choices=KINDS, default=list(KINDS))
+    parser.add_argument("--apart", action="store_true", help="run low-rank experts group by group, not in one pass")
     parser.add_argument("--peak", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.peak:

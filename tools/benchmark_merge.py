@@ -4,6 +4,7 @@
     python tools/benchmark_merge.py --case vit --methods Ties PCB --repeat 5
     python tools/benchmark_merge.py --small --repeat 1     # tries it out, in minutes
     python tools/benchmark_merge.py --device cuda          # a GPU's rows as well, skipped where there is none
+    python tools/benchmark_merge.py --device cuda --parts device   # only merges of what lies in its memory already
 
 Two cases: the vision tower of CLIP ViT-B/32 (88 M parameters, float32) with eight fine-tuned models, and a Llama of
 0.35 B (bfloat16, shards with an index) with four. The models are random with the statistics of real ones
@@ -193,12 +194,12 @@ def planning(arguments: argparse.Namespace) -> Results:
     return results
 
 
-def on_device(case: Case, inputs: Inputs, arguments: argparse.Namespace) -> Results:
+def on_device(case: Case, arguments: argparse.Namespace) -> Results:
     """Merges of models that are in the device's memory already, in GB/s."""
     methods = {name: METHODS[name][0] for name in arguments.methods}
     job = {
-        "base": str(inputs.base),
-        "models": [str(path) for path in inputs.models],
+        "case": case.name.partition("-")[0],
+        "small": arguments.small,
         "methods": methods,
         "device": arguments.device,
         "repeat": max(arguments.repeat, 3),
@@ -251,13 +252,15 @@ def main() -> None:
         if not case.name.startswith(arguments.case) and arguments.case != "both":
             continue
         case = small(case) if arguments.small else case
+        if "device" in arguments.parts and arguments.device != "cpu":
+            on_device(case, arguments).show(arguments.markdown)
+        if not {"merge", "start"} & set(arguments.parts):
+            continue
         inputs = write_case(case, arguments.folder)
         if "merge" in arguments.parts:
             merges(case, inputs, arguments).show(arguments.markdown)
         if "start" in arguments.parts:
             start(case, inputs, arguments).show(arguments.markdown)
-        if "device" in arguments.parts and arguments.device != "cpu":
-            on_device(case, inputs, arguments).show(arguments.markdown)
     if "planning" in arguments.parts:
         planning(arguments).show(arguments.markdown)
 

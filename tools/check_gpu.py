@@ -26,13 +26,6 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "callbacks")]
 TIMEOUT = 300  # seconds for a case
-JUMPING = 1e-5  # share of a tensor's entries
-METHODS = [
-    "TaskArithmetic(0.3)", "WeightAverage()", "FRMerging()", "FRMerging(coefficients='mean')",
-    "FRMerging(HighPass(0.2))", "FRMerging(Butterworth(0.1))", "PCBMerging()", "PCBMerging(inter='pairwise')",
-    "PCBMerging(scope='tensor')", "PCBMerging(filter=NyquistDisc())", "Ties()", "Ties(scope='tensor')", "Dare(Ties())",
-    "Breadcrumbs()", "EMRMerging()", "TSVMerge()", "IsoC()",
-]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -85,7 +78,11 @@ def run_case(case: Case, folder: Path) -> None:
     warnings.filterwarnings("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     if case.strategy in ("merge", "free"):
-        checks = merge_checks(case, folder) if case.strategy == "merge" else free_checks(case)
+        from check_gpu_models import free_checks, merge_checks
+
+        narrow = case.precision != "32-true"
+        merges = case.strategy == "merge"
+        checks = merge_checks(case.accelerator, folder) if merges else free_checks(case.accelerator, narrow)
         results = dict(attempt(*check) for check in checks)
     else:
         fit(case, folder)
@@ -209,135 +206,6 @@ def fit_checks(case: Case, folder: Path) -> Iterator[tuple]:
     yield "task file, hash of the base", recorded
     if not case.sharded:
         yield "metrics exact", exact
-
-
-def merge_checks(case: Case, folder: Path) -> Iterator[tuple]:
-    """What must hold of a merge on a device: the same as on the CPU, up to rounding."""
-    import torch
-
-    from freemerge import merging
-    from freemerge.checkpoints import load_checkpoint, save_checkpoint
-
-    generator = torch.Generator().manual_seed(0)
-    shapes = {"wide": (192, 2304), "square": (768, 768), "high": (3072, 768), "odd": (33, 65, 3), "bias": (768,)}
-    # Larger than what a GPU computes with at a time, and than what is partitioned in memory.
-    shapes["vocabulary"] = (9000, 768)
-    base = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
-    base["half"], base["steps"] = base["square"].bfloat16(), torch.tensor(7)
-
-    def finetuned(value: torch.Tensor) -> torch.Tensor:
-        change = 0.02 * torch.randn(value.shape, generator=generator)
-        return value + change.to(value.dtype) if value.is_floating_point() else value
-
-    models = {label: {name: finetuned(value) for name, value in base.items()} for label in "abc"}
-    everything = {"base": base, **models}
-    paths = {label: folder / f"{label}.safetensors" for label in everything}
-    for label, tensors in everything.items():
-        save_checkpoint(paths[label], tensors)
-    moved = {
-        label: {name: value.to(case.accelerator) for name, value in tensors.items()}
-        for label, tensors in everything.items()
-    }
-
-    def merge(models: dict, method, **options):
-        return merging.merge(models["base"], {label: models[label] for label in "abc"}, method, **options)
-
-    def compare(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-        assert list(found) == list(expected), "other tensors"
-        for name, value in expected.items():
-            assert found[name].dtype == value.dtype, f"{name} has dtype {found[name].dtype}"
-            if not value.is_floating_point():
-                assert torch.equal(found[name].cpu(), value), f"{name} was not kept"
-                continue
-            change = (value.float() - base[name].float()).norm()  # what is merged, without what is not
-            differences = (found[name].cpu().float() - value.float()).abs().flatten().sort().values
-            # Rounding may put an entry on the other side of a threshold, where some methods jump.
-            error = differences[: max(1, round(len(differences) * (1 - JUMPING)))].norm() / change
-            limit = 1e-4 if value.dtype == torch.float32 else 1e-2
-            assert error < limit, f"{name} differs by {float(error):.1e} of what the merge changed"
-
-    def same(method) -> None:
-        on_cpu = merge(everything, method)
-        compare(merge(everything, method, device=case.accelerator), on_cpu)
-        there = merge(moved, method)
-        assert all(value.device.type == case.accelerator for value in there.values()), "left the device"
-        compare(there, on_cpu)
-        output = folder / "merged.safetensors"
-        merge(paths, method, device=case.accelerator, output=output, overwrite=True)
-        compare({name: load_checkpoint(output)[name] for name in on_cpu}, on_cpu)
-
-    for text in METHODS:
-        yield f"{text} on the GPU", lambda text=text: same(eval(text, vars(merging)))
-
-
-def free_checks(case: Case) -> Iterator[tuple]:
-    """What must hold of a routed model on a device: it answers as on the CPU, and its weights come back."""
-    import copy
-
-    import torch
-    from torch import nn
-
-    from freemerge.experts import extract, extract_low_rank
-    from freemerge.models import EarlyRouter, FreeModel, TransformersBackbone, feature_width
-
-    torch.manual_seed(0)
-    shape = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 128}
-    images = {"pixel_values": torch.randn(45, 3, 32, 32)}
-    tokens = torch.randint(5, 90, (45, 12)).sort(dim=1, descending=True).values
-    texts = {"input_ids": tokens, "attention_mask": (tokens > 20).long()}
-    configs = {
-        "images": ({"model_type": "vit", "image_size": 32, "patch_size": 8, **shape}, images["pixel_values"]),
-        "texts": ({"model_type": "bert", "vocab_size": 100, **shape}, texts),
-    }
-
-    def make(kind: str, config: dict, inputs, top_n: int) -> FreeModel:
-        backbone = TransformersBackbone(config=config, pooling="mean").eval()
-        noise = [{name: 0.02 * torch.randn(t.shape) for name, t in backbone.weights().items()} for _ in range(3)]
-        some = [extract(one, 0.05) if kind == "sparse" else extract_low_rank(one, rank=2) for one in noise]
-        experts = dict(zip("abc", some, strict=True))
-        router = EarlyRouter(4, "embeddings", feature_width(inputs, backbone, "embeddings")).eval()
-        heads = {task: nn.Linear(shape["hidden_size"], 5) for task in "abcd"}
-        model = FreeModel(backbone, heads, experts, router, top_n=top_n).eval()
-        with torch.no_grad():  # untrained, it would send everything to one task
-            router.head.weight *= 30
-            router.head.bias -= model.route(inputs)[0].mean(0)
-        return model
-
-    def select(inputs, count: int, device: str):
-        cut = {name: tensor[:count].to(device) for name, tensor in inputs.items()} if isinstance(inputs, dict) else None
-        return inputs[:count].to(device) if cut is None else cut
-
-    @torch.no_grad()
-    def same(kind: str, config: dict, inputs, top_n: int) -> None:
-        on_cpu = make(kind, config, inputs, top_n)
-        model = copy.deepcopy(on_cpu).to(case.accelerator)
-        before = {name: tensor.clone() for name, tensor in model.backbone.weights().items()}
-        narrow = torch.autocast(case.accelerator, torch.bfloat16, enabled=case.precision != "32-true")
-        limit = 1e-3 if case.precision == "32-true" else 5e-2
-        with narrow:
-            for count in (45, 45, 44, 45, 1, 7, 1, 45):
-                for task in (None, "a", "d"):
-                    found = model(select(inputs, count, case.accelerator), task=task)
-                    # Narrow numbers may route a sample elsewhere: it is compared with what it was routed to.
-                    groups = {task} if task else set(found.task_names)
-                    for name in groups:
-                        own = torch.tensor([each == name for each in found.task_names])
-                        expected = on_cpu(select(inputs, count, "cpu"), task=name).logits
-                        if top_n > 1 and task is None:
-                            expected = on_cpu(select(inputs, count, "cpu")).logits
-                        errors = (found.logits.cpu().float() - expected).norm(dim=1) / expected.norm(dim=1)
-                        # A sample's mixture is rounded to sixteenths, and may be rounded the other way.
-                        near = errors[own].sort().values[: max(1, int(0.8 * own.sum()))] if top_n > 1 else errors[own]
-                        assert near.max() < limit, f"{count} inputs, task {task}: differs by {float(near.max()):.1e}"
-                    assert task or len(groups) > 1 or count < 44, f"all went to {groups}"
-        for name, tensor in model.backbone.weights().items():
-            assert torch.equal(tensor, before[name]), f"{name} did not come back"
-
-    for kind in ("sparse", "low_rank"):
-        for what, (config, inputs) in configs.items():
-            for top_n in (1, 2):
-                name = f"{kind} experts, {what}, top {top_n}"
-                yield name, lambda args=(kind, config, inputs, top_n): same(*args)
 
 
 def run(case: Case) -> tuple[dict[str, str], float]:

@@ -171,13 +171,18 @@ def write_case(case: Case, folder: Path) -> Inputs:
     return inputs
 
 
+def draw_model(case: Case, index: int, device: str = "cpu"):
+    """The base (index −1) or a fine-tuned model, name → tensor; each device draws numbers of its own."""
+    return {name: _tensor(case, name, index, device) for name in case.shapes}
+
+
 def _write_model(case: Case, path: Path, index: int) -> None:
     """Write the base (index −1) or a fine-tuned model."""
     from safetensors.torch import save_file
 
     metadata = {"format": "pt"}
     if case.config is None:
-        save_file({name: _tensor(case, name, index) for name in case.shapes}, path, metadata=metadata)
+        save_file(draw_model(case, index), path, metadata=metadata)
         return
     path.mkdir()
     (path / "config.json").write_text(json.dumps(case.config, indent=2))
@@ -199,12 +204,13 @@ def _write_model(case: Case, path: Path, index: int) -> None:
     (path / "model.safetensors.index.json").write_text(json.dumps(table))
 
 
-def _tensor(case: Case, name: str, index: int):
+def _tensor(case: Case, name: str, index: int, device: str = "cpu"):
     import torch
 
     def draw(seed: str, shape: tuple[int, ...]):
         digest = hashlib.sha256(f"{seed}|{name}".encode()).digest()
-        return torch.randn(shape, generator=torch.Generator().manual_seed(int.from_bytes(digest[:7], "little")))
+        generator = torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "little"))
+        return torch.randn(shape, generator=generator, device=device)
 
     shape = case.shapes[name]
     tensor = draw("base", shape) * 0.02

@@ -1,20 +1,23 @@
 """Merges of models that lie in a device's memory, against a copy within it: prints JSON.
 
-    python on_device.py '{"base": …, "models": […], "methods": {…}, "device": "cuda", "repeat": 3}'
+    python on_device.py '{"case": "vit", "small": false, "methods": {…}, "device": "cuda", "repeat": 3}'
 
-Prints `{"copy": GB/s, "bytes": of all inputs and the output, "seconds": {method: median}}`. The copy counts what it
-reads and what it writes, as a merge does.
+The models are drawn there. Prints `{"copy": GB/s, "bytes": of all inputs and the output, "seconds": {method: median}}`.
+The copy counts what it reads and what it writes, as a merge does.
 """
 
 import json
 import statistics
 import sys
 import time
+from pathlib import Path
 
 import torch
 
 from freemerge import merging
-from freemerge.checkpoints import load_checkpoint
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from benchmarks.models import draw_model, llama, small, vit
 
 job = json.loads(sys.argv[1])
 device = torch.device(job["device"])
@@ -32,11 +35,9 @@ def seconds(action):
     return statistics.median(times[1:])
 
 
-def on_device(path):
-    return {name: tensor.to(device) for name, tensor in load_checkpoint(path).items()}
-
-
-base, models = on_device(job["base"]), [on_device(path) for path in job["models"]]
+case = {"vit": vit, "llama": llama}[job["case"]]()
+case = small(case) if job["small"] else case
+base, *models = (draw_model(case, index, job["device"]) for index in range(-1, case.models))
 size = sum(tensor.nbytes for tensor in base.values())
 source = torch.empty(min(size, 1 << 30), dtype=torch.uint8, device=device)
 target = torch.empty_like(source)
