@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from types import NoneType
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -209,15 +210,16 @@ def _of_tensor(expert: LowRankExpert | PackedExpert, name: str) -> LowRankExpert
 def _rows(
     module: nn.Module, run: Callable[[Inputs], Any], owners: frozenset[str], inputs: Inputs, count: int
 ) -> dict[str, list[int]]:
-    """The rows of all that goes into layers and comes out of them when so many samples are run; −1 for containers."""
+    """The rows of all that goes into layers and comes out of them when so many samples are run; −1 for what has none."""
     seen: dict[str, list[int]] = {}
 
     def watch(owner: str) -> Callable[..., None]:
         def hook(_: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-            given = [*args, *kwargs.values()]
-            containers = [-1 for value in (*given, output) if isinstance(value, (tuple, list, dict))]
-            tensors = [len(value) for value in (*given, output) if isinstance(value, Tensor) and value.dim()]
-            seen.setdefault(owner, []).extend(tensors + containers)
+            for value in (*args, *kwargs.values(), output):
+                if isinstance(value, Tensor) and value.dim():
+                    seen.setdefault(owner, []).append(len(value))
+                elif not isinstance(value, (Tensor, int, float, str, NoneType)):
+                    seen.setdefault(owner, []).append(-1)
 
         return hook
 

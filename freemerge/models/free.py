@@ -268,7 +268,7 @@ class FreeModel(nn.Module):
         """
         experts = [self._expert(weights) for weights, _ in groups]
         counts = [count for _, count in groups]
-        if self._low_rank(inputs, experts):
+        if self._one_pass(inputs, experts):
             with side_by_side(self.backbone.model, list(zip(experts, counts, strict=True))):
                 return self.backbone(inputs)
         outputs, start = [], 0
@@ -289,7 +289,7 @@ class FreeModel(nn.Module):
             return None
         return mix([one.unpacked() for one in packed.values()], [weights[task] for task in packed])
 
-    def _low_rank(self, inputs: Inputs, experts: Sequence[Expert | PackedExpert | None]) -> bool:
+    def _one_pass(self, inputs: Inputs, experts: Sequence[Expert | PackedExpert | None]) -> bool:
         """Whether all experts of a batch can run side by side in one pass."""
         kinds = {_kind(expert) for expert in experts if expert is not None}
         if kinds != {LowRankExpert} or self.training:
