@@ -210,7 +210,7 @@ def _of_tensor(expert: LowRankExpert | PackedExpert, name: str) -> LowRankExpert
 def _rows(
     module: nn.Module, run: Callable[[Inputs], Any], owners: frozenset[str], inputs: Inputs, count: int
 ) -> dict[str, list[int]]:
-    """The rows of all that goes into layers and comes out of them when so many samples are run; −1 for what has none."""
+    """The rows of all that goes into layers and comes out when so many samples are run; −1 for what has none."""
     seen: dict[str, list[int]] = {}
 
     def watch(owner: str) -> Callable[..., None]:
