@@ -8,7 +8,7 @@ Nothing is ever written to, and nothing has to be put back.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from types import NoneType
 from typing import Any
@@ -59,18 +59,18 @@ def runs_side_by_side(module: nn.Module, run: Callable[[Inputs], Any], groups: G
         inputs: a batch to try with.
     """
     linear, others = _owners(module, groups)
-    owners = frozenset((*linear, *others))
-    known = _known.setdefault(module, {})
-    if owners not in known:
+    known, key = _known.setdefault(module, {}), (frozenset(linear), frozenset(others))
+    if key not in known:
+        owners = linear.keys() | others.keys()
         two, three = (_rows(module, run, owners, inputs, count) for count in (2, 3))
-        known[owners] = two.keys() == three.keys() == owners and all(
+        known[key] = two.keys() == three.keys() == owners and all(
             _follows(two[owner], three[owner], shared=owner in others) for owner in owners
         )
-    return known[owners]
+    return known[key]
 
 
-_known: WeakKeyDictionary[nn.Module, dict[frozenset[str], bool]] = WeakKeyDictionary()
-"""Module → sets of its layers → whether they see samples in their first dimension."""
+_known: WeakKeyDictionary[nn.Module, dict[tuple[frozenset[str], frozenset[str]], bool]] = WeakKeyDictionary()
+"""Module → its linear layers and others that experts change → whether these see samples in their first dimension."""
 
 
 def _follows(two: list[int], three: list[int], shared: bool) -> bool:
@@ -208,7 +208,7 @@ def _of_tensor(expert: LowRankExpert | PackedExpert, name: str) -> LowRankExpert
 
 
 def _rows(
-    module: nn.Module, run: Callable[[Inputs], Any], owners: frozenset[str], inputs: Inputs, count: int
+    module: nn.Module, run: Callable[[Inputs], Any], owners: Collection[str], inputs: Inputs, count: int
 ) -> dict[str, list[int]]:
     """The rows of all that goes into layers and comes out when so many samples are run; −1 for what has none."""
     seen: dict[str, list[int]] = {}

@@ -70,8 +70,7 @@ class Bracket:
 
     def _see_on_device(self, values: Tensor) -> None:
         """Count where the values are, of which nothing but the counts is copied."""
-        below = int((values < float(self.low)).sum())
-        within = values[(values >= float(self.low)) & (values <= float(self.high))]
+        within, below = _within_on_device(values, self.low, self.high)
         bits = (within + 0.0).view(torch.int32)
         bins = self._bins((bits ^ ((bits >> 31) & 0x7FFFFFFF)).long())
         counts = torch.bincount(bins, minlength=len(self._counts)).cpu().numpy()
@@ -169,8 +168,8 @@ def _buffer() -> np.ndarray:
 def _within(values: Tensor, low: np.float32, high: np.float32) -> tuple[np.ndarray, int]:
     """The values in [low, high], and how many lie below."""
     if values.device.type != "cpu":  # next to nothing of it need be copied
-        below = int((values < float(low)).sum())
-        return values[(values >= float(low)) & (values <= float(high))].cpu().numpy(), below
+        within, below = _within_on_device(values, low, high)
+        return within.cpu().numpy(), below
     array = values.numpy()
     mask = None
     below = 0
@@ -182,6 +181,12 @@ def _within(values: Tensor, low: np.float32, high: np.float32) -> tuple[np.ndarr
     if high < np.inf:
         mask = array <= high if mask is None else np.logical_and(mask, array <= high, out=mask)
     return (array if mask is None else array[np.flatnonzero(mask)]), below
+
+
+def _within_on_device(values: Tensor, low: np.float32, high: np.float32) -> tuple[Tensor, int]:
+    """The same, where the values are."""
+    low, high = float(low), float(high)
+    return values[(values >= low) & (values <= high)], int((values < low).sum())
 
 
 def make_brackets(sample: Tensor, ranks: Sequence[int], total: int) -> list[list[Bracket]]:

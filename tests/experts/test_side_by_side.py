@@ -141,3 +141,23 @@ def test_a_parameter_of_the_whole_model_makes_the_whole_model_run_group_by_group
     for expert, part in zip(experts, (slice(0, 2), slice(2, 5)), strict=True):
         changed = {name: expert.added(name, tensor) for name, tensor in model.state_dict().items()}
         torch.testing.assert_close(found[part], functional_call(model, changed, (inputs[part],)))
+
+
+@torch.no_grad()
+def test_whole_weights_and_factors_of_the_same_layer_are_told_apart() -> None:
+    class Shared(nn.Module):
+        """A layer that sees one row, the same for all samples."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 4, bias=False)
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            return inputs + self.layer(torch.ones(1, 4))
+
+    model, inputs = Shared().eval(), torch.randn(5, 4)
+    whole = LowRankExpert({}, {}, {"layer.weight": torch.randn(4, 4)}, {"layer.weight": (4, 4)})
+    factors = {"layer.weight": torch.randn(4, 1)}, {"layer.weight": torch.randn(1, 4)}
+    factored = LowRankExpert(*factors, {}, {"layer.weight": (4, 4)})
+    assert runs_side_by_side(model, model, [(whole, 2), (None, 3)], inputs)
+    assert not runs_side_by_side(model, model, [(factored, 2), (None, 3)], inputs)
