@@ -93,7 +93,7 @@ class _Layer:
         self.module, self.names, self.groups = module, names, groups
         self.body = module.get_submodule(owner)
         self.forward = self.body.forward
-        self.weight, self.bias = (f"{owner}.{leaf}" if owner else leaf for leaf in ("weight", "bias"))
+        self.weight, self.bias = f"{owner}.weight", f"{owner}.bias"
         self.size = sum(count for _, count in groups)
 
     def run_by_groups(self, *args, **kwargs) -> Tensor:
@@ -166,9 +166,20 @@ def _owners(module: nn.Module, groups: Groups) -> tuple[dict[str, list[str]], di
     What lies within one of the others runs with it, and is not listed by itself.
     """
     owned: dict[str, list[str]] = {}
-    for name in dict.fromkeys(name for expert, _ in groups if expert is not None for name in expert.shapes):
+    experts = [expert for expert, _ in groups if expert is not None]
+    for name in dict.fromkeys(name for expert in experts for name in expert.shapes):
         owned.setdefault(name.rpartition(".")[0], []).append(name)
-    linear = {owner for owner, names in owned.items() if _adds_products(module, owner, names, groups)}
+    parts = [expert.sizes if isinstance(expert, PackedExpert) else expert.whole for expert in experts]
+    whole = {name for names in parts for name in names}
+
+    def adds_products(owner: str, name: str) -> bool:
+        return name == f"{owner}.bias" or (name == f"{owner}.weight" and name not in whole)
+
+    linear = {
+        owner
+        for owner, names in owned.items()
+        if isinstance(module.get_submodule(owner), nn.Linear) and all(adds_products(owner, name) for name in names)
+    }
     others = {owner: list(names) for owner, names in owned.items() if owner not in linear}
     outermost = {owner: names for owner, names in others.items() if not _within(owner, others)}
     for owner, names in owned.items():
@@ -181,13 +192,6 @@ def _owners(module: nn.Module, groups: Groups) -> tuple[dict[str, list[str]], di
 def _within(owner: str, others: dict[str, list[str]]) -> list[str]:
     """Those of the others that a layer lies in."""
     return [other for other in others if other != owner and (not other or owner.startswith(f"{other}."))]
-
-
-def _adds_products(module: nn.Module, owner: str, names: Sequence[str], groups: Groups) -> bool:
-    """Whether a layer is a linear one whose weight is changed by two factors, if at all."""
-    parts = [expert.sizes if isinstance(expert, PackedExpert) else expert.whole for expert, _ in groups if expert]
-    factored = all(name.endswith("bias") or name not in whole for name in names for whole in parts)
-    return isinstance(module.get_submodule(owner), nn.Linear) and factored
 
 
 def _unpacked_if_small(expert: LowRankExpert | PackedExpert | None) -> LowRankExpert | PackedExpert | None:
