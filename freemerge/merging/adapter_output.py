@@ -21,7 +21,7 @@ from torch.nn.functional import pad
 
 from freemerge.checkpoints import Checkpoint
 from freemerge.checkpoints.adapters.layers import Layer, find_layer
-from freemerge.checkpoints.adapters.opening import PREFIX
+from freemerge.checkpoints.adapters.parsing import PREFIX
 from freemerge.checkpoints.adapters.writing import make_config, pack_factors, write_adapter_folder
 from freemerge.checkpoints.vocabulary import ties_embeddings
 from freemerge.merging.errors import MergeError

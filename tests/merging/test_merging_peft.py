@@ -3,7 +3,7 @@
 import pytest
 import torch
 import transformers
-from peft import IA3Config, LoraConfig, get_peft_model
+from peft import IA3Config, LoraConfig, TrainableTokensConfig, get_peft_model
 from torch import nn
 
 from freemerge.checkpoints import CheckpointError, open_checkpoint, save_checkpoint
@@ -76,6 +76,7 @@ CASES = {
     "tokens by name": (
         gpt2, LoraConfig(r=2, target_modules=["c_attn"], trainable_token_indices={"wte": [5], "wpe": [1]})
     ),
+    "tokens alone": (llama, TrainableTokensConfig(token_indices=[2, 9], target_modules=["embed_tokens"])),
     "ia3": (llama, IA3Config(target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"])),
     "ia3 with biases": (
         bert,

@@ -5,11 +5,7 @@ Factors are never merged with each other: the product of sums is not the sum of 
 
 from __future__ import annotations
 
-import math
-import re
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,22 +15,6 @@ from freemerge.checkpoints.checkpoint import Checkpoint
 from freemerge.checkpoints.memory import flat_run
 
 _BLOCK = 1 << 20  # values of the base that are read at a time to find the norms of DoRA
-
-
-def find_scale(config: Mapping[str, Any], module: str, rank: int) -> float:
-    """s = α/r, or α/√r with rsLoRA; α may be set for modules by patterns of the end of their names.
-
-    Args:
-        config: the adapter's configuration.
-        module: the module's name.
-        rank: r, the factors' own, whatever the configuration says.
-    """
-    alpha = config.get("lora_alpha", 8)
-    for pattern, value in (config.get("alpha_pattern") or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            alpha = value
-            break
-    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
 @dataclass(frozen=True)

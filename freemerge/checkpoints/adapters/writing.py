@@ -13,8 +13,9 @@ from typing import Any
 
 from torch import Tensor
 
+from freemerge.checkpoints.adapters.config import CONFIG
 from freemerge.checkpoints.adapters.layers import Layer
-from freemerge.checkpoints.adapters.opening import CONFIG, PREFIX
+from freemerge.checkpoints.adapters.parsing import PREFIX
 from freemerge.checkpoints.checkpoint import TensorSpec
 from freemerge.checkpoints.draft import Draft
 from freemerge.checkpoints.folder import check_folder

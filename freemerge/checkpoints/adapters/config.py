@@ -1,0 +1,176 @@
+"""What `adapter_config.json` says, checked before it is used: right types, and sizes that can be computed with."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from freemerge.checkpoints.adapters.patterns import PatternMatcher
+from freemerge.checkpoints.errors import CheckpointError
+
+CONFIG = "adapter_config.json"
+
+_LARGEST_FILE = 1 << 26  # bytes
+_LARGEST_NUMBER = torch.finfo(torch.float32).max
+# Ways to begin a LoRA that take its beginning out of the base's weight: its factors differ from another base.
+_CHANGES_BASE = re.compile(r"pissa|olora|corda|loftq|lora_ga", re.IGNORECASE)
+# Settings called like variants of LoRA that do not change what the factors mean.
+_HARMLESS = {
+    "use_rslora", "use_dora", "eva_config", "loftq_config", "corda_config", "lora_ga_config", "runtime_config",
+    "megatron_config",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """The settings of an adapter.
+
+    Args:
+        path: of the file, for messages.
+        kind: PEFT's name for the method, such as "LORA".
+        values: all settings as the file has them; those that the properties give are checked by `read_config`.
+    """
+
+    path: Path
+    kind: str
+    values: Mapping[str, Any] = field(repr=False)
+
+    def scale(self, module: str, rank: int) -> float:
+        """s = α/r, or α/√r with rsLoRA; α may be set for modules by patterns of the end of their names.
+
+        Args:
+            module: the module's name.
+            rank: r, the factors' own, whatever the configuration says.
+        """
+        pattern = self._alphas.find(module)
+        alpha = self.values.get("lora_alpha", 8) if pattern is None else self.values["alpha_pattern"][pattern]
+        return alpha / (math.sqrt(rank) if self.flag("use_rslora") else rank)
+
+    def flag(self, key: str) -> bool:
+        """Whether a setting is on."""
+        return bool(self.values.get(key))
+
+    def is_feedforward(self, module: str) -> bool:
+        """Whether (IA)³ scales the inputs of a module, and not its outputs."""
+        patterns = self.values.get("feedforward_modules") or ()
+        if isinstance(patterns, str):
+            return self._feedforward.find(module) is not None
+        return any(module.endswith(pattern) for pattern in patterns)
+
+    def token_indices(self, module: str) -> tuple[int, ...]:
+        """The rows of an embedding that were trained."""
+        indices = self.values.get("trainable_token_indices") or self.values.get("token_indices") or ()
+        if isinstance(indices, Mapping):
+            indices = next((own for key, own in indices.items() if f".{module}".endswith(f".{key}")), ())
+        return tuple(indices)
+
+    @property
+    def variant(self) -> str | None:
+        """The setting that makes of LoRA something that is not known here, today's variants and those to come."""
+        return next((key for key, value in self.values.items() if value and _is_variant(key)), None)
+
+    @cached_property
+    def _alphas(self) -> PatternMatcher:
+        return PatternMatcher(self.values.get("alpha_pattern") or (), f"{self.path}: alpha_pattern")
+
+    @cached_property
+    def _feedforward(self) -> PatternMatcher:
+        return PatternMatcher([self.values["feedforward_modules"]], f"{self.path}: feedforward_modules", whole=True)
+
+
+def read_config(folder: Path) -> AdapterConfig:
+    """Read and check the configuration of an adapter's folder.
+
+    Raises:
+        CheckpointError: it cannot be read, a setting has a type or a size that no adapter has, or the factors differ
+            from a base other than the published one.
+    """
+    path = folder / CONFIG
+    values = _read_json(path)
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path}: holds a {type(values).__name__}, expected an object of settings; save it again")
+    _check(path, values)
+    start = values.get("init_lora_weights")
+    if isinstance(start, str) and _CHANGES_BASE.match(start):
+        raise CheckpointError(
+            f"{path}: init_lora_weights is '{start}', so its factors do not differ from the base as published; save it "
+            "again with save_pretrained(..., path_initial_model_for_weight_conversion=...)"
+        )
+    return AdapterConfig(path, values["peft_type"], values)
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        if path.stat().st_size > _LARGEST_FILE:
+            raise CheckpointError(f"{path}: has {path.stat().st_size:,} bytes, too many for an adapter's configuration")
+        return json.loads(path.read_bytes())
+    except CheckpointError:
+        raise
+    except (OSError, ValueError) as error:  # broken text and broken JSON are both the latter
+        reason = str(error)
+    except RecursionError:
+        reason = "nested too deeply"
+    raise CheckpointError(f"{path}: not an adapter's configuration ({reason}); save it again")
+
+
+def _check(path: Path, values: Mapping[str, Any]) -> None:
+    """Check the settings that are used, one rule for each kind of value."""
+
+    def expect(right: bool, key: str, expected: str) -> None:
+        if not right:
+            raise CheckpointError(f"{path}: {key} is {_shown(values.get(key))}, expected {expected}; save it again")
+
+    expect(isinstance(values.get("peft_type"), str), "peft_type", "the name of a method, such as 'LORA'")
+    for key in ("fan_in_fan_out", "use_dora", "use_rslora"):
+        expect(isinstance(values.get(key, False), bool | None), key, "true or false")
+    expect(_is_number(values.get("lora_alpha", 8)), "lora_alpha", "a finite number")
+    for key in ("alpha_pattern", "rank_pattern"):
+        patterns = values.get(key) or {}
+        expect(isinstance(patterns, dict), key, "an object that maps names of modules to numbers")
+        if key == "alpha_pattern":
+            expect(all(map(_is_number, patterns.values())), key, "finite numbers only")
+    names = values.get("feedforward_modules") or ()
+    expect(isinstance(names, str) or _is_list(names, str), "feedforward_modules", "a pattern or a list of names")
+    expect(_is_list(values.get("target_parameters") or [], str), "target_parameters", "a list of names")
+    for key in ("trainable_token_indices", "token_indices"):
+        indices = values.get(key) or ()
+        lists = indices.values() if isinstance(indices, dict) else [indices]
+        expect(all(map(_is_indices, lists)), key, "a list of row numbers, or an object of such lists")
+
+
+def _is_number(value: object) -> bool:
+    """Whether a value is a number that float32 can hold; JSON's own may be larger, infinite or none."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return -_LARGEST_NUMBER <= value <= _LARGEST_NUMBER
+
+
+def _is_list(value: object, kind: type) -> bool:
+    return isinstance(value, list | tuple) and all(isinstance(item, kind) for item in value)
+
+
+def _is_indices(value: object) -> bool:
+    plain = _is_list(value, int) and not any(isinstance(item, bool) for item in value)
+    return plain and all(0 <= item < 1 << 31 for item in value) and len(set(value)) == len(value)
+
+
+def _shown(value: object) -> str:
+    try:
+        text = json.dumps(value)
+    except (RecursionError, ValueError):
+        text = type(value).__name__
+    return text if len(text) <= 60 else text[:57] + "…"
+
+
+def _is_variant(key: str) -> bool:
+    if key in ("target_parameters", "layer_replication", "alora_invocation_tokens"):
+        return True
+    return key.startswith("use_") or key.endswith("_config") if key not in _HARMLESS else False
