@@ -118,7 +118,6 @@ def test_torch_files(tmp_path):
     ("tensors", "config", "message"),
     [
         ({}, {"peft_type": "LOHA"}, r"is a LOHA adapter, only LoRA, DoRA and \(IA\)³ are read; merge it into its base"),
-        ({}, {"target_parameters": ["experts"]}, "is a LoRA adapter with target_parameters"),
         ({}, {"use_qalora": True}, "is a LoRA adapter with use_qalora"),
         ({}, {"kasa_config": {"beta": 1}}, "is a LoRA adapter with kasa_config"),
         ({}, {"init_lora_weights": "pissa_niter_4"}, "is 'pissa_niter_4', so its factors do not differ from the base"),

@@ -65,6 +65,23 @@ class AdapterConfig:
             return self._feedforward.find(module) is not None
         return any(module.endswith(pattern) for pattern in patterns)
 
+    def is_target(self, module: str) -> bool:
+        """Whether `target_modules` names a module."""
+        targets = self.values.get("target_modules") or ()
+        if isinstance(targets, str):
+            return self._targets.find(module) is not None
+        return any(f".{module}".endswith(f".{target}") for target in targets)
+
+    def parameters(self, module: str) -> tuple[str, ...]:
+        """The parameters of a module that `target_parameters` names, by the ends of their names."""
+        found: dict[str, None] = {}
+        for target in self.values.get("target_parameters") or ():
+            owner, _, parameter = target.rpartition(".")
+            # A target without a module's name would be one of every module, those with factors of their own as well.
+            if f".{module}.{parameter}".endswith(f".{target}") and (owner or not self.is_target(module)):
+                found[parameter] = None
+        return tuple(found)
+
     def token_indices(self, module: str) -> tuple[int, ...]:
         """The rows of an embedding that were trained."""
         indices = self.values.get("trainable_token_indices") or self.values.get("token_indices") or ()
@@ -80,6 +97,10 @@ class AdapterConfig:
     @cached_property
     def _alphas(self) -> PatternMatcher:
         return PatternMatcher(self.values.get("alpha_pattern") or (), f"{self.path}: alpha_pattern")
+
+    @cached_property
+    def _targets(self) -> PatternMatcher:
+        return PatternMatcher([self.values["target_modules"]], f"{self.path}: target_modules", whole=True)
 
     @cached_property
     def _feedforward(self) -> PatternMatcher:
@@ -137,8 +158,9 @@ def _check(path: Path, values: Mapping[str, Any]) -> None:
         expect(isinstance(patterns, dict), key, "an object that maps names of modules to numbers")
         if key == "alpha_pattern":
             expect(all(map(_is_number, patterns.values())), key, "finite numbers only")
-    names = values.get("feedforward_modules") or ()
-    expect(isinstance(names, str) or _is_list(names, str), "feedforward_modules", "a pattern or a list of names")
+    for key in ("target_modules", "feedforward_modules"):
+        names = values.get(key) or ()
+        expect(isinstance(names, str) or _is_list(names, str), key, "a pattern or a list of names")
     expect(_is_list(values.get("target_parameters") or [], str), "target_parameters", "a list of names")
     for key in ("trainable_token_indices", "token_indices"):
         indices = values.get(key) or ()
@@ -171,6 +193,6 @@ def _shown(value: object) -> str:
 
 
 def _is_variant(key: str) -> bool:
-    if key in ("target_parameters", "layer_replication", "alora_invocation_tokens"):
+    if key in ("layer_replication", "alora_invocation_tokens"):
         return True
     return key.startswith("use_") or key.endswith("_config") if key not in _HARMLESS else False

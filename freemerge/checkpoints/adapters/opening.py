@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from freemerge.checkpoints.adapters.changes import Change, Run
 from freemerge.checkpoints.adapters.config import CONFIG, read_config
 from freemerge.checkpoints.adapters.layers import is_turned
 from freemerge.checkpoints.adapters.parsing import Parser, split_names
+from freemerge.checkpoints.adapters.stacked import StackedModule
 from freemerge.checkpoints.checkpoint import Checkpoint, TensorSpec
 from freemerge.checkpoints.errors import CheckpointError
 
@@ -42,7 +43,12 @@ def open_adapter(folder: Path, label: str, weights: Checkpoint) -> Checkpoint:
     parser = Parser(folder, config, weights)
     changes: dict[str, Change] = {}
     whole: dict[str, str] = {}
-    for name, module, kind in split_names(dict.fromkeys((*weights.names, *weights.tied))):
+    names = list(split_names(dict.fromkeys((*weights.names, *weights.tied))))
+    stacked = parser.stacked(names)
+    of_parameters = {name for module in stacked for level in module.levels for name in level}
+    for name, module, kind in names:
+        if name in of_parameters:
+            continue
         if kind is None:
             # Of a layer inside its wrapper the bias may be trained, but the weight is the base's own; and with
             # bias="all" PEFT saves the biases of a module to save three times, the untrained ones as well.
@@ -58,11 +64,14 @@ def open_adapter(folder: Path, label: str, weights: Checkpoint) -> Checkpoint:
             if target in changes:
                 raise CheckpointError(f"{folder}: the adapter changes the tensor '{target}' in two ways")
             changes[target] = change
-    if not changes:
+    for module in stacked:
+        if both := sorted(changes.keys() & module.changes(None).keys()):
+            raise CheckpointError(f"{folder}: the adapter changes the tensor '{both[0]}' in two ways")
+    if not changes and not stacked:
         raise CheckpointError(f"{folder}: holds no LoRA factors and no (IA)³ vectors; is it a whole model?")
     if both := sorted(changes.keys() & whole.keys()):
         raise CheckpointError(f"{folder}: the adapter holds the tensor '{both[0]}' and changes it as well")
-    return _Adapter(folder, label, weights, changes, whole).checkpoint(None)
+    return _Adapter(folder, label, weights, changes, stacked, whole).checkpoint(None)
 
 
 @dataclass(frozen=True)
@@ -73,15 +82,15 @@ class _Adapter:
     label: str
     weights: Checkpoint
     changes: Mapping[str, Change]
+    stacked: Sequence[StackedModule]
     whole: Mapping[str, str]  # name → name in the file
 
     def checkpoint(self, base: Checkpoint | None) -> Checkpoint:
         """The adapter alone, or as a change of its base."""
-        shapes: dict[str, tuple[int, ...]] = {}
-        changes = self.changes
-        if base is not None:
-            shapes = {name: base.spec(name).shape for name in changes if base.has(name)}
-            changes = self._oriented(changes, shapes, base)
+        changes = dict(self.changes) if base is None else self._oriented(base)
+        for module in self.stacked:
+            changes |= module.changes(base)
+        shapes = {} if base is None else {name: base.spec(name).shape for name in changes if base.has(name)}
         changes = {name: change for name, change in changes.items() if name in shapes or not change.optional}
         specs = {name: TensorSpec(change.shape(shapes.get(name)), torch.float32) for name, change in changes.items()}
         specs |= {name: self.weights.spec(stored) for name, stored in self.whole.items()}
@@ -106,14 +115,14 @@ class _Adapter:
             bind=self.checkpoint if base is None else None,
         )
 
-    def _oriented(
-        self, changes: Mapping[str, Change], shapes: Mapping[str, tuple[int, ...]], base: Checkpoint
-    ) -> dict[str, Change]:
-        """The changes, each in the orientation in which the base holds its weight.
+    def _oriented(self, base: Checkpoint) -> dict[str, Change]:
+        """The changes of layers, each in the orientation in which the base holds its weight.
 
         PEFT saves one `fan_in_fan_out` for all modules, and in models that have layers of both orientations (GPT-2 and
         its head) it is that of the last one. Shapes tell, but for square weights.
         """
+        changes = self.changes
+        shapes = {name: base.spec(name).shape for name in changes if base.has(name)}
         fits = {name: changes[name].orientations(shape) for name, shape in shapes.items()}
         contradicted = next((name for name, fit in fits.items() if fit and changes[name].turned not in fit), None)
         turned = {name: change.turned for name, change in changes.items()}

@@ -13,12 +13,15 @@ from torch import Tensor
 from freemerge.checkpoints.adapters.changes import Change, Rows, Scaled, ScaledVector
 from freemerge.checkpoints.adapters.config import CONFIG, AdapterConfig
 from freemerge.checkpoints.adapters.lora import Decomposed, LowRank
+from freemerge.checkpoints.adapters.stacked import StackedModule
 from freemerge.checkpoints.checkpoint import Checkpoint
 from freemerge.checkpoints.errors import CheckpointError
 
 PREFIX = "base_model.model."  # PEFT's two wrappers around the model
 
 _MAGNITUDES = ("lora_magnitude_vector", "lora_magnitude_vector.weight")
+_MOST_PARAMETERS = 6  # of one module; their assignment is tried out
+_WRAPPED = re.compile(r"(?:\.base_layer)+\.")
 _TUNED = re.compile(r"(.+?)\.(lora_.+|ia3_l|(?:token_adapter\.)?trainable_tokens_delta)")
 
 
@@ -27,7 +30,7 @@ def split_names(names: Iterable[str]) -> Iterator[tuple[str, str, str | None]]:
     `lora_A.weight`. Of whole tensors their name in the base, and None.
     """
     for name in names:
-        inner = name.removeprefix(PREFIX).replace(".base_layer.", ".")
+        inner = _WRAPPED.sub(".", name.removeprefix(PREFIX))
         found = _TUNED.fullmatch(inner)
         yield (name, found[1], found[2]) if found else (name, inner, None)
 
@@ -72,20 +75,34 @@ class Parser:
             )
         return {}
 
+    def stacked(self, names: Iterable[tuple[str, str, str | None]]) -> tuple[StackedModule, ...]:
+        """The modules some of whose parameters have factors, as `target_parameters` names them.
+
+        Args:
+            names: see `split_names`.
+        """
+        wrappers: dict[str, list[str]] = {}
+        for name, module, kind in names:
+            if kind == "lora_A.weight" and self.config.parameters(module):
+                wrappers.setdefault(module, []).append(name)
+        found = []
+        for module, rights in wrappers.items():
+            parameters = self.config.parameters(module)
+            rights.sort(key=lambda name: name.count("base_layer."))
+            levels = tuple((right.removesuffix("lora_A.weight") + "lora_B.weight", right) for right in rights)
+            for left, right in levels:
+                self._check_pair(right, left)
+            if not len(levels) <= len(parameters) <= _MOST_PARAMETERS:
+                raise CheckpointError(
+                    f"{self.folder}: has factors of {len(levels)} parameters of '{module}', and target_parameters in "
+                    f"{CONFIG} names {len(parameters)}; save the adapter again"
+                )
+            found.append(StackedModule(module, parameters, levels, self.weights, self.config, self.recent))
+        return tuple(found)
+
     def _pair(self, name: str, stem: str, module: str, embedding: bool) -> Change:
         other = stem + ("lora_embedding_B" if embedding else "lora_B.weight")
-        if not self.weights.has(other):
-            raise CheckpointError(f"{self.folder}: the adapter has '{name}' and no '{other}'; save it again")
-        right, left = self.weights.spec(name).shape, self.weights.spec(other).shape
-        if len(left) != len(right) or len(left) < 2 or left[1] != right[0] or any(size != 1 for size in left[2:]):
-            raise CheckpointError(
-                f"{self.folder}: '{name}' {list(right)} and '{other}' {list(left)} are no two factors of a matrix; is "
-                "it of a convolution in groups? Merge the adapter into its base model with PEFT first"
-            )
-        if right[0] == 0:
-            raise CheckpointError(
-                f"{self.folder}: '{name}' {list(right)} is a factor of rank 0; train the adapter again"
-            )
+        left, _ = self._check_pair(name, other)
         turned = embedding or (len(left) == 2 and self.config.flag("fan_in_fan_out"))
         pair = LowRank(self.weights, other, name, self._scale(module, name), self.recent, turned, fixed=embedding)
         magnitude = next((stem + kind for kind in _MAGNITUDES if self.weights.has(stem + kind)), None)
@@ -102,6 +119,22 @@ class Parser:
                 f"{self.folder}: '{magnitude}' has shape {list(found)}, expected {left[0]} numbers as '{other}' tells"
             )
         return Decomposed(pair, magnitude)
+
+    def _check_pair(self, name: str, other: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The shapes of B and A, which can be multiplied."""
+        if not self.weights.has(other):
+            raise CheckpointError(f"{self.folder}: the adapter has '{name}' and no '{other}'; save it again")
+        right, left = self.weights.spec(name).shape, self.weights.spec(other).shape
+        if len(left) != len(right) or len(left) < 2 or left[1] != right[0] or any(size != 1 for size in left[2:]):
+            raise CheckpointError(
+                f"{self.folder}: '{name}' {list(right)} and '{other}' {list(left)} are no two factors of a matrix; is "
+                "it of a convolution in groups? Merge the adapter into its base model with PEFT first"
+            )
+        if right[0] == 0:
+            raise CheckpointError(
+                f"{self.folder}: '{name}' {list(right)} is a factor of rank 0; train the adapter again"
+            )
+        return left, right
 
     def _scale(self, module: str, factor: str) -> float:
         return self.config.scale(module, rank=self.weights.spec(factor).shape[0])

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from freemerge.checkpoints.errors import CheckpointError
 
 _SECONDS = 5.0  # for all modules of an adapter; what is sane takes microseconds
-_LONGEST = 10_000  # characters of a pattern
+_LONGEST = 100_000  # characters of a pattern
 _REPEATS = re.compile(r"[*+?{(\\]")
 
 
