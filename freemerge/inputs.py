@@ -1,39 +1,48 @@
-"""The inputs of a batch: one tensor (B, …), such as images, or a dict of tensors (B, …), such as a tokenizer's output.
+"""The inputs of a batch: a tensor (B, …), such as images, or a dict or tuple of inputs, such as a tokenizer's output
+or an image with its text.
 
-Everything that handles batches goes through these few functions, so that no other code asks which of the two it has.
-A tensor whose second dimension differs from sample to sample (tokens) is padded on the right.
+Everything that handles batches goes through these few functions, so that no other code asks what inputs are made of. A
+tensor whose second dimension differs from sample to sample (tokens) is padded on the right.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Inputs = Tensor | dict[str, Tensor]
-"""A tensor (B, …), or a dict of tensors that have B in common."""
+Inputs = Tensor | dict[str, "Inputs"] | tuple["Inputs", ...]
+"""A tensor (B, …), or a dict or tuple of inputs that have B in common. A list of B other values, such as texts, goes
+along; so does what belongs to the batch as a whole."""
 
 IGNORED = -100
 """A label that counts in no loss and no metric; cross-entropy's own convention."""
 
 
+def tensors_of(inputs: Inputs) -> list[Tensor]:
+    """The tensors of a batch's inputs, each (B, …), in order."""
+    if isinstance(inputs, Tensor):
+        return [inputs]
+    parts = inputs.values() if isinstance(inputs, Mapping) else inputs if isinstance(inputs, (tuple, list)) else ()
+    return [tensor for part in parts for tensor in tensors_of(part)]
+
+
 def batch_size(inputs: Inputs) -> int:
     """How many samples a batch has."""
-    return len(inputs if isinstance(inputs, Tensor) else next(iter(inputs.values())))
+    return len(tensors_of(inputs)[0])
 
 
 def device_of(inputs: Inputs) -> torch.device:
     """Where a batch is."""
-    return (inputs if isinstance(inputs, Tensor) else next(iter(inputs.values()))).device
+    return tensors_of(inputs)[0].device
 
 
 def to_device(inputs: Inputs, device: torch.device | str) -> Inputs:
     """The same batch on `device`."""
-    if isinstance(inputs, Mapping):
-        return {name: tensor.to(device) for name, tensor in inputs.items()}
-    return inputs.to(device)
+    return _map(inputs, lambda tensor: tensor.to(device))
 
 
 def select(inputs: Inputs, index: Tensor | slice) -> Inputs:
@@ -43,16 +52,40 @@ def select(inputs: Inputs, index: Tensor | slice) -> Inputs:
         inputs: B samples.
         index: (b,) int64 or (B,) bool, or a slice.
     """
+    size = batch_size(inputs)
+
+    def select_values(values: list) -> list:
+        if len(values) != size:  # not one for each sample
+            return values
+        return [
+            values[position]
+            for position in torch.arange(size)[index.cpu() if isinstance(index, Tensor) else index].tolist()
+        ]
+
+    return _map(inputs, lambda tensor: tensor[index], select_values)
+
+
+def _map(
+    inputs: Any, function: Callable[[Tensor], Tensor], of_list: Callable[[list], list] = lambda values: values
+) -> Any:
+    """The same inputs, each tensor and each list without tensors replaced by what a function makes of it."""
+    if isinstance(inputs, Tensor):
+        return function(inputs)
     if isinstance(inputs, Mapping):
-        return {name: tensor[index] for name, tensor in inputs.items()}
-    return inputs[index]
+        return {name: _map(value, function, of_list) for name, value in inputs.items()}
+    if isinstance(inputs, list) and not tensors_of(inputs):
+        return of_list(inputs)
+    if isinstance(inputs, (tuple, list)):
+        parts = [_map(value, function, of_list) for value in inputs]
+        return type(inputs)(*parts) if hasattr(inputs, "_fields") else type(inputs)(parts)  # a named tuple
+    return inputs
 
 
 def join(batches: Sequence[Inputs]) -> Inputs:
     """Several batches as one, in order; tokens are padded to the longest (`labels` with −100, all else with 0).
 
     Args:
-        batches: all tensors, or all dicts with the same keys.
+        batches: all tensors, all dicts with the same keys, or all tuples of one length.
 
     Raises:
         ValueError: if the batches cannot be one.
@@ -62,8 +95,15 @@ def join(batches: Sequence[Inputs]) -> Inputs:
         raise ValueError(f"batches of different kinds cannot be one: {' and '.join(kinds)}")
     first = batches[0]
     if isinstance(first, Mapping):
-        return {name: join_padded([batch[name] for batch in batches], padding_of(name)) for name in first}
+        return {name: _join([batch[name] for batch in batches], padding_of(name)) for name in first}
+    if isinstance(first, (tuple, list)):
+        return type(first)(_join(parts, 0) for parts in zip(*batches, strict=True))
     return torch.cat(list(batches))
+
+
+def _join(parts: Sequence[Inputs], padding: int) -> Inputs:
+    """One part of several batches' inputs: tokens are padded, what holds tensors itself is joined in turn."""
+    return join_padded(parts, padding) if isinstance(parts[0], Tensor) else join(parts)
 
 
 def join_padded(tensors: Sequence[Tensor], value: int = 0) -> Tensor:
@@ -81,4 +121,8 @@ def padding_of(name: str) -> int:
 
 
 def _describe(inputs: Inputs) -> str:
-    return str(sorted(inputs)) if isinstance(inputs, Mapping) else f"{inputs.dtype} {tuple(inputs.shape[1:])}"
+    if isinstance(inputs, Mapping):
+        return str(sorted(inputs))
+    if isinstance(inputs, (tuple, list)):
+        return f"{len(inputs)} inputs"
+    return f"{inputs.dtype} {tuple(inputs.shape[1:])}"

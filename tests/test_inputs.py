@@ -54,3 +54,27 @@ def test_a_stacked_batch_reads_as_samples() -> None:
     inputs, label = list(batch)[1]
     assert inputs["input_ids"].tolist() == [8, 9, 0]
     assert label == 1
+
+
+def test_nested_inputs_are_handled_part_by_part() -> None:
+    nested = {"image": torch.arange(3.0)[:, None], "text": {"ids": torch.tensor([[1, 2], [3, 4], [5, 6]])}}
+    inputs = (nested, ["a", "b", "c"], [("x", 1)], None)
+    assert batch_size(inputs) == 3
+    assert device_of(inputs) == torch.device("cpu")
+    for index in (torch.tensor([2, 0]), torch.tensor([True, False, True]), slice(1, 3)):
+        (found, texts, meta, none), kept = select(inputs, index), torch.arange(3)[index].tolist()
+        assert found["image"].flatten().tolist() == kept
+        assert found["text"]["ids"][:, 0].tolist() == [2 * k + 1 for k in kept]
+        assert texts == ["abc"[k] for k in kept]
+        assert (meta, none) == ([("x", 1)], None)
+    assert to_device(inputs, "meta")[0]["text"]["ids"].device.type == "meta"
+
+
+def test_nested_inputs_are_joined_part_by_part() -> None:
+    batches = [{"image": torch.zeros(1, 2), "text": {"ids": torch.ones(1, n, dtype=torch.long)}} for n in (1, 3)]
+    joined = join(batches)
+    assert joined["image"].shape == (2, 2)
+    assert joined["text"]["ids"].tolist() == [[1, 0, 0], [1, 1, 1]]
+    pairs = join([(torch.zeros(1), torch.ones(1, 1)), (torch.ones(2), torch.ones(2, 2))])
+    assert pairs[0].tolist() == [0, 1, 1]
+    assert pairs[1].tolist() == [[1, 0], [1, 1], [1, 1]]

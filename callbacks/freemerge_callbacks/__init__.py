@@ -1,8 +1,9 @@
 """Lightning callbacks that merge what your own Trainer fine-tunes, and measure the result on every task."""
 
+from freemerge_callbacks._weights import save_base
 from freemerge_callbacks.merge_at_fit_end import MergeAtFitEnd
 from freemerge_callbacks.merge_preview import MergePreview
 from freemerge_callbacks.multi_task_evaluation import MultiTaskEvaluation
 from freemerge_callbacks.task_checkpoint import TaskCheckpoint
 
-__all__ = ["MergeAtFitEnd", "MergePreview", "MultiTaskEvaluation", "TaskCheckpoint"]
+__all__ = ["MergeAtFitEnd", "MergePreview", "MultiTaskEvaluation", "TaskCheckpoint", "save_base"]

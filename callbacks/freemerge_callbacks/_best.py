@@ -6,7 +6,7 @@ import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from freemerge.checkpoints import Checkpoint, open_checkpoint
-from freemerge_callbacks._weights import part_of
+from freemerge_callbacks._weights import is_a, part_of
 
 
 def best_checkpoint(trainer: L.Trainer, who: str) -> ModelCheckpoint:
@@ -16,7 +16,7 @@ def best_checkpoint(trainer: L.Trainer, who: str) -> ModelCheckpoint:
         ValueError: there is none.
     """
     for callback in trainer.checkpoint_callbacks:
-        if isinstance(callback, ModelCheckpoint) and callback.monitor is not None and callback.save_top_k != 0:
+        if is_a(callback, "ModelCheckpoint") and callback.monitor is not None and callback.save_top_k != 0:
             return callback
     raise ValueError(
         f"{who}: weights='best' needs a ModelCheckpoint with a `monitor` (and save_top_k ≠ 0) among the Trainer's "

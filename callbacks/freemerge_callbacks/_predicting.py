@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,10 +18,14 @@ from torch.func import functional_call
 from freemerge.checkpoints import open_checkpoint
 from freemerge.checkpoints.bases import find_prefix
 from freemerge.checkpoints.task_files import read_record
-from freemerge.inputs import Inputs, select, to_device
+from freemerge.inputs import Inputs
+from freemerge.merging.patterns import select
 from freemerge_callbacks._weights import is_sharded, relative
 
 Predict = Callable[[Inputs, str], Any]
+Features = str | Callable[[Any], Tensor] | None
+
+_HEAD = re.compile(r"(?:.*\.)?(?:heads?|classifier|fc|score|lm_head|qa_outputs)(?:\..*)?")  # what heads are called
 
 
 @contextmanager
@@ -71,12 +76,41 @@ def merged_into(module: nn.Module, backbone: str, merged: str | Path | Mapping[s
     return {full: checkpoint.tensor(name).to(state[full].device, state[full].dtype) for full, name in placed.items()}
 
 
+def own_heads(
+    module: nn.Module, backbone: str, head: str, include: Sequence[str] | None, exclude: Sequence[str] | None
+) -> set[str]:
+    """The module's tensors that a merge leaves out because they are its head's.
+
+    A merged file has the base's values of what was left out. For a part of the backbone these are meant; but where a
+    head is inside of what is merged, the base's is untrained, and the module's own is meant.
+
+    Args:
+        module: the module.
+        backbone: dotted path of what is merged; "" for the module itself.
+        head: dotted path of the module's head.
+        include: see `merge`.
+        exclude: see `merge`.
+
+    Returns:
+        Their names in the module.
+    """
+    start = f"{backbone}." if backbone else ""
+    inside = {name: name.removeprefix(start) for name in module.state_dict() if name.startswith(start)}
+    merged = set(select(relative(module.state_dict(), backbone), include, exclude))
+    return {
+        name
+        for name, plain in inside.items()
+        if plain not in merged and (name.startswith(f"{head}.") or _HEAD.fullmatch(plain))
+    }
+
+
 def predictor(
     trainer: L.Trainer,
     module: nn.Module,
     backbone: str,
     heads: Mapping[str, nn.Module] | None,
     weights: Mapping[str, Tensor],
+    features: Features = None,
 ) -> Predict:
     """(inputs, task) → what the model gives, with the Trainer's precision.
 
@@ -85,6 +119,7 @@ def predictor(
         module: the module; without `heads` its own forward returns logits.
         backbone: dotted path of the backbone; with `heads` it returns features.
         heads: task → head, features to logits.
+        features: what of the backbone's output the heads are given; see `find_features`.
         weights: tensors to use instead of the module's own, under the module's names. The module keeps its own.
     """
     # `functional_call` needs the module itself, not what `torch.compile` made of it.
@@ -95,7 +130,7 @@ def predictor(
         inputs = precision.convert_input(inputs)
         with precision.forward_context():
             output = functional_call(body, weights, *arguments(body, inputs))
-            return _logits(output) if heads is None else _logits(heads[task](output))
+            return _logits(output) if heads is None else _logits(heads[task](find_features(output, features)))
 
     return predict
 
@@ -109,19 +144,56 @@ def evaluated_part(module: nn.Module, part: str, weights: Mapping[str, Tensor]) 
 
 
 def arguments(body: nn.Module, inputs: Any) -> tuple[tuple, dict[str, Any]]:
-    """How a module is called with a batch's inputs: a dict by names where its `forward` takes them, else as one."""
-    if isinstance(inputs, Mapping):
-        try:
-            inspect.signature(body.forward).bind(**inputs)
-        except TypeError:
-            return (inputs,), {}
-        return (), dict(inputs)
-    return (inputs,), {}
+    """How a module is called with a batch's inputs: the values of a dict by their names, and those of a tuple one by
+    one, where its `forward` takes them so; else all as one."""
+    positional = tuple(inputs) if isinstance(inputs, (tuple, list)) else ()
+    named = dict(inputs) if isinstance(inputs, Mapping) else {}
+    if not positional and not named:
+        return (inputs,), {}
+    try:
+        inspect.signature(body.forward).bind(*positional, **named)
+    except TypeError:
+        return (inputs,), {}
+    return positional, named
+
+
+def find_features(output: Any, features: Features = None) -> Tensor:
+    """The features (B, F) in what a backbone returns.
+
+    Args:
+        output: a tensor, or a dict such as transformers' models return.
+        features: the key of the features in a dict, or a function that takes them out of any output. None: its
+            `pooler_output`, or the only tensor (B, F) in it.
+
+    Raises:
+        ValueError: they cannot be found.
+    """
+    if callable(features):
+        return features(output)
+    if isinstance(output, Tensor) and features is None:
+        return output
+    tensors = (
+        {key: value for key, value in output.items() if isinstance(value, Tensor)}
+        if isinstance(output, Mapping)
+        else {}
+    )
+    flat = [key for key, value in tensors.items() if value.ndim == 2]
+    key = features or ("pooler_output" if "pooler_output" in tensors else flat[0] if len(flat) == 1 else None)
+    if key in tensors:
+        return tensors[key]
+    found = ", ".join(f"{key} {list(value.shape)}" for key, value in tensors.items()) or f"a {type(output).__name__}"
+    raise ValueError(
+        f"the backbone returns {found}; say what the heads are given: features='key', or features=a function of the "
+        "output"
+    )
 
 
 def _logits(output: Any) -> Any:
-    """The logits in what a model of transformers returns; anything else as it is."""
-    return output["logits"] if isinstance(output, Mapping) and "logits" in output else output
+    """The logits in what a model of transformers or torchvision returns; anything else as it is."""
+    for key in ("logits", "out"):
+        if isinstance(output, Mapping) and key in output:
+            return output[key]
+    return output
 
 
 class Reweighted(nn.Module):
@@ -154,60 +226,6 @@ class Reweighted(nn.Module):
         """The backbone's statistics, measured on this, under the module's names."""
         found = {self._part + name.removeprefix("body."): value for name, value in statistics.items()}
         return {name: value for name, value in found.items() if name.startswith(self._backbone)}
-
-
-class Pairs:
-    """A loader seen as pairs (inputs, labels): of the pairs that it yields, or of dicts that hold `labels`.
-
-    Args:
-        loader: the loader.
-        task: its name, for messages.
-        metric: what the task is judged by. The decoder of a seq2seq model reads the labels, too.
-        who: what messages begin with.
-    """
-
-    def __init__(self, loader: Iterable, task: str, metric: Any, who: str) -> None:
-        self.loader = loader
-        self.task = task
-        self.keeps_labels = getattr(metric, "kind", None) == "seq2seq"
-        self.who = who
-
-    def __iter__(self) -> Iterator[tuple[Any, Any]]:
-        """Yield the pairs.
-
-        Raises:
-            ValueError: the loader yields something else.
-        """
-        for batch in self.loader:
-            if isinstance(batch, Mapping) and "labels" in batch:
-                inputs = {name: value for name, value in batch.items() if self.keeps_labels or name != "labels"}
-                yield inputs, batch["labels"]
-            elif isinstance(batch, (tuple, list)) and len(batch) == 2:
-                yield batch[0], batch[1]
-            else:
-                raise ValueError(
-                    f"{self.who}: the loader of '{self.task}' must yield pairs (inputs, labels), or dicts with "
-                    f"`labels`, and yields a {type(batch).__name__}"
-                )
-
-
-def count_classes(predict: Predict, loaders: Mapping[str, Iterable], device: torch.device, who: str) -> dict[str, int]:
-    """Task → the number of logits that the model gives for it, from one sample.
-
-    Raises:
-        ValueError: a loader is empty, or the model does not return (B, C) logits.
-    """
-    counts = {}
-    for task, loader in loaders.items():
-        batch = next(iter(loader), None)
-        if batch is None:
-            raise ValueError(f"{who}: the loader of '{task}' must yield pairs (inputs, labels), and yields nothing")
-        logits = predict(to_device(select(batch[0], slice(1)), device), task)
-        if not isinstance(logits, Tensor) or logits.ndim != 2:
-            found = f"shape {list(logits.shape)}" if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
-            raise ValueError(f"{who}: expected logits (B, C) for '{task}', got {found}; does it need heads={{...}}?")
-        counts[task] = logits.shape[1]
-    return counts
 
 
 def linear_head(path: str, who: str) -> nn.Linear:

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from itertools import chain, islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import lightning as L
+import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
 from freemerge.data import TaskSuite
+from freemerge.inputs import select, to_device
+from freemerge_callbacks._batches import BatchFormat, Pairs
 from freemerge_callbacks._predicting import (
-    Pairs,
+    Features,
+    Predict,
     Reweighted,
     check_loaders,
-    count_classes,
     evaluating,
     linear_head,
     predictor,
@@ -26,33 +29,42 @@ from freemerge_callbacks._weights import get_part, refuse_placeholders
 if TYPE_CHECKING:  # slow to import, and wanted when the first fit begins
     from freemerge.evaluation import TaskMetric
 
+MEAN_IOU = "mean_iou"
+"""The metric of dense predictions: logits (B, C, …) and classes (B, …)."""
+
 
 class TaskEvaluation:
     """Evaluates a module on several tasks.
 
     Args:
         who: what messages begin with.
-        loaders: task → loader of (inputs, labels), or a suite.
+        loaders: task → loader of batches, or a data module; or a suite or data module of all tasks.
         heads: task → module or file; None where the module's forward gives logits.
         metrics: task → metric; accuracy, or the suite's own, for those left out.
         backbone: dotted path of the backbone.
         head: dotted path of the module's own head.
         split: which part of a suite's data.
         batch_norm: task → loader, or how many batches of a suite's training data, to measure batch norm on.
+        format: where batches have their inputs and labels.
+        features: what of the backbone's output the heads are given; see `find_features`.
     """
 
     def __init__(
         self,
         who: str,
-        loaders: TaskSuite | Mapping[str, Iterable],
+        loaders: L.LightningDataModule | Mapping[str, Iterable | L.LightningDataModule],
         heads: Mapping[str, nn.Module | str] | None,
         metrics: Mapping[str, str | Metric] | None,
         backbone: str,
         head: str,
         split: str,
         batch_norm: Mapping[str, Iterable] | int | None,
+        format: BatchFormat | None = None,
+        features: Features = None,
     ) -> None:
         self.who = who
+        self.format = format or BatchFormat(who)
+        self.features = features
         self.loaders = loaders
         self.heads = heads
         self.metrics = metrics
@@ -62,7 +74,7 @@ class TaskEvaluation:
         self.batch_norm = batch_norm
         self._loaders: dict[str, Iterable] = {}
         self._read: dict[str, nn.Module] = {}
-        self._metrics: dict[str, TaskMetric | Metric] = {}
+        self._metrics: dict[str, Any] = {}  # TaskMetric, Metric, or MEAN_IOU until the number of classes is known
         self._classes: dict[str, int] = {}
 
     @property
@@ -96,10 +108,76 @@ class TaskEvaluation:
         self._metrics = self._open_metrics()
         self._classes = {}
 
-    def check(self, module: nn.Module) -> None:
-        """Require that the module has the parts that were named."""
+    def check(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Require that the module has the parts that were named, and can be evaluated on a sample of each task.
+
+        Raises:
+            ValueError: one line that names the task.
+        """
         get_part(module, self.backbone, self.who)
-        self._heads_of(module)
+        heads, device = self._heads_of(module), trainer.strategy.root_device
+        with evaluating([module, *(heads or {}).values()], device):
+            predict = self._binary_as_two(predictor(trainer, module, self.backbone, heads, {}, self.features))
+            for task, pairs in self._pairs().items():
+                self._try(task, pairs, predict, device)
+
+    def _try(self, task: str, pairs: Pairs, predict: Predict, device: torch.device) -> None:
+        """Evaluate one sample of a task, and find out how many classes it has."""
+        from freemerge.evaluation import LabelSpace, MultiTaskMetrics
+
+        batch = next(iter(pairs), None)
+        if batch is None:
+            raise ValueError(
+                f"{self.who}: the loader of '{task}' must yield pairs (inputs, labels), and yields nothing"
+            )
+        inputs, labels = select(batch, slice(1))
+        try:
+            output = predict(to_device(inputs, device), task)
+        except Exception as error:
+            raise ValueError(
+                f"{self.who}: the model fails on a batch of '{task}': {type(error).__name__}: "
+                f"{' '.join(str(error).split())}"
+            ) from error
+        if isinstance(self._metrics[task], str):
+            self._metrics[task] = _mean_iou(output, self.who, task)
+        if self._kind(task) == "classification":
+            if not isinstance(output, Tensor) or output.ndim != 2:
+                found = f"shape {list(output.shape)}" if isinstance(output, Tensor) else f"a {type(output).__name__}"
+                advice = f"give metrics={{'{task}': 'mean_iou'}}" if getattr(output, "ndim", 0) > 2 else ""
+                raise ValueError(
+                    f"{self.who}: expected logits (B, C) for '{task}', got {found}; "
+                    f"{advice or 'does it need heads={...}?'}"
+                )
+            self._classes[task] = pairs.classes = output.shape[1]
+            pairs.check_classes(labels)
+        try:
+            space = LabelSpace({task: self._classes.get(task, 0)})
+            metrics = MultiTaskMetrics(space, {task: self._metrics[task]}).to(device)
+            metrics.update(task, output, to_device(labels, device))
+        except Exception as error:
+            raise ValueError(
+                f"{self.who}: the metric of '{task}' fails on a batch: {' '.join(str(error).split())}"
+            ) from error
+
+    def _pairs(self) -> dict[str, Pairs]:
+        return {
+            task: Pairs(loader, task, self.format, self._kind(task), self._classes.get(task, 0))
+            for task, loader in self._loaders.items()
+        }
+
+    def _kind(self, task: str) -> str | None:
+        """The kind of a task; None if its metric is given outputs and labels as they are."""
+        return getattr(self._metrics[task], "kind", None)
+
+    def _binary_as_two(self, predict: Predict) -> Predict:
+        """A classification by one logit z, (B, 1), as one of two classes with the logits 0 and z."""
+
+        def predict_classes(inputs: Any, task: str) -> Any:
+            output = predict(inputs, task)
+            one = isinstance(output, Tensor) and output.shape[1:] == (1,) and self._kind(task) == "classification"
+            return torch.cat([torch.zeros_like(output), output], dim=1) if one else output
+
+        return predict_classes
 
     def run(
         self,
@@ -119,21 +197,18 @@ class TaskEvaluation:
             merged: whether the weights, where there are any, are those of a merge, for which batch norm is measured
                 anew if that was asked for.
         """
-        from freemerge.evaluation import LabelSpace, TaskMetric, evaluate
+        from freemerge.evaluation import LabelSpace, evaluate
 
         heads, device = self._heads_of(module), trainer.strategy.root_device
         with evaluating([module, *(heads or {}).values()], device):
             weights = {name: tensor.to(device) for name, tensor in weights.items()}
             if weights and merged and self.batch_norm is not None:
                 weights |= self._measured(trainer, module, weights)
-            predict = predictor(trainer, module, self.backbone, heads, weights)
-            pairs = {task: Pairs(loader, task, self._metrics[task], self.who) for task, loader in self._loaders.items()}
-            if not self._classes:
-                named = {task: metric for task, metric in self._metrics.items() if isinstance(metric, TaskMetric)}
-                classes = {task: pairs[task] for task, metric in named.items() if metric.kind == "classification"}
-                self._classes = dict.fromkeys(pairs, 0) | count_classes(predict, classes, device, self.who)
+            predict = self._binary_as_two(predictor(trainer, module, self.backbone, heads, weights, self.features))
+            pairs = self._pairs()
             chosen = {task: pairs[task] for task in tasks or pairs}
-            return evaluate(predict, chosen, LabelSpace(self._classes), device, self._metrics)
+            space = LabelSpace({task: self._classes.get(task, 0) for task in pairs})
+            return evaluate(predict, chosen, space, device, self._metrics)
 
     def named(self, results: Mapping[str, float], prefix: str) -> dict[str, float]:
         """Names under which results are logged: `<prefix>/<task>/<metric>` for each task, and their mean.
@@ -173,11 +248,26 @@ class TaskEvaluation:
         return wrapped.named(reestimate_batch_norm(wrapped, chain(*streams), trainer.strategy.root_device))
 
     def _open_loaders(self, trainer: L.Trainer) -> dict[str, Iterable]:
-        if not isinstance(self.loaders, TaskSuite):
-            return dict(self.loaders)
-        on_rank_zero(trainer, self.loaders.prepare_data)
-        parts = {name: self.loaders.for_task(name) for name in self.loaders.names}
-        return {name: getattr(part, f"{self.split}_dataloader")() for name, part in parts.items()}
+        if isinstance(self.loaders, TaskSuite):
+            on_rank_zero(trainer, self.loaders.prepare_data)
+            parts = {name: self.loaders.for_task(name) for name in self.loaders.names}
+            return {name: getattr(part, f"{self.split}_dataloader")() for name, part in parts.items()}
+        loaders = self._loader_of(trainer, self.loaders) if _is_data_module(self.loaders) else self.loaders
+        if not isinstance(loaders, Mapping):
+            raise ValueError(
+                f"{self.who}: {type(self.loaders).__name__}.{self.split}_dataloader() must return a dict, task → "
+                f"loader, and returns a {type(loaders).__name__}; or give loaders={{'task': data_module}}"
+            )
+        return {
+            task: self._loader_of(trainer, loader) if _is_data_module(loader) else loader
+            for task, loader in loaders.items()
+        }
+
+    def _loader_of(self, trainer: L.Trainer, module: Any) -> Any:
+        """What a data module gives for the split; it is prepared as a Trainer would."""
+        on_rank_zero(trainer, module.prepare_data)
+        module.setup("validate" if self.split == "val" else "test")
+        return getattr(module, f"{self.split}_dataloader")()
 
     def _open_metrics(self) -> dict[str, TaskMetric | Metric]:
         from freemerge.evaluation import TaskMetric
@@ -190,7 +280,8 @@ class TaskEvaluation:
             tasks = [self.loaders.task(name) for name in self.loaders.names]
             metrics |= {task.name: TaskMetric.of(task) for task in tasks}
         return metrics | {
-            task: TaskMetric.parse(metric) if isinstance(metric, str) else metric for task, metric in given.items()
+            task: TaskMetric.parse(metric) if isinstance(metric, str) and metric != MEAN_IOU else metric
+            for task, metric in given.items()
         }
 
     def _check_heads(self) -> None:
@@ -212,3 +303,21 @@ class TaskEvaluation:
             task: known[task] if task in known else get_part(module, self.head, self.who, "head")
             for task in self._loaders
         }
+
+
+def _is_data_module(value: Any) -> bool:
+    """Whether it is a data module, of `lightning` or of `pytorch_lightning`."""
+    return all(hasattr(value, name) for name in ("prepare_data", "setup", "val_dataloader"))
+
+
+def _mean_iou(output: Any, who: str, task: str) -> Metric:
+    """The mean over the classes of intersection ÷ union, for logits of as many classes as an output has."""
+    from torchmetrics import JaccardIndex
+
+    if not isinstance(output, Tensor) or output.ndim < 3:
+        found = f"shape {list(output.shape)}" if isinstance(output, Tensor) else f"a {type(output).__name__}"
+        raise ValueError(f"{who}: mean_iou needs logits (B, C, …) for '{task}', got {found}")
+    classes = output.shape[1]
+    metric = JaccardIndex("binary") if classes == 1 else JaccardIndex("multiclass", num_classes=classes)
+    metric.label = MEAN_IOU
+    return metric

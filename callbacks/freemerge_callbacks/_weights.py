@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
+from lightning.pytorch.strategies import Strategy
 from torch import Tensor, nn
 
-from freemerge.checkpoints import Checkpoint, save_checkpoint
+from freemerge.checkpoints import Checkpoint, hash_tensors, open_checkpoint, save_checkpoint
 from freemerge_callbacks._ranks import on_rank_zero
 
 _COMPILED = "_orig_mod."  # what `torch.compile` puts into the names of a module's tensors
@@ -25,7 +25,7 @@ _COMPILED = "_orig_mod."  # what `torch.compile` puts into the names of a module
 
 def refuse_placeholders(strategy: Strategy, who: str) -> None:
     """Raise a ValueError for DeepSpeed ZeRO-3, under which a module holds placeholders instead of weights."""
-    if isinstance(strategy, DeepSpeedStrategy) and strategy.zero_stage_3:
+    if is_a(strategy, "DeepSpeedStrategy") and strategy.zero_stage_3:
         raise ValueError(
             f"{who}: under DeepSpeed ZeRO-3 the module holds placeholders instead of weights; use stage 2, or FSDP, or "
             "merge afterwards: turn the checkpoint into one file (zero_to_fp32.py) and run `python -m freemerge merge`"
@@ -34,7 +34,15 @@ def refuse_placeholders(strategy: Strategy, who: str) -> None:
 
 def is_sharded(strategy: Strategy) -> bool:
     """Whether each rank holds only its part of the weights."""
-    return isinstance(strategy, (FSDPStrategy, ModelParallelStrategy))
+    return is_a(strategy, "FSDPStrategy") or is_a(strategy, "ModelParallelStrategy")
+
+
+def is_a(value: object, name: str) -> bool:
+    """Whether an object is of a class of Lightning, or derived from it: of `lightning` or of `pytorch_lightning`."""
+    return any(
+        kind.__name__ == name and kind.__module__.startswith(("lightning.", "pytorch_lightning."))
+        for kind in type(value).__mro__
+    )
 
 
 def get_part(module: nn.Module, path: str, who: str, argument: str = "backbone") -> nn.Module:
@@ -67,6 +75,35 @@ def part_weights(trainer: L.Trainer, module: L.LightningModule, part: str, who: 
     """
     get_part(module, part, who)
     return relative(whole_state(trainer, module), part)
+
+
+def save_base(module: nn.Module, path: str | Path, backbone: str = "backbone") -> Path:
+    """Keep the weights that a module starts with, as the base of later merges and previews.
+
+        save_base(module, "base.safetensors")  # before the fit
+        MergePreview(method, base="base.safetensors", …)
+
+    Args:
+        module: the module, not trained yet.
+        path: the `.safetensors` file. One with the same weights stays as it is.
+        backbone: dotted path of the module's attribute that holds the backbone; "" for the module itself.
+
+    Returns:
+        The file.
+
+    Raises:
+        ValueError: there is no such submodule, or the file holds other weights.
+    """
+    path = Path(path).expanduser()
+    get_part(module, backbone, "save_base")
+    weights = relative(module.state_dict(), backbone)
+    if path.exists():
+        if hash_tensors(open_checkpoint(path)) != hash_tensors(weights):
+            raise ValueError(f"save_base: {path} holds other weights; choose another file, or remove it")
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_checkpoint(path, weights)
+    return path
 
 
 @contextmanager

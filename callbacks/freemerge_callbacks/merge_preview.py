@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,8 +22,9 @@ from freemerge.merging import FRMerging, MergeMethod, TaskArithmetic, merge
 from freemerge.merging.patterns import compile_patterns
 from freemerge.merging.plan import Plan, make_plan
 from freemerge_callbacks._base import dtypes_of, open_base, open_finetuned
+from freemerge_callbacks._batches import BatchFormat
 from freemerge_callbacks._others import base_hashes, check_base_hashes, find_others
-from freemerge_callbacks._predicting import merged_into
+from freemerge_callbacks._predicting import merged_into, own_heads
 from freemerge_callbacks._ranks import on_rank_zero
 from freemerge_callbacks._similarity import Similarity, similarity
 from freemerge_callbacks._task_evaluation import TaskEvaluation
@@ -45,7 +46,7 @@ class MergePreview(Callback):
         method: how to merge; where it takes one number per model, this fit's comes first, then those of `others`.
         base: the pretrained model from which all of them were fine-tuned.
         others: the other tasks' fine-tuned models, as in MergeAtFitEnd. They are read again for each preview.
-        loaders: task → loader of (inputs, labels), not shuffled; or a suite. As in MultiTaskEvaluation.
+        loaders: task → loader or data module; or a suite or data module of all. As in MultiTaskEvaluation.
         heads: task → head, as in MultiTaskEvaluation.
         every_n_epochs: merge whenever so many epochs of training have ended; 1 if something monitors the result. The
             task vectors are compared after each validation.
@@ -63,6 +64,10 @@ class MergePreview(Callback):
             out: measured once with the model among `others` that has the task's name (TaskCheckpoint's files do), and
             for the task being trained each time with the current weights, so that for choosing a checkpoint, give this
             one or monitor `mean_acc`: early weights may merge without a loss because there is little to lose.
+        inputs: the key of a batch's inputs, as in MultiTaskEvaluation.
+        labels: the key of a batch's labels, as in MultiTaskEvaluation.
+        adapt: batch → (inputs, labels), as in MultiTaskEvaluation.
+        features: what the heads are given of a backbone's output, as in MultiTaskEvaluation.
 
     Attributes:
         results: task → value of its metric in the latest preview, accuracies in [0, 1].
@@ -75,7 +80,7 @@ class MergePreview(Callback):
         method: MergeMethod,
         base: str,
         others: list[str],
-        loaders: TaskSuite | dict[str, DataLoader],
+        loaders: TaskSuite | L.LightningDataModule | dict[str, DataLoader | L.LightningDataModule],
         heads: dict[str, nn.Module | str] | None = None,
         every_n_epochs: int = 1,
         backbone: str = "backbone",
@@ -87,11 +92,18 @@ class MergePreview(Callback):
         metrics: dict[str, str | Metric] | None = None,
         batch_norm: dict[str, DataLoader] | int | None = None,
         individual: dict[str, float] | None = None,
+        inputs: str | int | list[str] | list[int] | None = None,
+        labels: str | int | None = None,
+        adapt: Callable | None = None,
+        features: str | Callable | None = None,
     ) -> None:
         self.method = method
         self.base = Path(base)
         self.others = others
-        self.evaluation = TaskEvaluation("MergePreview", loaders, heads, metrics, backbone, head, split, batch_norm)
+        format = BatchFormat("MergePreview", inputs, labels, adapt)
+        self.evaluation = TaskEvaluation(
+            "MergePreview", loaders, heads, metrics, backbone, head, split, batch_norm, format, features
+        )
         self.every_n_epochs = every_n_epochs
         self.backbone = backbone
         self.include = include
@@ -102,6 +114,7 @@ class MergePreview(Callback):
         self._given = frozenset(self.individual)
         self.similarity: Similarity | None = None
         self._found: list[Path] = []
+        self._logged: dict[str, float] | None = None  # what the validation that runs is to log
         self._warned = False
 
     @property
@@ -136,23 +149,51 @@ class MergePreview(Callback):
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.fast_dev_run:
             return
-        self.evaluation.check(pl_module)
+        self.evaluation.check(trainer, pl_module)
         weights = part_weights(trainer, pl_module, self.backbone, "MergePreview")
         on_rank_zero(trainer, lambda: self._check_fit(weights))
 
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._logged = None
+
+    def on_validation_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        # After the first batch: by now every callback that exchanges the weights for the validation (a moving average)
+        # has done so, wherever it stands in the list, and DDP has given all ranks the buffers of rank 0.
+        self._preview(trainer, pl_module)
+
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.fast_dev_run or trainer.sanity_checking or trainer.state.fn != "fit":
+        self._preview(trainer, pl_module)  # where a rank had no batch; the others may wait for it
+        if self._logged:
+            self.log_dict(self._logged, sync_dist=True)
+
+    def _preview(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Merge and evaluate, once in each validation of a fit."""
+        idle = trainer.fast_dev_run or trainer.sanity_checking or trainer.state.fn != "fit"
+        if idle or self._logged is not None:
             return
         weights = part_weights(trainer, pl_module, self.backbone, "MergePreview")
         filter = getattr(self.method, "filter", None) or FRMerging().filter
         self.similarity = similarity(self._plan(weights).vectors(), filter)
-        self.log_dict(similarity_metrics(self.similarity, distinct_names(self._found)), sync_dist=True)
+        self._logged = similarity_metrics(self.similarity, distinct_names(self._found))
         if (trainer.current_epoch + 1) % self.every_n_epochs == 0:
-            merged = merged_into(pl_module, self.backbone, self._merge(weights))
+            merged = self._placed(pl_module, self._merge(weights))
             self.results = self.evaluation.run(trainer, pl_module, merged)
             self._measure_individual(trainer, pl_module)
-            metrics = self.evaluation.named(self.results, self.prefix) | self._normalized()
-            self.log_dict(metrics, sync_dist=True)
+            self._logged |= self.evaluation.named(self.results, self.prefix) | self._normalized()
+
+    def _placed(self, module: L.LightningModule, merged: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Merged weights under the module's names; of a head among them the module's own stays."""
+        own = own_heads(module, self.backbone, self.evaluation.head, self.include, self.exclude)
+        weights = merged_into(module, self.backbone, merged)
+        return {name: tensor for name, tensor in weights.items() if name not in own}
 
     def _measure_individual(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Bring `individual` up to date: the others' once, this fit's task each time."""

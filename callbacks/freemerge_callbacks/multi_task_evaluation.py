@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +14,8 @@ from torch.utils.data import DataLoader
 from torchmetrics import Metric
 
 from freemerge.data import TaskSuite
-from freemerge_callbacks._predicting import merged_into
+from freemerge_callbacks._batches import BatchFormat
+from freemerge_callbacks._predicting import merged_into, own_heads
 from freemerge_callbacks._ranks import log_metrics
 from freemerge_callbacks._task_evaluation import TaskEvaluation
 from freemerge_callbacks.merge_at_fit_end import MergeAtFitEnd
@@ -27,8 +29,10 @@ class MultiTaskEvaluation(Callback):
     no trace in the training: modes, devices and random numbers are put back.
 
     Args:
-        loaders: task → loader of (inputs, labels), or of dicts with `labels`, not shuffled; or a suite. Inputs are what
-            the backbone (without `heads`: the module) is called with; a dict's by name, if its forward takes these.
+        loaders: task → loader, not shuffled, of (inputs, labels) or of dicts with `labels`, or a data module that has
+            one; or a suite, or a data module whose loaders are such a dict. Inputs are what the backbone (without
+            `heads`: the module) is called with: a tensor; or a dict or tuple, whose values are arguments of its forward
+            if it takes these. They may be nested. See `inputs`, `labels` and `adapt` for other batches.
         heads: task → head, from the backbone's features to logits: a module, TaskCheckpoint's file, or a
             .safetensors file with a linear head's `weight` and `bias`. One task may be left out: the one being trained,
             whose head is the module's own. None: the module's forward gives the logits of every task.
@@ -41,11 +45,18 @@ class MultiTaskEvaluation(Callback):
         split: which part of a suite's data.
         prefix: what the logged names begin with; it keeps several of these callbacks apart.
         metrics: task → what it is judged by: accuracy, f1_macro, matthews, recall@5 (or another number), pearson,
-            spearman, exact_match, perplexity, or a metric of torchmetrics, which gets outputs and labels as they are.
+            spearman, exact_match, perplexity, mean_iou of dense predictions, or a metric of torchmetrics, which gets
+            outputs and labels as they are.
             For tasks left out: accuracy, or what a suite says. perplexity is that of a causal model whose labels are
             its inputs; for labels in step with the logits write seq2seq:perplexity.
         batch_norm: training data of all tasks, on which merged batch-norm layers' statistics are measured anew: task →
             loader, or how many batches of a suite's tasks. None: as they were merged.
+        inputs: the key of a batch's inputs, or keys of those that are passed on as a dict. None: of a pair the first;
+            of a dict all but the labels.
+        labels: the key of a batch's labels. None: of a pair the second; of a dict `labels`.
+        adapt: batch → (inputs, labels), instead of `inputs` and `labels`.
+        features: what the heads are given of a backbone that returns a dict: its key, or a function of the output.
+            None: `pooler_output`, or the only tensor (B, F).
 
     Attributes:
         results: task → value of its metric, accuracies in [0, 1], of the latest evaluation.
@@ -53,7 +64,7 @@ class MultiTaskEvaluation(Callback):
 
     def __init__(
         self,
-        loaders: TaskSuite | dict[str, DataLoader],
+        loaders: TaskSuite | L.LightningDataModule | dict[str, DataLoader | L.LightningDataModule],
         heads: dict[str, nn.Module | str] | None = None,
         every_n_epochs: int | None = None,
         backbone: str = "backbone",
@@ -63,9 +74,14 @@ class MultiTaskEvaluation(Callback):
         prefix: str = "multitask",
         metrics: dict[str, str | Metric] | None = None,
         batch_norm: dict[str, DataLoader] | int | None = None,
+        inputs: str | int | list[str] | list[int] | None = None,
+        labels: str | int | None = None,
+        adapt: Callable | None = None,
+        features: str | Callable | None = None,
     ) -> None:
+        format = BatchFormat("MultiTaskEvaluation", inputs, labels, adapt)
         self.evaluation = TaskEvaluation(
-            "MultiTaskEvaluation", loaders, heads, metrics, backbone, head, split, batch_norm
+            "MultiTaskEvaluation", loaders, heads, metrics, backbone, head, split, batch_norm, format, features
         )
         self.every_n_epochs = every_n_epochs
         self.backbone = backbone
@@ -93,7 +109,7 @@ class MultiTaskEvaluation(Callback):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not trainer.fast_dev_run:
-            self.evaluation.check(pl_module)
+            self.evaluation.check(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         due = self.every_n_epochs is not None and (trainer.current_epoch + 1) % self.every_n_epochs == 0
@@ -106,6 +122,9 @@ class MultiTaskEvaluation(Callback):
             return
         path = self._merged_path(trainer)
         weights = {} if path is None else merged_into(pl_module, self.backbone, path)
+        if isinstance(merge := self._merge(trainer), MergeAtFitEnd):
+            own = own_heads(pl_module, self.backbone, self.evaluation.head, merge.include, merge.exclude)
+            weights = {name: tensor for name, tensor in weights.items() if name not in own}
         self.results = self.evaluation.run(trainer, pl_module, weights)
         metrics = self.evaluation.named(self.results, self.prefix)
         log_metrics(trainer, metrics)

@@ -114,7 +114,8 @@ def test_mistakes_in_yaml_are_named():
 
 @pytest.mark.parametrize("name", freemerge_callbacks.__all__)
 def test_every_argument_has_its_help(name):
-    parser = jsonargparse.ArgumentParser()
-    parser.add_class_arguments(getattr(freemerge_callbacks, name), None)
+    parser, found = jsonargparse.ArgumentParser(), getattr(freemerge_callbacks, name)
+    add = parser.add_class_arguments if isinstance(found, type) else parser.add_function_arguments
+    add(found, None)
     undocumented = [action.dest for action in parser._actions if action.dest != "help" and not action.help]
     assert undocumented == []

@@ -1,0 +1,158 @@
+"""Read inputs and labels out of the batches that somebody else's loaders yield."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Key = str | int
+Adapt = Callable[[Any], tuple[Any, Any]]
+"""Batch → (inputs, labels)."""
+
+_LABELS = ("label", "target", "targets", "mask", "y", "class", "classes")  # what projects call labels, for advice
+
+
+@dataclass(frozen=True)
+class BatchFormat:
+    """Where a batch has its inputs and its labels.
+
+    Args:
+        who: what messages begin with.
+        inputs: a key of the batch, whose value is the inputs; or keys, whose values are passed on as a dict. None: of a
+            pair the first; of a dict everything but the labels.
+        labels: the key of the labels. None: of a pair the second; of a dict `labels`.
+        adapt: batch → (inputs, labels), instead of keys.
+    """
+
+    who: str
+    inputs: Key | Sequence[Key] | None = None
+    labels: Key | None = None
+    adapt: Adapt | None = None
+
+    def __post_init__(self) -> None:
+        if self.adapt is not None and (self.inputs is not None or self.labels is not None):
+            raise ValueError(f"{self.who}: give either adapt, or inputs and labels")
+
+    def read(self, batch: Any, task: str, keeps_labels: bool = False) -> tuple[Any, Any]:
+        """The inputs and the labels of a batch.
+
+        Args:
+            batch: what a loader yields.
+            task: its name, for messages.
+            keeps_labels: whether the labels of a dict stay among its inputs, where the inputs are not named: the
+                decoder of a seq2seq model reads them, too.
+
+        Raises:
+            ValueError: they are not where they were said to be.
+        """
+        if self.adapt is not None:
+            found = self.adapt(batch)
+            if not (isinstance(found, (tuple, list)) and len(found) == 2):
+                raise ValueError(
+                    f"{self.who}: adapt must return (inputs, labels), and returned {_describe(found)} for '{task}'"
+                )
+            return found[0], found[1]
+        if isinstance(batch, Mapping):
+            labels_at: Key = "labels" if self.labels is None else self.labels
+            labels = self._entry(batch, labels_at, task)
+            if self.inputs is None:
+                return {key: value for key, value in batch.items() if keeps_labels or key != labels_at}, labels
+        elif isinstance(batch, (tuple, list)) and len(batch) >= 2:
+            labels = self._entry(batch, 1 if self.labels is None else self.labels, task)
+            if self.inputs is None:
+                return batch[0], labels
+        else:
+            raise ValueError(
+                f"{self.who}: the loader of '{task}' must yield pairs (inputs, labels), or dicts with `labels`, and "
+                f"yields {_describe(batch)}; adapt=... turns a batch into (inputs, labels)"
+            )
+        if isinstance(self.inputs, (str, int)):
+            return self._entry(batch, self.inputs, task), labels
+        return {key: self._entry(batch, key, task) for key in self.inputs}, labels
+
+    def _entry(self, batch: Mapping | Sequence, key: Key, task: str) -> Any:
+        try:
+            return batch[key]
+        except (KeyError, IndexError, TypeError):
+            pass
+        known = list(batch) if isinstance(batch, Mapping) else []
+        near = next((name for name in _LABELS if name in known), None) if self.labels is None else None
+        advice = (
+            f"; is it labels={near!r}?" if near else "; name its parts with inputs=... and labels=..., or adapt=..."
+        )
+        raise ValueError(
+            f"{self.who}: a batch of '{task}' is {_describe(batch)} and has no {key!r}{advice if known else ''}"
+        )
+
+
+class Pairs:
+    """A loader seen as pairs (inputs, labels).
+
+    Args:
+        loader: the loader.
+        task: its name, for messages.
+        format: where its batches have inputs and labels.
+        kind: of the task: labels of a "classification" are checked, and may be (B, 1) or whole floats; a "seq2seq"
+            model reads its labels, too. None for a metric that is given labels as they are.
+        classes: how many classes there are; 0 if that is not known yet.
+    """
+
+    def __init__(self, loader: Iterable, task: str, format: BatchFormat, kind: str | None, classes: int = 0) -> None:
+        self.loader = loader
+        self.task = task
+        self.format = format
+        self.kind = kind
+        self.classes = classes
+
+    def __iter__(self) -> Iterator[tuple[Any, Any]]:
+        """Yield the pairs.
+
+        Raises:
+            ValueError: the loader yields something else, or a label that is no class.
+        """
+        for batch in self.loader:
+            inputs, labels = self.format.read(batch, self.task, keeps_labels=self.kind == "seq2seq")
+            yield inputs, self._classes_of(labels) if self.kind == "classification" else labels
+
+    def _classes_of(self, labels: Any) -> Tensor:
+        """Labels (B,) int64 of labels (B,) or (B, 1), whole numbers of any dtype."""
+        labels = torch.as_tensor(labels)
+        if labels.ndim == 2 and labels.shape[1] == 1:
+            labels = labels[:, 0]
+        whole = labels.long()
+        if labels.ndim != 1 or (labels.is_floating_point() and not torch.equal(labels, whole.to(labels.dtype))):
+            shape = f"{str(labels.dtype).removeprefix('torch.')} {list(labels.shape)}"
+            advice = f"metrics={{'{self.task}': 'mean_iou'}}" if labels.ndim > 2 else "a metric of torchmetrics"
+            raise ValueError(
+                f"{self.format.who}: expected one class for each sample of '{self.task}', got labels {shape}; give "
+                f"{advice} for what they are"
+            )
+        self.check_classes(whole)
+        return whole
+
+    def check_classes(self, labels: Tensor) -> None:
+        """Require labels (B,) that are classes, once their number is known.
+
+        Raises:
+            ValueError: one is not.
+        """
+        wrong = labels[(labels < 0) | (labels >= self.classes)] if self.classes else labels[:0]
+        if len(wrong):
+            raise ValueError(
+                f"{self.format.who}: the loader of '{self.task}' yields the label {int(wrong[0])}, and the model gives "
+                f"logits of {self.classes} classes: labels are 0 to {self.classes - 1}"
+            )
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return f"a dict with {', '.join(map(repr, value))}"
+    if isinstance(value, (tuple, list)):
+        return f"a {type(value).__name__} of {len(value)}"
+    if isinstance(value, Tensor):
+        return f"a Tensor {list(value.shape)}"
+    return f"a {type(value).__name__}"
