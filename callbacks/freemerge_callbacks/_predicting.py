@@ -20,6 +20,7 @@ from freemerge.checkpoints.bases import find_prefix
 from freemerge.checkpoints.task_files import read_record
 from freemerge.inputs import Inputs
 from freemerge.merging.patterns import select
+from freemerge_callbacks._adapters import has_adapters, plain_names
 from freemerge_callbacks._weights import is_sharded, relative
 
 Predict = Callable[[Inputs, str], Any]
@@ -63,17 +64,28 @@ def merged_into(module: nn.Module, backbone: str, merged: str | Path | Mapping[s
     start = f"{backbone}." if backbone else ""
     tensors = {name: value for name, value in module.state_dict().items() if isinstance(value, Tensor)}
     state = {name: tensor for name, tensor in tensors.items() if name.startswith(start)}
-    by_name = dict(zip(relative(state, backbone), state, strict=True))
+    by_name = own_names(module, backbone)
     checkpoint = open_checkpoint(merged)
     prefix = find_prefix(by_name, checkpoint.names)
     placed = {by_name[prefix + name]: name for name in checkpoint.names if prefix + name in by_name}
-    bare = {name for name, value in module.named_parameters() if name in state and name not in placed}
+    parameters = {name for name, _ in module.named_parameters()}
+    bare = {full for full in by_name.values() if full in parameters and full not in placed}
     # What a merge excludes may be only in the module (its head) or only in the file (the base's head), never both.
     if not placed or (bare and len(placed) < len(checkpoint)):
         raise ValueError(
             f"{checkpoint.label}: its tensors are not those of the backbone '{backbone}' of {type(module).__name__}"
         )
     return {full: checkpoint.tensor(name).to(state[full].device, state[full].dtype) for full, name in placed.items()}
+
+
+def own_names(module: nn.Module, backbone: str) -> dict[str, str]:
+    """For each tensor of the backbone as callbacks name it, its name in the module; see `part_weights`."""
+    start = f"{backbone}." if backbone else ""
+    body = module.get_submodule(backbone)
+    if has_adapters(body):
+        return {name.replace("_orig_mod.", ""): start + own for name, own in plain_names(body).items()}
+    state = {name: value for name, value in module.state_dict().items() if name.startswith(start)}
+    return dict(zip(relative(state, backbone), (n for n, v in state.items() if isinstance(v, Tensor)), strict=True))
 
 
 def own_heads(
@@ -94,12 +106,11 @@ def own_heads(
     Returns:
         Their names in the module.
     """
-    start = f"{backbone}." if backbone else ""
-    inside = {name: name.removeprefix(start) for name in module.state_dict() if name.startswith(start)}
-    merged = set(select(relative(module.state_dict(), backbone), include, exclude))
+    names = own_names(module, backbone)
+    merged = set(select(names, include, exclude))
     return {
         name
-        for name, plain in inside.items()
+        for plain, name in names.items()
         if plain not in merged and (name.startswith(f"{head}.") or _HEAD.fullmatch(plain))
     }
 

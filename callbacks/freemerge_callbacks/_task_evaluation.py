@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from itertools import chain, islice
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ from torchmetrics import Metric
 
 from freemerge.data import TaskSuite
 from freemerge.inputs import select, to_device
+from freemerge_callbacks._adapters import without_adapters
 from freemerge_callbacks._batches import BatchFormat, Pairs
 from freemerge_callbacks._predicting import (
     Features,
@@ -200,7 +202,9 @@ class TaskEvaluation:
         from freemerge.evaluation import LabelSpace, evaluate
 
         heads, device = self._heads_of(module), trainer.strategy.root_device
-        with evaluating([module, *(heads or {}).values()], device):
+        # Other weights are those that adapters have been merged into.
+        plain = without_adapters(module) if weights else nullcontext()
+        with evaluating([module, *(heads or {}).values()], device), plain:
             weights = {name: tensor.to(device) for name, tensor in weights.items()}
             if weights and merged and self.batch_norm is not None:
                 weights |= self._measured(trainer, module, weights)

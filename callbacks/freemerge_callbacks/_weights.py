@@ -7,7 +7,7 @@ had never been there.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
@@ -18,6 +18,7 @@ from lightning.pytorch.strategies import Strategy
 from torch import Tensor, nn
 
 from freemerge.checkpoints import Checkpoint, hash_tensors, open_checkpoint, save_checkpoint
+from freemerge_callbacks._adapters import fused_weights, has_adapters, loaded, plain_names
 from freemerge_callbacks._ranks import on_rank_zero
 
 _COMPILED = "_orig_mod."  # what `torch.compile` puts into the names of a module's tensors
@@ -71,10 +72,34 @@ def get_part(module: nn.Module, path: str, who: str, argument: str = "backbone")
 def part_weights(trainer: L.Trainer, module: L.LightningModule, part: str, who: str) -> dict[str, Tensor]:
     """The tensors of a part of the module by name, tied ones tied; whole on rank 0, perhaps empty elsewhere.
 
-    Every rank must call it. Without sharding the tensors share memory with the module.
+    Every rank must call it. Without sharding the tensors share memory with the module. Adapters of PEFT in the part are
+    merged in, and the tensors named as if they had never been there.
+
+    Raises:
+        ValueError: there is no such part, or its adapters are sharded.
     """
-    get_part(module, part, who)
-    return relative(whole_state(trainer, module), part)
+    if has_adapters(get_part(module, part, who)) and is_sharded(trainer.strategy):
+        raise ValueError(
+            f"{who}: '{part}' has adapters of PEFT, which {type(trainer.strategy).__name__} shards, and their "
+            "difference cannot be formed of shards; train with ddp, or save the adapter with save_pretrained and merge "
+            "it afterwards: python -m freemerge merge"
+        )
+    return weights_of(module, part, whole_state(trainer, module))
+
+
+def weights_of(module: nn.Module, part: str, state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors of a part in a state of the module, named relative to the part, adapters of PEFT merged in.
+
+    Args:
+        module: the module, which knows its adapters' settings; it stays as it is.
+        part: dotted path of the part.
+        state: name in the module's state dict → tensor, of any moment of the fit.
+    """
+    body = module.get_submodule(part)
+    if not has_adapters(body):
+        return relative(state, part)
+    with loaded(module, {name: value for name, value in state.items() if isinstance(value, Tensor)}):
+        return {_plain(name): value for name, value in fused_weights(body).items()}
 
 
 def save_base(module: nn.Module, path: str | Path, backbone: str = "backbone") -> Path:
@@ -96,7 +121,7 @@ def save_base(module: nn.Module, path: str | Path, backbone: str = "backbone") -
     """
     path = Path(path).expanduser()
     get_part(module, backbone, "save_base")
-    weights = relative(module.state_dict(), backbone)
+    weights = weights_of(module, backbone, module.state_dict())
     if path.exists():
         if hash_tensors(open_checkpoint(path)) != hash_tensors(weights):
             raise ValueError(f"save_base: {path} holds other weights; choose another file, or remove it")
@@ -125,17 +150,26 @@ def final_weights(
     if trainer.world_size == 1:
         yield weights
     elif is_sharded(trainer.strategy):
-        on_rank_zero(trainer, lambda: save_checkpoint(file, weights))
-        try:
+        with while_in_file(trainer, lambda: weights, file):
             yield file
-        finally:
-            if trainer.is_global_zero:
-                file.unlink(missing_ok=True)
     else:
         # Parameters are the same on all ranks. Buffers (batch-norm statistics) are each rank's own.
-        buffers = [name for name, _ in module.get_submodule(part).named_buffers(remove_duplicate=False)]
-        own = {name: weights[name].cpu() for name in map(_plain, buffers) if name in weights}
+        body = module.get_submodule(part)
+        buffers = {name for name, _ in body.named_buffers(remove_duplicate=False)}
+        names = plain_names(body) if has_adapters(body) else dict(zip(map(_plain, buffers), buffers, strict=True))
+        own = {name: weights[name].cpu() for name, full in names.items() if full in buffers and name in weights}
         yield weights | trainer.strategy.broadcast(own)
+
+
+@contextmanager
+def while_in_file(trainer: L.Trainer, weights: Callable[[], Mapping[str, Tensor]], file: Path) -> Iterator[Path]:
+    """Rank 0's weights in a file that all ranks may read, while it lasts; every rank must enter and leave."""
+    on_rank_zero(trainer, lambda: save_checkpoint(file, weights()))
+    try:
+        yield file
+    finally:
+        if trainer.is_global_zero:
+            file.unlink(missing_ok=True)
 
 
 def whole_state(trainer: L.Trainer, module: L.LightningModule) -> dict[str, Any]:

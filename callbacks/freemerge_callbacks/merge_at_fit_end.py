@@ -20,13 +20,14 @@ from freemerge.merging.engine import parse_dtype
 from freemerge.merging.patterns import compile_patterns
 from freemerge.merging.plan import make_plan
 from freemerge.merging.provenance import make_record
+from freemerge_callbacks._adapters import has_adapters
 from freemerge_callbacks._base import open_base, open_finetuned
 from freemerge_callbacks._best import best_state
 from freemerge_callbacks._fit_end import FitEndCallback
 from freemerge_callbacks._others import base_hashes, check_base_hashes, find_others
 from freemerge_callbacks._ranks import all_reach, log_metrics, on_rank_zero
 from freemerge_callbacks._registry import Registry
-from freemerge_callbacks._weights import final_weights, in_memory, part_of
+from freemerge_callbacks._weights import final_weights, in_memory, part_of, weights_of, while_in_file
 
 OWN_LABEL = "the backbone of this fit"
 
@@ -151,11 +152,14 @@ class MergeAtFitEnd(FitEndCallback):
     ) -> AbstractContextManager[Mapping[str, Tensor] | Path]:
         """This fit's weights as every rank that sees the files can have them."""
         best = self.best_path(trainer)
+        file = self.output.with_name(f".{self.output.stem}.own.safetensors")  # hidden: no glob finds it
+        if best is not None and has_adapters(module.get_submodule(self.backbone)):
+            state = best_state(best, self.backbone, "MergeAtFitEnd")
+            return while_in_file(trainer, lambda: weights_of(module, self.backbone, state), file)
         if best is not None:
             on_rank_zero(trainer, lambda: bool(best_state(best, self.backbone, "MergeAtFitEnd")))
             self._best = Path(best)
             return nullcontext(self._best)
-        file = self.output.with_name(f".{self.output.stem}.own.safetensors")  # hidden: no glob finds it
         return final_weights(trainer, module, self.backbone, "MergeAtFitEnd", file)
 
     def _replaces(self, trainer: L.Trainer) -> bool:

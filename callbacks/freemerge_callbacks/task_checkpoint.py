@@ -18,7 +18,7 @@ from freemerge_callbacks._base import open_base
 from freemerge_callbacks._best import best_state
 from freemerge_callbacks._fit_end import FitEndCallback
 from freemerge_callbacks._ranks import on_rank_zero
-from freemerge_callbacks._weights import get_part, relative, whole_state
+from freemerge_callbacks._weights import get_part, weights_of, whole_state
 
 
 class TaskCheckpoint(FitEndCallback):
@@ -80,20 +80,20 @@ class TaskCheckpoint(FitEndCallback):
 
     def finish(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         state, best = whole_state(trainer, module), self.best_path(trainer)
-        record = self.task_record(trainer, self.task, self.save, relative(state, self.backbone))
-        self.saved_path = on_rank_zero(trainer, lambda: self._write(state, record, best))
+        record = self.task_record(trainer, self.task, self.save, weights_of(module, self.backbone, state))
+        self.saved_path = on_rank_zero(trainer, lambda: self._write(module, state, record, best))
         rank_zero_info(f"TaskCheckpoint: wrote the {self.save.replace('_', ' ')} of {self.task} to {self.saved_path}")
 
-    def _write(self, state: Mapping[str, Any], record: TaskRecord, best: str | None) -> Path:
+    def _write(self, module: L.LightningModule, state: Mapping[str, Any], record: TaskRecord, best: str | None) -> Path:
         if best is not None:
             state = best_state(best, self.backbone, "TaskCheckpoint")
-        backbone = relative(state, self.backbone)
+        backbone = weights_of(module, self.backbone, state)
         if self.save == "task_vector":
             base = open_base(self.base.path)
             prefix = find_prefix(backbone, base.names)
             start = {prefix + name: base.tensor(name) for name in base.names if prefix + name in backbone}
             backbone = task_vector(start, backbone)
-        head = {} if self.head is None else relative(state, self.head)
+        head = {} if self.head is None else weights_of(module, self.head, state)
         write_task_file(self.output, record, backbone, head, parse_dtype(self.dtype))
         self.base.discard()
         return self.output

@@ -9,7 +9,8 @@ from __future__ import annotations
 import copy
 import difflib
 import importlib
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -90,35 +91,91 @@ def has_adapter(model: nn.Module) -> bool:
     return hasattr(model, "peft_config") and hasattr(model, "get_base_model")
 
 
-@torch.no_grad()
 def merged_weights(model: Any) -> dict[str, Tensor]:
-    """The weights of a model with its adapter merged in, as the model without an adapter names them.
-
-    The model stays as it is, and no more than one of its layers is copied at a time.
+    """The weights of a model with its adapter merged in; see `fused_weights`.
 
     Args:
         model: what `add_adapter` returned.
+    """
+    return fused_weights(model.get_base_model())
+
+
+@torch.no_grad()
+def fused_weights(module: nn.Module) -> dict[str, Tensor]:
+    """The weights of a module with the adapters in it merged in, under the names that it has without adapters.
+
+    The module stays as it is, and no more than one of its layers is copied at a time.
+
+    Args:
+        module: it may be a `peft.PeftModel`, contain some, or have had layers of PEFT injected.
 
     Returns:
-        The model's state dict. Tensors that the adapter does not touch share memory with the model.
+        The module's state dict. Tensors that no adapter changes share memory with the module.
     """
-    from peft.tuners.tuners_utils import BaseTunerLayer
-    from peft.utils import ModulesToSaveWrapper
-
-    base = model.get_base_model()
     weights: dict[str, Tensor] = {}
-
-    def visit(module: nn.Module, prefix: str) -> None:
-        if isinstance(module, ModulesToSaveWrapper):
-            module = module.modules_to_save[module.active_adapter]
-        if isinstance(module, BaseTunerLayer):
-            module = copy.deepcopy(module)
-            module.merge(safe_merge=True)
-            module = module.get_base_layer()
-        own = module.state_dict(keep_vars=True)
-        weights.update({prefix + name: tensor.detach() for name, tensor in own.items() if "." not in name})
-        for name, child in module.named_children():
-            visit(child, f"{prefix}{name}.")
-
-    visit(base, "")
+    for place in _places(module):
+        layer = _merged(place.tuner)
+        kept = place.layer.state_dict(keep_vars=True)
+        for name, tensor in layer.state_dict(keep_vars=True).items():
+            if "." not in name:
+                same = name in kept and torch.equal(tensor, kept[name])  # also where only the sign of a zero differs
+                weights[place.plain + name] = (kept[name] if same else tensor).detach()
     return weights
+
+
+def plain_names(module: nn.Module) -> dict[str, str]:
+    """For each tensor of a module as it is named without adapters, its name in the module's state dict.
+
+    Args:
+        module: see `fused_weights`.
+    """
+    return {
+        place.plain + name: place.own + name
+        for place in _places(module)
+        for name in place.layer.state_dict(keep_vars=True)
+        if "." not in name
+    }
+
+
+class _Place(NamedTuple):
+    """A layer, and what PEFT has put around it."""
+
+    plain: str  # the prefix of its tensors' names without adapters
+    own: str  # and in the module that is looked at
+    layer: nn.Module  # as it was before
+    tuner: nn.Module  # what computes instead of it: to be merged, a trained copy, or the layer itself
+
+
+def _places(module: nn.Module, plain: str = "", own: str = "", copied: nn.Module | None = None) -> Iterator[_Place]:
+    """The layers of a module; `copied` is a trained copy of it, if there is one."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    if has_adapter(module):
+        inner = module.get_base_model()
+        own += next(f"{name}." for name, found in module.named_modules() if found is inner)
+        module = inner
+    if hasattr(module, "token_adapter"):
+        module, own = module.token_adapter, f"{own}token_adapter."
+    elif isinstance(module, AuxiliaryTrainingWrapper):
+        copied = module.modules_to_save[module.active_adapter]
+        module, own = module.original_module, f"{own}original_module."
+    tuner = module if copied is None else copied
+    while isinstance(module, BaseTunerLayer):  # parameters of one layer are wrapped one around the other
+        module, own = module.base_layer, f"{own}base_layer."
+    yield _Place(plain, own, module, tuner)
+    for name, child in module.named_children():
+        yield from _places(
+            child, f"{plain}{name}.", f"{own}{name}.", None if copied is None else copied.get_submodule(name)
+        )
+
+
+def _merged(tuner: Any) -> nn.Module:
+    """What computes the same as a wrapped layer, as one without a wrapper."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layer = copy.deepcopy(tuner) if isinstance(tuner, BaseTunerLayer) else tuner
+    while isinstance(layer, BaseTunerLayer):
+        layer.merge(safe_merge=True)
+        layer = layer.base_layer
+    return layer

@@ -1,0 +1,80 @@
+"""Adapters of PEFT in somebody else's module: what is merged is the model that they make, under its own names.
+
+Factors are never merged with each other: the product of sums is not the sum of products.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+
+def has_adapters(module: nn.Module) -> bool:
+    """Whether layers of a module are wrapped by PEFT."""
+    if "peft" not in sys.modules:
+        return False
+    return any(_is_wrapper(part) for part in module.modules())
+
+
+def fused_weights(module: nn.Module) -> dict[str, Tensor]:
+    """The weights of a module with its adapters merged in, under the names that it has without them."""
+    from freemerge.training.adapters import fused_weights as fuse
+
+    return fuse(module)
+
+
+def plain_names(module: nn.Module) -> dict[str, str]:
+    """For each tensor of a module as it is named without adapters, its name in the module's state dict."""
+    from freemerge.training.adapters import plain_names as names
+
+    return names(module)
+
+
+@contextmanager
+def without_adapters(module: nn.Module) -> Iterator[None]:
+    """For the duration of a block, a module computes without its adapters: with weights that they are merged into."""
+    if not has_adapters(module):
+        yield
+        return
+    trained = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
+    wrappers = [part for part in module.modules() if _is_wrapper(part) and not part.disable_adapters]
+    for part in wrappers:
+        part.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for part in wrappers:
+            part.enable_adapters(True)
+        for parameter, requires_grad in trained:  # PEFT marks what it enables as trained
+            parameter.requires_grad_(requires_grad)
+
+
+@contextmanager
+def loaded(module: nn.Module, state: Mapping[str, Tensor]) -> Iterator[None]:
+    """For the duration of a block, a module has other values of its tensors.
+
+    Args:
+        module: the module.
+        state: name in the module's state dict → values.
+    """
+    tensors = {name: tensor for name, tensor in module.state_dict(keep_vars=True).items() if name in state}
+    own = {name: tensor.data for name, tensor in tensors.items()}
+    try:
+        for name, tensor in tensors.items():
+            tensor.data = state[name].to(tensor.device, tensor.dtype)
+        with torch.no_grad():
+            yield
+    finally:
+        for name, tensor in tensors.items():
+            tensor.data = own[name]
+
+
+def _is_wrapper(part: nn.Module) -> bool:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    return isinstance(part, (BaseTunerLayer, AuxiliaryTrainingWrapper))
