@@ -14,6 +14,7 @@ from freemerge.checkpoints.distributed_files import METADATA, open_distributed
 from freemerge.checkpoints.errors import CheckpointError
 from freemerge.checkpoints.index import SUFFIX, read_index
 from freemerge.checkpoints.memory import from_tensors
+from freemerge.checkpoints.places import expand, snapshot
 from freemerge.checkpoints.safetensors_files import open_safetensors
 from freemerge.checkpoints.task_files import open_task_file
 from freemerge.checkpoints.torch_files import open_torch
@@ -21,7 +22,7 @@ from freemerge.checkpoints.torch_files import open_torch
 Source = Mapping[str, Tensor] | nn.Module | str | os.PathLike[str]
 
 _TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
-_WEIGHT_FILES = (  # in the order in which transformers looks for them
+WEIGHT_FILES = (  # in the order in which transformers looks for them
     "model.safetensors",
     "model.safetensors.index.json",
     "pytorch_model.bin",
@@ -36,7 +37,8 @@ def open_checkpoint(source: Source, *, label: str | None = None, prefix: str | N
     Args:
         source: a state dict, a module, a checkpoint that is already open, or a path: a `.safetensors` file (a task file
             among them, see `task_files`), a `torch.save` file (`.pt`, `.pth`, `.bin`, or a Lightning `.ckpt`), a
-            Hugging Face folder (`model.safetensors`, `pytorch_model.bin`, or the index of their shards), the folder of
+            Hugging Face folder (`model.safetensors`, `pytorch_model.bin`, or the index of their shards) or the
+            `models--org--name` of its cache, the folder of
             a distributed checkpoint (`.metadata` and `.distcp` files, as Lightning's ModelParallelStrategy and FSDP
             write it), or that of a LoRA, DoRA or (IA)³ adapter, whose tensors are then differences to a base (see
             `Checkpoint.deltas` and `Checkpoint.on`).
@@ -82,7 +84,7 @@ def _open(source: Source, label: str | None) -> Checkpoint:
     if isinstance(source, Mapping):
         return from_tensors(source, label or "state dict")
     if isinstance(source, (str, os.PathLike)):
-        path = Path(source)
+        path = snapshot(expand(source))
         found, folder = _open_path(path, label or str(source)), path if path.is_dir() else path.parent
         described = any((folder / name).is_file() for name in ("config.json", "adapter_config.json"))
         return found.with_folder(folder) if described else found
@@ -91,7 +93,7 @@ def _open(source: Source, label: str | None) -> Checkpoint:
 
 def _open_path(path: Path, label: str) -> Checkpoint:
     if path.is_dir():
-        for name in _WEIGHT_FILES:
+        for name in WEIGHT_FILES:
             if (path / name).is_file():
                 _check_alone(path / name)
                 return _open_path(path / name, label)
@@ -111,7 +113,7 @@ def _open_path(path: Path, label: str) -> Checkpoint:
                 f"{path}: has shards ({shards[0].name}) and no model.safetensors{SUFFIX}, as an interrupted run leaves "
                 "them; write or download the model again"
             )
-        raise CheckpointError(f"{path}: no weights in this folder; expected one of {', '.join(_WEIGHT_FILES)}")
+        raise CheckpointError(f"{path}: no weights in this folder; expected one of {', '.join(WEIGHT_FILES)}")
     if not path.exists():
         raise CheckpointError(f"{path}: does not exist; check the path (a model of the Hub must be downloaded first)")
     if path.name.endswith(SUFFIX):

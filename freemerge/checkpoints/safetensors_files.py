@@ -25,6 +25,7 @@ from freemerge.checkpoints.checksums import KEY as SUMS
 from freemerge.checkpoints.checksums import add_up, read_sums, write_sums
 from freemerge.checkpoints.errors import CheckpointError
 from freemerge.checkpoints.index import Index
+from freemerge.checkpoints.places import landing
 from freemerge.checkpoints.reading import read_bytes
 from freemerge.checkpoints.safetensors_header import DIGEST, DTYPES, digest_table, parse_header
 
@@ -172,7 +173,7 @@ def write_safetensors(
     Whatever stops it (an error in the stream, a full disk, a kill), `path` is the old file or the new one, whole.
 
     Args:
-        path: the file to write; its folder is created. An existing file is replaced.
+        path: the file to write; its folder is created. An existing file is replaced, and of a link what it leads to.
         specs: shape and dtype of every tensor to come.
         tensors: name and tensor for every entry of `specs`, in the order of `storage_order(specs)`.
         metadata: strings for the header.
@@ -182,7 +183,7 @@ def write_safetensors(
         CheckpointError: a dtype that the format does not have, or a file that cannot be written.
         ValueError: the stream does not match `specs`.
     """
-    path = Path(path)
+    path = landing(path)
     layout = lay_out(path, specs, metadata, tied)
     temporary = None
     try:

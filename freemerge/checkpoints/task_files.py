@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from freemerge.checkpoints.checkpoint import Checkpoint
+from freemerge.checkpoints.places import expand
 from freemerge.checkpoints.safetensors_files import SafetensorsFile
 from freemerge.checkpoints.saving import save_checkpoint
 
@@ -81,7 +82,8 @@ def write_task_file(
 
 def read_record(path: str | Path) -> TaskRecord | None:
     """What a task file says of itself; None for any other checkpoint."""
-    if Path(path).suffix != ".safetensors" or not Path(path).is_file():
+    path = expand(path)
+    if path.suffix != ".safetensors" or not path.is_file():
         return None
     return parse_record(SafetensorsFile(path).metadata)
 

@@ -1,0 +1,66 @@
+"""Paths as people write them: `~` for the home folder, links, and the folders of the Hugging Face cache."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from freemerge.checkpoints.errors import CheckpointError
+
+
+def expand(path: str | os.PathLike[str]) -> Path:
+    """A path whose leading `~` is the home folder, as in a shell.
+
+    Raises:
+        CheckpointError: `~name` of a user who is not known.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise CheckpointError(f"{path}: {str(error).rstrip('.').lower()}; write the path without ~") from None
+
+
+def landing(path: str | os.PathLike[str]) -> Path:
+    """Where something that is written to `path` belongs: where a link leads, so that the link stays a link.
+
+    Raises:
+        CheckpointError: the link leads to itself, or to something of another kind of name (a file of weights for a
+            folder, or a folder for a file).
+    """
+    path = expand(path)
+    if not path.is_symlink():
+        return path
+    try:
+        place = path.resolve()
+    except (OSError, RuntimeError):  # the latter before Python 3.13
+        place = path
+    if place.is_symlink():
+        raise CheckpointError(f"{path}: is a link that leads to itself; remove it")
+    if (path.suffix == ".safetensors") != (place.suffix == ".safetensors"):
+        raise CheckpointError(f"{path}: is a link to {place}, which has another ending; write there or remove the link")
+    return place
+
+
+def snapshot(path: Path) -> Path:
+    """The model's files, for a folder of the Hugging Face cache (`models--org--name`); any other path as it is.
+
+    Raises:
+        CheckpointError: the cache holds no snapshot, or several of which none is the main one.
+    """
+    snapshots = path / "snapshots"
+    if not path.name.startswith("models--") or not snapshots.is_dir():
+        return path
+    kept = sorted(folder for folder in snapshots.iterdir() if folder.is_dir())
+    main = path / "refs" / "main"
+    try:
+        revision = main.read_text(encoding="utf-8").strip() if main.is_file() else ""
+    except (OSError, ValueError):
+        revision = ""
+    if found := [folder for folder in kept if folder.name == revision] or (kept if len(kept) == 1 else []):
+        return found[0]
+    if not kept:
+        raise CheckpointError(f"{path}: the cache holds no snapshot of this model in snapshots/; download it again")
+    raise CheckpointError(
+        f"{path}: the cache holds {len(kept)} snapshots of this model and refs/main names none of them; give one of "
+        f"them, such as {kept[0]}"
+    )
