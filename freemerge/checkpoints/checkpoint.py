@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import copy
+from collections import ChainMap
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -178,6 +179,18 @@ class Checkpoint(Mapping[str, Tensor]):
             CheckpointError: an adapter does not fit the base.
         """
         return self if self._bind is None else self._bind(base)._changed(label=self.label, folder=self.folder)
+
+    def joined(self, other: Checkpoint) -> Checkpoint:
+        """These tensors and those of another part of the model, whose names are others."""
+        found = self._changed(
+            _specs={**self._specs, **other._specs},
+            _read=lambda name, run: (other if name in other._specs else self)._read(name, run),
+            tied={**self.tied, **other.tied},
+            deltas=self.deltas | other.deltas,
+        )
+        if self.source is not self:
+            found.source = ChainMap(other.source, self.source)
+        return found
 
     def renamed(self, names: Mapping[str, str]) -> Checkpoint:
         """Some of the tensors, by other names.

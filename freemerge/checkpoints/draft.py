@@ -25,6 +25,7 @@ from torch import Tensor
 from freemerge.checkpoints.checkpoint import TensorSpec
 from freemerge.checkpoints.checksums import add_up, write_sums
 from freemerge.checkpoints.errors import CheckpointError
+from freemerge.checkpoints.places import landing
 from freemerge.checkpoints.safetensors_files import (
     Layout,
     SafetensorsFile,
@@ -43,8 +44,9 @@ class Draft:
     """The files of a model that are being written.
 
     Args:
-        place: the file or folder that they will become.
-        shards: file name → specs of its tensors; a single one, named as the place, if that is a file.
+        place: the file or folder that they will become; of a link what it leads to.
+        shards: file name → specs of its tensors; a single one, named as the place, if that is a file. A file in a
+            folder below (`2_Dense/model.safetensors`) stores its tensors without the folder's name before theirs.
         tied: left-out name → stored name, of tensors that share their memory.
         writer: the rank of this process among those that write; the first must have called `begin`.
 
@@ -59,15 +61,15 @@ class Draft:
         tied: Mapping[str, str] | None = None,
         writer: int = 0,
     ) -> None:
-        self.place = place
+        self.place = place = landing(place)
         self.folder = place.with_name(f".{place.name}.partial")
         self.finished: set[str] = set()
         self._shards = {file: dict(specs) for file, specs in shards.items()}
         self._file_of = {name: file for file, specs in shards.items() for name in specs}
         self._layouts: dict[str, Layout] = {}
         for file, specs in self._shards.items():
-            own = {name: first for name, first in (tied or {}).items() if first in specs}
-            self._layouts[file] = lay_out(place, specs, tied=own)
+            own = {_inside(file, name): _inside(file, first) for name, first in (tied or {}).items() if first in specs}
+            self._layouts[file] = lay_out(place, {_inside(file, name): spec for name, spec in specs.items()}, tied=own)
         self._writer = writer
         self._handles: dict[str, int] = {}
         self._lock_handle: int | None = None
@@ -92,6 +94,8 @@ class Draft:
         """
         try:
             self.place.parent.mkdir(parents=True, exist_ok=True)
+            if self.folder.is_symlink():  # what it leads to is nobody's draft
+                self.folder.unlink()
             with contextlib.suppress(FileExistsError):
                 self.folder.mkdir()
             self._claim()
@@ -104,7 +108,7 @@ class Draft:
             if not (resume and plan == key):
                 self._clear()
                 for file, layout in self._layouts.items():
-                    self._create(self.folder / file, layout)
+                    self._create(self._beside(file), layout)
                 (self.folder / _PLAN).write_text(json.dumps(key))
             make_public(self.folder, 0o777)
         except OSError as error:
@@ -114,11 +118,35 @@ class Draft:
             self.close()
             raise
 
+    def copy(self, files: Mapping[str, Path]) -> None:
+        """Copy files to beside the weights; they are never whole in memory.
+
+        Args:
+            files: name in the folder, with `/` → the file.
+
+        Raises:
+            CheckpointError: there is no space, or a file cannot be read.
+        """
+        try:
+            sizes = {source: source.stat().st_size for source in files.values()}
+            free = shutil.disk_usage(self.folder).free
+            if sum(sizes.values()) > free:
+                largest = max(sizes, key=sizes.__getitem__)
+                raise CheckpointError(
+                    f"{self.place}: the files beside the base's weights take {sum(sizes.values()) / 1e9:,.1f} GB "
+                    f"({largest} {sizes[largest] / 1e9:,.1f} GB) and {free / 1e9:,.1f} GB are free; move away those "
+                    "that are not the model's, or choose another output"
+                )
+            for name, source in files.items():
+                _copy(source, self._beside(name))
+        except OSError as error:
+            raise self._unwritable(error) from None
+
     def commit(self, files: Mapping[str, bytes] | None = None) -> None:
         """Verify what all writers have finished, and move it to its place.
 
         Args:
-            files: the small files of a folder, by name; None for a single file.
+            files: the small files of a folder, by name, with `/`; None for a single file.
 
         Raises:
             CheckpointError: what was written does not read back, or cannot be moved.
@@ -133,22 +161,24 @@ class Draft:
                 layout = self._layouts[file]
                 with (self.folder / file).open("r+b") as weights:
                     weights.seek(layout.sums)
-                    weights.write(write_sums(sums[name] for name in layout.places))
+                    full = {_inside(file, name): name for name in specs}
+                    weights.write(write_sums(sums[full[name]] for name in layout.places))
                     weights.flush()
                     os.fsync(weights.fileno())
-                if SafetensorsFile(self.folder / file).specs != specs:
+                if SafetensorsFile(self.folder / file).specs != {_inside(file, n): spec for n, spec in specs.items()}:
                     raise CheckpointError(f"{self.place}: what was written does not read back; is the disk full?")
             if files is None:
                 os.replace(self.folder / self.place.name, self.place)
             else:
                 for name, content in files.items():
-                    with (self.folder / name).open("wb") as file:
+                    with self._beside(name).open("wb") as file:
                         file.write(content)
                         file.flush()
                         os.fsync(file.fileno())
                 for note in (*self.folder.glob(f"{_DONE}*"), self.folder / _PLAN):
                     note.unlink()
-                sync_folder(self.folder)
+                for folder in {self.folder, *(self._beside(name).parent for name in (*files, *self._shards))}:
+                    sync_folder(folder)
                 _put(self.folder, self.place)
             sync_folder(self.place.parent)
         except OSError as error:
@@ -182,12 +212,13 @@ class Draft:
         total = torch.Size(spec.shape).numel()
         if values.dtype != spec.dtype or start + values.numel() > total:
             raise ValueError(f"{self.place}: the tensor '{name}' is {spec}, got {values.numel()} × {values.dtype}")
-        begin = self._layouts[self._file_of[name]].places[name][0] + start * spec.dtype.itemsize
+        file = self._file_of[name]
+        begin = self._layouts[file].places[_inside(file, name)][0] + start * spec.dtype.itemsize
         data = tensor_bytes(values)
         part = add_up(data, start * spec.dtype.itemsize)
         try:
             if len(data):
-                _write_at(self._handle(self._file_of[name]), memoryview(data), begin)
+                _write_at(self._handle(file), memoryview(data), begin)
             with self._lock:
                 self._sums[name] = self._sums.get(name, 0) + part
                 missing = self._missing.get(name, total) - values.numel()
@@ -240,7 +271,16 @@ class Draft:
 
     def _clear(self) -> None:
         for path in self.folder.iterdir():
-            path.unlink()
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+
+    def _beside(self, name: str) -> Path:
+        """The path of a file in the folder or below it, whose parent is then there."""
+        path = self.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
 
     def _create(self, path: Path, layout: Layout) -> None:
         with path.open("wb") as file:
@@ -293,6 +333,23 @@ class Draft:
 
     def _unwritable(self, error: OSError) -> CheckpointError:
         return CheckpointError(f"{self.place}: cannot be written: {error.strerror or error}")
+
+
+def _inside(file: str, name: str) -> str:
+    """The name under which a file stores a tensor: a file in a folder below leaves out the folder's."""
+    folder, slash, _ = file.rpartition("/")
+    return name.removeprefix(folder + slash)
+
+
+def _copy(source: Path, target: Path) -> None:
+    try:
+        reading = source.open("rb")
+    except OSError as error:
+        raise CheckpointError(f"{source}: cannot be copied: {error.strerror or error}") from None
+    with reading, target.open("wb") as file:
+        shutil.copyfileobj(reading, file, 1 << 20)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _write_at(handle: int, data: memoryview, position: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -16,8 +16,6 @@ from freemerge.checkpoints.safetensors_files import storage_order
 MARKER = "freemerge.json"  # what a folder holds that may be overwritten
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-_COPIED = {".json", ".txt", ".model", ".jinja", ".py", ".tiktoken", ".vocab", ".spm"}
-_NOT_COPIED = {MARKER, "trainer_state.json", "adapter_config.json"}
 
 
 def parse_size(size: int | str) -> int:
@@ -33,15 +31,27 @@ def parse_size(size: int | str) -> int:
     return int(count)
 
 
-def plan_shards(specs: Mapping[str, TensorSpec], shard_size: int) -> dict[str, dict[str, TensorSpec]]:
+def plan_shards(
+    specs: Mapping[str, TensorSpec], shard_size: int, modules: Iterable[str] = ()
+) -> dict[str, dict[str, TensorSpec]]:
     """Divide tensors into files of at most `shard_size` bytes; a larger tensor gets a file of its own.
+
+    Args:
+        specs: shape and dtype by name.
+        shard_size: in bytes.
+        modules: folders inside the model's that have a file of weights of their own, whatever its size: `2_Dense` holds
+            the tensors whose names start with `2_Dense/`.
 
     Returns:
         file name → specs of its tensors, in the order in which they lie in it.
     """
+    parts = {module: {n: spec for n, spec in specs.items() if n.startswith(f"{module}/")} for module in modules}
+    inside = {name for part in parts.values() for name in part}
     shards: list[list[str]] = [[]]
     filled = 0
     for name, (shape, dtype) in specs.items():
+        if name in inside:
+            continue
         size = torch.Size(shape).numel() * dtype.itemsize
         if shards[-1] and filled + size > shard_size:
             shards.append([])
@@ -49,27 +59,10 @@ def plan_shards(specs: Mapping[str, TensorSpec], shard_size: int) -> dict[str, d
         shards[-1].append(name)
         filled += size
     ordered = [{name: specs[name] for name in storage_order({name: specs[name] for name in shard})} for shard in shards]
+    own = {f"{module}/model.safetensors": {n: part[n] for n in storage_order(part)} for module, part in parts.items()}
     if len(ordered) == 1:
-        return {"model.safetensors": ordered[0]}
-    return {f"model-{i:05d}-of-{len(ordered):05d}.safetensors": shard for i, shard in enumerate(ordered, start=1)}
-
-
-def companions(folder: Path) -> dict[str, Path]:
-    """The files of a model folder that belong to any model of its architecture: configs, tokenizer, code, licence.
-
-    Weights and their index, the README and the state of a training are left out.
-
-    Returns:
-        file name → path.
-    """
-    return {
-        path.name: path
-        for path in sorted(folder.iterdir())
-        if path.is_file()
-        and (path.suffix in _COPIED or path.name.upper().startswith(("LICENSE", "NOTICE")))
-        and path.name not in _NOT_COPIED
-        and not path.name.endswith(".index.json")
-    }
+        return {"model.safetensors": ordered[0], **own}
+    return {f"model-{i:05d}-of-{len(ordered):05d}.safetensors": shard for i, shard in enumerate(ordered, 1)} | own
 
 
 def check_folder(path: Path, overwrite: bool) -> None:
@@ -97,6 +90,7 @@ def make_index(shards: Mapping[str, Mapping[str, TensorSpec]]) -> dict[str, byte
     Args:
         shards: file name → specs of its tensors.
     """
+    shards = {file: specs for file, specs in shards.items() if "/" not in file}  # modules have no part in it
     if len(shards) == 1:
         return {}
     specs = (spec for shard in shards.values() for spec in shard.values())

@@ -16,11 +16,13 @@ from torch import Tensor
 
 from freemerge.checkpoints import Checkpoint, TensorSpec, open_checkpoint
 from freemerge.checkpoints.draft import Draft
-from freemerge.checkpoints.folder import check_folder, companions, make_index, parse_size, plan_shards
-from freemerge.checkpoints.opening import Source
+from freemerge.checkpoints.folder import check_folder, make_index, parse_size, plan_shards
+from freemerge.checkpoints.opening import WEIGHT_FILES, Source
+from freemerge.checkpoints.places import expand, landing
 from freemerge.checkpoints.safetensors_files import storage_order
 from freemerge.merging.adapter_output import cut, write_adapter
 from freemerge.merging.bases import check_bases
+from freemerge.merging.companions import Files, choose_files, look_around
 from freemerge.merging.errors import MergeError
 from freemerge.merging.forecast import Forecast, forecast
 from freemerge.merging.merging import Memory, Merging, Meter
@@ -76,8 +78,9 @@ def merge(
             counts as one that did not change it, and rows beyond the base's are dropped. "common": only the rows that
             the base and all models have; the others stay as in the base.
         output: what to write instead of returning tensors: a `.safetensors` file, or a folder for Hugging Face's
-            `from_pretrained`, with the base's configuration and tokenizer, a model card and `freemerge.json`. It
-            appears whole or not at all.
+            `from_pretrained`, with the files around the base's weights (configuration, tokenizer, code, licence; see
+            `checkpoints.companions`), a model card and `freemerge.json`. It appears whole or not at all. Of a link,
+            what it leads to is written.
         output_format: "model", or "lora" for the folder of a LoRA adapter of the base, which PEFT loads: each merged
             difference cut to `rank`, with the error of the cut in `freemerge.json` and the model card.
         rank: of the adapter's factors; the same for all tensors.
@@ -104,9 +107,10 @@ def merge(
             is NaN or infinite.
         CheckpointError: a file cannot be read or written.
     """
+    labelled = _labelled(finetuned)
+    sources = [base, *(source for _, source in labelled)]
     if output is not None:
-        sources = finetuned.values() if isinstance(finetuned, Mapping) else finetuned
-        output = _check_output(Path(output), overwrite, [base, *sources])
+        output = _check_output(expand(output), overwrite, sources)
     _check_format(output_format, rank, output)
     if output is None and (distributed or resume):
         raise MergeError(f"a {'distributed' if distributed else 'resumed'} merge has to write its result")
@@ -115,29 +119,36 @@ def merge(
     shard_bytes = parse_size(shard_size)
     method = with_overrides(method, overrides)
     with _collector_paused():
+        opened = open_checkpoint(base, label=None if isinstance(base, (str, os.PathLike)) else "base")
+        models = [open_checkpoint(source, label=label) for label, source in labelled]
+        is_folder = output is not None and output.suffix != ".safetensors" and output_format == "model"
+        around = look_around(sources, [opened, *models]) if is_folder else None
         plan = make_plan(
-            open_checkpoint(base, label=None if isinstance(base, (str, os.PathLike)) else "base"),
-            [open_checkpoint(source, label=label) for label, source in _labelled(finetuned)],
+            opened,
+            models,
             include,
             exclude,
             parse_dtype(dtype),
             embeddings,
             parse_device(device),
+            [found.modules for found in around] if around else None,
         )
+        beside = choose_files(around, plan.dtype) if around else None
     method.check([model.label for model in plan.models])
     processes = Processes(distributed)
     try:
         processes.first(lambda: check_bases(plan.base, plan.models))
         meter = Meter(plan, method, progress, processes.size)
         if dry_run:
-            return forecast(plan, method, _shards(plan, output, shard_bytes), meter.total)
+            return forecast(plan, method, _shards(plan, output, shard_bytes, beside), meter.total)
         if output is None:
             with one_thread() if plan.resident else nullcontext():
                 return _merge_in_memory(plan, method, meter)
         hash_inputs = hash_inputs and output.suffix != ".safetensors"
 
         def describe() -> dict[str, Any]:
-            return make_record(plan, method, include=include, exclude=exclude, hash_inputs=hash_inputs)
+            record = make_record(plan, method, include=include, exclude=exclude, hash_inputs=hash_inputs)
+            return record if beside is None else {**record, "files": beside.record()}
 
         if output_format == "lora":
             vectors = meter.vectors(processes)
@@ -151,7 +162,7 @@ def merge(
                 lambda: write_adapter(output, plan.base, parts, rank, describe(), dtype=plan.dtype, overwrite=overwrite)
             )
         else:
-            _write_model(plan, method, meter, processes, describe, output, shard_bytes, resume, _companions(base))
+            _write_model(plan, method, meter, processes, describe, output, shard_bytes, resume, beside)
     finally:
         processes.close()
     return output
@@ -218,10 +229,10 @@ def _write_model(
     output: Path,
     shard_bytes: int,
     resume: bool,
-    companions: Mapping[str, Path],
+    beside: Files | None,
 ) -> None:
-    """Write a file or a folder, with all processes."""
-    shards = _shards(plan, output, shard_bytes)
+    """Write a file, or a folder with the files beside the weights, with all processes."""
+    shards = _shards(plan, output, shard_bytes, beside)
     draft = Draft(output, shards, plan.tied, processes.rank)
 
     def begin() -> dict[str, Any]:
@@ -231,6 +242,8 @@ def _write_model(
 
     record = processes.first(begin)
     try:
+        if beside is not None:
+            processes.first(lambda: draft.copy(beside.copied))
         draft.open()
         statistics = method.survey(meter.vectors(processes))
         merging = Merging(plan, method, statistics, draft, meter)
@@ -238,8 +251,8 @@ def _write_model(
         own = processes.share({name: plan.specs[name].shape for name in names})
         processes.together(lambda: (merging.run(own), draft.flush(), draft.close_files()))
         files = None
-        if output.suffix != ".safetensors":
-            files = {**make_files(record, companions, output.name), **make_index(shards)}
+        if beside is not None:
+            files = {**beside.made, **make_files(record, output.name), **make_index(shards)}
         processes.first(lambda: draft.commit(files))
     except BaseException:
         if processes.rank == 0 and not resume:
@@ -249,11 +262,15 @@ def _write_model(
         draft.close()
 
 
-def _shards(plan: Plan, output: Path | None, shard_bytes: int) -> dict[str, dict[str, TensorSpec]]:
+def _shards(
+    plan: Plan, output: Path | None, shard_bytes: int, beside: Files | None
+) -> dict[str, dict[str, TensorSpec]]:
     """What is written: file name → specs of its tensors."""
     if output is None:
         return {}
-    return {output.name: plan.specs} if output.suffix == ".safetensors" else plan_shards(plan.specs, shard_bytes)
+    if output.suffix == ".safetensors":
+        return {landing(output).name: plan.specs}
+    return plan_shards(plan.specs, shard_bytes, beside.modules if beside else ())
 
 
 def _key(record: Mapping[str, Any], shards: Mapping[str, Mapping[str, TensorSpec]]) -> str:
@@ -275,14 +292,6 @@ def _labelled(finetuned: Sequence[Source] | Mapping[str, Source]) -> list[tuple[
     ]
 
 
-def _companions(base: Source) -> dict[str, Path]:
-    """The configuration and tokenizer files beside the base's weights, if it is a folder or lies in one."""
-    if not isinstance(base, (str, os.PathLike)):
-        return {}
-    folder = Path(base) if Path(base).is_dir() else Path(base).parent
-    return companions(folder) if (folder / "config.json").is_file() else {}
-
-
 def _check_format(output_format: str, rank: int | None, output: Path | None) -> None:
     if output_format not in ("model", "lora"):
         raise MergeError(f"output_format must be 'model' or 'lora', got {output_format!r}")
@@ -299,10 +308,13 @@ def _check_format(output_format: str, rank: int | None, output: Path | None) -> 
 
 
 def _check_output(output: Path, overwrite: bool, sources: Sequence[Source]) -> Path:
-    place = output.resolve()
-    for source in sources:
-        if isinstance(source, (str, os.PathLike)) and Path(source).resolve() in place.parents and Path(source).is_dir():
-            raise MergeError(f"{output}: lies in the folder of an input, which it would change; choose another output")
+    place = landing(output).resolve()
+    paths = [expand(source).resolve() for source in sources if isinstance(source, (str, os.PathLike))]
+    if any(path in place.parents and path.is_dir() for path in paths):
+        raise MergeError(f"{output}: lies in the folder of an input, which it would change; choose another output")
+    for path in paths:  # its own weights may be replaced
+        if place in path.parents and (path.parent != place or path.name not in WEIGHT_FILES):
+            raise MergeError(f"{output}: holds the input {path}, which would be lost; choose another output")
     if output.suffix in (".pt", ".pth", ".bin", ".ckpt", ".gguf"):
         raise MergeError(f"{output}: the output must be a .safetensors file or a folder")
     if output.suffix != ".safetensors":

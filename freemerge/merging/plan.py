@@ -16,6 +16,7 @@ from torch import Tensor
 
 from freemerge.checkpoints import Checkpoint, TensorSpec
 from freemerge.checkpoints.pages import fresh
+from freemerge.merging.companions import join_modules
 from freemerge.merging.errors import MergeError
 from freemerge.merging.patterns import select, unmatched
 from freemerge.merging.processes import Processes
@@ -203,6 +204,7 @@ def make_plan(
     dtype: torch.dtype | None = None,
     embeddings: str = "error",
     device: torch.device | None = None,
+    modules: Sequence[Sequence[str]] | None = None,
 ) -> Plan:
     """Check that the models fit the base and decide what becomes of every tensor.
 
@@ -217,6 +219,7 @@ def make_plan(
         dtype: of the result's floating-point tensors; None for the base's own.
         embeddings: what to do with vocabularies that differ, see `merge`.
         device: where to compute; None for where the tensors are.
+        modules: for the base, then for each model: folders in its own that hold parts of it, see `join_modules`.
 
     Raises:
         MergeError: nothing to merge, a pattern that matches nothing, a tensor that is missing, extra or of another
@@ -231,6 +234,8 @@ def make_plan(
     if repeated := sorted({m.label for m in models if sum(m.label == other.label for other in models) > 1}):
         raise MergeError(f"two fine-tuned models have the same name '{repeated[0]}'; give each its own")
     models = tuple(model.relative_to(base.names).on(base) for model in models)
+    if modules is not None:
+        base, models = join_modules(base, models, modules)
 
     everything = dict.fromkeys((*base.names, *(name for model in models for name in (*model.names, *model.outside))))
     for patterns, argument in ((include, "include"), (exclude, "exclude")):

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from freemerge.checkpoints import Checkpoint, hash_tensors
+from freemerge.merging.configuration import to_json
 from freemerge.merging.method import MergeMethod
 from freemerge.merging.plan import Plan
 
@@ -81,26 +82,17 @@ def make_record(
     }
 
 
-def make_files(record: Mapping[str, Any], others: Mapping[str, Path], title: str) -> dict[str, bytes]:
-    """The small files of a merged model's folder.
+def make_files(record: Mapping[str, Any], title: str) -> dict[str, bytes]:
+    """What a merged model's folder says of the merge: `freemerge.json` and the model card `README.md`.
 
     Args:
-        record: see `make_record`.
-        others: the base's companion files, see `checkpoints.folder.companions`.
+        record: see `make_record`, with what is in the folder (`Files.record`).
         title: the folder's name.
-
-    Returns:
-        file name → content: the companions (with the dtype in `config.json` brought up to date), `freemerge.json` and
-        the model card `README.md`.
     """
-    files = {name: path.read_bytes() for name, path in others.items()}
-    if record["dtype"] and "config.json" in files:
-        config = json.loads(files["config.json"])
-        config[("torch_dtype" if "torch_dtype" in config else "dtype")] = record["dtype"]
-        files["config.json"] = (json.dumps(config, indent=2) + "\n").encode()
-    files["freemerge.json"] = (json.dumps(record, indent=2) + "\n").encode()
-    files["README.md"] = _card(record, title, "config.json" in files).encode()
-    return files
+    return {
+        "freemerge.json": to_json(record),
+        "README.md": _card(record, title, "config.json" in record["files"]["copied"]).encode(),
+    }
 
 
 def _input(checkpoint: Checkpoint, digest: str | None) -> dict[str, Any]:

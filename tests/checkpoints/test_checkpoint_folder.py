@@ -9,7 +9,7 @@ import torch
 from freemerge.checkpoints import CheckpointError, TensorSpec, load_checkpoint, open_checkpoint
 from freemerge.checkpoints import draft as draft_module
 from freemerge.checkpoints.draft import Draft
-from freemerge.checkpoints.folder import check_folder, companions, make_index, parse_size, plan_shards
+from freemerge.checkpoints.folder import check_folder, make_index, parse_size, plan_shards
 
 
 def specs_of(tensors):
@@ -106,17 +106,6 @@ def test_a_folder_is_replaced_as_a_whole(tmp_path, tensors, swap, monkeypatch):
     # No stale shards or index beside the new file, which transformers would rather load.
     assert sorted(os.listdir(tmp_path / "model")) == ["config.json", "freemerge.json", "model.safetensors"]
     assert os.listdir(tmp_path) == ["model"]
-
-
-def test_companions_are_configuration_and_tokenizer_not_weights(tmp_path):
-    take = ["config.json", "generation_config.json", "tokenizer.json", "vocab.txt", "merges.txt", "spiece.model"]
-    take += ["chat_template.jinja", "modeling_own.py", "LICENSE", "special_tokens_map.json"]
-    leave = ["model.safetensors", "pytorch_model.bin", "model.safetensors.index.json", "README.md", "freemerge.json"]
-    leave += ["trainer_state.json", "optimizer.pt", "adapter_config.json"]
-    for name in take + leave:
-        (tmp_path / name).touch()
-    (tmp_path / "onnx").mkdir()
-    assert sorted(companions(tmp_path)) == sorted(take)
 
 
 def test_permissions_are_ordinary(tmp_path, tensors):

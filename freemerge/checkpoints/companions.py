@@ -1,0 +1,127 @@
+"""The files around a model's weights: what belongs to any model of its architecture, and what does not.
+
+- Companions are configuration, tokenizer, code, licence: everything in the folder and below that is not left out.
+- Weights in a folder below that `open_checkpoint` can open (`2_Dense/model.safetensors`) are a part of the model.
+- Other files of weights (`colbert_linear.pt`) are companions, too, but belong to this model's weights alone.
+- Left out: this model's weights in whatever format, the state of a training, caches, and what is not a file.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+from freemerge.checkpoints.errors import CheckpointError
+from freemerge.checkpoints.folder import MARKER
+from freemerge.checkpoints.index import SUFFIX, read_index
+from freemerge.checkpoints.opening import WEIGHT_FILES
+
+_WEIGHTS = re.compile(
+    r".*\.(safetensors|bin|pt|pth|ckpt|h5|keras|msgpack|ot|onnx|onnx_data|gguf|ggml|tflite|pb|mlmodel|engine|distcp"
+    r"|pkl|pickle|nemo|pte|npz)"
+)
+_OWN = re.compile(r"(model|pytorch_model)([-._].*)?\.(safetensors|bin)(\.index(\..*)?\.json)?")
+# The same weights for other programs: where the model's own lie, names tell; everywhere, endings do.
+_COPIES = re.compile(r"(model|pytorch_model|tf_model|flax_model|consolidated)([-._].*)?\.(pt|pth|ckpt|safetensors)")
+_FOREIGN = re.compile(
+    r".*\.(h5|keras|msgpack|ot|onnx|onnx_data|gguf|ggml|tflite|pb|mlmodel|engine|distcp|nemo|pte|index\.json)"
+    r"|model\.ckpt.*|openvino_.*"
+)
+_TRAINING = re.compile(
+    r"trainer_state\.json|training_args\.(bin|json|ya?ml)|(all|train|eval|test|predict)_results\.(json|txt)"
+    r"|(optimizer|scheduler|scaler)[-._\d]*\.(pt|bin|safetensors)|(rng_state|random_states).*|events\.out\..*"
+    r"|latest|zero_to_fp32\.py|.*\.(lock|incomplete|tmp)"
+)
+_NOT_THE_MODELS = ("README.md", MARKER, "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
+_FOLDERS = re.compile(
+    r"\..*|__pycache__|checkpoint-\d+|global_step\d+|runs|wandb|mlruns|lightning_logs"
+    r"|original|metal|onnx|openvino|coreml|.*\.ml(package|modelc)|tflite|gguf"
+)
+
+_DEEPEST = 32  # folders in one another
+
+
+class Companions(NamedTuple):
+    """What lies around a model's weights."""
+
+    files: dict[str, Path]  # name, with its folders → where it lies
+    weights: list[str]  # which of them are weights that cannot be merged
+    modules: list[str]  # folders below that hold weights which can be
+    left_out: list[str]  # files and folders that stay behind
+
+
+def find_companions(folder: Path, apart: Iterable[Path] = ()) -> Companions:
+    """What lies around the weights of a model folder, and below it.
+
+    Links to files count as the files, links to folders are not followed.
+
+    Args:
+        folder: the model's.
+        apart: files and folders of other models, which may lie inside this one.
+
+    Raises:
+        CheckpointError: a folder cannot be read.
+    """
+    others = {path.resolve() for path in apart}
+    index = next((folder / name for name in WEIGHT_FILES if name.endswith(SUFFIX) and (folder / name).is_file()), None)
+    own = {path.name for path in read_index(index).shards} if index else set()
+    found = _walk(folder, others)
+    modules = {name.rpartition("/")[0] for name, path in found if path and name.rpartition("/")[2] in WEIGHT_FILES}
+    result = Companions({}, [], sorted(modules - {""}), [])
+    for name, path in found:
+        parent, _, last = name.rpartition("/")
+        beside_weights = not parent or parent in modules
+        if path is not None and (name in own or (beside_weights and _OWN.fullmatch(last))):
+            continue
+        if (
+            path is None
+            or name in _NOT_THE_MODELS
+            or _TRAINING.fullmatch(last)
+            or _FOREIGN.fullmatch(last)
+            or (beside_weights and _COPIES.fullmatch(last))
+        ):
+            result.left_out.append(name)
+            continue
+        result.files[name] = path
+        if _WEIGHTS.fullmatch(last):
+            result.weights.append(name)
+    return result
+
+
+def top_companions(folder: Path) -> Companions:
+    """What lies beside a file of weights that is one of many in its folder: no other weights, nothing below."""
+    found = find_companions(folder)
+    files = {name: path for name, path in found.files.items() if "/" not in name and name not in found.weights}
+    return Companions(files, [], [], [])
+
+
+def _walk(folder: Path, apart: set[Path]) -> list[tuple[str, Path | None]]:
+    """Name and path of every file, sorted; None for the path of what stays behind as it is: a folder, a pipe."""
+    found: list[tuple[str, Path | None]] = []
+    below = [("", folder)]
+    while below:
+        above, place = below.pop()
+        try:
+            with os.scandir(place) as entries:
+                inside = list(entries)
+        except OSError as error:
+            raise CheckpointError(f"{place}: cannot be read: {error.strerror or error}") from None
+        for entry in inside:
+            name, path = above + entry.name, Path(entry.path)
+            if apart and path.resolve() in apart:
+                continue
+            if not entry.is_dir():
+                found.append((name, path if entry.is_file() and not entry.name.startswith(".") else None))
+            elif (
+                entry.is_symlink()
+                or _FOLDERS.fullmatch(entry.name)
+                or (path / MARKER).is_file()
+                or above.count("/") == _DEEPEST
+            ):
+                found.append((f"{name}/", None))
+            else:
+                below.append((f"{name}/", path))
+    return sorted(found)

@@ -1,0 +1,48 @@
+"""JSON files of a model's folder, which anybody may have written: read with bounds, refused in one line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from freemerge.checkpoints.errors import CheckpointError
+
+_LARGEST = 1 << 28  # bytes; tokenizers of a quarter of a million tokens have some tens of millions
+_DEEPEST = 100
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The object that a JSON file holds.
+
+    Raises:
+        CheckpointError: it cannot be read, is too large, or holds something else.
+    """
+    try:
+        if (size := path.stat().st_size) > _LARGEST:
+            raise CheckpointError(f"{path}: has {size:,} bytes, which is no configuration; download it again")
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except CheckpointError:
+        raise
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from None
+    except RecursionError:
+        raise CheckpointError(f"{path}: is nested too deeply to be read; download it again") from None
+    except ValueError as error:
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(f"{path}: is no JSON in UTF-8 ({reason}); download it again") from None
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path}: holds a {type(found).__name__}, expected an object; download it again")
+    if _depth(found) > _DEEPEST:
+        raise CheckpointError(f"{path}: is nested too deeply to be read; download it again")
+    return found
+
+
+def _depth(value: object) -> int:
+    """How many objects and lists lie in one another, at most; found without recursion."""
+    depth, level = 0, [value]
+    while level and depth <= _DEEPEST:
+        depth += 1
+        inside = [table.values() if isinstance(table, dict) else table for table in level]
+        level = [each for values in inside for each in values if isinstance(each, (dict, list))]
+    return depth

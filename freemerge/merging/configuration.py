@@ -1,0 +1,44 @@
+"""The configuration of a merged model: the base's `config.json`, brought into line with the merged weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+_DTYPES = ("dtype", "torch_dtype")
+
+
+def with_dtype(config: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """A configuration of a model whose weights have another dtype, its inner configurations (`text_config`) too.
+
+    transformers cannot make a model of one byte a value; weights that are stored so are named bfloat16, which holds
+    every one of their values, and are widened when they are loaded.
+
+    Args:
+        config: the contents of `config.json`.
+        dtype: of all floating-point weights.
+    """
+    name = str(dtype if dtype.itemsize > 1 else torch.bfloat16).removeprefix("torch.")
+    own = {key: name for key in _DTYPES if key in config} or {"dtype": name}
+    return {**_changed(config, name), **own}
+
+
+def _changed(config: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """The same with every entry of a dtype changed."""
+    result = {}
+    for key, value in config.items():
+        if key in _DTYPES and isinstance(value, str):
+            result[key] = name
+        elif isinstance(value, dict) and key != "quantization_config":
+            result[key] = _changed(value, name)
+        else:
+            result[key] = value
+    return result
+
+
+def to_json(table: Mapping[str, Any]) -> bytes:
+    """As transformers writes its files."""
+    return (json.dumps(table, indent=2) + "\n").encode()
