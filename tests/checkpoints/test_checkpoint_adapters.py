@@ -117,9 +117,10 @@ def test_torch_files(tmp_path):
 @pytest.mark.parametrize(
     ("tensors", "config", "message"),
     [
-        ({}, {"peft_type": "LOHA"}, r"is a LOHA adapter, only LoRA, DoRA and \(IA\)³ are read; merge it into its base"),
+        ({}, {"peft_type": "PREFIX_TUNING"}, "is a PREFIX_TUNING adapter, of which no difference to the base is known"),
+        ({}, {"peft_type": "LOHA"}, "holds no tensor of a LOHA adapter"),
         ({}, {"use_qalora": True}, "is a LoRA adapter with use_qalora"),
-        ({}, {"kasa_config": {"beta": 1}}, "is a LoRA adapter with kasa_config"),
+        ({}, {"alora_invocation_tokens": [1]}, "is a LoRA adapter with alora_invocation_tokens"),
         ({}, {"init_lora_weights": "pissa_niter_4"}, "is 'pissa_niter_4', so its factors do not differ from the base"),
         ({"q.lora_magnitude_vector": torch.ones(1)}, {}, "which belongs to no LoRA known here"),
         ({"q.lora_arrow": torch.ones(1)}, {}, "which belongs to no LoRA known here"),

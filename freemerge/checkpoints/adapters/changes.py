@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -42,6 +43,13 @@ class Change(ABC):
     def turn(self, turned: bool) -> Change:
         """The same change for a base that holds the weight so."""
         return self
+
+
+class Modules(Protocol):
+    """Modules of an adapter of which only the base tells what is done to which of its tensors."""
+
+    def changes(self, base: Checkpoint | None) -> dict[str, Change]:
+        """The changes by the names of the base's tensors; without a base, as far as they are known."""
 
 
 @dataclass(frozen=True)

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from freemerge.checkpoints.adapters.changes import Change, Run
-from freemerge.checkpoints.adapters.config import CONFIG, read_config
+from freemerge.checkpoints.adapters.changes import Change, Modules, Run
+from freemerge.checkpoints.adapters.config import CONFIG, AdapterConfig, read_config
 from freemerge.checkpoints.adapters.layers import is_turned
-from freemerge.checkpoints.adapters.parsing import Parser, split_names
-from freemerge.checkpoints.adapters.stacked import StackedModule
+from freemerge.checkpoints.adapters.parsing import PREFIX, Parser, split_names
+from freemerge.checkpoints.adapters.peft_layers import can_compute, find_modules
 from freemerge.checkpoints.checkpoint import Checkpoint, TensorSpec
 from freemerge.checkpoints.errors import CheckpointError
 
@@ -21,7 +21,9 @@ _KINDS = {"LORA": "LoRA", "IA3": "(IA)³", "TRAINABLE_TOKENS": "trainable tokens
 
 
 def open_adapter(folder: Path, label: str, weights: Checkpoint) -> Checkpoint:
-    """A checkpoint over a LoRA, DoRA or (IA)³ adapter: `deltas` names the tensors that are differences to the base.
+    """A checkpoint over an adapter: `deltas` names the tensors that are differences to the base.
+
+    LoRA, DoRA, (IA)³ and trained tokens are computed here, other kinds by PEFT.
 
     Tensors that the adapter holds whole (modules_to_save, biases) are given as they are; tensors of the base that it
     does not name are unchanged. Differences that depend on the base's values can be read after `Checkpoint.on`.
@@ -35,43 +37,47 @@ def open_adapter(folder: Path, label: str, weights: Checkpoint) -> Checkpoint:
         CheckpointError: the configuration is broken, or the adapter does something that is not known here.
     """
     config = read_config(folder)
-    if config.kind not in _KINDS or config.variant:
-        what = f"a LoRA adapter with {config.variant}" if config.kind in _KINDS else f"a {config.kind} adapter"
-        raise CheckpointError(
-            f"{folder}: is {what}, only LoRA, DoRA and (IA)³ are read; merge it into its base model with PEFT first"
-        )
-    parser = Parser(folder, config, weights)
-    changes: dict[str, Change] = {}
-    whole: dict[str, str] = {}
-    names = list(split_names(dict.fromkeys((*weights.names, *weights.tied))))
-    stacked = parser.stacked(names)
-    of_parameters = {name for module in stacked for level in module.levels for name in level}
-    for name, module, kind in names:
-        if name in of_parameters:
-            continue
-        if kind is None:
-            # Of a layer inside its wrapper the bias may be trained, but the weight is the base's own; and with
-            # bias="all" PEFT saves the biases of a module to save three times, the untrained ones as well.
-            if ".original_module." not in name and (".base_layer." not in name or module.endswith(".bias")):
-                whole[module.replace(".modules_to_save.", ".")] = name
-            continue
-        if ".base_layer." in name:
-            raise CheckpointError(
-                f"{folder}: '{name}' is of torch's MultiheadAttention, to whose out_proj PEFT may add its difference "
-                "twice; merge the adapter into its base model with the PEFT that trained it first"
-            )
-        for target, change in parser.changes(name, module, kind).items():
-            if target in changes:
-                raise CheckpointError(f"{folder}: the adapter changes the tensor '{target}' in two ways")
-            changes[target] = change
-    for module in stacked:
-        if both := sorted(changes.keys() & module.changes(None).keys()):
-            raise CheckpointError(f"{folder}: the adapter changes the tensor '{both[0]}' in two ways")
-    if not changes and not stacked:
-        raise CheckpointError(f"{folder}: holds no LoRA factors and no (IA)³ vectors; is it a whole model?")
-    if both := sorted(changes.keys() & whole.keys()):
+    names = tuple(dict.fromkeys((*weights.names, *weights.tied)))
+    changes, modules, rest = _read_changes(config, weights, names)
+    whole = _find_whole(rest)
+    changed: set[str] = set()
+    for found in (changes, *(module.changes(None) for module in modules)):
+        if twice := sorted(changed & found.keys()):
+            raise CheckpointError(f"{folder}: the adapter changes the tensor '{twice[0]}' in two ways")
+        changed |= found.keys()
+    if both := sorted(changed & whole.keys()):
         raise CheckpointError(f"{folder}: the adapter holds the tensor '{both[0]}' and changes it as well")
-    return _Adapter(folder, label, weights, changes, stacked, whole).checkpoint(None)
+    if not changed:
+        raise CheckpointError(f"{folder}: holds no LoRA factors and no (IA)³ vectors; is it a whole model?")
+    return _Adapter(folder, label, weights, changes, modules, whole).checkpoint(None)
+
+
+def _read_changes(
+    config: AdapterConfig, weights: Checkpoint, names: Sequence[str]
+) -> tuple[Mapping[str, Change], Sequence[Modules], Sequence[str]]:
+    """The changes of single tensors, those of modules that need the base to be told, and the names of the rest."""
+    if config.kind in _KINDS and config.variant is None:
+        parser = Parser(config.path.parent, config, weights)
+        return parser.parse(names)
+    if can_compute(config):
+        modules = find_modules(config, weights, names, PREFIX)
+        return {}, [modules], [name for name in names if name not in modules.stored]
+    what = f"a LoRA adapter with {config.variant}" if config.kind in _KINDS else f"a {config.kind} adapter"
+    raise CheckpointError(
+        f"{config.path.parent}: is {what}, of which no difference to the base is known; merge it into its base model "
+        "with PEFT, if that can, or train a LoRA"
+    )
+
+
+def _find_whole(names: Iterable[str]) -> dict[str, str]:
+    """Tensors that an adapter holds whole: name in the base → name in the file."""
+    whole: dict[str, str] = {}
+    for name, inner, _ in split_names(names):
+        # Of a layer inside its wrapper the bias may be trained, but the weight is the base's own; and with bias="all"
+        # PEFT saves the biases of a module to save three times, the untrained ones as well.
+        if ".original_module." not in name and (".base_layer." not in name or inner.endswith(".bias")):
+            whole[inner.replace(".modules_to_save.", ".")] = name
+    return whole
 
 
 @dataclass(frozen=True)
@@ -82,13 +88,13 @@ class _Adapter:
     label: str
     weights: Checkpoint
     changes: Mapping[str, Change]
-    stacked: Sequence[StackedModule]
+    modules: Sequence[Modules]
     whole: Mapping[str, str]  # name → name in the file
 
     def checkpoint(self, base: Checkpoint | None) -> Checkpoint:
         """The adapter alone, or as a change of its base."""
         changes = dict(self.changes) if base is None else self._oriented(base)
-        for module in self.stacked:
+        for module in self.modules:
             changes |= module.changes(base)
         shapes = {} if base is None else {name: base.spec(name).shape for name in changes if base.has(name)}
         changes = {name: change for name, change in changes.items() if name in shapes or not change.optional}

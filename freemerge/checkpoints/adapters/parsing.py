@@ -44,7 +44,31 @@ class Parser:
     weights: Checkpoint
     recent: dict[str, Tensor] = field(default_factory=dict)
 
-    def changes(self, name: str, module: str, kind: str) -> dict[str, Change]:
+    def parse(self, names: Iterable[str]) -> tuple[dict[str, Change], list[StackedModule], list[str]]:
+        """What is done to single tensors, to modules whose parameters have factors, and the names of the rest."""
+        parts = list(split_names(names))
+        stacked = self._stacked(parts)
+        of_parameters = {name for module in stacked for level in module.levels for name in level}
+        changes: dict[str, Change] = {}
+        rest = []
+        for name, module, kind in parts:
+            if name in of_parameters:
+                continue
+            if kind is None:
+                rest.append(name)
+                continue
+            if ".base_layer." in name:
+                raise CheckpointError(
+                    f"{self.folder}: '{name}' is of torch's MultiheadAttention, to whose out_proj PEFT may add its "
+                    "difference twice; merge the adapter into its base model with the PEFT that trained it first"
+                )
+            for target, change in self._changes(name, module, kind).items():
+                if target in changes:
+                    raise CheckpointError(f"{self.folder}: the adapter changes the tensor '{target}' in two ways")
+                changes[target] = change
+        return changes, stacked, rest
+
+    def _changes(self, name: str, module: str, kind: str) -> dict[str, Change]:
         """What one stored tensor does to which tensors of the base; two factors are found by the first, A."""
         weight, bias = f"{module}.weight", f"{module}.bias"
         shape, dtype = self.weights.spec(name)
@@ -75,7 +99,7 @@ class Parser:
             )
         return {}
 
-    def stacked(self, names: Iterable[tuple[str, str, str | None]]) -> tuple[StackedModule, ...]:
+    def _stacked(self, names: Iterable[tuple[str, str, str | None]]) -> list[StackedModule]:
         """The modules some of whose parameters have factors, as `target_parameters` names them.
 
         Args:
@@ -98,7 +122,7 @@ class Parser:
                     f"{CONFIG} names {len(parameters)}; save the adapter again"
                 )
             found.append(StackedModule(module, parameters, levels, self.weights, self.config, self.recent))
-        return tuple(found)
+        return found
 
     def _pair(self, name: str, stem: str, module: str, embedding: bool) -> Change:
         other = stem + ("lora_embedding_B" if embedding else "lora_B.weight")

@@ -1,0 +1,170 @@
+"""Adapters that PEFT computes (LoHa, LoKr, VeRA, OFT, AdaLoRA, …) are merged into what its `merge_and_unload` makes."""
+
+import importlib.util
+import json
+
+import peft
+import pytest
+import torch
+import transformers
+from torch import nn
+
+from freemerge.checkpoints import CheckpointError, open_checkpoint, save_checkpoint
+from freemerge.merging import PCBMerging, TaskArithmetic, merge
+
+
+class Net(nn.Module):
+    """Layers of several shapes, with and without biases, some inside others."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(8, 12)
+        self.block = nn.ModuleDict({"mid": nn.Linear(12, 12, bias=False), "out": nn.Linear(12, 8)})
+        self.conv = nn.Conv2d(4, 8, 3)
+        self.norm = nn.LayerNorm(8)
+
+
+def gpt2():
+    """Layers that hold their weights as (inputs, outputs)."""
+    config = transformers.GPT2Config(
+        n_layer=2, n_head=2, n_embd=8, vocab_size=11, n_positions=16, tie_word_embeddings=False
+    )
+    return transformers.GPT2LMHeadModel(config)
+
+
+LINEAR = ["first", "mid", "out"]
+CASES = {
+    "loha": (Net, peft.LoHaConfig(r=3, alpha=5, target_modules=[*LINEAR, "conv"])),
+    "loha, patterns": (
+        Net,
+        peft.LoHaConfig(
+            r=3, alpha=5, target_modules=LINEAR, rank_pattern={"mid": 2}, alpha_pattern={"^first": 7, r"block\..*": 3}
+        ),
+    ),
+    "lokr": (Net, peft.LoKrConfig(r=2, alpha=5, target_modules=[*LINEAR, "conv"])),
+    "adalora": (Net, peft.AdaLoraConfig(init_r=4, target_r=2, total_step=10, target_modules=LINEAR)),
+    "adalora, conv1d": (
+        gpt2, peft.AdaLoraConfig(init_r=3, total_step=10, target_modules=["c_attn"], fan_in_fan_out=True)
+    ),
+    "adalora, modules to save": (
+        Net, peft.AdaLoraConfig(init_r=3, total_step=10, target_modules=["mid"], modules_to_save=["norm", "first"])
+    ),
+    "vera": (Net, peft.VeraConfig(r=4, target_modules=LINEAR)),
+    "vera, projection drawn again": (Net, peft.VeraConfig(r=4, target_modules=LINEAR, save_projection=False)),
+    "vera, conv1d": (gpt2, peft.VeraConfig(r=4, target_modules=["c_attn", "c_fc"], fan_in_fan_out=True)),
+    "oft": (Net, peft.OFTConfig(oft_block_size=4, target_modules=LINEAR)),
+    "oft, one block": (Net, peft.OFTConfig(r=1, oft_block_size=0, target_modules=["first"])),
+    "boft": (Net, peft.BOFTConfig(boft_block_size=4, target_modules=LINEAR)),
+    "c3a": (Net, peft.C3AConfig(block_size=4, target_modules=LINEAR)),
+    "delora": (Net, peft.DeloraConfig(r=2, target_modules=LINEAR)),
+    "fourierft": (Net, peft.FourierFTConfig(n_frequency=10, target_modules=LINEAR)),
+    "hra": (Net, peft.HRAConfig(r=2, target_modules=LINEAR)),
+    "miss": (Net, peft.MissConfig(r=4, target_modules=LINEAR)),
+    "randlora": (Net, peft.RandLoraConfig(r=2, target_modules=LINEAR)),
+    "road": (Net, peft.RoadConfig(group_size=4, target_modules=LINEAR)),
+    "shira": (Net, peft.ShiraConfig(r=2, target_modules=LINEAR)),
+    "vblora": (Net, peft.VBLoRAConfig(num_vectors=8, vector_length=4, r=2, topk=2, target_modules=LINEAR)),
+    "waveft": (Net, peft.WaveFTConfig(n_frequency=10, target_modules=LINEAR)),
+    "gralora": (Net, peft.GraloraConfig(r=4, gralora_k=2, target_modules=LINEAR)),
+    "hira": (Net, peft.HiraConfig(r=4, target_modules=LINEAR)),
+    "a variant of LoRA": (
+        Net, peft.LoraConfig(r=2, target_modules=LINEAR, velora_config=peft.VeloraConfig(num_groups=2))
+    ),
+}  # fmt: skip
+
+
+def write(folder, build, config, seed=0):
+    """An adapter with random values, saved; the base, and what PEFT makes of the saved adapter."""
+    torch.manual_seed(0)
+    model = build()
+    base = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+    wrapped = peft.get_peft_model(model, config)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in wrapped.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    wrapped.save_pretrained(folder)
+    fresh = build()
+    fresh.load_state_dict(base)
+    return base, peft.PeftModel.from_pretrained(fresh, folder).merge_and_unload().state_dict()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_peft_agrees(tmp_path, case):
+    base, expected = write(tmp_path / "a", *CASES[case])
+    state = torch.random.get_rng_state()
+    merged = merge(base, [tmp_path / "a"], TaskArithmetic(1.0))
+    assert torch.equal(torch.random.get_rng_state(), state)
+    for name, tensor in merged.items():
+        torch.testing.assert_close(tensor, expected[name], rtol=2e-6, atol=2e-6)
+    changed = {name for name, tensor in merged.items() if not torch.equal(tensor, base[name])}
+    assert changed == {name for name, tensor in expected.items() if not torch.equal(tensor, base[name])}
+    assert changed
+
+
+@pytest.mark.parametrize("case", ["loha", "oft", "road", "vera"])
+def test_runs_are_parts_of_the_whole(tmp_path, case):
+    base, _ = write(tmp_path / "a", *CASES[case])
+    adapter = open_checkpoint(tmp_path / "a").on(open_checkpoint(base))
+    for name in adapter.deltas:
+        whole = adapter.tensor(name).flatten()
+        for start in range(0, len(whole), 31):
+            stop = min(start + 50, len(whole))
+            torch.testing.assert_close(adapter.run(name, start, stop), whole[start:stop])
+
+
+def test_beside_each_other_and_from_files(tmp_path):
+    kinds = ["loha", "oft", "vera"]
+    written = {kind: write(tmp_path / kind, *CASES[kind], seed=index) for index, kind in enumerate(kinds)}
+    base = written["loha"][0]
+    save_checkpoint(tmp_path / "base.safetensors", base)
+    expected = merge(base, {kind: tensors for kind, (_, tensors) in written.items()}, PCBMerging(0.5))
+    merged = merge(tmp_path / "base.safetensors", {kind: tmp_path / kind for kind in kinds}, PCBMerging(0.5))
+    for name, tensor in expected.items():
+        close = torch.isclose(merged[name], tensor, rtol=1e-4, atol=1e-4)
+        assert close.float().mean() > 0.99, name
+
+
+@pytest.mark.parametrize("case", ["oft", "vera"])
+def test_the_base_is_a_part_of_what_was_adapted(tmp_path, case):
+    _, expected = write(tmp_path / "a", lambda: nn.ModuleDict({"net": Net(), "head": nn.Linear(8, 2)}), CASES[case][1])
+    torch.manual_seed(0)
+    merged = merge(Net().state_dict(), [tmp_path / "a"], TaskArithmetic(1.0))
+    for name, tensor in merged.items():
+        torch.testing.assert_close(tensor, expected[f"net.{name}"], rtol=2e-6, atol=2e-6)
+
+
+def change(folder, **settings):
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+
+
+def test_what_peft_cannot_do_is_one_line(tmp_path):
+    base, _ = write(tmp_path / "a", *CASES["loha"])
+    change(tmp_path / "a", new_setting=3)
+    with pytest.raises(CheckpointError, match="has the setting 'new_setting', which the installed PEFT does not know"):
+        merge(base, [tmp_path / "a"], TaskArithmetic(1.0))
+    change(tmp_path / "a", new_setting=None, r="three")
+    with pytest.raises(CheckpointError, match="PEFT cannot compute what this LOHA adapter does to 'first'") as caught:
+        merge(base, [tmp_path / "a"], TaskArithmetic(1.0))
+    assert "\n" not in str(caught.value)
+    change(tmp_path / "a", r=10**12)
+    with pytest.raises(CheckpointError, match="PEFT cannot compute"):
+        merge(base, [tmp_path / "a"], TaskArithmetic(1.0))
+
+
+def test_the_wrong_base(tmp_path):
+    base, _ = write(tmp_path / "a", *CASES["oft"])
+    narrow = base | {"first.weight": base["first.weight"][:, :-4]}
+    with pytest.raises(CheckpointError, match="PEFT cannot compute what this OFT adapter does to 'first'"):
+        merge(narrow, [tmp_path / "a"], TaskArithmetic(1.0))
+
+
+def test_without_peft(tmp_path, monkeypatch):
+    base, _ = write(tmp_path / "a", *CASES["loha"])
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(
+        CheckpointError, match=r"a: is a LOHA adapter, for which PEFT is needed: pip install 'freemerge"
+    ):
+        merge(base, [tmp_path / "a"], TaskArithmetic(1.0))
