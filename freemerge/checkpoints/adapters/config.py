@@ -15,10 +15,10 @@ import torch
 
 from freemerge.checkpoints.adapters.patterns import PatternMatcher
 from freemerge.checkpoints.errors import CheckpointError
+from freemerge.checkpoints.json_files import read_object
 
 CONFIG = "adapter_config.json"
 
-_LARGEST_FILE = 1 << 26  # bytes
 _LARGEST_NUMBER = torch.finfo(torch.float32).max
 # Ways to begin a LoRA that take its beginning out of the base's weight: its factors differ from another base.
 _CHANGES_BASE = re.compile(r"pissa|olora|corda|loftq|lora_ga", re.IGNORECASE)
@@ -115,9 +115,7 @@ def read_config(folder: Path) -> AdapterConfig:
             from a base other than the published one.
     """
     path = folder / CONFIG
-    values = _read_json(path)
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path}: holds a {type(values).__name__}, expected an object of settings; save it again")
+    values = read_object(path)
     _check(path, values)
     start = values.get("init_lora_weights")
     if isinstance(start, str) and _CHANGES_BASE.match(start):
@@ -126,20 +124,6 @@ def read_config(folder: Path) -> AdapterConfig:
             "again with save_pretrained(..., path_initial_model_for_weight_conversion=...)"
         )
     return AdapterConfig(path, values["peft_type"], values)
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        if path.stat().st_size > _LARGEST_FILE:
-            raise CheckpointError(f"{path}: has {path.stat().st_size:,} bytes, too many for an adapter's configuration")
-        return json.loads(path.read_bytes())
-    except CheckpointError:
-        raise
-    except (OSError, ValueError) as error:  # broken text and broken JSON are both the latter
-        reason = str(error)
-    except RecursionError:
-        reason = "nested too deeply"
-    raise CheckpointError(f"{path}: not an adapter's configuration ({reason}); save it again")
 
 
 def _check(path: Path, values: Mapping[str, Any]) -> None:
