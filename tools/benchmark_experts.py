@@ -69,7 +69,7 @@ class Benchmark:
         report = json.loads((self.run.folder / "report.json").read_text())
         size = f"{self.settings.kind} {self.settings.density:g}"
         names = {
-            "base (zero-shot)": "base",
+            **dict.fromkeys(("base (zero-shot)", "base (probe)", "base (fine-tuned heads)"), "base"),
             "FREE extracted (oracle)": f"ours extracted, {size}",
             "FREE trained (oracle)": f"ours trained, {size}",
             "FREE trained (routed)": f"ours trained, {size}, routed",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,10 @@ from rich import box
 from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
+from rich.text import Text
+
+_WIDTH = 100  # of lines that are not written to a terminal
+_MOST_BARS = 8  # tasks; of more, bars are too thin to be told apart
 
 
 @dataclass(frozen=True)
@@ -109,22 +113,44 @@ class Report:
         temporary.write_text(json.dumps(self.as_dict(), indent=2, ensure_ascii=False) + "\n")
         os.replace(temporary, path)
 
-    def table(self) -> Table:
-        """The report as a rich table; scores in percent, perplexities as they are."""
-        table = Table(title=self.title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    def tables(self, width: int) -> list[Table]:
+        """The report as rich tables, scores in percent, perplexities as they are.
+
+        Args:
+            width: characters in a line. If one table of everything is wider, there are tables of some tasks each, and
+                one of the averages.
+
+        Returns:
+            The tables; each fits, unless one column alone does not.
+        """
+        tasks = [(self._heading(task), [self._cell(row, task) for row in self.rows]) for task in self._tasks]
+        headings = ("average", "normalized", "worst drop", "extra bytes")
+        summary = list(zip(headings, zip(*map(self._summary, self.rows), strict=True), strict=True))
+        if _width(whole := self._table(tasks + summary)) <= width:
+            return [whole]
+        parts: list[list] = [[]]
+        for column in tasks:
+            if parts[-1] and _width(self._table([*parts[-1], column])) > width:
+                parts.append([])
+            parts[-1].append(column)
+        return [self._table(part) for part in [*parts, summary]]
+
+    def _table(self, columns: Sequence[tuple[str, Iterable[str]]]) -> Table:
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
         table.add_column("", no_wrap=True)
-        for heading in [*map(self._heading, self._tasks), "average", "normalized", "worst drop", "extra bytes"]:
+        for heading, _ in columns:
             table.add_column(heading, justify="right", no_wrap=True)
-        for row in self.rows:
-            cells = [self._cell(row, task) for task in self._tasks] + [f"{100 * self.average(row):.1f}"]
-            if row.kind == "model":
-                drop, task = self.worst_drop(row)
-                cells += [f"{100 * self.normalized(row):.1f}", f"{100 * drop:.1f} {task}" if drop < 0 else "none"]
-            else:
-                cells += ["", ""]
-            cells.append(format_bytes(row.extra_bytes) if row.extra_bytes is not None else "")
+        for row, *cells in zip(self.rows, *(cells for _, cells in columns), strict=True):
             table.add_row(row.name, *cells, style="dim" if row.kind == "router" else None)
         return table
+
+    def _summary(self, row: Row) -> list[str]:
+        """Average, normalized, worst drop, extra bytes."""
+        cells = [f"{100 * self.average(row):.1f}", "", ""]
+        if row.kind == "model":
+            drop, task = self.worst_drop(row)
+            cells[1:] = f"{100 * self.normalized(row):.1f}", f"{100 * drop:.1f} {task}" if drop < 0 else "none"
+        return [*cells, format_bytes(row.extra_bytes) if row.extra_bytes is not None else ""]
 
     def _heading(self, task: str) -> str:
         """The task, its metric where that is not accuracy, and whether it was held out."""
@@ -140,40 +166,79 @@ class Report:
         return f"{score:.3g}" if is_perplexity else f"{100 * score:.1f}"
 
     def print(self, console: Console) -> None:
-        """Print the table at its full width: a narrow terminal wraps its lines, but no number is cut off."""
-        table, narrow = self.table(), console.width
-        needed = Measurement.get(console, console.options.update(max_width=10_000), table).maximum
+        """Print title and tables, as wide as the terminal, or 100 where there is none; nothing is cut off."""
+        own = console.width
+        console.print(Text(self.title, style="bold"), soft_wrap=True)
+        tables = self.tables(own if console.is_terminal else max(own, _WIDTH))
         try:
-            console.width = max(narrow, needed)
-            console.print(table)
+            for table in tables:
+                console.width = max(own, _width(table))
+                console.print(table)
         finally:
-            console.width = narrow
+            console.width = own
 
     def plot(self, path: str | Path) -> None:
-        """Draw grouped bars, a group for each task and one for the average, and write them as an image."""
+        """Draw all models on all tasks, and write them as an image: as bars, or as a grid for many tasks."""
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
 
         models = [row for row in self.rows if row.kind == "model"]
         groups = [*self.rows[0].scores, "average"]
-        figure = Figure(figsize=(max(8.0, 1.9 * len(groups)), 4.5), layout="constrained")
+        values = [[100 * value for value in [*self._comparable(row).values(), self.average(row)]] for row in models]
+        label = "score (%)" if set(self.metrics.values()) - {"accuracy"} else "accuracy (%)"
+        grid = len(groups) - 1 > _MOST_BARS
+        size = (3.5 + 0.62 * len(groups), 2.2 + 0.34 * len(models)) if grid else (max(8.0, 1.9 * len(groups)), 4.5)
+        figure = Figure(figsize=size, layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.subplots()
-        width = 0.84 / len(models)
-        for i, row in enumerate(models):
-            heights = [100 * value for value in [*self._comparable(row).values(), self.average(row)]]
-            positions = [group + (i - (len(models) - 1) / 2) * width for group in range(len(groups))]
-            axes.bar(positions, heights, width, label=row.name, color=_colour(i, len(models)))
-        axes.set_xticks(range(len(groups)), groups)
-        axes.set_ylabel("score (%)" if set(self.metrics.values()) - {"accuracy"} else "accuracy (%)")
-        axes.set_ylim(0, 100)
-        axes.set_axisbelow(True)
-        axes.grid(axis="y", alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.axvline(len(groups) - 1.5, color="0.8", linewidth=1)  # sets the average apart from the tasks
         axes.set_title(self.title, loc="left")
-        figure.legend(loc="outside lower center", ncols=min(5, len(models)), frameon=False)
+        if grid:
+            reference = values[[row.name for row in models].index(self.reference)]
+            _draw_grid(axes, values, [row.name for row in models], groups, reference)
+        else:
+            _draw_bars(axes, values, [row.name for row in models], groups)
+            axes.set_ylabel(label)
+            figure.legend(loc="outside lower center", ncols=min(5, len(models), int(size[0] / 2.4)), frameon=False)
         figure.savefig(path, dpi=150)
+
+
+def _draw_bars(axes: Any, values: list[list[float]], names: list[str], groups: list[str]) -> None:
+    """A group of bars for each task, and one for the average."""
+    width = 0.84 / len(values)
+    for index, (heights, name) in enumerate(zip(values, names, strict=True)):
+        positions = [group + (index - (len(values) - 1) / 2) * width for group in range(len(groups))]
+        axes.bar(positions, heights, width, label=name, color=_colour(index, len(values)))
+    axes.set_xticks(range(len(groups)), groups)
+    axes.set_ylim(0, 100)
+    axes.set_axisbelow(True)
+    axes.grid(axis="y", alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.axvline(len(groups) - 1.5, color="0.8", linewidth=1)  # sets the average apart from the tasks
+
+
+def _draw_grid(
+    axes: Any, values: list[list[float]], names: list[str], groups: list[str], reference: list[float]
+) -> None:
+    """A line for each model, a column for each task: the scores, coloured by their distance to the reference's."""
+    distances = [[value - best for value, best in zip(row, reference, strict=True)] for row in values]
+    largest = max(1.0, *(abs(value) for row in distances for value in row))
+    image = axes.imshow(distances, cmap="RdBu", vmin=-largest, vmax=largest, aspect="auto")
+    for line, row in enumerate(values):
+        for column, value in enumerate(row):
+            dark = abs(distances[line][column]) > 0.6 * largest
+            axes.text(column, line, f"{value:.1f}", ha="center", va="center", size=8, color="w" if dark else "k")
+    axes.set_xticks(range(len(groups)), groups, rotation=45, ha="right", rotation_mode="anchor")
+    axes.set_yticks(range(len(names)), names)
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    axes.axvline(len(groups) - 1.5, color="w", linewidth=3)  # sets the average apart from the tasks
+    axes.figure.colorbar(image, label="points above or below individual", fraction=0.03, pad=0.01)
+
+
+def _width(table: Table) -> int:
+    """Characters that a table takes when nothing is cut off."""
+    console = Console(width=10_000)
+    return Measurement.get(console, console.options, table).maximum
 
 
 def _colour(index: int, count: int) -> tuple[float, float, float, float]:

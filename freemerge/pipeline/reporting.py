@@ -14,10 +14,11 @@ import freemerge
 from freemerge.checkpoints import load_checkpoint
 from freemerge.evaluation import Report, Routing, Row
 from freemerge.experts import load_expert
-from freemerge.models import FreeModel
+from freemerge.models import FreeModel, LanguageBackbone
 from freemerge.pipeline.artifacts import Artifacts
 from freemerge.pipeline.held_out import held_out_heads
 from freemerge.pipeline.measure import Measure
+from freemerge.training import FineTuner
 
 
 def make_report(files: Artifacts, measure: Measure, model: FreeModel | None) -> Report:
@@ -44,7 +45,7 @@ def make_report(files: Artifacts, measure: Measure, model: FreeModel | None) -> 
         return Row(name, scores, 0, dict(chosen or {}), held_out=apart)
 
     rows = [
-        row("base (zero-shot)", files.base_weights()),
+        row(base_name(files.tuner), files.base_weights()),
         Row("individual", measure.individual(loaders), (len(suite.names) - 1) * size),
     ]
     for name in files.settings.merge.methods:
@@ -64,6 +65,14 @@ def make_report(files: Artifacts, measure: Measure, model: FreeModel | None) -> 
         settings=settings,
         metrics=measure.metrics,
     )
+
+
+def base_name(tuner: FineTuner) -> str:
+    """What the base is called in a report: it depends on where the heads come from that it is evaluated under."""
+    if isinstance(tuner.backbone, LanguageBackbone):
+        return "base (zero-shot)"
+    heads = {"probe": "probe", "zero_shot": "zero-shot", "linear": "fine-tuned heads"}
+    return f"base ({heads[tuner.head_kind]})"
 
 
 def title(measure: Measure) -> str:

@@ -40,7 +40,7 @@ def test_fit_leaves_every_stages_results(run: Path) -> None:
     assert set(times(run)) == STAGES
     report = json.loads((run / "report.json").read_text())
     assert [row["name"] for row in report["rows"]] == [
-        "base (zero-shot)", "individual", "average", "task arithmetic", "TIES", "PCB", "FR",
+        "base (probe)", "individual", "average", "task arithmetic", "TIES", "PCB", "FR",
         "FREE extracted (oracle)", "FREE trained (routed)", "FREE trained (oracle)", "router accuracy",
     ]  # fmt: skip
     assert set(report["search"]) == {"average", "task arithmetic", "TIES", "PCB", "FR", "FREE extracted"}

@@ -1,5 +1,6 @@
 """Metrics, the loop, the evaluator and the report, against counts and sums by hand."""
 
+import io
 import json
 import math
 
@@ -142,6 +143,54 @@ def test_the_picture_is_a_png_of_some_size(report: Report, tmp_path) -> None:
     assert data.startswith(b"\x89PNG")
     width, height = (int.from_bytes(data[i : i + 4], "big") for i in (16, 20))
     assert (width, height) == (1200, 675)
+
+
+def _many(tasks: int) -> Report:
+    names = ["individual", "base (probe)", "task arithmetic", "FREE trained (oracle)"]
+    rows = [Row(name, {f"task number {t}": 0.9 - 0.1 * i for t in range(tasks)}, 1234) for i, name in enumerate(names)]
+    return Report(f"Suite: test accuracy (%), {tasks} tasks", rows)
+
+
+@pytest.mark.parametrize("tasks", [1, 2, 20])
+@pytest.mark.parametrize("width", [80, 100])
+def test_lines_fit_the_terminal_and_every_cell_is_there(tasks: int, width: int) -> None:
+    console = Console(width=width, record=True, force_terminal=True, file=io.StringIO())
+    _many(tasks).print(console)
+    lines = console.export_text().splitlines()
+    assert max(map(len, lines)) <= width
+    text = "\n".join(lines)
+    assert all(f"task number {t}" in text for t in range(tasks))
+    assert text.count("90.0") == tasks + 1  # individual, on each task and on average
+    tables = text.count("base (probe)")
+    assert tables == text.count("FREE trained (oracle)")
+    assert (tables == 1) == ((tasks, width) == (1, 100))
+    assert "…" not in text
+
+
+@pytest.mark.parametrize("tasks", [2, 8, 9, 20])
+def test_pictures_of_few_and_of_many_tasks_show_every_number(tasks: int, tmp_path) -> None:
+    from matplotlib.figure import Figure
+
+    drawn: list[Figure] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+        _many(tasks).plot(tmp_path / "report.png")
+    figure = drawn[0]
+    figure.draw_without_rendering()
+    axes, inside = figure.axes[0], figure.bbox
+    assert [label.get_text() for label in axes.get_xticklabels()] == [
+        *(f"task number {t}" for t in range(tasks)),
+        "average",
+    ]
+    if tasks <= 8:
+        heights = [bar.get_height() for bars in axes.containers for bar in bars]
+        assert heights == pytest.approx([90 - 10 * i for i in range(4) for _ in range(tasks + 1)])
+        legend = figure.legends[0].get_window_extent()
+        assert legend.x0 >= inside.x0
+        assert legend.x1 <= inside.x1
+    else:
+        written = [text.get_text() for text in axes.texts]
+        assert written == [f"{90 - 10 * i:.1f}" for i in range(4) for _ in range(tasks + 1)]
 
 
 def test_sizes_are_readable() -> None:
