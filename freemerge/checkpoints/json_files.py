@@ -38,6 +38,14 @@ def read_object(path: Path) -> dict[str, Any]:
     return found
 
 
+def find_object(path: Path) -> dict[str, Any] | None:
+    """The object that a JSON file holds; None if there is no such file, or nothing to be understood."""
+    try:
+        return read_object(path) if path.is_file() else None
+    except CheckpointError:
+        return None
+
+
 def _depth(value: object) -> int:
     """How many objects and lists lie in one another, at most; found without recursion."""
     depth, level = 0, [value]

@@ -32,7 +32,7 @@ def _changed(config: Mapping[str, Any], name: str) -> dict[str, Any]:
     for key, value in config.items():
         if key in _DTYPES and isinstance(value, str):
             result[key] = name
-        elif isinstance(value, dict) and key != "quantization_config":
+        elif isinstance(value, dict):
             result[key] = _changed(value, name)
         else:
             result[key] = value

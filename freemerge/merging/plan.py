@@ -20,7 +20,7 @@ from freemerge.merging.companions import join_modules
 from freemerge.merging.errors import MergeError
 from freemerge.merging.patterns import select, unmatched
 from freemerge.merging.processes import Processes
-from freemerge.merging.quantized import find_quantized
+from freemerge.merging.quantized import check_quantized
 from freemerge.merging.streaming import PIECE, Piece, at_a_time
 from freemerge.merging.threads import each, scratch
 from freemerge.merging.transfer import Transfer
@@ -244,11 +244,7 @@ def make_plan(
 
     selected = set(select(everything, include, exclude))
     for checkpoint in (base, *models):
-        if quantized := find_quantized(checkpoint, selected):
-            raise MergeError(
-                f"{checkpoint.label}: the tensor '{quantized[0]}' is quantized, its scales are in '{quantized[1]}'; "
-                "dequantize the model first (load it with transformers in bfloat16 and save it)"
-            )
+        check_quantized(checkpoint, selected)
     tied = {name: first for name, first in base.tied.items() if name in base and _tied_everywhere(name, first, models)}
     floating = [name for name in base.names if base.spec(name).dtype.is_floating_point and name not in tied]
     merged = tuple(name for name in floating if name in selected)

@@ -98,27 +98,3 @@ def test_an_overflow_is_one_line(tmp_path, base, models):
             merge(large, [large], TaskArithmetic(), dtype="float16", output=tmp_path / "o.safetensors", **arguments)
     assert not list(tmp_path.iterdir())
     merge(large, [large], TaskArithmetic(), dtype="bfloat16")
-
-
-def quantized(kind):
-    weight = torch.ones(4, 4)
-    return {
-        "block-wise fp8": {"q.weight": weight.to(torch.float8_e4m3fn), "q.weight_scale_inv": torch.ones(1, 1)},
-        "int8": {"q.weight": weight.to(torch.int8), "q.SCB": torch.ones(4)},
-        "4 bits": {"q.weight": torch.ones(8, 1, dtype=torch.uint8), "q.weight.absmax": torch.ones(1)},
-        "GPTQ": {"q.qweight": weight.int(), "q.qzeros": weight.int(), "q.scales": torch.ones(1, 4)},
-        "compressed": {"q.weight_packed": weight.int(), "q.weight_scale": torch.ones(4)},
-        "MXFP4": {"e.up_blocks": torch.ones(4, 4, dtype=torch.uint8), "e.up_scales": torch.ones(4, dtype=torch.uint8)},
-    }[kind] | {"norm.weight": torch.ones(4)}
-
-
-@pytest.mark.parametrize("kind", ["block-wise fp8", "int8", "4 bits", "GPTQ", "compressed", "MXFP4"])
-def test_quantized_models_are_refused(kind):
-    """Their codes and scales could be merged, each by itself, into nonsense."""
-    model = quantized(kind)
-    with pytest.raises(
-        MergeError, match=r"base: the tensor '[qe]\..*' is quantized, its scales are in '[qe]\..*'; dequ"
-    ):
-        merge(model, [model], WeightAverage())
-    merge(model, [model], WeightAverage(), exclude=[r"re:[qe]\..*"])
-    merge(plain := {"q.weight": torch.ones(2), "q.weight_scale": torch.ones(1)}, [plain], WeightAverage())

@@ -186,13 +186,12 @@ def test_home_is_understood(tmp_path, inputs, monkeypatch):
 
 def test_inner_configurations_have_the_dtype(tmp_path):
     inner = {"hidden_size": 2, "dtype": "float16", "deeper": {"torch_dtype": "float32"}}
-    config = {"torch_dtype": "float16", "text_config": inner, "quantization_config": {"dtype": "x"}, "layers": [1]}
+    config = {"torch_dtype": "float16", "text_config": inner, "layers": [1]}
     base = write(tmp_path / "base", config=config)
     output = merge(base, [base], WeightAverage(), output=tmp_path / "o", dtype="bfloat16")
     assert json.loads((output / "config.json").read_text()) == {
         "torch_dtype": "bfloat16",
         "text_config": {"hidden_size": 2, "dtype": "bfloat16", "deeper": {"torch_dtype": "bfloat16"}},
-        "quantization_config": {"dtype": "x"},
         "layers": [1],
     }
     # Without dtype it is the base's, byte for byte.
