@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 
 from freemerge.checkpoints import Checkpoint, TensorSpec, open_checkpoint
+from freemerge.checkpoints.adapters.layout import Layout, read_layout
 from freemerge.checkpoints.draft import Draft
 from freemerge.checkpoints.folder import check_folder, make_index, parse_size, plan_shards
 from freemerge.checkpoints.opening import WEIGHT_FILES, Source
 from freemerge.checkpoints.places import expand, landing
 from freemerge.checkpoints.safetensors_files import storage_order
-from freemerge.merging.adapter_output import cut, write_adapter
+from freemerge.merging.adapter_output import by_target, cut, write_adapter
 from freemerge.merging.bases import check_bases
 from freemerge.merging.companions import Files, choose_files, look_around
 from freemerge.merging.errors import MergeError
@@ -134,6 +135,7 @@ def merge(
             [found.modules for found in around] if around else None,
         )
         beside = choose_files(around, plan.dtype) if around else None
+        layout = read_layout(plan.base) if output_format == "lora" else None
     method.check([model.label for model in plan.models])
     processes = Processes(distributed)
     try:
@@ -151,16 +153,7 @@ def merge(
             return record if beside is None else {**record, "files": beside.record()}
 
         if output_format == "lora":
-            vectors = meter.vectors(processes)
-            statistics = method.survey(vectors)
-            parts = vectors.map(
-                lambda name, deltas: cut(
-                    output, plan.base, name, method.combine(name, deltas, statistics), rank, plan.dtype
-                )
-            )
-            processes.first(
-                lambda: write_adapter(output, plan.base, parts, rank, describe(), dtype=plan.dtype, overwrite=overwrite)
-            )
+            _write_lora(plan, method, meter, processes, describe, output, rank, layout, overwrite)
         else:
             _write_model(plan, method, meter, processes, describe, output, shard_bytes, resume, beside)
     finally:
@@ -218,6 +211,29 @@ def _merge_in_memory(plan: Plan, method: MergeMethod, meter: Meter) -> dict[str,
     statistics = method.survey(meter.vectors(Processes()))
     Merging(plan, method, statistics, tensors, meter).run(list(plan.specs))
     return {name: tensors[plan.tied.get(name, name)] for name in plan.base.names}
+
+
+def _write_lora(
+    plan: Plan,
+    method: MergeMethod,
+    meter: Meter,
+    processes: Processes,
+    describe: Callable[[], dict[str, Any]],
+    output: Path,
+    rank: int,
+    layout: Layout,
+    overwrite: bool,
+) -> None:
+    """Write the folder of an adapter; the processes share the model's tensors."""
+    vectors = meter.vectors(processes)
+    statistics = method.survey(vectors)
+    differences = by_target(output, vectors, layout, lambda name, deltas: method.combine(name, deltas, statistics))
+    parts = differences.map(lambda name, delta: cut(output, plan.base, layout, name, delta, rank, plan.dtype))
+    processes.first(
+        lambda: write_adapter(
+            output, plan.base, plan.models, layout, parts, rank, describe(), dtype=plan.dtype, overwrite=overwrite
+        )
+    )
 
 
 def _write_model(

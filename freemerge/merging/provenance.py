@@ -119,8 +119,7 @@ def make_adapter_card(record: Mapping[str, Any], title: str) -> str:
     whole = len(record["tensors"]["whole"])
     return f"""---
 library_name: peft
-base_model: {json.dumps(record["base"]["name"])}
-tags:
+{_base_line(record)}tags:
 - merge
 - freemerge
 - lora
@@ -152,6 +151,12 @@ The method's parameters are
 
 `freemerge.json` holds the whole record: full hashes, patterns, versions, the error of every tensor.
 """
+
+
+def _base_line(record: Mapping[str, Any]) -> str:
+    """The Hub takes names of its own models, and refuses a card with a path."""
+    identity = record["base"].get("hub")
+    return f"base_model: {json.dumps(identity)}\n" if identity else ""
 
 
 def _summary(record: Mapping[str, Any]) -> str:

@@ -224,6 +224,15 @@ class Vectors:
         """The same models' vectors of some of the tensors."""
         return self._changed({name: self.shapes[name] for name in names}, self._read, self._read_piece)
 
+    def regrouped(self, shapes: Mapping[str, Sequence[int]], read: Callable[[str], Tensor]) -> Vectors:
+        """Other tensors of the same models, computed from these.
+
+        Args:
+            shapes: name → shape.
+            read: returns what `map` is to see of one of them, in memory of its own.
+        """
+        return self._changed({name: torch.Size(shape) for name, shape in shapes.items()}, read, None)
+
     def through(
         self, change: Callable[[str, Tensor], Tensor], change_piece: Callable[[Piece, Tensor], Tensor] | None = None
     ) -> Vectors:

@@ -20,6 +20,13 @@ class Layer(Enum):
     TURNED = "turned"  # a linear layer whose weight lies as (inputs, outputs): ΔW = (B·A)ᵀ
     EMBEDDING = "embedding"  # ΔW = (B·A)ᵀ, under names of their own
     CONVOLUTION = "convolution"  # ΔW = B·A over the outputs × everything else
+    PARAMETER = "parameter"  # of a module that is no layer: ΔW = B·A, or ΔW_e = B_e·A_e for each e of a stack
+    PARAMETER_TURNED = "parameter, turned"  # a stack whose matrices lie as (inputs, outputs)
+
+    @property
+    def is_parameter(self) -> bool:
+        """Whether PEFT knows it as a parameter (`target_parameters`), and not as a module."""
+        return self in (Layer.PARAMETER, Layer.PARAMETER_TURNED)
 
 
 def find_layer(base: Checkpoint, name: str) -> Layer | None:
