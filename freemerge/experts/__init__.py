@@ -1,6 +1,7 @@
 """Lightweight experts: extract them from a residual, pack them into small files, switch them in and out of a model."""
 
 from freemerge.experts.codec import Encoding
+from freemerge.experts.exclusive import exclusive
 from freemerge.experts.expert import Expert, check_fits
 from freemerge.experts.extraction import STATISTICS, extract, extract_low_rank
 from freemerge.experts.files import check_hash, load_expert, save_expert
@@ -24,6 +25,7 @@ __all__ = [
     "check_fits",
     "check_hash",
     "emr_experts",
+    "exclusive",
     "extract",
     "extract_low_rank",
     "load_expert",

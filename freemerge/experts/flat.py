@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from freemerge.experts.codec import decode_positions
 from freemerge.experts.expert import check_fits
 from freemerge.experts.packed import PackedExpert
 from freemerge.experts.switch import forget_casts
+from freemerge.experts.ties import names_of_changes
 from freemerge.merging.vectors import working_dtype
 
 
@@ -28,7 +29,7 @@ class _Target(NamedTuple):
 
     sizes: Tensor  # (P,) values of each tensor
     shifts: Tensor  # (P,) from its own tensors laid end to end to the buffer
-    dtype: torch.dtype | None  # of all its tensors; None if they differ or one is tied, and then:
+    dtype: torch.dtype | None  # of all its tensors; None if they differ or two are one memory, and then:
     wanted: dict[torch.dtype, Tensor]  # (P,) bool, which tensors are in that dtype's buffer
 
 
@@ -40,7 +41,7 @@ class FlatWeights:
     """
 
     def __init__(self, module: nn.Module) -> None:
-        self.module = module
+        self._module = ref(module)
         self._live = _floating(module)
         self._tied = find_tied(self._live)
         self._place: dict[str, tuple[torch.dtype, int]] = {}
@@ -63,13 +64,26 @@ class FlatWeights:
         self._targets: WeakKeyDictionary[PackedExpert, _Target] = WeakKeyDictionary()
         self._pointers = {name: tensor.data_ptr() for name, tensor in self._live.items()}
 
+    @staticmethod
+    def of(module: nn.Module) -> FlatWeights:
+        """The module's, laid out anew only if there is none yet or it is not current."""
+        if (flat := _laid_out.get(module)) is None or not flat.current:
+            _laid_out.pop(module, None)  # or there would be two of each weight for a moment
+            flat = _laid_out[module] = FlatWeights(module)
+        return flat
+
+    @staticmethod
+    def forget(module: nn.Module) -> None:
+        """To be called before the module's tensors move, so that the memory where they lay is given back."""
+        _laid_out.pop(module, None)
+
     def _own(self) -> Iterator[tuple[str, Tensor]]:
         return ((name, tensor) for name, tensor in self._live.items() if name not in self._tied)
 
     @property
     def current(self) -> bool:
         """Whether the module's tensors are still these views: not after `.to(…)`, for instance."""
-        live = _floating(self.module)
+        live = _floating(self._module())
         return {name: tensor.data_ptr() for name, tensor in live.items()} == self._pointers and all(
             tensor.dtype == self._live[name].dtype for name, tensor in live.items()
         )
@@ -118,12 +132,13 @@ class FlatWeights:
     def _target(self, expert: PackedExpert) -> _Target:
         """Raises a ValueError if an expert does not fit."""
         check_fits(expert, self._live)
+        changed = set(names_of_changes(self._live, expert.shapes).values())
         shifts, wanted, end = [], [], 0
         for name, shape in expert.shapes.items():
             dtype, start = self._place[self._tied.get(name, name)]
             shifts.append(start - end)
             end += math.prod(shape)
-            wanted.append(None if name in self._tied else dtype)
+            wanted.append(dtype if name in changed else None)  # of several names for one memory, one
         device = expert.codes.device
         return _Target(
             torch.tensor(list(expert.sizes.values()), device=device),
@@ -131,6 +146,9 @@ class FlatWeights:
             wanted[0] if len(set(wanted)) == 1 else None,
             {dtype: torch.tensor([found == dtype for found in wanted], device=device) for dtype in self.buffers},
         )
+
+
+_laid_out: WeakKeyDictionary[nn.Module, FlatWeights] = WeakKeyDictionary()
 
 
 def _floating(module: nn.Module) -> dict[str, Tensor]:

@@ -15,6 +15,9 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from freemerge.experts.exclusive import exclusive
+from freemerge.experts.ties import layers_that_change
+
 
 @contextmanager
 def substituted(module: nn.Module, names: Collection[str], make: Callable[[str, Tensor], Tensor]) -> Iterator[None]:
@@ -22,19 +25,25 @@ def substituted(module: nn.Module, names: Collection[str], make: Callable[[str, 
 
     Args:
         module: the module.
-        names: which of its parameters and buffers, as in its state dict.
+        names: which of its parameters and buffers, as in its state dict; of tied ones, any of their names.
         make: (name, the module's own tensor) → the tensor to compute with, the same every time.
 
     Raises:
+        ValueError: if there is no such parameter or buffer.
         RuntimeError: at the end of the block, if the layer of a tensor did not run though its parent did: the parent
-            computes with its tensors.
+            computes with its tensors. Of layers that share a tensor, one must have run.
     """
+    with exclusive(module):
+        yield from _substituted(module, names, make)
+
+
+def _substituted(module: nn.Module, names: Collection[str], make: Callable[[str, Tensor], Tensor]) -> Iterator[None]:
     layers: dict[nn.Module, _Layer] = {}
-    for name in names:
+    for name, own in layers_that_change(module, names).items():
         owner = name.rpartition(".")[0]
         runs = owner.rpartition(".")[0] if _is_attention_output(module, owner) else owner
         layer = layers.setdefault(module.get_submodule(runs), _Layer(runs, make))
-        layer.own[name] = (module.get_submodule(owner), name.rpartition(".")[2])
+        layer.own.append((own, module.get_submodule(owner), name.rpartition(".")[2]))
     ran: set[nn.Module] = set()
     parents = {
         layer: module.get_submodule(layer.name.rpartition(".")[0])
@@ -57,8 +66,16 @@ def substituted(module: nn.Module, names: Collection[str], make: Callable[[str, 
     finally:
         for handle in handles:
             handle.remove()
+        for layer in layers.values():  # where a pass was broken off, by Ctrl-C for instance
+            layer.end(made)
     _seen_to_run.setdefault(module, set()).update(layer.name for layer in parents if layer.ran)
-    if idle := [layer.name for layer, parent in parents.items() if parent in ran and not layer.ran]:
+    used = {name for layer in layers.values() if layer.ran for name, _, _ in layer.own}
+    idle = [
+        layer.name
+        for layer, parent in parents.items()
+        if parent in ran and not layer.ran and any(name not in used for name, _, _ in layer.own)
+    ]
+    if idle:
         raise RuntimeError(
             f"the layer {idle[0]!r} never ran by itself, so its changed weights were not used: its parent computes "
             "with them; use `attached`, which writes them in place"
@@ -74,12 +91,12 @@ class _Layer:
 
     def __init__(self, name: str, make: Callable[[str, Tensor], Tensor]) -> None:
         self.name, self.make, self.ran = name, make, False
-        self.own: dict[str, tuple[nn.Module, str]] = {}
+        self.own: list[tuple[str, nn.Module, str]] = []  # what `make` calls a tensor, and where it is
         self._kept: list[tuple[dict, str, Tensor]] = []
 
     def begin(self, made: dict[int, tuple[str, Tensor]]) -> None:
         self.ran = True
-        for name, (owner, leaf) in self.own.items():
+        for name, owner, leaf in self.own:
             home = owner._parameters if leaf in owner._parameters else owner._buffers
             own, changed = home[leaf], self.make(name, home[leaf])
             self._kept.append((home, leaf, own))
@@ -87,7 +104,7 @@ class _Layer:
             home[leaf] = changed
 
     def end(self, made: dict[int, tuple[str, Tensor]]) -> None:
-        for home, leaf, own in self._kept:
+        for home, leaf, own in reversed(self._kept):
             made.pop(home[leaf].untyped_storage().data_ptr(), None)  # its memory may hold something else from now on
             home[leaf] = own
         self._kept = []

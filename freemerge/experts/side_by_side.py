@@ -3,12 +3,12 @@
 (W + U·V)·x is W·x + U·(V·x). A linear layer runs on the whole batch with its weight as it is, and each group of samples
 gets its two thin products on top. Other layers that experts change (norms, embeddings) are small; they run group by
 group with changed tensors, as a linear layer does where one expert's many rows make these less work than the products.
-Nothing is ever written to, and nothing has to be put back.
+No weight is ever written to; whose turn it is with the module's layers, `exclusive` says.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from types import NoneType
 from typing import Any
@@ -17,8 +17,10 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from freemerge.experts.exclusive import exclusive
 from freemerge.experts.low_rank import LowRankExpert, matrix_shape
 from freemerge.experts.packed import PackedExpert
+from freemerge.experts.ties import layers_that_change
 from freemerge.inputs import Inputs, batch_size, device_of, select
 
 _SMALL = 1 << 18  # values, 1 MiB in float32
@@ -35,11 +37,12 @@ def side_by_side(module: nn.Module, groups: Groups) -> Iterator[None]:
         module: the module, for which `runs_side_by_side`.
         groups: low-rank experts, packed or not, and numbers of samples that add up to the batch.
     """
-    groups = [(_unpacked_if_small(expert), count) for expert, count in groups]
-    linear, others = _owners(module, groups)
     with ExitStack() as stack:
+        stack.enter_context(exclusive(module))
+        changes = [(_Changes.of(module, _unpacked_if_small(expert)), count) for expert, count in groups]
+        linear, others = _owners(module, [change for change, _ in changes if change is not None])
         for owner, names in (linear | others).items():
-            layer = _Layer(module, owner, names, groups)
+            layer = _Layer(module, owner, names, changes)
             run = layer.run_linear if owner in linear else layer.run_by_groups
             stack.enter_context(_instead_of_forward(layer.body, run))
         yield
@@ -58,15 +61,16 @@ def runs_side_by_side(module: nn.Module, run: Callable[[Inputs], Any], groups: G
         groups: the experts.
         inputs: a batch to try with.
     """
-    linear, others = _owners(module, groups)
-    known, key = _known.setdefault(module, {}), (frozenset(linear), frozenset(others))
-    if key not in known:
-        owners = linear.keys() | others.keys()
-        two, three = (_rows(module, run, owners, inputs, count) for count in (2, 3))
-        known[key] = two.keys() == three.keys() == owners and all(
-            _follows(two[owner], three[owner], shared=owner in others) for owner in owners
-        )
-    return known[key]
+    with exclusive(module):
+        linear, others = _owners(module, [_Changes.of(module, expert) for expert, _ in groups if expert is not None])
+        known, key = _known.setdefault(module, {}), (frozenset(linear), frozenset(others))
+        if key not in known:
+            owners = linear.keys() | others.keys()
+            two, three = (_rows(module, run, owners, inputs, count) for count in (2, 3))
+            known[key] = two.keys() == three.keys() == owners and all(
+                _follows(two[owner], three[owner], shared=owner in others) for owner in owners
+            )
+        return known[key]
 
 
 _known: WeakKeyDictionary[nn.Module, dict[tuple[frozenset[str], frozenset[str]], bool]] = WeakKeyDictionary()
@@ -86,10 +90,12 @@ class _Layer:
         module: the module that it is in.
         owner: its name there.
         names: its tensors, and those of layers in it, that are changed.
-        groups: the experts.
+        groups: what is changed for how many samples.
     """
 
-    def __init__(self, module: nn.Module, owner: str, names: Sequence[str], groups: Groups) -> None:
+    def __init__(
+        self, module: nn.Module, owner: str, names: Sequence[str], groups: Sequence[tuple[_Changes | None, int]]
+    ) -> None:
         self.module, self.names, self.groups = module, names, groups
         self.body = module.get_submodule(owner)
         self.forward = self.body.forward
@@ -99,12 +105,12 @@ class _Layer:
     def run_by_groups(self, *args, **kwargs) -> Tensor:
         """What the layer makes of each group with changed tensors, (B, …)."""
         outputs, start = [], 0
-        for expert, count in self.groups:
+        for changes, count in self.groups:
             part = slice(start, start + count)
             start += count
             given = [self._cut(value, part) for value in args]
             named = {name: self._cut(value, part) for name, value in kwargs.items()}
-            with _changed(self.module, self.names, expert):
+            with _changed(self.module, self.names, changes):
                 output = self.forward(*given, **named)
             outputs.append(output if len(output) == count else output.expand(count, *output.shape[1:]))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
@@ -115,15 +121,14 @@ class _Layer:
         if len(self.groups) == 1 and rows * sum(self.body.weight.shape) > self.body.weight.numel():
             return self.run_by_groups(inputs)
         output, start = self.forward(inputs).contiguous(), 0
-        for expert, count in self.groups:
+        for changes, count in self.groups:
             own, part = (x[start : start + count].flatten(0, -2) for x in (inputs, output))  # (n, I), (n, O)
             start += count
-            if expert is not None and self.weight in expert.shapes:
-                found = _of_tensor(expert, self.weight)
-                left, right = (factors[self.weight].to(output.dtype) for factors in (found.left, found.right))
+            if changes is not None and self.weight in changes.names:
+                left, right = (factor.to(output.dtype) for factor in changes.factors(self.weight))
                 part.addmm_(own.to(output.dtype) @ right.mT, left.mT)  # in the place of the layer's own
-            if expert is not None and self.bias in expert.shapes:
-                part += _of_tensor(expert, self.bias).whole[self.bias]
+            if changes is not None and self.bias in changes.names:
+                part += changes.whole(self.bias)
         return output
 
     def _cut(self, value: Any, part: slice) -> Any:
@@ -144,33 +149,31 @@ def _instead_of_forward(body: nn.Module, run: Callable[..., Tensor]) -> Iterator
 
 
 @contextmanager
-def _changed(module: nn.Module, names: Sequence[str], expert: LowRankExpert | PackedExpert | None) -> Iterator[None]:
+def _changed(module: nn.Module, names: Sequence[str], changes: _Changes | None) -> Iterator[None]:
     kept: list[tuple[dict, str, Tensor]] = []
     try:
         for name in names:
-            if expert is not None and name in expert.shapes:
+            if changes is not None and name in changes.names:
                 path, _, leaf = name.rpartition(".")
                 owner = module.get_submodule(path)
                 home = owner._parameters if leaf in owner._parameters else owner._buffers
                 kept.append((home, leaf, home[leaf]))
-                home[leaf] = _of_tensor(expert, name).added(name, home[leaf])
+                home[leaf] = changes.added(name, home[leaf])
         yield
     finally:
         for home, leaf, own in kept:
             home[leaf] = own
 
 
-def _owners(module: nn.Module, groups: Groups) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
+def _owners(module: nn.Module, changes: Sequence[_Changes]) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
     """The layers that experts change with the tensors in them that are changed: linear ones, and others.
 
     What lies within one of the others runs with it, and is not listed by itself.
     """
     owned: dict[str, list[str]] = {}
-    experts = [expert for expert, _ in groups if expert is not None]
-    for name in dict.fromkeys(name for expert in experts for name in expert.shapes):
+    for name in dict.fromkeys(name for change in changes for name in change.names):
         owned.setdefault(name.rpartition(".")[0], []).append(name)
-    parts = [expert.sizes if isinstance(expert, PackedExpert) else expert.whole for expert in experts]
-    whole = {name for names in parts for name in names}
+    whole = {name for change in changes for name in change.names if change.is_whole(name)}
 
     def adds_products(owner: str, name: str) -> bool:
         return name == f"{owner}.bias" or (name == f"{owner}.weight" and name not in whole)
@@ -200,15 +203,50 @@ def _unpacked_if_small(expert: LowRankExpert | PackedExpert | None) -> LowRankEx
     return expert.unpacked() if small else expert
 
 
-def _of_tensor(expert: LowRankExpert | PackedExpert, name: str) -> LowRankExpert:
-    """An expert as far as it concerns one tensor, unpacked now."""
-    if isinstance(expert, LowRankExpert):
-        return expert
-    shape = expert.shapes[name]
-    if name in expert.sizes:
-        return LowRankExpert({}, {}, {name: expert.part(name).view(shape)}, {name: shape})
-    (rows, columns), (left, right) = matrix_shape(shape), (expert.part(f"{name}:{side}") for side in ("left", "right"))
-    return LowRankExpert({name: left.view(rows, -1)}, {name: right.view(-1, columns)}, {}, {name: shape})
+class _Changes:
+    """What an expert changes, by the module's names: tied weights under each of theirs.
+
+    Args:
+        expert: the expert.
+        names: the module's name of a tensor → the expert's.
+    """
+
+    def __init__(self, expert: LowRankExpert | PackedExpert, names: Mapping[str, str]) -> None:
+        self.expert, self.names = expert, names
+
+    @classmethod
+    def of(cls, module: nn.Module, expert: LowRankExpert | PackedExpert | None) -> _Changes | None:
+        return None if expert is None else cls(expert, layers_that_change(module, expert.shapes))
+
+    def is_whole(self, name: str) -> bool:
+        """Whether a tensor is changed without factors."""
+        own = self.expert.sizes if isinstance(self.expert, PackedExpert) else self.expert.whole
+        return self.names[name] in own
+
+    def factors(self, name: str) -> tuple[Tensor, Tensor]:
+        """U (O, r) and V (r, I) of a weight."""
+        own, expert = self.names[name], self._one(name)
+        return expert.left[own], expert.right[own]
+
+    def whole(self, name: str) -> Tensor:
+        """What is added to a tensor that is changed without factors."""
+        return self._one(name).whole[self.names[name]]
+
+    def added(self, name: str, weight: Tensor) -> Tensor:
+        """A tensor with its change."""
+        return self._one(name).added(self.names[name], weight)
+
+    def _one(self, name: str) -> LowRankExpert:
+        """The expert as far as it concerns one tensor, unpacked now."""
+        expert, own = self.expert, self.names[name]
+        if isinstance(expert, LowRankExpert):
+            return expert
+        shape = expert.shapes[own]
+        if own in expert.sizes:
+            return LowRankExpert({}, {}, {own: expert.part(own).view(shape)}, {own: shape})
+        rows, columns = matrix_shape(shape)
+        left, right = (expert.part(f"{own}:{side}") for side in ("left", "right"))
+        return LowRankExpert({own: left.view(rows, -1)}, {own: right.view(-1, columns)}, {}, {own: shape})
 
 
 def _rows(

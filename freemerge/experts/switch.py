@@ -13,15 +13,18 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from freemerge.experts.exclusive import exclusive
 from freemerge.experts.expert import Expert, check_fits
 from freemerge.experts.sparse import SparseExpert
+from freemerge.experts.ties import names_of_changes
 
 
 class ExpertSwitch:
     """Attaches one expert at a time to a set of weights, in place.
 
     Args:
-        weights: tensor name → the live tensor to write to (a module's state dict, say); contiguous.
+        weights: tensor name → the live tensor to write to (a module's state dict, say); contiguous. Tied weights, the
+            same memory under several names, change once.
     """
 
     def __init__(self, weights: Mapping[str, Tensor]) -> None:
@@ -45,7 +48,7 @@ class ExpertSwitch:
         check_fits(expert, self._weights)
         self.detach()
         sparse = isinstance(expert, SparseExpert)
-        for name in expert.shapes:
+        for name in dict.fromkeys(names_of_changes(self._weights, expert.shapes).values()):
             weight = self._weights[name]
             index = expert.indices[name].to(weight.device) if sparse else None
             changed = expert.added(name, weight)
@@ -74,10 +77,14 @@ def forget_casts() -> None:
 
 @contextmanager
 def attached(module: nn.Module, expert: Expert) -> Iterator[nn.Module]:
-    """Run a block with `expert` switched into `module`'s weights; they are restored afterwards, whatever happens."""
-    switch = ExpertSwitch(module.state_dict())
-    switch.attach(expert)
-    try:
-        yield module
-    finally:
-        switch.detach()
+    """Run a block with `expert` switched into `module`'s weights; they are restored afterwards, whatever happens.
+
+    Other threads wait with what exchanges weights or layers of this module until the block ends.
+    """
+    with exclusive(module):
+        switch = ExpertSwitch(module.state_dict())
+        try:
+            switch.attach(expert)
+            yield module
+        finally:
+            switch.detach()

@@ -8,6 +8,7 @@
   weights for the duration of their group and out again, bit for bit. Low-rank ones run side by side in one pass, where
   the backbone allows it; others change one layer at a time.
 - What a sample gets depends on the sample alone, never on its neighbours in the batch.
+- Threads may share the model, and models may share a backbone: one group of samples is computed at a time.
 - A sample of which the router is not sure enough, or which is like none that it knows, gets the plain merged backbone.
 """
 
@@ -21,11 +22,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from freemerge.checkpoints.memory import find_tied
-from freemerge.experts import Expert, LowRankExpert, PackedExpert, SparseExpert, attached, check_fits, mix
+from freemerge.experts import Expert, LowRankExpert, PackedExpert, SparseExpert, attached, check_fits, exclusive, mix
 from freemerge.experts.flat import FlatWeights
 from freemerge.experts.layerwise import substituted
 from freemerge.experts.side_by_side import runs_side_by_side, side_by_side
+from freemerge.experts.ties import by_first_names, names_of_changes
 from freemerge.inputs import Inputs, batch_size, device_of, select
 from freemerge.models.backbones import Backbone
 from freemerge.models.router import Router
@@ -115,7 +116,6 @@ class FreeModel(nn.Module):
             task: expert if isinstance(expert, PackedExpert) else PackedExpert(expert)
             for task, expert in (experts or {}).items()
         }
-        self._flat: FlatWeights | None = None
 
     # -- what it is made of -------------------------------------------------------------------------------------------
 
@@ -149,30 +149,48 @@ class FreeModel(nn.Module):
             ValueError: if the task is unknown.
         """
         self._check(task)
-        backbone = copy.deepcopy(self.backbone)
+        with self.undisturbed():
+            backbone = copy.deepcopy(self.backbone)
         if task in self._packed:
             weights = backbone.weights()
             expert = self._packed[task].unpacked()
-            tied = find_tied(weights)
             with torch.no_grad():
-                for name in expert.shapes:
-                    if name not in tied:
-                        weights[name].copy_(expert.added(name, weights[name]))
+                for name in dict.fromkeys(names_of_changes(weights, expert.shapes).values()):
+                    weights[name].copy_(expert.added(name, weights[name]))
         return TaskModel(backbone, copy.deepcopy(self.heads[task])).train(self.training)
 
+    @contextmanager
+    def undisturbed(self) -> Iterator[None]:
+        """While a block runs, no other thread computes with the model, so that its tensors are those of the merge.
+
+        Whatever reads the live weights beside threads that compute belongs in such a block: what `state_dict` returns
+        is live, as with every module. The model's own methods do this by themselves.
+        """
+        with exclusive(self.backbone.model):
+            yield
+
+    def state_dict(self, *args, **kwargs):
+        with self.undisturbed():
+            return super().state_dict(*args, **kwargs)
+
+    def load_state_dict(self, *args, **kwargs):
+        with self.undisturbed():
+            return super().load_state_dict(*args, **kwargs)
+
     def _apply(self, fn, recurse: bool = True):
-        self._flat = None  # the weights are about to move
-        super()._apply(fn, recurse)
-        device = next(self.parameters()).device
-        for packed in self._packed.values():
-            packed.to(device)
+        with self.undisturbed():
+            FlatWeights.forget(self.backbone.model)
+            super()._apply(fn, recurse)
+            device = next(self.parameters()).device
+            for packed in self._packed.values():
+                packed.to(device)
         return self
 
     def __deepcopy__(self, memo: dict) -> FreeModel:
         twin = self.__class__.__new__(self.__class__)
         memo[id(self)] = twin
-        twin.__dict__ = {key: copy.deepcopy(value, memo) for key, value in self.__dict__.items() if key != "_flat"}
-        twin._flat = None  # of other weights
+        with self.undisturbed():
+            twin.__dict__ = copy.deepcopy(self.__dict__, memo)
         return twin
 
     def _check(self, task: str) -> None:
@@ -266,16 +284,20 @@ class FreeModel(nn.Module):
             inputs: B ≥ 1 samples, group by group.
             groups: task → w, and the number of samples.
         """
-        experts = [self._expert(weights) for weights, _ in groups]
         counts = [count for _, count in groups]
-        if self._one_pass(inputs, experts):
-            with side_by_side(self.backbone.model, list(zip(experts, counts, strict=True))):
-                return self.backbone(inputs)
+        with self.undisturbed():
+            experts = [self._expert(weights) for weights, _ in groups]
+            if self._one_pass(inputs, experts):
+                with side_by_side(self.backbone.model, list(zip(experts, counts, strict=True))):
+                    return self.backbone(inputs)
+            if any(expert is not None and _kind(expert) is SparseExpert for expert in experts):
+                flat = FlatWeights.of(self.backbone.model)  # finding out that they still lie so looks at every tensor
+            else:
+                flat = None
         outputs, start = [], 0
-        self._flatten()
         for expert, count in zip(experts, counts, strict=True):
             part = inputs if len(groups) == 1 else select(inputs, slice(start, start + count))
-            with self._switched(expert):
+            with self.undisturbed(), self._switched(expert, flat):
                 outputs.append(self.backbone(part))  # (b, F)
             start += count
         return outputs[0] if len(groups) == 1 else torch.cat(outputs)
@@ -287,7 +309,9 @@ class FreeModel(nn.Module):
             return next(iter(packed.values()))
         if not packed:
             return None
-        return mix([one.unpacked() for one in packed.values()], [weights[task] for task in packed])
+        live = self.backbone.weights()
+        experts = [by_first_names(one.unpacked(), live) if _mixable(one) else one.unpacked() for one in packed.values()]
+        return mix(experts, [weights[task] for task in packed])
 
     def _one_pass(self, inputs: Inputs, experts: Sequence[Expert | PackedExpert | None]) -> bool:
         """Whether all experts of a batch can run side by side in one pass."""
@@ -297,27 +321,20 @@ class FreeModel(nn.Module):
         return runs_side_by_side(self.backbone.model, self.backbone, [(expert, 0) for expert in experts], inputs)
 
     @contextmanager
-    def _switched(self, expert: Expert | PackedExpert | None) -> Iterator[None]:
-        """The backbone with an expert added to its weights."""
+    def _switched(self, expert: Expert | PackedExpert | None, flat: FlatWeights | None) -> Iterator[None]:
+        """The backbone, whose weights may lie in one buffer, with an expert added to them."""
         if expert is None:
             yield
         elif isinstance(expert, SparseExpert):
             with attached(self.backbone.model, expert):
                 yield
         elif _kind(expert) is SparseExpert:
-            with self._flat.attached(expert):
+            with flat.attached(expert):
                 yield
         else:
             expert = expert.unpacked() if isinstance(expert, PackedExpert) else expert
             with substituted(self.backbone.model, expert.shapes, expert.added):
                 yield
-
-    def _flatten(self) -> None:
-        """Lay the weights out for a batch's switches, unless they still are; finding out looks at every tensor."""
-        if self._flat is not None and self._flat.current:
-            return
-        if any(packed.kind is SparseExpert for packed in self._packed.values()):
-            self._flat = FlatWeights(self.backbone.model)
 
     def _logits(self, features: Tensor | None, answering: Tensor) -> Tensor:
         """(B, F) → (B, C), each sample by the head of the task `answering` names; −inf past its own classes."""
@@ -345,7 +362,8 @@ class FreeModel(nn.Module):
         """Write the model to a folder; see `freemerge.models.free_folder`."""
         from freemerge.models.free_folder import save_free_model
 
-        return save_free_model(self, directory)
+        with self.undisturbed():
+            return save_free_model(self, directory)
 
     @classmethod
     def from_pretrained(cls, directory, backbone: Backbone | None = None) -> FreeModel:
@@ -353,6 +371,10 @@ class FreeModel(nn.Module):
         from freemerge.models.free_folder import load_free_model
 
         return load_free_model(directory, backbone)
+
+
+def _mixable(expert: PackedExpert) -> bool:
+    return expert.kind in (SparseExpert, LowRankExpert)
 
 
 def _kind(expert: Expert | PackedExpert) -> type[Expert]:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from freemerge.experts import exclusive
 from freemerge.inputs import Inputs
 from freemerge.models.backbones import Backbone
 from freemerge.models.familiarity import Familiarity
@@ -197,15 +198,16 @@ def early_features(inputs: Inputs, backbone: Backbone, point: str, segments: int
     def stop(module: nn.Module, arguments: Any, output: Any) -> None:
         raise _Reached(output[0] if isinstance(output, tuple) else output)
 
-    handle = layer.register_forward_hook(stop)
-    try:
-        backbone(inputs)
-    except _Reached as reached:
-        found = reached.output
-    else:
-        raise ValueError(f"router: the backbone's submodule {point!r} does not run in a forward pass")
-    finally:
-        handle.remove()
+    with exclusive(backbone.model):  # or another thread's pass would end here, too
+        handle = layer.register_forward_hook(stop)
+        try:
+            backbone(inputs)
+        except _Reached as reached:
+            found = reached.output
+        else:
+            raise ValueError(f"router: the backbone's submodule {point!r} does not run in a forward pass")
+        finally:
+            handle.remove()
     if not isinstance(found, Tensor) or found.dim() not in (3, 4):
         shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
         raise ValueError(f"router: {point!r} puts out {shape}; expected tokens (B, N, F) or maps (B, F, H, W)")

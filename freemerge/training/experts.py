@@ -14,7 +14,6 @@ import torch
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 
-from freemerge.checkpoints.memory import find_tied
 from freemerge.experts import Encoding, Expert, check_fits
 from freemerge.experts.codec import decode_values, encode_values
 from freemerge.experts.layerwise import substituted
@@ -75,8 +74,7 @@ class ExpertTrainer(OptimizedModule):
     ) -> None:
         check_mixup(mixup, cache_teacher)
         super().__init__(optimizer, schedule, warmup)
-        weights = backbone.weights()
-        check_fits(expert, weights)
+        check_fits(expert, backbone.weights())
         self.backbone = backbone.requires_grad_(False).eval()  # by itself, as Lightning keeps the mode that it finds
         self.head = head.requires_grad_(False)
         self.__dict__["teacher"] = Teacher(teacher, cache_teacher)  # outside the module tree
@@ -84,7 +82,6 @@ class ExpertTrainer(OptimizedModule):
         self.values = nn.Parameter(expert.flat_values().clone())
         self.encoding = encoding
         self.mixup = mixup
-        self._tied = find_tied(weights)
         self.distillation = Distillation(feature_weight, logit_weight, temperature, feature_loss)
         self.strict_loading = False  # checkpoints hold the values alone
 
@@ -106,11 +103,7 @@ class ExpertTrainer(OptimizedModule):
     def forward(self, inputs: Inputs) -> Tensor:
         """Features (B, F) of merged + expert, differentiable in the values."""
         expert = self.start.with_values(self._stored())
-
-        def make(name: str, weight: Tensor) -> Tensor:
-            return expert.added(self._tied.get(name, name), weight)
-
-        with substituted(self.backbone.model, expert.shapes, make):
+        with substituted(self.backbone.model, expert.shapes, expert.added):
             return self.backbone(inputs)
 
     def _stored(self) -> Tensor:

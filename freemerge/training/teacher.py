@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
+from freemerge.experts import exclusive
 from freemerge.inputs import Inputs, batch_size, select
 from freemerge.models import Backbone
 
@@ -51,7 +52,8 @@ class Teacher:
     def _run(self, backbone: Backbone, inputs: Inputs) -> Tensor:
         own = backbone.model.state_dict()
         weights = {f"model.{name}": tensor.to(own[name].dtype) for name, tensor in self.weights.items()}
-        return functional_call(backbone, weights, (inputs,))
+        with exclusive(backbone.model):
+            return functional_call(backbone, weights, (inputs,))
 
 
 def fingerprints(inputs: Inputs) -> Tensor:
