@@ -149,8 +149,8 @@ def test_what_peft_cannot_do_is_one_line(tmp_path):
     with pytest.raises(CheckpointError, match="PEFT cannot compute what this LOHA adapter does to 'first'") as caught:
         merge(base, [tmp_path / "a"], TaskArithmetic(1.0))
     assert "\n" not in str(caught.value)
-    change(tmp_path / "a", r=10**12)
-    with pytest.raises(CheckpointError, match="PEFT cannot compute"):
+    change(tmp_path / "a", r=10**9)
+    with pytest.raises(CheckpointError, match=r"adapter_config\.json: r is 1000000000, expected at most 65536"):
         merge(base, [tmp_path / "a"], TaskArithmetic(1.0))
 
 

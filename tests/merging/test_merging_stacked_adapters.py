@@ -93,6 +93,24 @@ def test_from_files_by_a_global_method(tmp_path):
         assert close.float().mean() > 0.99, name
 
 
+@pytest.mark.parametrize("parameters", [["experts.gate_up_proj"], ["gate_up_proj_bias", "down_proj_bias"]])
+def test_what_shapes_do_not_tell_the_model_does(tmp_path, parameters):
+    """Experts that are square, biases of one length: which is which, the base's config.json says."""
+
+    def square():
+        config = transformers.GptOssConfig(num_local_experts=3, head_dim=4, **TEXT | {"intermediate_size": 4})
+        return transformers.GptOssForCausalLM(config)
+
+    base, expected = write(tmp_path / "a", square, parameters, {})
+    model = square()
+    model.load_state_dict(base)
+    model.save_pretrained(tmp_path / "base")
+    for name, tensor in merge(tmp_path / "base", [tmp_path / "a"], TaskArithmetic(1.0)).items():
+        torch.testing.assert_close(tensor, expected[name], rtol=2e-6, atol=2e-6)
+    with pytest.raises(CheckpointError, match="could be of them in more than one way"):
+        merge(base, [tmp_path / "a"], TaskArithmetic(1.0))
+
+
 def write_square(folder, tensors=None, **config):
     """An adapter of experts whose matrices are square, of rank 2, by hand."""
     generator = torch.Generator().manual_seed(3)

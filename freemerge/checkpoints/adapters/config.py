@@ -131,7 +131,7 @@ def _check(path: Path, values: Mapping[str, Any]) -> None:
 
     def expect(right: bool, key: str, expected: str) -> None:
         if not right:
-            raise CheckpointError(f"{path}: {key} is {_shown(values.get(key))}, expected {expected}; save it again")
+            raise CheckpointError(f"{path}: {key} is {shown(values.get(key))}, expected {expected}; save it again")
 
     expect(isinstance(values.get("peft_type"), str), "peft_type", "the name of a method, such as 'LORA'")
     for key in ("fan_in_fan_out", "use_dora", "use_rslora"):
@@ -168,7 +168,8 @@ def _is_indices(value: object) -> bool:
     return plain and all(0 <= item < 1 << 31 for item in value) and len(set(value)) == len(value)
 
 
-def _shown(value: object) -> str:
+def shown(value: object) -> str:
+    """A value as JSON has it, shortened."""
     try:
         text = json.dumps(value)
     except (RecursionError, ValueError):

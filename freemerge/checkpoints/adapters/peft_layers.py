@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from freemerge.checkpoints.adapters.changes import BaseReader, Change, Run
-from freemerge.checkpoints.adapters.config import AdapterConfig
+from freemerge.checkpoints.adapters.config import AdapterConfig, shown
 from freemerge.checkpoints.adapters.layers import Layer, find_layer
 from freemerge.checkpoints.adapters.patterns import PatternMatcher
 from freemerge.checkpoints.checkpoint import Checkpoint
@@ -42,6 +42,8 @@ _CHANGE_BIASES = {"ROAD"}
 _NO_DIFFERENCE = {"alora_invocation_tokens", "arrow_config", "layer_replication", "use_qalora"}
 # Settings that choose layers, or say what else is trained: the file's names tell both.
 _CHOICES = ("layers_to_transform", "layers_pattern", "exclude_modules", "modules_to_save", "trainable_token_indices")
+_MOST = 1 << 16  # ranks, vectors and blocks; PEFT makes some tensors of these sizes before it looks at the file
+_SIZES = re.compile(r"r|init_r|target_r|l|num_vectors|vector_length|\w*block_size|\w*block_num|\w+_k")
 _KEPT = 2  # modules whose differences are kept, while the runs of their tensors are read
 
 
@@ -252,6 +254,11 @@ class _Layers:
             raise CheckpointError(
                 f"{config.path}: has the setting '{unknown[0]}', which the installed PEFT does not know; update PEFT"
             )
+        for key, value in values.items():
+            if isinstance(value, int) and _SIZES.fullmatch(key) and value > _MOST:
+                raise CheckpointError(
+                    f"{config.path}: {key} is {shown(value)}, expected at most {_MOST}; save it again"
+                )
         values = {key: value for key, value in values.items() if key in known}
         values |= {key: None for key in _CHOICES if key in known}
         values |= {"target_modules": list(modules), "task_type": None, "inference_mode": True}

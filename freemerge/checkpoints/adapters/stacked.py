@@ -17,6 +17,7 @@ from torch import Tensor
 
 from freemerge.checkpoints.adapters.changes import BaseReader, Change, Run
 from freemerge.checkpoints.adapters.config import AdapterConfig
+from freemerge.checkpoints.architecture import read_architecture
 from freemerge.checkpoints.checkpoint import Checkpoint
 from freemerge.checkpoints.errors import CheckpointError
 
@@ -135,9 +136,30 @@ class StackedModule:
                 ways.append(
                     {name: change.turn(way) for (name, change), way in zip(changes.items(), turned, strict=True)}
                 )
+        if len(ways) > 1:
+            ways = self._told_by_model(base, ways)
         if len(ways) != 1:
             raise CheckpointError(self._misfit(shapes, bool(ways)))
         return ways[0]
+
+    def _told_by_model(
+        self, base: Checkpoint, ways: list[dict[str, StackedLowRank]]
+    ) -> list[dict[str, StackedLowRank]]:
+        """Those of several ways that PEFT would take: it looks at the module itself, whose class says how its experts
+        lie, and wraps its parameters in their order.
+        """
+        architecture = read_architecture(base.folder)
+        module = dict(architecture.model.named_modules()).get(self.module) if architecture else None
+        if module is None:
+            return ways
+        turned = bool(getattr(module, "is_transposed", False))
+        order = [f"{self.module}.{name}" for name, _ in module.named_parameters(recurse=False)]
+        return [
+            way
+            for way in ways
+            if list(way) == [name for name in reversed(order) if name in way]
+            and all(change.turned == turned for name, change in way.items() if len(base.spec(name).shape) == 3)
+        ]
 
     def _change(self, parameter: str, level: tuple[str, str]) -> tuple[str, StackedLowRank]:
         target = f"{self.module}.{parameter}"
