@@ -12,8 +12,11 @@ import copy
 import csv
 import logging
 import os
+import shutil
 import sys
+import tempfile
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +51,7 @@ from freemerge.pipeline import (
     SuiteRun,
     TuneSettings,
 )
+from freemerge.pipeline.folder import from_rank_zero
 from freemerge.pipeline.others import Others
 from freemerge.training import FineTuner
 
@@ -56,6 +60,7 @@ _PRESENTATION = (
     "accelerator", "devices", "num_nodes", "strategy", "logger", "enable_progress_bar", "enable_model_summary",
     "log_every_n_steps", "default_root_dir", "profiler", "detect_anomaly", "enable_autolog_hparams",
 )  # fmt: skip
+_DEV_FOLDER = "_FREEMERGE_DEV_FOLDER"
 _STAGE_SETTINGS = {
     "pretrain": PretrainSettings,
     "finetune": FinetuneSettings,
@@ -166,15 +171,40 @@ class FreemergeCLI(LightningCLI):
 
     def fit(self, model: FineTuner, datamodule: TaskSuite, ckpt_path: str | None = None, **_: Any) -> None:
         """Run the suite's stages."""
-        run_settings = self._get(self.config_init, "run")
-        folder = Path(run_settings.folder)
-        if rank_zero_only.rank == 0:
-            folder.mkdir(parents=True, exist_ok=True)
-            text = self._parser(self.subcommand).dump(self.config[self.subcommand], skip_none=False)
-            (folder / "config.yaml").write_text(f"# python -m freemerge fit --config {folder / 'config.yaml'}\n{text}")
+        settings = self._get(self.config_init, "run")
         if self._started_from_outside:  # these ranks are there before the first fit, and must not run ahead of rank 0
             self.trainer.strategy.setup_environment()
-        self._suite_run(model, datamodule, ckpt_path).run(run_settings.stages)
+        if self._is_dev_run:
+            self._dev_run(model, datamodule, settings.stages)
+            return
+        path = Path(settings.folder) / "config.yaml"
+        text = self._parser(self.subcommand).dump(self.config[self.subcommand], skip_none=False)
+        text = f"# python -m freemerge fit --config {path}\n{text}"
+        self._suite_run(model, datamodule, settings.folder, ckpt_path, text).run(settings.stages)
+
+    @property
+    def _is_dev_run(self) -> bool:
+        """Whether this is to try out whether everything runs, and no more: Lightning's `fast_dev_run`."""
+        trainers = [self._get(self.config_init, "trainer")]
+        settings = [self._get(self.config_init, key) for key in _STAGE_SETTINGS]
+        trainers += [each.trainer for each in settings if hasattr(each, "trainer")]
+        return any(each.get("fast_dev_run") for each in trainers)
+
+    def _dev_run(self, model: FineTuner, datamodule: TaskSuite, stages: list[str]) -> None:
+        """Run the stages in a folder that is removed at the end, so that no finished run is touched."""
+        rank_zero = rank_zero_only.rank == 0
+        # Processes that a fit launches run this command anew, and have to find rank 0's folder.
+        folder = os.environ.get(_DEV_FOLDER) or (tempfile.mkdtemp(prefix="freemerge-") if rank_zero else None)
+        folder = from_rank_zero(lambda: folder)
+        os.environ[_DEV_FOLDER] = folder
+        try:
+            self._suite_run(model, datamodule, folder).run(stages)
+        finally:
+            del os.environ[_DEV_FOLDER]
+            if rank_zero:
+                shutil.rmtree(folder, ignore_errors=True)
+        if rank_zero:
+            print("fast_dev_run: all of it ran; nothing is kept, and the numbers mean nothing")
 
     def tune(self, model: FineTuner, datamodule: TaskSuite, **_: Any) -> None:
         """Search for a merging method's parameters; on several devices, with a process for each."""
@@ -184,7 +214,9 @@ class FreemergeCLI(LightningCLI):
              "--trainer.devices", "1" if isinstance(self.trainer.accelerator, CPUAccelerator) else f"[{device}]"]
             for device in self.trainer.device_ids[1:]
         ]  # fmt: skip
-        self._suite_run(model, datamodule).tune(None if alone or not commands else Others(commands))
+        self._suite_run(model, datamodule, self._get(self.config_init, "run").folder).tune(
+            None if alone or not commands else Others(commands)
+        )
 
     @property
     def _started_from_outside(self) -> bool:
@@ -194,16 +226,28 @@ class FreemergeCLI(LightningCLI):
             return False
         return environment.creates_processes_externally
 
-    def _suite_run(self, model: FineTuner, suite: TaskSuite, ckpt_path: str | None = None) -> SuiteRun:
+    def _suite_run(
+        self,
+        model: FineTuner,
+        suite: TaskSuite,
+        folder: str,
+        ckpt_path: str | None = None,
+        config_text: str | None = None,
+    ) -> SuiteRun:
+        settings = Settings(**{key: self._get(self.config_init, key) for key in _STAGE_SETTINGS})
+        if self._is_dev_run:
+            settings = replace(settings, pretrain=replace(settings.pretrain, cache=None))
         return SuiteRun(
             model,
             suite,
-            self._get(self.config_init, "run").folder,
+            folder,
             self.make_trainer,
-            Settings(**{key: self._get(self.config_init, key) for key in _STAGE_SETTINGS}),
+            settings,
             config=self._dependencies(),
             seed=self._get(self.config, "seed_everything"),
             ckpt_path=ckpt_path,
+            overwrite=self._get(self.config_init, "run").overwrite,
+            config_text=config_text,
         )
 
     def validate(self, model: FineTuner, datamodule: TaskSuite, ckpt_path: str | None = None, **_: Any) -> None:
@@ -283,7 +327,9 @@ class FreemergeCLI(LightningCLI):
         """The configuration as plain data, less what does not change a result."""
         self._dump_config()
         config = copy.deepcopy(self.config_dump)
-        config["trainer"] = {key: value for key, value in config["trainer"].items() if key not in _PRESENTATION}
+        for part in (config, *(config[key] for key in _STAGE_SETTINGS)):
+            if "trainer" in part:
+                part["trainer"] = {key: value for key, value in part["trainer"].items() if key not in _PRESENTATION}
         return {key: config[key] for key in ("trainer", "model", *_STAGE_SETTINGS)}
 
 

@@ -70,6 +70,14 @@ class SourceSuite(TaskSuite):
             arguments["pretraining"] = self.pretraining_source.identity()
         return {"class": f"{kind.__module__}.{kind.__qualname__}", "version": self.DATA_VERSION, "arguments": arguments}
 
+    def task_identity(self, name: str) -> dict[str, Any]:
+        """The task's own source, and the seed."""
+        return {"source": self.sources[name].identity(), "task": name, "seed": self.seed}
+
+    def pretraining_identity(self) -> dict[str, Any]:
+        source = self.pretraining_source
+        return {"source": None if source is None else source.identity(), "seed": self.seed}
+
 
 class NpzSuite(SourceSuite):
     """A folder of NPZ files of images, one per task; the file's name is the task's. See `NpzSource`.

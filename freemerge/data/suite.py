@@ -268,7 +268,31 @@ class TaskSuite(L.LightningDataModule):
         if selection:
             identity["tasks"] = list(self.names)
             identity["held_out"] = list(self.held_out)
-        return hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
+        return _hash(identity)
+
+    def task_identity(self, name: str) -> dict[str, Any]:
+        """What determines one task's data. Override it where `identity` says something of each task apart.
+
+        Args:
+            name: One of `available()`.
+        """
+        return {"suite": _without_groups(self.identity()), "task": name}
+
+    def pretraining_identity(self) -> dict[str, Any]:
+        """What determines the data of `pretraining()`."""
+        return {"suite": _without_groups(self.identity())}
+
+    def task_fingerprint(self, name: str) -> str:
+        """A hash of what determines one task's data: other tasks may come and go.
+
+        Args:
+            name: One of `available()`.
+        """
+        return _hash(self.task_identity(name))
+
+    def pretraining_fingerprint(self) -> str:
+        """A hash of what determines the data of `pretraining()`."""
+        return _hash(self.pretraining_identity())
 
     def __str__(self) -> str:
         # Lightning's own builds every loader, hence every task, and fails where there are several.
@@ -314,6 +338,16 @@ class TaskSuite(L.LightningDataModule):
         if task is None:
             raise ValueError(f"{type(self).__name__} has no pretraining data: start from a pretrained backbone")
         return task
+
+
+def _hash(identity: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _without_groups(identity: dict[str, Any]) -> dict[str, Any]:
+    """Which tasks share a head changes no task's data."""
+    arguments = {key: value for key, value in identity["arguments"].items() if key != "shared_heads"}
+    return {**identity, "arguments": arguments}
 
 
 def _load_all(load: Callable[[str], Task], names: Sequence[str]) -> list[Task]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from freemerge.checkpoints import hash_tensors, load_checkpoint
 from freemerge.data import TaskSuite
 from freemerge.experts import PackedExpert, load_expert
 from freemerge.models import Backbone, ConvRouter, EarlyRouter, FreeModel, Router, feature_width
-from freemerge.pipeline.folder import StageFolder
+from freemerge.pipeline.folder import StageFolder, content
 from freemerge.pipeline.settings import Settings
 from freemerge.training import FineTuner
 
@@ -58,12 +59,23 @@ class Artifacts:
         return tuner
 
     def base_weights(self) -> dict[str, Tensor]:
-        """The base: pretrained here, or as the template's backbone came."""
-        stage = self.pretrain_stage()
-        if stage is None:
+        """The base: the run's own, or as the template's backbone came."""
+        if not self.pretrains:
             return self.tuner.backbone.weights()
-        self.require(stage)
-        return load_checkpoint(stage.path / "base.safetensors")
+        if not self.base_path.is_file():
+            self.require(self.pretrain_stage())
+        return load_checkpoint(self.base_path)
+
+    @property
+    def pretrains(self) -> bool:
+        """Whether the base is pretrained here: not where it came pretrained, or the suite has no data for it."""
+        return not self.tuner.backbone.pretrained and self.suite.has_pretraining
+
+    @property
+    def base_path(self) -> Path:
+        """The run's own base, once it is there; every later stage reads this file."""
+        own = self.folder / "base.safetensors"
+        return own if own.is_file() else self.folder / "pretrain" / "base.safetensors"
 
     def finetuned_weights(self) -> dict[str, dict[str, Tensor]]:
         """Task → weights of its individual model's backbone."""
@@ -114,8 +126,7 @@ class Artifacts:
 
     def free_model(self) -> FreeModel:
         """The FREE model as its files say it is."""
-        merged = self.free_weights()
-        experts = {}
+        merged, experts = self.free_weights(), {}
         for task in self.suite.names:
             self.require(self.expert_stage(task))
             experts[task] = PackedExpert(load_expert(self.expert_path(task), merged))
@@ -153,75 +164,116 @@ class Artifacts:
             **{part: self.config.get(part) for part in parts},
         }
 
-    def pretrain_stage(self) -> StageFolder | None:
-        """None where there is nothing to pretrain: the backbone came pretrained, or the suite has no data for it."""
-        if self.tuner.backbone.pretrained or not self.suite.has_pretraining:
-            return None
+    def stages(self) -> list[Callable[[], StageFolder]]:
+        """What makes each stage, in order; a stage's key depends on what the earlier ones have written by then."""
+        tasks = self.suite.names
+        return [
+            *([self.pretrain_stage] if self.pretrains else []),
+            *(partial(self.finetune_stage, task) for task in tasks),
+            self.merge_stage,
+            self.extraction_stage,
+            *(partial(self.expert_stage, task) for task in tasks),
+            self.router_stage,
+        ]
+
+    def pretrain_stage(self) -> StageFolder:
+        """The base, where it is pretrained here."""
         settings = self.settings.pretrain
         inputs = self._key("trainer", "pretrain") | {
-            "backbone": hash_tensors(self.tuner.backbone.weights()),
-            "data": self.suite.fingerprint(selection=False),
+            "backbone": self._backbone_hash,
+            "pretraining_data": self.suite.pretraining_fingerprint(),
             "batch_size": settings.batch_size or self.suite.batch_size,
         }
         if isinstance(inputs["pretrain"], dict):
             inputs["pretrain"] = {key: value for key, value in inputs["pretrain"].items() if key != "cache"}
-        stage = StageFolder(self.folder / "pretrain", "pretrain", inputs)
-        if settings.cache is None:
-            return stage
-        return StageFolder(Path(settings.cache) / stage.key[:16], "pretrain", inputs)
+        return StageFolder(self.folder / "pretrain", "pretrain", inputs)
 
-    def _base_key(self) -> str:
-        stage = self.pretrain_stage()
-        return stage.key if stage is not None else hash_tensors(self.tuner.backbone.weights())
+    @cached_property
+    def _backbone_hash(self) -> str:
+        return hash_tensors(self.tuner.backbone.weights())
+
+    def _base_content(self) -> str:
+        return content(self.base_path) if self.pretrains else self._backbone_hash
 
     def finetune_stage(self, task: str) -> StageFolder:
         """A task's fit: backbone.safetensors and head.safetensors."""
+        group = self.suite.head_group(task)
         inputs = self._key("trainer", "finetune", "model") | {
-            "base": self._base_key(),
+            "base": self._base_content(),
             "task": task,
-            "data": self.suite.fingerprint(selection=False),
+            # A head that is shared is fitted to the data of its whole group; other tasks do not count.
+            "group": {member: self.suite.task_fingerprint(member) for member in group},
             "batch_size": self.suite.batch_size,
-            "head_group": self.suite.head_group(task),
+            "order": list(group),
         }
-        return StageFolder(self.folder / "finetune" / task, f"finetune {task}", inputs)
+        inputs["model"] = _without_places(inputs["model"])
+        made_from = ("pretrain",) if self.pretrains else ()
+        return StageFolder(self.folder / "finetune" / task, f"finetune {task}", inputs, made_from)
+
+    def _of_all_tasks(self) -> dict[str, Any]:
+        """The content of all that fine-tuning left, and the data that it is judged on."""
+        tasks, stages = self.suite.names, {task: self.folder / "finetune" / task for task in self.suite.names}
+        return {
+            "tasks": list(tasks),
+            "models": {task: content(stages[task] / "backbone.safetensors") for task in tasks},
+            "heads": {task: content(stages[task] / "head.safetensors") for task in tasks},
+            "head_groups": {task: list(self.suite.head_group(task)) for task in tasks},
+            "data": {task: self.suite.task_fingerprint(task) for task in tasks},
+        }
+
+    def _all_finetuned(self) -> tuple[str, ...]:
+        return tuple(f"finetune {task}" for task in self.suite.names)
 
     def merge_stage(self) -> StageFolder:
         """The merged backbones, and how their scales were chosen."""
-        inputs = self._key("merge") | {"models": {task: self.finetune_stage(task).key for task in self.suite.names}}
-        return StageFolder(self.folder / "merge", "merge", inputs)
+        inputs = self._key("merge") | {"base": self._base_content()} | self._of_all_tasks()
+        return StageFolder(self.folder / "merge", "merge", inputs, self._all_finetuned())
 
     def extraction_stage(self) -> StageFolder:
         """The experts before training, and how their scale was chosen."""
         settings = self.settings.experts
-        inputs = self._key() | {
-            "merge": self.merge_stage().key,
+        inputs = self._key() | self._of_all_tasks() | {
+            "base": self._base_content(),
+            "merged": self._merged_content(),
+            "scales": self.settings.merge.scales,
             "kind": settings.kind,
             "density": settings.density,
             "scope": settings.scope,
             "vectors": settings.vectors,
             "rescale": settings.rescale,
             "values": settings.values,
-        }
-        return StageFolder(self.folder / "extracted", "experts extracted", inputs)
+        }  # fmt: skip
+        return StageFolder(self.folder / "extracted", "experts extracted", inputs, ("merge",))
 
     def expert_stage(self, task: str) -> StageFolder:
         """A task's trained expert."""
+        group = self.suite.head_group(task)
         inputs = self._key("trainer", "experts") | {
             "task": task,
-            "extracted": self.extraction_stage().key,
+            "extracted": content(self.extracted_path(task)),
+            "merged": self._merged_content(),
+            "model": content(self.folder / "finetune" / task / "backbone.safetensors"),
+            "group_heads": {name: content(self.folder / "finetune" / name / "head.safetensors") for name in group},
+            "task_data": self.suite.task_fingerprint(task),
             "batch_size": self.settings.experts.batch_size or self.suite.batch_size,
         }
-        return StageFolder(self.folder / "experts" / task, f"experts {task}", inputs)
+        return StageFolder(self.folder / "experts" / task, f"experts {task}", inputs, ("experts extracted",))
 
     def router_stage(self) -> StageFolder:
         """The router."""
+        tasks = self.suite.names
         inputs = self._key("trainer", "router") | {
-            "data": self.suite.fingerprint(),
+            "tasks": list(tasks),
+            "data": {task: self.suite.task_fingerprint(task) for task in tasks},
             "batch_size": self.settings.router.batch_size or self.suite.batch_size,
         }
-        if self.settings.router.kind == "early":  # it looks at the merged backbone
-            inputs["merge"] = self.merge_stage().key
-        return StageFolder(self.folder / "router", "router", inputs)
+        early = self.settings.router.kind == "early"  # it looks at the merged backbone
+        if early:
+            inputs["merged"] = self._merged_content()
+        return StageFolder(self.folder / "router", "router", inputs, ("merge",) if early else ())
+
+    def _merged_content(self) -> str:
+        return content(self.merged_path(self.settings.merge.free))
 
     def tune_stage(self, name: str, inputs: Mapping[str, Any]) -> StageFolder:
         """The search for a method's parameters.
@@ -230,20 +282,21 @@ class Artifacts:
             name: what is tuned.
             inputs: what the search depends on, beside the data and the seed.
         """
-        inputs = self._key() | {"data": self.suite.fingerprint(), **inputs}
+        data = {task: self.suite.task_fingerprint(task) for task in self.suite.names}
+        inputs = self._key() | {"order": list(data), "task_data": data, **inputs}
         return StageFolder(self.folder / "tune" / _file_name(name), f"tune {name}", inputs)
 
     def merged_path(self, method: str) -> Path:
         """The backbone merged by the method of that name."""
-        return self.merge_stage().path / f"{_file_name(method)}.safetensors"
+        return self.folder / "merge" / f"{_file_name(method)}.safetensors"
 
     def extracted_path(self, task: str) -> Path:
         """A task's expert before training."""
-        return self.extraction_stage().path / f"{task}.safetensors"
+        return self.folder / "extracted" / f"{task}.safetensors"
 
     def expert_path(self, task: str) -> Path:
         """A task's expert after training."""
-        return self.expert_stage(task).path / "expert.safetensors"
+        return self.folder / "experts" / task / "expert.safetensors"
 
     def has_experts(self) -> bool:
         """Whether all tasks' experts and the router have been made with this configuration."""
@@ -270,6 +323,15 @@ def _linear(state: Mapping[str, Tensor]) -> nn.Linear:
     head = nn.Linear(width, outputs)
     head.load_state_dict(state)
     return head
+
+
+def _without_places(model: Any) -> Any:
+    """A model's configuration that is the same wherever its files are: their content is the base."""
+    if isinstance(model, Mapping):
+        return {key: _without_places(value) for key, value in model.items()}
+    if isinstance(model, list):
+        return [_without_places(value) for value in model]
+    return Path(model).name if isinstance(model, str) and "/" in model and Path(model).exists() else model
 
 
 def _file_name(name: str) -> str:

@@ -1,8 +1,9 @@
 """Stage folders: what has been done, from what, and whether it can be skipped or resumed.
 
-A stage's key is a hash of everything its result depends on, the keys of earlier stages included. `stage.json` with that
-key is written last, so its presence means that the folder is whole. `started.json` with that key means that a fit was
-interrupted there and may go on from its last checkpoint; with another key the folder is stale and is emptied.
+A stage's key is a hash of everything its result depends on: its settings, and the content of the files that it reads.
+`stage.json` with that key is written last, so its presence means that the folder is whole. `started.json` with that key
+means that a fit was interrupted there and may go on from its last checkpoint; with another key the folder is stale and
+is emptied. Whether something finished may be emptied is asked before (`freemerge.pipeline.plan`).
 """
 
 from __future__ import annotations
@@ -19,19 +20,30 @@ from typing import Any
 import torch.distributed as dist
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+from freemerge.data.sources.source import content_hash
 from freemerge.distributed import in_process_group
+
+NOT_MADE = "not made yet"
+"""Stands in a stage's inputs for the content of a file that an earlier stage has yet to write."""
 
 
 def from_rank_zero(compute: Any) -> Any:
-    """`compute()` on rank 0, its result on all ranks.
+    """`compute()` on rank 0, its result on all ranks, and so is a ValueError that it raises.
 
     Before the first fit has launched the other ranks, they do not exist, and when they start they run this code anew
     and find what rank 0 left behind; so without a process group each computes for itself.
     """
     if not in_process_group():
         return compute()
-    box = [compute() if dist.get_rank() == 0 else None]
+    box: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            box[0] = compute()
+        except ValueError as error:
+            box[1] = error
     dist.broadcast_object_list(box, src=0)
+    if box[1] is not None:
+        raise box[1]
     return box[0]
 
 
@@ -42,6 +54,13 @@ def write_json(path: Path, value: Any) -> None:
     os.replace(temporary, path)
 
 
+def copy_file(source: Path, target: Path) -> None:
+    """Copy a file atomically, its times included, so that what is remembered of its content holds for the copy."""
+    temporary = target.with_name(f".{target.name}.partial")
+    shutil.copy2(source, temporary)
+    os.replace(temporary, target)
+
+
 class StageFolder:
     """One stage of a run, and the folder its results are in.
 
@@ -49,13 +68,15 @@ class StageFolder:
         path: the folder.
         name: what the stage is called in messages.
         inputs: everything the result depends on, as plain data.
+        made_from: names of the stages whose files it reads.
     """
 
-    def __init__(self, path: Path, name: str, inputs: Mapping[str, Any]) -> None:
+    def __init__(self, path: Path, name: str, inputs: Mapping[str, Any], made_from: tuple[str, ...] = ()) -> None:
         self.path = path
         self.name = name
-        self.inputs = dict(inputs)
-        canonical = json.dumps(self.inputs, sort_keys=True, ensure_ascii=False, default=str)
+        self.made_from = made_from
+        canonical = json.dumps(dict(inputs), sort_keys=True, ensure_ascii=False, default=str)
+        self.inputs = json.loads(canonical)  # as `stage.json` will give them back
         self.key = hashlib.sha256(canonical.encode()).hexdigest()
         self._began = time.monotonic()
 
@@ -64,10 +85,34 @@ class StageFolder:
         """Where the stage's fit keeps its checkpoints."""
         return self.path / "checkpoints"
 
+    @property
+    def last_checkpoint(self) -> Path | None:
+        """What an interrupted fit can go on from."""
+        # A checkpoint that is a folder is replaced in two steps, between which there is only the one before.
+        for name in ("last.ckpt", "last.ckpt.before"):
+            if (self.checkpoints / name).exists():
+                return self.checkpoints / name
+        return None
+
     def record(self) -> dict[str, Any] | None:
         """What `finish` recorded, if the stage is done; None if it is not, or was done from other inputs."""
-        recorded = from_rank_zero(lambda: _read_json(self.path / "stage.json"))
+        return from_rank_zero(self._record)
+
+    def _record(self) -> dict[str, Any] | None:
+        recorded = self.finished()
         return recorded if recorded is not None and recorded["key"] == self.key else None
+
+    def finished(self) -> dict[str, Any] | None:
+        """What was recorded when a stage finished here, from whatever inputs; None if a file of its results is gone."""
+        recorded = _read_json(self.path / "stage.json")
+        if recorded is None or any(not (self.path / name).is_file() for name in recorded.get("files", {})):
+            return None
+        return recorded
+
+    def begun(self) -> str | None:
+        """The key of the fit that was interrupted here and has a checkpoint; None if there is none."""
+        started = _read_json(self.path / "started.json")
+        return started["key"] if started is not None and self.last_checkpoint is not None else None
 
     def is_stale(self) -> bool:
         """Whether `begin` will empty the folder, as what it holds was made from other inputs."""
@@ -100,23 +145,30 @@ class StageFolder:
         same = current is not None and current["key"] == self.key
         if rank_zero_only.rank == 0:
             if self.path.exists() and not same:
-                if current is None and any(self.path.iterdir()):
+                if current is None and any(not path.name.endswith(".partial") for path in self.path.iterdir()):
                     raise ValueError(
                         f"{self.path}: holds files that no stage of a run made; choose another run.folder or move them"
                     )
                 if ckpt_path is not None and self.path.resolve() in Path(ckpt_path).resolve().parents:
                     raise ValueError(f"{ckpt_path}: lies in {self.path}, which is about to be redone; move it first")
-                shutil.rmtree(self.path)
+                self._empty()
             self.path.mkdir(parents=True, exist_ok=True)
             write_json(self.path / "started.json", {"key": self.key})
             (self.path / "stage.json").unlink(missing_ok=True)
-        last = self.checkpoints / "last.ckpt"
         if ckpt_path is not None:
             return ckpt_path
-        return str(last) if same and interrupted and last.exists() else None
+        last = self.last_checkpoint
+        return str(last) if same and interrupted and last is not None else None
+
+    def _empty(self) -> None:
+        """Remove everything; first aside, so that what is killed meanwhile leaves no half of a folder."""
+        aside = self.path.with_name(f".{self.path.name}.removed")
+        shutil.rmtree(aside, ignore_errors=True)
+        os.replace(self.path, aside)
+        shutil.rmtree(aside)
 
     def finish(self, results: Mapping[str, Any]) -> dict[str, Any]:
-        """Record that the stage is done; returns the record."""
+        """Record that the stage is done, and the content of its files; returns the record."""
         record = {
             "stage": self.name,
             "key": self.key,
@@ -125,11 +177,29 @@ class StageFolder:
             "inputs": self.inputs,
         }
         if rank_zero_only.rank == 0:
+            record["files"] = {path.name: _fingerprint(path) for path in sorted(self.path.glob("*.safetensors"))}
             write_json(self.path / "stage.json", record)
             (self.path / "started.json").unlink(missing_ok=True)
         if in_process_group():
             dist.barrier()  # nobody reads the results before they are complete
         return record
+
+
+def content(path: Path) -> str:
+    """SHA-256 of a file that a stage wrote, or `NOT_MADE`; read only where its stage's record does not tell."""
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return NOT_MADE
+    known = (_read_json(path.with_name("stage.json")) or {}).get("files", {}).get(path.name)
+    if known is not None and (known["bytes"], known["modified"]) == (status.st_size, status.st_mtime_ns):
+        return known["sha256"]
+    return content_hash(path)
+
+
+def _fingerprint(path: Path) -> dict[str, Any]:
+    status = path.stat()
+    return {"sha256": content_hash(path), "bytes": status.st_size, "modified": status.st_mtime_ns}
 
 
 def _read_json(path: Path) -> Any:

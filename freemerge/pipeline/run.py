@@ -3,23 +3,26 @@
     pretrain → finetune (each task) → merge (each method) → experts (each task) → router → evaluate
 
 Every stage has its folder under the run's, is skipped when it is done, and goes on where it was interrupted
-(`StageFolder`). Every fit has a fresh Trainer, so all of Lightning's flags keep their meaning in each.
+(`StageFolder`). What is finished is replaced only where that is asked for (`make_plan`), and one process at a time
+works in a run's folder (`only_run`). Every fit has a fresh Trainer, so all of Lightning's flags keep their meaning in
+each.
 
-    <run>/pretrain/               base.safetensors           (or in the cache of pretrained backbones)
+    <run>/pretrain/               base.safetensors           pretrained here, or copied from the cache
     <run>/finetune/<task>/        backbone.safetensors, head.safetensors
     <run>/merge/                  <method>.safetensors       merged backbones
     <run>/extracted/              <task>.safetensors         experts cut out of the residuals
     <run>/experts/<task>/         expert.safetensors         trained
     <run>/router/                 router.safetensors
     <run>/free_model/             everything, for FreeModel.from_pretrained
-    <run>/base.safetensors, report.json, report.png
+    <run>/base.safetensors        the base that all later stages read
+    <run>/config.yaml, report.json, report.png
 """
 
 from __future__ import annotations
 
 import copy
 import hashlib
-import shutil
+import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -29,6 +32,7 @@ from typing import Any
 
 import lightning as L
 import torch
+import torch.distributed as dist
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from rich.console import Console
@@ -37,14 +41,18 @@ from torch import Tensor
 
 from freemerge.checkpoints import hash_tensors, save_checkpoint
 from freemerge.data import TaskSuite
+from freemerge.distributed import in_process_group
 from freemerge.evaluation import Report, mean_score
 from freemerge.experts import load_expert, save_expert
 from freemerge.merging import apply_task_vector, merge, merge_task_vectors, task_vector
 from freemerge.models import FreeModel
 from freemerge.pipeline.artifacts import Artifacts
-from freemerge.pipeline.folder import StageFolder
+from freemerge.pipeline.cache import find, store
+from freemerge.pipeline.folder import StageFolder, content, copy_file, from_rank_zero
+from freemerge.pipeline.lock import only_run
 from freemerge.pipeline.measure import Measure
 from freemerge.pipeline.others import Others
+from freemerge.pipeline.plan import difference, make_plan
 from freemerge.pipeline.reporting import make_report
 from freemerge.pipeline.settings import STAGES, Settings
 from freemerge.pipeline.tune import Tuning
@@ -67,6 +75,8 @@ class SuiteRun:
         config: the configuration as plain data, by top-level key (model, trainer, pretrain, …); stages depend on it.
         seed: every stage's randomness derives from it and the stage's name, so that skipping one changes no other.
         ckpt_path: checkpoint to resume from, where the stages to run consist of exactly one fit.
+        overwrite: do stages again whose settings or inputs changed since they finished; a ValueError names them if not.
+        config_text: kept as `config.yaml` in the run's folder.
     """
 
     def __init__(
@@ -79,6 +89,8 @@ class SuiteRun:
         config: Mapping[str, Any] | None = None,
         seed: int = 0,
         ckpt_path: str | None = None,
+        overwrite: bool = False,
+        config_text: str | None = None,
     ) -> None:
         self.tuner = tuner
         self.suite = suite
@@ -87,9 +99,12 @@ class SuiteRun:
         self.settings = settings or Settings()
         self.seed = seed
         self.ckpt_path = ckpt_path
+        self.overwrite = overwrite
+        self.config_text = config_text
         self.files = Artifacts(tuner, suite, self.folder, self.settings, dict(config or {}), seed)
         self.console = Console(quiet=rank_zero_only.rank != 0, highlight=False)
         self._stages: tuple[str, ...] = ()
+        self._extended: set[str] = set()
 
     @cached_property
     def measure(self) -> Measure:
@@ -106,20 +121,44 @@ class SuiteRun:
 
         Raises:
             ValueError: for an unknown stage, a stage whose input has not been made, a setting for images where there
-                are none, or a `ckpt_path` that could mean several fits.
+                are none, a `ckpt_path` that could mean several fits, finished results that other settings would
+                replace, or another run in the folder.
         """
         unknown = [stage for stage in stages if stage not in STAGES]
         if unknown:
             raise ValueError(f"run.stages: unknown stage {unknown[0]!r}; stages: {', '.join(STAGES)}")
         self._stages = tuple(stage for stage in STAGES if stage in stages)
-        self._check_ckpt_path()
-        self._check_images()
-        began = time.monotonic()
-        report = None
-        for stage in self._stages:
-            report = getattr(self, stage)()
-        self.console.print(f"[dim]{self.folder}: {time.monotonic() - began:.0f} s[/dim]")
-        return report
+        with only_run(self.folder):
+            self._check_finished()
+            self._keep_config()
+            self._check_ckpt_path()
+            self._check_images()
+            began = time.monotonic()
+            report = None
+            for stage in self._stages:
+                report = getattr(self, stage)()
+            self.console.print(f"[dim]{self.folder}: {time.monotonic() - began:.0f} s[/dim]")
+            return report
+
+    def _check_finished(self) -> None:
+        """Refuse at once what would replace finished results."""
+
+        def check() -> list[str]:
+            # Ranks that a fit launched look at folders that rank 0 is at work in.
+            if rank_zero_only.rank != 0:
+                return []
+            plan = make_plan(self.files.stages(), lambda name: name.split()[0] in self._stages)
+            if plan.replaced and not self.overwrite:
+                raise ValueError(_would_replace(self.folder, plan.reason))
+            return sorted(plan.extended)
+
+        self._extended = set(from_rank_zero(check))
+
+    def _keep_config(self) -> None:
+        if rank_zero_only.rank == 0 and self.config_text is not None:
+            temporary = self.folder / ".config.yaml.partial"
+            temporary.write_text(self.config_text)
+            os.replace(temporary, self.folder / "config.yaml")
 
     def _check_ckpt_path(self) -> None:
         if self.ckpt_path is None:
@@ -149,16 +188,25 @@ class SuiteRun:
 
     def pretrain(self) -> None:
         """Fit the backbone on the suite's pretraining data, and keep it as the base."""
-        stage = self.files.pretrain_stage()
-        if stage is None:
+        if not self.files.pretrains:
             return
-        if not self._done(stage):
+        stage = self.files.pretrain_stage()
+        done = self._done(stage)
+        made, own = stage.path / "base.safetensors", self.folder / "base.safetensors"
+        if done and own.is_file() and content(own) != content(made):
+            raise ValueError(
+                f"{own}: is not the base that was pretrained here, {made}: leave pretrain out of run.stages to go on "
+                "from it, or remove it"
+            )
+        if not done and not self._pretrained_before(stage):
             self._pretrain(stage)
-        if rank_zero_only.rank == 0:  # where the run's own folder shows it, and other commands find it
-            shutil.copyfile(stage.path / "base.safetensors", self.folder / "base.safetensors")
+        if rank_zero_only.rank == 0 and not (done and own.is_file()):
+            copy_file(made, own)
+        if in_process_group():
+            dist.barrier()  # nobody reads it before it is there
 
     def _pretrain(self, stage: StageFolder) -> None:
-        resume = stage.begin(self.ckpt_path)
+        resume = self._begin(stage)
         settings = self.settings.pretrain
         data = self.suite.pretraining_data(batch_size=settings.batch_size)
         self._seed(stage)
@@ -166,6 +214,22 @@ class SuiteRun:
         trainer = self._fit(stage, tuner, data, settings.trainer, resume, monitor="val/acc")
         self._write(stage.path / "base.safetensors", tuner.backbone.weights())
         self._finish(stage, {"val/acc": _metric(trainer, "val/acc")})
+        if self.settings.pretrain.cache is not None and rank_zero_only.rank == 0:
+            store(stage, Path(self.settings.pretrain.cache))
+
+    def _pretrained_before(self, stage: StageFolder) -> bool:
+        """Take the base from the cache of pretrained backbones, if another run has put it there."""
+        if self.settings.pretrain.cache is None or stage.begun() == stage.key:
+            return False
+        kept = find(stage, Path(self.settings.pretrain.cache))
+        if kept is None:
+            return False
+        self._begin(stage)
+        if rank_zero_only.rank == 0:
+            copy_file(kept.path / "base.safetensors", stage.path / "base.safetensors")
+        stage.finish(kept.finished()["results"])
+        self.console.print(f"{stage.name}: taken from {kept.path}")
+        return True
 
     def finetune(self) -> None:
         """Fine-tune the base on each task: the individual models."""
@@ -175,7 +239,7 @@ class SuiteRun:
                 continue
             data = self.suite.for_task(task)
             tuner = self.files.base_tuner()
-            resume = stage.begin(self.ckpt_path)
+            resume = self._begin(stage)
             self._seed(stage)
             tuner = tuner.for_task(data.task)
             trainer = self._fit(
@@ -198,7 +262,7 @@ class SuiteRun:
             return
         base, finetuned = self.files.base_weights(), self.files.finetuned_weights()
         heads = self.files.heads()
-        stage.begin()
+        self._begin(stage)
         loaders = self.measure.loaders("val")
         vectors = [task_vector(base, weights) for weights in finetuned.values()]
         individual = self.measure.individual(loaders)
@@ -232,7 +296,7 @@ class SuiteRun:
             merged = self.files.free_weights()
             start = load_expert(self.files.extracted_path(task), merged)
             head, teacher = self.files.heads()[task], self.files.finetuned(task)
-            resume = stage.begin(self.ckpt_path)
+            resume = self._begin(stage)
             self._seed(stage)
             trainer_module = ExpertTrainer(
                 self.files.backbone(merged),
@@ -250,7 +314,7 @@ class SuiteRun:
     def _extract_experts(self, stage: StageFolder) -> None:
         settings = self.settings.experts
         merged, finetuned, heads = self.files.free_weights(), self.files.finetuned_weights(), self.files.heads()
-        stage.begin()
+        self._begin(stage)
         hashes = {"base_hash": hash_tensors(self.files.base_weights()), "merged_hash": hash_tensors(merged)}
         experts = {
             task: settings.cut(task_vector(merged, weights), {"task": task, **hashes})
@@ -276,7 +340,7 @@ class SuiteRun:
             return
         settings = self.settings.router
         data = self.suite.mixture(batch_size=settings.batch_size)
-        resume = stage.begin(self.ckpt_path)
+        resume = self._begin(stage)
         self._seed(stage)
         backbone = self.files.backbone(self.files.free_weights()) if settings.kind == "early" else None
         module = RouterTrainer(self.files.new_router(), backbone, **settings.optimization)
@@ -312,7 +376,7 @@ class SuiteRun:
             The report; None where this process only takes part in a search.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        return Tuning(self.files, self.measure, self.console).run(others)
+        return Tuning(self.files, self.measure, self.console, self.overwrite).run(others)
 
     # -- small things -------------------------------------------------------------------------------------------------
 
@@ -321,6 +385,21 @@ class SuiteRun:
         if record is not None:
             self.console.print(f"[dim]{stage.name}: done already ({record['seconds']:.0f} s then)[/dim]")
         return record is not None
+
+    def _begin(self, stage: StageFolder) -> Path | None:
+        """Make the stage's folder ready; refuse to empty what came to be out of date since the run began.
+
+        What was made from a file that is gone is such a case: nobody can tell beforehand whether it comes out the same.
+        """
+
+        def check() -> None:
+            finished = stage.finished() if rank_zero_only.rank == 0 else None
+            if self.overwrite or finished is None or finished["key"] == stage.key or stage.name in self._extended:
+                return
+            raise ValueError(_would_replace(self.folder, f"{stage.name} ({difference(finished, stage.inputs)})"))
+
+        from_rank_zero(check)
+        return stage.begin(self.ckpt_path)
 
     def _finish(self, stage: StageFolder, results: Mapping[str, Any]) -> None:
         record = stage.finish(results)
@@ -369,6 +448,13 @@ class SuiteRun:
     def _seed(self, stage: StageFolder) -> None:
         digest = hashlib.sha256(f"{self.seed}:{stage.name}".encode()).digest()
         L.seed_everything(int.from_bytes(digest[:4], "big"), workers=True, verbose=False)
+
+
+def _would_replace(folder: Path, reason: str) -> str:
+    return (
+        f"{folder}: finished results would be replaced: {reason}; add --run.overwrite true to do them again, or choose "
+        "another --run.folder"
+    )
 
 
 def _metric(trainer: L.Trainer, name: str) -> float | None:

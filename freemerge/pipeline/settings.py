@@ -64,8 +64,7 @@ class PretrainSettings(FitSettings):
     """The stage that pretrains the backbone on the suite's own pretraining data; skipped by suites that have none.
 
     Args:
-        cache: folder where pretrained backbones are kept by the hash of what they depend on, for all runs; without
-            one it is kept in the run's own folder.
+        cache: folder where pretrained backbones are kept by the hash of what they depend on, for other runs to copy.
     """
 
     cache: str | None = None
@@ -266,12 +265,15 @@ class RunSettings:
     Args:
         folder: the run's folder; a second run with the same configuration goes on there.
         stages: which stages to run, of pretrain, finetune, merge, experts, router, evaluate.
+        overwrite: do again what was finished with other settings, or from other files; if not set, this is an error
+            that names the stages and says what differs.
     """
 
     folder: str = "runs/freemerge"
     stages: list[Literal["pretrain", "finetune", "merge", "experts", "router", "evaluate"]] = field(
         default_factory=lambda: list(STAGES)
     )
+    overwrite: bool = False
 
 
 @dataclass

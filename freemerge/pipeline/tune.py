@@ -34,6 +34,7 @@ from freemerge.merging.provenance import describe_method
 from freemerge.pipeline.artifacts import Artifacts
 from freemerge.pipeline.measure import Measure
 from freemerge.pipeline.others import Others
+from freemerge.pipeline.plan import difference
 from freemerge.pipeline.reporting import title
 from freemerge.tuning import Search, Space, Trial, default_ranges, searchers
 
@@ -45,11 +46,13 @@ class Tuning:
         files: the run's files.
         measure: evaluation, on the device of this process.
         console: where to say how it goes.
+        overwrite: search anew where one with other settings, or over other models, was finished.
     """
 
-    def __init__(self, files: Artifacts, measure: Measure, console: Console) -> None:
+    def __init__(self, files: Artifacts, measure: Measure, console: Console, overwrite: bool = False) -> None:
         self.files = files
         self.settings = files.settings.tune
+        self.overwrite = overwrite
         self.measure = measure
         # The others of an srun or torchrun only search along; the first brings it to its end.
         self.searches_only = self.settings.part == "search" or rank_zero_only.rank != 0
@@ -101,6 +104,13 @@ class Tuning:
                 raise ValueError(
                     f"{self.stage.path}: process {busy[0]} is searching there with other settings; wait for it, or "
                     "choose another run.folder (if it was killed, remove the folder)"
+                )
+            finished = self.stage.finished()
+            if finished is not None and self.stage.is_stale() and not self.overwrite:
+                why = difference(finished, self.stage.inputs)
+                raise ValueError(
+                    f"{self.stage.path}: a finished search would be replaced ({why}); add --run.overwrite true, or "
+                    "choose another --run.folder and --tune.models for the fine-tuned models"
                 )
             self.stage.begin()
             search = self._search()

@@ -95,7 +95,8 @@ def test_only_what_depends_on_a_change_is_redone(run: Path, tmp_path) -> None:
     folder = tmp_path / "copy"
     subprocess.run(["cp", "-a", str(run), str(folder)], check=True)
     before = times(folder)
-    assert main(["fit", "--config", TINY, "--run.folder", str(folder), "--experts.warmup", "0.2"]) == 0
+    arguments = ["fit", "--config", TINY, "--run.folder", str(folder), "--experts.warmup", "0.2"]
+    assert main([*arguments, "--run.overwrite", "true"]) == 0
     changed = {name for name, moment in times(folder).items() if moment != before[name]}
     assert changed == {"experts/corners/stage.json", "experts/bars/stage.json"}
 

@@ -27,11 +27,14 @@ class ImageFolderSource(ImageSource):
     folder: str
 
     def identity(self) -> dict[str, Any]:
-        """The class, the fields, and the names and sizes of the files; their content would take long to read."""
+        """The class, the fields, and the names and sizes of the files; their content would take long to read.
+
+        Where the folder is does not count.
+        """
         root = Path(self.folder)
         files = sorted(path for path in root.rglob("*") if path.is_file())
         listing = "\n".join(f"{path.relative_to(root)} {path.stat().st_size}" for path in files)
-        return {**super().identity(), "listing": hashlib.sha256(listing.encode()).hexdigest()}
+        return {**super().identity(), "folder": root.name, "listing": hashlib.sha256(listing.encode()).hexdigest()}
 
     def build(self, name: str, seed: int) -> Task:
         root = Path(self.folder)

@@ -78,8 +78,10 @@ class TaskSource(ABC):
         return []
 
     def identity(self) -> dict[str, Any]:
-        """What determines the data: the class, its fields, and the content of its files."""
-        return {**describe(self), "content": [content_hash(path) for path in self.files()]}
+        """What determines the data: the class, its fields, and the content of its files, wherever they are."""
+        files = self.files()
+        names = {path: f"file {index}" for index, path in enumerate(files)}
+        return {**_renamed(describe(self), names), "content": [content_hash(path) for path in files]}
 
     def deal(self, sizes: Mapping[str, int], name: str, seed: int) -> dict[str, tuple[str, Tensor]]:
         """Which samples each split gets: missing splits are cut from the training samples, then sizes are applied.
@@ -139,6 +141,15 @@ def describe(value: Any) -> Any:
         "class": f"{kind.__module__}.{kind.__qualname__}",
         **{name: describe(getattr(value, name)) for name in names},
     }
+
+
+def _renamed(value: Any, names: Mapping[Path, str]) -> Any:
+    """A description in which names stand for the places of files."""
+    if isinstance(value, dict):
+        return {key: _renamed(item, names) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_renamed(item, names) for item in value]
+    return names.get(Path(value), value) if isinstance(value, str) else value
 
 
 def content_hash(path: Path) -> str:
