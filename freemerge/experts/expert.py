@@ -18,7 +18,10 @@ Self = TypeVar("Self", bound="Expert")
 
 
 class Expert(ABC):
-    """What one task adds to the merged backbone; subclasses are frozen dataclasses."""
+    """What one task adds to the merged backbone; subclasses are frozen dataclasses.
+
+    A class with a `KIND` of its own is found again by it, in files and in states, once its module is imported.
+    """
 
     KIND: ClassVar[str]
     """What a file calls this kind of expert."""
@@ -28,6 +31,15 @@ class Expert(ABC):
 
     metadata: dict[str, str]
     """Strings that travel with the file: task, hashes of the base and of the merged backbone."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if (kind := vars(cls).get("KIND")) is None:  # of the same kind as its base class
+            return
+        other = _KINDS.setdefault(kind, cls)
+        if (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise ValueError(f"{cls.__qualname__}: {other.__qualname__} is the kind {kind!r} already; choose another")
+        _KINDS[kind] = cls  # the same class defined anew, as notebooks do
 
     # -- what each kind says ------------------------------------------------------------------------------------------
 
@@ -103,6 +115,34 @@ class Expert(ABC):
         """The expert as full tensors, (*shape) float32."""
         device = next(iter(self.parts().values())).device
         return {name: self.added(name, torch.zeros(shape, device=device)) for name, shape in self.shapes.items()}
+
+
+_KINDS: dict[str, type[Expert]] = {}
+
+
+def kind_of(expert: type[Expert]) -> str:
+    """What files and states call a class of experts.
+
+    Raises:
+        ValueError: if they could not find this very class by it.
+    """
+    kind = getattr(expert, "KIND", None)
+    if _KINDS.get(kind) is not expert:
+        raise ValueError(f"{expert.__qualname__} has no KIND of its own, by which its files would find it; give it one")
+    return kind
+
+
+def expert_class(kind: str) -> type[Expert]:
+    """The class of experts of that kind.
+
+    Raises:
+        ValueError: if no class of that kind has been imported.
+    """
+    if kind not in _KINDS:
+        raise ValueError(
+            f"unknown kind of expert {kind!r}; import the module that defines it first. Known: {', '.join(_KINDS)}"
+        )
+    return _KINDS[kind]
 
 
 def check_fits(expert: Expert, weights: Mapping[str, Tensor]) -> None:

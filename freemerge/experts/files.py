@@ -21,15 +21,10 @@ from torch import Tensor
 
 from freemerge.checkpoints import CheckpointError, hash_tensors, save_checkpoint
 from freemerge.experts.codec import Encoding, decode_values, deflate, encode_values, inflate
-from freemerge.experts.expert import Expert
-from freemerge.experts.low_rank import LowRankExpert
+from freemerge.experts.expert import Expert, expert_class, kind_of
 from freemerge.experts.masked import MaskedExpert
-from freemerge.experts.sparse import SparseExpert
 
 FORMAT = "freemerge-expert-2"  # in the metadata as `kind`, with the kind of expert; "format" is safetensors' own
-_KINDS: dict[str, type[Expert]] = {
-    f"{FORMAT}-{kind.KIND}": kind for kind in (SparseExpert, LowRankExpert, MaskedExpert)
-}
 _DTYPES = {"int4": torch.int8, "int8": torch.int8, "bf16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -44,7 +39,11 @@ def save_expert(path: str | Path, expert: Expert, values: Encoding | None = None
 
     Returns:
         The path.
+
+    Raises:
+        ValueError: if the expert's class has no `KIND` of its own.
     """
+    kind = f"{FORMAT}-{kind_of(type(expert))}"
     encoding = values or expert.metadata.get("values", "int8")
     parts = expert.parts()
     codes, scales = encode_values(list(parts.values()), encoding)
@@ -59,7 +58,7 @@ def save_expert(path: str | Path, expert: Expert, values: Encoding | None = None
     tensors |= {name: deflate(array.cpu()) for name, array in arrays.items()}
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_checkpoint(path, tensors, metadata={**expert.metadata, "kind": f"{FORMAT}-{expert.KIND}", "values": encoding})
+    save_checkpoint(path, tensors, metadata={**expert.metadata, "kind": kind, "values": encoding})
     return path
 
 
@@ -84,10 +83,13 @@ def load_expert(
     try:
         with safe_open(path, framework="pt") as file:
             metadata = dict(file.metadata() or {})
-            if metadata.get("kind") not in _KINDS:
-                raise CheckpointError(
-                    f"{path}: not an expert file (kind {metadata.get('kind')!r}, expected one of {', '.join(_KINDS)})"
-                )
+            kind = metadata.get("kind", "")
+            if not kind.startswith(f"{FORMAT}-"):
+                raise CheckpointError(f"{path}: not an expert file (kind {kind!r}, expected {FORMAT}-…)")
+            try:
+                expert_class(kind.removeprefix(f"{FORMAT}-"))
+            except ValueError as error:
+                raise CheckpointError(f"{path}: {error}") from error
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: no such expert file") from error
@@ -127,7 +129,7 @@ def _decode(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Exper
     }
     # What else is there was written by safetensors and by `checkpoints`, whose keys are dotted.
     own = {key: value for key, value in metadata.items() if key not in ("format", "kind") and "." not in key}
-    return _KINDS[metadata["kind"]].restored(plain, arrays, parts, own)
+    return expert_class(metadata["kind"].removeprefix(f"{FORMAT}-")).restored(plain, arrays, parts, own)
 
 
 def check_hash(metadata: Mapping[str, str], what: str, found: str, path: str | Path) -> None:

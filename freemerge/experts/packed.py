@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from freemerge.experts.codec import ENCODINGS, decode_values, encode_values
-from freemerge.experts.expert import Expert
+from freemerge.experts.expert import Expert, expert_class, kind_of
 from freemerge.experts.masked import MaskedExpert
 
 
@@ -26,9 +27,7 @@ class PackedExpert:
         self.shapes = dict(expert.shapes)
         self.metadata = dict(expert.metadata)
         parts = {name: part.detach() for name, part in expert.parts().items()}
-        self.sizes = {name: part.numel() for name, part in parts.items()}
-        ends = accumulate(self.sizes.values())
-        self._ends = dict(zip(self.sizes, enumerate(ends), strict=True))  # name → which part it is, and where it ends
+        self._set_sizes({name: part.numel() for name, part in parts.items()})
         for encoding in ENCODINGS:
             self.codes, self.scales = encode_values(list(parts.values()), encoding)
             decoded = decode_values(self.codes, self.scales, list(self.sizes.values()))
@@ -41,6 +40,57 @@ class PackedExpert:
         self._plain, arrays = expert.structure()
         self.arrays = {name: array.to(self.codes.device) for name, array in arrays.items()}
         self._shared: Mapping[str, Tensor] | None = expert.shared if isinstance(expert, MaskedExpert) else None
+
+    def _set_sizes(self, sizes: Mapping[str, int]) -> None:
+        self.sizes = dict(sizes)
+        ends = accumulate(self.sizes.values())
+        self._ends = dict(zip(self.sizes, enumerate(ends), strict=True))  # name → which part it is, and where it ends
+
+    # -- as tensors and plain data ------------------------------------------------------------------------------------
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors that it consists of, as they are, without what masked experts share."""
+        return {"codes": self.codes, "scales": self.scales, **self.arrays}
+
+    @property
+    def shared(self) -> Mapping[str, Tensor] | None:
+        """The task vector that masked experts share; None for others."""
+        return self._shared
+
+    def layout(self) -> dict[str, Any]:
+        """Plain data that make it again from its tensors."""
+        return {
+            "kind": kind_of(self.kind),
+            "shapes": {name: list(shape) for name, shape in self.shapes.items()},
+            "sizes": self.sizes,
+            "plain": self._plain,
+            "arrays": list(self.arrays),
+            "metadata": self.metadata,
+        }
+
+    @classmethod
+    def from_layout(
+        cls, layout: Mapping[str, Any], tensors: Mapping[str, Tensor], shared: Mapping[str, Tensor] | None = None
+    ) -> PackedExpert:
+        """The inverse of `layout` and `tensors`.
+
+        Raises:
+            ValueError: if they do not fit each other, or no class of this kind has been imported.
+        """
+        packed = cls.__new__(cls)
+        packed.kind = expert_class(layout["kind"])
+        packed.shapes = {name: tuple(shape) for name, shape in layout["shapes"].items()}
+        packed.metadata = dict(layout["metadata"])
+        packed._set_sizes(layout["sizes"])
+        packed.codes, packed.scales = tensors["codes"], tensors["scales"]
+        packed.arrays = {name: tensors[name] for name in layout["arrays"]}
+        packed._plain, packed._shared = layout["plain"], shared
+        if len(packed.codes) != sum(packed.sizes.values()) or len(packed.scales) != len(packed.sizes):
+            raise ValueError(f"{len(packed.codes)} values, {sum(packed.sizes.values())} expected")
+        packed.unpacked()  # raises where positions do not fit
+        return packed
+
+    # -- what it is for -----------------------------------------------------------------------------------------------
 
     def to(self, device: torch.device) -> PackedExpert:
         """Move it, in place."""

@@ -15,6 +15,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ from freemerge.experts.side_by_side import runs_side_by_side, side_by_side
 from freemerge.experts.ties import by_first_names, names_of_changes
 from freemerge.inputs import Inputs, batch_size, device_of, select
 from freemerge.models.backbones import Backbone
+from freemerge.models.expert_state import LAYOUT, experts_from_state, experts_to_state, is_of_experts
 from freemerge.models.router import Router
 
 _SHARES = 16  # soft routing's weights are multiples of 1/16, so that like samples can share a forward pass
@@ -100,12 +102,7 @@ class FreeModel(nn.Module):
         self.class_names = {task: list(names) for task, names in (class_names or {}).items()}
         self.threshold = threshold
         self.top_n = top_n
-        for task, expert in (experts or {}).items():
-            if task not in self.heads:
-                raise ValueError(
-                    f"FreeModel: there is an expert for {task!r} but no head; tasks: {', '.join(self.tasks)}"
-                )
-            check_fits(expert, backbone.weights())
+        self._check_experts(experts or {})
         if router is not None and router.num_tasks != len(self.heads):
             raise ValueError(f"FreeModel: the router knows {router.num_tasks} tasks, there are {len(self.heads)} heads")
         if not 0.0 <= threshold <= 1.0:
@@ -176,6 +173,55 @@ class FreeModel(nn.Module):
     def load_state_dict(self, *args, **kwargs):
         with self.undisturbed():
             return super().load_state_dict(*args, **kwargs)
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination.update({prefix + key: tensor for key, tensor in experts_to_state(self._packed).items()})
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
+        own = {key[len(prefix) :]: key for key in state_dict if key.startswith(prefix)}
+        state = {key: state_dict[whole] for key, whole in own.items() if is_of_experts(key)}
+        rest = {key: value for key, value in state_dict.items() if key[len(prefix) :] not in state}
+        super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing, unexpected, errors)
+        if LAYOUT in state:
+            try:
+                missing += [prefix + key for key in self._take_experts(state, local_metadata)]
+            except ValueError as error:
+                errors.append(str(error))
+        elif self._packed:
+            missing += [prefix + key for key in experts_to_state(self._packed)]
+            unexpected += [own[key] for key in state]
+            warnings.warn(
+                "FreeModel: the state has no experts: it was saved before they were part of it, or of another model. "
+                "With strict=False the model keeps its own, which is right only if they were made for these weights",
+                stacklevel=2,
+            )
+
+    def _take_experts(self, state: Mapping[str, Tensor], local_metadata: Mapping[str, object]) -> list[str]:
+        """Have the experts of a state instead of its own; returns the keys that it lacks, if any, and has its own then.
+
+        Raises:
+            ValueError: if they do not fit; the model keeps its own.
+        """
+        device = next(self.parameters()).device
+        as_they_are = local_metadata.get("assign_to_params_buffers", False)
+        experts, lacking = experts_from_state(
+            state, (lambda tensor: tensor) if as_they_are else (lambda tensor: tensor.to(device, copy=True))
+        )
+        if not lacking:
+            self._check_experts(experts)
+            self._packed = experts
+        return lacking
+
+    def _check_experts(self, experts: Mapping[str, Expert | PackedExpert]) -> None:
+        """Raise a ValueError if an expert names no task or does not fit the backbone."""
+        weights = self.backbone.weights()
+        for task, expert in experts.items():
+            if task not in self.heads:
+                raise ValueError(
+                    f"FreeModel: there is an expert for {task!r} but no head; tasks: {', '.join(self.tasks)}"
+                )
+            check_fits(expert, weights)
 
     def _apply(self, fn, recurse: bool = True):
         with self.undisturbed():

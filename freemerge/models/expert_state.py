@@ -1,0 +1,86 @@
+"""Experts as entries of a state dict: their packed tensors as they are, nothing copied.
+
+    experts.layout              JSON as uint8: for each task, what makes its expert again from its tensors
+    experts.<task>.<part>       codes, scales, gaps, …, in the bytes that the model keeps
+    experts_shared.<i>.<name>   the task vectors that masked experts share
+
+They are no buffers: `half()` would round the scales, and a distributed model would send them all around in each pass.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from freemerge.experts import PackedExpert
+
+LAYOUT = "experts.layout"
+
+
+def is_of_experts(key: str) -> bool:
+    """Whether a key of a FreeModel's state dict, without prefix, is one of these."""
+    return key.startswith(("experts.", "experts_shared."))
+
+
+def experts_to_state(experts: Mapping[str, PackedExpert]) -> dict[str, Tensor]:
+    """Task → expert as entries of a state dict.
+
+    Raises:
+        ValueError: if the class of an expert has no `KIND` of its own.
+    """
+    state, layouts, shared = {}, {}, []
+    for task, packed in experts.items():
+        layouts[task] = packed.layout()
+        state |= {f"experts.{task}.{name}": tensor for name, tensor in packed.tensors().items()}
+        if packed.shared is not None:
+            known = next((i for i, other in enumerate(shared) if other is packed.shared), len(shared))
+            shared += [packed.shared] if known == len(shared) else []
+            layouts[task]["shared"] = known
+    state |= {f"experts_shared.{i}.{name}": t for i, vector in enumerate(shared) for name, t in vector.items()}
+    text = json.dumps(layouts, ensure_ascii=False).encode()
+    return {LAYOUT: torch.frombuffer(bytearray(text), dtype=torch.uint8), **state}
+
+
+def experts_from_state(
+    state: Mapping[str, Tensor], take: Callable[[Tensor], Tensor]
+) -> tuple[dict[str, PackedExpert], list[str]]:
+    """The inverse of `experts_to_state`.
+
+    Args:
+        state: entries of a state dict, `experts.layout` among them.
+        take: a tensor of the state → the one that the model keeps.
+
+    Returns:
+        Task → expert, and the keys that the state lacks; without experts, where it lacks some.
+
+    Raises:
+        ValueError: if tensors do not fit the layout.
+    """
+    layouts = json.loads(state[LAYOUT].cpu().numpy().tobytes())
+    vectors: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in state.items():
+        if key.startswith("experts_shared."):
+            _, index, name = key.split(".", 2)
+            vectors.setdefault(index, {})[name] = take(tensor)
+    wanted = {
+        task: {name: f"experts.{task}.{name}" for name in ("codes", "scales", *layout["arrays"])}
+        for task, layout in layouts.items()
+    }
+    lacking = [key for keys in wanted.values() for key in keys.values() if key not in state]
+    for layout in layouts.values():
+        if "shared" in layout:
+            prefix, has = f"experts_shared.{layout['shared']}.", vectors.get(str(layout["shared"]), {})
+            lacking += [prefix + name for name in layout["shapes"] if name not in has]
+    if lacking:
+        return {}, lacking
+    experts = {}
+    for task, layout in layouts.items():
+        tensors = {name: take(state[key]) for name, key in wanted[task].items()}
+        try:
+            experts[task] = PackedExpert.from_layout(layout, tensors, vectors.get(str(layout.get("shared"))))
+        except (ValueError, KeyError, RuntimeError) as error:
+            raise ValueError(f"FreeModel: the expert of {task!r} cannot be loaded ({error})") from error
+    return experts, []
