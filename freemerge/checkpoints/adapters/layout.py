@@ -19,6 +19,9 @@ from freemerge.checkpoints.checkpoint import Checkpoint
 
 # Of models with stacked experts, PEFT takes modules called so for the experts of older files.
 _EXPERTS_ONCE = {"gate", "w1", "w2", "w3", "gate_proj", "up_proj", "down_proj"}
+# Modules of these models that PEFT refuses to adapt.
+_REFUSED_IN = {"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"}
+_REFUSED = {"out_proj", "conv1d"}
 # Tasks whose heads PEFT saves whole, by the ends of the names of architectures, with the ends of the heads' names.
 _HEADS = {
     "ForSequenceClassification": ("SEQ_CLS", ("classifier", "score")),
@@ -138,6 +141,10 @@ def _of_architecture(architecture: Architecture, places: Mapping[str, Place]) ->
         for name, target in targets.items():
             if target.layer is Layer.LINEAR and target.module.rpartition(".")[2] in _EXPERTS_ONCE:
                 targets[name] = replace(target, layer=Layer.PARAMETER)
+    if getattr(model.config, "model_type", None) in _REFUSED_IN:
+        for name, target in targets.items():
+            if target.module.rpartition(".")[2] in _REFUSED:
+                targets[name] = replace(target, layer=None)
     # The model's own order of the parameters of a module is the order in which PEFT wraps it.
     ordered = {name: targets[name] for name in architecture.tensors if name in targets}
     names = [name for name in modules if name]
@@ -180,8 +187,8 @@ def _inner(module: nn.Module) -> Iterator[nn.Parameter]:
 
 
 def _mixed_modules(modules: Mapping[str, nn.Module]) -> list[str]:
-    """Modules with parameters of their own beside inner modules (the embeddings of a vision model): PEFT can only keep
-    them whole. Those that hold the model's layers are too large for it.
+    """Modules with parameters of their own beside inner modules, the embeddings of a vision model: PEFT can only keep
+    them whole. Those with linear layers inside are no such modules: the layers are better changed by factors.
     """
     found = []
     for name, module in modules.items():
@@ -190,7 +197,7 @@ def _mixed_modules(modules: Mapping[str, nn.Module]) -> list[str]:
             continue
         inside = [inner for inner in modules if inner.startswith(f"{name}.")]
         # PEFT takes the name for the end of names: what is inside must not end so.
-        if not any(isinstance(modules[inner], nn.ModuleList) or inner.endswith(name) for inner in inside):
+        if not any(isinstance(modules[inner], nn.Linear | nn.ModuleList) or inner.endswith(name) for inner in inside):
             found.append(name)
     return found
 
