@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from freemerge.checkpoints.memory import find_tied
 from freemerge.experts.low_rank import LowRankExpert, matrix_shape
 from freemerge.experts.sparse import SparseExpert
 from freemerge.merging import order_statistics
@@ -156,7 +157,8 @@ def _floating(residual: Mapping[str, Tensor], exclude: Sequence[str] | None) -> 
     }
     if not tensors:
         raise ValueError("extract: the residual has no floating-point entries")
-    return tensors
+    tied = find_tied(tensors)  # a tensor under two names is changed once, and counts once
+    return {name: tensor for name, tensor in tensors.items() if name not in tied}
 
 
 def _whole_vectors(tensors: Mapping[str, Tensor], vectors: Vectors, budget: int | None) -> list[str]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 from torch import Tensor
 
-from freemerge.checkpoints.memory import flat_run
+from freemerge.checkpoints.memory import find_tied, flat_run
 from freemerge.checkpoints.pages import fresh
 from freemerge.checkpoints.reading import keep_files_open
 from freemerge.merging.errors import MergeError
@@ -270,12 +270,14 @@ def task_vector(base: Mapping[str, Tensor], finetuned: Mapping[str, Tensor]) -> 
         finetuned: the fine-tuned model's tensors; names that the base does not have are ignored.
 
     Returns:
-        name → float32 tensor of the base's shape, in memory of its own.
+        name → float32 tensor of the base's shape, in memory of its own. Names that are one tensor in both models are
+        one tensor.
 
     Raises:
         MergeError: a tensor is missing from `finetuned` or has another shape.
     """
-    vector = {}
+    vector: dict[str, Tensor] = {}
+    tied, theirs = find_tied(base), find_tied(finetuned)
     for name, tensor in base.items():
         if not tensor.is_floating_point():
             continue
@@ -287,7 +289,9 @@ def task_vector(base: Mapping[str, Tensor], finetuned: Mapping[str, Tensor]) -> 
                 f"the tensor '{name}' has shape {list(other.shape)} in the fine-tuned model and {list(tensor.shape)} "
                 "in the base"
             )
-        vector[name] = differences(tensor, [other])[0]
+        first = tied.get(name)
+        both = first is not None and theirs.get(name, name) == theirs.get(first, first)
+        vector[name] = vector[first] if both else differences(tensor, [other])[0]
     return vector
 
 

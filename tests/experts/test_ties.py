@@ -11,6 +11,7 @@ from freemerge.experts import Expert, PackedExpert, attached, extract, extract_l
 from freemerge.experts.flat import FlatWeights
 from freemerge.experts.layerwise import substituted
 from freemerge.experts.side_by_side import runs_side_by_side, side_by_side
+from freemerge.merging import task_vector
 from freemerge.models import FreeModel, LanguageBackbone
 from freemerge.training import ExpertTrainer
 
@@ -148,3 +149,15 @@ def test_gradients_reach_an_expert_through_both_ends_of_a_tied_weight() -> None:
         weights |= {f"model.{alias}": changed for alias in (tied if name in tied else [name])}
     torch.func.functional_call(twin, weights, (inputs,)).square().mean().backward()
     torch.testing.assert_close(trainer.values.grad, values.grad, atol=1e-6, rtol=1e-4)
+
+
+def test_a_task_vector_is_tied_where_both_models_are_and_an_expert_has_it_once() -> None:
+    tied, untied = torch.ones(3), {"a": torch.zeros(3), "b": torch.ones(3)}
+    base = {"a": torch.zeros(3)}
+    base["b"] = base["a"]
+    both = task_vector(base, {"a": tied, "b": tied})
+    assert both["a"] is both["b"]
+    assert list(extract(both, 1.0).shapes) == ["a"]
+    apart = task_vector(base, untied)
+    assert apart["a"].tolist() == [0, 0, 0]
+    assert apart["b"].tolist() == [1, 1, 1]
