@@ -9,6 +9,7 @@ import dataclasses
 import json
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +21,7 @@ import torch
 import freemerge.merging
 from freemerge.checkpoints import CheckpointError
 from freemerge.cli.parsing import ENV_PREFIX, OneLineErrors, print_error
-from freemerge.merging import MergeError, MergeMethod, merge
+from freemerge.merging import MergeError, MergeMethod, MergeWarning, merge
 
 _EPILOG = """methods:
 {methods}
@@ -105,6 +106,13 @@ def build_parser() -> jsonargparse.ArgumentParser:
     )
     result.add_argument("--shard_size", type=str, default="5GB", help="Largest file of weights in a folder.")
     result.add_argument("--hash_inputs", type=bool, default=True, help="Record the hashes of all inputs in a folder.")
+    result.add_argument(
+        "--companions_from",
+        type=str | None,
+        default=None,
+        help="Whose configuration, tokenizer and chat template a folder takes: a fine-tuned model's, by its name or "
+        "path. Default: the base's.",
+    )
     result.add_argument("--dry_run", type=bool, default=False, help="Check everything, and print what would be done.")
     result.add_argument(
         "--device", type=str | None, default=None, help="Where to compute, for example cuda. Default: the processor."
@@ -126,7 +134,7 @@ def run(config: jsonargparse.Namespace) -> int:
         method = config.method
         if not isinstance(method, MergeMethod):
             method = build_parser().instantiate_classes(jsonargparse.Namespace(method=method)).method
-        with _bar(sys.stderr.isatty() and rank == 0) as progress:
+        with _notes(), _bar(sys.stderr.isatty() and rank == 0) as progress:
             path = merge(
                 config.base,
                 dict(config.finetuned) if isinstance(config.finetuned, dict) else list(config.finetuned),
@@ -143,6 +151,7 @@ def run(config: jsonargparse.Namespace) -> int:
                 resume=config.resume,
                 shard_size=config.shard_size,
                 hash_inputs=config.hash_inputs,
+                companions_from=config.companions_from,
                 device=_own_device(config.device),
                 distributed=shared,
                 dry_run=config.dry_run,
@@ -180,6 +189,23 @@ def _join() -> tuple[int, bool]:
 def _own_device(device: str | None) -> str | None:
     """Of several processes on one machine each computes on a GPU of its own."""
     return f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" and "LOCAL_RANK" in os.environ else device
+
+
+@contextmanager
+def _notes() -> Iterator[None]:
+    """What there is to know of a merge, in lines as its errors are; other warnings as ever."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", MergeWarning)
+        show = warnings.showwarning
+
+        def show_note(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+            if issubclass(category, MergeWarning):
+                print("note:", " ".join(str(message).split()), file=sys.stderr)
+            else:
+                show(message, category, *where, **more)
+
+        warnings.showwarning = show_note
+        yield
 
 
 @contextmanager

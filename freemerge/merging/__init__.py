@@ -4,7 +4,7 @@ from freemerge.merging.breadcrumbs import Breadcrumbs
 from freemerge.merging.dare import Dare
 from freemerge.merging.emr_merging import EMRMerging, emr_task_vector
 from freemerge.merging.engine import merge
-from freemerge.merging.errors import MergeError
+from freemerge.merging.errors import MergeError, MergeWarning
 from freemerge.merging.filters import Butterworth, Filter, Gaussian, HighPass, NyquistDisc
 from freemerge.merging.forecast import Forecast
 from freemerge.merging.fr_merging import FRMerging
@@ -32,6 +32,7 @@ __all__ = [
     "IsoC",
     "MergeError",
     "MergeMethod",
+    "MergeWarning",
     "NyquistDisc",
     "PCBMerging",
     "PerPattern",

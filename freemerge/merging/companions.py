@@ -1,82 +1,29 @@
-"""What lies around the weights of the models: which files the result takes, and which weights have to be merged too."""
+"""The files of a merged model's folder beside its weights: the base's, or a fine-tuned model's."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
+from freemerge.checkpoints import CheckpointError
+from freemerge.checkpoints.companions import Companions
+from freemerge.checkpoints.json_files import find_object, read_object
+from freemerge.merging.agreement import describe_differences, differing_weights
+from freemerge.merging.configuration import to_json, with_dtype, with_weights_of
+from freemerge.merging.errors import MergeError
+from freemerge.merging.plan import Plan
 
-from freemerge.checkpoints import Checkpoint, open_checkpoint
-from freemerge.checkpoints.companions import Companions, find_companions, top_companions
-from freemerge.checkpoints.json_files import read_object
-from freemerge.checkpoints.opening import WEIGHT_FILES, Source
-from freemerge.checkpoints.places import expand, snapshot
-from freemerge.merging.configuration import to_json, with_dtype
-
-_NONE = Companions({}, [], [], [])
-
-
-def look_around(sources: Sequence[Source], checkpoints: Sequence[Checkpoint]) -> list[Companions]:
-    """What lies around the weights of each model that has a configuration beside them.
-
-    Args:
-        sources: the models as they were named; those that are paths may lie inside one another.
-        checkpoints: the same, opened.
-
-    Raises:
-        CheckpointError: a folder cannot be read.
-    """
-    paths = [snapshot(expand(source)) if isinstance(source, (str, os.PathLike)) else None for source in sources]
-    apart = [path for path in paths if path is not None]
-    return [
-        _NONE
-        if checkpoint.folder is None
-        else find_companions(checkpoint.folder, apart)
-        if path is None or path.is_dir() or path.name in WEIGHT_FILES
-        else top_companions(checkpoint.folder)
-        for path, checkpoint in zip(paths, checkpoints, strict=True)
-    ]
-
-
-def join_modules(
-    base: Checkpoint, models: Sequence[Checkpoint], modules: Sequence[Sequence[str]]
-) -> tuple[Checkpoint, tuple[Checkpoint, ...]]:
-    """The models with their parts that have weights of their own, whose tensors are called `2_Dense/linear.weight`.
-
-    A fine-tuned model without a part that the base has counts as one that did not change it.
-
-    Args:
-        base: the pretrained model.
-        models: the fine-tuned models.
-        modules: for the base, then for each model: the folders in its own that hold a part.
-
-    Raises:
-        CheckpointError: the weights of a part cannot be opened.
-    """
-    own, *others = (
-        {name: _open_part(checkpoint, name) for name in names}
-        for checkpoint, names in zip((base, *models), modules, strict=True)
-    )
-    joined = []
-    for model, parts in zip(models, others, strict=True):
-        whole = model
-        for part in parts.values():
-            whole = whole.joined(part)
-        source = whole.source
-        for name, part in own.items():
-            whole = whole if name in parts else whole.joined(part)
-        whole.source = source
-        joined.append(whole)
-    for part in own.values():
-        base = base.joined(part)
-    return base, tuple(joined)
-
-
-def _open_part(checkpoint: Checkpoint, name: str) -> Checkpoint:
-    return open_checkpoint(checkpoint.folder / name, label=f"{checkpoint.label}/{name}").under(f"{name}/")
+_TOKENIZER_CONFIG = "tokenizer_config.json"
+_VOCABULARY = re.compile(
+    r"tokenizer\.json|vocab\..*|.*\.(model|tiktoken|spm)(\.v\d+)?|tekken\.json|spiece\..*|bpe\.codes"
+)
+_TEMPLATE = re.compile(r"chat_template\.(jinja|json)|additional_chat_templates/.*")
+_TOKENIZER = re.compile(
+    rf"{_VOCABULARY.pattern}|{_TEMPLATE.pattern}|tokenizer.*|special_tokens_map\.json|added_tokens\.json|merges\.txt"
+    r"|.*\.vocab"
+)
 
 
 class Files(NamedTuple):
@@ -86,24 +33,89 @@ class Files(NamedTuple):
     made: dict[str, bytes]  # name → contents, of those that are not copied as they are
     modules: list[str]  # folders that hold weights of their own
     left_out: list[str]  # files and folders of the base that stay behind
+    origin: str  # the model that they are from: "base", or a fine-tuned model's name
+    note: str | None = None  # what fine-tuned models have otherwise
 
     def record(self) -> dict[str, Any]:
         """What `freemerge.json` says of them."""
-        return {"copied": sorted(self.copied), "modules": self.modules, "left_out": self.left_out}
+        return {
+            "from": self.origin,
+            "copied": sorted(self.copied),
+            "modules": self.modules,
+            "left_out": self.left_out,
+            "note": self.note,
+        }
 
 
-def choose_files(around: Sequence[Companions], dtype: torch.dtype | None) -> Files:
-    """The files that the result takes from the base.
+def choose_files(around: Sequence[Companions], plan: Plan, origin: str | None = None) -> Files:
+    """The files that the result takes: the base's, or a fine-tuned model's with the base's where it has none.
 
     Args:
         around: what lies around the base and around each model, see `look_around`.
-        dtype: of the result's floating-point tensors; None for the base's own.
+        plan: the merge.
+        origin: name, path or last part of the path of the fine-tuned model whose files to take; "base" for the base's
+            without a word about those of the others; None for the base's.
 
     Raises:
+        MergeError: there is no such model, its files do not fit the result, or a file of weights beside the base's own
+            differs in a model and it is not said which to take.
         CheckpointError: `config.json` cannot be read, and has to be changed.
     """
-    base = around[0]
+    base, *others = around
+    named = dict(zip((model.label for model in plan.models), others, strict=True))
+    label = None if origin is None or (origin == "base" and origin not in named) else _find_label(named, origin)
+    note = None
+    if origin is None and base.files:
+        try:
+            note, found = describe_differences(base, named), differing_weights(base, named)
+        except OSError as error:
+            raise CheckpointError(f"{error.filename}: cannot be read: {error.strerror or error}") from None
+        if found:
+            raise MergeError(
+                f"{found[0]}: {found[1]} holds weights other than the base's, and cannot be merged as it is no model's "
+                f"folder; companions_from='base' takes the base's, companions_from={found[0]!r} that model's"
+            )
+    files = base.files if label is None else _replaced(base, named[label], label, plan)
     made = {}
-    if dtype is not None and "config.json" in base.files:
-        made["config.json"] = to_json(with_dtype(read_object(base.files["config.json"]), dtype))
-    return Files(base.files, made, base.modules, base.left_out)
+    if "config.json" in files and (label is not None or plan.dtype is not None):
+        config = read_object(files["config.json"])
+        if label is not None and "config.json" in base.files:
+            config = with_weights_of(config, read_object(base.files["config.json"]))
+        made["config.json"] = to_json(config if plan.dtype is None else with_dtype(config, plan.dtype))
+    return Files(files, made, base.modules, base.left_out, label or "base", note)
+
+
+def _find_label(named: Mapping[str, Companions], origin: str) -> str:
+    """The one fine-tuned model that is called so."""
+    exact = [label for label in named if label == origin]
+    if len(found := exact or [label for label in named if Path(label).name == Path(origin).name]) == 1:
+        return found[0]
+    raise MergeError(
+        f"companions_from: {'there is no' if not found else 'there is more than one'} fine-tuned model {origin!r}; "
+        f"name one of {', '.join(map(repr, named))}, or 'base'"
+    )
+
+
+def _replaced(base: Companions, model: Companions, label: str, plan: Plan) -> dict[str, Path]:
+    """The base's files, those of a model in their place, and no mixture of two tokenizers."""
+    if not model.files:
+        raise MergeError(f"companions_from: {label} has no configuration beside its weights; name another model")
+    index = [each.label for each in plan.models].index(label)
+    for name in plan.rows:
+        if plan.models[index].spec(name).shape[0] != plan.base.spec(name).shape[0]:
+            raise MergeError(
+                f"companions_from: the tokenizer of {label} is for {plan.models[index].spec(name).shape[0]:,} rows of "
+                f"'{name}', and the result has {plan.base.spec(name).shape[0]:,}, the base's; name another model"
+            )
+    apart = tuple(f"{module}/" for module in model.modules if module not in base.modules)
+    taken = {name: path for name, path in model.files.items() if not name.startswith(apart)}
+    if apart:
+        taken.pop("modules.json", None)
+    tokenizer, template = any(map(_VOCABULARY.fullmatch, taken)), any(map(_TEMPLATE.fullmatch, taken))
+    template = template or "chat_template" in (find_object(taken.get(_TOKENIZER_CONFIG, Path())) or {})
+    kept = {
+        name: path
+        for name, path in base.files.items()
+        if not (tokenizer and _TOKENIZER.fullmatch(name)) and not (template and _TEMPLATE.fullmatch(name))
+    }
+    return {**kept, **taken}

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 
 _DTYPES = ("dtype", "torch_dtype")
+_OF_WEIGHTS = {*_DTYPES, "architectures", "auto_map", "vocab_size", "tie_word_embeddings"}
+_OF_WEIGHTS |= {"id2label", "label2id", "num_labels", "problem_type"}  # of the head, which is the base's
 
 
 def with_dtype(config: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
@@ -24,6 +26,19 @@ def with_dtype(config: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     name = str(dtype if dtype.itemsize > 1 else torch.bfloat16).removeprefix("torch.")
     own = {key: name for key in _DTYPES if key in config} or {"dtype": name}
     return {**_changed(config, name), **own}
+
+
+def with_weights_of(config: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Any]:
+    """A fine-tuned model's configuration for weights that are named, typed and tied like the base's.
+
+    Args:
+        config: the contents of the fine-tuned model's `config.json`.
+        base: those of the base's.
+    """
+    own = {key: value for key, value in base.items() if key in _OF_WEIGHTS}
+    changed = {**{key: value for key, value in config.items() if key not in _OF_WEIGHTS}, **own}
+    dtype = next((base[key] for key in _DTYPES if isinstance(base.get(key), str)), None)
+    return _changed(changed, dtype) if dtype else changed
 
 
 def _changed(config: Mapping[str, Any], name: str) -> dict[str, Any]:

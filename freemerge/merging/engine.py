@@ -6,6 +6,7 @@ import gc
 import hashlib
 import json
 import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -23,11 +24,12 @@ from freemerge.checkpoints.places import expand, landing
 from freemerge.checkpoints.safetensors_files import storage_order
 from freemerge.merging.adapter_output import by_target, cut, write_adapter
 from freemerge.merging.bases import check_bases
-from freemerge.merging.companions import Files, choose_files, look_around
-from freemerge.merging.errors import MergeError
+from freemerge.merging.companions import Files, choose_files
+from freemerge.merging.errors import MergeError, MergeWarning
 from freemerge.merging.forecast import Forecast, forecast
 from freemerge.merging.merging import Memory, Merging, Meter
 from freemerge.merging.method import MergeMethod
+from freemerge.merging.parts import look_around
 from freemerge.merging.per_pattern import with_overrides
 from freemerge.merging.plan import Plan, make_plan
 from freemerge.merging.processes import Processes
@@ -52,6 +54,7 @@ def merge(
     resume: bool = False,
     shard_size: int | str = "5GB",
     hash_inputs: bool = True,
+    companions_from: str | None = None,
     device: torch.device | str | None = None,
     distributed: bool = False,
     dry_run: bool = False,
@@ -91,6 +94,9 @@ def merge(
             unless those are left out: then by their names) and all parameters are the same; and keep what is finished
             if this one fails.
         hash_inputs: record hashes of all inputs in the folder's `freemerge.json`, which takes a pass over them.
+        companions_from: whose files a folder takes: the name or path of a fine-tuned model, for its configuration,
+            tokenizer and chat template, with the base's where it has none; "base"; or None for the base's and a
+            `MergeWarning` of what all fine-tuned models have otherwise.
         device: where to compute, for example "cuda"; None for where the tensors are. Files are read and written by
             threads, each with a stream of its own, so that copies and arithmetic overlap.
         distributed: share the work with all processes of torch.distributed's default group. Each must make this same
@@ -117,12 +123,14 @@ def merge(
         raise MergeError(f"a {'distributed' if distributed else 'resumed'} merge has to write its result")
     if resume and output_format == "lora":
         raise MergeError("the merge into an adapter cannot be resumed: nothing of it is on the disk before its end")
+    is_folder = output is not None and output.suffix != ".safetensors" and output_format == "model"
+    if companions_from is not None and not is_folder:
+        raise MergeError("companions_from is of a model's folder; give output= a path without the ending .safetensors")
     shard_bytes = parse_size(shard_size)
     method = with_overrides(method, overrides)
     with _collector_paused():
         opened = open_checkpoint(base, label=None if isinstance(base, (str, os.PathLike)) else "base")
         models = [open_checkpoint(source, label=label) for label, source in labelled]
-        is_folder = output is not None and output.suffix != ".safetensors" and output_format == "model"
         around = look_around(sources, [opened, *models]) if is_folder else None
         plan = make_plan(
             opened,
@@ -134,12 +142,14 @@ def merge(
             parse_device(device),
             [found.modules for found in around] if around else None,
         )
-        beside = choose_files(around, plan.dtype) if around else None
+        beside = choose_files(around, plan, companions_from) if around else None
         layout = read_layout(plan.base) if output_format == "lora" else None
     method.check([model.label for model in plan.models])
     processes = Processes(distributed)
     try:
         processes.first(lambda: check_bases(plan.base, plan.models))
+        if beside is not None and beside.note and processes.rank == 0:
+            warnings.warn(beside.note, MergeWarning, stacklevel=2)
         meter = Meter(plan, method, progress, processes.size)
         if dry_run:
             return forecast(plan, method, _shards(plan, output, shard_bytes, beside), meter.total)

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from freemerge.checkpoints import Checkpoint, TensorSpec
 from freemerge.checkpoints.pages import fresh
-from freemerge.merging.companions import join_modules
 from freemerge.merging.errors import MergeError
+from freemerge.merging.parts import join_modules
 from freemerge.merging.patterns import select, unmatched
 from freemerge.merging.processes import Processes
 from freemerge.merging.quantized import check_quantized

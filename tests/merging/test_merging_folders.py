@@ -159,9 +159,11 @@ def test_companions_are_copied_with_their_folders(tmp_path, inputs):
     assert (output / "vocab.bpe").read_bytes() == b"\xff\x00"
     record = json.loads((output / "freemerge.json").read_text())
     assert record["files"] == {
+        "from": "base",
         "copied": ["additional_chat_templates/tools.jinja", "config.json", "vocab.bpe"],
         "modules": [],
         "left_out": ["outside/", "tf_model.h5"],
+        "note": None,
     }
 
 

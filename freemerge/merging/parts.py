@@ -1,0 +1,73 @@
+"""What lies around the weights of the models, and the parts of them that have weights of their own."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+from freemerge.checkpoints import Checkpoint, open_checkpoint
+from freemerge.checkpoints.companions import Companions, find_companions, top_companions
+from freemerge.checkpoints.opening import WEIGHT_FILES, Source
+from freemerge.checkpoints.places import expand, snapshot
+
+_NONE = Companions({}, [], [], [])
+
+
+def look_around(sources: Sequence[Source], checkpoints: Sequence[Checkpoint]) -> list[Companions]:
+    """What lies around the weights of each model that has a configuration beside them.
+
+    Args:
+        sources: the models as they were named; those that are paths may lie inside one another.
+        checkpoints: the same, opened.
+
+    Raises:
+        CheckpointError: a folder cannot be read.
+    """
+    paths = [snapshot(expand(source)) if isinstance(source, (str, os.PathLike)) else None for source in sources]
+    apart = [path for path in paths if path is not None]
+    return [
+        _NONE
+        if checkpoint.folder is None
+        else find_companions(checkpoint.folder, apart)
+        if path is None or path.is_dir() or path.name in WEIGHT_FILES
+        else top_companions(checkpoint.folder)
+        for path, checkpoint in zip(paths, checkpoints, strict=True)
+    ]
+
+
+def join_modules(
+    base: Checkpoint, models: Sequence[Checkpoint], modules: Sequence[Sequence[str]]
+) -> tuple[Checkpoint, tuple[Checkpoint, ...]]:
+    """The models with their parts that have weights of their own, whose tensors are called `2_Dense/linear.weight`.
+
+    A fine-tuned model without a part that the base has counts as one that did not change it.
+
+    Args:
+        base: the pretrained model.
+        models: the fine-tuned models.
+        modules: for the base, then for each model: the folders in its own that hold a part.
+
+    Raises:
+        CheckpointError: the weights of a part cannot be opened.
+    """
+    own, *others = (
+        {name: _open_part(checkpoint, name) for name in names}
+        for checkpoint, names in zip((base, *models), modules, strict=True)
+    )
+    joined = []
+    for model, parts in zip(models, others, strict=True):
+        whole = model
+        for part in parts.values():
+            whole = whole.joined(part)
+        source = whole.source
+        for name, part in own.items():
+            whole = whole if name in parts else whole.joined(part)
+        whole.source = source
+        joined.append(whole)
+    for part in own.values():
+        base = base.joined(part)
+    return base, tuple(joined)
+
+
+def _open_part(checkpoint: Checkpoint, name: str) -> Checkpoint:
+    return open_checkpoint(checkpoint.folder / name, label=f"{checkpoint.label}/{name}").under(f"{name}/")
