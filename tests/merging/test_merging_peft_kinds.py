@@ -9,7 +9,7 @@ import torch
 import transformers
 from torch import nn
 
-from freemerge.checkpoints import CheckpointError, open_checkpoint, save_checkpoint
+from freemerge.checkpoints import CheckpointError, load_checkpoint, open_checkpoint, save_checkpoint
 from freemerge.merging import PCBMerging, TaskArithmetic, merge
 
 
@@ -49,6 +49,7 @@ CASES = {
     "adalora, modules to save": (
         Net, peft.AdaLoraConfig(init_r=3, total_step=10, target_modules=["mid"], modules_to_save=["norm", "first"])
     ),
+    "layer norms": (Net, peft.LNTuningConfig(target_modules=["norm"])),
     "vera": (Net, peft.VeraConfig(r=4, target_modules=LINEAR)),
     "vera, projection drawn again": (Net, peft.VeraConfig(r=4, target_modules=LINEAR, save_projection=False)),
     "vera, conv1d": (gpt2, peft.VeraConfig(r=4, target_modules=["c_attn", "c_fc"], fan_in_fan_out=True)),
@@ -103,6 +104,28 @@ def test_peft_agrees(tmp_path, case):
     assert changed
 
 
+def test_adalora_whose_training_has_dropped_ranks(tmp_path):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 12), nn.Linear(12, 8))
+    base = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    config = peft.AdaLoraConfig(init_r=6, target_r=2, total_step=8, tinit=1, tfinal=2, target_modules=["0", "1"])
+    wrapped = peft.get_peft_model(model, config)
+    optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.1)
+    for step in range(8):
+        wrapped(torch.randn(4, 8)).square().sum().backward()
+        optimizer.step()
+        wrapped.base_model.update_and_allocate(step)
+        optimizer.zero_grad()
+    wrapped.save_pretrained(tmp_path / "a")
+    ranks = [sum(kept) for kept in wrapped.peft_config["default"].rank_pattern.values()]
+    assert min(ranks) < 6
+    fresh = nn.Sequential(nn.Linear(8, 12), nn.Linear(12, 8))
+    fresh.load_state_dict(base)
+    expected = peft.PeftModel.from_pretrained(fresh, tmp_path / "a").merge_and_unload().state_dict()
+    for name, tensor in merge(base, [tmp_path / "a"], TaskArithmetic(1.0)).items():
+        torch.testing.assert_close(tensor, expected[name], rtol=2e-6, atol=2e-6)
+
+
 @pytest.mark.parametrize("case", ["loha", "oft", "road", "vera"])
 def test_runs_are_parts_of_the_whole(tmp_path, case):
     base, _ = write(tmp_path / "a", *CASES[case])
@@ -151,6 +174,17 @@ def test_what_peft_cannot_do_is_one_line(tmp_path):
     assert "\n" not in str(caught.value)
     change(tmp_path / "a", r=10**9)
     with pytest.raises(CheckpointError, match=r"adapter_config\.json: r is 1000000000, expected at most 65536"):
+        merge(base, [tmp_path / "a"], TaskArithmetic(1.0))
+
+
+@pytest.mark.parametrize("case", ["adalora", "loha", "vera"])
+def test_a_tensor_of_the_adapter_is_missing(tmp_path, case):
+    base, _ = write(tmp_path / "a", *CASES[case])
+    file = tmp_path / "a" / "adapter_model.safetensors"
+    tensors = load_checkpoint(file)
+    own = [name for name in tensors if ".first." in name]
+    save_checkpoint(file, {name: tensors[name] for name in tensors if name != own[-1]})
+    with pytest.raises(CheckpointError, match=r"'.*first.*' of the adapter is not in its file"):
         merge(base, [tmp_path / "a"], TaskArithmetic(1.0))
 
 

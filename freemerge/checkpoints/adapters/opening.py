@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,8 @@ from freemerge.checkpoints.adapters.peft_layers import can_compute, find_modules
 from freemerge.checkpoints.checkpoint import Checkpoint, TensorSpec
 from freemerge.checkpoints.errors import CheckpointError
 
-_KINDS = {"LORA": "LoRA", "IA3": "(IA)³", "TRAINABLE_TOKENS": "trainable tokens"}
+_WRAPPERS = re.compile(r"\.(?:modules_to_save|ln_tuning_layers)\.")
+_KINDS = {"LORA": "LoRA", "IA3": "(IA)³", "TRAINABLE_TOKENS": "trainable tokens", "LN_TUNING": "layer norms"}
 
 
 def open_adapter(folder: Path, label: str, weights: Checkpoint) -> Checkpoint:
@@ -47,7 +49,7 @@ def open_adapter(folder: Path, label: str, weights: Checkpoint) -> Checkpoint:
         changed |= found.keys()
     if both := sorted(changed & whole.keys()):
         raise CheckpointError(f"{folder}: the adapter holds the tensor '{both[0]}' and changes it as well")
-    if not changed:
+    if not changed and not (config.kind == "LN_TUNING" and whole):
         raise CheckpointError(f"{folder}: holds no LoRA factors and no (IA)³ vectors; is it a whole model?")
     return _Adapter(folder, label, weights, changes, modules, whole).checkpoint(None)
 
@@ -76,7 +78,7 @@ def _find_whole(names: Iterable[str]) -> dict[str, str]:
         # Of a layer inside its wrapper the bias may be trained, but the weight is the base's own; and with bias="all"
         # PEFT saves the biases of a module to save three times, the untrained ones as well.
         if ".original_module." not in name and (".base_layer." not in name or inner.endswith(".bias")):
-            whole[inner.replace(".modules_to_save.", ".")] = name
+            whole[_WRAPPERS.sub(".", inner)] = name
     return whole
 
 

@@ -37,6 +37,8 @@ _PREFIXES = {
 _SHARING = {"RANDLORA", "VBLORA", "VERA"}
 # Their differences do not depend on the base's values, and PEFT gives them as they are.
 _ADDED = {"ADALORA", "C3A", "FOURIERFT", "LOHA", "LOKR", "RANDLORA", "VBLORA", "VERA", "WAVEFT"}
+# PEFT cuts the ranks that training has dropped from what it made, before it looks at the file.
+_SIZED_LATER = {"ADALORA"}
 _CHANGE_BIASES = {"ROAD"}
 # Variants of LoRA that cannot be merged, or change which layers a model has.
 _NO_DIFFERENCE = {"alora_invocation_tokens", "arrow_config", "layer_replication", "use_qalora"}
@@ -193,13 +195,17 @@ class _Layers:
         holder = nn.Module()
         for module in modules:
             _put(holder, module, self._layer(module))
-        model = PeftModel(holder, self._settings(modules), low_cpu_mem_usage=True)
+        empty = self.adapter.config.kind not in _SIZED_LATER
+        model = PeftModel(holder, self._settings(modules), low_cpu_mem_usage=empty)
         stored = (*self.adapter.shared, *(name for module in modules for name in self.adapter.modules[module]))
         tensors = {name: self.adapter.weights.tensor(name).clone() for name in stored}
-        result = set_peft_model_state_dict(model, tensors, low_cpu_mem_usage=True)
-        empty = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
-        if wrong := [*result.unexpected_keys, *empty]:
-            known = "is not in its file" if wrong[0] in empty else "is in its file and unknown to PEFT"
+        result = set_peft_model_state_dict(model, tensors, low_cpu_mem_usage=empty)
+        missing = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
+        missing += [
+            name for name in result.missing_keys if f".{_PREFIXES[self.adapter.config.kind]}" in name and not empty
+        ]
+        if wrong := [*result.unexpected_keys, *missing]:
+            known = "is not in its file" if wrong[0] in missing else "is in its file and unknown to PEFT"
             raise CheckpointError(
                 f"{self.adapter.config.path.parent}: '{wrong[0]}' of the adapter {known}; save the adapter again"
             )
