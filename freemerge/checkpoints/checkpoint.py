@@ -43,6 +43,7 @@ class Checkpoint(Mapping[str, Tensor]):
             values): returns the model's tensors, given the base. See `on`.
         folder: where the files lie that describe this model (configuration, tokenizer), if there is such a folder.
         metadata: what the file says of itself, for files that can.
+        buffers: names of tensors that are buffers of a module, not its parameters.
     """
 
     def __init__(
@@ -59,6 +60,7 @@ class Checkpoint(Mapping[str, Tensor]):
         bind: Callable[[Checkpoint], Checkpoint] | None = None,
         folder: Path | None = None,
         metadata: Mapping[str, str] | None = None,
+        buffers: Iterable[str] = (),
     ) -> None:
         self.label = label
         self.tied = dict(tied or {})
@@ -68,6 +70,7 @@ class Checkpoint(Mapping[str, Tensor]):
         self.source: Mapping[str, Tensor] = self if source is None else source
         self.folder = folder
         self.metadata = dict(metadata or {})
+        self.buffers = frozenset(buffers)
         self._specs = dict(specs)
         self._read = read
         self._bind = bind
@@ -187,6 +190,7 @@ class Checkpoint(Mapping[str, Tensor]):
             _read=lambda name, run: (other if name in other._specs else self)._read(name, run),
             tied={**self.tied, **other.tied},
             deltas=self.deltas | other.deltas,
+            buffers=self.buffers | other.buffers,
         )
         if self.source is not self:
             found.source = ChainMap(other.source, self.source)
@@ -207,6 +211,7 @@ class Checkpoint(Mapping[str, Tensor]):
             _read=lambda name, run: self._read(old[name], run),
             tied=tied,
             deltas=frozenset(names[name] for name in self.deltas if name in names),
+            buffers=frozenset(names[name] for name in self.buffers if name in names),
         )
 
     def _changed(self, **attributes) -> Checkpoint:

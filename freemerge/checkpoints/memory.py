@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -11,12 +11,13 @@ from freemerge.checkpoints.checkpoint import Checkpoint, TensorSpec
 from freemerge.checkpoints.errors import CheckpointError
 
 
-def from_tensors(tensors: Mapping[str, Tensor], label: str) -> Checkpoint:
+def from_tensors(tensors: Mapping[str, Tensor], label: str, buffers: Iterable[str] = ()) -> Checkpoint:
     """A checkpoint over tensors in memory (or in a memory-mapped file); nothing is copied.
 
     Args:
         tensors: name → tensor, any shape and dtype, on any device.
         label: how messages call this model.
+        buffers: which of them are known to be buffers of a module, not its parameters.
 
     Raises:
         CheckpointError: a value is no tensor, is sparse, or is on the `meta` device and so has no data.
@@ -37,7 +38,7 @@ def from_tensors(tensors: Mapping[str, Tensor], label: str) -> Checkpoint:
         tensor = tensors[name].detach()
         return tensor if run is None else flat_run(tensor, *run)
 
-    return Checkpoint(label, specs, read, tied=find_tied(tensors))
+    return Checkpoint(label, specs, read, tied=find_tied(tensors), buffers=buffers)
 
 
 def find_tied(tensors: Mapping[str, Tensor]) -> dict[str, str]:

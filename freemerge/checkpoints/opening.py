@@ -80,7 +80,8 @@ def _open(source: Source, label: str | None) -> Checkpoint:
         return source if label is None else source.with_label(label)
     if isinstance(source, nn.Module):
         tensors = {name: value for name, value in source.state_dict().items() if isinstance(value, Tensor)}
-        return from_tensors(tensors, label or type(source).__name__)
+        buffers = [name for name, _ in source.named_buffers(remove_duplicate=False)]
+        return from_tensors(tensors, label or type(source).__name__, buffers)
     if isinstance(source, Mapping):
         return from_tensors(source, label or "state dict")
     if isinstance(source, (str, os.PathLike)):

@@ -57,6 +57,9 @@ class Candidates:
         allowed = _free_memory() // 2 if memory is None else memory
         self.in_memory = needed <= allowed
         self._vectors = _kept(vectors) if self.in_memory else vectors
+        self._averaged = {
+            name: add(self._base[name], self._plan.read(name).deltas.mean(dim=0)) for name in self._plan.averaged
+        }
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -77,7 +80,7 @@ class Candidates:
         """
         method.check(self.labels)
         statistics = self._survey(method)
-        merged: dict[str, Tensor] = {}
+        merged: dict[str, Tensor] = dict(self._averaged)
 
         def work(names: Iterator[str]) -> None:
             for name in names:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
+import logging
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from freemerge.checkpoints import Checkpoint, TensorSpec, open_checkpoint
 from freemerge.checkpoints.adapters.layout import Layout, read_layout
+from freemerge.checkpoints.buffers import is_statistic
 from freemerge.checkpoints.draft import Draft
 from freemerge.checkpoints.folder import check_folder, make_index, parse_size, plan_shards
 from freemerge.checkpoints.opening import WEIGHT_FILES, Source
@@ -35,6 +37,8 @@ from freemerge.merging.plan import Plan, make_plan
 from freemerge.merging.processes import Processes
 from freemerge.merging.provenance import make_files, make_record
 from freemerge.merging.threads import one_thread
+
+_log = logging.getLogger(__name__)
 
 
 def merge(
@@ -145,6 +149,12 @@ def merge(
         beside = choose_files(around, plan, companions_from) if around else None
         layout = read_layout(plan.base) if output_format == "lora" else None
     method.check([model.label for model in plan.models])
+    if any(map(is_statistic, plan.averaged)):
+        _log.warning(
+            "%d statistics of batch norms are averaged; running_mean and running_var that are measured anew on data of "
+            "all tasks suit the merged weights better: freemerge.models.reestimate_batch_norm",
+            len(plan.averaged),
+        )
     processes = Processes(distributed)
     try:
         processes.first(lambda: check_bases(plan.base, plan.models))
@@ -235,9 +245,12 @@ def _write_lora(
     overwrite: bool,
 ) -> None:
     """Write the folder of an adapter; the processes share the model's tensors."""
-    vectors = meter.vectors(processes)
-    statistics = method.survey(vectors)
-    differences = by_target(output, vectors, layout, lambda name, deltas: method.combine(name, deltas, statistics))
+    statistics = method.survey(meter.vectors(processes))
+
+    def combine(name: str, deltas: Tensor) -> Tensor:
+        return deltas.mean(dim=0) if name in plan.averaged else method.combine(name, deltas, statistics)
+
+    differences = by_target(output, meter.vectors(processes, averaged=True), layout, combine)
     parts = differences.map(lambda name, delta: cut(output, plan.base, layout, name, delta, rank, plan.dtype))
     processes.first(
         lambda: write_adapter(

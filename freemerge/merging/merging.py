@@ -87,9 +87,9 @@ class Meter:
         self.total = method.passes * sum(map(self._bytes, plan.merged)) // processes
         self._done = self._reported = 0
 
-    def vectors(self, processes: Processes) -> Vectors:
-        """The models' task vectors, whose reading counts."""
-        vectors = self._plan.vectors(processes)
+    def vectors(self, processes: Processes, averaged: bool = False) -> Vectors:
+        """The models' task vectors, whose reading counts; see `Plan.vectors`."""
+        vectors = self._plan.vectors(processes, averaged)
         if self._report is None:
             return vectors
 
@@ -138,6 +138,7 @@ class Merging:
         self._meter = meter
         self._shapes = {name: torch.Size(spec.shape) for name, spec in plan.specs.items()}
         self._merged = set(plan.merged)
+        self._averaged = plan.averaged
         # With one model the sum is the model's own vector, which is better seen as a whole (see `_merge`).
         self._finishes = method.finishes and len(plan.models) > 1
         self._whole = copies_of_largest(method, len(plan.models)) > 0
@@ -162,7 +163,7 @@ class Merging:
         run(self._work, self._jobs(names), cost=self._cost if largest else None, budget=budget, returned=returned)
 
     def _takes_whole(self, name: str) -> bool:
-        return self._whole and name in self._merged
+        return self._whole and name in self._merged and name not in self._averaged
 
     def _jobs(self, names: Sequence[str]) -> Iterator[str | Piece]:
         for name in names:
@@ -255,6 +256,8 @@ class Merging:
         self._put(name, start, torch.where(merged == before, single.to(result.device, result.dtype), result))
 
     def _combine(self, name: str, start: int | None, deltas: Tensor, shape: torch.Size) -> Tensor:
+        if name in self._averaged:
+            return deltas.mean(dim=0)
         if start is None:
             return self._checked(name, self._method.combine(name, deltas, self._statistics), shape)
         return self._checked(name, self._method.combine_run(name, start, deltas, self._statistics), shape)

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from freemerge.checkpoints import Checkpoint, TensorSpec
+from freemerge.checkpoints.buffers import is_constant, is_statistic
+from freemerge.checkpoints.marks import check_merged, without_marks
 from freemerge.checkpoints.pages import fresh
 from freemerge.merging.errors import MergeError
 from freemerge.merging.parts import join_modules
@@ -45,12 +47,13 @@ class Plan:
         base: the pretrained model.
         models: the fine-tuned models.
         merged: names of the tensors to merge.
-        kept: names of the tensors that stay as in the base (excluded, or not of floating point).
+        kept: names of the tensors that stay as in the base (excluded, not of floating point, or constants).
         tied: name → the name earlier in the base whose memory it shares, in the base and in every model.
         dtype: of the merged model's floating-point tensors; None for the base's own.
         embeddings: what became of vocabularies that differ, see `match_rows`.
         rows: of tensors whose vocabularies differ: how many leading rows of each model take part.
         device: where to compute; None for where the tensors are.
+        averaged: which of the merged ones are statistics, of which the mean is taken, whatever the method.
     """
 
     base: Checkpoint
@@ -62,6 +65,7 @@ class Plan:
     embeddings: str = "error"
     rows: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     device: torch.device | None = None
+    averaged: frozenset[str] = frozenset()
 
     @property
     def specs(self) -> dict[str, TensorSpec]:
@@ -108,15 +112,16 @@ class Plan:
         """Values of all models together in one piece; None for what suits a processor's cache."""
         return None if self.place.type == "cpu" else at_a_time(PIECE, self.place)
 
-    def vectors(self, processes: Processes | None = None) -> Vectors:
+    def vectors(self, processes: Processes | None = None, averaged: bool = False) -> Vectors:
         """The models' task vectors, computed from the checkpoints whenever they are asked for.
 
         Args:
             processes: those that share the passes.
+            averaged: whether with the statistics, which methods are not shown.
         """
         return Vectors(
             [model.label for model in self.models],
-            self.shapes,
+            {name: shape for name, shape in self.shapes.items() if averaged or name not in self.averaged},
             lambda name: self.read(name).deltas,
             lambda piece: self.read_again(piece).deltas,
             processes,
@@ -233,7 +238,9 @@ def make_plan(
         raise MergeError(f"the dtype of a merged model must be a floating-point one, not {dtype}")
     if repeated := sorted({m.label for m in models if sum(m.label == other.label for other in models) > 1}):
         raise MergeError(f"two fine-tuned models have the same name '{repeated[0]}'; give each its own")
-    models = tuple(model.relative_to(base.names).on(base) for model in models)
+    for checkpoint in (base, *models):
+        check_merged(checkpoint, base.names)
+    models = tuple(without_marks(model, base.names).relative_to(base.names).on(base) for model in models)
     if modules is not None:
         base, models = join_modules(base, models, modules)
 
@@ -247,14 +254,16 @@ def make_plan(
         check_quantized(checkpoint, selected)
     tied = {name: first for name, first in base.tied.items() if name in base and _tied_everywhere(name, first, models)}
     floating = [name for name in base.names if base.spec(name).dtype.is_floating_point and name not in tied]
-    merged = tuple(name for name in floating if name in selected)
+    merged = tuple(name for name in floating if name in selected and not is_constant(name, base.spec(name)))
+    buffers = base.buffers.union(*(model.buffers for model in models))
+    averaged = frozenset(name for name in merged if is_statistic(name) or name in buffers)
     taken = {*merged, *tied}
     kept = tuple(name for name in base.names if name not in taken)
     _compare(base, models, merged, selected)
     rows = match_rows(base, models, merged, embeddings)
     if not merged:
         raise MergeError("include and exclude leave no floating-point tensor of the base to merge")
-    return Plan(base, models, merged, kept, tied, dtype, embeddings, rows, device)
+    return Plan(base, models, merged, kept, tied, dtype, embeddings, rows, device, averaged)
 
 
 def _read(checkpoint: Checkpoint, what: str | Piece) -> Tensor:
@@ -330,7 +339,7 @@ def _compare(base: Checkpoint, models: Sequence[Checkpoint], merged: Sequence[st
                 )
         for name in model.names:
             extra = name not in base and name in selected and model.spec(name).dtype.is_floating_point
-            if extra and model.tied.get(name) not in base:
+            if extra and model.tied.get(name) not in base and not is_constant(name, model.spec(name)):
                 problems.append(
                     f"{model.label}: the tensor '{name}' with shape {list(model.spec(name).shape)} is not in "
                     f"{base.label}; if it is a head, leave it out with exclude=['{name}']"

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 from torch import Tensor
 
+from freemerge.checkpoints.buffers import is_statistic
 from freemerge.checkpoints.memory import find_tied, flat_run
 from freemerge.checkpoints.pages import fresh
 from freemerge.checkpoints.reading import keep_files_open
@@ -300,6 +301,8 @@ def apply_task_vector(
 ) -> dict[str, Tensor]:
     """θ = θ_base + scale · τ, in float32 and returned in the base's dtypes.
 
+    Statistics of batch norms lie between the base's and the vector's: for them λ counts as 0 at least and 1 at most.
+
     Args:
         base: the pretrained model's tensors.
         vector: name → task vector of the base's shape; tensors of the base that it does not name stay as they are.
@@ -319,8 +322,11 @@ def apply_task_vector(
                 f"the tensor '{name}' has shape {list(delta.shape)} in the task vector and {list(base[name].shape)} in "
                 "the base"
             )
+    scales = {False: scale, True: min(max(scale, 0.0), 1.0)}
     return {
-        name: add(tensor, scale * vector[name].to(tensor.device)) if name in vector else tensor.detach().clone()
+        name: add(tensor, scales[is_statistic(name)] * vector[name].to(tensor.device))
+        if name in vector
+        else tensor.detach().clone()
         for name, tensor in base.items()
     }
 
@@ -358,10 +364,12 @@ def merge_task_vectors(vectors: Sequence[Mapping[str, Tensor]], method: MergeMet
         return torch.stack([flat_run(vector[piece.name].detach(), *piece[1:]).to(torch.float32) for vector in vectors])
 
     labels = [f"task {index}" for index in range(len(vectors))]
-    source = Vectors(labels, {name: delta.shape for name, delta in first.items()}, read, read_piece)
+    shapes = {name: delta.shape for name, delta in first.items() if not is_statistic(name)}
+    source = Vectors(labels, shapes, read, read_piece)
     method.check(source.labels)
     statistics = method.survey(source)
-    return {name: method.combine(name, deltas, statistics) for name, deltas in source}
+    merged = {name: method.combine(name, deltas, statistics) for name, deltas in source}
+    return {name: merged[name] if name in merged else read(name).mean(dim=0) for name in first}
 
 
 def differences(base: Tensor, tensors: Sequence[Tensor], out: Tensor | None = None) -> Tensor:
