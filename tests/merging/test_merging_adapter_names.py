@@ -8,7 +8,7 @@ from fnmatch import fnmatch
 import pytest
 import torch
 import transformers
-from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
+from peft import AutoPeftModel, AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import save_file
 
 from freemerge.checkpoints import CheckpointError, load_checkpoint
@@ -224,18 +224,30 @@ def test_tasks_and_bases(tmp_path):
     assert 'base_model: "someone/mixtral-tiny"' in (adapter / "README.md").read_text()
 
 
-def test_without_a_name_on_the_hub_the_base_is_a_path(tmp_path):
+def test_without_a_name_on_the_hub_the_base_is_a_path(tmp_path, monkeypatch):
+    """A whole one, of the folder, whatever was given."""
     _, paths = make(tmp_path, "mixtral", changed=lambda name: "q_proj" in name)
-    adapter = merge(tmp_path / "base", paths, WeightAverage(), output=tmp_path / "a", output_format="lora", rank=8)
-    card = (adapter / "README.md").read_text()
-    assert "base_model:" not in card
+    monkeypatch.chdir(tmp_path)
+    adapter = merge("base/model.safetensors", paths, WeightAverage(), output="a", output_format="lora", rank=8)
+    assert "base_model:" not in (adapter / "README.md").read_text()
     assert json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"] == str(
         tmp_path / "base"
     )
-    loaded = AutoPeftModelForCausalLM.from_pretrained(adapter).merge_and_unload().state_dict()
+    monkeypatch.chdir("/")
+    loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path / adapter).merge_and_unload().state_dict()
     tuned = transformers.MixtralForCausalLM.from_pretrained(paths[0]).state_dict()
     name = "model.layers.1.self_attn.q_proj.weight"
     torch.testing.assert_close(loaded[name], tuned[name], rtol=1e-5, atol=1e-5)
+
+
+def test_a_model_without_a_task_of_peft(tmp_path):
+    _, paths = make(tmp_path, "vit", changed=lambda name: "q_proj.weight" in name)
+    adapter = merge(tmp_path / "base", paths, WeightAverage(), output=tmp_path / "a", output_format="lora", rank=8)
+    loaded = AutoPeftModel.from_pretrained(adapter).merge_and_unload()
+    tuned = transformers.ViTForImageClassification.from_pretrained(paths[0]).state_dict()
+    assert isinstance(loaded, transformers.ViTForImageClassification)
+    for name, tensor in loaded.state_dict().items():
+        torch.testing.assert_close(tensor, tuned[name], rtol=1e-5, atol=1e-5, msg=name)
 
 
 def test_a_base_of_the_hubs_cache(tmp_path):

@@ -9,6 +9,7 @@ from typing import Any
 
 from freemerge.checkpoints.adapters.config import CONFIG
 from freemerge.checkpoints.adapters.layout import Layout
+from freemerge.checkpoints.architecture import CONFIG as ARCHITECTURE
 from freemerge.checkpoints.checkpoint import Checkpoint
 from freemerge.checkpoints.errors import CheckpointError
 from freemerge.checkpoints.json_files import read_object
@@ -48,7 +49,9 @@ def find_origin(base: Checkpoint, models: Sequence[Checkpoint], layout: Layout) 
         layout: of the base.
     """
     identity, revision = find_base_id(base, models)
-    path = base.label if Path(base.label).exists() else None
+    described = base.folder is not None and (base.folder / ARCHITECTURE).is_file()
+    place = base.folder if described else Path(base.label)
+    path = str(place.absolute()) if place.exists() else None
     task = layout.task
     if task is None and layout.model_class is None:
         told = {found.get("task_type") for model in models if (found := _adapter_settings(model)) is not None}
