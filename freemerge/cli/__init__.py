@@ -1,14 +1,20 @@
 """The command line, `python -m freemerge`: `fit`, `validate`, `test`, `predict` and `tune` for a suite, and `merge`.
 
+- `commands`: what can be said before anything large is imported: the commands, the help, the version.
 - `suite`: Lightning's CLI with a suite's pipeline behind it.
-- `merge`: the merge of finished checkpoints, which starts without Lightning and transformers.
-- `parsing`, `problems`: what both share: one-line errors that suggest the right name, environment variables, help.
+- `merge`, `run_merge`: the merge of finished checkpoints, which starts without Lightning and transformers.
+- `parsing`, `words`, `yaml_text`: what both share: options as people type them, files as they have them, help.
+- `problems`, `syntax`, `printing`, `ending`: errors are one line, suggest the right name, and speak of options.
 """
 
 from __future__ import annotations
 
 import os
 import sys
+
+from freemerge.cli import commands
+from freemerge.cli.ending import ended_by_sigterm, run_to_end
+from freemerge.cli.printing import escape_what_cannot_be_printed, fail
 
 
 def main(args: list[str] | None = None) -> int:
@@ -18,18 +24,51 @@ def main(args: list[str] | None = None) -> int:
         args: the arguments; those of the process if None.
 
     Returns:
-        The exit code: 0, or 2 after an error, which is then one line on stderr.
+        The exit code: 0; 2 after an error, which is then one line on stderr; 130 after Ctrl-C.
     """
+    escape_what_cannot_be_printed()
     arguments = sys.argv[1:] if args is None else list(args)
     if os.getcwd() not in sys.path:  # `freemerge` finds classes in the working directory as `python -m freemerge` does
         sys.path.append(os.getcwd())
-    if arguments[:1] == ["merge"]:
-        from freemerge.cli import merge
+    return run_to_end(lambda: _run(arguments))
 
-        parser = merge.build_parser()
-        config = parser.parse_args(arguments[1:])
-        parser.check_environment()
-        return merge.run(config)
+
+def _run(arguments: list[str]) -> int:
+    command = arguments[0] if arguments else ""
+    if command in ("-h", "--help"):
+        _show(commands.overview())
+    if command == "--version" or (command in commands.COMMANDS and "--version" in arguments):
+        _show(commands.version() + "\n")
+    if command == "merge":
+        return _merge(arguments[1:])
+    if not set(arguments) & commands.COMMANDS.keys() and "FREEMERGE_SUBCOMMAND" not in os.environ:
+        from freemerge.cli.problems import closest
+
+        known = ", ".join(commands.COMMANDS)
+        if not command or command.startswith("-"):
+            fail(f"name a command: {known}")
+        fail(f"there is no command '{command}'{closest(command, commands.COMMANDS) or f'; commands: {known}'}")
     from freemerge.cli import suite
 
     return suite.run(arguments)
+
+
+def _merge(arguments: list[str]) -> int:
+    from freemerge.cli import merge
+
+    if {"-h", "--help"} & set(arguments):
+        _show(merge.help_text())
+    with ended_by_sigterm():
+        from freemerge.cli import run_merge
+
+        parser = merge.build_parser()
+        config = parser.parse_args(arguments)
+        parser.check_environment()
+        return run_merge.run(config)
+
+
+def _show(text: str) -> None:
+    """Print what was asked for, and exit."""
+    sys.stdout.write(text)
+    sys.stdout.flush()
+    sys.exit(0)

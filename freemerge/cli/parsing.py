@@ -10,13 +10,19 @@ import os
 import re
 import sys
 from argparse import Action, RawDescriptionHelpFormatter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NoReturn
 
+import jsonargparse
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace, _typehints
+from jsonargparse._paths import change_to_path_dir
 
+from freemerge.cli.printing import fail
 from freemerge.cli.problems import closest, explain, options, subcommands
+from freemerge.cli.words import kind_of, spell_out
+from freemerge.cli.yaml_text import read_configuration
 
 ENV_PREFIX = "FREEMERGE"
 
@@ -28,7 +34,11 @@ class HelpFormatter(DefaultHelpFormatter, RawDescriptionHelpFormatter):
         super().__init__(*args, **{**kwargs, "max_help_position": 30})
 
     def _format_action_invocation(self, action: Action) -> str:
-        return super(DefaultHelpFormatter, self)._format_action_invocation(action)
+        text = super(DefaultHelpFormatter, self)._format_action_invocation(action)
+        kind = kind_of(action)
+        if kind == "flag" and text.endswith("{true,false}"):
+            return text.replace("{true,false}", "[true|false]")
+        return f"{action.option_strings[0]} {action.dest.rpartition('.')[2].upper()} …" if kind else text
 
     def _expand_help(self, action: Action) -> str:
         text, found, known = super()._expand_help(action).partition(", known subclasses: ")
@@ -46,10 +56,28 @@ class OneLineErrors(ArgumentParser):
         defaults = {"allow_abbrev": False, "default_env": True, "env_prefix": ENV_PREFIX}
         super().__init__(*args, **{**defaults, "formatter_class": HelpFormatter, **kwargs})
 
-    def parse_args(self, *args: Any, **kwargs: Any) -> Namespace:
+    def parse_args(self, args: Sequence[str] | None = None, *more: Any, **kwargs: Any) -> Namespace:
         """Parse; a class that replaces another starts from its own defaults."""
+        words = list(sys.argv[1:] if args is None else args)
+        command = subcommands(self).get(words[0]) if words else None
+        try:
+            words = [words[0], *spell_out(words[1:], command)] if command else spell_out(words, self)
+        except ValueError as error:
+            self.error(str(error))
         with _fresh_arguments():
-            return super().parse_args(*args, **kwargs)
+            return super().parse_args(words, *more, **kwargs)
+
+    def parse_path(self, cfg_path: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Namespace:
+        """Parse a configuration file, in any Unicode encoding whatever the locale's is."""
+        if os.fspath(cfg_path) == "-":
+            return super().parse_path(cfg_path, *args, **kwargs)
+        path = Path(cfg_path).expanduser()
+        try:
+            text = read_configuration(path)
+        except ValueError as error:
+            self.error(str(error))
+        with change_to_path_dir(jsonargparse.Path(path, mode="fr")):
+            return self.parse_string(text, path.name, *args, **kwargs)
 
     def check_environment(self, subcommand: str | None = None) -> None:
         """Exit with an error if a variable with this parser's prefix names no option.
@@ -68,23 +96,7 @@ class OneLineErrors(ArgumentParser):
         """Say in one line what is wrong, and exit with code 2."""
         if not self.exit_on_error:
             super().error(message, ex)
-        fail(
-            explain(
-                message, getattr(ex, "subcommand_parser", None) or self, getattr(self, "args", None) or sys.argv[1:]
-            )
-        )
-
-
-def fail(message: str) -> NoReturn:
-    """Print an error and exit with code 2."""
-    print_error(message)
-    sys.exit(2)
-
-
-def print_error(message: object) -> None:
-    """Print an error as one line on stderr, its first word in red where there is a terminal."""
-    label = "\033[1;31merror:\033[0m" if sys.stderr.isatty() else "error:"
-    print(label, " ".join(str(message).split()), file=sys.stderr)
+        fail(explain(message, getattr(ex, "subcommand_parser", None) or self))
 
 
 @contextmanager

@@ -10,27 +10,32 @@ from __future__ import annotations
 import inspect
 import re
 from argparse import SUPPRESS
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from difflib import get_close_matches
 from importlib import import_module
-from pathlib import Path
 from typing import Any, NamedTuple, get_args, get_type_hints
 
-import yaml
 from jsonargparse import ArgumentParser
 
 
-def explain(message: str, parser: ArgumentParser, arguments: Sequence[str] = ()) -> str:
+def explain(message: str, parser: ArgumentParser) -> str:
     """One line for an error of jsonargparse.
 
     Args:
         message: what jsonargparse says.
         parser: the parser that was at work, of a subcommand if it was one's.
-        arguments: the command line, to tell which of its files is meant.
 
     Returns:
-        What is wrong, with a suggestion where a known name is close.
+        What is wrong, with a suggestion where a known name is close. A message of which nothing is known is returned
+        as it is.
     """
+    try:
+        return _explain(message, parser)
+    except Exception:  # looking up what was meant imports what the user named, and that may do anything
+        return message
+
+
+def _explain(message: str, parser: ArgumentParser) -> str:
     lines = message.splitlines()
     if found := re.match(r"unrecognized arguments: (.*)", message):
         return _unknown_argument(found[1], parser)
@@ -49,7 +54,7 @@ def explain(message: str, parser: ArgumentParser, arguments: Sequence[str] = ())
     if found := re.match(r"Option '(.*?)' is not accepted", message):
         return f"there is no key '{found[1]}'{closest(found[1], options(parser))}"
     if message.startswith("Problems parsing config:"):
-        return _unreadable(message, arguments)
+        return f"a configuration is not valid YAML: {' '.join(message.partition(':')[2].split())}"
     if lines and lines[0].startswith('Parser key "'):
         return _wrong_value(lines, parser)
     return message
@@ -66,9 +71,34 @@ def closest(name: str, known: Iterable[str]) -> str:
 
     Capitals and separators count for nothing: pcb-merging means PCBMerging.
     """
-    plain = {re.sub(r"[\W_]", "", other).lower(): other for other in known}
-    near = get_close_matches(re.sub(r"[\W_]", "", name).lower(), plain, n=1, cutoff=0.65)
+    plain = {_plain(other): other for other in known}
+    near = get_close_matches(_plain(name), plain, n=1, cutoff=0.65)
     return f"; did you mean '{plain[near[0]]}'?" if near else ""
+
+
+def combination(name: str, known: Iterable[str], key: str) -> str:
+    """What other tools' name of two merging methods in one, such as `dare_ties`, is here; nothing for other names.
+
+    Args:
+        name: that was given for a class.
+        known: the classes there are.
+        key: of the option that the class was given for.
+    """
+    plain = {re.sub("(?:merging|merge)$", "", _plain(other)): other for other in known}
+    parts = [_LINEAR if part == "linear" else plain.get(part) for part in re.split(r"[\W_]+", name.lower())]
+    if len(parts) != 2 or None in parts or not set(parts) <= set(plain.values()):
+        return ""
+    first, second = parts
+    if first != _WRAPPER:
+        return f"; {first} and {second} are methods of their own"
+    return (
+        f"; did you mean --{key} {first} --{key}.method {second}? In a file: "
+        f"{key.rpartition('.')[2]}: {{class_path: {first}, init_args: {{method: {second}}}}}"
+    )
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[\W_]", "", name).lower()
 
 
 def options(parser: ArgumentParser) -> list[str]:
@@ -93,18 +123,8 @@ def _unknown_argument(text: str, parser: ArgumentParser) -> str:
     return f"there is no option '{word}'{closest(word, [f'--{key}' for key in options(parser)])}"
 
 
-def _unreadable(message: str, arguments: Sequence[str]) -> str:
-    """Names the file, which jsonargparse does not."""
-    reason = " ".join(message.partition(":")[2].replace('in "<unicode string>", ', "at ").split())
-    for previous, argument in zip(("", *arguments), arguments, strict=False):
-        value = argument.removeprefix("--config=") if previous not in ("-c", "--config") else argument
-        try:
-            yaml.safe_load(Path(value).read_text())
-        except yaml.YAMLError:
-            return f"{value}: is not valid YAML: {reason}"
-        except (OSError, ValueError):
-            continue
-    return f"a configuration is not valid YAML: {reason}"
+_WRAPPER = "Dare"  # takes another method to hand the thinned task vectors on to
+_LINEAR = "TaskArithmetic"  # what a sum of task vectors is called here
 
 
 class _Leaf(NamedTuple):
@@ -158,7 +178,8 @@ def _wrong_value(lines: list[str], parser: ArgumentParser) -> str:
         return f"{key}: there is no module '{found[1]}'; is it misspelt, or not in the working directory?"
     if found := re.search(r"Expected a dot import path string: (.*)", best.text):
         known = sorted({each.__name__ for each in _classes(best, parser)})
-        hint = closest(found[1], known) or (f"; known: {', '.join(known)}" if known else "")
+        hint = combination(found[1], known, key) or closest(found[1], known)
+        hint = hint or (f"; known: {', '.join(known)}" if known else "")
         return f"{key}: there is no class '{found[1]}'{hint}"
     if found := re.search(r"Import path (\S+ )?does not correspond to a subclass of (\w+)", best.text):
         return f"{key}: {(found[1] or value or 'this').strip()} is not a {found[2]}"

@@ -34,7 +34,9 @@ from rich.console import Console
 
 import freemerge_callbacks  # noqa: F401 - short class names in configurations resolve once their module is imported
 from freemerge.cli import merge as merge_command
-from freemerge.cli.parsing import OneLineErrors, print_error
+from freemerge.cli.commands import ABOUT, COMMANDS
+from freemerge.cli.parsing import OneLineErrors
+from freemerge.cli.printing import print_error
 from freemerge.cli.problems import refusal
 from freemerge.data import TaskSuite
 from freemerge.distributed import in_process_group
@@ -71,13 +73,7 @@ _STAGE_SETTINGS = {
 }
 
 
-_COMMANDS = {
-    "fit": "Fine-tune on every task, merge, train experts and the router, and report.",
-    "validate": "Evaluate the finished FREE model on every task's validation data.",
-    "test": "Evaluate the finished FREE model on every task's test data.",
-    "predict": "Run the finished FREE model and write its predictions to a CSV file.",
-    "tune": "Search for a merging method's parameters, λ of each task, on validation data.",
-}
+_COMMANDS = {name: about for name, about in COMMANDS.items() if name != "merge"}
 _EPILOG = """Every option may also stand in a YAML file for --config; files layer, and later ones and options win.
 Environment variables count below files and options: FREEMERGE_{command}__TRAINER__MAX_EPOCHS=3.
 --print_config shows all settings; --model.help CLASS, --data.help CLASS, … explain a class's own."""
@@ -104,7 +100,7 @@ class FreemergeCLI(LightningCLI):
             parser_class=_Parser,
             parser_kwargs={
                 "prog": "python -m freemerge",
-                "description": "Fine-tune one backbone on several tasks, merge them, mend the merge with experts.",
+                "description": ABOUT,
                 "parser_mode": "omegaconf+",
             },
             args=args,
@@ -128,8 +124,7 @@ class FreemergeCLI(LightningCLI):
         if asked in _COMMANDS:
             return
         # For `--help` alone: `main` hands `merge` on before a parser with models and data is built.
-        about = "Merge finished checkpoints, without any data."
-        commands.add_subcommand("merge", merge_command.build_parser(), help=about)
+        commands.add_subcommand("merge", merge_command.build_parser(), help=COMMANDS["merge"])
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         if subcommand != "tune":

@@ -1,0 +1,74 @@
+"""What can be said of the command line before anything large is imported: its commands, its help, its version."""
+
+from __future__ import annotations
+
+import ast
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from pathlib import Path
+
+import freemerge
+
+COMMANDS = {
+    "fit": "Fine-tune on every task, merge, train experts and the router, and report.",
+    "validate": "Evaluate the finished FREE model on every task's validation data.",
+    "test": "Evaluate the finished FREE model on every task's test data.",
+    "predict": "Run the finished FREE model and write its predictions to a CSV file.",
+    "tune": "Search for a merging method's parameters, λ of each task, on validation data.",
+    "merge": "Merge finished checkpoints, without any data.",
+}
+
+ABOUT = "Fine-tune one backbone on several tasks, merge them, mend the merge with experts."
+
+_MERGING = "freemerge.merging"
+_METHOD = "MergeMethod"
+
+
+def version() -> str:
+    """The line that `--version` prints."""
+    return f"freemerge {freemerge.__version__}"
+
+
+def overview() -> str:
+    """The text of `python -m freemerge --help`."""
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {about}" for name, about in COMMANDS.items()]
+    parser = ArgumentParser(
+        prog="python -m freemerge",
+        usage="python -m freemerge COMMAND [options]",
+        description="\n".join([ABOUT, "", "commands:", *lines]),
+        epilog="`python -m freemerge COMMAND --help` lists the options of a command.",
+        formatter_class=RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="store_true", help="show freemerge's version and exit")
+    return parser.format_help()
+
+
+def methods() -> dict[str, str]:
+    """The merging methods: name of the class → what it is and where it is from, the first line of its module.
+
+    They are read from the sources, since the classes themselves need torch, which takes seconds to import.
+    """
+    homes: dict[str, str] = {}
+    for node in _parsed(_MERGING).body:
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(_MERGING):
+            homes |= {alias.name: node.module for alias in node.names}
+    modules = {module: _parsed(module) for module in dict.fromkeys(homes.values())}
+    bases = {
+        node.name: {base.id for base in node.bases if isinstance(base, ast.Name)}
+        for module in modules.values()
+        for node in module.body
+        if isinstance(node, ast.ClassDef)
+    }
+    found = {_METHOD}
+    while more := {name for name, parents in bases.items() if name not in found and parents & found}:
+        found |= more
+    return {
+        name: (ast.get_docstring(modules[homes[name]]) or "").partition("\n")[0]
+        for name in sorted(found & homes.keys() - {_METHOD}, key=str.lower)
+    }
+
+
+def _parsed(module: str) -> ast.Module:
+    path = Path(freemerge.__file__).parent.joinpath(*module.split(".")[1:])
+    path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+    return ast.parse(path.read_text(encoding="utf-8"))

@@ -1,0 +1,79 @@
+"""How a command ends that is stopped from outside: by a signal, by a reader that is gone, by a disk that is full.
+
+Each is one line on stderr, and the exit code that a shell gives to the same end: 128 + the number of the signal.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NoReturn
+
+from freemerge.cli.printing import print_error
+
+
+class Terminated(KeyboardInterrupt):
+    """The process was asked to end (SIGTERM)."""
+
+
+def run_to_end(command: Callable[[], int]) -> int:
+    """Run a command, whatever its end.
+
+    Args:
+        command: prints its own errors, those of an interruption too if it has more to say than that there was one.
+
+    Returns:
+        The exit code: the command's own; 130 after Ctrl-C, 143 after SIGTERM, 2 where its output cannot be written.
+    """
+    try:
+        code = command()
+        sys.stdout.flush()
+        return code
+    except Terminated:
+        return 128 + signal.SIGTERM
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    except BrokenPipeError:
+        _give_up_stdout()
+        print_error("the output was not read to its end (closed pipe)")
+        return 2
+    except OSError as error:
+        if error.filename is not None or not _is_broken(sys.stdout):
+            raise
+        _give_up_stdout()
+        print_error(f"the output cannot be written: {error.strerror}")
+        return 2
+
+
+@contextmanager
+def ended_by_sigterm() -> Iterator[None]:
+    """Within it, SIGTERM ends what runs as Ctrl-C does: cleanly."""
+    if threading.current_thread() is not threading.main_thread():  # which alone may say what signals do
+        yield
+        return
+
+    def end(*_: Any) -> NoReturn:
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _is_broken(stream: Any) -> bool:
+    try:
+        stream.flush()
+    except OSError:
+        return True
+    return False
+
+
+def _give_up_stdout() -> None:
+    """Let Python's own last flush at exit succeed."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

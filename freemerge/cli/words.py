@@ -1,0 +1,126 @@
+"""Options as people type them, turned into those that the parser reads.
+
+- `--overwrite` alone means `--overwrite true`; `--overwrite false` stays what it is.
+- `--finetuned a b`, and `--finetuned a --finetuned b`, mean `--finetuned '[a, b]'`; a list in brackets or a mapping
+  stays what it is, and replaces what an earlier one said.
+"""
+
+from __future__ import annotations
+
+import types
+from argparse import Action
+from collections.abc import Sequence
+from typing import Literal, Union, get_args, get_origin
+
+import yaml
+from jsonargparse import ArgumentParser
+
+from freemerge.cli.yaml_text import check_names, in_brackets
+
+
+def spell_out(words: Sequence[str], parser: ArgumentParser) -> list[str]:
+    """The words of a command line with one value for each option.
+
+    Args:
+        words: as they were typed, without the command.
+        parser: the command's; the types of its options say what they take.
+
+    Returns:
+        The same options, each flag with a value, each list in brackets.
+
+    Raises:
+        ValueError: a list in brackets is not what YAML takes for a list of names.
+    """
+    kinds = {
+        option: kind
+        for action in parser._actions
+        if (kind := kind_of(action))
+        for option in action.option_strings
+        if not option.endswith("+")
+    }
+    result: list[list[str]] = []
+    places: dict[str, int] = {}  # option → where in `result` its list stands
+    names: dict[str, list[str]] = {}  # option → its values so far
+    index = 0
+    while index < len(words):
+        option, equals, value = words[index].partition("=")
+        index += 1
+        kind = kinds.get(option)
+        if kind is None:
+            result.append([words[index - 1]])
+            continue
+        if kind == "flag":
+            bare = not equals and (index == len(words) or _is_option(words[index]))
+            result.append([option, "true"] if bare else [words[index - 1]])
+            continue
+        values = [value] if equals else []
+        while index < len(words) and not _is_option(words[index]):
+            values.append(words[index])
+            index += 1
+        whole = _as_one_value(values, option, kind)
+        if whole is not None or not values:
+            names.pop(option, None)
+            result.append([option, *([] if whole is None else [whole])])
+            continue
+        if option in names:
+            result[places[option]] = []
+        names[option] = [*names.get(option, []), *(each for item in values for each in _items(item))]
+        places[option] = len(result)
+        result.append([option, _as_list(names[option], kind)])
+    return [word for part in result for word in part]
+
+
+def kind_of(action: Action) -> str | None:
+    """What an option takes: `flag`, `names` (a list of strings), `values` (a list of numbers); None for all else."""
+    hint = getattr(action, "_typehint", action.type)
+    choices = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    if bool in choices:
+        return "flag"
+    lists = [get_args(choice)[0] for choice in choices if get_origin(choice) is list and get_args(choice)]
+    if not lists or {str, int, float} & set(choices):
+        return None
+    if lists[0] is str or get_origin(lists[0]) is Literal:
+        return "names"
+    return "values" if lists[0] in (int, float) else None
+
+
+def _is_option(word: str) -> bool:
+    return word.startswith("--") or word in ("-h", "-c")
+
+
+def _as_one_value(values: Sequence[str], option: str, kind: str) -> str | None:
+    """The text of a list, a mapping or null that was typed as such; None for names that stand for themselves."""
+    if not values:
+        return None
+    first, last = values[0], values[-1]
+    closing = {"[": "]", "{": "}"}.get(first[:1])
+    # Brackets without quotes, `[a, b]`, come from the shell as several words.
+    if closing and last.endswith(closing) and (len(values) == 1 or not first.endswith(closing)):
+        text = " ".join(values)
+        if kind == "names":
+            check_names(text, option)
+        return text
+    return first if len(values) == 1 and (kind == "values" or not _is_name(first)) else None
+
+
+def _is_name(text: str) -> bool:
+    """Whether a word is no null and no number."""
+    try:
+        return text != "" and isinstance(yaml.safe_load(text), (str, dict, list))
+    except (yaml.YAMLError, ValueError):  # the latter for the 31st of February
+        return True
+
+
+def _items(word: str) -> list[str]:
+    """The names in one word of several: itself, or those of a list in brackets."""
+    if word.startswith("[") and word.endswith("]"):
+        try:
+            found = yaml.safe_load(word)
+        except (yaml.YAMLError, ValueError):
+            return [word]
+        return [str(item) for item in found]
+    return [word]
+
+
+def _as_list(values: Sequence[str], kind: str) -> str:
+    return in_brackets(values) if kind == "names" else f"[{', '.join(values)}]"

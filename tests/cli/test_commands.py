@@ -1,0 +1,68 @@
+"""Help, version and a missing command need nothing large; the list of methods is that of the classes."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import freemerge
+from freemerge import merging
+from freemerge.cli.commands import COMMANDS, methods
+from freemerge.cli.merge import build_parser, help_text
+from freemerge.cli.problems import options
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "out", "error"),
+    [
+        (["--help"], 0, "\n  merge     Merge finished checkpoints", ""),
+        (["merge", "--help"], 0, "\n  --finetuned FINETUNED …", ""),
+        (["merge", "--base", "x", "-h"], 0, "\n  TSVMerge  ", ""),
+        (["--version"], 0, f"freemerge {freemerge.__version__}\n", ""),
+        (["merge", "--version"], 0, f"freemerge {freemerge.__version__}\n", ""),
+        ([], 2, "", "error: name a command: fit, validate, test, predict, tune, merge\n"),
+        (["--base", "a"], 2, "", "error: name a command: fit, validate, test, predict, tune, merge\n"),
+        (["fitt"], 2, "", "error: there is no command 'fitt'; did you mean 'fit'?\n"),
+    ],
+)
+def test_what_needs_no_torch_does_not_import_it(arguments, code, out, error) -> None:
+    script = f"""
+import sys
+from freemerge.cli import main
+try:
+    code = main({arguments!r})
+except SystemExit as end:
+    code = end.code
+assert "torch" not in sys.modules
+sys.exit(code)
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, encoding="utf-8")
+    assert (done.returncode, done.stderr) == (code, error)
+    assert out in done.stdout
+
+
+def test_the_methods_of_the_help_are_those_there_are() -> None:
+    kinds = [getattr(merging, name) for name in merging.__all__]
+    real = {
+        kind.__name__: sys.modules[kind.__module__].__doc__.splitlines()[0]
+        for kind in kinds
+        if isinstance(kind, type) and issubclass(kind, merging.MergeMethod) and kind is not merging.MergeMethod
+    }
+    assert methods() == real
+    assert {"Dare", "FRMerging", "PCBMerging", "Ties"} <= real.keys()
+
+
+def test_the_help_of_merge_has_every_option_of_its_parser() -> None:
+    text = help_text()
+    for option in set(options(build_parser())) - {"help", "method"}:
+        assert f"\n  --{option} " in text
+    assert "\n  --method METHOD" in text
+
+
+def test_commands_have_methods() -> None:
+    from freemerge.cli.suite import FreemergeCLI
+
+    assert all(hasattr(FreemergeCLI, name) for name in COMMANDS if name != "merge")
