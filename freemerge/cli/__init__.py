@@ -59,12 +59,10 @@ def _merge(arguments: list[str]) -> int:
     if {"-h", "--help"} & set(arguments):
         _show(merge.help_text())
     with ended_by_sigterm():
-        from freemerge.cli import run_merge
-
         parser = merge.build_parser()
         config = parser.parse_args(arguments)
         parser.check_environment()
-        return run_merge.run(config)
+        return merge.run(config)
 
 
 def _show(text: str) -> None:

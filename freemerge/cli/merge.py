@@ -27,11 +27,18 @@ def build_parser() -> jsonargparse.ArgumentParser:
     """The parser of `merge`; methods are named by class (`FRMerging`) or import path, with their parameters as options.
 
     Returns:
-        A parser whose `parse_args` result is what `run_merge.run` takes.
+        A parser whose `parse_args` result is what `run` takes.
     """
     from freemerge.merging import MergeMethod  # only here: --help comes without torch
 
     return _make_parser(MergeMethod)
+
+
+def run(config: jsonargparse.Namespace) -> int:
+    """Merge as a parsed configuration says; returns the exit code, see `run_merge.run`."""
+    from freemerge.cli import run_merge  # with torch, again
+
+    return run_merge.run(config)
 
 
 def help_text() -> str:
