@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import ClassVar
 
 import torch
@@ -79,6 +80,19 @@ class TinySuite(TaskSuite):
 
     def pretraining(self) -> Task:
         return self.build("corners")
+
+
+class NamesSuite(TinySuite):
+    """The same two under names that mean something to Python, torch or a state dict, and beyond ASCII."""
+
+    TASKS: ClassVar[tuple[str, ...]] = ("type", "v1.0 ü")
+
+    def build(self, name: str) -> Task:
+        like = TinySuite.TASKS[self.TASKS.index(name)]
+        return replace(TinySuite(seed=self.seed).build(like), name=name)
+
+    def pretraining(self) -> Task:
+        return self.build("type")
 
 
 class SlowSuite(TinySuite):

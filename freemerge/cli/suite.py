@@ -42,6 +42,7 @@ from freemerge.data import TaskSuite
 from freemerge.distributed import in_process_group
 from freemerge.evaluation import MultiTaskEvaluator, TaskMetric
 from freemerge.models import FreeModel
+from freemerge.models.backbones import names_own_backbone
 from freemerge.pipeline import (
     ExpertsSettings,
     FinetuneSettings,
@@ -247,14 +248,14 @@ class FreemergeCLI(LightningCLI):
 
     def validate(self, model: FineTuner, datamodule: TaskSuite, ckpt_path: str | None = None, **_: Any) -> None:
         """Evaluate the FREE model on validation data."""
-        self._evaluate("validate", datamodule, ckpt_path)
+        self._evaluate("validate", model, datamodule, ckpt_path)
 
     def test(self, model: FineTuner, datamodule: TaskSuite, ckpt_path: str | None = None, **_: Any) -> None:
         """Evaluate the FREE model on test data."""
-        self._evaluate("test", datamodule, ckpt_path)
+        self._evaluate("test", model, datamodule, ckpt_path)
 
-    def _evaluate(self, verb: str, suite: TaskSuite, ckpt_path: str | None) -> None:
-        evaluator = self._evaluator(suite, ckpt_path)
+    def _evaluate(self, verb: str, model: FineTuner, suite: TaskSuite, ckpt_path: str | None) -> None:
+        evaluator = self._evaluator(model, suite, ckpt_path)
         getattr(self.trainer, verb)(evaluator, datamodule=suite, verbose=False)
         if self.trainer.is_global_zero:
             from rich.table import Table
@@ -269,7 +270,7 @@ class FreemergeCLI(LightningCLI):
 
     def predict(self, model: FineTuner, datamodule: TaskSuite, ckpt_path: str | None = None, **_: Any) -> None:
         """Run the FREE model; write one line per sample: its routed task and class."""
-        evaluator = self._evaluator(datamodule, ckpt_path)
+        evaluator = self._evaluator(model, datamodule, ckpt_path)
         predictions = self.trainer.predict(evaluator, datamodule=datamodule)
         per_loader = predictions if len(datamodule.names) > 1 else [predictions]
         path = Path(self._get(self.config_init, "run").folder) / f"predictions{self._rank_suffix()}.csv"
@@ -290,13 +291,15 @@ class FreemergeCLI(LightningCLI):
     def _rank_suffix(self) -> str:
         return f"-rank{self.trainer.global_rank}" if self.trainer.world_size > 1 else ""
 
-    def _evaluator(self, suite: TaskSuite, ckpt_path: str | None) -> MultiTaskEvaluator:
+    def _evaluator(self, model: FineTuner, suite: TaskSuite, ckpt_path: str | None) -> MultiTaskEvaluator:
         """The finished model: the folder in `--ckpt_path`, or the run's own."""
         folder = Path(ckpt_path) if ckpt_path else Path(self._get(self.config_init, "run").folder) / "free_model"
         suite.prepare_data()
         tasks = {name: suite.task(name) for name in suite.names}
         metrics = {name: TaskMetric.of(task) for name, task in tasks.items()}
-        return MultiTaskEvaluator(FreeModel.from_pretrained(folder), suite.names, metrics=metrics)
+        # The folder may not import a class of the user's own; the configuration has built one already.
+        backbone = None if names_own_backbone(folder) else model.backbone
+        return MultiTaskEvaluator(FreeModel.from_pretrained(folder, backbone), suite.names, metrics=metrics)
 
     # -- trainers -----------------------------------------------------------------------------------------------------
 

@@ -29,6 +29,7 @@ from torch.utils.data import DataLoader
 
 from freemerge.data.mixture import TaskData, TaskMixture
 from freemerge.data.tasks import Task
+from freemerge.names import check_task_name
 
 # How data is loaded does not change what it is, and neither does which of it: these stay out of the identity.
 _LOADING = {"self", "tasks", "held_out", "batch_size", "eval_batch_size", "num_workers"}
@@ -87,6 +88,8 @@ class TaskSuite(L.LightningDataModule):
         self._names = chosen if tasks is None else tuple(tasks)
         if not self._names:
             raise ValueError(f"{type(self).__name__}: no task chosen; known tasks: {', '.join(self.available())}")
+        for name in (*self._names, *self.held_out):
+            check_task_name(type(self).__name__, name)
         self._check_once("chosen", (*self._names, *self.held_out))
         self._check_once("in shared_heads", [name for group in self.shared_heads for name in group])
 

@@ -18,7 +18,7 @@ from torch.nn.functional import one_hot
 from torchmetrics import Metric
 
 from freemerge.data.task_metrics import TaskMetric
-from freemerge.models import FreeOutput
+from freemerge.models import FreeOutput, TaskModules
 
 
 class LabelSpace:
@@ -81,7 +81,7 @@ class MultiTaskMetrics(nn.Module):
                 f"a metric for '{unknown[0]}', which is not among the tasks: {', '.join(label_space.tasks)}"
             )
         self.named: dict[str, TaskMetric] = {}
-        self.per_task = nn.ModuleDict()
+        self.per_task = TaskModules()
         for task in label_space.tasks:
             metric = metrics.get(task, TaskMetric())
             if isinstance(metric, Metric):
@@ -114,7 +114,9 @@ class MultiTaskMetrics(nn.Module):
             self.per_task[task].update(*metric.read(output, labels))
 
     def _own_outputs(self, task: str, output: FreeOutput, labels: Tensor) -> Tensor:
-        """A FreeModel's logits (B, C) in this task's label space, or its numbers (B, 1)."""
+        """A FreeModel's logits (B, C) in this task's label space, its numbers (B, 1) or its tokens (B, L, V)."""
+        if output.logits.dim() == 3:  # of a language model, whose tokens are the same for all tasks
+            return output.logits
         width = max(self.label_space.num_classes[task], 1)
         logits = output.logits[:, :width].clone()
         if self.named[task].kind == "classification":

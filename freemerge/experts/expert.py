@@ -132,6 +132,11 @@ def kind_of(expert: type[Expert]) -> str:
     return kind
 
 
+def is_known(kind: str) -> bool:
+    """Whether a class of experts of that kind has been imported."""
+    return kind in _KINDS
+
+
 def expert_class(kind: str) -> type[Expert]:
     """The class of experts of that kind.
 

@@ -2,6 +2,7 @@
 
 from freemerge.models.backbones import Backbone, extract_features, load_backbone
 from freemerge.models.batch_norm import batch_norms, reestimate_batch_norm
+from freemerge.models.by_task import TaskModules
 from freemerge.models.encoder import TransformersBackbone
 from freemerge.models.free import FreeModel, FreeOutput, TaskModel
 from freemerge.models.image_text import ImageTextBackbone
@@ -20,6 +21,7 @@ __all__ = [
     "ModuleBackbone",
     "Router",
     "TaskModel",
+    "TaskModules",
     "TorchvisionBackbone",
     "TransformersBackbone",
     "batch_norms",

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from freemerge.checkpoints import CheckpointError, save_checkpoint
+from freemerge.checkpoints import CheckpointError, load_checkpoint, save_checkpoint
 from freemerge.inputs import Inputs, to_device
+from freemerge.models.classes import import_class, is_own, name_of
 
 RECIPE = "backbone.json"
 WEIGHTS = "model.safetensors"
@@ -67,6 +68,25 @@ class Backbone(nn.Module):
         """The constructor's arguments with which `load_backbone` builds it again; None if that cannot be said."""
         return None
 
+    @classmethod
+    def from_recipe(cls, directory: str | Path, arguments: dict[str, Any]) -> Backbone:
+        """Build it again from its folder and what `recipe` said."""
+        backbone = cls(**arguments)
+        backbone.load_folder(directory)
+        return backbone
+
+    def load_folder(self, directory: str | Path) -> None:
+        """Load the weights of a folder that `save_pretrained` of such a backbone wrote.
+
+        Raises:
+            CheckpointError: if they are those of another model.
+        """
+        try:
+            self.load_weights(load_checkpoint(Path(directory) / WEIGHTS))
+        except RuntimeError as error:
+            said = " ".join(str(error).split())
+            raise CheckpointError(f"{directory}: its weights do not fit this {type(self).__name__} ({said})") from error
+
     def save_pretrained(self, directory: str | Path) -> None:
         """Write a folder that `load_backbone` loads: the weights, and the recipe where there is one."""
         directory = Path(directory)
@@ -76,26 +96,47 @@ class Backbone(nn.Module):
 
     def _write_recipe(self, directory: Path) -> None:
         if (arguments := self.recipe()) is not None:
-            text = json.dumps({"class": type(self).__name__, "arguments": arguments}, indent=2, ensure_ascii=False)
-            (directory / RECIPE).write_text(text + "\n")
+            text = json.dumps({"class": name_of(type(self)), "arguments": arguments}, indent=2, ensure_ascii=False)
+            (directory / RECIPE).write_text(text + "\n", encoding="utf-8")
 
 
-def load_backbone(directory: str | Path) -> Backbone:
-    """Load a folder written by `save_pretrained` of any of freemerge's own backbones.
+def names_own_backbone(directory: str | Path) -> bool:
+    """Whether `load_backbone` can load a folder without importing what is not freemerge's own."""
+    try:
+        return is_own(str(json.loads((Path(directory) / RECIPE).read_text(encoding="utf-8"))["class"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def load_backbone(directory: str | Path, trust_remote_code: bool = False) -> Backbone:
+    """Load a folder written by `save_pretrained` of a backbone.
+
+    Args:
+        directory: the folder.
+        trust_remote_code: whether a class from outside freemerge that the folder names may be imported.
 
     Raises:
-        CheckpointError: if the folder does not say how to build its backbone.
+        CheckpointError: if the folder does not say how to build its backbone, or by a class that may not be imported.
     """
     import freemerge.models
 
     path = Path(directory) / RECIPE
     if not path.is_file():
-        raise CheckpointError(f"{directory}: no {RECIPE}, so how to build the backbone is not known; give it built")
-    recipe = json.loads(path.read_text())
-    kind = getattr(freemerge.models, str(recipe.get("class")), None)
+        raise CheckpointError(
+            f"{directory}: no {RECIPE}, so how to build the backbone is not known; pass backbone=…, built"
+        )
+    recipe = json.loads(path.read_text(encoding="utf-8"))
+    name, give = str(recipe.get("class")), "pass backbone=…"
+    if is_own(name):
+        kind = getattr(freemerge.models, name, None)
+    else:
+        kind = import_class(name, str(directory), "the backbone", give, trust_remote_code)
     if not (isinstance(kind, type) and issubclass(kind, Backbone)):
         raise CheckpointError(f"{path}: freemerge has no backbone {recipe.get('class')!r}")
-    return kind.from_recipe(directory, recipe["arguments"])
+    try:
+        return kind.from_recipe(directory, recipe["arguments"])
+    except TypeError as error:
+        raise CheckpointError(f"{directory}: the backbone is a {name} that cannot be made ({error}); {give}") from error
 
 
 @torch.no_grad()

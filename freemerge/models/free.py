@@ -19,6 +19,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -30,8 +31,10 @@ from freemerge.experts.side_by_side import runs_side_by_side, side_by_side
 from freemerge.experts.ties import by_first_names, names_of_changes
 from freemerge.inputs import Inputs, batch_size, device_of, select
 from freemerge.models.backbones import Backbone
+from freemerge.models.by_task import TaskModules
 from freemerge.models.expert_state import LAYOUT, experts_from_state, experts_to_state, is_of_experts
 from freemerge.models.router import Router
+from freemerge.names import check_task_name
 
 _SHARES = 16  # soft routing's weights are multiples of 1/16, so that like samples can share a forward pass
 
@@ -44,6 +47,7 @@ class FreeOutput:
         task: (B,) int64, whose head has answered: an index into `tasks`, of the task each sample was routed to unless
             the caller named a task or head.
         logits: (B, C) of that task's head, where C is the largest number of classes; −inf past a head's own classes.
+            (B, L, V) of a language model, which has its own head.
         router_logits: (B, K) what the router said, or None where the caller named the task.
         tasks: the K task names.
         abstained: (B,) bool, where the router was not sure enough or the input too strange: no expert was used, and
@@ -63,8 +67,8 @@ class FreeOutput:
 
     @property
     def labels(self) -> Tensor:
-        """(B,) int64, the most likely class in that task's own label space."""
-        return self.logits.argmax(dim=1)
+        """(B,) int64, the most likely class in that task's own label space; (B, L) tokens of a language model."""
+        return self.logits.argmax(dim=-1)
 
 
 class FreeModel(nn.Module):
@@ -97,7 +101,9 @@ class FreeModel(nn.Module):
     ) -> None:
         super().__init__()
         self.backbone = backbone
-        self.heads = nn.ModuleDict(heads)
+        for task in heads:
+            check_task_name("FreeModel", task)
+        self.heads = TaskModules(heads)
         self.router = router
         self.class_names = {task: list(names) for task, names in (class_names or {}).items()}
         self.threshold = threshold
@@ -384,23 +390,31 @@ class FreeModel(nn.Module):
 
     def _logits(self, features: Tensor | None, answering: Tensor) -> Tensor:
         """(B, F) → (B, C), each sample by the head of the task `answering` names; −inf past its own classes."""
+        width = max(self._outputs(head) for head in self.heads.values())
         if features is None:  # an empty batch
-            width = max(self._outputs(task) for task in self.tasks)
             return torch.empty((0, width), device=answering.device)
-        width = max(self._outputs(task, features.shape[1]) for task in self.tasks)
         logits: Tensor | None = None
         on_cpu = answering.cpu()
         for index in on_cpu.unique().tolist():
             group = (on_cpu == index).nonzero().squeeze(1).to(answering.device)
             outputs = self.heads[self.tasks[index]](features[group])  # (b, C_k)
             if logits is None:
-                logits = outputs.new_full((len(features), width), float("-inf"))
-            logits[group, : outputs.shape[1]] = outputs
+                logits = outputs.new_full((len(features), *outputs.shape[1:-1], width), float("-inf"))
+            logits[group, ..., : outputs.shape[-1]] = outputs
         return logits
 
-    def _outputs(self, task: str, width: int | None = None) -> int:
-        """How many outputs a task's head has; one that is not linear is taken to leave the features' width."""
-        return getattr(self.heads[task], "out_features", width or self.backbone.feature_dim)
+    @torch.no_grad()
+    def _outputs(self, head: nn.Module) -> int:
+        """How many outputs a head has; one that does not say it is asked once."""
+        if isinstance(known := getattr(head, "out_features", None), int):
+            return known
+        if head not in _widths:
+            like = next(self.backbone.parameters())
+            twin = copy.deepcopy(head).eval()
+            _widths[head] = twin(torch.zeros(1, self.backbone.feature_dim, dtype=like.dtype, device=like.device)).shape[
+                -1
+            ]
+        return _widths[head]
 
     # -- files --------------------------------------------------------------------------------------------------------
 
@@ -412,11 +426,23 @@ class FreeModel(nn.Module):
             return save_free_model(self, directory)
 
     @classmethod
-    def from_pretrained(cls, directory, backbone: Backbone | None = None) -> FreeModel:
+    def from_pretrained(
+        cls,
+        directory,
+        backbone: Backbone | None = None,
+        *,
+        heads: Mapping[str, nn.Module] | None = None,
+        router: nn.Module | None = None,
+        trust_remote_code: bool = False,
+    ) -> FreeModel:
         """Load a folder written by `save_pretrained`; see `freemerge.models.free_folder`."""
         from freemerge.models.free_folder import load_free_model
 
-        return load_free_model(directory, backbone)
+        return load_free_model(directory, backbone, heads=heads, router=router, trust_remote_code=trust_remote_code)
+
+
+_widths: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
+"""Head that does not say how many outputs it has → how many these are."""
 
 
 def _mixable(expert: PackedExpert) -> bool:

@@ -1,101 +1,278 @@
 """A FREE model's folder: the merged backbone as its own library writes it, and beside it
 
-experts/<task>.safetensors   heads.safetensors   router.safetensors   freemerge.json
+experts/<task>.safetensors   shared_vectors/<i>.safetensors   heads.safetensors   router.safetensors   freemerge.json
+
+A folder runs no code by itself. Classes from outside freemerge and torch.nn are named in it; whoever loads it passes
+such objects, or says with `trust_remote_code=True` that these classes may be imported.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import tempfile
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
 from freemerge.checkpoints import CheckpointError, hash_tensors, load_checkpoint, save_checkpoint
-from freemerge.experts import MaskedExpert, PackedExpert, load_expert, save_expert
+from freemerge.experts import PackedExpert, load_expert, save_expert
+from freemerge.experts.expert import is_known, kind_of
 from freemerge.models.backbones import Backbone, load_backbone
+from freemerge.models.by_task import TaskModules
+from freemerge.models.classes import arguments_of, import_class, is_own, make, name_of
 from freemerge.models.free import FreeModel
-from freemerge.models.router import make_router
+from freemerge.models.heads import build_head, describe_head
+from freemerge.models.router import ConvRouter, EarlyRouter, make_router
 
-FORMAT = "freemerge-free-model-3"
+FORMAT = "freemerge-free-model-4"
+_OLD = "freemerge-free-model-3"  # every head is one linear layer, every class freemerge's own
+_OWN = (
+    "backbone.json", "router.safetensors", "experts/*.safetensors", "shared_vectors/*.safetensors",
+    "model*.safetensors", "model.safetensors.index.json",
+)  # fmt: skip
 
 
 def save_free_model(model: FreeModel, directory: str | Path) -> Path:
-    """Write a FREE model to a folder.
+    """Write a FREE model to a folder: all of it or nothing.
 
     Args:
         model: the model; experts keep the encoding of the files they came from, others are stored in int8.
-        directory: the folder, made if need be.
+        directory: the folder, made if need be; a FREE model that is there gives way to the new one, other files stay.
 
     Returns:
         The folder.
 
     Raises:
-        ValueError: for masked experts, whose shared task vector has no place in the folder.
+        ValueError: before anything is written, if a part says of itself what a folder cannot hold.
     """
     directory = Path(directory)
-    experts = model.packed_experts
-    for task, packed in experts.items():
-        if packed.kind is MaskedExpert:
-            raise ValueError(f"FreeModel: the expert of {task!r} shares a task vector, which the folder does not hold")
-    directory.mkdir(parents=True, exist_ok=True)
-    model.backbone.save_pretrained(directory)
-    merged_hash = hash_tensors(model.backbone.weights())
-    for task, packed in experts.items():  # unpacked one by one: they take six times the memory
-        expert = packed.unpacked().tagged(task=task, merged_hash=merged_hash)
-        save_expert(directory / "experts" / f"{task}.safetensors", expert)
-    save_checkpoint(directory / "heads.safetensors", model.heads.state_dict())
-    if model.router is not None:
-        save_checkpoint(directory / "router.safetensors", model.router.stored())
-    description = {
-        "format": FORMAT,
-        "merged_hash": merged_hash,
-        "tasks": {
-            task: {"num_classes": head.out_features, "class_names": model.class_names.get(task)}
-            for task, head in model.heads.items()
-        },
-        "experts": sorted(experts),
-        "router": model.router.config if model.router is not None else None,
-        "threshold": model.threshold,
-        "top_n": model.top_n,
-    }
-    (directory / "freemerge.json").write_text(json.dumps(description, indent=2, ensure_ascii=False) + "\n")
+    description = _describe(model)
+    with _staged(directory) as staged:
+        _write(model, staged, description)
     return directory
 
 
-def load_free_model(directory: str | Path, backbone: Backbone | None = None) -> FreeModel:
+def _describe(model: FreeModel) -> dict[str, Any]:
+    """What `freemerge.json` says, but for the hash; checks that every part can be written."""
+    heads, first = {}, {}
+    for task, head in model.heads.items():
+        same_as = first.setdefault(id(head), task)
+        described = describe_head(head, f"the head of {task!r}") if same_as == task else {"same_as": same_as}
+        heads[task] = {"head": described, "class_names": model.class_names.get(task)}
+    experts, shared = model.packed_experts, _shared_vectors(model)
+    classes = {task: packed.kind for task, packed in experts.items()}
+    for task, kind in classes.items():
+        try:
+            kind_of(kind)
+        except ValueError as error:
+            raise ValueError(f"FreeModel: the expert of {task!r} cannot be saved: {error}") from error
+    arguments_of(model.backbone, "FreeModel")
+    return {
+        "format": FORMAT,
+        "backbone": name_of(type(model.backbone)),
+        "tasks": heads,
+        "experts": sorted(experts),
+        "expert_classes": {
+            task: {"kind": kind_of(kind), "class": name}
+            for task, kind in classes.items()
+            if not is_own(name := name_of(kind))
+        },
+        "shared": {
+            task: next(i for i, vector in enumerate(shared) if vector is packed.shared)
+            for task, packed in experts.items()
+            if packed.shared is not None
+        },
+        "router": _describe_router(model.router) if model.router is not None else None,
+        "threshold": model.threshold,
+        "top_n": model.top_n,
+    }
+
+
+def _describe_router(router: nn.Module) -> dict[str, Any]:
+    if type(router) in (ConvRouter, EarlyRouter):
+        return router.config
+    arguments = arguments_of(router, "FreeModel: the router")
+    if arguments is None and isinstance(getattr(router, "config", None), dict):
+        arguments = {key: value for key, value in router.config.items() if key != "kind"}
+    return {"class": name_of(type(router)), "arguments": arguments}
+
+
+def _shared_vectors(model: FreeModel) -> list[Mapping]:
+    """The task vectors that masked experts share, each once."""
+    vectors: list[Mapping] = []
+    for packed in model.packed_experts.values():
+        if packed.shared is not None and not any(packed.shared is vector for vector in vectors):
+            vectors.append(packed.shared)
+    return vectors
+
+
+def _write(model: FreeModel, directory: Path, description: dict[str, Any]) -> None:
+    model.backbone.save_pretrained(directory)
+    merged_hash = hash_tensors(model.backbone.weights())
+    for task, packed in model.packed_experts.items():  # unpacked one by one: they take six times the memory
+        expert = packed.unpacked().tagged(task=task, merged_hash=merged_hash)
+        save_expert(directory / "experts" / f"{task}.safetensors", expert)
+    for index, vector in enumerate(_shared_vectors(model)):
+        save_checkpoint(directory / "shared_vectors" / f"{index}.safetensors", vector)
+    save_checkpoint(directory / "heads.safetensors", model.heads.state_dict())
+    if model.router is not None:
+        stored = getattr(model.router, "stored", model.router.state_dict)
+        save_checkpoint(directory / "router.safetensors", stored())
+    text = json.dumps({**description, "merged_hash": merged_hash}, indent=2, ensure_ascii=False)
+    (directory / "freemerge.json").write_text(text + "\n", encoding="utf-8")
+
+
+@contextmanager
+def _staged(directory: Path) -> Iterator[Path]:
+    """A folder to write to, whose files move to `directory` at the end; nothing is left of it if something fails.
+
+    `freemerge.json` moves last, so a folder that has it is whole.
+    """
+    directory = directory.resolve()
+    is_new = not directory.exists()
+    directory.mkdir(parents=True, exist_ok=True)
+    staged = Path(tempfile.mkdtemp(prefix=".partial-", dir=directory))
+    try:
+        yield staged
+        written = [path.relative_to(staged) for path in staged.rglob("*") if path.is_file()]
+        last, was_a_model = Path("freemerge.json"), (directory / "freemerge.json").exists()
+        (directory / last).unlink(missing_ok=True)
+        for path in sorted(written, key=lambda path: path == last):
+            if path == last and was_a_model:
+                _remove_old_files(directory, {directory / path for path in written})
+            (directory / path).parent.mkdir(parents=True, exist_ok=True)
+            os.replace(staged / path, directory / path)
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+        if is_new and not any(directory.iterdir()):
+            directory.rmdir()
+
+
+def _remove_old_files(directory: Path, written: Collection[Path]) -> None:
+    """Remove what an earlier FREE model left in the folder, so that none of its experts or shards stay."""
+    for pattern in _OWN:
+        for path in directory.glob(pattern):
+            if path not in written and path.is_file():
+                path.unlink()
+
+
+def load_free_model(
+    directory: str | Path,
+    backbone: Backbone | None = None,
+    *,
+    heads: Mapping[str, nn.Module] | None = None,
+    router: nn.Module | None = None,
+    trust_remote_code: bool = False,
+) -> FreeModel:
     """Load a folder written by `save_free_model`.
 
     Args:
         directory: the folder.
-        backbone: a backbone with the folder's merged weights, for classes of your own.
+        backbone: a backbone of the folder's kind, for classes of your own; it gets the folder's weights.
+        heads: task → head, for classes of your own; they get the folder's weights.
+        router: likewise.
+        trust_remote_code: whether classes from outside freemerge that the folder names may be imported, which runs
+            their modules' code.
 
     Raises:
-        CheckpointError: if the folder is not a FREE model, or an expert belongs to other merged weights.
+        CheckpointError: if the folder is not a FREE model, its files do not belong together, or it names a class that
+            may not or cannot be imported.
     """
-    directory = Path(directory)
-    try:
-        description = json.loads((directory / "freemerge.json").read_text())
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{directory}: not a FREE model (no freemerge.json)") from error
-    if description.get("format") != FORMAT:
-        raise CheckpointError(f"{directory}/freemerge.json: format {description.get('format')!r}, expected {FORMAT!r}")
+    directory, where = Path(directory), str(directory)
+    description = _read_description(directory)
     if backbone is None:
-        backbone = load_backbone(directory)
+        backbone = load_backbone(directory, trust_remote_code)
+    elif hash_tensors(backbone.weights()) != description["merged_hash"]:
+        backbone.load_folder(directory)
     merged_hash = hash_tensors(backbone.weights())
     if merged_hash != description["merged_hash"]:
         raise CheckpointError(
             f"{directory}: the merged backbone has hash {merged_hash[:12]}, freemerge.json says "
             f"{description['merged_hash'][:12]}; the folder's files do not belong together"
         )
-    experts = {  # packed one by one, for the same reason
-        task: PackedExpert(load_expert(directory / "experts" / f"{task}.safetensors", merged=merged_hash))
-        for task in description["experts"]
-    }
-    heads = {task: nn.Linear(backbone.feature_dim, info["num_classes"]) for task, info in description["tasks"].items()}
-    router = make_router(description["router"]) if description["router"] is not None else None
-    names = {task: info["class_names"] for task, info in description["tasks"].items() if info["class_names"]}
-    model = FreeModel(backbone, heads, experts, router, names, description["threshold"], description["top_n"])
-    model.heads.load_state_dict(load_checkpoint(directory / "heads.safetensors"))
+    own_heads = _load_heads(directory, description, backbone, heads or {}, trust_remote_code)
+    if router is None and description["router"] is not None:
+        router = _make_router(description["router"], where, trust_remote_code)
     if router is not None:
-        router.load_state_dict(load_checkpoint(directory / "router.safetensors"))
+        _load_state(router, load_checkpoint(directory / "router.safetensors"), where, "the router")
+    model = FreeModel(
+        backbone,
+        own_heads,
+        _load_experts(directory, description, merged_hash, trust_remote_code),
+        router,
+        {task: info["class_names"] for task, info in description["tasks"].items() if info["class_names"]},
+        description["threshold"],
+        description["top_n"],
+    )
     return model.eval()
+
+
+def _read_description(directory: Path) -> dict[str, Any]:
+    try:
+        description = json.loads((directory / "freemerge.json").read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{directory}: not a FREE model (no freemerge.json)") from error
+    except ValueError as error:
+        raise CheckpointError(f"{directory}/freemerge.json: damaged ({error}); save the model again") from error
+    found = description.get("format") if isinstance(description, dict) else None
+    if found not in (FORMAT, _OLD):
+        raise CheckpointError(f"{directory}/freemerge.json: format {found!r}, expected {FORMAT!r}")
+    return description
+
+
+def _load_heads(
+    directory: Path, description: Mapping[str, Any], backbone: Backbone, given: Mapping[str, nn.Module], trust: bool
+) -> dict[str, nn.Module]:
+    heads: dict[str, nn.Module] = {}
+    for task, info in description["tasks"].items():
+        described = info.get("head")
+        if task in given:
+            heads[task] = given[task]
+        elif described is None:  # of the old format
+            heads[task] = nn.Linear(backbone.feature_dim, info["num_classes"])
+        elif "same_as" in described:
+            heads[task] = heads[described["same_as"]]
+        else:
+            what, give = f"the head of {task!r}", f"pass heads={{{task!r}: …}}"
+            heads[task] = build_head(described, str(directory), what, give, trust)
+    if unknown := given.keys() - heads.keys():
+        raise CheckpointError(f"{directory}: heads given for {', '.join(unknown)}; its tasks: {', '.join(heads)}")
+    stored = {name: tensor.clone() for name, tensor in load_checkpoint(directory / "heads.safetensors").items()}
+    _load_state(TaskModules(heads), stored, str(directory), "a head", assign=True)  # in the dtype of the file
+    return heads
+
+
+def _load_state(module: nn.Module, state: Mapping[str, Any], where: str, what: str, assign: bool = False) -> None:
+    try:
+        module.load_state_dict(state, assign=assign)
+    except RuntimeError as error:
+        raise CheckpointError(f"{where}: {what} does not fit its file ({' '.join(str(error).split())})") from error
+
+
+def _load_experts(
+    directory: Path, description: Mapping[str, Any], merged_hash: str, trust: bool
+) -> dict[str, PackedExpert]:
+    vectors, experts = {}, {}
+    for task in description["experts"]:
+        if (named := description.get("expert_classes", {}).get(task)) is not None and not is_known(named["kind"]):
+            give = "import its module before"
+            import_class(named["class"], str(directory), f"the expert of {task!r}", give, trust)
+        index = description.get("shared", {}).get(task)
+        if index is not None and index not in vectors:
+            vectors[index] = load_checkpoint(directory / "shared_vectors" / f"{index}.safetensors")
+        path = directory / "experts" / f"{task}.safetensors"
+        expert = load_expert(path, merged=merged_hash, shared=vectors.get(index))
+        experts[task] = PackedExpert(expert)  # one by one: unpacked they take six times the memory
+    return experts
+
+
+def _make_router(description: Mapping[str, Any], where: str, trust: bool) -> nn.Module:
+    if (name := description.get("class")) is None:
+        return make_router(description)
+    kind = import_class(name, where, "the router", "pass router=…", trust)
+    return make(kind, description["arguments"], where, "the router", "pass router=…")

@@ -28,6 +28,15 @@ class HuggingFaceBackbone(Backbone):
         """Build it again from its folder and the rest of its arguments."""
         return cls(pretrained=str(directory), **arguments)
 
+    def load_folder(self, directory: str | Path) -> None:
+        """Load the weights of a Hugging Face folder, whatever its files call them."""
+        with without_progress_bars():
+            weights = (
+                type(self.model).from_pretrained(directory, dtype=next(self.model.parameters()).dtype).state_dict()
+            )
+        own = self.model.state_dict().keys()
+        self.model.load_state_dict({name: tensor for name, tensor in weights.items() if name in own})
+
 
 def load_model(
     who: str,

@@ -221,6 +221,16 @@ def test_a_task_that_the_suite_does_not_have_is_named(tmp_path, capsys) -> None:
     assert "bars" in _one_line(capsys)
 
 
+def test_tasks_whose_names_mean_something_elsewhere_run_to_the_end(tmp_path, capsys) -> None:
+    arguments = ["--config", TINY, "--run.folder", str(tmp_path), "--data.class_path", "tests.tiny.NamesSuite"]
+    assert main(["fit", *arguments, "--trainer.max_steps", "2", "--merge.scales", "[1.0]"]) == 0
+    scores = json.loads((tmp_path / "report.json").read_text())["rows"][-2]["scores"]
+    assert set(scores) == {"type", "v1.0 ü"}
+    assert main(["test", *arguments]) == 0
+    assert "v1.0 ü" in capsys.readouterr().out
+    assert (tmp_path / "free_model" / "experts" / "v1.0 ü.safetensors").is_file()
+
+
 def test_a_checkpoints_hyperparameters_do_not_beat_the_configuration(run: Path, tmp_path) -> None:
     checkpoint = torch.load(run / "finetune" / "bars" / "checkpoints" / "last.ckpt", weights_only=True)
     checkpoint["hyper_parameters"] = {"label_smoothing": 0.3, "warmup": 0.1}

@@ -215,8 +215,9 @@ def test_a_configuration_runs(name: str, tmp_path: Path, monkeypatch, capsys) ->
     (tmp_path / "overlay.yaml").write_text(yaml.safe_dump(overlay))
     monkeypatch.chdir(ROOT)
     arguments = ["fit", "--config", f"configs/{name}.yaml", "--config", str(tmp_path / "overlay.yaml")]
-    # Experts and router on one suite of texts and one of images with batch norm: the rest would only repeat it.
-    whole = name in ("text_lora", "torchvision_resnet")
+    # Experts and router on one suite of texts, one of images with batch norm, and a module that a folder cannot build:
+    # the rest would only repeat it.
+    whole = name in ("text_lora", "torchvision_resnet", "own_module")
     stages = [] if whole else ["--run.stages", "[pretrain, finetune, merge, evaluate]"]
     assert main([*arguments, "--run.folder", str(run), *stages]) == 0
     assert (run / "free_model").is_dir() == (not stages)

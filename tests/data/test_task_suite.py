@@ -352,3 +352,10 @@ def test_an_argument_that_is_not_kept_is_an_error() -> None:
 def test_derived_seeds_never_change() -> None:
     assert derive_seed(0) == 3456079177858693020
     assert derive_seed(0, "digits", "train") == 3767903712488063495
+
+
+@pytest.mark.parametrize("name", ["a/b", "", "..", "a\\b", "line\n"])
+def test_a_name_that_no_file_can_have_is_refused_before_anything_is_built(name: str) -> None:
+    suite = type("Named", (TaskSuite,), {"TASKS": (name, "bars")})
+    with pytest.raises(ValueError, match=r"Named: (a task has no name|the task .* cannot be called so)"):
+        suite()

@@ -1,0 +1,94 @@
+"""Classes that a folder names: freemerge's own by their names, all others by module path.
+
+A folder never imports anything by itself, as importing runs code: only if its caller says so.
+"""
+
+from __future__ import annotations
+
+import json
+from importlib import import_module
+from typing import Any
+
+from torch import nn
+
+from freemerge.checkpoints import CheckpointError
+
+
+def name_of(kind: type) -> str:
+    """What a folder calls a class: its name, if it is freemerge's own, or `package.module.Class`."""
+    own = kind.__module__.split(".")[0] == "freemerge"
+    return kind.__qualname__ if own else f"{kind.__module__}.{kind.__qualname__}"
+
+
+def is_own(name: str) -> bool:
+    """Whether a folder's name of a class is one of freemerge's own classes."""
+    return "." not in name
+
+
+def import_class(name: str, where: str, what: str, give: str, trust: bool) -> type:
+    """A class from outside freemerge.
+
+    Args:
+        name: `package.module.Class`.
+        where: the folder, for messages.
+        what: what it is the class of, for messages.
+        give: what the caller can do instead, such as `pass router=…`.
+        trust: whether the caller has said that what the folder names may be imported.
+
+    Raises:
+        CheckpointError: if it may not be imported, or cannot.
+    """
+    if not trust:
+        raise CheckpointError(
+            f"{where}: {what} is a {name}, and a folder runs no code by itself; {give}, or say "
+            "trust_remote_code=True if that class may be imported"
+        )
+    module, _, attribute = name.rpartition(".")
+    try:
+        while True:  # a class within a class
+            try:
+                found: Any = import_module(module)
+                break
+            except ModuleNotFoundError:
+                module, _, outer = module.rpartition(".")
+                attribute = f"{outer}.{attribute}"
+                if not module:
+                    raise
+        for part in attribute.split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError) as error:
+        raise CheckpointError(f"{where}: {what} is a {name}, which cannot be imported ({error}); {give}") from error
+    if not isinstance(found, type):
+        raise CheckpointError(f"{where}: {what} is a {name}, which is no class; {give}")
+    return found
+
+
+def make(kind: type, arguments: Any, where: str, what: str, give: str) -> Any:
+    """An object of a class from outside freemerge, from the arguments that its `recipe` wrote.
+
+    Raises:
+        CheckpointError: if there are none, or the class does not take them.
+    """
+    if not isinstance(arguments, dict):
+        raise CheckpointError(
+            f"{where}: {what} is a {name_of(kind)}, which says in no `recipe()` what it is made of; {give}"
+        )
+    try:
+        return kind(**arguments)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{where}: {what} is a {name_of(kind)} that cannot be made ({error}); {give}") from error
+
+
+def arguments_of(module: nn.Module, what: str) -> dict[str, Any] | None:
+    """What an object's `recipe()` says it is made of; None if it has none.
+
+    Raises:
+        ValueError: if that is nothing that JSON can hold.
+    """
+    recipe = getattr(module, "recipe", None)
+    arguments = recipe() if callable(recipe) else None
+    try:
+        json.dumps(arguments)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{what}: {type(module).__name__}.recipe() must give plain data ({error})") from error
+    return arguments
