@@ -53,7 +53,7 @@ class Companions(NamedTuple):
     left_out: list[str]  # files and folders that stay behind
 
 
-def find_companions(folder: Path, apart: Iterable[Path] = ()) -> Companions:
+def find_companions(folder: Path, apart: Iterable[Path] = (), below: bool = True) -> Companions:
     """What lies around the weights of a model folder, and below it.
 
     Links to files count as the files, links to folders are not followed.
@@ -61,6 +61,7 @@ def find_companions(folder: Path, apart: Iterable[Path] = ()) -> Companions:
     Args:
         folder: the model's.
         apart: files and folders of other models, which may lie inside this one.
+        below: look into the folders inside, too.
 
     Raises:
         CheckpointError: a folder cannot be read.
@@ -68,7 +69,7 @@ def find_companions(folder: Path, apart: Iterable[Path] = ()) -> Companions:
     others = {path.resolve() for path in apart}
     index = next((folder / name for name in WEIGHT_FILES if name.endswith(SUFFIX) and (folder / name).is_file()), None)
     own = {path.name for path in read_index(index).shards} if index else set()
-    found = _walk(folder, others)
+    found = _walk(folder, others, below)
     modules = {name.rpartition("/")[0] for name, path in found if path and name.rpartition("/")[2] in WEIGHT_FILES}
     result = Companions({}, [], sorted(modules - {""}), [])
     for name, path in found:
@@ -93,12 +94,11 @@ def find_companions(folder: Path, apart: Iterable[Path] = ()) -> Companions:
 
 def top_companions(folder: Path) -> Companions:
     """What lies beside a file of weights that is one of many in its folder: no other weights, nothing below."""
-    found = find_companions(folder)
-    files = {name: path for name, path in found.files.items() if "/" not in name and name not in found.weights}
-    return Companions(files, [], [], [])
+    found = find_companions(folder, below=False)
+    return Companions({name: path for name, path in found.files.items() if name not in found.weights}, [], [], [])
 
 
-def _walk(folder: Path, apart: set[Path]) -> list[tuple[str, Path | None]]:
+def _walk(folder: Path, apart: set[Path], deep: bool) -> list[tuple[str, Path | None]]:
     """Name and path of every file, sorted; None for the path of what stays behind as it is: a folder, a pipe."""
     found: list[tuple[str, Path | None]] = []
     below = [("", folder)]
@@ -122,6 +122,6 @@ def _walk(folder: Path, apart: set[Path]) -> list[tuple[str, Path | None]]:
                 or above.count("/") == _DEEPEST
             ):
                 found.append((f"{name}/", None))
-            else:
+            elif deep:
                 below.append((f"{name}/", path))
     return sorted(found)

@@ -114,7 +114,12 @@ def _open_path(path: Path, label: str) -> Checkpoint:
                 f"{path}: has shards ({shards[0].name}) and no model.safetensors{SUFFIX}, as an interrupted run leaves "
                 "them; write or download the model again"
             )
-        raise CheckpointError(f"{path}: no weights in this folder; expected one of {', '.join(WEIGHT_FILES)}")
+        if gone := [name for name in WEIGHT_FILES if (path / name).is_symlink()]:
+            link = path / gone[0]
+            raise CheckpointError(f"{link}: is a link to {os.readlink(link)}, which is not there; download it again")
+        inside = [f"{folder.name}/" for folder in sorted(path.iterdir()) if (folder / "config.json").is_file()]
+        hint = f", or give one of the folders inside: {', '.join(inside[:10])}" if inside else ""
+        raise CheckpointError(f"{path}: no weights in this folder; expected one of {', '.join(WEIGHT_FILES)}{hint}")
     if not path.exists():
         raise CheckpointError(f"{path}: does not exist; check the path (a model of the Hub must be downloaded first)")
     if path.name.endswith(SUFFIX):

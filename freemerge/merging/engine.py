@@ -31,7 +31,7 @@ from freemerge.merging.errors import MergeError, MergeWarning
 from freemerge.merging.forecast import Forecast, forecast
 from freemerge.merging.merging import Memory, Merging, Meter
 from freemerge.merging.method import MergeMethod
-from freemerge.merging.parts import look_around
+from freemerge.merging.parts import describe_parts, look_around
 from freemerge.merging.per_pattern import with_overrides
 from freemerge.merging.plan import Plan, make_plan
 from freemerge.merging.processes import Processes
@@ -135,7 +135,8 @@ def merge(
     with _collector_paused():
         opened = open_checkpoint(base, label=None if isinstance(base, (str, os.PathLike)) else "base")
         models = [open_checkpoint(source, label=label) for label, source in labelled]
-        around = look_around(sources, [opened, *models]) if is_folder else None
+        found = look_around(sources, [opened, *models])
+        around = found if is_folder else None
         plan = make_plan(
             opened,
             models,
@@ -144,7 +145,7 @@ def merge(
             parse_dtype(dtype),
             embeddings,
             parse_device(device),
-            [found.modules for found in around] if around else None,
+            [each.modules for each in around] if around else None,
         )
         beside = choose_files(around, plan, companions_from) if around else None
         layout = read_layout(plan.base) if output_format == "lora" else None
@@ -158,8 +159,9 @@ def merge(
     processes = Processes(distributed)
     try:
         processes.first(lambda: check_bases(plan.base, plan.models))
-        if beside is not None and beside.note and processes.rank == 0:
-            warnings.warn(beside.note, MergeWarning, stacklevel=2)
+        note = beside.note if beside is not None else describe_parts(found[1:])
+        if note and processes.rank == 0:
+            warnings.warn(note, MergeWarning, stacklevel=2)
         meter = Meter(plan, method, progress, processes.size)
         if dry_run:
             return forecast(plan, method, _shards(plan, output, shard_bytes, beside), meter.total)

@@ -69,5 +69,13 @@ def join_modules(
     return base, tuple(joined)
 
 
+def describe_parts(models: Sequence[Companions]) -> str | None:
+    """One line on the parts of fine-tuned models that only a folder can hold; None if they have none."""
+    names = list(dict.fromkeys(f"{module}/" for model in models for module in model.modules))
+    if not names:
+        return None
+    return f"the weights in {', '.join(names[:10])} are no part of the result; write a folder to have them merged"
+
+
 def _open_part(checkpoint: Checkpoint, name: str) -> Checkpoint:
     return open_checkpoint(checkpoint.folder / name, label=f"{checkpoint.label}/{name}").under(f"{name}/")

@@ -62,3 +62,16 @@ def test_a_folder_of_the_cache_is_its_main_snapshot(tmp_path):
     (tmp_path / "models--a--b" / "snapshots").mkdir(parents=True)
     with pytest.raises(CheckpointError, match="models--a--b: the cache holds no snapshot"):
         open_checkpoint(tmp_path / "models--a--b")
+
+
+def test_a_snapshot_whose_blob_is_gone_and_a_folder_of_models(tmp_path):
+    folder = tmp_path / "snapshot"
+    folder.mkdir()
+    (folder / "model.safetensors").symlink_to("../blobs/0123")
+    with pytest.raises(CheckpointError, match=r"model.safetensors: is a link to ../blobs/0123, which is not there"):
+        open_checkpoint(folder)
+    (folder / "model.safetensors").unlink()
+    save_checkpoint(folder / "0_Transformer" / "model.safetensors", {"w": torch.ones(1)})
+    (folder / "0_Transformer" / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"no weights in this folder; .* or give one of the folders inside: 0_Tr"):
+        open_checkpoint(folder)

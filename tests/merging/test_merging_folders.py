@@ -10,7 +10,7 @@ import torch
 
 from freemerge.checkpoints import CheckpointError, load_checkpoint, save_checkpoint
 from freemerge.checkpoints import draft as draft_module
-from freemerge.merging import MergeError, PCBMerging, TaskArithmetic, WeightAverage, merge
+from freemerge.merging import MergeError, MergeWarning, PCBMerging, TaskArithmetic, WeightAverage, merge
 
 BASE = {"layer.weight": torch.zeros(2, 2), "layer.bias": torch.zeros(2)}
 
@@ -115,6 +115,13 @@ def test_a_part_may_be_left_out_or_untouched(tmp_path):
     # An adapter, or any other file, changes nothing of it either; global statistics see the part.
     output = merge(base, [model / "model.safetensors", tuned], PCBMerging(1.0, clip=0.0), output=tmp_path / "pcb")
     assert load_checkpoint(output / "2_Dense")["linear.weight"].unique().tolist() == [7]
+
+
+def test_a_part_that_the_result_cannot_hold_is_said(tmp_path):
+    base, model = write(tmp_path / "base", dense=1.0), write(tmp_path / "a", value=1.0, dense=2.0)
+    for output in (None, tmp_path / "o.safetensors"):
+        with pytest.warns(MergeWarning, match=r"the weights in 2_Dense/ are no part of the result; write a folder"):
+            merge(base, [model], WeightAverage(), output=output)
 
 
 def test_a_part_that_the_base_has_not_is_named(tmp_path, inputs):
