@@ -80,7 +80,7 @@ def by_target(path: Path, vectors: Vectors, layout: Layout, combine: Callable[[s
             if part not in vectors.shapes:
                 continue
             delta = combine(part, vectors.read(part))
-            if place.shape == target.shape and len(target.parts) == 1:
+            if target.is_plain:
                 return delta
             if whole is None:
                 whole = torch.zeros(target.shape, device=delta.device)

@@ -51,6 +51,11 @@ class Target:
         """The name of the module that it belongs to."""
         return self.name.rpartition(".")[0]
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is one tensor of the files, as it is."""
+        return len(self.parts) == 1 and self.parts[0][1] == _whole(self.name, self.shape)
+
     def assemble(self, values: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device) -> Tensor:
         """The model's tensor from those of files; zero where one is not given.
 
@@ -59,7 +64,7 @@ class Target:
             dtype: of the result.
             device: of the result.
         """
-        if len(self.parts) == 1 and self.parts[0][0] in values and self.parts[0][1].shape == self.shape:
+        if self.is_plain and self.parts[0][0] in values:
             return values[self.parts[0][0]].to(device, dtype)
         whole = torch.zeros(self.shape, dtype=dtype, device=device)
         for name, place in self.parts:
@@ -112,7 +117,11 @@ def read_layout(base: Checkpoint) -> Layout:
     """
     architecture = read_architecture(base.folder)
     if architecture is not None:
-        places = architecture.locate(dict.fromkeys((*base.names, *base.tied)))
+        places = {
+            name: place
+            for name, place in architecture.locate(dict.fromkeys((*base.names, *base.tied))).items()
+            if place.shape == tuple(base.spec(name).shape)
+        }
         if any(name in places for name in base.names):
             return _of_architecture(architecture, places)
     targets = {}
