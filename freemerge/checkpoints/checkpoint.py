@@ -80,6 +80,11 @@ class Checkpoint(Mapping[str, Tensor]):
         """Names of the tensors, in storage order."""
         return tuple(self._specs)
 
+    @property
+    def bound(self) -> bool:
+        """Whether all is known of the tensors; of some adapters it is not before `on` has been called."""
+        return self._bind is None
+
     def has(self, name: str) -> bool:
         """Whether there is such a tensor, listed or as the name of a tied one that is left out."""
         return name in self._specs or name in self.tied
@@ -195,6 +200,15 @@ class Checkpoint(Mapping[str, Tensor]):
         if self.source is not self:
             found.source = ChainMap(other.source, self.source)
         return found
+
+    def derived(self, origin: Checkpoint, bind: Callable[[Checkpoint], Checkpoint]) -> Checkpoint:
+        """These tensors as another view of an opened model: stored as that one's are, and bound to a base as that one.
+
+        Args:
+            origin: the model.
+            bind: returns the view of `origin` that this one is, given the base under the names of this one.
+        """
+        return self._changed(source=origin.source, _bind=None if origin._bind is None else bind)
 
     def renamed(self, names: Mapping[str, str]) -> Checkpoint:
         """Some of the tensors, by other names.

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from freemerge.checkpoints import Checkpoint, TensorSpec, open_checkpoint
 from freemerge.checkpoints.adapters.layout import Layout, read_layout
-from freemerge.checkpoints.buffers import is_statistic
+from freemerge.checkpoints.buffers import is_constant, is_statistic
 from freemerge.checkpoints.draft import Draft
 from freemerge.checkpoints.folder import check_folder, make_index, parse_size, plan_shards
 from freemerge.checkpoints.opening import WEIGHT_FILES, Source
@@ -39,6 +39,7 @@ from freemerge.merging.provenance import make_files, make_record
 from freemerge.merging.threads import one_thread
 
 _log = logging.getLogger(__name__)
+_NAMED = 10  # tensors that a message names
 
 
 def merge(
@@ -156,6 +157,8 @@ def merge(
             "all tasks suit the merged weights better: freemerge.models.reestimate_batch_norm",
             len(plan.averaged),
         )
+    if output is not None:
+        _say_left_out(plan)
     processes = Processes(distributed)
     try:
         processes.first(lambda: check_bases(plan.base, plan.models))
@@ -181,6 +184,22 @@ def merge(
     finally:
         processes.close()
     return output
+
+
+def _say_left_out(plan: Plan) -> None:
+    """Name the tensors of the models that have no part in the merge."""
+    for model in plan.models:
+        # Constants and integers are nothing that was trained.
+        specs = {name: model.spec(name) for name in model.names}
+        names = [name for name in plan.left_out(model) if name not in specs or _is_trained(name, specs[name])]
+        if names:
+            more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+            text = f"{model.label}: left out, as the base has no such tensors: {', '.join(names[:_NAMED])}{more}"
+            warnings.warn(text, MergeWarning, stacklevel=3)
+
+
+def _is_trained(name: str, spec: TensorSpec) -> bool:
+    return spec.dtype.is_floating_point and not is_constant(name, spec)
 
 
 @contextmanager

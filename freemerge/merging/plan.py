@@ -18,7 +18,9 @@ from freemerge.checkpoints import Checkpoint, TensorSpec
 from freemerge.checkpoints.buffers import is_constant, is_statistic
 from freemerge.checkpoints.marks import check_merged, without_marks
 from freemerge.checkpoints.pages import fresh
+from freemerge.merging.alignment import align
 from freemerge.merging.errors import MergeError
+from freemerge.merging.misfits import Misfit, describe, find_misfits
 from freemerge.merging.parts import join_modules
 from freemerge.merging.patterns import select, unmatched
 from freemerge.merging.processes import Processes
@@ -27,7 +29,7 @@ from freemerge.merging.streaming import PIECE, Piece, at_a_time
 from freemerge.merging.threads import each, scratch
 from freemerge.merging.transfer import Transfer
 from freemerge.merging.vectors import COLUMNS, Vectors, subtract, widened
-from freemerge.merging.vocabulary import is_vocabulary, match_rows
+from freemerge.merging.vocabulary import match_rows
 
 
 class Operands(NamedTuple):
@@ -111,6 +113,11 @@ class Plan:
     def piece(self) -> int | None:
         """Values of all models together in one piece; None for what suits a processor's cache."""
         return None if self.place.type == "cpu" else at_a_time(PIECE, self.place)
+
+    def left_out(self, model: Checkpoint) -> list[str]:
+        """Tensors of a fine-tuned model that have no part in the merge because the base has no such ones."""
+        inside = (name for name in model.names if name not in self.base and model.tied.get(name) not in self.base)
+        return [*model.outside, *inside]
 
     def vectors(self, processes: Processes | None = None, averaged: bool = False) -> Vectors:
         """The models' task vectors, computed from the checkpoints whenever they are asked for.
@@ -213,8 +220,7 @@ def make_plan(
 ) -> Plan:
     """Check that the models fit the base and decide what becomes of every tensor.
 
-    A fine-tuned model that holds the base's tensors under a prefix (a Lightning module's `backbone.`) is read without
-    it.
+    Fine-tuned models may call their tensors otherwise than the base: see `align`.
 
     Args:
         base: the pretrained model.
@@ -240,7 +246,23 @@ def make_plan(
         raise MergeError(f"two fine-tuned models have the same name '{repeated[0]}'; give each its own")
     for checkpoint in (base, *models):
         check_merged(checkpoint, base.names)
-    models = tuple(without_marks(model, base.names).relative_to(base.names).on(base) for model in models)
+
+    def choose(models: Sequence[Checkpoint]) -> tuple[set[str], dict[str, str], tuple[str, ...]]:
+        """What the patterns select, what is tied, and what is merged."""
+        names = (name for model in models for name in (*model.names, *model.outside))
+        selected = set(select(dict.fromkeys((*base.names, *names)), include, exclude))
+        tied = {name: first for name, first in base.tied.items() if name in base}
+        tied = {name: first for name, first in tied.items() if _tied_everywhere(name, first, models)}
+        floating = (name for name in base.names if base.spec(name).dtype.is_floating_point and name not in tied)
+        merged = tuple(name for name in floating if name in selected and not is_constant(name, base.spec(name)))
+        return selected, tied, merged
+
+    def find(model: Checkpoint) -> list[Misfit]:
+        selected, _, merged = choose([model])
+        return find_misfits(base, model, merged, selected)
+
+    aligned = align(base, [without_marks(model, base.names) for model in models], find)
+    models = tuple(model.on(base) for model in aligned.models)
     if modules is not None:
         base, models = join_modules(base, models, modules)
 
@@ -249,17 +271,15 @@ def make_plan(
         if nothing := unmatched(everything, patterns, argument):
             raise MergeError(f"{argument}: the pattern '{nothing[0]}' matches no tensor of any model; is it misspelt?")
 
-    selected = set(select(everything, include, exclude))
+    selected, tied, merged = choose(models)
     for checkpoint in (base, *models):
         check_quantized(checkpoint, selected)
-    tied = {name: first for name, first in base.tied.items() if name in base and _tied_everywhere(name, first, models)}
-    floating = [name for name in base.names if base.spec(name).dtype.is_floating_point and name not in tied]
-    merged = tuple(name for name in floating if name in selected and not is_constant(name, base.spec(name)))
     buffers = base.buffers.union(*(model.buffers for model in models))
     averaged = frozenset(name for name in merged if is_statistic(name) or name in buffers)
     taken = {*merged, *tied}
     kept = tuple(name for name in base.names if name not in taken)
-    _compare(base, models, merged, selected)
+    if wrong := [misfit for model in models for misfit in find_misfits(base, model, merged, selected)]:
+        raise MergeError(describe(base, wrong, aligned))
     rows = match_rows(base, models, merged, embeddings)
     if not merged:
         raise MergeError("include and exclude leave no floating-point tensor of the base to merge")
@@ -313,40 +333,6 @@ def _read_rows(model: Checkpoint, what: str | Piece, rows: int, reference: Tenso
 
 def _tied_everywhere(name: str, first: str, models: Sequence[Checkpoint]) -> bool:
     return all(name not in model or model.tied.get(name) == first for model in models)
-
-
-def _compare(base: Checkpoint, models: Sequence[Checkpoint], merged: Sequence[str], selected: set[str]) -> None:
-    """Raise one error that names the first misfit and counts the others."""
-    problems = []
-    for model in models:
-        for name in merged:
-            if name not in model and name not in model.tied:
-                if model.partial:
-                    continue
-                problems.append(
-                    f"{model.label}: the tensor '{name}' is missing; {base.label} has it with shape "
-                    f"{list(base.spec(name).shape)}; exclude=['{name}'] keeps the base's"
-                )
-            elif not model.spec(name).dtype.is_floating_point:
-                problems.append(
-                    f"{model.label}: the tensor '{name}' has dtype {model.spec(name).dtype}, expected a floating-point "
-                    f"one; a quantized model must be dequantized first"
-                )
-            elif model.spec(name).shape != base.spec(name).shape and not is_vocabulary(name, base, model):
-                problems.append(
-                    f"{model.label}: the tensor '{name}' has shape {list(model.spec(name).shape)}, expected "
-                    f"{list(base.spec(name).shape)} as in {base.label}; exclude=['{name}'] keeps the base's"
-                )
-        for name in model.names:
-            extra = name not in base and name in selected and model.spec(name).dtype.is_floating_point
-            if extra and model.tied.get(name) not in base and not is_constant(name, model.spec(name)):
-                problems.append(
-                    f"{model.label}: the tensor '{name}' with shape {list(model.spec(name).shape)} is not in "
-                    f"{base.label}; if it is a head, leave it out with exclude=['{name}']"
-                )
-    if problems:
-        more = f" (and {len(problems) - 1} more such misfits)" if len(problems) > 1 else ""
-        raise MergeError(problems[0] + more)
 
 
 def _require_finite(label: str, name: str, tensor: Tensor) -> None:

@@ -67,7 +67,8 @@ def make_record(
     if hash_inputs:
         with ThreadPoolExecutor(max_workers=4, thread_name_prefix="freemerge-hash") as pool:
             hashes = list(pool.map(lambda checkpoint: hash_tensors(checkpoint.source), checkpoints))
-    base, *models = (_input(checkpoint, digest) for checkpoint, digest in zip(checkpoints, hashes, strict=True))
+    left_out = [[], *(plan.left_out(model) for model in plan.models)]
+    base, *models = map(_input, checkpoints, hashes, left_out)
     return {
         "versions": {"freemerge": _version("freemerge"), "torch": torch.__version__},
         "method": describe_method(method),
@@ -95,8 +96,8 @@ def make_files(record: Mapping[str, Any], title: str) -> dict[str, bytes]:
     }
 
 
-def _input(checkpoint: Checkpoint, digest: str | None) -> dict[str, Any]:
-    return {"name": checkpoint.label, "hash": digest, "tensors": len(checkpoint), "left_out": list(checkpoint.outside)}
+def _input(checkpoint: Checkpoint, digest: str | None, left_out: list[str]) -> dict[str, Any]:
+    return {"name": checkpoint.label, "hash": digest, "tensors": len(checkpoint), "left_out": left_out}
 
 
 def _version(package: str) -> str:

@@ -182,8 +182,8 @@ def broken(base, models, change):
         ),
         (
             lambda m: [x.pop("norm.bias") for x in m],
-            "a: the tensor 'norm.bias' is missing; base has it with shape [6]; exclude=['norm.bias'] keeps the base's "
-            "(and 2 more such misfits)",
+            "a: the tensor 'norm.bias' is missing; base has it with shape [6]; exclude=['norm.bias'] keeps the base's; "
+            "nor do these fit: b: 'norm.bias' (missing), c: 'norm.bias' (missing)",
         ),
         (
             lambda m: m[1]["conv.weight"].view(-1)[5:7].fill_(float("nan")),
