@@ -20,7 +20,7 @@ from typing import Any
 from torch import nn
 
 from freemerge.checkpoints import CheckpointError, hash_tensors, load_checkpoint, save_checkpoint
-from freemerge.experts import PackedExpert, load_expert, save_expert
+from freemerge.experts import PackedExpert, exclusive, load_expert, save_expert
 from freemerge.experts.expert import is_known, kind_of
 from freemerge.models.backbones import Backbone, load_backbone
 from freemerge.models.by_task import TaskModules
@@ -134,6 +134,8 @@ def _staged(directory: Path) -> Iterator[Path]:
     `freemerge.json` moves last, so a folder that has it is whole.
     """
     directory = directory.resolve()
+    if directory.is_file():
+        raise ValueError(f"FreeModel: {directory} is a file; a model is saved as a folder")
     is_new = not directory.exists()
     directory.mkdir(parents=True, exist_ok=True)
     staged = Path(tempfile.mkdtemp(prefix=".partial-", dir=directory))
@@ -185,11 +187,14 @@ def load_free_model(
     """
     directory, where = Path(directory), str(directory)
     description = _read_description(directory)
-    if backbone is None:
+    passed = backbone is not None
+    if not passed:
         backbone = load_backbone(directory, trust_remote_code)
-    elif hash_tensors(backbone.weights()) != description["merged_hash"]:
-        backbone.load_folder(directory)
-    merged_hash = hash_tensors(backbone.weights())
+    with exclusive(backbone.model):  # one that is passed may be in use
+        merged_hash = hash_tensors(backbone.weights())
+        if passed and merged_hash != description["merged_hash"]:
+            backbone.load_folder(directory)
+            merged_hash = hash_tensors(backbone.weights())
     if merged_hash != description["merged_hash"]:
         raise CheckpointError(
             f"{directory}: the merged backbone has hash {merged_hash[:12]}, freemerge.json says "

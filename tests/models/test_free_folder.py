@@ -12,7 +12,7 @@ from torch import nn
 
 from freemerge.checkpoints import CheckpointError, load_checkpoint
 from freemerge.experts import Expert, emr_experts, extract, extract_low_rank
-from freemerge.models import ConvRouter, FreeModel, LanguageBackbone, ModuleBackbone, load_backbone
+from freemerge.models import ConvRouter, EarlyRouter, FreeModel, LanguageBackbone, ModuleBackbone, load_backbone
 from tests.models.own_parts import OwnBackbone, OwnHead, OwnRouter, OwnViT, ShiftExpert, SilentBackbone
 from tests.tiny import VIT, tiny_backbone
 
@@ -217,6 +217,13 @@ def test_what_fails_leaves_nothing_and_keeps_what_was_there(tmp_path: Path) -> N
     assert same(good, FreeModel.from_pretrained(tmp_path / "m"))
 
 
+def test_a_file_in_the_folders_place_is_named(tmp_path: Path) -> None:
+    (tmp_path / "m").write_text("mine")
+    with pytest.raises(ValueError, match="is a file; a model is saved as a folder"):
+        FreeModel(tiny_backbone(), {"a": nn.Linear(16, 2)}).save_pretrained(tmp_path / "m")
+    assert (tmp_path / "m").read_text() == "mine"
+
+
 def test_a_new_model_takes_the_place_of_an_old_one(tmp_path: Path) -> None:
     backbone = tiny_backbone()
     heads = {task: nn.Linear(16, 2) for task in "ab"}
@@ -260,8 +267,11 @@ GPT2 = {"model_type": "gpt2", "vocab_size": 30, "n_embd": 16, "n_layer": 1, "n_h
 T5 = {"model_type": "t5", "vocab_size": 30, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2}
 
 
-@pytest.mark.parametrize("config", [{**GPT2, "eos_token_id": 2}, {**T5, "decoder_start_token_id": 0}])
-def test_a_language_model_answers_each_sample_as_its_task_model_does(tmp_path: Path, config: dict) -> None:
+@pytest.mark.parametrize(
+    ("config", "point"),
+    [({**GPT2, "eos_token_id": 2}, "transformer.wte"), ({**T5, "decoder_start_token_id": 0}, "encoder.embed_tokens")],
+)
+def test_a_language_model_answers_each_sample_as_its_task_model_does(tmp_path: Path, config: dict, point: str) -> None:
     torch.manual_seed(0)
     backbone = LanguageBackbone(config=config).eval()
     residuals = {t: residual_of(backbone, seed) for seed, t in enumerate("ab")}
@@ -270,7 +280,8 @@ def test_a_language_model_answers_each_sample_as_its_task_model_does(tmp_path: P
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.flip(1)}
     for cut in (lambda r: extract(r, 0.1), lambda r: extract_low_rank(r, rank=1)):
         experts = {task: as_stored(cut(residual)) for task, residual in residuals.items()}
-        model = FreeModel(backbone, heads, experts).eval()
+        router = EarlyRouter(2, point, 16, hidden=0)
+        model = FreeModel(backbone, heads, experts, router).eval()
         with torch.no_grad():
             expected = {task: model.task_model(task)(inputs) for task in "ab"}
             for task in "ab":
@@ -278,6 +289,11 @@ def test_a_language_model_answers_each_sample_as_its_task_model_does(tmp_path: P
                 assert output.logits.shape == (4, 6, 30)
                 assert torch.equal(output.labels, output.logits.argmax(dim=2))
                 torch.testing.assert_close(output.logits, expected[task], atol=1e-4, rtol=1e-3)
+            router.head.bias -= model.route(inputs)[0].mean(dim=0)  # untrained, it would send all to one task
+            routed = model(inputs)
+            assert len(set(routed.task_names)) == 2
+            for i, name in enumerate(routed.task_names):
+                torch.testing.assert_close(routed.logits[i], expected[name][i], atol=1e-4, rtol=1e-3)
     model.save_pretrained(tmp_path / "m")
     again = FreeModel.from_pretrained(tmp_path / "m")
     assert load_checkpoint(tmp_path / "m" / "heads.safetensors") == {}
