@@ -44,6 +44,7 @@ class Checkpoint(Mapping[str, Tensor]):
         folder: where the files lie that describe this model (configuration, tokenizer), if there is such a folder.
         metadata: what the file says of itself, for files that can.
         buffers: names of tensors that are buffers of a module, not its parameters.
+        alone: names of an adapter's tensors that change one module, and no other that shares its weight.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class Checkpoint(Mapping[str, Tensor]):
         folder: Path | None = None,
         metadata: Mapping[str, str] | None = None,
         buffers: Iterable[str] = (),
+        alone: Iterable[str] = (),
     ) -> None:
         self.label = label
         self.tied = dict(tied or {})
@@ -71,6 +73,7 @@ class Checkpoint(Mapping[str, Tensor]):
         self.folder = folder
         self.metadata = dict(metadata or {})
         self.buffers = frozenset(buffers)
+        self.alone = frozenset(alone)
         self._specs = dict(specs)
         self._read = read
         self._bind = bind
@@ -141,6 +144,25 @@ class Checkpoint(Mapping[str, Tensor]):
             _read=lambda name, run: self._read(self._stored(name), run),
         )
 
+    def tying(self, tied: Mapping[str, str]) -> Checkpoint:
+        """The same tensors, of which more are known to be one.
+
+        Args:
+            tied: name → the name of the tensor that it is; see `tied` above.
+        """
+        return self._changed(tied={**self.tied, **tied}, source=self.source)
+
+    def apart(self, names: Iterable[str]) -> Checkpoint:
+        """The same tensors, those of some names no longer tied: each is listed as a tensor of its own."""
+        first = {name: self._stored(name) for name in names if name in self.tied}
+        return self._changed(
+            _specs={**self._specs, **{name: self._specs[stored] for name, stored in first.items()}},
+            _read=lambda name, run: self._read(first.get(name, name), run),
+            tied={name: other for name, other in self.tied.items() if name not in first},
+            deltas=self.deltas | {name for name, stored in first.items() if stored in self.deltas},
+            source=self.source,
+        )
+
     def as_deltas(self, names: Mapping[str, str], deltas: Iterable[str]) -> Checkpoint:
         """The same tensors by other names, some of them differences to a base in which all else is unchanged.
 
@@ -196,6 +218,7 @@ class Checkpoint(Mapping[str, Tensor]):
             tied={**self.tied, **other.tied},
             deltas=self.deltas | other.deltas,
             buffers=self.buffers | other.buffers,
+            alone=self.alone | other.alone,
         )
         if self.source is not self:
             found.source = ChainMap(other.source, self.source)
@@ -226,12 +249,13 @@ class Checkpoint(Mapping[str, Tensor]):
             tied=tied,
             deltas=frozenset(names[name] for name in self.deltas if name in names),
             buffers=frozenset(names[name] for name in self.buffers if name in names),
+            alone=frozenset(names[name] for name in self.alone if name in names),
         )
 
     def _changed(self, **attributes) -> Checkpoint:
         changed = copy.copy(self)
         changed.__dict__.update(attributes)
-        if self.source is self:
+        if self.source is self and "source" not in attributes:
             changed.source = changed
         return changed
 

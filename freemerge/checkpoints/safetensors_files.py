@@ -28,6 +28,7 @@ from freemerge.checkpoints.index import Index
 from freemerge.checkpoints.places import landing
 from freemerge.checkpoints.reading import read_bytes
 from freemerge.checkpoints.safetensors_header import DIGEST, DTYPES, digest_table, parse_header
+from freemerge.checkpoints.ties import find_left_out
 
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 _TIED = "freemerge.tied"  # metadata: the left-out names, one a line, where they would be ambiguous
@@ -156,6 +157,8 @@ def open_safetensors(paths: Iterable[Path], label: str, index: Index | None = No
             place[name], specs[name] = file, spec
         tied.update(file.tied)
     if index is not None:
+        missing = [name for name in index.files if name not in place and name not in tied]
+        tied |= find_left_out(index.path.parent, missing, place) if missing else {}
         index.check({name: file.path for name, file in place.items()}, tied)
     tied = {name: first for name, first in tied.items() if name not in specs}
     return Checkpoint(label, specs, lambda name, run: place[name].read(name, run), tied=tied, metadata=metadata)

@@ -13,6 +13,7 @@ from freemerge.checkpoints.checkpoint import Checkpoint
 from freemerge.checkpoints.errors import CheckpointError
 from freemerge.checkpoints.index import Index
 from freemerge.checkpoints.memory import from_tensors
+from freemerge.checkpoints.ties import find_left_out
 
 NESTED = ("state_dict", "model_state_dict", "model", "module")  # where training frameworks keep the weights
 
@@ -39,7 +40,10 @@ def open_torch(paths: list[Path], label: str, index: Index | None = None) -> Che
                 raise CheckpointError(f"{path}: the tensor '{name}' is also in {place[name]}; keep one of them")
             place[name], tensors[name] = path, tensor
     if index is not None:
-        index.check(place)
+        missing = [name for name in index.files if name not in place]
+        tied = find_left_out(index.path.parent, missing, place) if missing else {}
+        index.check(place, tied)
+        return from_tensors(tensors, label).tying(tied)
     return from_tensors(tensors, label)
 
 

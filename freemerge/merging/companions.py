@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from freemerge.checkpoints import CheckpointError
 from freemerge.checkpoints.companions import Companions
 from freemerge.checkpoints.json_files import find_object, read_object
+from freemerge.checkpoints.ties import obeys_untying, separate
 from freemerge.merging.agreement import describe_differences, differing_weights
 from freemerge.merging.configuration import to_json, with_dtype, with_weights_of
 from freemerge.merging.errors import MergeError
@@ -77,10 +78,12 @@ def choose_files(around: Sequence[Companions], plan: Plan, origin: str | None = 
             )
     files = base.files if label is None else _replaced(base, named[label], label, plan)
     made = {}
-    if "config.json" in files and (label is not None or plan.dtype is not None):
+    untied = bool(plan.untied) and "config.json" in files and obeys_untying(files["config.json"].parent)
+    if "config.json" in files and (label is not None or plan.dtype is not None or untied):
         config = read_object(files["config.json"])
         if label is not None and "config.json" in base.files:
             config = with_weights_of(config, read_object(base.files["config.json"]))
+        config = separate(config) if untied else config
         made["config.json"] = to_json(config if plan.dtype is None else with_dtype(config, plan.dtype))
     return Files(files, made, base.modules, base.left_out, label or "base", note)
 

@@ -149,6 +149,12 @@ def merge(
             [each.modules for each in around] if around else None,
         )
         beside = choose_files(around, plan, companions_from) if around else None
+        if output_format == "lora" and plan.untied:
+            name, first = next(iter(plan.untied.items()))
+            raise MergeError(
+                f"{output}: '{name}' is tied to '{first}' in the base and no longer in the result, and PEFT would add "
+                "both differences to the one tensor when it merges the adapter; write output_format='model'"
+            )
         layout = read_layout(plan.base) if output_format == "lora" else None
     method.check([model.label for model in plan.models])
     if any(map(is_statistic, plan.averaged)):
@@ -161,7 +167,7 @@ def merge(
         _say_left_out(plan)
     processes = Processes(distributed)
     try:
-        processes.first(lambda: check_bases(plan.base, plan.models))
+        processes.first(lambda: check_bases(opened, plan.models))
         note = beside.note if beside is not None else describe_parts(found[1:])
         if note and processes.rank == 0:
             warnings.warn(note, MergeWarning, stacklevel=2)

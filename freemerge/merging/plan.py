@@ -27,6 +27,7 @@ from freemerge.merging.processes import Processes
 from freemerge.merging.quantized import check_quantized
 from freemerge.merging.streaming import PIECE, Piece, at_a_time
 from freemerge.merging.threads import each, scratch
+from freemerge.merging.tied_weights import settle_ties
 from freemerge.merging.transfer import Transfer
 from freemerge.merging.vectors import COLUMNS, Vectors, subtract, widened
 from freemerge.merging.vocabulary import match_rows
@@ -55,6 +56,7 @@ class Plan:
         embeddings: what became of vocabularies that differ, see `match_rows`.
         rows: of tensors whose vocabularies differ: how many leading rows of each model take part.
         device: where to compute; None for where the tensors are.
+        untied: name → the one that it is tied to in the base and no longer in the result.
         averaged: which of the merged ones are statistics, of which the mean is taken, whatever the method.
     """
 
@@ -68,6 +70,7 @@ class Plan:
     rows: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     device: torch.device | None = None
     averaged: frozenset[str] = frozenset()
+    untied: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def specs(self) -> dict[str, TensorSpec]:
@@ -262,7 +265,7 @@ def make_plan(
         return find_misfits(base, model, merged, selected)
 
     aligned = align(base, [without_marks(model, base.names) for model in models], find)
-    models = tuple(model.on(base) for model in aligned.models)
+    base, models, untied = settle_ties(base, aligned.models)
     if modules is not None:
         base, models = join_modules(base, models, modules)
 
@@ -283,7 +286,7 @@ def make_plan(
     rows = match_rows(base, models, merged, embeddings)
     if not merged:
         raise MergeError("include and exclude leave no floating-point tensor of the base to merge")
-    return Plan(base, models, merged, kept, tied, dtype, embeddings, rows, device, averaged)
+    return Plan(base, models, merged, kept, tied, dtype, embeddings, rows, device, averaged, untied)
 
 
 def _read(checkpoint: Checkpoint, what: str | Piece) -> Tensor:

@@ -79,7 +79,12 @@ def make_record(
         "dtype": str(plan.dtype).removeprefix("torch.") if plan.dtype else None,
         "embeddings": plan.embeddings,
         "rows": {name: dict(zip((m.label for m in plan.models), own, strict=True)) for name, own in plan.rows.items()},
-        "tensors": {"merged": len(plan.merged), "kept": list(plan.kept), "tied": dict(plan.tied)},
+        "tensors": {
+            "merged": len(plan.merged),
+            "kept": list(plan.kept),
+            "tied": dict(plan.tied),
+            **({"untied": dict(plan.untied)} if plan.untied else {}),
+        },
     }
 
 

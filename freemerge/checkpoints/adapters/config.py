@@ -72,6 +72,11 @@ class AdapterConfig:
             return self._targets.find(module) is not None
         return any(f".{module}".endswith(f".{target}") for target in targets)
 
+    def is_saved(self, module: str) -> bool:
+        """Whether `modules_to_save` names a module: it was trained as a whole."""
+        names = self.values.get("modules_to_save")
+        return isinstance(names, list) and any(f".{module}".endswith(f".{name}") for name in names)
+
     def parameters(self, module: str) -> tuple[str, ...]:
         """The parameters of a module that `target_parameters` names, by the ends of their names."""
         found: dict[str, None] = {}

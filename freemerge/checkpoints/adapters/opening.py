@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from freemerge.checkpoints.adapters.changes import Change, Modules, Run
-from freemerge.checkpoints.adapters.config import CONFIG, AdapterConfig, read_config
+from freemerge.checkpoints.adapters.changes import Change, Modules, Rows, Run
+from freemerge.checkpoints.adapters.config import AdapterConfig, read_config
 from freemerge.checkpoints.adapters.layers import is_turned
 from freemerge.checkpoints.adapters.parsing import PREFIX, Parser, split_names
 from freemerge.checkpoints.adapters.peft_layers import can_compute, find_modules
@@ -51,7 +51,7 @@ def open_adapter(folder: Path, label: str, weights: Checkpoint) -> Checkpoint:
         raise CheckpointError(f"{folder}: the adapter holds the tensor '{both[0]}' and changes it as well")
     if not changed and not (config.kind == "LN_TUNING" and whole):
         raise CheckpointError(f"{folder}: holds no LoRA factors and no (IA)³ vectors; is it a whole model?")
-    return _Adapter(folder, label, weights, changes, modules, whole).checkpoint(None)
+    return _Adapter(config, label, weights, changes, modules, whole).checkpoint(None)
 
 
 def _read_changes(
@@ -86,7 +86,7 @@ def _find_whole(names: Iterable[str]) -> dict[str, str]:
 class _Adapter:
     """What an adapter does, by the names of the base's tensors."""
 
-    folder: Path
+    config: AdapterConfig
     label: str
     weights: Checkpoint
     changes: Mapping[str, Change]
@@ -119,9 +119,19 @@ class _Adapter:
             read,
             deltas=changes,
             partial=True,
+            alone=self._find_alone(changes),
             source=self.weights,
             bind=self.checkpoint if base is None else None,
         )
+
+    def _find_alone(self, changes: Mapping[str, Change]) -> list[str]:
+        """What PEFT changes in one module and in no other that shares its weight.
+
+        Trained tokens are those of tied modules too. Whole embeddings are saved as trained modules, or because they
+        have other rows than the base's, which then are the head's too.
+        """
+        trained = [name for name in self.whole if self.config.is_saved(name.rpartition(".")[0])]
+        return [*trained, *(name for name, change in changes.items() if not isinstance(change, Rows))]
 
     def _oriented(self, base: Checkpoint) -> dict[str, Change]:
         """The changes of layers, each in the orientation in which the base holds its weight.
@@ -147,7 +157,7 @@ class _Adapter:
                 told = is_turned(base, name)
                 if told is None:
                     raise CheckpointError(
-                        f"{self.folder / CONFIG}: fan_in_fan_out does not hold for '{contradicted}', so it cannot be "
+                        f"{self.config.path}: fan_in_fan_out does not hold for '{contradicted}', so it cannot be "
                         f"told whether '{name}', which is square, is transposed; merge the adapter into its base model "
                         "with PEFT first"
                     )
