@@ -102,10 +102,14 @@ def _sentence(base: Checkpoint, misfit: Misfit, alike: Sequence[Misfit], aligned
     """What is wrong with a tensor, and what to do about it."""
     model, kind, name = misfit
     if kind == "missing":
-        return (
-            f"is missing; {base.label} has it with shape {list(base.spec(name).shape)}; exclude=['{name}'] keeps the "
-            "base's"
+        lost = next((each for each in alike if each.kind in ("extra", "outside") and not is_head(each.name)), None)
+        advice = (
+            f"exclude=['{name}'] keeps the base's"
+            if lost is None
+            else f"it has '{lost.name}', which the base has not: one of the two calls its tensors otherwise, or it is "
+            "not the base of this model"
         )
+        return f"is missing; {base.label} has it with shape {list(base.spec(name).shape)}; {advice}"
     if kind == "dtype":
         return (
             f"has dtype {model.spec(name).dtype}, expected a floating-point one; a quantized model must be dequantized "

@@ -188,6 +188,17 @@ def test_what_is_no_head_is_never_called_one():
     )
 
 
+def test_keeping_the_bases_is_no_advice_where_names_differ():
+    base = {"a.weight": torch.zeros(2), "b.weight": torch.zeros(2)}
+    with pytest.raises(MergeError) as caught:
+        merge(base, {"x": {"a.weight": torch.ones(2), "b.kernel": torch.ones(2)}}, TaskArithmetic(1.0))
+    assert str(caught.value) == (
+        "x: the tensor 'b.weight' is missing; base has it with shape [2]; it has 'b.kernel', which the base has not: "
+        "one of the two calls its tensors otherwise, or it is not the base of this model; nor do these fit: 'b.kernel' "
+        "(not in the base)"
+    )
+
+
 def test_misfits_are_named_up_to_ten():
     base = {f"{index}.weight": torch.zeros(2) for index in range(15)}
     with pytest.raises(MergeError) as caught:

@@ -1,0 +1,81 @@
+"""Tensors that are cut, put together and turned on the way from one naming to another, whole and in runs."""
+
+import pytest
+import torch
+
+from freemerge.checkpoints import open_checkpoint
+from freemerge.checkpoints.naming.blocks import Block
+from freemerge.checkpoints.naming.tables import Table
+
+EXPERTS, WIDE, NARROW = 3, 4, 5
+
+
+def make_table():
+    """Files: a matrix up.E and gate.E for each expert, and down turned. Modules: one tensor of both, and down."""
+    blocks, sources = [], {}
+    for expert in range(EXPERTS):
+        for part, name in enumerate(("gate", "up")):
+            place = (2 * expert + part) * WIDE * NARROW
+            blocks.append(Block.make(f"{name}.{expert}", (WIDE, NARROW), 0, (NARROW, 1), place, (NARROW, 1)))
+            sources[f"{name}.{expert}"] = (WIDE, NARROW)
+    turned = Block.make("down", (NARROW, WIDE), 0, (1, NARROW), 0, (WIDE, 1))
+    return Table(
+        {"norm": "layer.norm"},
+        {"experts": tuple(blocks), "layer.down": (turned,)},
+        sources | {"down": (WIDE, NARROW)},
+        {"experts": (EXPERTS, 2 * WIDE, NARROW), "layer.down": (NARROW, WIDE)},
+    )
+
+
+def make_tensors():
+    torch.manual_seed(0)
+    files = {f"{name}.{expert}": torch.randn(WIDE, NARROW) for expert in range(EXPERTS) for name in ("gate", "up")}
+    files |= {"down": torch.randn(WIDE, NARROW), "norm": torch.randn(7)}
+    stacked = [torch.cat([files[f"gate.{expert}"], files[f"up.{expert}"]]) for expert in range(EXPERTS)]
+    modules = {"experts": torch.stack(stacked), "layer.down": files["down"].T, "layer.norm": files["norm"]}
+    return files, modules
+
+
+@pytest.mark.parametrize("back", [False, True])
+def test_every_tensor_and_every_run_of_it(back):
+    files, modules = make_tensors()
+    table = make_table().inverse if back else make_table()
+    given, expected = (modules, files) if back else (files, modules)
+    found = table.translate(open_checkpoint(given))
+    assert set(found.names) == expected.keys()
+    for name, value in expected.items():
+        assert found.spec(name).shape == value.shape
+        assert torch.equal(found.tensor(name), value)
+        flat = value.reshape(-1)
+        for start in range(len(flat) + 1):
+            for stop in range(start, len(flat) + 1):
+                assert torch.equal(found.run(name, start, stop), flat[start:stop])
+
+
+def test_what_an_adapter_does_not_change_is_zero():
+    files, _ = make_tensors()
+    names = {"up.1": "up.1"}
+    found = make_table().translate(open_checkpoint({"up.1": files["up.1"]}).as_deltas(names, names))
+    assert found.names == ("experts",)
+    assert found.deltas == {"experts"}
+    expected = torch.zeros(EXPERTS, 2 * WIDE, NARROW)
+    expected[1, WIDE:] = files["up.1"]
+    assert torch.equal(found.tensor("experts"), expected)
+    assert torch.equal(found.run("experts", 0, 9), torch.zeros(9))
+
+
+def test_weights_of_which_some_are_not_there_keep_their_names():
+    files, _ = make_tensors()
+    del files["up.1"]
+    found = make_table().translate(open_checkpoint(files))
+    assert set(found.names) == (files.keys() - {"norm", "down"}) | {"layer.norm", "layer.down"}
+
+
+def test_of_a_large_tensor_only_the_run_is_read():
+    """An expert's rows are read for a run inside of it, and nothing else."""
+    files, _ = make_tensors()
+    opened, asked = open_checkpoint(files), []
+    read = opened._read
+    opened._read = lambda name, run: asked.append((name, run)) or read(name, run)
+    make_table().translate(opened).run("experts", 2 * WIDE * NARROW + 1, 2 * WIDE * NARROW + 4)
+    assert asked == [("gate.1", (1, 4))]
