@@ -8,7 +8,16 @@ from fnmatch import fnmatch
 import pytest
 import torch
 import transformers
-from peft import AutoPeftModel, AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
+from peft import (
+    AdaLoraConfig,
+    AutoPeftModel,
+    AutoPeftModelForCausalLM,
+    LoKrConfig,
+    LoraConfig,
+    OFTConfig,
+    PeftModel,
+    get_peft_model,
+)
 from safetensors.torch import save_file
 
 from freemerge.checkpoints import CheckpointError, load_checkpoint
@@ -35,6 +44,9 @@ def build(case):
     t = transformers
     name, config = {
         "mixtral": ("MixtralForCausalLM", lambda: t.MixtralConfig(num_local_experts=3, **TEXT)),
+        "square mixtral": (
+            "MixtralForCausalLM", lambda: t.MixtralConfig(num_local_experts=3, **TEXT | {"intermediate_size": 4})
+        ),
         "qwen3 moe": (
             "Qwen3MoeForCausalLM",
             lambda: t.Qwen3MoeConfig(
@@ -265,6 +277,46 @@ def test_what_is_read_again_is_what_was_written(tmp_path):
     again = merge(tmp_path / "base", [adapter], TaskArithmetic(1.0))
     for name, tensor in merge(tmp_path / "base", paths, WeightAverage()).items():
         torch.testing.assert_close(again[name], tensor, rtol=1e-5, atol=1e-5, msg=name)
+
+
+EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+ADAPTERS = {
+    "stacked experts": ("mixtral", LoraConfig(r=2, target_modules=["q_proj"], target_parameters=EXPERTS)),
+    "stacked experts that are square": (
+        "square mixtral", LoraConfig(r=2, target_modules=["q_proj"], target_parameters=EXPERTS[:1])
+    ),
+    "experts and a router": (
+        "qwen3 moe", LoraConfig(r=2, target_modules=["q_proj"], target_parameters=[*EXPERTS, "mlp.gate.weight"])
+    ),
+    "dora and a head": (
+        "vit", LoraConfig(r=2, target_modules=["q_proj", "fc1"], use_dora=True, modules_to_save=["classifier"])
+    ),
+    "oft": ("vit", OFTConfig(oft_block_size=4, target_modules=["q_proj", "fc1"])),
+    "lokr": ("llava", LoKrConfig(r=2, target_modules=["q_proj", "linear_1"])),
+    "adalora": (
+        "gpt-neox", AdaLoraConfig(init_r=2, total_step=10, target_modules=["lm_head", "query_key_value"])
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", ADAPTERS)
+def test_from_adapters_of_modules_to_files_and_to_an_adapter(tmp_path, case):
+    model, config = ADAPTERS[case]
+    kind, _ = make(tmp_path, model, seeds=())
+    wrapped = get_peft_model(kind.from_pretrained(tmp_path / "base"), config)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in wrapped.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    wrapped.save_pretrained(tmp_path / "in")
+    expected = load(kind, tmp_path / "base", tmp_path / "in")
+    method = TaskArithmetic(1.0)
+    folder = merge(tmp_path / "base", [tmp_path / "in"], method, output=tmp_path / "model")
+    adapter = merge(tmp_path / "base", [tmp_path / "in"], method, output=tmp_path / "a", output_format="lora", rank=16)
+    for found in (kind.from_pretrained(folder).state_dict(), load(kind, tmp_path / "base", adapter)):
+        for name, tensor in expected.items():
+            torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=2e-6, msg=name)
 
 
 def test_tensors_of_no_module(tmp_path):
