@@ -230,6 +230,7 @@ class FreemergeCLI(LightningCLI):
         ckpt_path: str | None = None,
         config_text: str | None = None,
     ) -> SuiteRun:
+        run = self._get(self.config_init, "run")
         settings = Settings(**{key: self._get(self.config_init, key) for key in _STAGE_SETTINGS})
         if self._is_dev_run:
             settings = replace(settings, pretrain=replace(settings.pretrain, cache=None))
@@ -242,8 +243,10 @@ class FreemergeCLI(LightningCLI):
             config=self._dependencies(),
             seed=self._get(self.config, "seed_everything"),
             ckpt_path=ckpt_path,
-            overwrite=self._get(self.config_init, "run").overwrite,
+            overwrite=run.overwrite,
             config_text=config_text,
+            checkpoint_steps=run.checkpoint_steps,
+            checkpoint_minutes=run.checkpoint_minutes,
         )
 
     def validate(self, model: FineTuner, datamodule: TaskSuite, ckpt_path: str | None = None, **_: Any) -> None:
@@ -360,6 +363,10 @@ def run(args: list[str]) -> int:
             raise  # somebody else's: the traceback will be needed
         print_error(refusal(str(error)) if origin == "jsonargparse" else error)
         return 2
+    except KeyboardInterrupt as interrupt:
+        rest = f": {interrupt}; the same command goes on from there" if str(interrupt) else ""
+        print(f"interrupted{rest}", file=sys.stderr)
+        return 130
     finally:
         # Lightning leaves gloo's threads to the end of the process, which they abort if they still free a tensor then.
         if in_process_group() and not guest:

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 
 from freemerge.data.batches import collate
+from freemerge.data.resumable import ResumableLoader
 
 
 def derive_seed(seed: int, *keys: object) -> int:
@@ -175,15 +176,14 @@ def training_loader(dataset: Dataset, sampler: EpochSampler, batch_size: int, nu
         num_workers: Worker processes.
 
     Returns:
-        The loader.
+        The loader; a fit that is interrupted can go on in the middle of its epoch.
     """
-    return DataLoader(
+    return ResumableLoader(
         dataset,
         batch_size=batch_size,
         sampler=sampler,
         drop_last=len(sampler) >= batch_size,  # type: ignore[arg-type]
         num_workers=num_workers,
-        persistent_workers=num_workers > 0,
         collate_fn=collate,
     )
 
@@ -207,6 +207,7 @@ def evaluation_loader(dataset: Dataset, batch_size: int, num_workers: int = 0, i
         sampler=None if lengths is None else SimilarLengths(lengths, batch_size),
         num_workers=num_workers,
         persistent_workers=num_workers > 0,
+        generator=torch.Generator(),  # measuring draws nothing from the generator that training draws from
         collate_fn=collate,
     )
 

@@ -23,17 +23,18 @@ from __future__ import annotations
 import copy
 import hashlib
 import os
+import signal
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning as L
 import torch
 import torch.distributed as dist
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from rich.console import Console
 from rich.progress import track
@@ -57,9 +58,22 @@ from freemerge.pipeline.reporting import make_report
 from freemerge.pipeline.settings import STAGES, Settings
 from freemerge.pipeline.tune import Tuning
 from freemerge.training import ExpertTrainer, FineTuner, RouterTrainer
+from freemerge.training.resume import BestCheckpoint, Interrupted, ResumeCheckpoint, stopped_by_ctrl_c
 
 MakeTrainer = Callable[..., L.Trainer]
 """(folder, overrides, extra callbacks) → a fresh Trainer that logs into the folder."""
+
+
+class Fit(NamedTuple):
+    """What came of a fit.
+
+    Args:
+        best: the checkpoint of the best weights; empty if none was written.
+        value: the monitored metric at the end; None if it was not measured.
+    """
+
+    best: str
+    value: float | None
 
 
 class SuiteRun:
@@ -77,6 +91,8 @@ class SuiteRun:
         ckpt_path: checkpoint to resume from, where the stages to run consist of exactly one fit.
         overwrite: do stages again whose settings or inputs changed since they finished; a ValueError names them if not.
         config_text: kept as `config.yaml` in the run's folder.
+        checkpoint_steps: write what an interrupted fit goes on from every so many steps within an epoch, too.
+        checkpoint_minutes: likewise when so many minutes have passed; None writes it once an epoch.
     """
 
     def __init__(
@@ -91,6 +107,8 @@ class SuiteRun:
         ckpt_path: str | None = None,
         overwrite: bool = False,
         config_text: str | None = None,
+        checkpoint_steps: int | None = None,
+        checkpoint_minutes: float | None = 5.0,
     ) -> None:
         self.tuner = tuner
         self.suite = suite
@@ -101,6 +119,7 @@ class SuiteRun:
         self.ckpt_path = ckpt_path
         self.overwrite = overwrite
         self.config_text = config_text
+        self.checkpoint_every = {"steps": checkpoint_steps, "minutes": checkpoint_minutes}
         self.files = Artifacts(tuner, suite, self.folder, self.settings, dict(config or {}), seed)
         self.console = Console(quiet=rank_zero_only.rank != 0, highlight=False)
         self._stages: tuple[str, ...] = ()
@@ -211,9 +230,9 @@ class SuiteRun:
         data = self.suite.pretraining_data(batch_size=settings.batch_size)
         self._seed(stage)
         tuner = FineTuner(copy.deepcopy(self.tuner.backbone), data.num_classes, head="linear", **settings.optimization)
-        trainer = self._fit(stage, tuner, data, settings.trainer, resume, monitor="val/acc")
+        fit = self._fit(stage, tuner, data, settings.trainer, resume, monitor="val/acc")
         self._write(stage.path / "base.safetensors", tuner.backbone.weights())
-        self._finish(stage, {"val/acc": _metric(trainer, "val/acc")})
+        self._finish(stage, {"val/acc": fit.value})
         if self.settings.pretrain.cache is not None and rank_zero_only.rank == 0:
             store(stage, Path(self.settings.pretrain.cache))
 
@@ -242,18 +261,17 @@ class SuiteRun:
             resume = self._begin(stage)
             self._seed(stage)
             tuner = tuner.for_task(data.task)
-            trainer = self._fit(
+            fit = self._fit(
                 stage, tuner, data, self.settings.finetune.trainer, resume, tuner.monitor, tuner.monitor_mode
             )
-            best = trainer.checkpoint_callback.best_model_path if trainer.checkpoint_callback else ""
-            if self.settings.finetune.weights == "best" and best:
-                tuner.load_state_dict(torch.load(best, map_location="cpu", weights_only=True)["state_dict"])
+            if self.settings.finetune.weights == "best" and fit.best:
+                tuner.load_state_dict(torch.load(fit.best, map_location="cpu", weights_only=True)["state_dict"])
             self._write(stage.path / "backbone.safetensors", tuner.weights())
             if head := tuner.head.state_dict():
                 self._write(stage.path / "head.safetensors", head)
             if rank_zero_only.rank == 0:
                 tuner.save_adapter(stage.path / "adapter")
-            self._finish(stage, {tuner.monitor: _metric(trainer, tuner.monitor)})
+            self._finish(stage, {tuner.monitor: fit.value})
 
     def merge(self) -> None:
         """Merge the task vectors by every method, at the scale that does best on validation data."""
@@ -306,10 +324,10 @@ class SuiteRun:
                 **settings.training,
             )
             data = self.suite.for_task(task, batch_size=settings.batch_size)
-            trainer = self._fit(stage, trainer_module, data, settings.trainer, resume, monitor="val/agreement")
+            fit = self._fit(stage, trainer_module, data, settings.trainer, resume, monitor="val/agreement")
             if rank_zero_only.rank == 0:
                 save_expert(self.files.expert_path(task), trainer_module.expert, settings.values)
-            self._finish(stage, {"val/agreement": _metric(trainer, "val/agreement")})
+            self._finish(stage, {"val/agreement": fit.value})
 
     def _extract_experts(self, stage: StageFolder) -> None:
         settings = self.settings.experts
@@ -344,10 +362,10 @@ class SuiteRun:
         self._seed(stage)
         backbone = self.files.backbone(self.files.free_weights()) if settings.kind == "early" else None
         module = RouterTrainer(self.files.new_router(), backbone, **settings.optimization)
-        trainer = self._fit(stage, module, data, settings.trainer, resume, monitor="val/acc")
+        fit = self._fit(stage, module, data, settings.trainer, resume, monitor="val/acc")
         threshold = module.calibrate(data.train_dataloader(), data.val_dataloader(), settings.share)
         self._write(stage.path / "router.safetensors", module.router.stored())
-        self._finish(stage, {"val/acc": _metric(trainer, "val/acc"), "threshold": threshold})
+        self._finish(stage, {"val/acc": fit.value, "threshold": threshold})
 
     def evaluate(self) -> Report:
         """Evaluate everything on all tasks' test data; write the FREE model, the report and the picture.
@@ -423,23 +441,39 @@ class SuiteRun:
         resume: Path | None,
         monitor: str,
         mode: str = "max",
-    ) -> L.Trainer:
-        """One Trainer fit, resumed if it was interrupted; prints what it is fitting."""
-        checkpoint = ModelCheckpoint(
+    ) -> Fit:
+        """One Trainer fit, resumed if it was interrupted; prints what it is fitting.
+
+        Raises:
+            KeyboardInterrupt: with what has stopped, where it goes on, if the user has pressed Ctrl-C.
+        """
+        best = BestCheckpoint(
             dirpath=stage.checkpoints,
             filename="best",
             monitor=monitor,
             mode=mode,
-            save_last=True,
             enable_version_counter=False,
         )
-        trainer = self.make_trainer(stage.path, dict(overrides), [checkpoint])
+        last = ResumeCheckpoint(
+            stage.checkpoints / "last.ckpt", finishes=self.ckpt_path is None, **self.checkpoint_every
+        )
+        trainer = self.make_trainer(stage.path, dict(overrides), [best, last])
+        kept = last in trainer.callbacks
         ckpt_path = str(resume) if resume else None
         self.console.print(f"[bold]{stage.name}[/bold]" + (f" [dim](from {ckpt_path})[/dim]" if ckpt_path else ""))
-        trainer.fit(module, datamodule=data, ckpt_path=ckpt_path)
-        if trainer.interrupted:
-            raise KeyboardInterrupt
-        return trainer
+        before = signal.getsignal(signal.SIGINT)
+        try:
+            with stopped_by_ctrl_c(last, self.console.print) if kept else nullcontext():
+                trainer.fit(module, datamodule=data, ckpt_path=ckpt_path)
+        except Interrupted:
+            raise KeyboardInterrupt(f"{stage.name} stopped at step {trainer.global_step}") from None
+        except SystemExit:
+            if not trainer.interrupted:
+                raise
+            signal.signal(signal.SIGINT, before)  # which Lightning has shut out
+            raise KeyboardInterrupt(f"{stage.name} stopped at once") from None
+        value = trainer.callback_metrics.get(monitor)
+        return Fit(best.best_model_path, last.metrics.get(monitor) if value is None else float(value))
 
     def _write(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
         if rank_zero_only.rank == 0:
@@ -455,8 +489,3 @@ def _would_replace(folder: Path, reason: str) -> str:
         f"{folder}: finished results would be replaced: {reason}; add --run.overwrite true to do them again, or choose "
         "another --run.folder"
     )
-
-
-def _metric(trainer: L.Trainer, name: str) -> float | None:
-    value = trainer.callback_metrics.get(name)
-    return float(value) if value is not None else None

@@ -267,6 +267,8 @@ class RunSettings:
         stages: which stages to run, of pretrain, finetune, merge, experts, router, evaluate.
         overwrite: do again what was finished with other settings, or from other files; if not set, this is an error
             that names the stages and says what differs.
+        checkpoint_steps: write what an interrupted fit goes on from every so many steps within an epoch, too.
+        checkpoint_minutes: likewise when so many minutes have passed; null writes it once an epoch.
     """
 
     folder: str = "runs/freemerge"
@@ -274,6 +276,14 @@ class RunSettings:
         default_factory=lambda: list(STAGES)
     )
     overwrite: bool = False
+    checkpoint_steps: int | None = None
+    checkpoint_minutes: float | None = 5.0
+
+    def __post_init__(self) -> None:
+        if self.checkpoint_steps is not None and self.checkpoint_steps < 1:
+            raise ValueError(f"run.checkpoint_steps: must be at least 1, got {self.checkpoint_steps}")
+        if self.checkpoint_minutes is not None and self.checkpoint_minutes < 0:
+            raise ValueError(f"run.checkpoint_minutes: must be at least 0, got {self.checkpoint_minutes}")
 
 
 @dataclass

@@ -136,6 +136,10 @@ class ExpertTrainer(OptimizedModule):
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
         checkpoint["state_dict"] = {"values": checkpoint["state_dict"]["values"]}
+        checkpoint["teacher_seen"] = self.teacher.seen()
+
+    def on_load_checkpoint(self, checkpoint: dict) -> None:
+        self.teacher.load_seen(checkpoint.get("teacher_seen", {}), self.device)
 
 
 def check_mixup(mixup: float, cache_teacher: bool) -> None:

@@ -36,6 +36,19 @@ class Teacher:
         """Move the weights, in place."""
         self.weights = {name: tensor.to(device) for name, tensor in self.weights.items()}
 
+    def seen(self) -> dict[str, Tensor]:
+        """The features that are kept: `keys` (N, 2) int64, `features` (N, F)."""
+        if not self._seen:
+            return {}
+        features = torch.stack(list(self._seen.values()))
+        return {"keys": torch.tensor(list(self._seen)), "features": features}
+
+    def load_seen(self, seen: Mapping[str, Tensor], device: torch.device) -> None:
+        """Keep what `seen` gave; batches of other samples would differ from it in the last bits."""
+        if seen:
+            keys = map(tuple, seen["keys"].tolist())
+            self._seen = dict(zip(keys, seen["features"].to(device), strict=True))
+
     @torch.no_grad()
     def __call__(self, backbone: Backbone, inputs: Inputs) -> Tensor:
         """Features (B, F) of a batch."""

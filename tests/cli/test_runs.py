@@ -78,6 +78,16 @@ def test_a_base_that_is_gone_and_comes_out_the_same_keeps_what_was_made_from_it(
     assert {name for name, moment in times(copy).items() if moment != before[name]} == {"pretrain/stage.json"}
 
 
+def test_experts_that_are_extracted_anew_and_come_out_the_same_are_not_trained_anew(copy: Path) -> None:
+    """safetensors writes metadata in another order each time: what counts is what they say."""
+    before = times(copy)
+    for stage in ("merge", "extracted"):
+        shutil.rmtree(copy / stage)
+    assert fit(copy) == 0
+    redone = {name for name, moment in times(copy).items() if moment != before[name]}
+    assert redone == {"merge/stage.json", "extracted/stage.json"}
+
+
 def test_another_base_is_not_taken_for_the_one_that_models_were_tuned_from(copy: Path, capsys) -> None:
     base = copy / "base.safetensors"
     save_checkpoint(base, {name: 2 * tensor for name, tensor in load_checkpoint(base).items()})

@@ -1,0 +1,78 @@
+"""A loader that goes on in the middle of an epoch, and the state of all random generators.
+
+Lightning asks loaders for their state when it writes a checkpoint (`state_dict`, `load_state_dict`). A fit that goes on
+from one gets the batches, and draws the random numbers, that it would have got without the stop.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+
+
+def random_state() -> dict[str, Any]:
+    """The state of Python's, NumPy's and torch's global generators, as tensors and plain values."""
+    version, words, gauss = random.getstate()
+    name, keys, position, has_gauss, cached = np.random.get_state()  # noqa: NPY002 - the global one is what is kept
+    return {
+        "python": [version, list(words), gauss],
+        "numpy": [name, keys.tolist(), int(position), int(has_gauss), float(cached)],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
+    }
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """Go back to a state that `random_state` gave."""
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words), gauss))
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))  # noqa: NPY002
+    torch.set_rng_state(state["torch"].cpu())
+    if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all([each.cpu() for each in state["cuda"]])
+
+
+class ResumableLoader(DataLoader):
+    """A DataLoader that knows how far it is, and can go on from there.
+
+    Its workers must not be persistent: they then have the same seeds in each epoch, whether or not there was a stop.
+    """
+
+    _start: dict[str, Any] | None = None
+    _taken = 0
+    _resume: dict[str, Any] | None = None
+
+    def __iter__(self) -> Iterator[Any]:
+        resume, self._resume = self._resume, None
+        # A generator: nothing happens before the first batch is asked for, by when Lightning has told the epoch.
+        return self._batches(super().__iter__, resume)
+
+    def _batches(self, start: Any, resume: dict[str, Any] | None) -> Iterator[Any]:
+        if resume is not None:
+            set_random_state(resume["start"])
+        self._start, self._taken = random_state(), 0
+        batches = start()  # draws the seed of the workers
+        if resume is not None:
+            # Fetched and dropped, so that workers and data that draw random numbers come to where they were.
+            for _ in range(resume["taken"]):
+                next(batches)
+                self._taken += 1
+            set_random_state(resume["now"])
+        for batch in batches:
+            self._taken += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """How many batches of this epoch have been taken, and the random generators, at its start and now."""
+        now = random_state()
+        return {"taken": self._taken, "start": self._start or now, "now": now}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Let the next pass go on from there."""
+        self._resume = state
