@@ -58,7 +58,7 @@ from freemerge.pipeline.reporting import make_report
 from freemerge.pipeline.settings import STAGES, Settings
 from freemerge.pipeline.tune import Tuning
 from freemerge.training import ExpertTrainer, FineTuner, RouterTrainer
-from freemerge.training.resume import BestCheckpoint, Interrupted, ResumeCheckpoint, stopped_by_ctrl_c
+from freemerge.training.resume import BestCheckpoint, EpochStart, Interrupted, ResumeCheckpoint, stopped_by_ctrl_c
 
 MakeTrainer = Callable[..., L.Trainer]
 """(folder, overrides, extra callbacks) → a fresh Trainer that logs into the folder."""
@@ -457,7 +457,7 @@ class SuiteRun:
         last = ResumeCheckpoint(
             stage.checkpoints / "last.ckpt", finishes=self.ckpt_path is None, **self.checkpoint_every
         )
-        trainer = self.make_trainer(stage.path, dict(overrides), [best, last])
+        trainer = self.make_trainer(stage.path, dict(overrides), [EpochStart(last), best, last])
         kept = last in trainer.callbacks
         ckpt_path = str(resume) if resume else None
         self.console.print(f"[bold]{stage.name}[/bold]" + (f" [dim](from {ckpt_path})[/dim]" if ckpt_path else ""))

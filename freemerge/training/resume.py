@@ -29,7 +29,8 @@ class Interrupted(Exception):
 class ResumeCheckpoint(Checkpoint):
     """Writes the state of a fit, atomically, to one file.
 
-    The last of a Trainer's callbacks, so that the state of all others is what they go on from.
+    The last of a Trainer's callbacks, so that the state of all others is what they go on from; with an `EpochStart`
+    before them.
 
     Args:
         path: the file.
@@ -73,7 +74,8 @@ class ResumeCheckpoint(Checkpoint):
         if place == "end" and self.finishes:
             trainer.should_stop = True
 
-    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def begin_epoch(self, trainer: L.Trainer) -> None:
+        """Write what the epoch begins with, or go back to it; `EpochStart` calls this."""
         if self._loaded:
             if self._loaded["place"] != "batch":
                 set_random_state(self._loaded["random"])
@@ -135,6 +137,20 @@ class ResumeCheckpoint(Checkpoint):
             _replace(draft, self.path)
         trainer.strategy.barrier("ResumeCheckpoint")
         self._written, self._batches = time.monotonic(), 0
+
+
+class EpochStart(L.Callback):
+    """Lets a ResumeCheckpoint write before the others begin an epoch, though it comes after them at all other times.
+
+    Args:
+        checkpoint: the ResumeCheckpoint.
+    """
+
+    def __init__(self, checkpoint: ResumeCheckpoint) -> None:
+        self.checkpoint = checkpoint
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.checkpoint.begin_epoch(trainer)
 
 
 def _is_between_steps(trainer: L.Trainer, batch_idx: int) -> bool:

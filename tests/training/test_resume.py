@@ -11,7 +11,7 @@ from freemerge.data import ArrayDataset
 from freemerge.data.augment import RandomAffine
 from freemerge.data.loaders import ShuffleSampler, training_loader
 from freemerge.data.resumable import random_state, set_random_state
-from freemerge.training.resume import BestCheckpoint, ResumeCheckpoint, _replace
+from freemerge.training.resume import BestCheckpoint, EpochStart, ResumeCheckpoint, _replace
 
 
 def loader(workers: int = 0):
@@ -94,7 +94,7 @@ def fit(folder, kill=None, resume=False, callbacks=(), **options) -> L.Trainer:
     best = BestCheckpoint(dirpath=folder, filename="best", monitor="val/loss")
     trainer = L.Trainer(
         max_epochs=4, logger=False, enable_progress_bar=False, enable_model_summary=False, accelerator="cpu",
-        callbacks=[*callbacks, *([kill] if kill else []), best, last], **options,
+        callbacks=[EpochStart(last), *callbacks, *([kill] if kill else []), best, last], **options,
     )  # fmt: skip
     with contextlib.suppress(Killed):
         trainer.fit(Noisy(), loader(), loader(), ckpt_path=str(folder / "last.ckpt") if resume else None)
