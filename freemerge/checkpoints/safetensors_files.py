@@ -27,7 +27,7 @@ from freemerge.checkpoints.errors import CheckpointError
 from freemerge.checkpoints.index import Index
 from freemerge.checkpoints.places import landing
 from freemerge.checkpoints.reading import read_bytes
-from freemerge.checkpoints.safetensors_header import DIGEST, DTYPES, digest_table, parse_header
+from freemerge.checkpoints.safetensors_header import DIGEST, DTYPES, MARK, digest_table, parse_header
 from freemerge.checkpoints.ties import find_left_out
 
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
@@ -71,7 +71,8 @@ class SafetensorsFile:
         """
         tied = _look_tied(self.metadata, self.specs)
         if _TIED in self.metadata:
-            return {name: first for name, first in tied.items() if name in self.metadata[_TIED].split("\n")}
+            listed = set(self.metadata[_TIED].split("\n"))
+            return {name: first for name, first in tied.items() if name in listed}
         return tied
 
     def _read_header(self, file) -> tuple[bytes, int]:
@@ -257,7 +258,7 @@ def lay_out(
         places[name] = (offset, offset + torch.Size(shape).numel() * dtype.itemsize)
         header[name] = {"dtype": _CODES[dtype], "shape": list(shape), "data_offsets": list(places[name])}
         offset = places[name][1]
-    text = json.dumps(header, separators=(",", ":")).encode()
+    text = MARK + json.dumps(header, separators=(",", ":")).encode().removeprefix(MARK.replace(b" ", b""))
     text += b" " * (-len(text) % 8)  # keeps the data aligned
     head = struct.pack("<Q", len(text)) + text
     inside = {name: (len(head) + begin, len(head) + stop) for name, (begin, stop) in places.items()}

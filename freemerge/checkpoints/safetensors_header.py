@@ -4,13 +4,17 @@ A header that is damaged must not become another table in silence. What the form
 entry has its three parts, sizes agree with shapes and dtypes, and the tensors fill the rest of the file without gaps
 and overlaps. Names, and dtypes of one width, are bare words that any damage leaves possible; files written here carry
 a digest of their table for that.
+
+Other tools keep the metadata of a file that they change and save again, and with it a digest and sums that are no
+longer true. They write a header of their own, without the space behind its first brace by which ours are known: only in
+a header that has it the digest and the sums count.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -38,6 +42,9 @@ DTYPES = {
     "C64": torch.complex64,
 }
 DIGEST = "freemerge.table"  # metadata: the digest of the table
+MARK = b'{ "__metadata__":'  # how our own headers begin; to readers of JSON the space means nothing
+
+_LARGEST = 2**63 - 1  # bytes of a tensor, as torch counts them
 
 
 class Header(NamedTuple):
@@ -54,6 +61,9 @@ def parse_header(text: bytes, size: int) -> Header:
     Args:
         text: the JSON of the header.
         size: bytes of data behind it in the file.
+
+    Returns:
+        What it says; without digest and sums where somebody else wrote it.
 
     Raises:
         ValueError: what is wrong with it; it begins with "truncated" if the data are too short, and nothing else is
@@ -72,7 +82,9 @@ def parse_header(text: bytes, size: int) -> Header:
         if begin != end:
             raise ValueError(f"the tensor '{name}' begins at byte {begin:,} of the data, expected at {end:,}")
         end = stop
-    if DIGEST in metadata and metadata[DIGEST] != digest_table(specs, metadata):
+    if not text.startswith(MARK):
+        metadata = {key: value for key, value in metadata.items() if key not in (DIGEST, SUMS)}
+    elif DIGEST in metadata and metadata[DIGEST] != digest_table(specs, metadata):
         raise ValueError("its header was changed after it was written")
     if end > size:
         raise ValueError(f"truncated: its header promises {end:,} bytes of data and the file has {size:,}")
@@ -108,8 +120,8 @@ def _load(text: bytes) -> dict[str, Any]:
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     table = dict(pairs)
     if len(table) < len(pairs):
-        names = [name for name, _ in pairs]
-        repeated = next(name for name in table if names.count(name) > 1)
+        counts = Counter(name for name, _ in pairs)
+        repeated = next(name for name in table if counts[name] > 1)
         raise ValueError(f"its header has '{repeated}' twice")
     return table
 
@@ -123,9 +135,22 @@ def _parse_entry(name: str, entry: object) -> tuple[TensorSpec, tuple[int, int]]
     if code not in DTYPES:
         raise ValueError(f"the tensor '{name}' has the dtype {code}, which is not supported")
     spec = TensorSpec(tuple(shape), DTYPES[code])
-    if offsets[1] - offsets[0] != math.prod(shape) * spec.dtype.itemsize:
+    if offsets[1] - offsets[0] != _bytes(shape, spec.dtype.itemsize):
         raise ValueError(f"the tensor '{name}' has another length than its shape {shape} asks for")
     return spec, (offsets[0], offsets[1])
+
+
+def _bytes(shape: list[int], width: int) -> int | None:
+    """How many bytes a tensor has; None if more than can be counted, of however many axes.
+
+    An axis of size 0 leaves nothing to read, and still torch counts the steps along the others.
+    """
+    total = width
+    for size in shape:
+        total *= max(size, 1)
+        if total > _LARGEST:
+            return None
+    return 0 if 0 in shape else total
 
 
 def _are_sizes(values: object) -> bool:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from freemerge.checkpoints.checkpoint import Checkpoint
+from freemerge.checkpoints.errors import CheckpointError
 from freemerge.checkpoints.places import expand
 from freemerge.checkpoints.safetensors_files import SafetensorsFile
 from freemerge.checkpoints.saving import save_checkpoint
@@ -81,20 +82,40 @@ def write_task_file(
 
 
 def read_record(path: str | Path) -> TaskRecord | None:
-    """What a task file says of itself; None for any other checkpoint."""
+    """What a task file says of itself; None for any other checkpoint.
+
+    Raises:
+        CheckpointError: see `SafetensorsFile` and `parse_record`.
+    """
     path = expand(path)
     if path.suffix != ".safetensors" or not path.is_file():
         return None
-    return parse_record(SafetensorsFile(path).metadata)
+    return parse_record(SafetensorsFile(path).metadata, str(path))
 
 
-def parse_record(metadata: Mapping[str, str]) -> TaskRecord | None:
-    """The record in a file's metadata; None where there is none."""
+def parse_record(metadata: Mapping[str, str], label: str) -> TaskRecord | None:
+    """The record in a file's metadata; None where there is none.
+
+    Args:
+        metadata: of the file.
+        label: how messages call it.
+
+    Raises:
+        CheckpointError: the metadata are those of a task file, and not whole.
+    """
     if metadata.get("kind") != KIND:
         return None
-    dtypes = {name: getattr(torch, dtype) for name, dtype in json.loads(metadata.get("dtypes", "{}")).items()}
-    seed, metrics = json.loads(metadata["seed"]), json.loads(metadata["metrics"])
-    return TaskRecord(metadata["task"], metadata["holds"], metadata["base_hash"], seed, metrics, dtypes)
+    try:
+        dtypes = {name: getattr(torch, dtype) for name, dtype in json.loads(metadata.get("dtypes", "{}")).items()}
+        seed, metrics = json.loads(metadata["seed"]), json.loads(metadata["metrics"])
+        if metadata["holds"] not in ("weights", "task_vector"):
+            raise ValueError(metadata["holds"])
+        return TaskRecord(metadata["task"], metadata["holds"], metadata["base_hash"], seed, metrics, dtypes)
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(
+            f"{label}: its metadata are not those of a whole task file ({reason}); save the task again"
+        ) from None
 
 
 def open_task_file(checkpoint: Checkpoint) -> Checkpoint:
@@ -102,9 +123,17 @@ def open_task_file(checkpoint: Checkpoint) -> Checkpoint:
 
     Args:
         checkpoint: the file as it is. One that is no task file comes back unchanged.
+
+    Raises:
+        CheckpointError: the file does not hold what its metadata say.
     """
-    record = parse_record(checkpoint.metadata)
+    record = parse_record(checkpoint.metadata, checkpoint.label)
     if record is None or record.holds == "weights":
         return checkpoint
+    if not any(name.endswith(_SUFFIX) for name in checkpoint.names):
+        raise CheckpointError(
+            f"{checkpoint.label}: its metadata say that it holds a task vector, and no tensor is called "
+            f"'…{_SUFFIX}': it was saved again by other names; keep the names, or leave the metadata out"
+        )
     names = {name: name.removesuffix(_SUFFIX) for name in (*checkpoint.names, *checkpoint.tied)}
     return checkpoint.as_deltas(names, [name for name in names if name.endswith(_SUFFIX)])

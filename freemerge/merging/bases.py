@@ -24,7 +24,7 @@ def check_bases(base: Checkpoint, models: Sequence[Checkpoint]) -> None:
     """
     found: dict[tuple, str] = {}
     for model in models:
-        record = parse_record(model.metadata)
+        record = parse_record(model.metadata, model.label)
         if record is None or not record.dtypes:
             continue
         key = tuple(sorted((name, str(dtype)) for name, dtype in record.dtypes.items()))

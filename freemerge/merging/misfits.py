@@ -60,7 +60,7 @@ def find_misfits(base: Checkpoint, model: Checkpoint, merged: Iterable[str], sel
         extra = name not in base and name in selected and model.spec(name).dtype.is_floating_point
         if extra and model.tied.get(name) not in base and not is_constant(name, model.spec(name)):
             found.append(Misfit(model, "extra", name))
-    if model.folder is not None and parse_record(model.metadata) is None:
+    if model.folder is not None and parse_record(model.metadata, model.label) is None:
         lost = [name for name in model.outside if name in selected and (is_embedding(name) or not is_head(name))]
         found += [Misfit(model, "outside", name) for name in lost]
     return found
