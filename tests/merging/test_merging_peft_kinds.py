@@ -167,7 +167,7 @@ def test_what_peft_cannot_do_is_one_line(tmp_path):
     base, _ = write(tmp_path / "a", *CASES["loha"])
     change(tmp_path / "a", new_setting=3)
     with pytest.raises(CheckpointError, match="has the setting 'new_setting', which the installed PEFT does not know"):
-        merge(base, [tmp_path / "a"], TaskArithmetic(1.0))
+        open_checkpoint(tmp_path / "a").on(open_checkpoint(base))  # before anything is read
     change(tmp_path / "a", new_setting=None, r="three")
     with pytest.raises(CheckpointError, match="PEFT cannot compute what this LOHA adapter does to 'first'") as caught:
         merge(base, [tmp_path / "a"], TaskArithmetic(1.0))

@@ -10,10 +10,10 @@ from __future__ import annotations
 import importlib.util
 import re
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,8 @@ from freemerge.checkpoints.adapters.patterns import PatternMatcher
 from freemerge.checkpoints.checkpoint import Checkpoint
 from freemerge.checkpoints.errors import CheckpointError
 from freemerge.checkpoints.memory import flat_run
+
+_Answer = TypeVar("_Answer")
 
 # What the names of a module's tensors begin with, by the kind of the adapter.
 _PREFIXES = {
@@ -81,7 +83,10 @@ class PeftModules:
         Raises:
             CheckpointError: PEFT cannot adapt such a layer, or is not installed.
         """
-        layers = None if base is None else _Layers(self, base)
+        layers = None
+        if base is not None:
+            layers = _Layers(self, base)
+            layers.check()
         found: dict[str, Change] = {}
         for module in self.modules:
             found[f"{module}.weight"] = _Computed(f"{module}.weight", module, layers)
@@ -148,6 +153,10 @@ class _Layers:
     recent: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     models: dict[str, nn.Module] = field(default_factory=dict)
 
+    def check(self) -> None:
+        """Refuse settings that PEFT cannot take, before anything is read."""
+        self._asking(next(iter(self.adapter.modules)), lambda: self._settings(tuple(self.adapter.modules)[:1]))
+
     def difference(self, module: str, name: str) -> Tensor:
         """What the adapter does to a tensor, (*shape) float32."""
         with self.lock:
@@ -159,28 +168,36 @@ class _Layers:
             return self.recent[module][name]
 
     def _compute(self, module: str) -> dict[str, Tensor]:
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            return self._asking(module, lambda: self._ask(module))
+
+    def _ask(self, module: str) -> dict[str, Tensor]:
+        """What PEFT does to the tensors of a module, (*shape) float32 each, by their names."""
+        kind = self.adapter.config.kind
+        if kind in _SHARING:
+            if not self.models:
+                self.models[""] = self._adapt(tuple(self.adapter.modules))
+            model = self.models[""]
+        else:
+            model = self._adapt((module,))
+        layer = model.get_submodule(f"base_model.model.{module}")
+        if kind in _ADDED:
+            weight = f"{module}.weight"
+            delta = layer.get_delta_weight("default").float()
+            return {weight: delta.reshape(self.base.spec(weight).shape).contiguous()}
+        before = {key: value.detach().clone() for key, value in layer.get_base_layer().named_parameters()}
+        layer.merge(adapter_names=["default"])
+        after = dict(layer.get_base_layer().named_parameters())
+        return {f"{module}.{key}": after[key].detach().float() - before[key] for key in before}
+
+    def _asking(self, module: str, ask: Callable[[], _Answer]) -> _Answer:
+        """The answer of PEFT; it says in many ways that it has none."""
         config = self.adapter.config
         try:
-            with torch.random.fork_rng(devices=[]), torch.no_grad():
-                if config.kind in _SHARING:
-                    if not self.models:
-                        self.models[""] = self._adapt(tuple(self.adapter.modules))
-                    model = self.models[""]
-                else:
-                    model = self._adapt((module,))
-                layer = model.get_submodule(f"base_model.model.{module}")
-                weight = f"{module}.weight"
-                if config.kind in _ADDED:
-                    delta = layer.get_delta_weight("default").float()
-                    return {weight: delta.reshape(self.base.spec(weight).shape).contiguous()}
-                inner = layer.get_base_layer()
-                before = {key: value.detach().clone() for key, value in inner.named_parameters()}
-                layer.merge(adapter_names=["default"])
-                after = dict(layer.get_base_layer().named_parameters())
-                return {f"{module}.{key}": after[key].detach().float() - before[key] for key in before}
+            return ask()
         except CheckpointError:
             raise
-        except Exception as error:  # PEFT says in many ways that it cannot
+        except Exception as error:
             reason = " ".join(str(error).split())[:300] or type(error).__name__
             raise CheckpointError(
                 f"{config.path.parent}: PEFT cannot compute what this {config.kind} adapter does to '{module}' "
