@@ -19,6 +19,7 @@ from torch import Tensor
 from freemerge.checkpoints.checkpoint import Checkpoint
 from freemerge.checkpoints.errors import CheckpointError
 from freemerge.checkpoints.places import expand
+from freemerge.checkpoints.precision import largest
 from freemerge.checkpoints.safetensors_files import SafetensorsFile
 from freemerge.checkpoints.saving import save_checkpoint
 
@@ -63,10 +64,13 @@ def write_task_file(
         head: the head's tensors, stored as they are.
         dtype: of the backbone's floating-point tensors in the file; None for their own. A task vector in bfloat16 loses
             less than weights in bfloat16: it is rounded relative to itself.
+
+    Raises:
+        CheckpointError: a value is too large for `dtype`, or the file cannot be written.
     """
     suffix = _SUFFIX if record.holds == "task_vector" else ""
     tensors = {
-        f"backbone.{name}{suffix}": value.to(dtype) if dtype and value.is_floating_point() else value
+        f"backbone.{name}{suffix}": _rounded(path, name, value, dtype) if value.is_floating_point() else value
         for name, value in backbone.items()
     }
     metadata = {
@@ -79,6 +83,19 @@ def write_task_file(
         "metrics": json.dumps(record.metrics),
     }
     save_checkpoint(path, tensors | {f"head.{name}": value for name, value in head.items()}, metadata)
+
+
+def _rounded(path: Path, name: str, values: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """The values in a dtype, into which all that are finite must fit."""
+    if dtype is None or dtype == values.dtype:
+        return values
+    wide = values if values.dtype == torch.float64 else values.float()  # fp8 can be converted, and not compared
+    if bool((torch.isfinite(wide) & (wide.abs() >= largest(dtype))).any()):
+        raise CheckpointError(
+            f"{path}: the tensor '{name}' has values that do not fit into {str(dtype).removeprefix('torch.')}; "
+            "write it in bfloat16 or float32"
+        )
+    return values.to(dtype)
 
 
 def read_record(path: str | Path) -> TaskRecord | None:

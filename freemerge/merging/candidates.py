@@ -58,7 +58,7 @@ class Candidates:
         self.in_memory = needed <= allowed
         self._vectors = _kept(vectors) if self.in_memory else vectors
         self._averaged = {
-            name: add(self._base[name], self._plan.read(name).deltas.mean(dim=0)) for name in self._plan.averaged
+            name: add(name, self._base[name], self._plan.read(name).deltas.mean(dim=0)) for name in self._plan.averaged
         }
 
     @property
@@ -76,7 +76,8 @@ class Candidates:
             All tensors of the base by name, merged in the base's dtypes. Those that are not merged are the base's own.
 
         Raises:
-            MergeError: the method cannot merge these models.
+            MergeError: the method cannot merge these models, or a value of the result is NaN or infinite, or would be
+                in the base's dtype.
         """
         method.check(self.labels)
         statistics = self._survey(method)
@@ -84,7 +85,8 @@ class Candidates:
 
         def work(names: Iterator[str]) -> None:
             for name in names:
-                merged[name] = add(self._base[name], method.combine(name, self._vectors.read(name), statistics))
+                delta = method.combine(name, self._vectors.read(name), statistics)
+                merged[name] = add(name, self._base[name], delta, method)
 
         # By the threads that merge, so that the results are the same to the last bit.
         sizes = {name: shape.numel() for name, shape in self._vectors.shapes.items()}

@@ -20,7 +20,7 @@ from freemerge.merging.errors import MergeError
 from freemerge.merging.method import MergeMethod
 from freemerge.merging.plan import Operands, Plan
 from freemerge.merging.processes import Processes
-from freemerge.merging.rounding import round_to
+from freemerge.merging.rounding import round_to, to_stored
 from freemerge.merging.streaming import PIECE, Piece, pieces
 from freemerge.merging.threads import run
 from freemerge.merging.vectors import Vectors, add_wide, working_dtype
@@ -272,10 +272,7 @@ class Merging:
 
     def _put(self, name: str, start: int | None, result: Tensor) -> None:
         """Round what is merged, (*shape) or (n,) float32 or float64, and hand it on if it is finite."""
-        # One sum finds any NaN or infinity; only when it does (or overflows) is it worth a second look.
-        if not bool(torch.isfinite(result.sum())) and not bool(torch.isfinite(result).all()):
-            raise MergeError(f"{type(self._method).__name__}: the merged tensor '{name}' has NaN or infinite values")
-        self._hand_on(name, start or 0, round_to(result, self._plan.output_dtype(name), name))
+        self._hand_on(name, start or 0, to_stored(result, self._plan.output_dtype(name), name, self._method))
 
     def _hand_on(self, name: str, start: int, values: Tensor) -> None:
         self._sink.write(name, start, self._plan.returned(values))

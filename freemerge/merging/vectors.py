@@ -20,6 +20,7 @@ from freemerge.checkpoints.pages import fresh
 from freemerge.checkpoints.reading import keep_files_open
 from freemerge.merging.errors import MergeError
 from freemerge.merging.processes import Processes
+from freemerge.merging.rounding import IN_MEMORY, to_stored
 from freemerge.merging.streaming import PIECE, Piece, at_a_time, pieces, read_ahead
 from freemerge.merging.threads import each, run
 
@@ -312,7 +313,8 @@ def apply_task_vector(
         All tensors of the base, in memory of their own.
 
     Raises:
-        MergeError: `vector` names a tensor that the base does not have, or has another shape.
+        MergeError: `vector` names a tensor that the base does not have, or has another shape; or a value is NaN or
+            infinite, or would be in the base's dtype.
     """
     for name, delta in vector.items():
         if name not in base:
@@ -324,7 +326,7 @@ def apply_task_vector(
             )
     scales = {False: scale, True: min(max(scale, 0.0), 1.0)}
     return {
-        name: add(tensor, scales[is_statistic(name)] * vector[name].to(tensor.device))
+        name: add(name, tensor, scales[is_statistic(name)] * vector[name].to(tensor.device))
         if name in vector
         else tensor.detach().clone()
         for name, tensor in base.items()
@@ -416,9 +418,19 @@ def blocks(values: Tensor) -> tuple[Tensor, ...]:
     return values.split(at_a_time(BLOCK, values.device, len(values)), dim=1)
 
 
-def add(base: Tensor, delta: Tensor) -> Tensor:
-    """θ_base + τ, rounded to the base's dtype once; in new memory."""
-    return add_wide(base, delta).to(base.dtype)
+def add(name: str, base: Tensor, delta: Tensor, method: MergeMethod | None = None) -> Tensor:
+    """θ_base + τ, rounded to the base's dtype once; in new memory.
+
+    Args:
+        name: of the tensor, for messages.
+        base: any shape, any floating-point dtype.
+        delta: the same shape, float32.
+        method: what merged τ, for messages.
+
+    Raises:
+        MergeError: a value is NaN or infinite, or would be in the base's dtype.
+    """
+    return to_stored(add_wide(base, delta), base.dtype, name, method, IN_MEMORY)
 
 
 def add_wide(base: Tensor, delta: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from freemerge.evaluation import LabelSpace, Routing, TaskMetric, evaluate, evaluate_routing
 from freemerge.evaluation.loop import Predict
+from freemerge.merging.rounding import IN_MEMORY, round_to
 from freemerge.models import FreeModel, batch_norms, reestimate_batch_norm
 from freemerge.pipeline.artifacts import Artifacts
 
@@ -72,7 +73,8 @@ class Measure:
         with isolate_rng(include_cuda=False):  # the same augmentations each time, and none that changes other draws
             torch.manual_seed(self.files.seed)
             measured = reestimate_batch_norm(backbone.model, mixture.train_dataloader(), self.device, batches)
-        return {**weights, **{name: tensor.to(weights[name]) for name, tensor in measured.items()}}
+        stored = {name: round_to(tensor, weights[name].dtype, name, IN_MEMORY) for name, tensor in measured.items()}
+        return {**weights, **{name: tensor.to(weights[name].device) for name, tensor in stored.items()}}
 
     def individual(self, loaders: Mapping[str, Any]) -> dict[str, float]:
         """Each task's own fine-tuned model."""

@@ -129,3 +129,15 @@ def test_a_record_that_is_not_whole(change, tmp_path):
         with pytest.raises(CheckpointError, match=r"task\.safetensors: its metadata are not those of a whole") as error:
             read(path)
         assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float8_e4m3fn])
+def test_a_task_vector_that_does_not_fit_its_dtype_is_not_written(dtype, tmp_path):
+    path, record = tmp_path / "task.safetensors", TaskRecord("digits", "task_vector", "0" * 64, None, {})
+    top = torch.finfo(dtype).max
+    write_task_file(path, record, {"w": torch.tensor([-top, top])}, {}, dtype)
+    with pytest.raises(
+        CheckpointError, match=r"task\.safetensors: the tensor 'w' has values that do not fit into float"
+    ):
+        write_task_file(path, record, {"w": torch.tensor([0.0, 2 * top])}, {}, dtype)
+    assert torch.equal(open_checkpoint(path).tensor("backbone.w").float(), torch.tensor([-top, top]))

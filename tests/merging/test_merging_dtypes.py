@@ -8,7 +8,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from freemerge.checkpoints import load_checkpoint, save_checkpoint
-from freemerge.merging import MergeError, PCBMerging, TaskArithmetic, WeightAverage, merge
+from freemerge.merging import (
+    MergeError,
+    PCBMerging,
+    TaskArithmetic,
+    WeightAverage,
+    apply_task_vector,
+    merge,
+    task_vector,
+)
+from freemerge.merging.candidates import Candidates
 from freemerge.merging.rounding import largest, round_to
 from tests.merging.merging_models import METHODS
 
@@ -87,6 +96,37 @@ def test_the_edges(dtype):
     assert round_to(torch.zeros(0), dtype, "w").shape == (0,)
     # NaN and infinity are not made here; whoever checks the inputs and the result finds them.
     assert torch.isnan(round_to(torch.tensor([math.nan]), dtype, "w").float()).all()
+
+
+@pytest.mark.parametrize("memory", [None, 0])
+def test_an_overflow_is_the_same_error_in_searches_and_in_memory(memory):
+    """60 000 + 2 · 4 000 is more than float16 has; 60 000 + 0.5 · 4 000 is not."""
+    base = {"w": torch.tensor([60000.0, 1.0], dtype=torch.float16), "bn.running_var": torch.ones(1).half()}
+    tuned = {"w": torch.tensor([64000.0, 2.0], dtype=torch.float16), "bn.running_var": torch.ones(1).half()}
+    candidates, vector = Candidates(base, {"a": tuned}, memory=memory), task_vector(base, tuned)
+    message = (
+        r"the merged tensor 'w' has 1 values that do not fit into float16 \(the first is 68000, its largest 65504\)"
+    )
+    for large, fitting in (
+        (lambda: merge(base, [tuned], TaskArithmetic(2.0)), lambda: merge(base, [tuned], TaskArithmetic(0.5))),
+        (lambda: candidates.merge(TaskArithmetic(2.0)), lambda: candidates.merge(TaskArithmetic(0.5))),
+        (lambda: apply_task_vector(base, vector, 2.0), lambda: apply_task_vector(base, vector, 0.5)),
+    ):
+        with pytest.raises(MergeError, match=message) as error:
+            large()
+        assert "\n" not in str(error.value)
+        assert torch.equal(fitting()["w"], torch.tensor([62000.0, 1.5], dtype=torch.float16))
+    for statistic in ("bn.running_var", "w"):
+        infinite = {name: delta + (torch.inf if name == statistic else 0) for name, delta in vector.items()}
+        with pytest.raises(MergeError, match=f"the merged tensor '{statistic}' has NaN or infinite values"):
+            apply_task_vector(base, infinite)
+
+
+def test_what_a_method_makes_infinite_is_an_error_in_a_search_too():
+    base, tuned = {"w": torch.zeros(2)}, {"w": torch.full((2,), 3e38)}
+    for merged in (Candidates(base, {"a": tuned}).merge, lambda method: merge(base, [tuned], method)):
+        with pytest.raises(MergeError, match="TaskArithmetic: the merged tensor 'w' has NaN or infinite values"):
+            merged(TaskArithmetic(10.0))
 
 
 def test_an_overflow_is_one_line(tmp_path, base, models):
