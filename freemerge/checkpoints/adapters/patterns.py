@@ -74,7 +74,7 @@ class PatternMatcher:
         return lambda name, seconds: bounded.match(name, timeout=seconds)
 
     def _broken(self, pattern: str, error: Exception) -> CheckpointError:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = getattr(error, "msg", None) or str(error) or type(error).__name__
         return CheckpointError(f"{self._what}: '{_shortened(pattern)}' is no regular expression ({reason}); correct it")
 
 
