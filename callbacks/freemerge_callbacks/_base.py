@@ -16,6 +16,7 @@ from torch import Tensor
 
 from freemerge.checkpoints import Checkpoint, hash_tensors, open_checkpoint, save_checkpoint
 from freemerge.checkpoints.bases import hash_base
+from freemerge.checkpoints.places import expand
 from freemerge_callbacks._ranks import on_rank_zero
 
 _WAY_OUT = "give the pretrained model with base=..."
@@ -34,7 +35,7 @@ class FitBase:
     """
 
     def __init__(self, given: str | None, output: Path, who: str) -> None:
-        self.given = None if given is None else Path(given)
+        self.given = None if given is None else expand(given)
         self.kept = output.with_name(f".{output.stem}.base.safetensors")  # hidden: no glob finds it
         self.who = who
         self.hash: str | None = None

@@ -18,6 +18,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from freemerge.checkpoints import open_checkpoint
+from freemerge.checkpoints.places import expand
 from freemerge.checkpoints.task_files import TaskRecord
 from freemerge.merging.engine import parse_dtype
 from freemerge_callbacks._base import FitBase, dtypes_of
@@ -48,7 +49,7 @@ class FitEndCallback(Callback, ABC):
         dtype: str | None,
         overwrite: bool,
     ) -> None:
-        self.output = Path(output)
+        self.output = expand(output)
         self.base = FitBase(base, keep, self.who)
         self.backbone = backbone
         self.weights = weights

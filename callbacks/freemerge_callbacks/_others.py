@@ -6,6 +6,7 @@ from collections.abc import Collection, Sequence
 from glob import glob
 from pathlib import Path
 
+from freemerge.checkpoints.places import expand
 from freemerge.checkpoints.task_files import read_record
 
 
@@ -30,7 +31,7 @@ def find_others(patterns: Sequence[str], own: Collection[Path], who: str) -> lis
     taken = {path.resolve() for path in own}
     found: dict[Path, Path] = {}
     for pattern in map(str, patterns):
-        literal = Path(pattern).expanduser()
+        literal = expand(pattern)
         if literal.exists() and literal.resolve() in taken:
             raise ValueError(f"{who}: `others` names {pattern}, which is the merge's own base or output")
         matches = [literal] if literal.exists() else sorted(map(Path, glob(str(literal), recursive=True)))

@@ -16,6 +16,7 @@ import lightning as L
 from torch import Tensor
 
 from freemerge.checkpoints import hash_tensors, open_checkpoint
+from freemerge.checkpoints.places import expand
 from freemerge.checkpoints.task_files import TaskRecord, read_record, write_task_file
 from freemerge_callbacks._ranks import on_rank_zero
 
@@ -33,7 +34,7 @@ class Registry:
     """
 
     def __init__(self, folder: str, task: str, tasks: Sequence[str] | int, who: str) -> None:
-        self.folder = Path(folder)
+        self.folder = expand(folder)
         self.task = task
         self.tasks = tasks
         self.who = who

@@ -18,6 +18,7 @@ from lightning.pytorch.strategies import Strategy
 from torch import Tensor, nn
 
 from freemerge.checkpoints import Checkpoint, hash_tensors, open_checkpoint, save_checkpoint
+from freemerge.checkpoints.places import expand
 from freemerge_callbacks._adapters import fused_weights, has_adapters, loaded, plain_names
 from freemerge_callbacks._ranks import on_rank_zero
 
@@ -119,7 +120,7 @@ def save_base(module: nn.Module, path: str | Path, backbone: str = "backbone") -
     Raises:
         ValueError: there is no such submodule, or the file holds other weights.
     """
-    path = Path(path).expanduser()
+    path = expand(path)
     get_part(module, backbone, "save_base")
     weights = weights_of(module, backbone, module.state_dict())
     if path.exists():

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from freemerge.checkpoints import Checkpoint, hash_tensors, open_checkpoint
 from freemerge.checkpoints.folder import MARKER, check_folder
+from freemerge.checkpoints.places import expand
 from freemerge.merging import MergeMethod, merge
 from freemerge.merging.engine import parse_dtype
 from freemerge.merging.patterns import compile_patterns
@@ -100,7 +101,7 @@ class MergeAtFitEnd(FitEndCallback):
             shared = Registry(registry, task, tasks, "MergeAtFitEnd")
         elif task is not None or tasks is not None:
             raise ValueError("MergeAtFitEnd: `task` and `tasks` are for a registry; name the folder with registry=...")
-        super().__init__(output, base, shared.path if shared else Path(output), backbone, weights, dtype, overwrite)
+        super().__init__(output, base, shared.path if shared else expand(output), backbone, weights, dtype, overwrite)
         self.method = method
         self.others = others
         self.include = include
@@ -245,7 +246,7 @@ class MergeAtFitEnd(FitEndCallback):
     def _record(self, models: Mapping[str, Path | Mapping[str, Tensor]]) -> dict[str, Any]:
         """Where the written result comes from; then the kept start is not needed any more."""
         if self.output.is_dir():  # the merge has written it there
-            record = json.loads((self.output / MARKER).read_text())
+            record = json.loads((self.output / MARKER).read_text(encoding="utf-8"))
         else:
             labelled = [self._open(model).with_label(label) for label, model in models.items()]
             plan = make_plan(open_base(self.base.path), labelled, self.include, self.exclude, parse_dtype(self.dtype))

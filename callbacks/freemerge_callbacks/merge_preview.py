@@ -16,6 +16,7 @@ from torchmetrics import Metric
 
 from freemerge.checkpoints import open_checkpoint
 from freemerge.checkpoints.bases import hash_base
+from freemerge.checkpoints.places import expand
 from freemerge.checkpoints.task_files import read_record
 from freemerge.data import TaskSuite
 from freemerge.merging import FRMerging, MergeMethod, TaskArithmetic, merge
@@ -98,7 +99,7 @@ class MergePreview(Callback):
         features: str | Callable | None = None,
     ) -> None:
         self.method = method
-        self.base = Path(base)
+        self.base = expand(base)
         self.others = others
         format = BatchFormat("MergePreview", inputs, labels, adapt)
         self.evaluation = TaskEvaluation(

@@ -11,6 +11,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
 from freemerge.checkpoints.bases import find_prefix
+from freemerge.checkpoints.places import expand
 from freemerge.checkpoints.task_files import TaskRecord, write_task_file
 from freemerge.merging import task_vector
 from freemerge.merging.engine import parse_dtype
@@ -56,7 +57,7 @@ class TaskCheckpoint(FitEndCallback):
         dtype: str | None = None,
         overwrite: bool = False,
     ) -> None:
-        super().__init__(output, base, Path(output), backbone, weights, dtype, overwrite)
+        super().__init__(output, base, expand(output), backbone, weights, dtype, overwrite)
         self.task = task
         self.save = save
         self.head = head

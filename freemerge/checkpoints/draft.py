@@ -109,7 +109,7 @@ class Draft:
                 self._clear()
                 for file, layout in self._layouts.items():
                     self._create(self._beside(file), layout)
-                (self.folder / _PLAN).write_text(json.dumps(key))
+                (self.folder / _PLAN).write_text(json.dumps(key), encoding="utf-8")
             make_public(self.folder, 0o777)
         except OSError as error:
             self.discard()
@@ -295,7 +295,7 @@ class Draft:
 
     def _read_plan(self) -> str | None:
         try:
-            return json.loads((self.folder / _PLAN).read_text())
+            return json.loads((self.folder / _PLAN).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
 
@@ -304,7 +304,7 @@ class Draft:
         sums: dict[str, int] = {}
         for path in self.folder.glob(f"{_DONE}*"):
             # A last line that a kill cut short does not count.
-            sums.update(json.loads(line) for line in path.read_text().split("\n")[:-1])
+            sums.update(json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1])
         return sums
 
     def _note(self) -> None:
@@ -313,7 +313,7 @@ class Draft:
             handles = [self._handles[file] for file in {self._file_of[name] for name in names} if file in self._handles]
         for handle in handles:
             getattr(os, "fdatasync", os.fsync)(handle)
-        with self._lock, (self.folder / f"{_DONE}{self._writer}").open("a") as file:
+        with self._lock, (self.folder / f"{_DONE}{self._writer}").open("a", encoding="utf-8") as file:
             file.write("".join(f"{json.dumps([name, self._sums[name]])}\n" for name in names))
             file.flush()
             os.fsync(file.fileno())

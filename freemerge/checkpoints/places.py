@@ -20,6 +20,11 @@ def expand(path: str | os.PathLike[str]) -> Path:
         raise CheckpointError(f"{path}: {str(error).rstrip('.').lower()}; write the path without ~") from None
 
 
+def expand_name(name: str) -> str:
+    """What names a model, data set or tokenizer: the path of a folder, expanded, or a name on the Hub as it is."""
+    return str(expand(name)) if name.startswith("~") else name
+
+
 def landing(path: str | os.PathLike[str]) -> Path:
     """Where something that is written to `path` belongs: where a link leads, so that the link stays a link.
 

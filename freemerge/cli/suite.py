@@ -33,6 +33,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 from rich.console import Console
 
 import freemerge_callbacks  # noqa: F401 - short class names in configurations resolve once their module is imported
+from freemerge.checkpoints.places import expand
 from freemerge.cli import merge as merge_command
 from freemerge.cli.commands import ABOUT, COMMANDS
 from freemerge.cli.parsing import OneLineErrors
@@ -153,9 +154,9 @@ class FreemergeCLI(LightningCLI):
         """Say where a checkpoint's hyperparameters differ; Lightning's own would let them win, without a word."""
         command = self.config.subcommand
         path = self.config[command].get("ckpt_path")
-        if not path or not Path(path).is_file():
+        if not path or not expand(path).is_file():
             return
-        saved = torch.load(path, weights_only=True, map_location="cpu").get("hyper_parameters", {})
+        saved = torch.load(expand(path), weights_only=True, map_location="cpu").get("hyper_parameters", {})
         configured = self.config[command].model.get("init_args", {})
         for name, value in saved.items():
             if name in configured and configured[name] != value and not hasattr(value, "keys"):
@@ -173,7 +174,7 @@ class FreemergeCLI(LightningCLI):
         if self._is_dev_run:
             self._dev_run(model, datamodule, settings.stages)
             return
-        path = Path(settings.folder) / "config.yaml"
+        path = expand(settings.folder) / "config.yaml"
         text = self._parser(self.subcommand).dump(self.config[self.subcommand], skip_none=False)
         text = f"# python -m freemerge fit --config {path}\n{text}"
         self._suite_run(model, datamodule, settings.folder, ckpt_path, text).run(settings.stages)
@@ -276,8 +277,8 @@ class FreemergeCLI(LightningCLI):
         evaluator = self._evaluator(model, datamodule, ckpt_path)
         predictions = self.trainer.predict(evaluator, datamodule=datamodule)
         per_loader = predictions if len(datamodule.names) > 1 else [predictions]
-        path = Path(self._get(self.config_init, "run").folder) / f"predictions{self._rank_suffix()}.csv"
-        with path.open("w", newline="") as file:
+        path = expand(self._get(self.config_init, "run").folder) / f"predictions{self._rank_suffix()}.csv"
+        with path.open("w", encoding="utf-8", newline="") as file:
             writer = csv.writer(file)
             writer.writerow(["loader", "index", "routed_task", "class", "probability"])
             for task, outputs in zip(datamodule.names, per_loader, strict=True):
@@ -296,7 +297,7 @@ class FreemergeCLI(LightningCLI):
 
     def _evaluator(self, model: FineTuner, suite: TaskSuite, ckpt_path: str | None) -> MultiTaskEvaluator:
         """The finished model: the folder in `--ckpt_path`, or the run's own."""
-        folder = Path(ckpt_path) if ckpt_path else Path(self._get(self.config_init, "run").folder) / "free_model"
+        folder = expand(ckpt_path) if ckpt_path else expand(self._get(self.config_init, "run").folder) / "free_model"
         suite.prepare_data()
         tasks = {name: suite.task(name) for name in suite.names}
         metrics = {name: TaskMetric.of(task) for name, task in tasks.items()}

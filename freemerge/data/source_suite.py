@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from freemerge.checkpoints.places import expand
 from freemerge.data.arrays import Augmentation
 from freemerge.data.sources import NpzSource, PooledSource, TaskSource, TextTableSource
 from freemerge.data.suite import TaskSuite
@@ -200,10 +201,10 @@ class TextTableSuite(SourceSuite):
 
 def _files(folder: str, suffixes: tuple[str, ...]) -> dict[str, str]:
     """Task name → file, sorted by name."""
-    if not Path(folder).is_dir():
+    if not expand(folder).is_dir():
         raise ValueError(f"{folder}: there is no such folder")
     found: dict[str, str] = {}
-    for path in sorted(Path(folder).iterdir()):
+    for path in sorted(expand(folder).iterdir()):
         name, dot, rest = path.name.partition(".")
         if dot + rest not in suffixes:
             continue

@@ -15,6 +15,8 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
+from freemerge.checkpoints.places import expand
+
 _WIDTH = 100  # of lines that are not written to a terminal
 _MOST_BARS = 8  # tasks; of more, bars are too thin to be told apart
 
@@ -108,9 +110,9 @@ class Report:
 
     def write_json(self, path: str | Path) -> None:
         """Write `as_dict` atomically."""
-        path = Path(path)
+        path = expand(path)
         temporary = path.with_name(f".{path.name}.partial")
-        temporary.write_text(json.dumps(self.as_dict(), indent=2, ensure_ascii=False) + "\n")
+        temporary.write_text(json.dumps(self.as_dict(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         os.replace(temporary, path)
 
     def tables(self, width: int) -> list[Table]:

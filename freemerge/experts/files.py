@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from freemerge.checkpoints import CheckpointError, hash_tensors, save_checkpoint
+from freemerge.checkpoints.places import expand
 from freemerge.experts.codec import Encoding, decode_values, deflate, encode_values, inflate
 from freemerge.experts.expert import Expert, expert_class, kind_of
 from freemerge.experts.masked import MaskedExpert
@@ -56,7 +57,7 @@ def save_expert(path: str | Path, expert: Expert, values: Encoding | None = None
         "layout": deflate(torch.frombuffer(bytearray(text), dtype=torch.uint8)),
     }
     tensors |= {name: deflate(array.cpu()) for name, array in arrays.items()}
-    path = Path(path)
+    path = expand(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     save_checkpoint(path, tensors, metadata={**expert.metadata, "kind": kind, "values": encoding})
     return path
@@ -79,7 +80,7 @@ def load_expert(
     Raises:
         CheckpointError: if the file is missing, damaged, no expert, or belongs to another merged backbone or base.
     """
-    path = Path(path)
+    path = expand(path)
     try:
         with safe_open(path, framework="pt") as file:
             metadata = dict(file.metadata() or {})

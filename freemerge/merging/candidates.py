@@ -118,7 +118,7 @@ def _kept(vectors: Vectors) -> Vectors:
 def _free_memory() -> int:
     """Bytes of memory that are free, as the system counts them; without a count, as many as it takes."""
     try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return 1 << 62
     return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), 1 << 62)

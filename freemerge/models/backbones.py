@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from freemerge.checkpoints import CheckpointError, load_checkpoint, save_checkpoint
+from freemerge.checkpoints.places import expand
 from freemerge.inputs import Inputs, to_device
 from freemerge.models.classes import import_class, is_own, name_of
 
@@ -82,14 +83,14 @@ class Backbone(nn.Module):
             CheckpointError: if they are those of another model.
         """
         try:
-            self.load_weights(load_checkpoint(Path(directory) / WEIGHTS))
+            self.load_weights(load_checkpoint(expand(directory) / WEIGHTS))
         except RuntimeError as error:
             said = " ".join(str(error).split())
             raise CheckpointError(f"{directory}: its weights do not fit this {type(self).__name__} ({said})") from error
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write a folder that `load_backbone` loads: the weights, and the recipe where there is one."""
-        directory = Path(directory)
+        directory = expand(directory)
         directory.mkdir(parents=True, exist_ok=True)
         save_checkpoint(directory / WEIGHTS, {name: tensor.cpu() for name, tensor in self.weights().items()})
         self._write_recipe(directory)
@@ -103,7 +104,7 @@ class Backbone(nn.Module):
 def names_own_backbone(directory: str | Path) -> bool:
     """Whether `load_backbone` can load a folder without importing what is not freemerge's own."""
     try:
-        return is_own(str(json.loads((Path(directory) / RECIPE).read_text(encoding="utf-8"))["class"]))
+        return is_own(str(json.loads((expand(directory) / RECIPE).read_text(encoding="utf-8"))["class"]))
     except (OSError, ValueError, KeyError, TypeError):
         return False
 
@@ -120,7 +121,7 @@ def load_backbone(directory: str | Path, trust_remote_code: bool = False) -> Bac
     """
     import freemerge.models
 
-    path = Path(directory) / RECIPE
+    path = expand(directory) / RECIPE
     if not path.is_file():
         raise CheckpointError(
             f"{directory}: no {RECIPE}, so how to build the backbone is not known; pass backbone=…, built"
@@ -134,7 +135,7 @@ def load_backbone(directory: str | Path, trust_remote_code: bool = False) -> Bac
     if not (isinstance(kind, type) and issubclass(kind, Backbone)):
         raise CheckpointError(f"{path}: freemerge has no backbone {recipe.get('class')!r}")
     try:
-        return kind.from_recipe(directory, recipe["arguments"])
+        return kind.from_recipe(expand(directory), recipe["arguments"])
     except TypeError as error:
         raise CheckpointError(f"{directory}: the backbone is a {name} that cannot be made ({error}); {give}") from error
 

@@ -20,6 +20,7 @@ from typing import Any
 from torch import nn
 
 from freemerge.checkpoints import CheckpointError, hash_tensors, load_checkpoint, save_checkpoint
+from freemerge.checkpoints.places import expand
 from freemerge.experts import PackedExpert, exclusive, load_expert, save_expert
 from freemerge.experts.expert import is_known, kind_of
 from freemerge.models.backbones import Backbone, load_backbone
@@ -50,7 +51,7 @@ def save_free_model(model: FreeModel, directory: str | Path) -> Path:
     Raises:
         ValueError: before anything is written, if a part says of itself what a folder cannot hold.
     """
-    directory = Path(directory)
+    directory = expand(directory)
     description = _describe(model)
     with _staged(directory) as staged:
         _write(model, staged, description)
@@ -185,7 +186,7 @@ def load_free_model(
         CheckpointError: if the folder is not a FREE model, its files do not belong together, or it names a class that
             may not or cannot be imported.
     """
-    directory, where = Path(directory), str(directory)
+    directory, where = expand(directory), str(directory)
     description = _read_description(directory)
     passed = backbone is not None
     if not passed:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 
+from freemerge.checkpoints.places import expand, expand_name
 from freemerge.models.backbones import Backbone
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -19,9 +20,10 @@ class HuggingFaceBackbone(Backbone):
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write the model as a Hugging Face folder, which transformers loads without freemerge."""
+        directory = expand(directory)
         with without_progress_bars():
             self.model.save_pretrained(directory)
-        self._write_recipe(Path(directory))
+        self._write_recipe(directory)
 
     @classmethod
     def from_recipe(cls, directory: str | Path, arguments: dict[str, Any]) -> Backbone:
@@ -65,6 +67,7 @@ def load_model(
         raise ValueError(f"{who}: give either `pretrained` (hub id or folder) or `config`, not both")
     try:
         if pretrained is not None:
+            pretrained = expand_name(pretrained)
             model_config = AutoConfig.from_pretrained(pretrained)
         else:
             settings = dict(config)

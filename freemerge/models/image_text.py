@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from freemerge.checkpoints.places import expand, expand_name
 from freemerge.models.hugging_face import Dtype, HuggingFaceBackbone, load_model, without_progress_bars
 
 
@@ -24,7 +25,7 @@ class TextTower:
 
     def __init__(self, model: nn.Module, tokenizer: str | None) -> None:
         self.model = model.requires_grad_(False).eval()
-        self.tokenizer = tokenizer
+        self.tokenizer = None if tokenizer is None else expand_name(tokenizer)
 
     def __deepcopy__(self, memo: dict) -> TextTower:
         return self
@@ -117,6 +118,7 @@ class ImageTextBackbone(HuggingFaceBackbone):
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write the whole model, both towers, as a Hugging Face folder, with its tokenizer where there is one."""
+        directory = expand(directory)
         whole = copy.copy(self.model)
         whole.__dict__["_modules"] = {**self.model._modules, **self.text.model._modules}
         whole.__dict__["_parameters"] = {**self.model._parameters, **self.text.model._parameters}
@@ -126,7 +128,7 @@ class ImageTextBackbone(HuggingFaceBackbone):
                 from transformers import AutoTokenizer
 
                 AutoTokenizer.from_pretrained(self.text.tokenizer).save_pretrained(directory)
-        self._write_recipe(Path(directory))
+        self._write_recipe(directory)
 
 
 def _part(whole: nn.Module, of_text: bool) -> nn.Module:

@@ -53,7 +53,7 @@ def only_run(folder: Path) -> Iterator[None]:
 
 def _holder(folder: Path) -> dict[str, Any] | None:
     try:
-        return json.loads((folder / ".running.json").read_text())
+        return json.loads((folder / ".running.json").read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
         return None
 

@@ -41,6 +41,7 @@ from rich.progress import track
 from torch import Tensor
 
 from freemerge.checkpoints import hash_tensors, save_checkpoint
+from freemerge.checkpoints.places import expand
 from freemerge.data import TaskSuite
 from freemerge.distributed import in_process_group
 from freemerge.evaluation import Report, mean_score
@@ -112,11 +113,11 @@ class SuiteRun:
     ) -> None:
         self.tuner = tuner
         self.suite = suite
-        self.folder = Path(folder)
+        self.folder = expand(folder)
         self.make_trainer = make_trainer
         self.settings = settings or Settings()
         self.seed = seed
-        self.ckpt_path = ckpt_path
+        self.ckpt_path = str(expand(ckpt_path)) if ckpt_path else ckpt_path
         self.overwrite = overwrite
         self.config_text = config_text
         self.checkpoint_every = {"steps": checkpoint_steps, "minutes": checkpoint_minutes}
@@ -176,7 +177,7 @@ class SuiteRun:
     def _keep_config(self) -> None:
         if rank_zero_only.rank == 0 and self.config_text is not None:
             temporary = self.folder / ".config.yaml.partial"
-            temporary.write_text(self.config_text)
+            temporary.write_text(self.config_text, encoding="utf-8")
             os.replace(temporary, self.folder / "config.yaml")
 
     def _check_ckpt_path(self) -> None:
@@ -234,13 +235,13 @@ class SuiteRun:
         self._write(stage.path / "base.safetensors", tuner.backbone.weights())
         self._finish(stage, {"val/acc": fit.value})
         if self.settings.pretrain.cache is not None and rank_zero_only.rank == 0:
-            store(stage, Path(self.settings.pretrain.cache))
+            store(stage, expand(self.settings.pretrain.cache))
 
     def _pretrained_before(self, stage: StageFolder) -> bool:
         """Take the base from the cache of pretrained backbones, if another run has put it there."""
         if self.settings.pretrain.cache is None or stage.begun() == stage.key:
             return False
-        kept = find(stage, Path(self.settings.pretrain.cache))
+        kept = find(stage, expand(self.settings.pretrain.cache))
         if kept is None:
             return False
         self._begin(stage)

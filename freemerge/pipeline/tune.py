@@ -26,6 +26,7 @@ from torch import Tensor
 
 import freemerge
 from freemerge.checkpoints import hash_tensors, save_checkpoint
+from freemerge.checkpoints.places import expand
 from freemerge.evaluation import Report, Row, mean_score
 from freemerge.evaluation.report import comparable
 from freemerge.merging import MergeMethod
@@ -57,7 +58,7 @@ class Tuning:
         # The others of an srun or torchrun only search along; the first brings it to its end.
         self.searches_only = self.settings.part == "search" or rank_zero_only.rank != 0
         self.console = Console(quiet=True) if self.searches_only else console
-        self.models = Path(self.settings.models) if self.settings.models else None
+        self.models = expand(self.settings.models) if self.settings.models else None
         self.name, self.method = self._chosen_method()
         tasks = files.suite.names
         self.space = Space(self.method, tasks, self.settings.space or default_ranges(self.method))
@@ -128,7 +129,7 @@ class Tuning:
         record = self.stage.record()
         if record is None or record["results"]["trials"] < self.settings.trials:
             return None
-        stored = json.loads((self.stage.path / "report.json").read_text())
+        stored = json.loads((self.stage.path / "report.json").read_text(encoding="utf-8"))
         names = ("name", "scores", "extra_bytes", "chosen", "kind")
         rows = [Row(**{name: row[name] for name in names}) for row in stored["rows"]]
         return Report(stored["title"], rows, stored["search"], stored["settings"], metrics=stored["metrics"])
@@ -279,7 +280,7 @@ class Tuning:
         lines = [f"# python -m freemerge merge --config {path}"]
         if self.measure.has_own_statistics:
             lines.append("# It merges batch norm's statistics; merged.safetensors has them measured anew.")
-        path.write_text("\n".join([*lines, text]))
+        path.write_text("\n".join([*lines, text]), encoding="utf-8")
 
     def _show(self, report: Report, how: str) -> Report:
         report.print(self.console)

@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 
+from freemerge.checkpoints.places import expand
 from freemerge.data import Task
 from freemerge.inputs import Inputs, batch_size
 from freemerge.models import Backbone, ImageTextBackbone, LanguageBackbone, extract_features
@@ -155,7 +156,7 @@ class FineTuner(OptimizedModule):
         if not has_adapter(self.backbone.model):
             return False
         # Whether embeddings were resized is asked of the hub otherwise; they never are here.
-        self.backbone.model.save_pretrained(str(folder), save_embedding_layers=False)
+        self.backbone.model.save_pretrained(str(expand(folder)), save_embedding_layers=False)
         return True
 
     # -- Lightning's hooks --------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from freemerge.checkpoints.places import expand, expand_name
 from freemerge.data.pictures import PictureDataset
 from freemerge.data.sources.images import ImageSource
 from freemerge.data.sources.source import SPLITS, TaskSource
@@ -49,7 +50,7 @@ class HuggingFaceSource(TaskSource):
             raise ValueError(f"{where}: streaming needs {unsized[0]}_size: how many samples to read")
 
     def files(self) -> list[Path]:
-        return [Path(file) for file in (self.data_files or {}).values() if Path(file).is_file()]
+        return [path for path in map(expand, (self.data_files or {}).values()) if path.is_file()]
 
     def prepare(self) -> None:
         if not self.streaming:
@@ -69,11 +70,13 @@ class HuggingFaceSource(TaskSource):
             import datasets
         except ImportError as error:
             raise ValueError(f"{type(self).__name__} needs datasets: pip install 'freemerge[datasets]'") from error
+        path = expand_name(self.path)
+        files = self.data_files and {name: expand_name(file) for name, file in self.data_files.items()}
         try:
-            if (Path(self.path) / "dataset_dict.json").is_file():
-                return datasets.load_from_disk(self.path)[self.splits[split]]
+            if (Path(path) / "dataset_dict.json").is_file():
+                return datasets.load_from_disk(path)[self.splits[split]]
             return datasets.load_dataset(
-                self.path, self.subset, split=self.splits[split], data_files=self.data_files, streaming=self.streaming
+                path, self.subset, split=self.splits[split], data_files=files, streaming=self.streaming
             )
         except (OSError, ValueError, KeyError, RuntimeError, datasets.exceptions.DatasetsError) as error:
             reason = " ".join(str(error).split())

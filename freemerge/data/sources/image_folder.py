@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from freemerge.checkpoints.places import expand
 from freemerge.data.pictures import PictureDataset
 from freemerge.data.sources.images import ImageSource
 from freemerge.data.tasks import Task
@@ -31,13 +32,13 @@ class ImageFolderSource(ImageSource):
 
         Where the folder is does not count.
         """
-        root = Path(self.folder)
+        root = expand(self.folder)
         files = sorted(path for path in root.rglob("*") if path.is_file())
         listing = "\n".join(f"{path.relative_to(root)} {path.stat().st_size}" for path in files)
         return {**super().identity(), "folder": root.name, "listing": hashlib.sha256(listing.encode()).hexdigest()}
 
     def build(self, name: str, seed: int) -> Task:
-        root = Path(self.folder)
+        root = expand(self.folder)
         if not root.is_dir():
             raise ValueError(f"task {name!r}: {root}: there is no such folder")
         places = {

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from freemerge.checkpoints.places import expand
 from freemerge.data.arrays import ArrayDataset
 from freemerge.data.sources.images import ImageSource
 from freemerge.data.sources.source import SPLITS
@@ -31,7 +32,7 @@ class NpzSource(ImageSource):
     labels: str = "labels"
 
     def files(self) -> list[Path]:
-        return [Path(self.path)]
+        return [expand(self.path)]
 
     def build(self, name: str, seed: int) -> Task:
         arrays = self._read()
@@ -45,7 +46,7 @@ class NpzSource(ImageSource):
         return Task(name, names, **datasets, metric=self.metric, templates=tuple(self.templates or ()))
 
     def _read(self) -> dict[str, np.ndarray]:
-        path = Path(self.path)
+        path = expand(self.path)
         if not path.is_file():
             raise ValueError(f"{path}: there is no such file")
         try:

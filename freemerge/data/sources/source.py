@@ -13,6 +13,7 @@ a dataclass with one method:
 from __future__ import annotations
 
 import hashlib
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, is_dataclass
@@ -149,7 +150,7 @@ def _renamed(value: Any, names: Mapping[Path, str]) -> Any:
         return {key: _renamed(item, names) for key, item in value.items()}
     if isinstance(value, list):
         return [_renamed(item, names) for item in value]
-    return names.get(Path(value), value) if isinstance(value, str) else value
+    return names.get(Path(os.path.expanduser(value)), value) if isinstance(value, str) else value
 
 
 def content_hash(path: Path) -> str:

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
+from freemerge.checkpoints.places import expand
+
 Table = dict[str, list[Any]]
 """Column name → values, all columns equally long. Values of CSV and TSV files are strings."""
 
@@ -23,7 +25,7 @@ def read_table(path: str | Path, quoted: bool | None = None) -> Table:
     Raises:
         ValueError: if the file is not there, is of another kind, or a line does not fit; it says which.
     """
-    path = Path(path)
+    path = expand(path)
     if not path.is_file():
         raise ValueError(f"{path}: there is no such file")
     suffixes = [suffix for suffix in path.suffixes[-2:] if suffix != ".gz"]

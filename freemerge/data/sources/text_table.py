@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from freemerge.checkpoints.places import expand
 from freemerge.data.sources.source import SPLITS
 from freemerge.data.sources.tables import Table, read_table
 from freemerge.data.sources.texts import TextSource, read_class_names
@@ -36,8 +37,8 @@ class TextTableSource(TextSource):
             raise ValueError(f"TextTableSource: path has {sorted(unknown)[0]!r}, expected {', '.join(SPLITS)}")
 
     def files(self) -> list[Path]:
-        tables = [Path(path) for path in (self.path.values() if isinstance(self.path, dict) else [self.path])]
-        names = Path(self.classes) if isinstance(self.classes, str) else self._class_file()
+        tables = [expand(path) for path in (self.path.values() if isinstance(self.path, dict) else [self.path])]
+        names = expand(self.classes) if isinstance(self.classes, str) else self._class_file()
         return tables + ([names] if names is not None else [])
 
     def build(self, name: str, seed: int) -> Task:
@@ -52,7 +53,7 @@ class TextTableSource(TextSource):
         """`<table>.classes.txt`, where there is one and it is asked for."""
         if self.classes is not None or self.kind != "classification" or isinstance(self.path, dict):
             return None
-        path = Path(self.path)
+        path = expand(self.path)
         beside = path.with_name(f"{path.name.split('.')[0]}.classes.txt")
         return beside if beside.is_file() else None
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from freemerge.checkpoints.places import expand, expand_name
 from freemerge.data.sources.source import TaskSource
 from freemerge.data.sources.tables import Table
 from freemerge.data.tasks import Kind, Task, check_kind
@@ -195,7 +196,7 @@ def read_class_names(path: str | Path) -> tuple[str, ...]:
     Raises:
         ValueError: if the file is not there or empty.
     """
-    path = Path(path)
+    path = expand(path)
     if not path.is_file():
         raise ValueError(f"{path}: there is no such file of class names")
     names = tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
@@ -213,7 +214,7 @@ def load_tokenizer(name: str) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(name)
+        return AutoTokenizer.from_pretrained(expand_name(name))
     except (OSError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{name}: no tokenizer could be loaded from there ({reason})") from error

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from freemerge.checkpoints.places import expand
 from freemerge.data.pictures import PictureDataset
 from freemerge.data.sources.images import ImageSource
 from freemerge.data.tasks import Task
@@ -84,7 +85,7 @@ class TorchvisionSource(ImageSource):
         if download and "download" in inspect.signature(self._class().__init__).parameters:
             arguments["download"] = True
         try:
-            return self._class()(**({"root": self.root} if self.root is not None else {}), **arguments)
+            return self._class()(**({"root": str(expand(self.root))} if self.root is not None else {}), **arguments)
         except (RuntimeError, TypeError, ValueError) as error:  # not downloaded, not an argument, not a split
             reason = " ".join(str(error).split())
             raise ValueError(f"TorchvisionSource: {self.dataset}, {split}: {reason}") from error
