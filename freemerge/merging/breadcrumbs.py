@@ -27,6 +27,7 @@ class Breadcrumbs(MergeMethod):
     """
 
     survey_fields: ClassVar = ("bottom", "top", "scope")
+    linear_in_scale: ClassVar = True
 
     bottom: float = 0.85
     top: float = 0.007

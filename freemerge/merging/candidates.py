@@ -6,7 +6,7 @@ at: what is left of a merge is one pass of `combine` over tensors that are there
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from freemerge.checkpoints.memory import flat_run
 from freemerge.checkpoints.opening import Source
 from freemerge.merging.method import MergeMethod
 from freemerge.merging.plan import make_plan
+from freemerge.merging.scaling import is_linear, rescaled
 from freemerge.merging.streaming import Piece
 from freemerge.merging.threads import run
 from freemerge.merging.vectors import Vectors, add
@@ -79,18 +80,47 @@ class Candidates:
             MergeError: the method cannot merge these models, or a value of the result is NaN or infinite, or would be
                 in the base's dtype.
         """
+        return self._complete(self._each(method, lambda name, delta: add(name, self._base[name], delta, method)))
+
+    def over_scales(self, method: MergeMethod, factors: Iterable[float]) -> Iterator[dict[str, Tensor]]:
+        """Merge at one scale after the other: methods that are linear in it merge once.
+
+        Args:
+            method: how to merge; it has a scale.
+            factors: the scales to try, see `rescaled`.
+
+        Returns:
+            For each of them the merged model, as `merge` makes it of the method at that scale.
+
+        Raises:
+            MergeError: see `merge`.
+        """
+        unit = self._each(rescaled(method, 1.0), lambda name, delta: delta) if is_linear(method) else None
+        for factor in factors:
+            if unit is None:
+                yield self.merge(rescaled(method, factor))
+            else:
+                merged = {name: add(name, self._base[name], factor * delta, method) for name, delta in unit.items()}
+                yield self._complete(merged)
+
+    def _each(self, method: MergeMethod, use: Callable[[str, Tensor], Tensor]) -> dict[str, Tensor]:
+        """Merge every tensor; name → what is made of its merged task vector."""
         method.check(self.labels)
         statistics = self._survey(method)
-        merged: dict[str, Tensor] = dict(self._averaged)
+        found: dict[str, Tensor] = {}
 
         def work(names: Iterator[str]) -> None:
             for name in names:
-                delta = method.combine(name, self._vectors.read(name), statistics)
-                merged[name] = add(name, self._base[name], delta, method)
+                found[name] = use(name, method.combine(name, self._vectors.read(name), statistics))
 
         # By the threads that merge, so that the results are the same to the last bit.
         sizes = {name: shape.numel() for name, shape in self._vectors.shapes.items()}
         run(work, sizes, cost=sizes.__getitem__, budget=max(sizes.values(), default=0))
+        return found
+
+    def _complete(self, merged: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """All tensors of the base: those that were merged, the averaged ones, and the base's own."""
+        merged = {**self._averaged, **merged}
         return {name: merged.get(self._plan.tied.get(name, name), self._base[name]) for name in self._plan.base.names}
 
     def _survey(self, method: MergeMethod) -> Any:

@@ -40,6 +40,7 @@ class Dare(MergeMethod):
     """
 
     survey_fields: ClassVar = ("method", "drop", "seed")
+    linear_in_scale: ClassVar = True
 
     method: MergeMethod
     drop: float = 0.9

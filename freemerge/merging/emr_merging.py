@@ -28,6 +28,7 @@ class EMRMerging(MergeMethod):
     """
 
     survey_fields: ClassVar = ()
+    linear_in_scale: ClassVar = True
 
     scale: float = 1.0
 

@@ -36,6 +36,7 @@ class FRMerging(MergeMethod):
     """
 
     survey_fields: ClassVar = ("coefficients",)
+    linear_in_scale: ClassVar = True
 
     filter: Filter = field(default_factory=NyquistDisc)
     coefficients: Literal["align", "mean", "uniform"] | list[float] = "align"

@@ -26,6 +26,7 @@ class IsoC(MergeMethod):
     """
 
     survey_fields: ClassVar = ()
+    linear_in_scale: ClassVar = True
     elementwise: ClassVar = True  # the sum is; `finish` is not
 
     scale: float = 1.0

@@ -31,6 +31,10 @@ class MergeMethod(ABC):
     survey_fields: ClassVar[tuple[str, ...] | None] = None
     """The fields that `survey` looks at; None for all of them. A method that names them makes searches faster."""
 
+    linear_in_scale: ClassVar[bool] = False
+    """Whether the result is proportional to `scale`, or to all scales of a list at once. A search then merges once for
+    all scales; else it merges anew for each. A class says it for itself alone, not for its subclasses."""
+
     @property
     def survey_key(self) -> Hashable:
         """What the statistics of `survey` depend on, beside the vectors: equal keys, equal statistics."""

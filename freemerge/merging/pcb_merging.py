@@ -59,6 +59,7 @@ class PCBMerging(MergeMethod):
     """
 
     survey_fields: ClassVar = ("ratio", "clip", "inter", "filter", "scope")
+    linear_in_scale: ClassVar = True
 
     ratio: float = 0.1
     scale: float | list[float] = 1.0

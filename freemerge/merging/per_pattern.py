@@ -36,6 +36,7 @@ class PerPattern(MergeMethod):
     """
 
     survey_fields: ClassVar = ("default", "overrides")
+    linear_in_scale: ClassVar = True
 
     default: MergeMethod
     overrides: dict[str, MergeMethod] = field(default_factory=dict)

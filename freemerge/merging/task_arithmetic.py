@@ -19,6 +19,7 @@ class TaskArithmetic(MergeMethod):
     """
 
     survey_fields: ClassVar = ()
+    linear_in_scale: ClassVar = True
 
     scale: float | list[float] = 0.3
 

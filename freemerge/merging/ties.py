@@ -30,6 +30,7 @@ class Ties(MergeMethod):
     """
 
     survey_fields: ClassVar = ("density", "scope")
+    linear_in_scale: ClassVar = True
 
     density: float = 0.2
     scale: float = 1.0

@@ -31,6 +31,7 @@ class TSVMerge(MergeMethod):
     """
 
     survey_fields: ClassVar = ()
+    linear_in_scale: ClassVar = True
 
     scale: float = 1.0
 

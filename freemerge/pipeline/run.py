@@ -27,7 +27,6 @@ import signal
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -46,7 +45,9 @@ from freemerge.data import TaskSuite
 from freemerge.distributed import in_process_group
 from freemerge.evaluation import Report, mean_score
 from freemerge.experts import load_expert, save_expert
-from freemerge.merging import apply_task_vector, merge, merge_task_vectors, task_vector
+from freemerge.merging import merge, task_vector
+from freemerge.merging.candidates import Candidates
+from freemerge.merging.scaling import has_scale, rescaled
 from freemerge.models import FreeModel
 from freemerge.pipeline.artifacts import Artifacts
 from freemerge.pipeline.cache import find, store
@@ -283,20 +284,19 @@ class SuiteRun:
         heads = self.files.heads()
         self._begin(stage)
         loaders = self.measure.loaders("val")
-        vectors = [task_vector(base, weights) for weights in finetuned.values()]
+        candidates = Candidates(base, finetuned)
         individual = self.measure.individual(loaders)
         results: dict[str, Any] = {"individual": individual, "methods": {}}
         for name, method in self.settings.merge.methods.items():
-            scalable = hasattr(method, "scale")
-            # Every method's result is linear in its scale: merge once, try all scales on the one merged vector.
-            merged = merge_task_vectors(vectors, replace(method, scale=1.0) if scalable else method)
+            scalable = has_scale(method)
+            scales = self.settings.merge.scales if scalable else [1.0]
+            tried = candidates.over_scales(method, scales) if scalable else [candidates.merge(method)]
             search = []
-            for scale in self._each_scale(f"merge: {name}") if scalable else [1.0]:
-                candidate = self.measure.with_own_statistics(apply_task_vector(base, merged, scale))
-                scores = self.measure.shared(candidate, heads, loaders)
+            for scale, weights in zip(self._with_bar(scales, f"merge: {name}"), tried, strict=True):
+                scores = self.measure.shared(self.measure.with_own_statistics(weights), heads, loaders)
                 search.append({"scale": scale, "mean_acc": mean_score(scores, self.measure.metrics)})
             best = max(search, key=lambda candidate: candidate["mean_acc"])
-            chosen = replace(method, scale=best["scale"]) if scalable else method
+            chosen = rescaled(method, best["scale"]) if scalable else method
             self._write(self.files.merged_path(name), self.measure.with_own_statistics(merge(base, finetuned, chosen)))
             results["methods"][name] = {"search": search, "best": best}
             self._say(f"merge: {name}" + (f", scale {best['scale']:g}" if scalable else ""), best["mean_acc"])
@@ -341,7 +341,7 @@ class SuiteRun:
         }
         loaders = self.measure.loaders("val")
         search = []
-        for scale in self._each_scale("experts: extracted"):
+        for scale in self._with_bar(self.settings.merge.scales, "experts: extracted"):
             scaled = {task: expert.scaled(scale) for task, expert in experts.items()}
             scores = self.measure.free(FreeModel(self.files.backbone(merged), heads, scaled), loaders, told="task")
             search.append({"scale": scale, "mean_acc": mean_score(scores, self.measure.metrics)})
@@ -425,10 +425,10 @@ class SuiteRun:
         numbers = ", ".join(f"{key} {value:.3f}" for key, value in results.items() if isinstance(value, float))
         self.console.print(f"{stage.name}: {numbers + ', ' if numbers else ''}{record['seconds']:.0f} s")
 
-    def _each_scale(self, what: str) -> Iterable[float]:
-        """The grid of scales, with a bar that goes away when it is through."""
+    def _with_bar(self, scales: Sequence[float], what: str) -> Iterable[float]:
+        """A grid of scales, with a bar that goes away when it is through."""
         quiet = not self.console.is_terminal
-        return track(self.settings.merge.scales, what, console=self.console, transient=True, disable=quiet)
+        return track(scales, what, console=self.console, transient=True, disable=quiet)
 
     def _say(self, what: str, accuracy: float) -> None:
         self.console.print(f"{what}: val acc {accuracy:.3f}")

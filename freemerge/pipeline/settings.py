@@ -103,7 +103,8 @@ class MergeSettings:
 
     Args:
         methods: line of the report → merging method; if not given, plain averaging, task arithmetic, TIES, PCB and FR.
-        scales: the grid of scales, the same for every method that has one.
+        scales: the grid of scales, the same for every method that has one. Of a method with a scale for each task, what
+            each of them is multiplied by.
         free: the method whose merged backbone carries the experts.
         batch_norm_batches: batches of all tasks' training data on which a merged backbone's batch norm, if it has any,
             is measured anew; 0 leaves the merged statistics.

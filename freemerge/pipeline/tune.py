@@ -32,6 +32,7 @@ from freemerge.evaluation.report import comparable
 from freemerge.merging import MergeMethod
 from freemerge.merging.candidates import Candidates
 from freemerge.merging.provenance import describe_method
+from freemerge.merging.scaling import rescaled
 from freemerge.pipeline.artifacts import Artifacts
 from freemerge.pipeline.measure import Measure
 from freemerge.pipeline.others import Others
@@ -141,9 +142,11 @@ class Tuning:
         grid = self._grid_scale()
         if grid is not None and "scale" in self.space.ranges:
             bounds = self.space.ranges["scale"]
-            scales = {each.name: grid for each in self.space.parameters if each.path == "scale"}
-            if bounds.low <= grid <= bounds.high:
-                starts.append(self.space.start() | scales)
+            own = rescaled(self.method, grid).scale
+            names = [each.name for each in self.space.parameters if each.path == "scale"]
+            values = own if isinstance(own, list) else [own] * len(names)
+            if len(values) == len(names) and all(bounds.low <= value <= bounds.high for value in values):
+                starts.append(self.space.start() | dict(zip(names, values, strict=True)))
         return Search(self._study_path, self.space, self.settings.sampler, self.files.seed, starts)
 
     @property
