@@ -49,11 +49,12 @@ class ResumableLoader(DataLoader):
     _resume: dict[str, Any] | None = None
 
     def __iter__(self) -> Iterator[Any]:
-        resume, self._resume = self._resume, None
-        # A generator: nothing happens before the first batch is asked for, by when Lightning has told the epoch.
-        return self._batches(super().__iter__, resume)
+        # A generator: nothing happens before the first batch is asked for, by when Lightning has told the epoch, and a
+        # checkpoint has told where to go on.
+        return self._batches(super().__iter__)
 
-    def _batches(self, start: Any, resume: dict[str, Any] | None) -> Iterator[Any]:
+    def _batches(self, start: Any) -> Iterator[Any]:
+        resume, self._resume = self._resume, None
         if resume is not None:
             set_random_state(resume["start"])
         self._start, self._taken = random_state(), 0

@@ -19,7 +19,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 
-from freemerge.data.resumable import random_state, set_random_state
+from freemerge.data.resumable import ResumableLoader, random_state, set_random_state
 
 
 class Interrupted(Exception):
@@ -51,6 +51,7 @@ class ResumeCheckpoint(Checkpoint):
         self.metrics: dict[str, float] = {}
         self._place: str | None = None  # where a checkpoint is being written: `epoch`, `batch` or `end`
         self._loaded: dict[str, Any] = {}
+        self._loader_states: list[Any] = []
         self._written = time.monotonic()
         self._batches = 0  # since then
 
@@ -65,9 +66,17 @@ class ResumeCheckpoint(Checkpoint):
         self._loaded = state_dict
         self.metrics = dict(state_dict.get("metrics", {}))
 
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        loop = checkpoint.get("loops", {}).get("fit_loop", {})
+        self._loader_states = loop.get("state_dict", {}).get("combined_loader", [])
+
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._written = time.monotonic()
         place = self._loaded.get("place")
+        if place == "batch" and isinstance(trainer.train_dataloader, ResumableLoader):
+            # Lightning does so itself only where `estimated_stepping_batches` was not asked for, which sets the loaders
+            # up before the checkpoint is read.
+            trainer.train_dataloader.load_state_dict(self._loader_states[0])
         if place in ("epoch", "end"):
             # No epoch is under way: without this, Lightning would look for the rest of one.
             trainer.fit_loop.epoch_loop.restarting = False

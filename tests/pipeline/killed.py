@@ -15,7 +15,9 @@ import time
 from typing import ClassVar
 
 import torch
+import transformers.models.vit.modeling_vit  # noqa: F401 - here, and not in each attempt, which would die importing
 
+import freemerge.cli.suite  # noqa: F401
 from freemerge.cli import main
 from freemerge.data import ArrayDataset, Task
 from freemerge.data.augment import RandomAffine

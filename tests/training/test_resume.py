@@ -66,6 +66,7 @@ class Noisy(L.LightningModule):
         self.log("val/loss", 1.0)  # a plateau from the beginning
 
     def configure_optimizers(self):
+        assert self.trainer.estimated_stepping_batches > 0  # sets the loaders up before a checkpoint is read
         adam = torch.optim.Adam(self.parameters(), lr=0.1)
         plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(adam, patience=0, factor=0.5)
         return {"optimizer": adam, "lr_scheduler": {"scheduler": plateau, "monitor": "val/loss"}}
