@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 from freemerge.checkpoints.errors import CheckpointError
+from freemerge.checkpoints.json_files import read_object
 
 SUFFIX = ".index.json"
 
@@ -56,15 +56,27 @@ def read_index(path: Path) -> Index:
         CheckpointError: it is no index, names files elsewhere than beside it, or a file is missing.
     """
     try:
-        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        names = {str(name): Path(file) for name, file in weight_map.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not an index of shards ({error}); copy or download it again") from None
+        weight_map = read_object(path).get("weight_map")
+    except CheckpointError as error:
+        reason = str(error).removeprefix(f"{path}: ")
+        raise CheckpointError(f"{path}: not an index of shards: {reason}") from None
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise CheckpointError(
+            f"{path}: not an index of shards: expected a `weight_map` from tensors to files; copy or download it again"
+        )
+    names = {name: Path(file) for name, file in weight_map.items()}
     if not names:
         raise CheckpointError(f"{path}: lists no shards; copy or download it again")
     for file in dict.fromkeys(names.values()):
         if len(file.parts) != 1 or file.name == "..":
             raise CheckpointError(f"{path}: names the shard '{file}', which is not beside it; do not trust this index")
-        if not (path.parent / file).is_file():
+        try:
+            there = (path.parent / file).is_file()
+        except OSError as error:
+            reason = error.strerror or type(error).__name__
+            raise CheckpointError(
+                f"{path}: names the shard '{file}', which cannot be a file here ({reason}); do not trust this index"
+            ) from None
+        if not there:
             raise CheckpointError(f"{path.parent / file}: missing, though {path.name} lists it; download it")
     return Index(path, {name: path.parent / file for name, file in names.items()})

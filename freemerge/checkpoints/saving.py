@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from freemerge.checkpoints.memory import find_tied, from_tensors
+from freemerge.checkpoints.memory import from_tensors
 from freemerge.checkpoints.safetensors_files import storage_order, write_safetensors
 
 
@@ -28,8 +28,8 @@ def save_checkpoint(
     Raises:
         CheckpointError: a value is no tensor, its dtype has no place in the format, or the file cannot be written.
     """
-    tied = find_tied(tensors) if all(isinstance(value, Tensor) for value in tensors.values()) else {}
     checkpoint = from_tensors(tensors, str(path))
+    tied = checkpoint.tied
     specs = {name: checkpoint.spec(name) for name in checkpoint.names if name not in tied}
     stream = ((name, checkpoint.tensor(name)) for name in storage_order(specs))
     write_safetensors(path, specs, stream, metadata, tied)
