@@ -19,6 +19,7 @@ from freemerge.checkpoints.buffers import is_constant, is_statistic
 from freemerge.checkpoints.marks import check_merged, without_marks
 from freemerge.checkpoints.pages import fresh
 from freemerge.merging.alignment import align
+from freemerge.merging.complex_weights import check_complex
 from freemerge.merging.errors import MergeError
 from freemerge.merging.misfits import Misfit, describe, find_misfits
 from freemerge.merging.parts import join_modules
@@ -283,6 +284,7 @@ def make_plan(
     kept = tuple(name for name in base.names if name not in taken)
     if wrong := [misfit for model in models for misfit in find_misfits(base, model, merged, selected)]:
         raise MergeError(describe(base, wrong, aligned))
+    check_complex(base, models, selected)
     rows = match_rows(base, models, merged, embeddings)
     if not merged:
         raise MergeError("include and exclude leave no floating-point tensor of the base to merge")

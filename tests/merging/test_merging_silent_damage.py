@@ -136,3 +136,21 @@ def test_factors_are_never_merged_with_each_other(tmp_path):
         output = merge(base, paths, WeightAverage(), output=tmp_path / f"out{len(arguments)}", **arguments)
         found = open_checkpoint(output).tensor("q.weight")
         torch.testing.assert_close(found, (products[0] + products[1]) / 2)
+
+
+def test_complex_numbers_that_were_trained_are_not_left_out_unsaid():
+    base = {"w": torch.zeros(2), "wave": torch.tensor([1 + 2j, 3 - 4j])}
+    tuned = {"w": torch.ones(2), "wave": base["wave"] + 1j}
+    for wave in (tuned["wave"], tuned["wave"].to(torch.complex128), tuned["wave"][:1]):
+        with pytest.raises(MergeError, match=r"a: the tensor 'wave' is complex and not the base's.*view_as_real"):
+            merge(base, {"a": {**tuned, "wave": wave}}, TaskArithmetic())
+    for models, arguments in (
+        ({"a": tuned}, {"exclude": ["wave"]}),
+        ({"a": {**tuned, "wave": base["wave"].clone()}}, {}),
+    ):
+        merged = merge(base, models, TaskArithmetic(0.5), **arguments)
+        assert torch.equal(merged["wave"], base["wave"])
+        assert merged["w"].tolist() == [0.5, 0.5]
+    parts = [{**model, "wave": torch.view_as_real(model["wave"])} for model in (base, tuned)]
+    merged = merge(parts[0], [parts[1]], TaskArithmetic(0.5))
+    assert torch.view_as_complex(merged["wave"]).tolist() == [1 + 2.5j, 3 - 3.5j]
