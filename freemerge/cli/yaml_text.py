@@ -52,11 +52,12 @@ def read_configuration(path: Path) -> str:
         root = loader.get_single_node()
         if root is None:
             return "{}"
+        repeated = list(_repeated(root))  # first: to construct it copies what `<<` merges into the mapping itself
         with contextlib.suppress(ValueError):  # 31 February, which the parser that comes later takes for text
             loader.construct_document(root)  # unknown tags
         if not isinstance(root, yaml.MappingNode):
             raise ValueError(f"{path}: is not a mapping of options to values, such as 'output: merged.safetensors'")
-        for key, first, second in _repeated(root):
+        for key, first, second in repeated:
             raise ValueError(f"{path}: the key '{key}' stands in line {first} and again in line {second}")
     except yaml.YAMLError as error:
         raise ValueError(f"{path}: is not valid YAML: {explain_yaml(error, text)}") from None

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from freemerge.checkpoints import load_checkpoint, save_checkpoint
 from freemerge.cli.merge import build_parser
@@ -66,6 +67,15 @@ def test_an_empty_file_says_nothing(tmp_path) -> None:
     (tmp_path / "m.yaml").write_text("# nothing\n", encoding="utf-8")
     words = ["--base", "b", "--finetuned", "a", "--method", "Ties", "--output", "o"]
     assert build_parser().parse_args(["--config", str(tmp_path / "m.yaml"), *words]).base == "b"
+
+
+def test_a_merge_key_is_overridden_by_what_stands_beside_it(tmp_path) -> None:
+    file = tmp_path / "m.yaml"
+    file.write_text("a: &a\n  path: x\n  text: y\nb: {<<: *a, path: z}\n", encoding="utf-8")
+    assert yaml.safe_load(read_configuration(file))["b"] == {"path": "z", "text": "y"}
+    file.write_text("a: &a\n  path: x\nb: {<<: *a, path: z, path: w}\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="the key 'path' stands in line 3 and again in line 3"):
+        read_configuration(file)
 
 
 def test_an_ascii_locale_reads_and_prints_all(tmp_path) -> None:
