@@ -42,7 +42,7 @@ def run_to_end(command: Callable[[], int]) -> int:
         print_error("the output was not read to its end (closed pipe)")
         return 2
     except OSError as error:
-        if error.filename is not None or not _is_broken(sys.stdout):
+        if error.filename is not None or not (_is_broken(sys.stdout) or _is_our_own(error)):
             raise
         _give_up_stdout()
         print_error(f"the output cannot be written: {error.strerror}")
@@ -72,6 +72,14 @@ def _is_broken(stream: Any) -> bool:
     except OSError:
         return True
     return False
+
+
+def _is_our_own(error: OSError) -> bool:
+    """Whether the command line itself wrote what could not be written; an unbuffered stdout is not broken later on."""
+    frame = error.__traceback__
+    while frame.tb_next is not None:
+        frame = frame.tb_next
+    return frame.tb_frame.f_globals.get("__name__", "").startswith("freemerge.cli")
 
 
 def _give_up_stdout() -> None:
