@@ -152,6 +152,15 @@ class Checkpoint(Mapping[str, Tensor]):
         """
         return self._changed(tied={**self.tied, **tied}, source=self.source)
 
+    def after(self, check: Callable[[str], None]) -> Checkpoint:
+        """The same tensors; `check` is called with a tensor's name before its values are read, from any thread."""
+
+        def read(name: str, run: tuple[int, int] | None) -> Tensor:
+            check(name)
+            return self._read(name, run)
+
+        return self._changed(_read=read)
+
     def apart(self, names: Iterable[str]) -> Checkpoint:
         """The same tensors, those of some names no longer tied: each is listed as a tensor of its own."""
         first = {name: self._stored(name) for name in names if name in self.tied}
