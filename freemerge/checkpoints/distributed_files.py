@@ -26,6 +26,8 @@ from freemerge.checkpoints.torch_files import NESTED
 
 METADATA = ".metadata"
 
+_AT_A_TIME = 1 << 22  # bytes
+_COMPARED = 256  # blocks that are compared with all others at a time
 _AGAIN = "save it again, or copy the whole folder again"
 
 
@@ -76,6 +78,7 @@ def open_distributed(folder: Path, label: str) -> Checkpoint:
     path = folder / METADATA
     try:
         specs, blocks = _read_tables(_unpickle(path.read_bytes(), path), folder)
+        _check_files(blocks)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from None
     except CheckpointError:
@@ -85,7 +88,6 @@ def open_distributed(folder: Path, label: str) -> Checkpoint:
         raise CheckpointError(f"{path}: not the metadata of a distributed checkpoint ({what}); {_AGAIN}") from None
     if not specs:
         raise CheckpointError(f"{path}: lists no tensors of a model; save the model's state dict with it")
-    _check_files(blocks)
     for name, spec in specs.items():
         if not _tiles(spec.shape, blocks[name]):
             raise CheckpointError(
@@ -134,7 +136,7 @@ class _Record:
         self.state = state
 
 
-class _Unpickler(pickle.Unpickler):
+class _Unpickler(pickle._Unpickler):  # of pure Python: its memo is not as large as a number in the file asks for
     """Reads the pickles of a distributed checkpoint; whatever else a pickle names is refused, and nothing is called."""
 
     def __init__(self, data: bytes, path: Path) -> None:
@@ -148,8 +150,8 @@ class _Unpickler(pickle.Unpickler):
             return tuple
         if (module, name) == ("collections", "OrderedDict"):
             return dict
-        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
-            return getattr(torch, name)
+        if module == "torch" and isinstance(vars(torch).get(name), torch.dtype):  # getattr would import modules
+            return vars(torch)[name]
         if module == "torch" and name.endswith("Storage"):
             return name
         raise CheckpointError(
@@ -248,9 +250,11 @@ def _tiles(shape: tuple[int, ...], blocks: Sequence[_Block]) -> bool:
     if bool((ends > torch.tensor(shape, dtype=torch.int64)).any()):
         return False
     # Two blocks share an entry if they overlap in every dimension; blocks without entries share none.
-    low, high = torch.maximum(offsets[:, None], offsets), torch.minimum(ends[:, None], ends)
-    shared = (low < high).all(dim=-1)
-    return int(shared.sum()) == sum(torch.Size(block.sizes).numel() > 0 for block in blocks)
+    shared = 0
+    for some, their_ends in zip(offsets.split(_COMPARED), ends.split(_COMPARED), strict=True):
+        low, high = torch.maximum(some[:, None], offsets), torch.minimum(their_ends[:, None], ends)
+        shared += int((low < high).all(dim=-1).sum())
+    return shared == sum(torch.Size(block.sizes).numel() > 0 for block in blocks)
 
 
 class _Window(io.RawIOBase):
@@ -290,13 +294,17 @@ def _find_values(name: str, block: _Block, dtype: torch.dtype) -> _Values:
     try:
         with _Window(block.path, block.begin, block.length) as window, zipfile.ZipFile(window) as archive:
             files = {info.filename.split("/", 1)[-1]: info for info in archive.infolist()}
+            if any(info.compress_type != zipfile.ZIP_STORED for info in files.values()):
+                raise ValueError("it is compressed, as torch.save never writes it")
             record = _unpickle(archive.read(files["data.pkl"]), block.path)
             if archive.read(files["byteorder"]) != b"little":
                 raise ValueError("it was written on a big-endian machine")
             (_, _, key, *_), offset, sizes, strides, *_ = record.arguments
             values = files[f"data/{key}"]
-            if values.compress_type != zipfile.ZIP_STORED:
-                raise ValueError("it is compressed")
+            if values.CRC != 0:  # or it was not computed
+                with archive.open(values) as stored:  # compares it when it is read to its end
+                    while stored.read(_AT_A_TIME):
+                        pass
             window.seek(values.header_offset)
             header = window.read(30)  # the lengths of the name and of the padding after it are its last two numbers
             begin = values.header_offset + 30 + int.from_bytes(header[26:28], "little")

@@ -194,3 +194,47 @@ def test_tilings(data):
     victim = data.draw(st.integers(0, len(blocks) - 1))
     moved = blocks[victim]._replace(offsets=(blocks[victim].offsets[0] + 1, *blocks[victim].offsets[1:]))
     assert not _tiles(shape, [*blocks[:victim], moved, *blocks[victim + 1 :]])
+
+
+def test_any_flipped_bit_of_the_values_is_seen(tmp_path):
+    tensor = torch.randn(64)
+    dcp.save({"w": tensor}, checkpoint_id=tmp_path / "d", no_dist=True)
+    (file,) = (tmp_path / "d").glob("*.distcp")
+    whole = file.read_bytes()
+    begin = whole.index(tensor.numpy().tobytes())
+    for position in range(begin, begin + 4 * 64, 37):
+        damaged = bytearray(whole)
+        damaged[position] ^= 1 << position % 8
+        file.write_bytes(damaged)
+        with pytest.raises(CheckpointError, match=r"broken where the tensor 'w' should be.*Bad CRC-32"):
+            open_checkpoint(tmp_path / "d").tensor("w")
+    file.write_bytes(whole)
+    assert torch.equal(open_checkpoint(tmp_path / "d").tensor("w"), tensor)
+
+
+def test_a_pickle_whose_memo_would_be_gigabytes_is_small_and_one_line(folder):
+    """A number in the pickle says how large the table of what it remembers is; that of C makes it so at once."""
+    (folder / ".metadata").write_bytes(b"\x80\x02N" + b"r" + (0x7FFFFFF0).to_bytes(4, "little") + b".")
+    script = (
+        "import resource\nresource.setrlimit(resource.RLIMIT_AS, (12 << 30, 12 << 30))\n"
+        "from freemerge.checkpoints import open_checkpoint, CheckpointError\n"
+        f"try: open_checkpoint({str(folder)!r})\nexcept CheckpointError as error: print(str(error).count(chr(10)))\n"
+        "import resource; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < 4 << 20)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["0", "True"]
+
+
+def test_a_name_longer_than_the_file_system_allows_is_one_line(folder):
+    metadata = (folder / ".metadata").read_bytes()
+    name = next(folder.glob("*.distcp")).name.encode()
+    long = b"x" * 300
+    changed = metadata.replace(b"\x8c" + bytes([len(name)]) + name, b"X" + len(long).to_bytes(4, "little") + long)
+    changed = changed.replace(
+        b"X" + len(name).to_bytes(4, "little") + name, b"X" + len(long).to_bytes(4, "little") + long
+    )
+    assert changed != metadata
+    (folder / ".metadata").write_bytes(changed)
+    with pytest.raises(CheckpointError) as error:
+        open_checkpoint(folder)
+    assert "\n" not in str(error.value)
