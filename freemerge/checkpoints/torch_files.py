@@ -164,7 +164,8 @@ def _state_dict(loaded: object, path: Path) -> dict[str, Tensor]:
                 if isinstance(value, Inert) and not str(name).endswith("_extra_state"):
                     raise CheckpointError(
                         f"{path}: holds Python objects besides tensors in its state dict ('{name}'), which may be "
-                        "weights; save its state dict as plain tensors, best as .safetensors"
+                        "weights, and making them could run code; save its state dict as plain tensors, best as "
+                        ".safetensors"
                     )
             return tensors
         found = ", ".join(str(key) for key in list(loaded)[:8]) or "nothing"
