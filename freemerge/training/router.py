@@ -38,7 +38,7 @@ class RouterTrainer(OptimizedModule):
         self.router = router
         # Outside the module tree: nothing of it trains, and it is in no checkpoint.
         self.__dict__["backbone"] = backbone.eval().requires_grad_(False) if backbone is not None else None
-        self.accuracy = MulticlassAccuracy(router.num_tasks, average="micro")
+        self.accuracy = MulticlassAccuracy(max(router.num_tasks, 2), average="micro")  # of one task: always right
 
     def on_fit_start(self) -> None:
         if self.backbone is not None:
@@ -93,5 +93,5 @@ class RouterTrainer(OptimizedModule):
 
     def validation_step(self, batch: tuple[Inputs, Tensor], batch_idx: int) -> None:
         inputs, tasks = batch
-        self.accuracy.update(self(inputs), tasks)
+        self.accuracy.update(self(inputs).argmax(dim=1), tasks)
         self.log("val/acc", self.accuracy, prog_bar=True, on_epoch=True, batch_size=len(tasks))

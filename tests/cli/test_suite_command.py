@@ -265,3 +265,12 @@ assert not {{"lightning", "transformers", "torchmetrics"}} & set(sys.modules)
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert set(load_checkpoint(tmp_path / "m.safetensors")) == set(load_checkpoint(finetuned[0]))
+
+
+def test_a_run_of_a_single_task_goes_through_all_stages(tmp_path) -> None:
+    """Its router has nothing to tell apart, and is always right."""
+    assert main(["fit", "--config", TINY, "--run.folder", str(tmp_path), "--data.tasks", "[corners]"]) == 0
+    report = {row["name"]: row for row in json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))["rows"]}
+    assert report["router accuracy"]["scores"] == {"corners": 1.0}
+    assert report["FREE trained (routed)"]["scores"] == report["FREE trained (oracle)"]["scores"]
+    assert FreeModel.from_pretrained(tmp_path / "free_model").tasks == ("corners",)
