@@ -51,6 +51,7 @@ _NAMED: dict[tuple[str, str], Any] = {
     ("torch.storage", "UntypedStorage"): torch.UntypedStorage,
     **{("torch", name): value for name, value in vars(torch).items() if isinstance(value, torch.dtype)},
 }
+_REAL = _CALLED | _NAMED
 
 
 class Unpickler(pickle._Unpickler):  # of pure Python: its memo is not as large as a number in the file asks for
@@ -60,7 +61,7 @@ class Unpickler(pickle._Unpickler):  # of pure Python: its memo is not as large 
 
     def find_class(self, module: str, name: str) -> Any:
         """The few functions and classes that make a tensor; `Inert` for every other name. Nothing is imported."""
-        return (_CALLED | _NAMED).get((module, name), Inert)
+        return _REAL.get((module, name), Inert)
 
     def _made(self, made_by: Any, arguments: tuple) -> Any:
         return made_by(*arguments) if any(made_by is each for each in _CALLED.values()) else Inert()
