@@ -13,7 +13,7 @@ from freemerge.data.sources.texts import load_tokenizer, read_class_names
 from freemerge.experts import extract, load_expert, save_expert
 from freemerge.merging import WeightAverage
 from freemerge.models import FreeModel, TransformersBackbone
-from freemerge.models.backbones import load_backbone
+from freemerge.models.backbones.base import load_backbone
 from freemerge.pipeline import SuiteRun
 from freemerge.training import FineTuner
 from freemerge_callbacks import MergeAtFitEnd, MergePreview, TaskCheckpoint, save_base

@@ -34,9 +34,9 @@ from freemerge.checkpoints import load_checkpoint
 from freemerge.evaluation import mean_score
 from freemerge.experts import STATISTICS, Expert, emr_experts, extract, extract_low_rank, load_expert, save_expert
 from freemerge.merging import task_vector
-from freemerge.merging.patterns import select
 from freemerge.models import FreeModel
 from freemerge.pipeline import ExpertsSettings
+from freemerge.tensors.patterns import select
 from freemerge.training import ExpertTrainer
 
 SCALES = (0.5, 0.7, 1.0, 1.4)  # of extracted experts; the released rescaling and the rivals have none to choose

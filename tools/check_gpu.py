@@ -156,7 +156,7 @@ def fit_checks(case: Case, folder: Path) -> Iterator[tuple]:
     import torch
 
     from freemerge.checkpoints import hash_tensors, load_checkpoint
-    from freemerge.checkpoints.task_files import read_record
+    from freemerge.checkpoints.formats.task_files import read_record
     from freemerge.merging import FRMerging, merge
 
     base = load_checkpoint(folder / "base.safetensors")

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from freemerge.checkpoints import Checkpoint, hash_tensors, open_checkpoint, save_checkpoint
-from freemerge.checkpoints.bases import hash_base
+from freemerge.checkpoints.base_hashes import hash_base
 from freemerge.checkpoints.places import expand
 from freemerge_callbacks._ranks import on_rank_zero
 

@@ -6,8 +6,8 @@ from collections.abc import Collection, Sequence
 from glob import glob
 from pathlib import Path
 
+from freemerge.checkpoints.formats.task_files import read_record
 from freemerge.checkpoints.places import expand
-from freemerge.checkpoints.task_files import read_record
 
 
 def find_others(patterns: Sequence[str], own: Collection[Path], who: str) -> list[Path]:

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from freemerge.checkpoints import open_checkpoint
-from freemerge.checkpoints.bases import find_prefix
-from freemerge.checkpoints.task_files import read_record
+from freemerge.checkpoints.base_hashes import find_prefix
+from freemerge.checkpoints.formats.task_files import read_record
 from freemerge.inputs import Inputs
-from freemerge.merging.patterns import select
+from freemerge.tensors.patterns import select
 from freemerge_callbacks._adapters import has_adapters, plain_names
 from freemerge_callbacks._weights import is_sharded, relative
 

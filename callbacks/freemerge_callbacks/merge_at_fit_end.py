@@ -14,13 +14,13 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
 from freemerge.checkpoints import Checkpoint, hash_tensors, open_checkpoint
-from freemerge.checkpoints.folder import MARKER, check_folder
 from freemerge.checkpoints.places import expand
+from freemerge.checkpoints.writing.folder import MARKER, check_folder
 from freemerge.merging import MergeMethod, merge
-from freemerge.merging.engine import parse_dtype
-from freemerge.merging.patterns import compile_patterns
-from freemerge.merging.plan import make_plan
-from freemerge.merging.provenance import make_record
+from freemerge.merging.api import parse_dtype
+from freemerge.merging.engine.plan import make_plan
+from freemerge.merging.engine.record import make_record
+from freemerge.tensors.patterns import compile_patterns
 from freemerge_callbacks._adapters import has_adapters
 from freemerge_callbacks._base import open_base, open_finetuned
 from freemerge_callbacks._best import best_state

@@ -15,13 +15,13 @@ from torch.utils.data import DataLoader
 from torchmetrics import Metric
 
 from freemerge.checkpoints import open_checkpoint
-from freemerge.checkpoints.bases import hash_base
+from freemerge.checkpoints.base_hashes import hash_base
+from freemerge.checkpoints.formats.task_files import read_record
 from freemerge.checkpoints.places import expand
-from freemerge.checkpoints.task_files import read_record
 from freemerge.data import TaskSuite
 from freemerge.merging import FRMerging, MergeMethod, TaskArithmetic, merge
-from freemerge.merging.patterns import compile_patterns
-from freemerge.merging.plan import Plan, make_plan
+from freemerge.merging.engine.plan import Plan, make_plan
+from freemerge.tensors.patterns import compile_patterns
 from freemerge_callbacks._base import dtypes_of, open_base, open_finetuned
 from freemerge_callbacks._batches import BatchFormat
 from freemerge_callbacks._others import base_hashes, check_base_hashes, find_others

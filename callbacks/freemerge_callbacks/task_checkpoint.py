@@ -10,11 +10,11 @@ import lightning as L
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
-from freemerge.checkpoints.bases import find_prefix
+from freemerge.checkpoints.base_hashes import find_prefix
+from freemerge.checkpoints.formats.task_files import TaskRecord, write_task_file
 from freemerge.checkpoints.places import expand
-from freemerge.checkpoints.task_files import TaskRecord, write_task_file
 from freemerge.merging import task_vector
-from freemerge.merging.engine import parse_dtype
+from freemerge.merging.api import parse_dtype
 from freemerge_callbacks._base import open_base
 from freemerge_callbacks._best import best_state
 from freemerge_callbacks._fit_end import FitEndCallback

@@ -1,10 +1,10 @@
 """Named tensors in, named tensors out: every format users have, read lazily, written atomically."""
 
 from freemerge.checkpoints.checkpoint import Checkpoint, TensorSpec
-from freemerge.checkpoints.errors import CheckpointError
 from freemerge.checkpoints.hashing import hash_tensors
 from freemerge.checkpoints.opening import load_checkpoint, open_checkpoint
-from freemerge.checkpoints.saving import save_checkpoint
+from freemerge.checkpoints.writing.saving import save_checkpoint
+from freemerge.errors import CheckpointError
 
 __all__ = [
     "Checkpoint",

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from freemerge.checkpoints.errors import CheckpointError
 from freemerge.checkpoints.json_files import read_object
+from freemerge.errors import CheckpointError
 
 CONFIG = "config.json"
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from freemerge.checkpoints.errors import CheckpointError
+from freemerge.errors import CheckpointError
 
 
 class TensorSpec(NamedTuple):
@@ -110,7 +110,7 @@ class Checkpoint(Mapping[str, Tensor]):
         """
         return self._read(self._stored(name), None)
 
-    def run(self, name: str, start: int, stop: int) -> Tensor:
+    def read_range(self, name: str, start: int, stop: int) -> Tensor:
         """Read the values `start` to `stop` of a tensor in row-major order, as (stop − start,), without the others.
 
         Raises:

@@ -14,10 +14,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from freemerge.checkpoints.errors import CheckpointError
-from freemerge.checkpoints.folder import MARKER
-from freemerge.checkpoints.index import SUFFIX, read_index
+from freemerge.checkpoints.formats.index import SUFFIX, read_index
 from freemerge.checkpoints.opening import WEIGHT_FILES
+from freemerge.checkpoints.writing.folder import MARKER
+from freemerge.errors import CheckpointError
 
 _WEIGHTS = re.compile(
     r".*\.(safetensors|bin|pt|pth|ckpt|h5|keras|msgpack|ot|onnx|onnx_data|gguf|ggml|tflite|pb|mlmodel|engine|distcp"

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from freemerge.checkpoints.safetensors_files import tensor_bytes
+from freemerge.checkpoints.formats.safetensors_files import tensor_bytes
 
 
 def hash_tensors(tensors: Mapping[str, Tensor]) -> str:

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from freemerge.checkpoints.errors import CheckpointError
+from freemerge.errors import CheckpointError
 
 _LARGEST = 1 << 28  # bytes; tokenizers of a quarter of a million tokens have some tens of millions
 _DEEPEST = 100

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable
 
 from freemerge.checkpoints.checkpoint import Checkpoint
-from freemerge.checkpoints.errors import CheckpointError
+from freemerge.errors import CheckpointError
 
 _MARKS = re.compile(r"(?<![^.])(?:_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module|_forward_module)\.")
 # Of data parallelism: `module.`, which is also what some architectures call a layer of theirs.

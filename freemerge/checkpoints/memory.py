@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.parameter import UninitializedTensorMixin
 
 from freemerge.checkpoints.checkpoint import Checkpoint, TensorSpec
-from freemerge.checkpoints.errors import CheckpointError
+from freemerge.errors import CheckpointError
 
 _OPAQUE = ("torch.float4", "torch.bits")
 
@@ -39,7 +39,7 @@ def from_tensors(tensors: Mapping[str, Tensor], label: str, buffers: Iterable[st
     def read(name: str, run: tuple[int, int] | None) -> Tensor:
         # A conjugate or negative view is a mark on another tensor's memory, which bytes don't have.
         tensor = tensors[name].detach().resolve_conj().resolve_neg()
-        return tensor if run is None else flat_run(tensor, *run)
+        return tensor if run is None else flat_range(tensor, *run)
 
     return Checkpoint(label, specs, read, tied=find_tied(tensors), buffers=buffers)
 
@@ -84,7 +84,7 @@ def find_tied(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     return tied
 
 
-def flat_run(tensor: Tensor, start: int, stop: int) -> Tensor:
+def flat_range(tensor: Tensor, start: int, stop: int) -> Tensor:
     """Values `start` to `stop` of a tensor in row-major order, without copying more of it than their rows.
 
     Args:

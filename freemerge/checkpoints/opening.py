@@ -8,16 +8,16 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from freemerge.checkpoints.adapters import open_adapter
 from freemerge.checkpoints.checkpoint import Checkpoint
-from freemerge.checkpoints.distributed_files import METADATA, open_distributed
-from freemerge.checkpoints.errors import CheckpointError
-from freemerge.checkpoints.index import SUFFIX, read_index
+from freemerge.checkpoints.formats.adapters import open_adapter
+from freemerge.checkpoints.formats.distributed_files import METADATA, open_distributed
+from freemerge.checkpoints.formats.index import SUFFIX, read_index
+from freemerge.checkpoints.formats.safetensors_files import open_safetensors
+from freemerge.checkpoints.formats.task_files import open_task_file
+from freemerge.checkpoints.formats.torch_files import open_torch
 from freemerge.checkpoints.memory import from_tensors
 from freemerge.checkpoints.places import expand, snapshot
-from freemerge.checkpoints.safetensors_files import open_safetensors
-from freemerge.checkpoints.task_files import open_task_file
-from freemerge.checkpoints.torch_files import open_torch
+from freemerge.errors import CheckpointError
 
 Source = Mapping[str, Tensor] | nn.Module | str | os.PathLike[str]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from freemerge.checkpoints.errors import CheckpointError
+from freemerge.errors import CheckpointError
 
 
 def expand(path: str | os.PathLike[str]) -> Path:

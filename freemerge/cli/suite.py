@@ -40,10 +40,9 @@ from freemerge.cli.parsing import OneLineErrors
 from freemerge.cli.printing import print_error
 from freemerge.cli.problems import refusal
 from freemerge.data import TaskSuite
-from freemerge.distributed import in_process_group
 from freemerge.evaluation import MultiTaskEvaluator, TaskMetric
 from freemerge.models import FreeModel
-from freemerge.models.backbones import names_own_backbone
+from freemerge.models.backbones.base import names_own_backbone
 from freemerge.pipeline import (
     ExpertsSettings,
     FinetuneSettings,
@@ -57,6 +56,7 @@ from freemerge.pipeline import (
 )
 from freemerge.pipeline.folder import from_rank_zero
 from freemerge.pipeline.others import Others
+from freemerge.runtime.process_group import in_process_group
 from freemerge.training import FineTuner
 
 # What says where and how visibly a fit runs, not what comes out of it: a change of these does not redo a stage.

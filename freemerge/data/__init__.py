@@ -3,7 +3,6 @@
 from freemerge.data.arrays import ArrayDataset, Preprocessing
 from freemerge.data.batches import StackedBatch, collate
 from freemerge.data.mixture import TaskData, TaskMixture
-from freemerge.data.quickstart import QuickstartSuite
 from freemerge.data.source_suite import NpzSuite, SourceSuite, TextTableSuite
 from freemerge.data.sources import (
     HuggingFaceImageSource,
@@ -20,6 +19,7 @@ from freemerge.data.sources import (
 from freemerge.data.suite import TaskSuite
 from freemerge.data.tasks import Task
 from freemerge.data.tokens import TokenDataset
+from freemerge.quickstart.suite import QuickstartSuite
 
 __all__ = [
     "ArrayDataset",

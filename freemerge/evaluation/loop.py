@@ -11,9 +11,9 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from freemerge.data.task_metrics import TaskMetric
-from freemerge.distributed import rank_and_world
 from freemerge.evaluation.metrics import LabelSpace, MultiTaskMetrics
 from freemerge.inputs import Inputs, to_device
+from freemerge.runtime.process_group import rank_and_world
 
 Predict = Callable[[Inputs, str], Any]
 

@@ -11,9 +11,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from freemerge.distributed import rank_and_world
 from freemerge.inputs import to_device
 from freemerge.models import FreeModel
+from freemerge.runtime.process_group import rank_and_world
 
 
 @dataclass(frozen=True)

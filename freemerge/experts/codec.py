@@ -92,8 +92,8 @@ def _short(scale: float) -> float:
 
 def decode_values(codes: Tensor, scales: Tensor, sizes: Sequence[int]) -> list[Tensor]:
     """The inverse of `encode_values`: P vectors float32 of these sizes."""
-    pieces = codes.float().split(list(sizes))
-    return [piece * scale for piece, scale in zip(pieces, scales, strict=True)]
+    chunks = codes.float().split(list(sizes))
+    return [chunk * scale for chunk, scale in zip(chunks, scales, strict=True)]
 
 
 def deflate(array: Tensor) -> Tensor:

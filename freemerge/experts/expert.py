@@ -93,8 +93,8 @@ class Expert(ABC):
     def with_values(self: Self, values: Tensor) -> Self:
         """The expert with other values: one vector (num_values,) in the order of `flat_values`."""
         own = self.parts()
-        pieces = values.split([part.numel() for part in own.values()])
-        return self.with_parts({name: piece.view(own[name].shape) for name, piece in zip(own, pieces, strict=True)})
+        chunks = values.split([part.numel() for part in own.values()])
+        return self.with_parts({name: chunk.view(own[name].shape) for name, chunk in zip(own, chunks, strict=True)})
 
     def scaled(self: Self, factor: float) -> Self:
         """The expert with `factor` times its effect on the weights."""

@@ -18,7 +18,7 @@ from freemerge.checkpoints.memory import find_tied
 from freemerge.experts.low_rank import LowRankExpert, matrix_shape
 from freemerge.experts.sparse import SparseExpert
 from freemerge.merging import order_statistics
-from freemerge.merging.patterns import select
+from freemerge.tensors.patterns import select
 
 Scope = Literal["model", "tensor", "row"]
 Vectors = Literal["whole", "ranked", "none"]

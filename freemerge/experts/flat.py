@@ -21,7 +21,7 @@ from freemerge.experts.expert import check_fits
 from freemerge.experts.packed import PackedExpert
 from freemerge.experts.switch import forget_casts
 from freemerge.experts.ties import names_of_changes
-from freemerge.merging.vectors import working_dtype
+from freemerge.merging.task_vectors import working_dtype
 
 
 class _Target(NamedTuple):

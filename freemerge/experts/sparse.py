@@ -16,7 +16,7 @@ from torch import Tensor
 
 from freemerge.experts.codec import decode_positions, encode_positions
 from freemerge.experts.expert import Expert
-from freemerge.merging.vectors import working_dtype
+from freemerge.merging.task_vectors import working_dtype
 
 
 @dataclass(frozen=True)

@@ -1,32 +1,32 @@
 """The merging algorithms and the engine that runs them: task vectors in, one merged model out."""
 
-from freemerge.merging.breadcrumbs import Breadcrumbs
-from freemerge.merging.dare import Dare
-from freemerge.merging.emr_merging import EMRMerging, emr_task_vector
-from freemerge.merging.engine import merge
-from freemerge.merging.errors import MergeError, MergeWarning
-from freemerge.merging.filters import Butterworth, Filter, Gaussian, HighPass, NyquistDisc
-from freemerge.merging.forecast import Forecast
-from freemerge.merging.fr_merging import FRMerging
-from freemerge.merging.iso_c import IsoC
-from freemerge.merging.method import MergeMethod
-from freemerge.merging.pcb_merging import PCBMerging
-from freemerge.merging.per_pattern import PerPattern
-from freemerge.merging.ranks import order_statistics
-from freemerge.merging.task_arithmetic import TaskArithmetic
-from freemerge.merging.ties import Ties
-from freemerge.merging.tsv_merge import TSVMerge
-from freemerge.merging.vectors import Vectors, apply_task_vector, merge_task_vectors, task_vector
-from freemerge.merging.weight_average import WeightAverage
+from freemerge.errors import MergeError, MergeWarning
+from freemerge.merging.api import merge
+from freemerge.merging.engine.estimate import Estimate
+from freemerge.merging.methods.base import MergeMethod
+from freemerge.merging.methods.breadcrumbs import Breadcrumbs
+from freemerge.merging.methods.dare import Dare
+from freemerge.merging.methods.emr import EMRMerging, emr_task_vector
+from freemerge.merging.methods.filters import Butterworth, Filter, Gaussian, HighPass, NyquistDisc
+from freemerge.merging.methods.fr import FRMerging
+from freemerge.merging.methods.iso_c import IsoC
+from freemerge.merging.methods.pcb import PCBMerging
+from freemerge.merging.methods.per_pattern import PerPattern
+from freemerge.merging.methods.task_arithmetic import TaskArithmetic
+from freemerge.merging.methods.ties import Ties
+from freemerge.merging.methods.tsv import TSVMerge
+from freemerge.merging.methods.weight_average import WeightAverage
+from freemerge.merging.task_vectors import Vectors, apply_task_vector, merge_task_vectors, task_vector
+from freemerge.tensors.order_statistics import order_statistics
 
 __all__ = [
     "Breadcrumbs",
     "Butterworth",
     "Dare",
     "EMRMerging",
+    "Estimate",
     "FRMerging",
     "Filter",
-    "Forecast",
     "Gaussian",
     "HighPass",
     "IsoC",

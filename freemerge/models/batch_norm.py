@@ -16,8 +16,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from freemerge.distributed import rank_and_world
 from freemerge.inputs import to_device
+from freemerge.runtime.process_group import rank_and_world
 
 
 def batch_norms(module: nn.Module) -> dict[str, nn.Module]:

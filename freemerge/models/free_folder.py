@@ -23,12 +23,12 @@ from freemerge.checkpoints import CheckpointError, hash_tensors, load_checkpoint
 from freemerge.checkpoints.places import expand
 from freemerge.experts import PackedExpert, exclusive, load_expert, save_expert
 from freemerge.experts.expert import is_known, kind_of
-from freemerge.models.backbones import Backbone, load_backbone
+from freemerge.models.backbones.base import Backbone, load_backbone
 from freemerge.models.by_task import TaskModules
 from freemerge.models.classes import arguments_of, import_class, is_own, make, name_of
-from freemerge.models.free import FreeModel
+from freemerge.models.free_model import FreeModel
 from freemerge.models.heads import build_head, describe_head
-from freemerge.models.router import ConvRouter, EarlyRouter, make_router
+from freemerge.models.routers import ConvRouter, EarlyRouter, make_router
 
 FORMAT = "freemerge-free-model-4"
 _OLD = "freemerge-free-model-3"  # every head is one linear layer, every class freemerge's own

@@ -25,6 +25,6 @@ def _content_hash(path: Path, size: int, modified: int) -> str:
         with suppress(ValueError):  # damaged, which is said when it is read
             header = json.dumps(json.loads(header), sort_keys=True).encode()
         digest = hashlib.sha256(header)
-        while piece := file.read(1 << 20):
-            digest.update(piece)
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
     return digest.hexdigest()

@@ -20,8 +20,8 @@ from typing import Any
 import torch.distributed as dist
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from freemerge.distributed import in_process_group
 from freemerge.pipeline.contents import content_hash
+from freemerge.runtime.process_group import in_process_group
 
 NOT_MADE = "not made yet"
 """Stands in a stage's inputs for the content of a file that an earlier stage has yet to write."""

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from freemerge.evaluation import LabelSpace, Routing, TaskMetric, evaluate, evaluate_routing
 from freemerge.evaluation.loop import Predict
-from freemerge.merging.rounding import IN_MEMORY, round_to
 from freemerge.models import FreeModel, batch_norms, reestimate_batch_norm
 from freemerge.pipeline.artifacts import Artifacts
+from freemerge.tensors.rounding import IN_MEMORY, round_to
 
 
 class Measure:

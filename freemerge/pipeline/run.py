@@ -42,12 +42,11 @@ from torch import Tensor
 from freemerge.checkpoints import hash_tensors, save_checkpoint
 from freemerge.checkpoints.places import expand
 from freemerge.data import TaskSuite
-from freemerge.distributed import in_process_group
 from freemerge.evaluation import Report, mean_score
 from freemerge.experts import load_expert, save_expert
 from freemerge.merging import merge, task_vector
-from freemerge.merging.candidates import Candidates
-from freemerge.merging.scaling import has_scale, rescaled
+from freemerge.merging.engine.search import Candidates
+from freemerge.merging.methods.scales import has_scale, rescaled
 from freemerge.models import FreeModel
 from freemerge.pipeline.artifacts import Artifacts
 from freemerge.pipeline.cache import find, store
@@ -59,6 +58,7 @@ from freemerge.pipeline.plan import difference, make_plan
 from freemerge.pipeline.reporting import make_report
 from freemerge.pipeline.settings import STAGES, Settings
 from freemerge.pipeline.tune import Tuning
+from freemerge.runtime.process_group import in_process_group
 from freemerge.training import ExpertTrainer, FineTuner, RouterTrainer
 from freemerge.training.resume import BestCheckpoint, EpochStart, Interrupted, ResumeCheckpoint, stopped_by_ctrl_c
 

@@ -30,9 +30,9 @@ from freemerge.checkpoints.places import expand
 from freemerge.evaluation import Report, Row, mean_score
 from freemerge.evaluation.report import comparable
 from freemerge.merging import MergeMethod
-from freemerge.merging.candidates import Candidates
-from freemerge.merging.provenance import describe_method
-from freemerge.merging.scaling import rescaled
+from freemerge.merging.engine.record import describe_method
+from freemerge.merging.engine.search import Candidates
+from freemerge.merging.methods.scales import rescaled
 from freemerge.pipeline.artifacts import Artifacts
 from freemerge.pipeline.measure import Measure
 from freemerge.pipeline.others import Others

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from freemerge.checkpoints import hash_tensors, load_checkpoint, save_checkpoint
-from freemerge.checkpoints.task_files import read_record
+from freemerge.checkpoints.formats.task_files import read_record
 from freemerge.merging import FRMerging, merge
 from freemerge_callbacks import MergeAtFitEnd, MergePreview, MultiTaskEvaluation, TaskCheckpoint
 from freemerge_callbacks._predicting import check_loaders

@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from freemerge.checkpoints import hash_tensors, load_checkpoint, save_checkpoint
-from freemerge.checkpoints.task_files import TaskRecord, read_record
+from freemerge.checkpoints.formats.task_files import TaskRecord, read_record
 from freemerge.merging import TaskArithmetic, WeightAverage, merge
 from freemerge_callbacks import MergeAtFitEnd, MultiTaskEvaluation
 from freemerge_callbacks import _registry as registries

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from freemerge.checkpoints import CheckpointError, hash_tensors, load_checkpoint, open_checkpoint, save_checkpoint
-from freemerge.checkpoints.task_files import TaskRecord, read_record
+from freemerge.checkpoints.formats.task_files import TaskRecord, read_record
 from freemerge.cli import main
 from freemerge.merging import MergeError, TaskArithmetic, WeightAverage, merge
 from freemerge_callbacks import MergeAtFitEnd, MultiTaskEvaluation, TaskCheckpoint

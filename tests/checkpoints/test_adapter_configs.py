@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from freemerge.checkpoints import CheckpointError, open_checkpoint, save_checkpoint
-from freemerge.checkpoints.adapters import patterns
+from freemerge.checkpoints.formats.adapters import patterns
 
 PREFIX = "base_model.model."
 BASE = {

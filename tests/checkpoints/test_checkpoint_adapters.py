@@ -81,7 +81,7 @@ def test_what_is_trained_whole_and_biases_of_factors(tmp_path):
     assert set(adapter.names) == {"q.weight", "q.bias", "classifier.weight", "norm.bias"}
     assert adapter.deltas == {"q.weight", "q.bias"}
     assert adapter.tensor("q.bias").tolist() == [4.0] * 6
-    assert adapter.run("q.bias", 2, 4).tolist() == [4.0] * 2
+    assert adapter.read_range("q.bias", 2, 4).tolist() == [4.0] * 2
     assert adapter.spec("classifier.weight") == ((2, 2), torch.float16)
     prefixed = open_checkpoint(tmp_path / "a", prefix="q.", label="mine")
     assert prefixed.deltas == {"weight", "bias"}
@@ -101,7 +101,7 @@ def test_runs_are_parts_of_the_whole(tmp_path_factory, transposed, data):
     whole = adapter.tensor("q.weight").flatten()
     start = data.draw(st.integers(0, 60))
     stop = data.draw(st.integers(start, 60))
-    torch.testing.assert_close(adapter.run("q.weight", start, stop), whole[start:stop])
+    torch.testing.assert_close(adapter.read_range("q.weight", start, stop), whole[start:stop])
 
 
 def test_torch_files(tmp_path):

@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from freemerge.checkpoints import CheckpointError, load_checkpoint, open_checkpoint, save_checkpoint
-from freemerge.checkpoints.checksums import add_up
-from freemerge.checkpoints.safetensors_header import DTYPES, parse_header
+from freemerge.checkpoints.formats.safetensors_header import DTYPES, parse_header
+from freemerge.checkpoints.writing.checksums import add_up
 from freemerge.merging import WeightAverage, merge
 
 TENSORS = {

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from freemerge.checkpoints import CheckpointError, load_checkpoint, open_checkpoint
-from freemerge.checkpoints.distributed_files import _Block, _tiles
+from freemerge.checkpoints.formats.distributed_files import _Block, _tiles
 from freemerge.merging import WeightAverage, merge
 
 
@@ -46,7 +46,7 @@ def assert_same(checkpoint, tensors):
         for start, stop in ((0, 0), (1, 2), (2, 7), (3, tensor.numel())):
             stop = min(stop, tensor.numel())
             start = min(start, stop)
-            assert torch.equal(checkpoint.run(name, start, stop), tensor.reshape(-1)[start:stop])
+            assert torch.equal(checkpoint.read_range(name, start, stop), tensor.reshape(-1)[start:stop])
 
 
 def test_lightning_writes_it_and_its_prefix_is_found(written, tmp_path):

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from freemerge.checkpoints import CheckpointError, TensorSpec, load_checkpoint
-from freemerge.checkpoints import draft as draft_module
-from freemerge.checkpoints.draft import Draft
+from freemerge.checkpoints.writing import draft as draft_module
+from freemerge.checkpoints.writing.draft import Draft
 
 A, B = torch.arange(6.0).view(2, 3), torch.tensor([True, False])
 SHARDS = {"m.safetensors": {"a": TensorSpec((2, 3), torch.float32), "b": TensorSpec((2,), torch.bool)}}

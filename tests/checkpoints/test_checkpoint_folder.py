@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from freemerge.checkpoints import CheckpointError, TensorSpec, load_checkpoint, open_checkpoint
-from freemerge.checkpoints import draft as draft_module
-from freemerge.checkpoints.draft import Draft
-from freemerge.checkpoints.folder import check_folder, make_index, parse_size, plan_shards
+from freemerge.checkpoints.writing import draft as draft_module
+from freemerge.checkpoints.writing.draft import Draft
+from freemerge.checkpoints.writing.folder import check_folder, make_index, parse_size, plan_shards
 
 
 def specs_of(tensors):

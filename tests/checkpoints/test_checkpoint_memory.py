@@ -80,7 +80,7 @@ def test_conjugate_and_negative_views_are_their_values(tmp_path):
         assert found["turned"].tolist() == [1 - 2j, 3 + 4j]
         assert found["wave"].tolist() == [1 + 2j, 3 - 4j]
         assert found["below"].tolist() == [-2.0, 4.0]
-    assert open_checkpoint(tensors).run("turned", 1, 2).tolist() == [3 + 4j]
+    assert open_checkpoint(tensors).read_range("turned", 1, 2).tolist() == [3 + 4j]
     assert open_checkpoint(tensors).tied == {}
 
 

@@ -49,7 +49,7 @@ def test_every_tensor_and_every_run_of_it(back):
         flat = value.reshape(-1)
         for start in range(len(flat) + 1):
             for stop in range(start, len(flat) + 1):
-                assert torch.equal(found.run(name, start, stop), flat[start:stop])
+                assert torch.equal(found.read_range(name, start, stop), flat[start:stop])
 
 
 def test_what_an_adapter_does_not_change_is_zero():
@@ -61,7 +61,7 @@ def test_what_an_adapter_does_not_change_is_zero():
     expected = torch.zeros(EXPERTS, 2 * WIDE, NARROW)
     expected[1, WIDE:] = files["up.1"]
     assert torch.equal(found.tensor("experts"), expected)
-    assert torch.equal(found.run("experts", 0, 9), torch.zeros(9))
+    assert torch.equal(found.read_range("experts", 0, 9), torch.zeros(9))
 
 
 def test_weights_of_which_some_are_not_there_keep_their_names():
@@ -77,5 +77,5 @@ def test_of_a_large_tensor_only_the_run_is_read():
     opened, asked = open_checkpoint(files), []
     read = opened._read
     opened._read = lambda name, run: asked.append((name, run)) or read(name, run)
-    make_table().translate(opened).run("experts", 2 * WIDE * NARROW + 1, 2 * WIDE * NARROW + 4)
+    make_table().translate(opened).read_range("experts", 2 * WIDE * NARROW + 1, 2 * WIDE * NARROW + 4)
     assert asked == [("gate.1", (1, 4))]

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from freemerge.checkpoints import CheckpointError, load_checkpoint, open_checkpoint, save_checkpoint
+from freemerge.checkpoints.formats.task_files import read_record
 from freemerge.checkpoints.places import landing
-from freemerge.checkpoints.task_files import read_record
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from freemerge.checkpoints import CheckpointError, load_checkpoint, open_checkpoint, save_checkpoint
-from freemerge.checkpoints.task_files import TaskRecord, read_record, write_task_file
+from freemerge.checkpoints.formats.task_files import TaskRecord, read_record, write_task_file
 from freemerge.merging import TaskArithmetic, merge
 
 TENSORS = {

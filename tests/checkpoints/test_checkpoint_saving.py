@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from freemerge.checkpoints import CheckpointError, hash_tensors, load_checkpoint, open_checkpoint, save_checkpoint
 from freemerge.checkpoints.checkpoint import TensorSpec
-from freemerge.checkpoints.safetensors_files import write_safetensors
+from freemerge.checkpoints.formats.safetensors_files import write_safetensors
 
 DTYPES = [
     torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2, torch.int64,

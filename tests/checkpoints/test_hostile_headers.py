@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from freemerge.checkpoints import CheckpointError, open_checkpoint, save_checkpoint
-from freemerge.checkpoints.safetensors_header import parse_header
+from freemerge.checkpoints.formats.safetensors_header import parse_header
 
 TENSORS = {
     "a": torch.arange(6.0).view(2, 3),

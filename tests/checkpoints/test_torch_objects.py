@@ -150,7 +150,7 @@ def test_any_flipped_bit_of_the_values_is_seen(tmp_path):
             with pytest.raises(CheckpointError, match=r"record '.*data/0' is damaged \(its CRC-32 is another\)"):
                 checkpoint.tensor("w")
         with pytest.raises(CheckpointError, match="CRC-32"):
-            checkpoint.run("w", 0, 3)
+            checkpoint.read_range("w", 0, 3)
 
 
 def test_a_file_without_sums_is_read(tmp_path):

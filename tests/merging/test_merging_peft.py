@@ -134,7 +134,7 @@ def test_runs_are_parts_of_the_whole(tmp_path, case):
         whole = adapter.tensor(name).flatten()
         for start in range(0, len(whole), 7):
             stop = min(start + 11, len(whole))
-            torch.testing.assert_close(adapter.run(name, start, stop), whole[start:stop])
+            torch.testing.assert_close(adapter.read_range(name, start, stop), whole[start:stop])
 
 
 def test_adapters_of_every_kind_beside_a_full_model(tmp_path):

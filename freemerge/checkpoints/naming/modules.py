@@ -7,9 +7,9 @@ from math import prod
 
 from freemerge.checkpoints.architecture import Architecture, Place
 from freemerge.checkpoints.checkpoint import Checkpoint
-from freemerge.checkpoints.errors import CheckpointError
 from freemerge.checkpoints.naming.blocks import Block
 from freemerge.checkpoints.naming.tables import Table
+from freemerge.errors import CheckpointError
 
 
 def to_modules(architecture: Architecture, checkpoint: Checkpoint) -> tuple[Checkpoint, Table]:

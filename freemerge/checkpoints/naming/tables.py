@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from freemerge.checkpoints.checkpoint import Checkpoint, TensorSpec
-from freemerge.checkpoints.errors import CheckpointError
 from freemerge.checkpoints.naming.blocks import Block, assemble
+from freemerge.errors import CheckpointError
 
 
 @dataclass(frozen=True)
@@ -115,6 +115,6 @@ class Table:
         start, stop = run or (0, shape.numel())
         blocks = [block for block in self.assembled[target] if checkpoint.has(block.source)]
         if start == stop:
-            return checkpoint.run(blocks[0].source, 0, 0)
-        values = assemble(blocks, start, stop, lambda block: block.read(checkpoint.run))
+            return checkpoint.read_range(blocks[0].source, 0, 0)
+        values = assemble(blocks, start, stop, lambda block: block.read(checkpoint.read_range))
         return values.view(shape) if run is None else values

@@ -173,6 +173,6 @@ def _content_hash(path: Path, size: int, modified: int) -> str:
 
 def _digest(file: Any) -> str:
     digest = hashlib.sha256()  # Python 3.10 has no file_digest
-    while piece := file.read(1 << 20):
-        digest.update(piece)
+    while chunk := file.read(1 << 20):
+        digest.update(chunk)
     return digest.hexdigest()

@@ -23,7 +23,7 @@ def repeated(path, layers):
             origin[name] = name
 
     def read(name, run):
-        return stored.tensor(origin[name]) if run is None else stored.run(origin[name], *run)
+        return stored.tensor(origin[name]) if run is None else stored.read_range(origin[name], *run)
 
     return Checkpoint(path, {name: stored.spec(first) for name, first in origin.items()}, read)
 

@@ -71,8 +71,8 @@ def pcb(vectors):
     weights = (scores.clamp(threshold, largest) - threshold) / (largest - threshold)
     del scores
     merged = (clamped * weights).sum(0) / weights.sum(0).clamp(min=1e-12)
-    pieces = merged.split([tensor.numel() for tensor in vectors[0].values()])
-    return {name: piece.view_as(vectors[0][name]) for name, piece in zip(vectors[0], pieces, strict=True)}
+    chunks = merged.split([tensor.numel() for tensor in vectors[0].values()])
+    return {name: chunk.view_as(vectors[0][name]) for name, chunk in zip(vectors[0], chunks, strict=True)}
 
 
 output, method, base_path, *paths = sys.argv[1:]

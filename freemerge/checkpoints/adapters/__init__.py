@@ -1,5 +1,0 @@
-"""Adapters of PEFT, read as what they are: exact differences to a base, one tensor at a time."""
-
-from freemerge.checkpoints.adapters.opening import open_adapter
-
-__all__ = ["open_adapter"]

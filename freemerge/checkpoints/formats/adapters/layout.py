@@ -1,0 +1,228 @@
+"""The model that an adapter changes, by the names that PEFT knows: those of its modules, not those of its files.
+
+Where the base's folder describes a model of transformers, its modules are looked up; otherwise the names of the tensors
+are taken for those of the modules, and what kind of layer each is of is told by names and shapes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from freemerge.checkpoints.architecture import Architecture, Place, read_architecture
+from freemerge.checkpoints.checkpoint import Checkpoint
+from freemerge.checkpoints.formats.adapters.layers import Layer, find_layer
+
+# Of models with stacked experts, PEFT takes modules called so for the experts of older files.
+_EXPERTS_ONCE = {"gate", "w1", "w2", "w3", "gate_proj", "up_proj", "down_proj"}
+# Modules of these models that PEFT refuses to adapt.
+_REFUSED_IN = {"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"}
+_REFUSED = {"out_proj", "conv1d"}
+# Tasks whose heads PEFT saves whole, by the ends of the names of architectures, with the ends of the heads' names.
+_HEADS = {
+    "ForSequenceClassification": ("SEQ_CLS", ("classifier", "score")),
+    "ForTokenClassification": ("TOKEN_CLS", ("classifier", "score")),
+    "ForQuestionAnswering": ("QUESTION_ANS", ("qa_outputs",)),
+}
+
+
+@dataclass(frozen=True)
+class Target:
+    """A tensor of the model.
+
+    Args:
+        name: in the model.
+        shape: of it.
+        layer: how an adapter can change it by factors; None if it can only hold it whole.
+        parts: the names of the files' tensors that it consists of, and where they lie in it.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    layer: Layer | None
+    parts: tuple[tuple[str, Place], ...]
+
+    @property
+    def module(self) -> str:
+        """The name of the module that it belongs to."""
+        return self.name.rpartition(".")[0]
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is one tensor of the files, as it is."""
+        return len(self.parts) == 1 and self.parts[0][1] == _whole(self.name, self.shape)
+
+    def assemble(self, values: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """The model's tensor from those of files; zero where one is not given.
+
+        Args:
+            values: name in the files → tensor.
+            dtype: of the result.
+            device: of the result.
+        """
+        if self.is_plain and self.parts[0][0] in values:
+            return values[self.parts[0][0]].to(device, dtype)
+        whole = torch.zeros(self.shape, dtype=dtype, device=device)
+        for name, place in self.parts:
+            if name in values:
+                place.of(whole).copy_(values[name])
+        return whole
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The tensors and modules of a model.
+
+    Args:
+        targets: name in the model → the tensor, of all that the files hold.
+        modules: the names of all modules, those without tensors as well; None if they are not known.
+        kept: modules of which an adapter holds all tensors as soon as one of them changes.
+        task: PEFT's name of the model's task, if it has one.
+        model_class: the module and the name of the model's class, if it is known.
+        needs: modules that PEFT saves whole for this task.
+    """
+
+    targets: Mapping[str, Target]
+    modules: Sequence[str]
+    kept: frozenset[str] = frozenset()
+    task: str | None = None
+    model_class: tuple[str, str] | None = None
+    needs: tuple[str, ...] = ()
+
+    @cached_property
+    def by_part(self) -> dict[str, Target]:
+        """The model's tensors by the names of the files' tensors."""
+        return {name: target for target in self.targets.values() for name, _ in target.parts}
+
+    def inside(self, module: str) -> list[Target]:
+        """All tensors of a module and of the modules in it."""
+        return [target for name, target in self.targets.items() if name.startswith(f"{module}.")]
+
+    def keeper(self, target: Target) -> str:
+        """The module that an adapter holds whole if it holds this tensor whole."""
+        path = target.name.split(".")[:-1]
+        outer = (".".join(path[:length]) for length in range(1, len(path) + 1))
+        return next((module for module in outer if module in self.kept), target.module)
+
+
+def read_layout(base: Checkpoint) -> Layout:
+    """The layout of a base: from its `config.json` if transformers knows the model, otherwise from its tensors' names.
+
+    Raises:
+        CheckpointError: the configuration is damaged.
+    """
+    architecture = read_architecture(base.folder)
+    if architecture is not None:
+        places = {
+            name: place
+            for name, place in architecture.locate(dict.fromkeys((*base.names, *base.tied))).items()
+            if place.shape == tuple(base.spec(name).shape)
+        }
+        if any(name in places for name in base.names):
+            return _of_architecture(architecture, places)
+    targets = {}
+    for name in base.names:
+        shape = tuple(base.spec(name).shape)
+        targets[name] = Target(name, shape, find_layer(base, name), ((name, _whole(name, shape)),))
+    modules = {name.rpartition(".")[0] for name in targets}
+    modules |= {
+        ".".join(module.split(".")[:length]) for module in modules for length in range(1, module.count(".") + 1)
+    }
+    return Layout(targets, sorted(modules - {""}))
+
+
+def _of_architecture(architecture: Architecture, places: Mapping[str, Place]) -> Layout:
+    model = architecture.model
+    parts: dict[str, list[tuple[str, Place]]] = {}
+    for name, place in places.items():
+        parts.setdefault(place.tensor, []).append((name, place))
+    modules = dict(model.named_modules())
+    targets = {}
+    for name, own in parts.items():
+        owner = modules[name.rpartition(".")[0]]
+        shape = tuple(architecture.tensors[name].shape)
+        targets[name] = Target(name, shape, _find_kind(owner, name), tuple(own))
+    if any(len(target.shape) == 3 and target.layer and target.layer.is_parameter for target in targets.values()):
+        for name, target in targets.items():
+            if target.layer is Layer.LINEAR and target.module.rpartition(".")[2] in _EXPERTS_ONCE:
+                targets[name] = replace(target, layer=Layer.PARAMETER)
+    if getattr(model.config, "model_type", None) in _REFUSED_IN:
+        for name, target in targets.items():
+            if target.module.rpartition(".")[2] in _REFUSED:
+                targets[name] = replace(target, layer=None)
+    # The model's own order of the parameters of a module is the order in which PEFT wraps it.
+    ordered = {name: targets[name] for name in architecture.tensors if name in targets}
+    names = [name for name in modules if name]
+    task, heads = _find_task(architecture)
+    needs = tuple(name for name in names if heads and name.endswith(heads))
+    kept = {*needs, *_mixed_modules(modules)}
+    kind = type(model)
+    return Layout(ordered, names, frozenset(kept), task, (kind.__module__, kind.__name__), needs)
+
+
+def _find_kind(owner: nn.Module, name: str) -> Layer | None:
+    """How PEFT can change a tensor of a module by factors."""
+    from transformers.pytorch_utils import Conv1D
+
+    last = name.rpartition(".")[2]
+    tensor = getattr(owner, last, None)
+    if not isinstance(tensor, nn.Parameter) or "." not in name or tensor.dim() < 2:
+        return None
+    if last == "weight":
+        if isinstance(owner, nn.Linear):
+            return Layer.LINEAR
+        if isinstance(owner, Conv1D):
+            return Layer.TURNED
+        if isinstance(owner, nn.Embedding):
+            # Positions that are shifted, say, are looked up otherwise than PEFT would.
+            plain = type(owner).forward is nn.Embedding.forward or hasattr(owner, "embed_scale")
+            return Layer.EMBEDDING if plain else None
+        if isinstance(owner, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+            return Layer.CONVOLUTION if owner.groups == 1 else None
+    if tensor.dim() > 3 or isinstance(owner, nn.MultiheadAttention) or next(_inner(owner), None) is not None:
+        return None
+    turned = tensor.dim() == 3 and bool(getattr(owner, "is_transposed", False))
+    if turned and tensor.shape[0] == 1:
+        return None  # PEFT takes a single expert for a plain matrix
+    return Layer.PARAMETER_TURNED if turned else Layer.PARAMETER
+
+
+def _inner(module: nn.Module) -> Iterator[nn.Parameter]:
+    return (parameter for child in module.children() for parameter in child.parameters())
+
+
+def _mixed_modules(modules: Mapping[str, nn.Module]) -> list[str]:
+    """Modules with parameters of their own beside inner modules, the embeddings of a vision model: PEFT can only keep
+    them whole. Those with linear layers inside are no such modules: the layers are better changed by factors.
+    """
+    found = []
+    for name, module in modules.items():
+        own = any(True for _ in module.parameters(recurse=False))
+        if not name or not own or next(_inner(module), None) is None:
+            continue
+        inside = [inner for inner in modules if inner.startswith(f"{name}.")]
+        # PEFT takes the name for the end of names: what is inside must not end so.
+        if not any(isinstance(modules[inner], nn.Linear | nn.ModuleList) or inner.endswith(name) for inner in inside):
+            found.append(name)
+    return found
+
+
+def _find_task(architecture: Architecture) -> tuple[str | None, tuple[str, ...]]:
+    """PEFT's name of a model's task, and the ends of the names of the heads that PEFT saves for it."""
+    name = type(architecture.model).__name__
+    for ending, (task, heads) in _HEADS.items():
+        if name.endswith(ending):
+            return task, heads
+    if name.endswith(("ForCausalLM", "LMHeadModel")):
+        return "CAUSAL_LM", ()
+    if name.endswith("ForConditionalGeneration") and getattr(architecture.model.config, "is_encoder_decoder", False):
+        return "SEQ_2_SEQ_LM", ()
+    return None, ()
+
+
+def _whole(name: str, shape: tuple[int, ...]) -> Place:
+    return Place(name, shape, torch.empty(shape, device="meta").stride(), 0)

@@ -1,0 +1,308 @@
+"""Adapters that PEFT itself computes: LoHa, LoKr, VeRA, OFT, AdaLoRA and others, where PEFT is installed.
+
+For each tensor a layer like the base's is built, alone, and adapted by PEFT as the configuration says; what it adds to
+the layer's weight, or makes of it, is the difference. So no more than a layer of the base is ever in memory, and what
+is computed is what PEFT computes.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from functools import cached_property
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from freemerge.checkpoints.checkpoint import Checkpoint
+from freemerge.checkpoints.formats.adapters.changes import BaseReader, Change, Run
+from freemerge.checkpoints.formats.adapters.config import AdapterConfig, shown
+from freemerge.checkpoints.formats.adapters.layers import Layer, find_layer
+from freemerge.checkpoints.formats.adapters.patterns import PatternMatcher
+from freemerge.checkpoints.memory import flat_range
+from freemerge.errors import CheckpointError
+
+_Answer = TypeVar("_Answer")
+
+# What the names of a module's tensors begin with, by the kind of the adapter.
+_PREFIXES = {
+    "ADALORA": "lora_", "BOFT": "boft_", "C3A": "c3a_", "DELORA": "delora_", "FOURIERFT": "fourierft_",
+    "GRALORA": "gralora_", "HIRA": "hira_", "HRA": "hra_", "LOHA": "hada_", "LOKR": "lokr_", "LORA": "lora_",
+    "MISS": "miss_", "OFT": "oft_", "RANDLORA": "randlora_", "ROAD": "road_", "SHIRA": "shira_", "VBLORA": "vblora_",
+    "VERA": "vera_lambda_", "WAVEFT": "waveft_",
+}  # fmt: skip
+# Their layers share tensors, whose sizes depend on all of them.
+_SHARING = {"RANDLORA", "VBLORA", "VERA"}
+# Their differences do not depend on the base's values, and PEFT gives them as they are.
+_ADDED = {"ADALORA", "C3A", "FOURIERFT", "LOHA", "LOKR", "RANDLORA", "VBLORA", "VERA", "WAVEFT"}
+# PEFT cuts the ranks that training has dropped from what it made, before it looks at the file.
+_SIZED_LATER = {"ADALORA"}
+_CHANGE_BIASES = {"ROAD"}
+# Variants of LoRA that cannot be merged, or change which layers a model has.
+_NO_DIFFERENCE = {"alora_invocation_tokens", "arrow_config", "layer_replication", "use_qalora"}
+# Settings that choose layers, or say what else is trained: the file's names tell both.
+_CHOICES = ("layers_to_transform", "layers_pattern", "exclude_modules", "modules_to_save", "trainable_token_indices")
+_MOST = 1 << 16  # ranks, vectors and blocks; PEFT makes some tensors of these sizes before it looks at the file
+_SIZES = re.compile(r"r|init_r|target_r|l|num_vectors|vector_length|\w*block_size|\w*block_num|\w+_k")
+_KEPT = 2  # modules whose differences are kept, while the runs of their tensors are read
+
+
+def can_compute(config: AdapterConfig) -> bool:
+    """Whether an adapter is of a kind that PEFT is asked for."""
+    return config.kind in _PREFIXES and config.variant not in _NO_DIFFERENCE
+
+
+@dataclass(frozen=True)
+class PeftModules:
+    """The modules of an adapter that PEFT computes.
+
+    Args:
+        config: the adapter's configuration.
+        weights: its file.
+        modules: module → names of its tensors in the file.
+        shared: names of the tensors that all modules use.
+    """
+
+    config: AdapterConfig
+    weights: Checkpoint
+    modules: Mapping[str, tuple[str, ...]]
+    shared: tuple[str, ...]
+
+    @cached_property
+    def stored(self) -> frozenset[str]:
+        """Names of all these tensors in the file."""
+        return frozenset((*self.shared, *(name for own in self.modules.values() for name in own)))
+
+    def changes(self, base: Checkpoint | None) -> dict[str, Change]:
+        """What the adapter does to the base, by the names of its tensors.
+
+        Raises:
+            CheckpointError: PEFT cannot adapt such a layer, or is not installed.
+        """
+        layers = None
+        if base is not None:
+            layers = _Layers(self, base)
+            layers.check()
+        found: dict[str, Change] = {}
+        for module in self.modules:
+            found[f"{module}.weight"] = _Computed(f"{module}.weight", module, layers)
+            if self.config.kind in _CHANGE_BIASES:
+                found[f"{module}.bias"] = _Computed(f"{module}.bias", module, layers, optional=True)
+        return found
+
+
+def find_modules(config: AdapterConfig, weights: Checkpoint, names: Iterable[str], root: str) -> PeftModules:
+    """The modules that PEFT computes, found by the names in an adapter's file.
+
+    Args:
+        config: the adapter's configuration, see `can_compute`.
+        weights: its file.
+        names: of the tensors in it.
+        root: what names of modules begin with.
+
+    Raises:
+        CheckpointError: PEFT is not installed, or there is no tensor of such an adapter.
+    """
+    folder = config.path.parent
+    if importlib.util.find_spec("peft") is None:
+        raise CheckpointError(
+            f"{folder}: is a {config.kind} adapter, for which PEFT is needed: pip install 'freemerge[peft]'"
+        )
+    of_module = re.compile(rf"{re.escape(root)}(.+?)\.(?:base_layer\.)?{re.escape(_PREFIXES[config.kind])}.+")
+    modules: dict[str, list[str]] = {}
+    shared = []
+    for name in names:
+        if found := of_module.fullmatch(name):
+            modules.setdefault(found[1], []).append(name)
+        elif not name.startswith(root):
+            shared.append(name)
+    if not modules:
+        raise CheckpointError(f"{folder}: holds no tensor of a {config.kind} adapter; is it a whole model?")
+    return PeftModules(config, weights, {module: tuple(own) for module, own in modules.items()}, tuple(shared))
+
+
+@dataclass(frozen=True)
+class _Computed(Change):
+    """A difference that PEFT computes."""
+
+    name: str
+    module: str
+    layers: _Layers | None
+    optional: bool = False
+    needs_base = True
+
+    def shape(self, base: tuple[int, ...] | None) -> tuple[int, ...]:
+        return base or (0,)
+
+    def read(self, shape: tuple[int, ...], run: Run, base: BaseReader | None) -> Tensor:
+        whole = self.layers.difference(self.module, self.name)
+        return whole.clone() if run is None else flat_range(whole, *run)
+
+
+@dataclass(frozen=True)
+class _Layers:
+    """The base's layers, adapted by PEFT one at a time."""
+
+    adapter: PeftModules
+    base: Checkpoint
+    lock: threading.Lock = field(default_factory=threading.Lock)  # PEFT draws numbers, and layers are put in and out
+    recent: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    models: dict[str, nn.Module] = field(default_factory=dict)
+
+    def check(self) -> None:
+        """Refuse settings that PEFT cannot take, before anything is read."""
+        self._asking(next(iter(self.adapter.modules)), lambda: self._settings(tuple(self.adapter.modules)[:1]))
+
+    def difference(self, module: str, name: str) -> Tensor:
+        """What the adapter does to a tensor, (*shape) float32."""
+        with self.lock:
+            if module not in self.recent:
+                found = self._compute(module)
+                while len(self.recent) >= _KEPT:
+                    self.recent.pop(next(iter(self.recent)))
+                self.recent[module] = found
+            return self.recent[module][name]
+
+    def _compute(self, module: str) -> dict[str, Tensor]:
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            return self._asking(module, lambda: self._ask(module))
+
+    def _ask(self, module: str) -> dict[str, Tensor]:
+        """What PEFT does to the tensors of a module, (*shape) float32 each, by their names."""
+        kind = self.adapter.config.kind
+        if kind in _SHARING:
+            if not self.models:
+                self.models[""] = self._adapt(tuple(self.adapter.modules))
+            model = self.models[""]
+        else:
+            model = self._adapt((module,))
+        layer = model.get_submodule(f"base_model.model.{module}")
+        if kind in _ADDED:
+            weight = f"{module}.weight"
+            delta = layer.get_delta_weight("default").float()
+            return {weight: delta.reshape(self.base.spec(weight).shape).contiguous()}
+        before = {key: value.detach().clone() for key, value in layer.get_base_layer().named_parameters()}
+        layer.merge(adapter_names=["default"])
+        after = dict(layer.get_base_layer().named_parameters())
+        return {f"{module}.{key}": after[key].detach().float() - before[key] for key in before}
+
+    def _asking(self, module: str, ask: Callable[[], _Answer]) -> _Answer:
+        """The answer of PEFT; it says in many ways that it has none."""
+        config = self.adapter.config
+        try:
+            return ask()
+        except CheckpointError:
+            raise
+        except Exception as error:
+            reason = " ".join(str(error).split())[:300] or type(error).__name__
+            raise CheckpointError(
+                f"{config.path.parent}: PEFT cannot compute what this {config.kind} adapter does to '{module}' "
+                f"({type(error).__name__}: {reason}); save the adapter again with the PEFT that is installed"
+            ) from None
+
+    def _adapt(self, modules: tuple[str, ...]) -> nn.Module:
+        """Layers like the base's, alone, with the adapter's tensors in them."""
+        from peft import PeftModel
+        from peft.utils import set_peft_model_state_dict
+
+        holder = nn.Module()
+        for module in modules:
+            _put(holder, module, self._layer(module))
+        empty = self.adapter.config.kind not in _SIZED_LATER
+        model = PeftModel(holder, self._settings(modules), low_cpu_mem_usage=empty)
+        stored = (*self.adapter.shared, *(name for module in modules for name in self.adapter.modules[module]))
+        tensors = {name: self.adapter.weights.tensor(name).clone() for name in stored}
+        result = set_peft_model_state_dict(model, tensors, low_cpu_mem_usage=empty)
+        missing = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
+        missing += [
+            name for name in result.missing_keys if f".{_PREFIXES[self.adapter.config.kind]}" in name and not empty
+        ]
+        if wrong := [*result.unexpected_keys, *missing]:
+            known = "is not in its file" if wrong[0] in missing else "is in its file and unknown to PEFT"
+            raise CheckpointError(
+                f"{self.adapter.config.path.parent}: '{wrong[0]}' of the adapter {known}; save the adapter again"
+            )
+        return model.eval()
+
+    def _layer(self, module: str) -> nn.Module:
+        """A layer like the base's, with its values, or none where they are not needed."""
+        weight, bias = f"{module}.weight", f"{module}.bias"
+        if not self.base.has(weight):
+            raise CheckpointError(
+                f"{self.adapter.config.path.parent}: adapts '{module}', which the base does not have; is this the base "
+                "that the adapter was trained on?"
+            )
+        shape = tuple(self.base.spec(weight).shape)
+        kind, biased = find_layer(self.base, weight), self.base.has(bias)
+        with torch.device("meta"):
+            if kind is Layer.EMBEDDING:
+                layer = nn.Embedding(*shape)
+            elif kind is Layer.TURNED:
+                from transformers.pytorch_utils import Conv1D  # PEFT knows such layers by this class
+
+                layer = Conv1D(shape[1], shape[0])
+            elif kind is Layer.CONVOLUTION:
+                convolution = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}[len(shape)]
+                layer = convolution(shape[1], shape[0], shape[2:], bias=biased)
+            elif kind is Layer.LINEAR:
+                layer = nn.Linear(shape[1], shape[0], bias=biased)
+            else:
+                raise CheckpointError(
+                    f"{self.adapter.config.path.parent}: adapts '{module}', whose weight {list(shape)} is of no layer "
+                    "known here; merge the adapter into its base model with PEFT first"
+                )
+        if self.adapter.config.kind in _ADDED:
+            values = {name: torch.zeros(()).expand(tensor.shape) for name, tensor in layer.named_parameters()}
+        else:
+            values = {
+                name: self.base.tensor(f"{module}.{name}").float().cpu().clone() for name, _ in layer.named_parameters()
+            }
+        for name, value in values.items():
+            setattr(layer, name, nn.Parameter(value, requires_grad=False))
+        return layer
+
+    def _settings(self, modules: tuple[str, ...]) -> Any:
+        """PEFT's configuration of these modules: their names, and of patterns what they mean for them."""
+        from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+        config = self.adapter.config
+        kind = PEFT_TYPE_TO_CONFIG_MAPPING[config.kind]
+        values = {key: value for key, value in config.values.items() if key not in ("auto_mapping", "runtime_config")}
+        known = {setting.name for setting in fields(kind)}
+        if unknown := [key for key, value in values.items() if key not in known and value]:
+            raise CheckpointError(
+                f"{config.path}: has the setting '{unknown[0]}', which the installed PEFT does not know; update PEFT"
+            )
+        for key, value in values.items():
+            if isinstance(value, int) and _SIZES.fullmatch(key) and value > _MOST:
+                raise CheckpointError(
+                    f"{config.path}: {key} is {shown(value)}, expected at most {_MOST}; save it again"
+                )
+        values = {key: value for key, value in values.items() if key in known}
+        values |= {key: None for key in _CHOICES if key in known}
+        values |= {"target_modules": list(modules), "task_type": None, "inference_mode": True}
+        for key in ("rank_pattern", "alpha_pattern"):
+            if values.get(key):
+                values[key] = self._meaning(key, values[key], modules)
+        return kind.from_peft_type(**values)
+
+    def _meaning(self, key: str, patterns: Mapping[str, Any], modules: tuple[str, ...]) -> dict[str, Any]:
+        if self.adapter.config.kind == "ADALORA":  # names of tensors, and which ranks they keep
+            return {name: kept for name, kept in patterns.items() if any(f".{m}." in f".{name}" for m in modules)}
+        matcher = PatternMatcher(patterns, f"{self.adapter.config.path}: {key}")
+        found = {module: matcher.find(module) for module in modules}
+        return {f"^{re.escape(module)}": patterns[pattern] for module, pattern in found.items() if pattern is not None}
+
+
+def _put(holder: nn.Module, name: str, layer: nn.Module) -> None:
+    """Put a layer where its dotted name says, with empty modules on the way."""
+    *path, last = name.split(".")
+    for part in path:
+        if part not in dict(holder.named_children()):
+            holder.add_module(part, nn.Module())
+        holder = holder.get_submodule(part)
+    holder.add_module(last, layer)

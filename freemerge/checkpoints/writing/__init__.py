@@ -1,0 +1,1 @@
+"""Writing tensors: drafts that appear whole or not at all, shards, checksums."""

@@ -1,0 +1,1 @@
+"""What inputs must satisfy before they are merged."""

@@ -1,0 +1,83 @@
+"""What a merge would do, without doing it: told from names, shapes and dtypes, and the method's own account."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from freemerge.checkpoints import TensorSpec
+from freemerge.merging.engine.executor import MERGED_BY_CHUNKS, copies_of_largest
+from freemerge.merging.engine.plan import Plan
+from freemerge.merging.methods.base import MergeMethod
+from freemerge.runtime.threads import team_size
+from freemerge.tensors.chunks import CHUNK
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A merge that has been checked and planned.
+
+    Args:
+        merged: names of the tensors to merge.
+        kept: names of those that stay as in the base.
+        tied: name → the name it is tied to.
+        parameters: number of merged values.
+        passes: how many times the models are read.
+        read: bytes read in all passes, without the hashing of the inputs.
+        memory: bytes of working memory beyond the imported libraries', and beyond the result where that is in memory;
+            about, and at most.
+        files: file name → bytes of its tensors, of what would be written.
+    """
+
+    merged: tuple[str, ...]
+    kept: tuple[str, ...]
+    tied: Mapping[str, str]
+    parameters: int
+    passes: int
+    read: int
+    memory: int
+    files: Mapping[str, int]
+
+    def __str__(self) -> str:
+        size = sum(self.files.values())
+        shards = f" in {len(self.files)} files" if len(self.files) > 1 else ""
+        return (
+            f"{len(self.merged):,} tensors of {self.parameters:,} parameters to merge, {len(self.kept):,} to keep, "
+            f"{len(self.tied):,} tied; {self.passes} {'pass' if self.passes == 1 else 'passes'} over the models, "
+            f"{_gigabytes(self.read)} to read; about {_gigabytes(self.memory)} of memory; "
+            f"{_gigabytes(size)} to write{shards}"
+        )
+
+
+def estimate(plan: Plan, method: MergeMethod, shards: Mapping[str, Mapping[str, TensorSpec]], read: int) -> Estimate:
+    """What a merge would do.
+
+    Args:
+        plan: the merge.
+        method: its method.
+        shards: file name → specs of its tensors, of what would be written.
+        read: bytes it would read.
+    """
+    sizes = [shape.numel() for shape in plan.shapes.values()]
+    chunks = team_size() * MERGED_BY_CHUNKS * (plan.chunk or CHUNK)
+    whole = copies_of_largest(method, len(plan.models)) * max(sizes)
+    return Estimate(
+        plan.merged,
+        plan.kept,
+        dict(plan.tied),
+        sum(sizes),
+        method.passes,
+        read,
+        4 * max(chunks, whole),
+        {file: sum(map(_size, specs.values())) for file, specs in shards.items()},
+    )
+
+
+def _size(spec: TensorSpec) -> int:
+    return torch.Size(spec.shape).numel() * spec.dtype.itemsize
+
+
+def _gigabytes(size: int) -> str:
+    return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"

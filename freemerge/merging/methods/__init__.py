@@ -1,0 +1,1 @@
+"""One file for each merging method; `base` says what a method is."""

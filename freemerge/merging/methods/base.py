@@ -1,0 +1,185 @@
+"""What a merging method is: two verbs, `collect_statistics` and `combine`.
+
+- `collect_statistics` looks at all task vectors, as often as it needs, and returns what has to be known of the whole model.
+- `combine` merges one tensor.
+- Statistics are handed from the one to the other and never stored in the method: methods stay plain, immutable values.
+- `statistics_key` says what the statistics depend on: methods that agree in it share a survey, so that a search over
+  `scale` surveys once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from freemerge.errors import MergeError
+from freemerge.merging.task_vectors import Vectors
+from freemerge.runtime.pages import fresh
+
+
+class MergeMethod(ABC):
+    """A way to merge task vectors; subclasses are frozen dataclasses whose fields are the method's parameters.
+
+    A new method is one file: fields, their check in `__post_init__`, `combine`, and `collect_statistics` if it is global.
+    """
+
+    statistics_fields: ClassVar[tuple[str, ...] | None] = None
+    """The fields that `collect_statistics` looks at; None for all of them. A method that names them makes searches faster."""
+
+    linear_in_scale: ClassVar[bool] = False
+    """Whether the result is proportional to `scale`, or to all scales of a list at once. A search then merges once for
+    all scales; else it merges anew for each. A class says it for itself alone, not for its subclasses."""
+
+    @property
+    def statistics_key(self) -> Hashable:
+        """What the statistics of `collect_statistics` depend on, beside the vectors: equal keys, equal statistics."""
+        names = self.statistics_fields
+        if names is None and not dataclasses.is_dataclass(self):
+            return object()  # nobody knows, so it is like no other
+        names = tuple(field.name for field in dataclasses.fields(self)) if names is None else names
+        return (type(self), *((name, _key(getattr(self, name))) for name in names))
+
+    @property
+    def elementwise(self) -> bool:
+        """Whether `combine` treats each entry by itself, given the statistics.
+
+        The engine then hands it chunks of bounded size, (K, n) → (n,), instead of whole tensors.
+        """
+        return False
+
+    @property
+    def finishes(self) -> bool:
+        """Whether an elementwise method's chunks, joined to a whole tensor, still have to go through `finish`."""
+        return False
+
+    @property
+    def passes(self) -> int:
+        """How many times the models are read, the merge itself included, unless a sample misleads."""
+        return 1
+
+    def check(self, labels: Sequence[str]) -> None:
+        """Raise a `MergeError` if the method cannot merge these models; called before any work.
+
+        Args:
+            labels: the names of the K models.
+        """
+        if not labels:
+            raise MergeError("there is no fine-tuned model to merge; name at least one")
+        for field in ("scale", "coefficients"):
+            values = getattr(self, field, None)
+            if isinstance(values, (list, tuple)) and len(values) != len(labels):
+                raise MergeError(
+                    f"{type(self).__name__} has {len(values)} values in `{field}` for {len(labels)} fine-tuned models; "
+                    "give one per model, or a single number"
+                )
+
+    def collect_statistics(self, vectors: Vectors) -> Any:
+        """Gather what `combine` has to know of all tensors; by default nothing, without a pass.
+
+        Args:
+            vectors: iterating yields (name, deltas) with deltas (K, *shape) float32; `vectors.scan` shows chunks (K, n)
+                in any order, and shares the work between threads and processes. Each can be done again, and costs a
+                pass over the models.
+
+        Returns:
+            Statistics for `combine`, or None.
+        """
+        return None
+
+    @abstractmethod
+    def combine(self, name: str, deltas: Tensor, statistics: Any) -> Tensor:
+        """Merge one tensor.
+
+        Args:
+            name: the tensor's name.
+            deltas: the K models' task vectors, (K, *shape) float32; may be overwritten.
+            statistics: what `collect_statistics` returned.
+
+        Returns:
+            The merged task vector, (*shape) float32.
+        """
+
+    def combine_chunk(self, name: str, start: int, deltas: Tensor, statistics: Any) -> Tensor:
+        """Merge a run of one tensor's values; for `elementwise` methods only.
+
+        The default is `combine`; a method overrides it if an entry's result depends on the entry's position.
+
+        Args:
+            name: the tensor's name.
+            start: position of the first value of the run in the tensor, in row-major order.
+            deltas: (K, n) float32; may be overwritten.
+            statistics: what `collect_statistics` returned.
+
+        Returns:
+            (n,) float32.
+        """
+        return self.combine(name, deltas, statistics)
+
+    def finish(self, name: str, merged: Tensor) -> Tensor:
+        """What becomes of a whole tensor that was merged by chunks; for methods with `finishes` only.
+
+        Args:
+            name: the tensor's name.
+            merged: its chunks from `combine_chunk`, (*shape) float32; may be overwritten.
+
+        Returns:
+            The merged task vector, (*shape) float32.
+        """
+        return merged
+
+
+def _key(value: object) -> Hashable:
+    if isinstance(value, MergeMethod):
+        return value.statistics_key
+    if isinstance(value, Mapping):
+        return tuple((key, _key(inner)) for key, inner in value.items())
+    if isinstance(value, (list, tuple)):
+        return tuple(_key(inner) for inner in value)
+    try:
+        hash(value)
+    except TypeError:
+        return object()
+    return value
+
+
+def weighted_sum(deltas: Tensor, weights: float | Sequence[float] | Tensor) -> Tensor:
+    """Σ_k λ_k · v_k, summed in the order of the models.
+
+    Args:
+        deltas: (K, *shape) float32.
+        weights: one λ for all, or K of them.
+
+    Returns:
+        (*shape) float32, in new memory.
+    """
+    if isinstance(weights, (int, float)):
+        weights = [float(weights)] * len(deltas)
+    values = weights.tolist() if isinstance(weights, Tensor) else [float(weight) for weight in weights]
+    total = torch.mul(deltas[0], values[0], out=fresh(deltas.shape[1:], deltas.dtype, deltas.device))
+    for delta, value in zip(deltas[1:], values[1:], strict=True):
+        total.add_(delta, alpha=value)
+    return total
+
+
+def require(condition: bool, method: object, message: str) -> None:
+    """Raise a ValueError that begins with the method's class unless the condition holds."""
+    if not condition:
+        raise ValueError(f"{type(method).__name__}: {message}")
+
+
+def require_number(method: object, name: str, value: object) -> None:
+    """Require a finite number, or a list of them."""
+    values = value if isinstance(value, (list, tuple)) else [value]
+    numbers = all(isinstance(number, (int, float)) and not isinstance(number, bool) for number in values)
+    finite = numbers and bool(torch.isfinite(torch.tensor(values, dtype=torch.float64)).all())
+    require(finite and len(values) > 0, method, f"`{name}` must be a finite number, got {value!r}")
+
+
+def require_scope(method: object, scope: object) -> None:
+    """Require the name of what fractions of the entries count over."""
+    require(scope in ("model", "tensor"), method, f'`scope` must be "model" or "tensor", got {scope!r}')

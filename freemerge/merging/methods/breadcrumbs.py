@@ -1,0 +1,76 @@
+"""Model Breadcrumbs: leave out each layer's smallest and largest changes (Davari & Belilovsky, arXiv 2312.06795)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from torch import Tensor
+
+from freemerge.merging.methods.base import MergeMethod, require, require_number, require_scope, weighted_sum
+from freemerge.merging.task_vectors import Vectors, flat
+from freemerge.tensors.order_statistics import model_magnitudes, tensor_magnitudes
+
+
+@dataclass(frozen=True)
+class Breadcrumbs(MergeMethod):
+    """τ = Σ_k λ_k · m_k ⊙ v_k, where m_k removes both tails of the magnitudes.
+
+    Of n entries the ⌊bottom·n⌋ smallest and the ⌊top·n⌋ largest magnitudes are set to zero (equals of the last one
+    kept stay). The defaults are the paper's β = 85 %, γ = 99.3 %, α = 0.3. Two passes.
+
+    Args:
+        bottom: fraction of the smallest entries to remove, in [0, 1).
+        top: fraction of the largest entries to remove, in [0, 1 − bottom).
+        scale: λ, one number for all models or one per model.
+        scope: over what the fractions count: each "tensor" by itself, as in the paper, or the whole "model".
+    """
+
+    statistics_fields: ClassVar = ("bottom", "top", "scope")
+    linear_in_scale: ClassVar = True
+
+    bottom: float = 0.85
+    top: float = 0.007
+    scale: float | list[float] = 0.3
+    scope: Literal["model", "tensor"] = "tensor"
+
+    def __post_init__(self) -> None:
+        for name in ("bottom", "top", "scale"):
+            require_number(self, name, getattr(self, name))
+        require(0 <= self.bottom < 1, self, f"`bottom` must lie in [0, 1), got {self.bottom}")
+        require(
+            0 <= self.top < 1 - self.bottom, self, f"`top` must lie in [0, {1 - self.bottom:g}), as `bottom` is "
+            f"{self.bottom}; got {self.top}"
+        )  # fmt: skip
+        require_scope(self, self.scope)
+
+    @property
+    def elementwise(self) -> bool:
+        return True
+
+    @property
+    def passes(self) -> int:
+        return 2
+
+    def collect_statistics(self, vectors: Vectors) -> Tensor | dict[str, Tensor] | None:
+        """The least and the greatest magnitude that each model keeps, (K, 2) float32, by name with scope "tensor"."""
+        if vectors.numel == 0:
+            return None
+        if self.scope == "tensor":
+            return tensor_magnitudes(vectors, self._ranks)
+        return model_magnitudes(vectors, self._ranks(vectors.numel))
+
+    def combine(self, name: str, deltas: Tensor, statistics: Tensor | dict[str, Tensor] | None) -> Tensor:
+        values = flat(deltas)
+        if values.shape[1] == 0:
+            return deltas[0].clone()
+        bounds = statistics[name] if isinstance(statistics, dict) else statistics
+        for row, (low, high) in zip(values, bounds.tolist(), strict=True):
+            sizes = row.abs()
+            row.masked_fill_((sizes < low) | (sizes > high), 0.0)
+        return weighted_sum(values, self.scale).reshape(deltas.shape[1:])
+
+    def _ranks(self, total: int) -> list[int]:
+        """Zero-based ascending ranks of the least and the greatest of the magnitudes that are kept."""
+        first = int(total * self.bottom)
+        return [first, max(total - 1 - int(total * self.top), first)]

@@ -1,0 +1,136 @@
+"""DARE: drop most entries of the task vectors at random, rescale the rest (Yu et al., ICML 2024, arXiv 2311.03099)."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from freemerge.merging.methods.base import MergeMethod, require, require_number
+from freemerge.merging.task_vectors import Vectors
+from freemerge.tensors.chunks import Chunk
+
+_PER_COUNTER = 16  # 16-bit numbers that Philox draws at once
+
+
+class DareStatistics(NamedTuple):
+    """Whose masks to draw, and what the method behind needs."""
+
+    labels: tuple[str, ...]
+    inner: Any
+
+
+@dataclass(frozen=True)
+class Dare(MergeMethod):
+    """Before any other method: v_k ← m_k ⊙ v_k / (1 − drop), with entries of m_k zero with probability `drop`.
+
+    The expectation of each entry stays what it was. A mask depends on the seed, the model's name and the tensor's name
+    alone: not on the order of the models, nor on which other tensors are merged. As many passes as the method behind.
+
+    Args:
+        method: what merges the thinned task vectors.
+        drop: probability of dropping an entry, in [0, 1).
+        scale: multiplies the result.
+        seed: of the masks.
+    """
+
+    statistics_fields: ClassVar = ("method", "drop", "seed")
+    linear_in_scale: ClassVar = True
+
+    method: MergeMethod
+    drop: float = 0.9
+    scale: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        require_number(self, "drop", self.drop)
+        require(0 <= self.drop < 1, self, f"`drop` must lie in [0, 1), got {self.drop}")
+        require(isinstance(self.method, MergeMethod), self, f"`method` must be a MergeMethod, got {self.method!r}")
+        require_number(self, "scale", self.scale)
+        require(isinstance(self.seed, int), self, f"`seed` must be an integer, got {self.seed!r}")
+
+    def check(self, labels: Sequence[str]) -> None:
+        super().check(labels)
+        self.method.check(labels)
+
+    @property
+    def elementwise(self) -> bool:
+        return self.method.elementwise
+
+    @property
+    def finishes(self) -> bool:
+        return self.method.finishes
+
+    @property
+    def passes(self) -> int:
+        return self.method.passes
+
+    def collect_statistics(self, vectors: Vectors) -> DareStatistics:
+        """Let the method behind survey the thinned vectors."""
+
+        def thin(name: str, deltas: Tensor) -> Tensor:
+            return self._thin(name, 0, deltas, vectors.labels)
+
+        def thin_chunk(chunk: Chunk, deltas: Tensor) -> Tensor:
+            return self._thin(chunk.name, chunk.start, deltas, vectors.labels)
+
+        return DareStatistics(vectors.labels, self.method.collect_statistics(vectors.through(thin, thin_chunk)))
+
+    def combine(self, name: str, deltas: Tensor, statistics: DareStatistics) -> Tensor:
+        thinned = self._thin(name, 0, deltas, statistics.labels)
+        return self.method.combine(name, thinned, statistics.inner) * self.scale
+
+    def combine_chunk(self, name: str, start: int, deltas: Tensor, statistics: DareStatistics) -> Tensor:
+        thinned = self._thin(name, start, deltas, statistics.labels)
+        return self.method.combine_chunk(name, start, thinned, statistics.inner) * (1 if self.finishes else self.scale)
+
+    def finish(self, name: str, merged: Tensor) -> Tensor:
+        return self.method.finish(name, merged) * self.scale
+
+    def _thin(self, name: str, start: int, deltas: Tensor, labels: Sequence[str]) -> Tensor:
+        """(K, *shape) or (K, n) from position `start` on → the same, thinned in place."""
+        for delta, label in zip(deltas, labels, strict=True):
+            kept = draw_mask(f"{self.seed}|{len(label)}|{label}|{name}", start, delta.numel(), 1 - self.drop)
+            kept = kept.view(delta.shape)
+            if delta.device.type == "cpu":
+                np.multiply(delta.numpy(), kept.numpy(), out=delta.numpy())  # torch would widen the mask first
+            else:
+                delta.mul_(kept.to(delta.device))
+            delta.div_(1 - self.drop)
+        return deltas
+
+
+def draw_mask(text: str, start: int, count: int, keep: float) -> Tensor:
+    """The values `start` to `start + count` of an endless random mask that belongs to a text.
+
+    Philox is a function of key and counter: any run of the mask can be drawn by itself, on any machine, and NumPy
+    keeps the stream the same from version to version. 16 bits decide over a value, and where they leave it open, once
+    in 2¹⁶ times, 64 bits of another stream do.
+
+    Args:
+        text: what the mask belongs to.
+        start: position of the first value.
+        count: number of values.
+        keep: probability of a True.
+
+    Returns:
+        (count,) bool, on the CPU.
+    """
+    if keep >= 1:
+        return torch.ones(count, dtype=torch.bool)
+    key = int.from_bytes(hashlib.sha256(text.encode()).digest()[:16], "little")
+    first = start // _PER_COUNTER
+    skipped = start - first * _PER_COUNTER
+    words = np.random.Philox(key=key, counter=first).random_raw(-(-(skipped + count) // 4))
+    values = words.astype("<u8", copy=False).view("<u2")[skipped : skipped + count]
+    bound = int(keep * 2**16)
+    mask = values < bound
+    for index in np.flatnonzero(values == bound).tolist():
+        more = np.random.Philox(key=(key + 1) % 2**128, counter=start + index).random_raw()
+        mask[index] = bound + int(more) / 2**64 < keep * 2**16
+    return torch.from_numpy(mask)

@@ -1,0 +1,58 @@
+"""A method's parameters by name, those of its parts by dotted path: `scale`, `filter.cutoff`, `method.density`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from difflib import get_close_matches
+from typing import Any, TypeVar
+
+from freemerge.errors import MergeError
+
+_Part = TypeVar("_Part")
+
+
+def get_field(part: object, path: str) -> Any:
+    """The value of a parameter.
+
+    Args:
+        part: a method, or a part of one such as a filter.
+        path: `scale`, or `filter.cutoff` for a part's own.
+
+    Raises:
+        MergeError: there is no such parameter.
+    """
+    name, _, rest = path.partition(".")
+    _require_field(part, name)
+    value = getattr(part, name)
+    return get_field(value, rest) if rest else value
+
+
+def replace_fields(part: _Part, values: Mapping[str, Any]) -> _Part:
+    """A copy of a method with other values for some of its parameters.
+
+    Args:
+        part: a method, or a part of one such as a filter; it stays as it is.
+        values: path → value, see `get_field`.
+
+    Raises:
+        MergeError: there is no such parameter.
+        ValueError: the method refuses a value.
+    """
+    own: dict[str, Any] = {}
+    for path, value in values.items():
+        name, _, rest = path.partition(".")
+        _require_field(part, name)
+        own[name] = replace_fields(own.get(name, getattr(part, name)), {rest: value}) if rest else value
+    return dataclasses.replace(part, **own) if own else part
+
+
+def _require_field(part: object, name: str) -> None:
+    kind = type(part).__name__
+    if not dataclasses.is_dataclass(part):
+        raise MergeError(f"{kind} has no parameters, so no '{name}'")
+    known = [field.name for field in dataclasses.fields(part)]
+    if name not in known:
+        near = get_close_matches(name, known, n=1)
+        hint = f"did you mean '{near[0]}'?" if near else f"it has {', '.join(known) or 'none'}"
+        raise MergeError(f"{kind} has no parameter '{name}'; {hint}")

@@ -1,0 +1,150 @@
+"""Different methods, or different parameters of one, for different tensors of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, ClassVar, NamedTuple
+
+from torch import Tensor
+
+from freemerge.errors import MergeError
+from freemerge.merging.methods.base import MergeMethod, require, require_number
+from freemerge.merging.methods.parameters import replace_fields
+from freemerge.merging.task_vectors import Vectors
+from freemerge.tensors.patterns import compile_patterns
+
+
+class PatternStatistics(NamedTuple):
+    """What each method has to know of the tensors that are its own."""
+
+    inner: tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class PerPattern(MergeMethod):
+    """Merge a tensor with the method of the first pattern that matches its name, or else with the default.
+
+    A global method (PCB, TIES) counts its own tensors only, and makes its passes over them; methods that differ in
+    nothing that their survey looks at (in λ, most often) count all their tensors together.
+
+    Args:
+        default: what merges the tensors that no pattern matches.
+        overrides: pattern → method. Globs, or regular expressions after `re:`, for whole names; the first match counts.
+        scale: multiplies the result.
+    """
+
+    statistics_fields: ClassVar = ("default", "overrides")
+    linear_in_scale: ClassVar = True
+
+    default: MergeMethod
+    overrides: dict[str, MergeMethod] = field(default_factory=dict)
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        for method in (self.default, *self.overrides.values()):
+            require(isinstance(method, MergeMethod), self, f"expected a MergeMethod, got {method!r}")
+        require_number(self, "scale", self.scale)
+        compile_patterns(list(self.overrides), "overrides")
+
+    @cached_property
+    def _patterns(self):
+        return list(compile_patterns(list(self.overrides), "overrides").values())
+
+    @property
+    def _methods(self) -> tuple[MergeMethod, ...]:
+        return (*self.overrides.values(), self.default)
+
+    @property
+    def elementwise(self) -> bool:
+        return all(method.elementwise for method in self._methods)
+
+    @property
+    def finishes(self) -> bool:
+        return any(method.finishes for method in self._methods)
+
+    @property
+    def passes(self) -> int:
+        return max(method.passes for method in self._methods)
+
+    def check(self, labels: Sequence[str]) -> None:
+        super().check(labels)
+        for method in self._methods:
+            method.check(labels)
+
+    def collect_statistics(self, vectors: Vectors) -> PatternStatistics:
+        """Let each method survey the tensors that are its own.
+
+        Raises:
+            MergeError: a pattern matches none of the merged tensors.
+        """
+        own: list[list[str]] = [[] for _ in self._methods]
+        for name in vectors.shapes:
+            own[self._index(name)].append(name)
+        for pattern, names in zip(self.overrides, own, strict=False):
+            if vectors.shapes and not names:
+                raise MergeError(f"overrides: the pattern '{pattern}' matches no tensor that is left to it")
+        shared: dict[Hashable, set[str]] = {}
+        keys = [method.statistics_key for method in self._methods]
+        for key, names in zip(keys, own, strict=True):
+            shared.setdefault(key, set()).update(names)
+        found: dict[Hashable, Any] = {}
+        for key, method in zip(keys, self._methods, strict=True):
+            if key not in found:
+                names = shared[key]
+                found[key] = method.collect_statistics(vectors.subset(name for name in vectors.shapes if name in names))
+        return PatternStatistics(tuple(found[key] for key in keys))
+
+    def combine(self, name: str, deltas: Tensor, statistics: PatternStatistics) -> Tensor:
+        index = self._index(name)
+        return self._methods[index].combine(name, deltas, statistics.inner[index]) * self.scale
+
+    def combine_chunk(self, name: str, start: int, deltas: Tensor, statistics: PatternStatistics) -> Tensor:
+        index = self._index(name)
+        merged = self._methods[index].combine_chunk(name, start, deltas, statistics.inner[index])
+        return merged if self.finishes else merged * self.scale
+
+    def finish(self, name: str, merged: Tensor) -> Tensor:
+        return self._methods[self._index(name)].finish(name, merged) * self.scale
+
+    def _index(self, name: str) -> int:
+        """The position among `_methods` of the one that merges a tensor."""
+        matches = (index for index, pattern in enumerate(self._patterns) if pattern.fullmatch(name))
+        return next(matches, len(self._patterns))
+
+
+def with_overrides(method: MergeMethod, overrides: Sequence[Mapping[str, Any]] | None) -> MergeMethod:
+    """The method with other parameters for some of the tensors.
+
+    Args:
+        method: how to merge.
+        overrides: one mapping for each pattern: `match`, the pattern (a glob, or a regular expression after `re:`), and
+            parameters of the method, those of its parts by dotted path: `{"match": "*.mlp.*", "scale": 0.4,
+            "filter.cutoff": 0.2}`. The first match counts. A survey of the whole model stays one, unless its own
+            parameters differ.
+
+    Returns:
+        A `PerPattern`, or the method itself where there are no overrides.
+
+    Raises:
+        MergeError: a mapping without `match`, a pattern twice, or a parameter that the method does not have.
+        ValueError: the method refuses a value.
+    """
+    if not overrides:
+        return method
+    methods: dict[str, MergeMethod] = {}
+    for index, override in enumerate(overrides):
+        parameters = dict(override)
+        pattern = parameters.pop("match", None)
+        if not isinstance(pattern, str):
+            raise MergeError(f"overrides[{index}]: needs a pattern of tensor names, match: '*.mlp.*'")
+        if pattern in methods:
+            raise MergeError(f"overrides[{index}]: the pattern '{pattern}' is given twice")
+        if not parameters:
+            raise MergeError(f"overrides[{index}]: names no parameter to change, such as scale: 0.4")
+        try:
+            methods[pattern] = replace_fields(method, parameters)
+        except MergeError as error:
+            raise MergeError(f"overrides[{index}]: {error}") from None
+    return PerPattern(method, methods)

@@ -1,0 +1,36 @@
+"""A method at other scales: what a search over λ needs to know of it."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from freemerge.merging.methods.base import MergeMethod
+
+
+def has_scale(method: MergeMethod) -> bool:
+    """Whether a method has a parameter `scale`, a number or one for each model."""
+    fields = dataclasses.fields(method) if dataclasses.is_dataclass(method) else ()
+    values = method.scale if any(field.name == "scale" and field.init for field in fields) else None
+    values = values if isinstance(values, (list, tuple)) else [values]
+    return all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values)
+
+
+def rescaled(method: MergeMethod, factor: float) -> MergeMethod:
+    """The method at another scale.
+
+    Args:
+        method: one that has a scale.
+        factor: the new scale. Of a method with a scale for each model, what each of them is multiplied by: their
+            ratios stay.
+    """
+    if isinstance(method.scale, (list, tuple)):
+        return dataclasses.replace(method, scale=[factor * value for value in method.scale])
+    return dataclasses.replace(method, scale=factor)
+
+
+def is_linear(method: MergeMethod) -> bool:
+    """Whether the method's class says that its results are proportional to its scale; see `linear_in_scale`.
+
+    What a class says does not count for its subclasses, which may do something else with the result.
+    """
+    return vars(type(method)).get("linear_in_scale", False) is True

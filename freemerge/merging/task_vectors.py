@@ -1,0 +1,451 @@
+"""Task vectors: what fine-tuning added to a base, τ = θ_ft − θ_base.
+
+- The algebra in memory: `task_vector`, `apply_task_vector`, `merge_task_vectors`.
+- `Vectors`: the task vectors of K models seen tensor by tensor or chunk by chunk, as often as a method needs.
+
+Notation: K models, D merged parameters in all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+from torch import Tensor
+
+from freemerge.checkpoints.buffers import is_statistic
+from freemerge.checkpoints.memory import find_tied, flat_range
+from freemerge.errors import MergeError
+from freemerge.runtime.pages import fresh
+from freemerge.runtime.processes import Processes
+from freemerge.runtime.reading import keep_files_open
+from freemerge.runtime.threads import each, run
+from freemerge.tensors.chunks import CHUNK, Chunk, at_a_time, chunks, read_ahead
+from freemerge.tensors.rounding import IN_MEMORY, to_stored
+
+if TYPE_CHECKING:
+    from freemerge.merging.methods.base import MergeMethod
+
+_Value = TypeVar("_Value")
+Scan = Callable[[Callable[[Tensor], None]], None]
+
+COLUMNS = 1 << 17  # of a whole tensor read at a time: of what is computed from it, no copy is ever whole
+BLOCK = 1 << 15  # columns of a whole tensor of K models that are looked at at a time, by several threads side by side
+_SAMPLE_RUNS = 1024
+_SAMPLE_RUN = 128  # neighbours cost next to nothing to read, and tell less than their number
+_RUNS_OF_TENSOR, _RUN_OF_TENSOR = 32, 1024  # every run costs as much as many values
+_UNSAMPLED = 1 << 18  # values of a tensor that are rather taken all
+
+
+class Vectors:
+    """The task vectors of K models, one tensor or one chunk at a time; iterating again reads again.
+
+    Args:
+        labels: the names of the K models.
+        shapes: name → shape of each merged tensor, in the order of iteration.
+        read: returns the task vectors of one tensor, (K, *shape) float32, in memory of their own. Called in a thread.
+        read_chunk: returns those of a run of a tensor's values, (K, n) float32, in memory that the same thread's next
+            call may use again; by default the tensor is read and cut.
+        processes: those that share the passes; None for this one alone.
+        chunk: bound of K × the length of a chunk; None for the default.
+    """
+
+    def __init__(
+        self,
+        labels: Sequence[str],
+        shapes: Mapping[str, Sequence[int]],
+        read: Callable[[str], Tensor],
+        read_chunk: Callable[[Chunk], Tensor] | None = None,
+        processes: Processes | None = None,
+        chunk: int | None = None,
+    ) -> None:
+        self.labels = tuple(labels)
+        self.shapes = {name: torch.Size(shape) for name, shape in shapes.items()}
+        self._read = read
+        self._read_chunk = read_chunk
+        self._processes = processes or Processes()
+        self._chunk = chunk
+
+    @property
+    def numel(self) -> int:
+        """D, the number of merged parameters of one model."""
+        return sum(shape.numel() for shape in self.shapes.values())
+
+    def read(self, name: str) -> Tensor:
+        """The task vectors of one tensor, (K, *shape) float32."""
+        return self._read(name)
+
+    def read_chunk(self, chunk: Chunk) -> Tensor:
+        """The task vectors of a run of a tensor's values, (K, n) float32."""
+        if self._read_chunk is None:
+            return flat(self._read(chunk.name))[:, chunk.start : chunk.stop]
+        return self._read_chunk(chunk)
+
+    def scan(self, see: Callable[[Tensor], None]) -> None:
+        """One pass over all entries, by all threads and, each its share, all processes.
+
+        Args:
+            see: called with every chunk, (K, n) float32, in any order and from several threads at once. It may
+                overwrite it, and must not keep it: its memory is used again. What it gathers must not depend on the
+                order; see `gather`.
+        """
+        shapes = {name: self.shapes[name] for name in self._processes.share(self.shapes)}
+
+        def look(name: str) -> None:  # a function, so that nothing of a tensor is held while the next one is read
+            each(see, blocks(flat(self._read(name))))
+
+        def work(jobs: Iterator[str | Chunk]) -> None:
+            for job in jobs:
+                if isinstance(job, Chunk):
+                    see(self._read_chunk(job))
+                else:
+                    look(job)
+
+        def scan() -> None:
+            if self._read_chunk is not None:
+                run(work, chunks(shapes, len(self.labels), self._chunk))
+            else:
+                self._run_over(work, list(shapes))
+
+        self._processes.together(scan)
+
+    def gather(self, value: _Value) -> list[_Value]:
+        """What each process made of its share of a scan, by rank; every process gets all."""
+        return self._processes.gather(value)
+
+    def by_tensor(self, measure: Callable[[int, Scan, Tensor], _Value]) -> dict[str, _Value]:
+        """Measure something of every tensor by itself, each in one of the threads of one of the processes.
+
+        Args:
+            measure: called with the number of values n that each model has in the tensor, a function that makes a pass
+                over them, and a sample of them, (K, m) with m ≤ n, which may be empty. A pass calls what it is given
+                with chunks, (K, ≤ n) float32, that it may overwrite and must not keep.
+
+        Returns:
+            Name → what was measured, in every process.
+        """
+        found: dict[str, _Value] = {}
+
+        def parts(name: str) -> Iterator[Tensor]:
+            if self._read_chunk is None:
+                return iter(blocks(flat(self._read(name))))
+            return map(self._read_chunk, chunks({name: self.shapes[name]}, len(self.labels), self._chunk))
+
+        def work(names: Iterator[str]) -> None:
+            for name in names:
+
+                def scan(see: Callable[[Tensor], None], name: str = name) -> None:
+                    for block in parts(name):
+                        see(block)
+
+                size = self.shapes[name].numel()
+                runs = _RUNS_OF_TENSOR if size > _UNSAMPLED else 0
+                found[name] = measure(size, scan, self._sample({name: self.shapes[name]}, runs, _RUN_OF_TENSOR))
+
+        self._processes.together(lambda: self._run_over(work, self._processes.share(self.shapes)))
+        return self._gathered(found)
+
+    def map(self, function: Callable[[str, Tensor], _Value]) -> dict[str, _Value]:
+        """Compute something of every whole tensor, each in one of the threads of one of the processes.
+
+        Args:
+            function: called with the name and (K, *shape) float32, which it may overwrite.
+
+        Returns:
+            Name → what was computed, in every process.
+        """
+        found: dict[str, _Value] = {}
+
+        def work(names: Iterator[str]) -> None:
+            for name in names:
+                found[name] = function(name, self._read(name))
+
+        self._processes.together(lambda: self._run_over_whole(work, self._processes.share(self.shapes)))
+        return self._gathered(found)
+
+    def _gathered(self, found: dict[str, _Value]) -> dict[str, _Value]:
+        """What all processes have found, by tensor."""
+        everything = {name: value for part in self._processes.gather(found) for name, value in part.items()}
+        return {name: everything[name] for name in self.shapes}
+
+    def _run_over(self, work: Callable[[Iterator[str]], None], names: Sequence[str]) -> None:
+        """Run on tensors that are read in chunks where they can be."""
+        if self._read_chunk is None:
+            self._run_over_whole(work, names)
+        else:
+            run(work, names, returned=5 * CHUNK)  # brackets live longer than chunks, and would scatter over the heap
+
+    def _run_over_whole(self, work: Callable[[Iterator[str]], None], names: Sequence[str]) -> None:
+        """Run on whole tensors, on no more at a time than memory allows."""
+        copies = len(self.labels) + 4  # what is read, and what filters hold
+        sizes = {name: copies * self.shapes[name].numel() for name in names}
+        run(work, names, cost=sizes.__getitem__, budget=max(sizes.values(), default=0))
+
+    def chunks(self) -> Iterator[Tensor]:
+        """All values in chunks of bounded size: (K, n) float32, in the order of the tensors.
+
+        For statistics that depend on the order; others are faster by `scan`.
+        """
+        if self._read_chunk is None:
+            return (flat(deltas) for _, deltas in self)
+        return read_ahead(self._read_chunk, chunks(self.shapes, len(self.labels), self._chunk))
+
+    def sample(self) -> Tensor:
+        """Some of the entries, the same for all models: (K, n) float32, with n about 2¹⁷ to 2¹⁸.
+
+        Short runs at seeded positions, one in each of equal shares of the model, so that every tensor is represented
+        by its size. The same call gives the same sample. It is empty where tensors can only be read whole.
+        """
+        if self._read_chunk is None:
+            return torch.zeros(len(self.labels), 0)
+        if self.numel <= _SAMPLE_RUNS * _SAMPLE_RUN:
+            return torch.cat(list(self.chunks()) or [torch.zeros(len(self.labels), 0)], dim=1)
+        runs = min(_SAMPLE_RUNS << 1, max(_SAMPLE_RUNS, self.numel >> 17))
+        return self._sample(self.shapes, runs, _SAMPLE_RUN)
+
+    def _sample(self, shapes: Mapping[str, torch.Size], runs: int, length: int) -> Tensor:
+        """So many runs of this length, (K, n) float32; none where tensors can only be read whole."""
+        if self._read_chunk is None or not runs:
+            return torch.zeros(len(self.labels), 0)
+        share = sum(shape.numel() for shape in shapes.values()) / runs
+        offsets = torch.rand(runs, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        starts = ((torch.arange(runs) + offsets) * share).long().tolist()
+        found, position, index = [], 0, 0
+        with keep_files_open():
+            for name, shape in shapes.items():
+                total = shape.numel()
+                while index < runs and starts[index] < position + total:
+                    start = starts[index] - position
+                    found.append(self._read_chunk(Chunk(name, start, min(start + length, total))).clone())
+                    index += 1
+                position += total
+        return torch.cat(found, dim=1)
+
+    def subset(self, names: Iterable[str]) -> Vectors:
+        """The same models' vectors of some of the tensors."""
+        return self._changed({name: self.shapes[name] for name in names}, self._read, self._read_chunk)
+
+    def regrouped(self, shapes: Mapping[str, Sequence[int]], read: Callable[[str], Tensor]) -> Vectors:
+        """Other tensors of the same models, computed from these.
+
+        Args:
+            shapes: name → shape.
+            read: returns what `map` is to see of one of them, in memory of its own.
+        """
+        return self._changed({name: torch.Size(shape) for name, shape in shapes.items()}, read, None)
+
+    def through(
+        self, change: Callable[[str, Tensor], Tensor], change_chunk: Callable[[Chunk, Tensor], Tensor] | None = None
+    ) -> Vectors:
+        """The vectors after a change that depends on nothing but the tensor.
+
+        Args:
+            change: (name, (K, *shape) float32) → the same, perhaps in place.
+            change_chunk: (chunk, (K, n) float32) → the same; None if only whole tensors can be changed.
+        """
+
+        def read(name: str) -> Tensor:
+            return change(name, self._read(name))
+
+        def read_chunk(chunk: Chunk) -> Tensor:
+            return change_chunk(chunk, self._read_chunk(chunk))
+
+        cuts = self._read_chunk is not None and change_chunk is not None
+        return self._changed(self.shapes, read, read_chunk if cuts else None)
+
+    def _changed(self, shapes, read, read_chunk) -> Vectors:
+        return Vectors(self.labels, shapes, read, read_chunk, self._processes, self._chunk)
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        return read_ahead(lambda name: (name, self._read(name)), self.shapes, depth=1)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+
+def task_vector(base: Mapping[str, Tensor], finetuned: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """τ = θ_ft − θ_base over the floating-point tensors of the base.
+
+    Args:
+        base: the pretrained model's tensors.
+        finetuned: the fine-tuned model's tensors; names that the base does not have are ignored.
+
+    Returns:
+        name → float32 tensor of the base's shape, in memory of its own. Names that are one tensor in both models are
+        one tensor.
+
+    Raises:
+        MergeError: a tensor is missing from `finetuned` or has another shape.
+    """
+    vector: dict[str, Tensor] = {}
+    tied, theirs = find_tied(base), find_tied(finetuned)
+    for name, tensor in base.items():
+        if not tensor.is_floating_point():
+            continue
+        if name not in finetuned:
+            raise MergeError(f"the fine-tuned model has no tensor '{name}', which the base has")
+        other = finetuned[name]
+        if other.shape != tensor.shape:
+            raise MergeError(
+                f"the tensor '{name}' has shape {list(other.shape)} in the fine-tuned model and {list(tensor.shape)} "
+                "in the base"
+            )
+        first = tied.get(name)
+        both = first is not None and theirs.get(name, name) == theirs.get(first, first)
+        vector[name] = vector[first] if both else differences(tensor, [other])[0]
+    return vector
+
+
+def apply_task_vector(
+    base: Mapping[str, Tensor], vector: Mapping[str, Tensor], scale: float = 1.0
+) -> dict[str, Tensor]:
+    """θ = θ_base + scale · τ, in float32 and returned in the base's dtypes.
+
+    Statistics of batch norms lie between the base's and the vector's: for them λ counts as 0 at least and 1 at most.
+
+    Args:
+        base: the pretrained model's tensors.
+        vector: name → task vector of the base's shape; tensors of the base that it does not name stay as they are.
+        scale: λ.
+
+    Returns:
+        All tensors of the base, in memory of their own.
+
+    Raises:
+        MergeError: `vector` names a tensor that the base does not have, or has another shape; or a value is NaN or
+            infinite, or would be in the base's dtype.
+    """
+    for name, delta in vector.items():
+        if name not in base:
+            raise MergeError(f"the task vector has a tensor '{name}', which the base does not have")
+        if delta.shape != base[name].shape:
+            raise MergeError(
+                f"the tensor '{name}' has shape {list(delta.shape)} in the task vector and {list(base[name].shape)} in "
+                "the base"
+            )
+    scales = {False: scale, True: min(max(scale, 0.0), 1.0)}
+    return {
+        name: add(name, tensor, scales[is_statistic(name)] * vector[name].to(tensor.device))
+        if name in vector
+        else tensor.detach().clone()
+        for name, tensor in base.items()
+    }
+
+
+def merge_task_vectors(vectors: Sequence[Mapping[str, Tensor]], method: MergeMethod) -> dict[str, Tensor]:
+    """Merge task vectors that are in memory.
+
+    Args:
+        vectors: one mapping per task, all with the same names and shapes.
+        method: how to merge.
+
+    Returns:
+        name → merged task vector, float32, in memory of its own.
+
+    Raises:
+        MergeError: no vectors, or names or shapes that differ.
+    """
+    if not vectors:
+        raise MergeError("there are no task vectors to merge")
+    first = vectors[0]
+    for index, vector in enumerate(vectors[1:], start=1):
+        if differing := sorted(vector.keys() ^ first.keys()):
+            raise MergeError(f"task vectors 0 and {index} differ in their tensors, first in '{differing[0]}'")
+        for name, delta in vector.items():
+            if delta.shape != first[name].shape:
+                raise MergeError(
+                    f"the tensor '{name}' has shape {list(delta.shape)} in task vector {index} and "
+                    f"{list(first[name].shape)} in task vector 0"
+                )
+
+    def read(name: str) -> Tensor:
+        return torch.stack([vector[name].detach().to(torch.float32) for vector in vectors])
+
+    def read_chunk(chunk: Chunk) -> Tensor:
+        return torch.stack(
+            [flat_range(vector[chunk.name].detach(), *chunk[1:]).to(torch.float32) for vector in vectors]
+        )
+
+    labels = [f"task {index}" for index in range(len(vectors))]
+    shapes = {name: delta.shape for name, delta in first.items() if not is_statistic(name)}
+    source = Vectors(labels, shapes, read, read_chunk)
+    method.check(source.labels)
+    statistics = method.collect_statistics(source)
+    merged = {name: method.combine(name, deltas, statistics) for name, deltas in source}
+    return {name: merged[name] if name in merged else read(name).mean(dim=0) for name in first}
+
+
+def differences(base: Tensor, tensors: Sequence[Tensor], out: Tensor | None = None) -> Tensor:
+    """θ_k − θ_base for K models.
+
+    Args:
+        base: any shape, any floating-point dtype.
+        tensors: K tensors of that shape, in any floating-point dtypes.
+        out: (K, *shape) float32 on the base's device, to write to; new memory if None.
+
+    Returns:
+        (K, *shape) float32 on the base's device. float64 operands are subtracted in float64.
+    """
+    reference = base.detach().to(working_dtype(base.dtype))
+    deltas = torch.empty(len(tensors), *base.shape, dtype=torch.float32, device=base.device) if out is None else out
+    for tensor, delta in zip(tensors, deltas, strict=True):
+        subtract(reference, tensor.detach().to(base.device), delta)
+    return deltas
+
+
+def subtract(base: Tensor, tensor: Tensor, out: Tensor) -> None:
+    """Write θ − θ_base of one model.
+
+    Args:
+        base: any shape, float32 or float64.
+        tensor: that shape, in any floating-point dtype.
+        out: (*shape) float32, where it is written. float64 operands are subtracted in float64.
+    """
+    if base.dtype is tensor.dtype is torch.float32:
+        torch.sub(tensor, base, out=out)
+    elif torch.float64 in (base.dtype, tensor.dtype):
+        out.copy_(tensor.double() - base.double())
+    else:
+        out.copy_(tensor).sub_(base)  # a difference of two dtypes would convert to new memory first
+
+
+def flat(deltas: Tensor) -> Tensor:
+    """(K, *shape) → (K, n), for scalars and empty tensors too."""
+    return deltas.reshape(len(deltas), deltas.shape[1:].numel())
+
+
+def blocks(values: Tensor) -> tuple[Tensor, ...]:
+    """A whole tensor of K models, (K, n), in parts (K, ≤ n) that suit where it is; views."""
+    return values.split(at_a_time(BLOCK, values.device, len(values)), dim=1)
+
+
+def add(name: str, base: Tensor, delta: Tensor, method: MergeMethod | None = None) -> Tensor:
+    """θ_base + τ, rounded to the base's dtype once; in new memory.
+
+    Args:
+        name: of the tensor, for messages.
+        base: any shape, any floating-point dtype.
+        delta: the same shape, float32.
+        method: what merged τ, for messages.
+
+    Raises:
+        MergeError: a value is NaN or infinite, or would be in the base's dtype.
+    """
+    return to_stored(add_wide(base, delta), base.dtype, name, method, IN_MEMORY)
+
+
+def add_wide(base: Tensor, delta: Tensor) -> Tensor:
+    """θ_base + τ in float32, or float64 for a float64 base; in new memory."""
+    return base.detach().to(working_dtype(base.dtype)) + delta
+
+
+def widened(tensor: Tensor) -> Tensor:
+    """The tensor in its working dtype; itself if it is in it already."""
+    dtype = working_dtype(tensor.dtype)
+    return tensor if tensor.dtype == dtype else fresh(tensor.shape, dtype, tensor.device).copy_(tensor)
+
+
+def working_dtype(*dtypes: torch.dtype) -> torch.dtype:
+    """float64 if any dtype is float64, else float32: narrower types are never computed in."""
+    return torch.float64 if torch.float64 in dtypes else torch.float32

@@ -1,0 +1,1 @@
+"""One file for each kind of backbone; `base` says what a backbone is."""

@@ -1,0 +1,143 @@
+"""ImageTextBackbone: the image tower of CLIP, SigLIP and the like, with the text tower as the source of heads."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from freemerge.checkpoints.places import expand, expand_name
+from freemerge.models.backbones.hugging_face import Dtype, HuggingFaceBackbone, load_model, without_progress_bars
+
+
+class TextTower:
+    """The part of the model that is never trained nor merged. Copies of a backbone share it.
+
+    Args:
+        model: the model less its image tower.
+        tokenizer: hub id or folder of the tokenizer.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer: str | None) -> None:
+        self.model = model.requires_grad_(False).eval()
+        self.tokenizer = None if tokenizer is None else expand_name(tokenizer)
+
+    def __deepcopy__(self, memo: dict) -> TextTower:
+        return self
+
+    @torch.no_grad()
+    def embed(self, texts: Sequence[str]) -> Tensor:
+        """Normalised embeddings (N, F) of texts.
+
+        Raises:
+            ValueError: if there is no tokenizer.
+        """
+        from transformers import AutoTokenizer
+
+        if self.tokenizer is None:
+            raise ValueError("ImageTextBackbone: a zero-shot head needs `tokenizer` (hub id or folder)")
+        tokenizer = AutoTokenizer.from_pretrained(self.tokenizer)
+        # SigLIP was trained on texts padded to its full length, and has no mask to tell padding by.
+        whole = "max_length" if self.model.config.model_type.startswith("siglip") else True
+        length = self.model.config.text_config.max_position_embeddings
+        tokens = tokenizer(list(texts), padding=whole, truncation=True, max_length=length, return_tensors="pt")
+        features = self.model.get_text_features(**tokens)
+        return F.normalize(getattr(features, "pooler_output", features), dim=-1)
+
+
+class ImageTextBackbone(HuggingFaceBackbone):
+    """The image tower of a dual encoder: features are its normalised image embeddings (B, F).
+
+    What is fine-tuned and merged is the image tower with its projection, under the names it has in the whole model. The
+    text tower stays as it is and gives the heads: one embedding per class, from prompts (zero-shot classification,
+    arXiv 2103.00020).
+
+    Args:
+        pretrained: hub id or local folder to load configuration, weights and tokenizer from.
+        config: configuration to build a randomly initialised model from, `model_type` included. Give either this or
+            `pretrained`.
+        tokenizer: hub id or folder of the tokenizer; None is `pretrained`.
+        dtype: of the weights while they are fine-tuned and merged, whatever they are stored in.
+
+    Raises:
+        ValueError: if not exactly one of `pretrained` and `config` is given, or it does not lead to a dual encoder.
+    """
+
+    def __init__(
+        self,
+        pretrained: str | None = None,
+        config: dict[str, Any] | None = None,
+        tokenizer: str | None = None,
+        dtype: Dtype = "float32",
+    ) -> None:
+        from transformers import AutoModel
+
+        who = type(self).__name__
+        whole = load_model(who, AutoModel, pretrained, config, dtype)
+        if not (hasattr(whole, "get_image_features") and hasattr(whole, "get_text_features")):
+            raise ValueError(f"{who}: {type(whole).__name__} has no image and text towers; use TransformersBackbone")
+        image, text = (_part(whole, of_text) for of_text in (False, True))
+        width = getattr(whole.config, "projection_dim", None)  # SigLIP has none: its tower's own width
+        super().__init__(image, width or whole.config.vision_config.hidden_size, pretrained=pretrained is not None)
+        self.text = TextTower(text, tokenizer or pretrained)
+        self.dtype = dtype
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        output = self.model.get_image_features(pixel_values=inputs)
+        return F.normalize(getattr(output, "pooler_output", output), dim=-1)
+
+    def class_head(self, class_names: Sequence[str], templates: Sequence[str]) -> nn.Linear:
+        """A frozen linear head whose weights are the classes' text embeddings times the model's logit scale.
+
+        Args:
+            class_names: C names.
+            templates: prompts with one `{}` each; a class's embedding is the mean over them, normalised again.
+
+        Returns:
+            Features (B, F) → logits (B, C): scale · cosine (+ SigLIP's bias).
+        """
+        embeddings = []
+        for name in class_names:
+            prompts = [template.format(name.replace("_", " ")) for template in templates]
+            embeddings.append(F.normalize(self.text.embed(prompts).mean(dim=0), dim=0))
+        scale = getattr(self.text.model, "logit_scale", None)
+        bias = getattr(self.text.model, "logit_bias", None)
+        head = nn.Linear(self.feature_dim, len(class_names))
+        with torch.no_grad():
+            head.weight.copy_(torch.stack(embeddings) * (scale.exp() if scale is not None else 1.0))
+            head.bias.fill_(float(bias) if bias is not None else 0.0)
+        return head.requires_grad_(False)
+
+    def recipe(self) -> dict[str, Any]:
+        return {"dtype": self.dtype}
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Write the whole model, both towers, as a Hugging Face folder, with its tokenizer where there is one."""
+        directory = expand(directory)
+        whole = copy.copy(self.model)
+        whole.__dict__["_modules"] = {**self.model._modules, **self.text.model._modules}
+        whole.__dict__["_parameters"] = {**self.model._parameters, **self.text.model._parameters}
+        with without_progress_bars():
+            whole.save_pretrained(directory)
+            if self.text.tokenizer is not None:
+                from transformers import AutoTokenizer
+
+                AutoTokenizer.from_pretrained(self.text.tokenizer).save_pretrained(directory)
+        self._write_recipe(directory)
+
+
+def _part(whole: nn.Module, of_text: bool) -> nn.Module:
+    """The model with the modules of one tower alone; scale and bias of the logits belong to the text's.
+
+    Its methods, such as `get_image_features`, stay those of the whole, and so do the names of its weights.
+    """
+    part = copy.copy(whole)
+    modules = {name: module for name, module in whole._modules.items() if name.startswith("text") == of_text}
+    part.__dict__["_modules"] = modules
+    part.__dict__["_parameters"] = dict(whole._parameters) if of_text else {}
+    return part

@@ -1,0 +1,66 @@
+"""LanguageBackbone: sequence-to-sequence and causal language models, whose head is their own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from freemerge.inputs import Inputs
+from freemerge.models.backbones.hugging_face import Dtype, HuggingFaceBackbone, load_model
+
+
+class LanguageBackbone(HuggingFaceBackbone):
+    """A language model of the transformers library; its "features" are the logits (B, L, V) of its own head.
+
+    With an encoder and a decoder (T5, BART, …) the logits are of the target tokens, which the inputs carry as `labels`;
+    of a causal model (GPT-2, Llama, …) they are of the input tokens, each predicting the next.
+
+    Args:
+        pretrained: hub id or local folder to load configuration and weights from.
+        config: configuration to build a randomly initialised model from, `model_type` included. Give either this or
+            `pretrained`.
+        dtype: of the weights while they are fine-tuned and merged, whatever they are stored in.
+        auto_class: class of transformers that builds the model; None is AutoModelForSeq2SeqLM or AutoModelForCausalLM
+            as the configuration asks. Models that see images too want AutoModelForImageTextToText.
+
+    Raises:
+        ValueError: if not exactly one of `pretrained` and `config` is given, or it does not lead to a model.
+    """
+
+    def __init__(
+        self,
+        pretrained: str | None = None,
+        config: dict[str, Any] | None = None,
+        dtype: Dtype = "float32",
+        auto_class: str | None = None,
+    ) -> None:
+        import transformers
+
+        def choose(model_config: Any) -> Any:
+            name = auto_class or f"AutoModelFor{'Seq2Seq' if model_config.is_encoder_decoder else 'Causal'}LM"
+            if not hasattr(transformers, name):
+                raise ValueError(f"{type(self).__name__}: transformers has no class {name!r}")
+            return getattr(transformers, name)
+
+        model = load_model(type(self).__name__, choose, pretrained, config, dtype)
+        vocabulary = model.get_output_embeddings().weight.shape[0]
+        super().__init__(model, feature_dim=vocabulary, pretrained=pretrained is not None)
+        self.dtype = dtype
+        self.auto_class = auto_class
+
+    @property
+    def kind(self) -> str:
+        """What kind of task the model is for: `seq2seq` or `causal_lm`."""
+        return "seq2seq" if self.model.config.is_encoder_decoder else "causal_lm"
+
+    def forward(self, inputs: Inputs) -> Tensor:
+        """Logits (B, L, V) of a batch of inputs by name."""
+        inputs = dict(inputs)
+        labels = inputs.pop("labels", None)
+        if self.kind == "seq2seq":
+            inputs["decoder_input_ids"] = self.model.prepare_decoder_input_ids_from_labels(labels=labels)
+        return self.model(**inputs, use_cache=False).logits
+
+    def recipe(self) -> dict[str, Any]:
+        return {"dtype": self.dtype, "auto_class": self.auto_class}

@@ -1,0 +1,116 @@
+"""Backbones that are not from transformers: torchvision's models, and any module of your own."""
+
+from __future__ import annotations
+
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from freemerge.checkpoints import load_checkpoint
+from freemerge.inputs import Inputs
+from freemerge.models.backbones.base import WEIGHTS, Backbone
+
+
+class TorchvisionBackbone(Backbone):
+    """A classification model of torchvision without its last layer: what that layer took are the features.
+
+    Args:
+        name: which model, such as `resnet50` or `convnext_tiny` (`torchvision.models.list_models()`).
+        weights: `DEFAULT`, or a name such as `IMAGENET1K_V2`, downloads pretrained weights; null starts at random.
+        file: local file of weights to load instead, with or without the last layer.
+        options: further arguments of the model.
+
+    Raises:
+        ValueError: if there is no such model, or it does not end in a linear layer.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        weights: str | None = None,
+        file: str | None = None,
+        options: dict[str, Any] | None = None,
+    ) -> None:
+        from torchvision import models
+
+        who = type(self).__name__
+        known = models.list_models(module=models)
+        if name not in known:
+            near = get_close_matches(name, known, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"{who}: torchvision has no classification model {name!r}{hint}")
+        if weights is not None and file is not None:
+            raise ValueError(f"{who}: give either `weights` or `file`, not both")
+        try:
+            model = models.get_model(name, weights=weights, **(options or {}))
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"{who}: {name} cannot be built ({error})") from error
+        linear = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
+        last = linear[-1] if linear else None
+        if last is None:
+            raise ValueError(f"{who}: {name} does not end in a linear layer; wrap it in ModuleBackbone")
+        width = model.get_submodule(last).in_features
+        parent, _, attribute = last.rpartition(".")
+        setattr(model.get_submodule(parent), attribute, nn.Identity())
+        super().__init__(model, width, pretrained=weights is not None or file is not None)
+        self.arguments = {"name": name, "options": options}
+        if file is not None:
+            state = load_checkpoint(file)
+            self.load_weights({key: tensor for key, tensor in state.items() if not key.startswith(f"{last}.")})
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        output = self.model(inputs)
+        return output if isinstance(output, Tensor) else output[0]  # auxiliary outputs of Inception while training
+
+    def recipe(self) -> dict[str, Any]:
+        return self.arguments
+
+    @classmethod
+    def from_recipe(cls, directory: str | Path, arguments: dict[str, Any]) -> Backbone:
+        """Build it again from its folder and its arguments."""
+        return cls(**arguments, file=str(Path(directory) / WEIGHTS))
+
+
+class ModuleBackbone(Backbone):
+    """Any `nn.Module`, by class path.
+
+    Maps (B, F, H, W) and tokens (B, N, F) are averaged to features (B, F).
+
+    Args:
+        module: the module, without a head.
+        feature_dim: width F of the features; None asks the module's attribute `feature_dim` or `num_features`.
+        features: method of the module that gives the features, such as `forward_features`; None calls the module.
+        file: file of weights to load, in any format that a merge reads; None keeps the module's own.
+        pretrained: whether the weights come from pretraining; None: if there is a `file`.
+
+    Raises:
+        ValueError: if the width of the features is not known, or there is no such method.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        feature_dim: int | None = None,
+        features: str | None = None,
+        file: str | None = None,
+        pretrained: bool | None = None,
+    ) -> None:
+        who = f"ModuleBackbone: {type(module).__name__}"
+        width = feature_dim or getattr(module, "feature_dim", None) or getattr(module, "num_features", None)
+        if not isinstance(width, int):
+            raise ValueError(f"{who} does not say how wide its features are; give `feature_dim`")
+        if features is not None and not callable(getattr(module, features, None)):
+            raise ValueError(f"{who} has no method {features!r}; give the name of one in `features`")
+        super().__init__(module, width, pretrained=file is not None if pretrained is None else pretrained)
+        self.features = features
+        if file is not None:
+            self.load_weights(load_checkpoint(file))
+
+    def forward(self, inputs: Inputs) -> Tensor:
+        call = self.model if self.features is None else getattr(self.model, self.features)
+        output = call(inputs) if isinstance(inputs, Tensor) else call(**inputs)
+        if output.ndim == 4:
+            return output.mean(dim=(2, 3))
+        return output.mean(dim=1) if output.ndim == 3 else output

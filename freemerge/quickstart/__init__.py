@@ -1,0 +1,1 @@
+"""The demo suite and all that only it needs."""

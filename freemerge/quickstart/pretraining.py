@@ -1,0 +1,114 @@
+"""The quickstart's pretraining task: instances as classes, from nothing that a validation or test set uses.
+
+A class is one character in any of the training fonts, one text in one font, or one region of a photograph. To tell
+hundreds of instances apart, a backbone must learn strokes, their arrangement and textures; it learns none of the tasks.
+"""
+
+from __future__ import annotations
+
+import random
+import string
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from freemerge.data.augment import Compose, GaussianNoise, RandomAffine
+from freemerge.data.loaders import derive_seed
+from freemerge.data.tasks import Task
+from freemerge.quickstart.canvas import SIDE, Distortion, dataset, render
+from freemerge.quickstart.glyph_tasks import SCRIPT_FONT, TRAIN_FONTS, script_characters, typeface_words
+from freemerge.quickstart.glyphs import distinct_characters, draw_glyph, draw_text, shape, stack
+from freemerge.quickstart.photographs import PHOTOGRAPHS, Rectangle, cells, crop, random_rectangles
+from freemerge.quickstart.picture_tasks import CROP
+
+# Characters that belong to no task: drawn in several fonts, they teach what a font may change.
+EXTRA_RANGES = ((0x0391, 0x03C9), (0x0410, 0x044F), (0x2200, 0x22A5))
+
+LETTERS = 15
+EXTRA_CHARACTERS = 24
+CHARACTERS_PER_SCRIPT = 6
+TEXTS = 5
+TEXT_FONTS = 8
+REGIONS_PER_PHOTOGRAPH = 4
+PER_CLASS = {"train": 44, "val": 2, "test": 2}
+
+
+@dataclass(frozen=True)
+class Source:
+    """One class of glyph pictures: a character (one line) or a text (two), in any of some fonts."""
+
+    fonts: tuple[str, ...]
+    lines: tuple[str, ...]
+
+    def draw(self, rng: random.Random) -> np.ndarray:
+        """Another picture of the class: uint8 (CANVAS, CANVAS)."""
+        font = rng.choice(self.fonts)
+        if len(self.lines) == 1:
+            return draw_glyph(font, self.lines[0], rng.randint(36, 50))
+        return draw_text(font, self.lines, rng.randint(29, 33))
+
+
+def _glyph_sources(seed: int, rng: random.Random) -> dict[str, Source]:
+    """Class name → how to draw it, for characters and texts."""
+    scripts = script_characters(seed)
+    held_out = {shape(SCRIPT_FONT, c) for dealt in scripts.values() for c in dealt["val"] + dealt["test"]}
+    letters = "".join(rng.sample(string.ascii_lowercase, LETTERS))
+    latin, words = letters + letters.upper(), typeface_words(seed)["train"]
+    extra = distinct_characters(EXTRA_RANGES, taken=frozenset(held_out))
+    sources: dict[str, Source] = {}
+    for character in [*latin, *string.digits, *rng.sample(extra, EXTRA_CHARACTERS)]:
+        # Computer Modern's tables have other symbols in the places of most non-Latin characters.
+        families = TRAIN_FONTS if character.isascii() else [f for f in TRAIN_FONTS if "Modern" not in f]
+        # An O may look just like a character of some script's test set, in that set's font.
+        fonts = tuple(font for font in families if shape(font, character) not in held_out | {b""})
+        sources[f"character {character}"] = Source(fonts, (character,))
+    for dealt in scripts.values():
+        for character in rng.sample(dealt["train"], min(CHARACTERS_PER_SCRIPT, len(dealt["train"]))):
+            sources[f"character {character}"] = Source((SCRIPT_FONT,), (character,))
+    for _ in range(TEXTS):
+        lines = tuple(rng.sample(words, 2))
+        for font in rng.sample(TRAIN_FONTS, TEXT_FONTS):
+            sources[f"text {' '.join(lines)} in {font}"] = Source((font,), lines)
+    return sources
+
+
+def _regions(seed: int) -> dict[str, tuple[str, Rectangle]]:
+    """Class name → a photograph and a cell of it that no validation or test crop of `textures` comes from."""
+    regions = {}
+    for name in PHOTOGRAPHS:
+        for number, region in enumerate(cells(name, seed)["train"][:REGIONS_PER_PHOTOGRAPH]):
+            regions[f"{name} {number}"] = (name, region)
+    return regions
+
+
+def build_pretraining(seed: int) -> Task:
+    """Which character, text or region: one class each.
+
+    Args:
+        seed: The suite's seed.
+
+    Returns:
+        The task. Its own val and test sets are further images of the same classes.
+    """
+    rng = random.Random(derive_seed(seed, "pretraining"))
+    sources, regions = _glyph_sources(seed, rng), _regions(seed)
+    names = (*sources, *regions)
+    glyph = Distortion(degrees=12, scale=(0.8, 1.15), shift=0.07, shear=0.15)
+    photo = Distortion(degrees=0, scale=(1, 1), shift=0, shear=0, noise=0.02, contrast=(0.85, 1.0), brightness=0.04)
+    augment = Compose(RandomAffine(5, (0.92, 1.08), 0.05), GaussianNoise(0.03))
+    sets = {}
+    for split, count in PER_CLASS.items():
+        drawn = stack([source.draw(rng) for source in sources.values() for _ in range(count)])
+        crops = [
+            crop(name, square, SIDE)
+            for name, region in regions.values()
+            for square in random_rectangles(name, [region], count, CROP, rng)
+        ]
+        images = [
+            render(drawn, glyph, seed, "pretraining glyphs", split),
+            render(torch.stack(crops), photo, seed, "pretraining photographs", split),
+        ]
+        labels = [label for label in range(len(names)) for _ in range(count)]
+        sets[split] = dataset(torch.cat(images), labels, augment if split == "train" else None)
+    return Task("pretraining", names, **sets)

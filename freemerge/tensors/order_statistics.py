@@ -1,0 +1,146 @@
+"""Exact order statistics of a stream that does not fit in memory.
+
+- With a sample: one pass. The sample brackets each answer; the pass counts what lies below the bracket, and counts or
+  collects what lies in it. If the bracket missed (its counts show it), without.
+- Without: two passes. One counts all values by the upper 16 bits of their float32 patterns, which leaves a bracket with
+  at most 2¹⁶ numbers; the next counts these.
+- What fits into one batch is partitioned in memory.
+- Exact: the same value as a full sort gives, ties, zeros and denormals included, whatever the sample.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from freemerge.merging.task_vectors import Scan, Vectors
+from freemerge.tensors.brackets import Bracket, make_brackets
+from freemerge.tensors.chunks import at_a_time
+
+_PARTITIONED = 1 << 20  # values of a row that are partitioned in memory if they are all; with a sample fewer
+_PARTITIONED_DESPITE_SAMPLE = 1 << 14
+_BATCH = 1 << 17  # values of a row compared with the brackets at a time: they fit in the cache
+
+_Value = TypeVar("_Value")
+Gather = Callable[[_Value], "list[_Value]"]
+
+
+def order_statistics(
+    scan: Scan,
+    ranks: Sequence[int],
+    shape: tuple[int, int],
+    sample: Tensor | None = None,
+    gather: Gather = lambda value: [value],
+) -> Tensor:
+    """Ascending order statistics of every row of a matrix that is only seen in blocks.
+
+    Args:
+        scan: makes a pass: calls what it is given with blocks (K, n) float32 without NaN, the same values in every
+            pass, in any order, from several threads at once if it likes; their memory may be used again.
+        ranks: R zero-based ranks, the same for every row.
+        shape: (K, D), the number of rows, and of the values of each in all processes together.
+        sample: (K, m) float32, some of the values of each row, the same in all processes. The better it represents
+            them, the likelier one pass is enough; the result does not depend on it.
+        gather: returns a value of this process and those of the others, if each scans a share of the matrix.
+
+    Returns:
+        (K, R) float32: for each row its values of these ranks in ascending order, on the CPU.
+
+    Raises:
+        ValueError: a rank that no value has.
+    """
+    rows, total = shape
+    for rank in ranks:
+        if not 0 <= rank < total:
+            raise ValueError(f"there is no value of rank {rank} among {total}")
+    sampled = sample is not None and sample.shape[1] > 0
+    if total <= (_PARTITIONED_DESPITE_SAMPLE if sampled else _PARTITIONED):
+        blocks: list[np.ndarray] = [np.empty((rows, 0), dtype=np.float32)]
+        scan(lambda block: blocks.append(block.cpu().numpy().copy()))
+        values = np.concatenate(gather(np.concatenate(blocks, axis=1)), axis=1)
+        return torch.from_numpy(np.partition(values, sorted(set(ranks)), axis=1)[:, list(ranks)])
+    found = _bracketed(scan, ranks, shape, sample.cpu(), gather) if sampled else None
+    return _bracketed(scan, ranks, shape, torch.empty(rows, 0), gather) if found is None else found
+
+
+def tensor_sample(values: Tensor) -> Tensor:
+    """Some of the columns of a matrix in memory, (K, n) → (K, m), a view, as a sample for `order_statistics`."""
+    stride = max(37, values.shape[1] >> 15 | 1)  # odd, so that it visits all columns of most weights
+    return values[:, ::stride]
+
+
+def model_magnitudes(vectors: Vectors, ranks: Sequence[int]) -> Tensor:
+    """Ascending order statistics of each model's magnitudes |v| over all tensors.
+
+    Args:
+        vectors: the task vectors of K models, D entries each.
+        ranks: R zero-based ranks below D.
+
+    Returns:
+        (K, R) float32, on the CPU.
+    """
+    shape = (len(vectors.labels), vectors.numel)
+
+    def scan(see: Callable[[Tensor], None]) -> None:
+        vectors.scan(lambda deltas: see(deltas.abs_()))
+
+    return order_statistics(scan, ranks, shape, vectors.sample().abs_(), vectors.gather)
+
+
+def tensor_magnitudes(vectors: Vectors, ranks: Callable[[int], Sequence[int]]) -> dict[str, Tensor]:
+    """Ascending order statistics of each model's magnitudes |v| in every tensor by itself.
+
+    Args:
+        vectors: the task vectors of K models.
+        ranks: number of values of a tensor → R zero-based ranks below it.
+
+    Returns:
+        Name → (K, R) float32, on the CPU; without tensors that have no values.
+    """
+
+    def measure(size: int, scan: Scan, sample: Tensor) -> Tensor:
+        def scan_magnitudes(see: Callable[[Tensor], None]) -> None:
+            scan(lambda deltas: see(deltas.abs_()))
+
+        return order_statistics(scan_magnitudes, ranks(size), (len(vectors.labels), size), sample.abs_())
+
+    return vectors.subset(name for name, shape in vectors.shapes.items() if shape.numel()).by_tensor(measure)
+
+
+def _bracketed(
+    scan: Scan, ranks: Sequence[int], shape: tuple[int, int], sample: Tensor, gather: Gather
+) -> Tensor | None:
+    """Passes until every bracket has its answer; None if one does not hold it."""
+    answers = torch.empty(shape[0], len(ranks))
+    made = make_brackets(sample, ranks, shape[1])
+    brackets = {(i, j): bracket for i, row in enumerate(made) for j, bracket in enumerate(row)}
+
+    def see(block: Tensor) -> None:
+        for batch in block.split(at_a_time(_BATCH, block.device), dim=1):
+            for (row, _), bracket in brackets.items():
+                bracket.see(batch[row])
+
+    while brackets:
+        scan(see)
+        brackets = _sum(gather(brackets))
+        found = {place: bracket.answer() for place, bracket in brackets.items()}
+        if any(answer is None for answer in found.values()):
+            return None
+        brackets = {place: answer for place, answer in found.items() if isinstance(answer, Bracket)}
+        for place, answer in found.items():
+            if place not in brackets:
+                answers[place] = answer
+    return answers
+
+
+def _sum(gathered: list[dict[tuple[int, int], Bracket]]) -> dict[tuple[int, int], Bracket]:
+    """What all processes have counted, made from fresh brackets so that all of them have the same."""
+    total = gathered[0]
+    for other in gathered[1:]:
+        for place, bracket in total.items():
+            bracket.add(other[place])
+    return total

@@ -1,0 +1,365 @@
+"""FreeModel: routing, grouping, exact restoration, and its folder."""
+
+import copy
+import json
+import random
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoModel
+
+from freemerge.checkpoints import CheckpointError
+from freemerge.experts import PackedExpert, attached, extract, extract_low_rank, mix
+from freemerge.models import ConvRouter, EarlyRouter, FreeModel, choose_thresholds
+from tests.tiny import tiny_backbone, tiny_text_backbone
+
+
+@pytest.fixture
+def model(images: torch.Tensor) -> FreeModel:
+    torch.manual_seed(0)
+    backbone = tiny_backbone().eval()
+    experts = {}
+    for seed, task in enumerate(("a", "b")):
+        generator = torch.Generator().manual_seed(seed)
+        noise = {name: torch.randn(t.shape, generator=generator) for name, t in backbone.weights().items()}
+        expert = extract(noise, 0.05)
+        experts[task] = expert.with_values(expert.flat_values().bfloat16().float())  # as a file stores them
+    heads = {"a": nn.Linear(16, 3), "b": nn.Linear(16, 5), "c": nn.Linear(16, 2)}
+    router = ConvRouter(3, channels=1, width=4).eval()
+    with torch.no_grad():  # untrained, it would send every image to one task
+        router.head.bias -= router(images).mean(dim=0)
+    return FreeModel(backbone, heads, experts, router, {"a": ["x", "y", "z"]}).eval()
+
+
+@pytest.fixture
+def images() -> torch.Tensor:
+    return torch.randn(40, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+
+
+def by_hand(model: FreeModel, images: torch.Tensor, task: str) -> torch.Tensor:
+    if task not in model.experts:
+        return model.heads[task](model.backbone(images))
+    with attached(model.backbone.model, model.experts[task]):
+        return model.heads[task](model.backbone(images))
+
+
+@torch.no_grad()
+def test_a_named_task_uses_its_expert_and_head(model: FreeModel, images: torch.Tensor) -> None:
+    for index, (task, classes) in enumerate((("a", 3), ("b", 5), ("c", 2))):
+        output = model(images, task=task)
+        assert output.task.tolist() == [index] * len(images)
+        assert output.router_logits is None
+        assert output.logits.shape == (40, 5)
+        assert torch.equal(output.logits[:, :classes], by_hand(model, images, task))
+        assert bool((output.logits[:, classes:] == float("-inf")).all())
+        assert torch.equal(output.labels, by_hand(model, images, task).argmax(dim=1))
+
+
+@torch.no_grad()
+def test_a_mixed_batch_gives_each_sample_what_its_task_would(model: FreeModel, images: torch.Tensor) -> None:
+    output = model(images)
+    assert torch.equal(output.task, model.router(images).argmax(dim=1))
+    assert len(output.task.unique()) > 1  # else this shows nothing
+    for i, name in enumerate(output.task_names):
+        alone = model(images[i : i + 1], task=name)
+        torch.testing.assert_close(output.logits[i], alone.logits[0])
+
+
+@torch.no_grad()
+def test_a_named_head_answers_for_whichever_expert_was_routed_to(model: FreeModel, images: torch.Tensor) -> None:
+    routed, output = model(images), model(images, head="b")
+    assert output.task_names == ["b"] * len(images)
+    assert torch.equal(output.router_logits, routed.router_logits)
+    assert torch.equal(output.abstained, routed.abstained)
+    for i, name in enumerate(routed.task_names):
+        features = model.features(images[i : i + 1], name)
+        torch.testing.assert_close(output.logits[i], model.heads["b"](features)[0])
+    assert model(images[:0], head="b").logits.shape == (0, 5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["sparse", "low_rank"])
+def test_ten_thousand_switches_leave_every_bit_in_bfloat16(model: FreeModel, images: torch.Tensor, kind: str) -> None:
+    """Through the model itself; sparse ones with one layer that runs, so that so many passes take seconds."""
+    if kind == "low_rank":
+        model = with_low_rank_experts(model)
+    model = model.to(torch.bfloat16)
+    before = {name: tensor.clone() for name, tensor in model.backbone.weights().items()}
+    outputs = {task: model(images.bfloat16(), task=task).logits for task in model.tasks}
+    choose, inputs = random.Random(0), images[:1].bfloat16()
+    if kind == "sparse":
+        inputs = torch.ones(1, 16, dtype=torch.bfloat16)
+        model.backbone.forward = lambda inputs: model.backbone.model.layernorm(inputs)
+    for _ in range(10_000 if kind == "sparse" else 100):
+        model.features(inputs, choose.choice(model.tasks))
+    vars(model.backbone).pop("forward", None)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.backbone.weights().items())
+    for task in model.tasks:
+        assert torch.equal(model(images.bfloat16(), task=task).logits, outputs[task])
+    model(images.bfloat16())
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.backbone.weights().items())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["sparse", "low_rank", "mixed"])
+def test_autocast_keeps_no_narrow_copies_of_switched_weights(model: FreeModel, images: torch.Tensor, kind: str) -> None:
+    model = with_low_rank_experts(model) if kind == "low_rank" else model
+    model.top_n = 2 if kind == "mixed" else 1
+    alone, routed = {}, None
+    for task in model.tasks:
+        with torch.autocast("cpu", torch.bfloat16):
+            alone[task] = model(images, task=task).logits
+    with torch.autocast("cpu", torch.bfloat16):
+        routed = model(images).logits
+    with torch.autocast("cpu", torch.bfloat16):  # all of them within one region
+        for task in model.tasks:
+            assert torch.equal(model(images, task=task).logits, alone[task])
+        assert torch.equal(model(images).logits, routed)
+        one_by_one = torch.cat([model(images[i : i + 1]).logits for i in range(len(images))])
+    torch.testing.assert_close(one_by_one, routed, rtol=0.05, atol=0.05)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("top_n", [1, 2])
+def test_a_backbone_of_another_layout_gives_the_same_group_by_group(
+    model: FreeModel, images: torch.Tensor, top_n: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = with_low_rank_experts(model)
+    model.top_n = top_n
+    side_by_side = model(images)
+    monkeypatch.setattr("freemerge.models.free_model.runs_side_by_side", lambda *_: False)
+    one_by_one = model(images)
+    assert torch.equal(one_by_one.task, side_by_side.task)
+    torch.testing.assert_close(one_by_one.logits, side_by_side.logits)
+
+
+def with_low_rank_experts(model: FreeModel) -> FreeModel:
+    experts = {}
+    for seed, task in enumerate(("a", "b")):
+        generator = torch.Generator().manual_seed(seed)
+        noise = {name: torch.randn(t.shape, generator=generator) for name, t in model.backbone.weights().items()}
+        experts[task] = extract_low_rank(noise, rank=1)
+    return FreeModel(model.backbone, dict(model.heads), experts, model.router).eval()
+
+
+@torch.no_grad()
+def test_low_rank_experts_give_what_the_summed_weights_do(model: FreeModel, images: torch.Tensor) -> None:
+    model = with_low_rank_experts(model)
+    for task in ("a", "b"):
+        expected = by_hand(model, images, task)
+        torch.testing.assert_close(model(images, task=task).logits[:, : expected.shape[1]], expected)
+    output = model(images)
+    for i, name in enumerate(output.task_names):
+        torch.testing.assert_close(output.logits[i], model(images[i : i + 1], task=name).logits[0])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["sparse", "low_rank"])
+def test_soft_mixing_adds_the_top_experts_by_their_probabilities(
+    model: FreeModel, images: torch.Tensor, kind: str
+) -> None:
+    model = with_low_rank_experts(model) if kind == "low_rank" else model
+    model.top_n = 2
+    output = model(images)
+    probabilities, experts = output.router_logits.softmax(dim=1), model.experts
+    assert torch.equal(output.task, probabilities.argmax(dim=1))
+    for i in range(8):
+        top, which = probabilities[i].topk(2)
+        second = round(float(top[1] / top.sum()) * 16)
+        shares = {model.tasks[which[0]]: 1 - second / 16, model.tasks[which[1]]: second / 16}
+        shares = {task: share for task, share in shares.items() if task in experts and share}
+        name = model.tasks[which[0]]
+        with attached(model.backbone.model, mix([experts[t] for t in shares], list(shares.values()))):
+            expected = model.heads[name](model.backbone(images[i : i + 1]))[0]
+        torch.testing.assert_close(output.logits[i, : len(expected)], expected, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(output.logits[i], model(images[i : i + 1]).logits[0], atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_an_unsure_router_abstains_to_the_plain_merged_backbone(model: FreeModel, images: torch.Tensor) -> None:
+    confidence = model.route(images)[0].softmax(dim=1).amax(dim=1)
+    model.threshold = float(confidence.median())
+    output = model(images)
+    assert torch.equal(output.abstained, confidence < model.threshold)
+    assert 10 < int(output.abstained.sum()) < 30
+    for i in range(len(images)):
+        name = output.task_names[i]
+        if output.abstained[i]:
+            expected = model.heads[name](model.backbone(images[i : i + 1]))[0]
+        else:
+            expected = by_hand(model, images[i : i + 1], name)[0]
+        torch.testing.assert_close(output.logits[i, : len(expected)], expected)
+
+
+@torch.no_grad()
+def test_a_strange_input_gets_the_plain_merged_backbone_however_sure_the_router_is(
+    model: FreeModel, images: torch.Tensor
+) -> None:
+    router, tasks = model.router, torch.arange(40) % 3
+    router.familiarity.fit(router.seen(images), tasks)
+    router.familiarity.least.fill_(float(router.judge(images)[1].amin()))
+    strange = torch.cat([images[:3], 100 * images[3:6]])
+    output = model(strange)
+    assert output.abstained.tolist() == [False] * 3 + [True] * 3
+    for i in range(3, 6):
+        expected = model.heads[output.task_names[i]](model.backbone(strange[i : i + 1]))[0]
+        torch.testing.assert_close(output.logits[i, : len(expected)], expected, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_a_task_model_computes_what_the_named_task_does_compiled_and_exported(
+    model: FreeModel, images: torch.Tensor
+) -> None:
+    for kind in (model, with_low_rank_experts(model)):
+        expected = kind(images, task="a").logits[:, :3]
+        plain = kind.task_model("a")
+        torch.testing.assert_close(plain(images), expected)
+        exported = torch.export.export(plain, (images,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+        torch.testing.assert_close(exported.module()(images[:7]), expected[:7])
+    torch.testing.assert_close(torch.compile(plain, backend="aot_eager")(images), expected)
+    with pytest.raises(ValueError, match="unknown task 'd'; tasks: a, b, c"):
+        model.task_model("d")
+
+
+@torch.no_grad()
+def test_a_compiled_backbone_sees_the_switched_weights(model: FreeModel, images: torch.Tensor) -> None:
+    expected = {task: model(images, task=task).logits for task in model.tasks}
+    model.backbone.model.compile(backend="aot_eager")
+    for task in (*model.tasks, "a"):
+        torch.testing.assert_close(model(images, task=task).logits, expected[task])
+
+
+@torch.no_grad()
+def test_experts_rest_in_few_bytes_and_a_copy_is_a_model_of_its_own(model: FreeModel, images: torch.Tensor) -> None:
+    assert model.expert_bytes <= 3.2 * sum(expert.num_values for expert in model.experts.values()) + 400
+    expected = model(images, task="a").logits
+    twin = copy.deepcopy(model)
+    for parameter in twin.parameters():
+        parameter.zero_()
+    assert torch.equal(model(images, task="a").logits, expected)
+    assert not torch.equal(twin(images, task="a").logits, expected)
+
+
+@torch.no_grad()
+def test_texts_are_routed_by_the_backbones_own_embeddings() -> None:
+    """Inputs are a dict; padding on the right changes nothing."""
+    torch.manual_seed(0)
+    backbone = tiny_text_backbone().eval()
+    experts = {
+        task: extract(
+            {name: torch.randn(t.shape) for name, t in backbone.weights().items() if t.is_floating_point()}, 0.05
+        )
+        for task in ("a", "b")
+    }
+    router = EarlyRouter(2, "embeddings", 16, hidden=4).eval()
+    model = FreeModel(backbone, {"a": nn.Linear(16, 3), "b": nn.Linear(16, 2)}, experts, router).eval()
+    ids = torch.randint(1, 50, (12, 6))
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    with torch.no_grad():
+        router.head.bias -= model.route(inputs)[0].mean(dim=0)
+    output = model(inputs)
+    assert len(output.task.unique()) == 2
+    padded = {name: nn.functional.pad(tensor, (0, 3)) for name, tensor in inputs.items()}
+    torch.testing.assert_close(model(padded).logits, output.logits, atol=1e-5, rtol=1e-4)
+    for i, name in enumerate(output.task_names):
+        alone = {key: tensor[i : i + 1] for key, tensor in inputs.items()}
+        torch.testing.assert_close(model(alone, task=name).logits[0], output.logits[i], atol=1e-5, rtol=1e-4)
+    assert model({name: tensor[:0] for name, tensor in inputs.items()}).logits.shape == (0, 3)
+
+
+@torch.no_grad()
+def test_packed_experts_are_taken_as_they_are(model: FreeModel, images: torch.Tensor) -> None:
+    packed = {task: PackedExpert(expert) for task, expert in model.experts.items()}
+    again = FreeModel(copy.deepcopy(model.backbone), dict(model.heads), packed).eval()
+    assert again.expert_bytes == model.expert_bytes
+    assert torch.equal(again(images, task="a").logits, model(images, task="a").logits)
+    with pytest.raises(ValueError, match="there is an expert for 'z' but no head"):
+        FreeModel(model.backbone, dict(model.heads), {"z": packed["a"]})
+
+
+@torch.no_grad()
+def test_batches_of_one_and_none(model: FreeModel, images: torch.Tensor) -> None:
+    assert model(images[:1]).logits.shape == (1, 5)
+    empty = model(images[:0])
+    assert empty.logits.shape == (0, 5)
+    assert empty.task_names == []
+    assert model(images[:0], task="a").labels.shape == (0,)
+
+
+def test_refusals(model: FreeModel, images: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match="unknown task 'd'; tasks: a, b, c"):
+        model(images, task="d")
+    with pytest.raises(ValueError, match="unknown task 'd'; tasks: a, b, c"):
+        model(images, head="d")
+    with pytest.raises(ValueError, match="give task or head, not both"):
+        model(images, task="a", head="b")
+    with pytest.raises(ValueError, match="no router; name the task"):
+        FreeModel(model.backbone, dict(model.heads))(images)
+    with pytest.raises(ValueError, match="an expert for 'z' but no head"):
+        FreeModel(model.backbone, dict(model.heads), {"z": model.experts["a"]})
+    with pytest.raises(ValueError, match="the router knows 3 tasks, there are 1 heads"):
+        FreeModel(model.backbone, {"a": model.heads["a"]}, router=model.router)
+    with pytest.raises(ValueError, match=r"threshold is a probability, in \[0, 1\], got 2"):
+        FreeModel(model.backbone, dict(model.heads), threshold=2.0)
+    with pytest.raises(ValueError, match="top_n must be between 1 and the 3 tasks, got 4"):
+        FreeModel(model.backbone, dict(model.heads), top_n=4)
+    with pytest.raises(ValueError, match="the model has no tensor 'nowhere'"):
+        FreeModel(model.backbone, dict(model.heads), {"a": extract({"nowhere": torch.ones(3)}, 1.0)})
+
+
+@torch.no_grad()
+def test_the_folder_round_trips(tmp_path, model: FreeModel, images: torch.Tensor) -> None:
+    model.threshold, model.top_n = 0.4, 2
+    model(images)  # the backbone's weights lie in one buffer now
+    model.save_pretrained(tmp_path / "m")
+    again = FreeModel.from_pretrained(tmp_path / "m")
+    assert again.tasks == model.tasks
+    assert again.class_names == model.class_names
+    assert (again.threshold, again.top_n) == (0.4, 2)
+    for task in (None, "a", "c"):
+        assert torch.equal(again(images, task=task).logits, model(images, task=task).logits)
+    plain = AutoModel.from_pretrained(tmp_path / "m", add_pooling_layer=False)
+    assert torch.equal(plain.state_dict()["layernorm.weight"], model.backbone.weights()["layernorm.weight"])
+
+
+def test_files_that_do_not_belong_together_are_refused(tmp_path, model: FreeModel) -> None:
+    with pytest.raises(CheckpointError, match=r"not a FREE model \(no freemerge.json\)"):
+        FreeModel.from_pretrained(tmp_path)
+    model.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    save_file({**weights, "layernorm.weight": weights["layernorm.weight"] + 1}, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match="the folder's files do not belong together"):
+        FreeModel.from_pretrained(tmp_path)
+    model.save_pretrained(tmp_path)
+    description = json.loads((tmp_path / "freemerge.json").read_text())
+    (tmp_path / "freemerge.json").write_text(json.dumps({**description, "format": "other"}))
+    with pytest.raises(CheckpointError, match="format 'other'"):
+        FreeModel.from_pretrained(tmp_path)
+
+
+def test_an_expert_of_other_merged_weights_is_refused(tmp_path, model: FreeModel) -> None:
+    model.save_pretrained(tmp_path / "m")
+    shifted = {name: tensor + 1e-3 for name, tensor in model.backbone.weights().items()}
+    model.backbone.load_weights(shifted)
+    model.save_pretrained(tmp_path / "n")
+    expert = tmp_path / "m" / "experts" / "a.safetensors"
+    expert.write_bytes((tmp_path / "n" / "experts" / "a.safetensors").read_bytes())
+    with pytest.raises(CheckpointError, match=r"a\.safetensors: this expert belongs to merged weights"):
+        FreeModel.from_pretrained(tmp_path / "m")
+
+
+def test_the_thresholds_let_the_wanted_share_of_validation_samples_pass() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits, familiarity = 3 * torch.randn(1000, 4, generator=generator), torch.randn(1000, generator=generator)
+    confidence = logits.softmax(dim=1).amax(dim=1)
+    for share in (0.5, 0.9, 0.99):
+        sure, least = choose_thresholds(logits, familiarity, share)
+        assert 1000 * share <= int(((confidence >= sure) & (familiarity >= least)).sum()) <= 1000 * share + 1
+        assert int((confidence < sure).sum()) == int((familiarity < least).sum()) > 0
+    assert choose_thresholds(logits, familiarity, 1.0) == (0.0, float("-inf"))
+    always = torch.zeros(1000)  # a router whose inputs are all as familiar decides by its confidence alone
+    assert int((confidence >= choose_thresholds(logits, always, 0.9)[0]).sum()) == 900
+    with pytest.raises(ValueError, match=r"must be in \(0, 1\], got 0"):
+        choose_thresholds(logits, familiarity, 0.0)

@@ -1,0 +1,46 @@
+"""Singular values by way of the Gram matrix: as good as a decomposition in float64, as far as float32's rounding."""
+
+import numpy as np
+import pytest
+import torch
+
+from freemerge.tensors.spectra import left_spectrum, rounding, to_nearest_isometry_
+
+
+def spectral(rows: int, columns: int, values: list[float]) -> torch.Tensor:
+    """A matrix of these singular values."""
+    generator = torch.Generator().manual_seed(0)
+    draw = torch.randn(max(rows, columns), max(rows, columns), dtype=torch.float64, generator=generator)
+    u, _, vh = torch.linalg.svd(draw[:rows, :columns], full_matrices=False)
+    return ((u[:, : len(values)] * torch.tensor(values, dtype=torch.float64)) @ vh[: len(values)]).float()
+
+
+@pytest.mark.parametrize("columns", [12, 700])
+def test_values_over_five_orders_of_magnitude_are_those_of_a_decomposition(columns):
+    matrix = spectral(12, columns, [10.0 ** (-index / 2) for index in range(11)])
+    directions, values = left_spectrum(matrix, tolerance=1e-6)
+    u, s, _ = np.linalg.svd(matrix.double().numpy(), full_matrices=False)
+    assert len(values) == 11
+    np.testing.assert_allclose(values.numpy(), s[:11], rtol=1e-6)
+    np.testing.assert_allclose(np.abs(u[:, :11].T @ directions.numpy()), np.eye(11), atol=1e-6)
+
+
+def test_what_is_below_the_tolerance_is_left_out():
+    matrix = spectral(9, 30, [1.0, 0.5, 1e-3])
+    assert len(left_spectrum(matrix, rounding(9, 30))[1]) == 3
+    assert len(left_spectrum(matrix, 0.01)[1]) == 2
+    directions, values = left_spectrum(torch.zeros(4, 6), 0.0)
+    assert directions.shape == (4, 0)
+    assert values.shape == (0,)
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (6, 300), (300, 6)])
+def test_the_nearest_isometry_is_the_polar_factor(shape):
+    matrix = spectral(*shape, [3.0, 2.0, 1.0, 0.5])
+    u, s, vh = np.linalg.svd(matrix.double().numpy(), full_matrices=False)
+    values = to_nearest_isometry_(matrix, rounding(*shape))
+    np.testing.assert_allclose(matrix.numpy(), u[:, :4] @ vh[:4], atol=1e-5)
+    np.testing.assert_allclose(values.numpy(), s[:4], rtol=1e-5)
+    matrix.zero_()
+    assert len(to_nearest_isometry_(matrix, 0.0)) == 0
+    assert not matrix.any()
