@@ -8,6 +8,8 @@ from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
+from freemerge import moved
+
 if TYPE_CHECKING:
     from freemerge.data import Task as Task
     from freemerge.data import TaskSuite as TaskSuite
@@ -25,6 +27,8 @@ try:
     __version__ = version("freemerge")
 except PackageNotFoundError:  # run from a source tree that is not installed
     __version__ = "0+unknown"
+
+moved.install()
 
 _HOMES = {
     "merge": "freemerge.merging",

@@ -1,6 +1,8 @@
-"""What tasks may be called: names of files, keys of reports and states are made of them."""
+"""What tasks may be called, as files and keys of reports are named after them; and what classes are called in files."""
 
 from __future__ import annotations
+
+from typing import Any
 
 _LONGEST = 200  # bytes; file systems allow 255, and endings come on top
 
@@ -22,3 +24,12 @@ def check_task_name(who: str, name: str) -> None:
         raise ValueError(f"{who}: the task {name!r} cannot be called so: it has characters that cannot be printed")
     if len(name.encode()) > _LONGEST:
         raise ValueError(f"{who}: the name of task {name[:20]!r}… is longer than {_LONGEST} bytes; shorten it")
+
+
+def class_name(kind: Any) -> str:
+    """What files and keys call a class: its name, if it is freemerge's own, or `package.module.Class`.
+
+    So freemerge's modules can move, and files and keys stay as they are.
+    """
+    own = kind.__module__.partition(".")[0] == "freemerge"
+    return kind.__qualname__ if own else f"{kind.__module__}.{kind.__qualname__}"

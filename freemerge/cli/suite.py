@@ -32,7 +32,9 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 from rich.console import Console
 
-import freemerge_callbacks  # noqa: F401 - short class names in configurations resolve once their module is imported
+# Short class names in configurations resolve once their modules are imported.
+import freemerge.quickstart  # noqa: F401
+import freemerge_callbacks  # noqa: F401
 from freemerge.checkpoints.places import expand
 from freemerge.cli import merge as merge_command
 from freemerge.cli.commands import ABOUT, COMMANDS

@@ -1,5 +1,8 @@
 """Tasks and task suites."""
 
+from importlib import import_module
+from typing import Any
+
 from freemerge.data.arrays import ArrayDataset, Preprocessing
 from freemerge.data.batches import StackedBatch, collate
 from freemerge.data.mixture import TaskData, TaskMixture
@@ -19,7 +22,6 @@ from freemerge.data.sources import (
 from freemerge.data.suite import TaskSuite
 from freemerge.data.tasks import Task
 from freemerge.data.tokens import TokenDataset
-from freemerge.quickstart.suite import QuickstartSuite
 
 __all__ = [
     "ArrayDataset",
@@ -31,7 +33,6 @@ __all__ = [
     "NpzSuite",
     "PooledSource",
     "Preprocessing",
-    "QuickstartSuite",
     "SourceSuite",
     "StackedBatch",
     "Task",
@@ -46,3 +47,9 @@ __all__ = [
     "TorchvisionSource",
     "collate",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "QuickstartSuite":  # its place up to 0.1, which saved configurations name
+        return import_module("freemerge.quickstart").QuickstartSuite
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -10,6 +10,7 @@ from freemerge.data.arrays import Augmentation
 from freemerge.data.sources import NpzSource, PooledSource, TaskSource, TextTableSource
 from freemerge.data.suite import TaskSuite
 from freemerge.data.tasks import Kind, Task
+from freemerge.names import class_name
 
 
 class SourceSuite(TaskSuite):
@@ -69,7 +70,7 @@ class SourceSuite(TaskSuite):
         arguments = {"seed": self.seed, "shared_heads": self.shared_heads, "sources": sources}
         if self.pretraining_source is not None:
             arguments["pretraining"] = self.pretraining_source.identity()
-        return {"class": f"{kind.__module__}.{kind.__qualname__}", "version": self.DATA_VERSION, "arguments": arguments}
+        return {"class": class_name(kind), "version": self.DATA_VERSION, "arguments": arguments}
 
     def task_identity(self, name: str) -> dict[str, Any]:
         """The task's own source, and the seed."""

@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader
 
 from freemerge.data.mixture import TaskData, TaskMixture
 from freemerge.data.tasks import Task
-from freemerge.names import check_task_name
+from freemerge.names import check_task_name, class_name
 
 # How data is loaded does not change what it is, and neither does which of it: these stay out of the identity.
 _LOADING = {"self", "tasks", "held_out", "batch_size", "eval_batch_size", "num_workers"}
@@ -255,7 +255,7 @@ class TaskSuite(L.LightningDataModule):
             if cls is TaskSuite:
                 break
         kind = type(self)
-        return {"class": f"{kind.__module__}.{kind.__qualname__}", "version": self.DATA_VERSION, "arguments": values}
+        return {"class": class_name(kind), "version": self.DATA_VERSION, "arguments": values}
 
     def fingerprint(self, selection: bool = True) -> str:
         """A hash of what determines the data; cheap, because no data is built.

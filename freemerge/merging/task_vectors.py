@@ -22,13 +22,13 @@ from freemerge.runtime.processes import Processes
 from freemerge.runtime.reading import keep_files_open
 from freemerge.runtime.threads import each, run
 from freemerge.tensors.chunks import CHUNK, Chunk, at_a_time, chunks, read_ahead
+from freemerge.tensors.order_statistics import Scan
 from freemerge.tensors.rounding import IN_MEMORY, to_stored
 
 if TYPE_CHECKING:
     from freemerge.merging.methods.base import MergeMethod
 
 _Value = TypeVar("_Value")
-Scan = Callable[[Callable[[Tensor], None]], None]
 
 COLUMNS = 1 << 17  # of a whole tensor read at a time: of what is computed from it, no copy is ever whole
 BLOCK = 1 << 15  # columns of a whole tensor of K models that are looked at at a time, by several threads side by side

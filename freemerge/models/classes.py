@@ -12,12 +12,7 @@ from typing import Any
 from torch import nn
 
 from freemerge.checkpoints import CheckpointError
-
-
-def name_of(kind: type) -> str:
-    """What a folder calls a class: its name, if it is freemerge's own, or `package.module.Class`."""
-    own = kind.__module__.split(".")[0] == "freemerge"
-    return kind.__qualname__ if own else f"{kind.__module__}.{kind.__qualname__}"
+from freemerge.names import class_name
 
 
 def is_own(name: str) -> bool:
@@ -71,12 +66,14 @@ def make(kind: type, arguments: Any, where: str, what: str, give: str) -> Any:
     """
     if not isinstance(arguments, dict):
         raise CheckpointError(
-            f"{where}: {what} is a {name_of(kind)}, which says in no `recipe()` what it is made of; {give}"
+            f"{where}: {what} is a {class_name(kind)}, which says in no `recipe()` what it is made of; {give}"
         )
     try:
         return kind(**arguments)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"{where}: {what} is a {name_of(kind)} that cannot be made ({error}); {give}") from error
+        raise CheckpointError(
+            f"{where}: {what} is a {class_name(kind)} that cannot be made ({error}); {give}"
+        ) from error
 
 
 def arguments_of(module: nn.Module, what: str) -> dict[str, Any] | None:

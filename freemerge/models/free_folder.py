@@ -25,10 +25,11 @@ from freemerge.experts import PackedExpert, exclusive, load_expert, save_expert
 from freemerge.experts.expert import is_known, kind_of
 from freemerge.models.backbones.base import Backbone, load_backbone
 from freemerge.models.by_task import TaskModules
-from freemerge.models.classes import arguments_of, import_class, is_own, make, name_of
+from freemerge.models.classes import arguments_of, import_class, is_own, make
 from freemerge.models.free_model import FreeModel
 from freemerge.models.heads import build_head, describe_head
 from freemerge.models.routers import ConvRouter, EarlyRouter, make_router
+from freemerge.names import class_name
 
 FORMAT = "freemerge-free-model-4"
 _OLD = "freemerge-free-model-3"  # every head is one linear layer, every class freemerge's own
@@ -75,13 +76,13 @@ def _describe(model: FreeModel) -> dict[str, Any]:
     arguments_of(model.backbone, "FreeModel")
     return {
         "format": FORMAT,
-        "backbone": name_of(type(model.backbone)),
+        "backbone": class_name(type(model.backbone)),
         "tasks": heads,
         "experts": sorted(experts),
         "expert_classes": {
             task: {"kind": kind_of(kind), "class": name}
             for task, kind in classes.items()
-            if not is_own(name := name_of(kind))
+            if not is_own(name := class_name(kind))
         },
         "shared": {
             task: next(i for i, vector in enumerate(shared) if vector is packed.shared)
@@ -100,7 +101,7 @@ def _describe_router(router: nn.Module) -> dict[str, Any]:
     arguments = arguments_of(router, "FreeModel: the router")
     if arguments is None and isinstance(getattr(router, "config", None), dict):
         arguments = {key: value for key, value in router.config.items() if key != "kind"}
-    return {"class": name_of(type(router)), "arguments": arguments}
+    return {"class": class_name(type(router)), "arguments": arguments}
 
 
 def _shared_vectors(model: FreeModel) -> list[Mapping]:

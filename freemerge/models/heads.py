@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from freemerge.checkpoints import CheckpointError
-from freemerge.models.classes import arguments_of, import_class, make, name_of
+from freemerge.models.classes import arguments_of, import_class, make
+from freemerge.names import class_name
 
 _ATTRIBUTES: dict[type[nn.Module], tuple[str, ...]] = {
     nn.Linear: ("in_features", "out_features"),
@@ -92,5 +93,5 @@ def build_head(described: Mapping[str, Any], where: str, what: str, give: str, t
         raise CheckpointError(f"{where}: {what} is a {name!r}, which this version does not know; update freemerge")
     kind = import_class(name, where, what, give, trust)
     if not issubclass(kind, nn.Module):
-        raise CheckpointError(f"{where}: {what} is a {name_of(kind)}, which is no nn.Module; {give}")
+        raise CheckpointError(f"{where}: {what} is a {class_name(kind)}, which is no nn.Module; {give}")
     return make(kind, arguments, where, what, give)

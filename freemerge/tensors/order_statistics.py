@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from freemerge.merging.task_vectors import Scan, Vectors
 from freemerge.tensors.brackets import Bracket, make_brackets
 from freemerge.tensors.chunks import at_a_time
 
@@ -27,6 +26,7 @@ _BATCH = 1 << 17  # values of a row compared with the brackets at a time: they f
 
 _Value = TypeVar("_Value")
 Gather = Callable[[_Value], "list[_Value]"]
+Scan = Callable[[Callable[[Tensor], None]], None]
 
 
 def order_statistics(
@@ -71,44 +71,6 @@ def tensor_sample(values: Tensor) -> Tensor:
     """Some of the columns of a matrix in memory, (K, n) → (K, m), a view, as a sample for `order_statistics`."""
     stride = max(37, values.shape[1] >> 15 | 1)  # odd, so that it visits all columns of most weights
     return values[:, ::stride]
-
-
-def model_magnitudes(vectors: Vectors, ranks: Sequence[int]) -> Tensor:
-    """Ascending order statistics of each model's magnitudes |v| over all tensors.
-
-    Args:
-        vectors: the task vectors of K models, D entries each.
-        ranks: R zero-based ranks below D.
-
-    Returns:
-        (K, R) float32, on the CPU.
-    """
-    shape = (len(vectors.labels), vectors.numel)
-
-    def scan(see: Callable[[Tensor], None]) -> None:
-        vectors.scan(lambda deltas: see(deltas.abs_()))
-
-    return order_statistics(scan, ranks, shape, vectors.sample().abs_(), vectors.gather)
-
-
-def tensor_magnitudes(vectors: Vectors, ranks: Callable[[int], Sequence[int]]) -> dict[str, Tensor]:
-    """Ascending order statistics of each model's magnitudes |v| in every tensor by itself.
-
-    Args:
-        vectors: the task vectors of K models.
-        ranks: number of values of a tensor → R zero-based ranks below it.
-
-    Returns:
-        Name → (K, R) float32, on the CPU; without tensors that have no values.
-    """
-
-    def measure(size: int, scan: Scan, sample: Tensor) -> Tensor:
-        def scan_magnitudes(see: Callable[[Tensor], None]) -> None:
-            scan(lambda deltas: see(deltas.abs_()))
-
-        return order_statistics(scan_magnitudes, ranks(size), (len(vectors.labels), size), sample.abs_())
-
-    return vectors.subset(name for name, shape in vectors.shapes.items() if shape.numel()).by_tensor(measure)
 
 
 def _bracketed(

@@ -7,10 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from freemerge.merging import order_statistics
+from freemerge.merging.methods.magnitudes import tensor_magnitudes
 from freemerge.merging.task_vectors import Vectors
 from freemerge.tensors.brackets import Bracket, _float, _key, _of_rank
 from freemerge.tensors.chunks import Chunk
-from freemerge.tensors.order_statistics import tensor_magnitudes
 
 
 def assert_exact(values, ranks, cuts, sample=None):

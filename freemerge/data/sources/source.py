@@ -26,6 +26,7 @@ from torch import Tensor
 
 from freemerge.data.loaders import derive_seed
 from freemerge.data.tasks import Task
+from freemerge.names import class_name
 
 SPLITS = ("train", "val", "test")
 
@@ -135,11 +136,11 @@ def describe(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [describe(item) for item in value]
     if hasattr(value, "__qualname__"):  # a class or a function
-        return f"{value.__module__}.{value.__qualname__}"
+        return class_name(value)
     kind = type(value)
     names = [field.name for field in fields(value)] if is_dataclass(value) else list(getattr(value, "__dict__", ()))
     return {
-        "class": f"{kind.__module__}.{kind.__qualname__}",
+        "class": class_name(kind),
         **{name: describe(getattr(value, name)) for name in names},
     }
 

@@ -1,6 +1,6 @@
 """What a merging method is: two verbs, `collect_statistics` and `combine`.
 
-- `collect_statistics` looks at all task vectors, as often as it needs, and returns what has to be known of the whole model.
+- `collect_statistics` looks at all task vectors, as often as it needs, and returns what the whole model has to say.
 - `combine` merges one tensor.
 - Statistics are handed from the one to the other and never stored in the method: methods stay plain, immutable values.
 - `statistics_key` says what the statistics depend on: methods that agree in it share a survey, so that a search over
@@ -25,11 +25,12 @@ from freemerge.runtime.pages import fresh
 class MergeMethod(ABC):
     """A way to merge task vectors; subclasses are frozen dataclasses whose fields are the method's parameters.
 
-    A new method is one file: fields, their check in `__post_init__`, `combine`, and `collect_statistics` if it is global.
+    A new method is one file: fields, their check in `__post_init__`, `combine`, and `collect_statistics` if it needs
+    to know the whole model.
     """
 
     statistics_fields: ClassVar[tuple[str, ...] | None] = None
-    """The fields that `collect_statistics` looks at; None for all of them. A method that names them makes searches faster."""
+    """The fields that the statistics depend on; None for all of them. A method that names them makes searches faster."""
 
     linear_in_scale: ClassVar[bool] = False
     """Whether the result is proportional to `scale`, or to all scales of a list at once. A search then merges once for

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from freemerge.merging.methods.base import MergeMethod, require, require_number, require_scope
+from freemerge.merging.methods.magnitudes import model_magnitudes, tensor_magnitudes
 from freemerge.merging.task_vectors import Vectors, flat
-from freemerge.tensors.order_statistics import model_magnitudes, tensor_magnitudes
 
 
 @dataclass(frozen=True)

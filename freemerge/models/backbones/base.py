@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from freemerge.checkpoints import CheckpointError, load_checkpoint, save_checkpoint
 from freemerge.checkpoints.places import expand
 from freemerge.inputs import Inputs, to_device
-from freemerge.models.classes import import_class, is_own, name_of
+from freemerge.models.classes import import_class, is_own
+from freemerge.names import class_name
 
 RECIPE = "backbone.json"
 WEIGHTS = "model.safetensors"
@@ -97,7 +98,7 @@ class Backbone(nn.Module):
 
     def _write_recipe(self, directory: Path) -> None:
         if (arguments := self.recipe()) is not None:
-            text = json.dumps({"class": name_of(type(self)), "arguments": arguments}, indent=2, ensure_ascii=False)
+            text = json.dumps({"class": class_name(type(self)), "arguments": arguments}, indent=2, ensure_ascii=False)
             (directory / RECIPE).write_text(text + "\n", encoding="utf-8")
 
 

@@ -8,7 +8,7 @@ import torch
 
 from freemerge.merging import FRMerging, NyquistDisc, PCBMerging, Ties, merge_task_vectors
 
-GOLDEN = Path(__file__).parents[1] / "golden"
+GOLDEN = Path(__file__).parents[2] / "golden"
 
 
 def load(name):

@@ -1,0 +1,126 @@
+"""Where modules are that had other names up to 0.1: saved configurations and checkpoints go on working.
+
+The finder answers for the names below alone, and gives the module of today's name.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+_MOVED = {
+    "checkpoints.adapters": "checkpoints.formats.adapters",
+    "checkpoints.bases": "checkpoints.base_hashes",
+    "checkpoints.checksums": "checkpoints.writing.checksums",
+    "checkpoints.distributed_files": "checkpoints.formats.distributed_files",
+    "checkpoints.draft": "checkpoints.writing.draft",
+    "checkpoints.errors": "errors",
+    "checkpoints.folder": "checkpoints.writing.folder",
+    "checkpoints.index": "checkpoints.formats.index",
+    "checkpoints.inert": "checkpoints.formats.inert",
+    "checkpoints.pages": "runtime.pages",
+    "checkpoints.precision": "tensors.precision",
+    "checkpoints.reading": "runtime.reading",
+    "checkpoints.safetensors_files": "checkpoints.formats.safetensors_files",
+    "checkpoints.safetensors_header": "checkpoints.formats.safetensors_header",
+    "checkpoints.saving": "checkpoints.writing.saving",
+    "checkpoints.task_files": "checkpoints.formats.task_files",
+    "checkpoints.ties": "checkpoints.tied_tensors",
+    "checkpoints.torch_files": "checkpoints.formats.torch_files",
+    "data.canvas": "quickstart.canvas",
+    "data.glyphs": "quickstart.glyphs",
+    "data.photographs": "quickstart.photographs",
+    "data.quickstart": "quickstart.suite",
+    "data.quickstart_glyphs": "quickstart.glyph_tasks",
+    "data.quickstart_pictures": "quickstart.picture_tasks",
+    "data.quickstart_pretraining": "quickstart.pretraining",
+    "distributed": "runtime.process_group",
+    "merging.adapter_output": "merging.engine.adapter_output",
+    "merging.agreement": "merging.folders.agreement",
+    "merging.alignment": "merging.matching.alignment",
+    "merging.bases": "merging.checks.bases",
+    "merging.brackets": "tensors.brackets",
+    "merging.breadcrumbs": "merging.methods.breadcrumbs",
+    "merging.candidates": "merging.engine.search",
+    "merging.companions": "merging.folders.choice",
+    "merging.complex_weights": "merging.checks.complex_weights",
+    "merging.configuration": "merging.folders.configuration",
+    "merging.dare": "merging.methods.dare",
+    "merging.emr_merging": "merging.methods.emr",
+    "merging.errors": "errors",
+    "merging.fields": "merging.methods.parameters",
+    "merging.filters": "merging.methods.filters",
+    "merging.forecast": "merging.engine.estimate",
+    "merging.fr_merging": "merging.methods.fr",
+    "merging.heap": "runtime.heap",
+    "merging.iso_c": "merging.methods.iso_c",
+    "merging.low_rank": "tensors.low_rank",
+    "merging.merging": "merging.engine.executor",
+    "merging.method": "merging.methods.base",
+    "merging.misfits": "merging.matching.misfits",
+    "merging.parts": "merging.folders.parts",
+    "merging.patterns": "tensors.patterns",
+    "merging.pcb_merging": "merging.methods.pcb",
+    "merging.per_pattern": "merging.methods.per_pattern",
+    "merging.plan": "merging.engine.plan",
+    "merging.processes": "runtime.processes",
+    "merging.provenance": "merging.engine.record",
+    "merging.quantized": "merging.checks.quantized",
+    "merging.ranks": "tensors.order_statistics",
+    "merging.rounding": "tensors.rounding",
+    "merging.scaling": "merging.methods.scales",
+    "merging.spectra": "tensors.spectra",
+    "merging.streaming": "tensors.chunks",
+    "merging.task_arithmetic": "merging.methods.task_arithmetic",
+    "merging.threads": "runtime.threads",
+    "merging.tied_weights": "merging.matching.tied_weights",
+    "merging.ties": "merging.methods.ties",
+    "merging.transfer": "runtime.device_copies",
+    "merging.tsv_merge": "merging.methods.tsv",
+    "merging.vectors": "merging.task_vectors",
+    "merging.vocabulary": "merging.matching.vocabulary",
+    "merging.weight_average": "merging.methods.weight_average",
+    "models.encoder": "models.backbones.encoder",
+    "models.familiarity": "models.out_of_distribution",
+    "models.free": "models.free_model",
+    "models.hugging_face": "models.backbones.hugging_face",
+    "models.image_text": "models.backbones.image_text",
+    "models.language": "models.backbones.language",
+    "models.modules": "models.backbones.modules",
+    "models.router": "models.routers",
+}
+
+
+class _Finder(MetaPathFinder, Loader):
+    """Gives an old name the module of today's name."""
+
+    def find_spec(self, fullname: str, path: object = None, target: object = None) -> ModuleSpec | None:
+        room, _, name = fullname.partition(".")
+        return ModuleSpec(fullname, self) if room == "freemerge" and _new_name(name) else None
+
+    def create_module(self, spec: ModuleSpec) -> None:
+        return None
+
+    def exec_module(self, module: ModuleType) -> None:
+        name = module.__name__
+        sys.modules[name] = import_module(f"freemerge.{_new_name(name.partition('.')[2])}")
+
+
+def _new_name(name: str) -> str | None:
+    """Today's name of a module or of one within a package that moved as a whole; None if it has not moved."""
+    inner = ""
+    while name:
+        if name in _MOVED:
+            return _MOVED[name] + inner
+        name, _, last = name.rpartition(".")
+        inner = f".{last}{inner}"
+    return None
+
+
+def install() -> None:
+    """Let old names be imported; once in a process."""
+    if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Finder())  # before a package that moved as a whole is searched, and loaded twice
