@@ -30,7 +30,7 @@ class MergeMethod(ABC):
     """
 
     statistics_fields: ClassVar[tuple[str, ...] | None] = None
-    """The fields that the statistics depend on; None for all of them. A method that names them makes searches faster."""
+    """The fields that the statistics depend on; None for all. A method that names them makes searches faster."""
 
     linear_in_scale: ClassVar[bool] = False
     """Whether the result is proportional to `scale`, or to all scales of a list at once. A search then merges once for
