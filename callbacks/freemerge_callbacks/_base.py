@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import lightning as L
@@ -18,7 +18,9 @@ from freemerge.checkpoints import Checkpoint, hash_tensors, open_checkpoint, sav
 from freemerge.checkpoints.base_hashes import hash_base
 from freemerge.checkpoints.places import expand
 from freemerge_callbacks._ranks import on_rank_zero
+from freemerge_callbacks._weights import part_of
 
+_OF_TUNERS = (".lr_find_", ".scale_batch_size_")  # what LearningRateFinder and BatchSizeFinder write
 _WAY_OUT = "give the pretrained model with base=..."
 
 
@@ -35,15 +37,38 @@ class FitBase:
     """
 
     def __init__(self, given: str | None, output: Path, who: str) -> None:
-        self.given = None if given is None else expand(given)
+        self.given = None if given is None else expand(given).absolute()
         self.kept = output.with_name(f".{output.stem}.base.safetensors")  # hidden: no glob finds it
         self.who = who
         self.hash: str | None = None
+        self._part = ""
 
     @property
     def path(self) -> Path:
         """The file that holds the base."""
         return self.given or self.kept
+
+    def open(self) -> Checkpoint:
+        """The base, its tensors named as the backbone's."""
+        base = open_base(self.path)
+        return part_of(base, self._part) if self._part else base
+
+    @property
+    def is_folder(self) -> bool:
+        """Whether the base is the folder of a model, whose other files belong to it."""
+        return self.path.is_dir() and not self._part
+
+    def find(self, trainer: L.Trainer, backbone: str, weights: Mapping[str, Tensor]) -> None:
+        """Find out whether a given base is a checkpoint of the whole module; every rank must call this.
+
+        Args:
+            trainer: the Trainer.
+            backbone: dotted path of the backbone.
+            weights: the backbone's tensors.
+        """
+        self._part = ""
+        if self.given is not None:
+            self._part = on_rank_zero(trainer, lambda: part_inside(open_base(self.given), backbone, weights))
 
     def begin(
         self, trainer: L.Trainer, weights: Mapping[str, Tensor], *, keep: bool = True, digest: bool = True
@@ -58,8 +83,8 @@ class FitBase:
         """
         if self.given is not None:
             if digest:
-                self.hash = on_rank_zero(trainer, lambda: hash_base(open_base(self.given), dtypes_of(weights)))
-        elif trainer.ckpt_path is None:
+                self.hash = on_rank_zero(trainer, lambda: hash_base(self.open(), dtypes_of(weights)))
+        elif not is_resumed(trainer):
             self.hash = on_rank_zero(trainer, lambda: self._keep(weights, keep))
 
     def resume(self, trainer: L.Trainer, *, keep: bool = True) -> None:
@@ -68,7 +93,7 @@ class FitBase:
         Raises:
             ValueError: on rank 0, it is gone, or holds something else.
         """
-        if self.given is None and trainer.ckpt_path is not None:
+        if self.given is None and is_resumed(trainer):
             on_rank_zero(trainer, lambda: self._check(keep))
 
     def restore(self, hash: str | None) -> None:
@@ -99,6 +124,24 @@ class FitBase:
 def open_base(path: Path) -> Checkpoint:
     """A base by all names of its tensors, so that a merge ties in its result what is tied in the base."""
     return open_checkpoint(path).with_tied_names()
+
+
+def part_inside(base: Checkpoint, part: str, names: Iterable[str]) -> str:
+    """The part of the module that a base is to be cut to: `part` where it is a checkpoint of the module, else none.
+
+    Args:
+        base: the base as its file names it.
+        part: dotted path of the backbone.
+        names: the backbone's tensors, relative to it.
+    """
+    own = set(names)
+    inside = part_of(base, part) if part else base
+    return part if own.intersection(inside.names) and not own.intersection(base.names) else ""
+
+
+def is_resumed(trainer: L.Trainer) -> bool:
+    """Whether a fit goes on from a checkpoint. Lightning's tuners restore one of their own: the fit's start."""
+    return trainer.ckpt_path is not None and not Path(str(trainer.ckpt_path)).name.startswith(_OF_TUNERS)
 
 
 def open_finetuned(path: Path) -> Checkpoint:

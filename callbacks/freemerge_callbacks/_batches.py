@@ -22,8 +22,8 @@ class BatchFormat:
 
     Args:
         who: what messages begin with.
-        inputs: a key of the batch, whose value is the inputs; or keys, whose values are passed on as a dict. None: of a
-            pair the first; of a dict everything but the labels.
+        inputs: a key of the batch, whose value is the inputs; or keys, whose values are passed on as a dict (those of
+            positions as a tuple). None: of a pair the first; of a dict everything but the labels.
         labels: the key of the labels. None: of a pair the second; of a dict `labels`.
         adapt: batch → (inputs, labels), instead of keys.
     """
@@ -65,20 +65,37 @@ class BatchFormat:
             labels = self._entry(batch, 1 if self.labels is None else self.labels, task)
             if self.inputs is None:
                 return batch[0], labels
+        elif self.inputs is not None and isinstance(self.labels, str):  # an object with attributes
+            labels = self._entry(batch, self.labels, task)
         else:
             raise ValueError(
                 f"{self.who}: the loader of '{task}' must yield pairs (inputs, labels), or dicts with `labels`, and "
                 f"yields {_describe(batch)}; adapt=... turns a batch into (inputs, labels)"
             )
-        if isinstance(self.inputs, (str, int)):
-            return self._entry(batch, self.inputs, task), labels
-        return {key: self._entry(batch, key, task) for key in self.inputs}, labels
+        return self._named_inputs(batch, task), labels
 
-    def _entry(self, batch: Mapping | Sequence, key: Key, task: str) -> Any:
+    def inputs_of(self, batch: Any, task: str) -> Any:
+        """The inputs of a batch that needs no labels: of a pair the first, of a dict all but the labels, or itself."""
+        if self.adapt is not None:
+            return self.adapt(batch)[0]
+        if self.inputs is not None:
+            return self._named_inputs(batch, task)
+        if isinstance(batch, Mapping):
+            return {key: value for key, value in batch.items() if key != (self.labels or "labels")}
+        return batch[0] if isinstance(batch, (tuple, list)) else batch
+
+    def _named_inputs(self, batch: Any, task: str) -> Any:
+        if isinstance(self.inputs, (str, int)):
+            return self._entry(batch, self.inputs, task)
+        values = {key: self._entry(batch, key, task) for key in self.inputs}
+        return tuple(values.values()) if all(isinstance(key, int) for key in values) else values
+
+    def _entry(self, batch: Any, key: Key, task: str) -> Any:
         try:
             return batch[key]
         except (KeyError, IndexError, TypeError):
-            pass
+            if isinstance(key, str) and not isinstance(batch, Mapping) and hasattr(batch, key):
+                return getattr(batch, key)
         known = list(batch) if isinstance(batch, Mapping) else []
         near = next((name for name in _LABELS if name in known), None) if self.labels is None else None
         advice = (
@@ -96,8 +113,9 @@ class Pairs:
         loader: the loader.
         task: its name, for messages.
         format: where its batches have inputs and labels.
-        kind: of the task: labels of a "classification" are checked, and may be (B, 1) or whole floats; a "seq2seq"
-            model reads its labels, too. None for a metric that is given labels as they are.
+        kind: of the task: labels of a "classification" are checked, and may be (B, 1) or whole floats; those of
+            "mean_iou" are checked; a "seq2seq" model reads its labels, too. None for a metric that is given labels as
+            they are.
         classes: how many classes there are; 0 if that is not known yet.
     """
 
@@ -116,11 +134,21 @@ class Pairs:
         """
         for batch in self.loader:
             inputs, labels = self.format.read(batch, self.task, keeps_labels=self.kind == "seq2seq")
-            yield inputs, self._classes_of(labels) if self.kind == "classification" else labels
+            if self.kind == "classification":
+                labels = self._classes_of(labels)
+            elif self.kind == "mean_iou":
+                self.check_classes(labels)
+            yield inputs, labels
 
     def _classes_of(self, labels: Any) -> Tensor:
         """Labels (B,) int64 of labels (B,) or (B, 1), whole numbers of any dtype."""
-        labels = torch.as_tensor(labels)
+        try:
+            labels = torch.as_tensor(labels)
+        except (TypeError, ValueError, RuntimeError):
+            raise ValueError(
+                f"{self.format.who}: expected one class for each sample of '{self.task}', got {_describe(labels)}; "
+                "give a metric of torchmetrics for what they are, or leave the task out"
+            ) from None
         if labels.ndim == 2 and labels.shape[1] == 1:
             labels = labels[:, 0]
         whole = labels.long()
@@ -135,16 +163,22 @@ class Pairs:
         return whole
 
     def check_classes(self, labels: Tensor) -> None:
-        """Require labels (B,) that are classes, once their number is known.
+        """Require labels (B, …) that are classes, once their number is known.
 
         Raises:
             ValueError: one is not.
         """
-        wrong = labels[(labels < 0) | (labels >= self.classes)] if self.classes else labels[:0]
+        if not self.classes or not isinstance(labels, Tensor):
+            return
+        wrong = labels[(labels < 0) | (labels >= self.classes)]
         if len(wrong):
+            label, advice = int(wrong[0]), ""
+            if self.kind == "mean_iou":
+                metric = f"JaccardIndex('multiclass', num_classes={self.classes}, ignore_index={label})"
+                advice = f"; if nothing is to count there, give metrics={{'{self.task}': {metric}}}"
             raise ValueError(
-                f"{self.format.who}: the loader of '{self.task}' yields the label {int(wrong[0])}, and the model gives "
-                f"logits of {self.classes} classes: labels are 0 to {self.classes - 1}"
+                f"{self.format.who}: the loader of '{self.task}' yields the label {label}, and the model gives "
+                f"logits of {self.classes} classes: labels are 0 to {self.classes - 1}{advice}"
             )
 
 

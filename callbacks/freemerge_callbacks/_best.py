@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor, nn
 
 from freemerge.checkpoints import Checkpoint, open_checkpoint
 from freemerge_callbacks._weights import is_a, part_of
@@ -36,3 +40,33 @@ def best_state(path: str, backbone: str, who: str) -> Checkpoint:
     if not part_of(state, backbone).names:
         raise ValueError(f"{who}: {path}: no tensor's name starts with '{backbone}.'")
     return state
+
+
+def left_out(state: Checkpoint, module: nn.Module, backbone: str, who: str) -> list[str]:
+    """Names of the module's tensors that a checkpoint of it leaves out because they are not trained.
+
+    Projects with a large frozen part save only what they train.
+
+    Args:
+        state: the checkpoint; every name in it is one of the module's.
+        module: the module.
+        backbone: dotted path of the part that is wanted.
+        who: what messages begin with.
+
+    Raises:
+        ValueError: the checkpoint leaves out something of the part that is trained.
+    """
+    prefix = f"{backbone}." if backbone else ""
+    trained = {name for name, value in module.named_parameters() if value.requires_grad}
+    missing = [name for name, value in module.state_dict().items() if isinstance(value, Tensor) and name not in state]
+    if lost := [name for name in missing if name in trained and name.startswith(prefix)]:
+        raise ValueError(
+            f"{who}: {state.label} leaves out '{lost[0]}', which was trained; keep it in on_save_checkpoint, or take "
+            "weights='last'"
+        )
+    return missing
+
+
+def completed(state: Checkpoint, module: nn.Module, own: Mapping[str, Any], backbone: str, who: str) -> dict[str, Any]:
+    """A checkpoint's tensors with those of the module's own state that it leaves out; see `left_out`."""
+    return {**{name: own[name] for name in left_out(state, module, backbone, who)}, **state}

@@ -49,8 +49,9 @@ class FitEndCallback(Callback, ABC):
         dtype: str | None,
         overwrite: bool,
     ) -> None:
-        self.output = expand(output)
-        self.base = FitBase(base, keep, self.who)
+        self.output = expand(output).absolute()  # the working folder may change until the fit ends
+        self.base = FitBase(base, keep.absolute(), self.who)
+        self._named = str(expand(output))
         self.backbone = backbone
         self.weights = weights
         self.dtype = dtype
@@ -64,7 +65,7 @@ class FitEndCallback(Callback, ABC):
 
     @property
     def state_key(self) -> str:
-        return self._generate_state_key(output=str(self.output))
+        return self._generate_state_key(output=self._named)
 
     def state_dict(self) -> dict[str, Any]:
         return {"base_hash": self.base.hash}
@@ -90,6 +91,7 @@ class FitEndCallback(Callback, ABC):
         if trainer.fast_dev_run:
             return
         weights = part_weights(trainer, pl_module, self.backbone, self.who)
+        self.base.find(trainer, self.backbone, weights)
         self.check_module(trainer, pl_module, weights)
         self.base.begin(trainer, weights, keep=self.needs_base, digest=self.needs_hash)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from glob import glob
 from pathlib import Path
 
@@ -10,16 +10,17 @@ from freemerge.checkpoints.formats.task_files import read_record
 from freemerge.checkpoints.places import expand
 
 
-def find_others(patterns: Sequence[str], own: Collection[Path], who: str) -> list[Path]:
+def find_others(patterns: Sequence[str], start: Path, own: Collection[Path], who: str) -> dict[str, Path]:
     """Resolve paths and globs, in the given order; what a glob matches is sorted.
 
     Args:
         patterns: paths of files or folders, and globs (`runs/*/backbone.safetensors`, `**` for any depth).
+        start: the folder to which relative ones belong.
         own: files of the merge itself (its base, its output): a glob passes over them, and to name one is an error.
         who: what messages begin with.
 
     Returns:
-        Existing paths, each once.
+        Label → absolute path of what exists, each once. The label is the path as it was given or matched.
 
     Raises:
         ValueError: nothing given, a path that does not exist or a glob that matches nothing.
@@ -29,9 +30,10 @@ def find_others(patterns: Sequence[str], own: Collection[Path], who: str) -> lis
     if not patterns:
         raise ValueError(f"{who}: `others` is empty; name the other tasks' fine-tuned checkpoints")
     taken = {path.resolve() for path in own}
-    found: dict[Path, Path] = {}
+    found: dict[Path, tuple[str, Path]] = {}
     for pattern in map(str, patterns):
-        literal = expand(pattern)
+        given = expand(pattern)
+        literal = start / given
         if literal.exists() and literal.resolve() in taken:
             raise ValueError(f"{who}: `others` names {pattern}, which is the merge's own base or output")
         matches = [literal] if literal.exists() else sorted(map(Path, glob(str(literal), recursive=True)))
@@ -39,17 +41,18 @@ def find_others(patterns: Sequence[str], own: Collection[Path], who: str) -> lis
         if not matches:
             raise ValueError(f"{who}: `others`: {pattern} does not exist and matches nothing; has that task finished?")
         for path in matches:
-            found.setdefault(path.resolve(), path)
-    return list(found.values())
+            label = path if given.is_absolute() or not path.is_relative_to(start) else path.relative_to(start)
+            found.setdefault(path.resolve(), (str(label), path))
+    return dict(found.values())
 
 
-def base_hashes(paths: Sequence[Path]) -> dict[Path, str]:
+def base_hashes(paths: Iterable[Path]) -> dict[Path, str]:
     """The base that each checkpoint was fine-tuned from, for those that keep record of it."""
     records = {path: read_record(path) for path in paths}
     return {path: record.base_hash for path, record in records.items() if record is not None}
 
 
-def check_base_hashes(paths: Sequence[Path], expected: str | None, who: str) -> None:
+def check_base_hashes(paths: Iterable[Path], expected: str | None, who: str) -> None:
     """Require that all checkpoints that keep record of their base were fine-tuned from this one.
 
     Args:

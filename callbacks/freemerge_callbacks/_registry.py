@@ -34,7 +34,7 @@ class Registry:
     """
 
     def __init__(self, folder: str, task: str, tasks: Sequence[str] | int, who: str) -> None:
-        self.folder = expand(folder)
+        self.folder = expand(folder).absolute()
         self.task = task
         self.tasks = tasks
         self.who = who

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from itertools import chain, islice
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import lightning as L
 import torch
@@ -16,6 +17,8 @@ from freemerge.data import TaskSuite
 from freemerge.inputs import select, to_device
 from freemerge_callbacks._adapters import without_adapters
 from freemerge_callbacks._batches import BatchFormat, Pairs
+from freemerge_callbacks._loading import Source, as_in_validation, combined, is_data_module, loaders_of, open_source
+from freemerge_callbacks._metrics import MEAN_IOU, check_value, label_of, mean_iou, open_metrics, shape_of
 from freemerge_callbacks._predicting import (
     Features,
     Predict,
@@ -27,12 +30,6 @@ from freemerge_callbacks._predicting import (
 )
 from freemerge_callbacks._ranks import on_rank_zero
 from freemerge_callbacks._weights import get_part, refuse_placeholders
-
-if TYPE_CHECKING:  # slow to import, and wanted when the first fit begins
-    from freemerge.evaluation import TaskMetric
-
-MEAN_IOU = "mean_iou"
-"""The metric of dense predictions: logits (B, C, …) and classes (B, …)."""
 
 
 class TaskEvaluation:
@@ -74,7 +71,7 @@ class TaskEvaluation:
         self.head = head
         self.split = split
         self.batch_norm = batch_norm
-        self._loaders: dict[str, Iterable] = {}
+        self._sources: dict[str, Source] = {}
         self._read: dict[str, nn.Module] = {}
         self._metrics: dict[str, Any] = {}  # TaskMetric, Metric, or MEAN_IOU until the number of classes is known
         self._classes: dict[str, int] = {}
@@ -82,12 +79,12 @@ class TaskEvaluation:
     @property
     def tasks(self) -> tuple[str, ...]:
         """The tasks' names, in order; once opened."""
-        return tuple(self._loaders)
+        return tuple(self._sources)
 
     @property
     def own_task(self) -> str | None:
         """The task that `heads` leaves to the module's own head, if there is one; once opened."""
-        missing = [task for task in self._loaders if self.heads is not None and task not in self.heads]
+        missing = [task for task in self._sources if self.heads is not None and task not in self.heads]
         return missing[0] if missing else None
 
     def open(self, trainer: L.Trainer) -> None:
@@ -104,10 +101,10 @@ class TaskEvaluation:
                 f"of batches; got {self.batch_norm}"
             )
         refuse_placeholders(trainer.strategy, self.who)
-        self._loaders = self._open_loaders(trainer)
-        check_loaders(trainer, self._loaders, self.who)
+        self._sources = self._open_sources(trainer)
+        check_loaders(trainer, {task: source.loader for task, source in self._sources.items()}, self.who)
         self._check_heads()
-        self._metrics = self._open_metrics()
+        self._metrics = open_metrics(self.metrics, self._sources, self.loaders, self.who)
         self._classes = {}
 
     def check(self, trainer: L.Trainer, module: L.LightningModule) -> None:
@@ -118,9 +115,9 @@ class TaskEvaluation:
         """
         get_part(module, self.backbone, self.who)
         heads, device = self._heads_of(module), trainer.strategy.root_device
-        with evaluating([module, *(heads or {}).values()], device):
+        with evaluating([module, *(heads or {}).values()], device), self._as_in_validation(trainer):
             predict = self._binary_as_two(predictor(trainer, module, self.backbone, heads, {}, self.features))
-            for task, pairs in self._pairs().items():
+            for task, pairs in self._pairs(trainer).items():
                 self._try(task, pairs, predict, device)
 
     def _try(self, task: str, pairs: Pairs, predict: Predict, device: torch.device) -> None:
@@ -132,44 +129,55 @@ class TaskEvaluation:
             raise ValueError(
                 f"{self.who}: the loader of '{task}' must yield pairs (inputs, labels), and yields nothing"
             )
-        inputs, labels = select(batch, slice(1))
+        batch = to_device(batch, device)
+        one = self._output(predict, _first_sample(batch), task)  # messages name the shapes of one sample
+        if isinstance(self._metrics[task], str):
+            self._metrics[task] = mean_iou(one, self.who, task)
+        kind = self._kind(task)
+        if kind == "classification" and not (isinstance(one, Tensor) and one.ndim == 2):
+            advice = f"give metrics={{'{task}': 'mean_iou'}}" if getattr(one, "ndim", 0) > 2 else ""
+            raise ValueError(
+                f"{self.who}: expected logits (B, C) for '{task}', got {shape_of(one)}; "
+                f"{advice or 'does it need heads={...}?'}"
+            )
+        if kind in ("classification", MEAN_IOU):
+            self._classes[task] = pairs.classes = max(one.shape[1], 2)
+            pairs.check_classes(batch[1])
+        output = self._output(predict, batch, task)
         try:
-            output = predict(to_device(inputs, device), task)
+            space = LabelSpace({task: self._classes.get(task, 0)})
+            metrics = MultiTaskMetrics(space, {task: self._metrics[task]}).to(device)
+            metrics.update(task, output, batch[1])
+        except Exception as error:
+            raise ValueError(
+                f"{self.who}: the metric of '{task}' fails on a batch: {' '.join(str(error).split())}"
+            ) from error
+        check_value(metrics.per_task[task], self.who, task)
+
+    def _output(self, predict: Predict, batch: tuple[Any, Any], task: str) -> Any:
+        try:
+            return predict(batch[0], task)
         except Exception as error:
             raise ValueError(
                 f"{self.who}: the model fails on a batch of '{task}': {type(error).__name__}: "
                 f"{' '.join(str(error).split())}"
             ) from error
-        if isinstance(self._metrics[task], str):
-            self._metrics[task] = _mean_iou(output, self.who, task)
-        if self._kind(task) == "classification":
-            if not isinstance(output, Tensor) or output.ndim != 2:
-                found = f"shape {list(output.shape)}" if isinstance(output, Tensor) else f"a {type(output).__name__}"
-                advice = f"give metrics={{'{task}': 'mean_iou'}}" if getattr(output, "ndim", 0) > 2 else ""
-                raise ValueError(
-                    f"{self.who}: expected logits (B, C) for '{task}', got {found}; "
-                    f"{advice or 'does it need heads={...}?'}"
-                )
-            self._classes[task] = pairs.classes = output.shape[1]
-            pairs.check_classes(labels)
-        try:
-            space = LabelSpace({task: self._classes.get(task, 0)})
-            metrics = MultiTaskMetrics(space, {task: self._metrics[task]}).to(device)
-            metrics.update(task, output, to_device(labels, device))
-        except Exception as error:
-            raise ValueError(
-                f"{self.who}: the metric of '{task}' fails on a batch: {' '.join(str(error).split())}"
-            ) from error
 
-    def _pairs(self) -> dict[str, Pairs]:
+    def _pairs(self, trainer: L.Trainer) -> dict[str, Pairs]:
         return {
-            task: Pairs(loader, task, self.format, self._kind(task), self._classes.get(task, 0))
-            for task, loader in self._loaders.items()
+            task: Pairs(source.batches(trainer), task, self.format, self._kind(task), self._classes.get(task, 0))
+            for task, source in self._sources.items()
         }
+
+    def _as_in_validation(self, trainer: L.Trainer) -> AbstractContextManager[None]:
+        extra = self.batch_norm.values() if isinstance(self.batch_norm, Mapping) else ()
+        loaders = [*(source.loader for source in self._sources.values()), *extra]
+        return as_in_validation(trainer, self.split, loaders)
 
     def _kind(self, task: str) -> str | None:
         """The kind of a task; None if its metric is given outputs and labels as they are."""
-        return getattr(self._metrics[task], "kind", None)
+        metric = self._metrics[task]
+        return MEAN_IOU if isinstance(metric, str) or label_of(metric) == MEAN_IOU else getattr(metric, "kind", None)
 
     def _binary_as_two(self, predict: Predict) -> Predict:
         """A classification by one logit z, (B, 1), as one of two classes with the logits 0 and z."""
@@ -204,12 +212,12 @@ class TaskEvaluation:
         heads, device = self._heads_of(module), trainer.strategy.root_device
         # Other weights are those that adapters have been merged into.
         plain = without_adapters(module) if weights else nullcontext()
-        with evaluating([module, *(heads or {}).values()], device), plain:
+        with evaluating([module, *(heads or {}).values()], device), plain, self._as_in_validation(trainer):
             weights = {name: tensor.to(device) for name, tensor in weights.items()}
             if weights and merged and self.batch_norm is not None:
                 weights |= self._measured(trainer, module, weights)
             predict = self._binary_as_two(predictor(trainer, module, self.backbone, heads, weights, self.features))
-            pairs = self._pairs()
+            pairs = self._pairs(trainer)
             chosen = {task: pairs[task] for task in tasks or pairs}
             space = LabelSpace({task: self._classes.get(task, 0) for task in pairs})
             return evaluate(predict, chosen, space, device, self._metrics)
@@ -220,7 +228,7 @@ class TaskEvaluation:
         The mean is called `<prefix>/mean_acc`, or `<prefix>/mean_score` if not all are accuracies. There is none where
         less is better for one of them.
         """
-        found = {f"{prefix}/{task}/{self._label(task)}": value for task, value in results.items()}
+        found = {f"{prefix}/{task}/{label_of(self._metrics[task])}": value for task, value in results.items()}
         if all(self.higher_is_better(task) for task in results):
             found[f"{prefix}/mean_{self.mean_label}"] = sum(results.values()) / len(results)
         return found
@@ -228,15 +236,11 @@ class TaskEvaluation:
     @property
     def mean_label(self) -> str:
         """What a mean over the tasks is a mean of."""
-        return "acc" if {self._label(task) for task in self._metrics} == {"acc"} else "score"
+        return "acc" if set(map(label_of, self._metrics.values())) == {"acc"} else "score"
 
     def higher_is_better(self, task: str) -> bool:
         """Whether more is better in a task's metric."""
         return self._metrics[task].higher_is_better is not False
-
-    def _label(self, task: str) -> str:
-        metric = self._metrics[task]
-        return getattr(metric, "label", type(metric).__name__)
 
     def _measured(self, trainer: L.Trainer, module: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The statistics of the backbone's batch norms with these weights, under the module's names."""
@@ -246,54 +250,37 @@ class TaskEvaluation:
             loaders = {name: self.loaders.for_task(name).train_dataloader() for name in self.loaders.names}
             streams = [islice(loader, self.batch_norm) for loader in loaders.values()]
         else:
-            streams = list(self.batch_norm.values())
+            streams = [
+                ((self.format.inputs_of(batch, task),) for batch in Source(loader).batches(trainer))
+                for task, loader in self.batch_norm.items()
+            ]
         part = "" if self.heads is None else self.backbone
         wrapped = Reweighted(trainer, module, self.backbone, part, weights)
         return wrapped.named(reestimate_batch_norm(wrapped, chain(*streams), trainer.strategy.root_device))
 
-    def _open_loaders(self, trainer: L.Trainer) -> dict[str, Iterable]:
+    def _open_sources(self, trainer: L.Trainer) -> dict[str, Source]:
         if isinstance(self.loaders, TaskSuite):
             on_rank_zero(trainer, self.loaders.prepare_data)
             parts = {name: self.loaders.for_task(name) for name in self.loaders.names}
-            return {name: getattr(part, f"{self.split}_dataloader")() for name, part in parts.items()}
-        loaders = self._loader_of(trainer, self.loaders) if _is_data_module(self.loaders) else self.loaders
+            return {name: Source(getattr(part, f"{self.split}_dataloader")(), part) for name, part in parts.items()}
+        whole = self.loaders if is_data_module(self.loaders) else None
+        loaders = combined(self.loaders) if whole is None else loaders_of(trainer, whole, self.split)
         if not isinstance(loaders, Mapping):
+            found = "" if whole is None else f"{type(whole).__name__}.{self.split}_dataloader() must return "
             raise ValueError(
-                f"{self.who}: {type(self.loaders).__name__}.{self.split}_dataloader() must return a dict, task → "
-                f"loader, and returns a {type(loaders).__name__}; or give loaders={{'task': data_module}}"
+                f"{self.who}: {found or '`loaders` must be '}a dict, task → loader, and "
+                f"{'is' if whole is None else 'returns'} a {type(loaders).__name__}; or give "
+                "loaders={'task': data_module}"
             )
-        return {
-            task: self._loader_of(trainer, loader) if _is_data_module(loader) else loader
-            for task, loader in loaders.items()
-        }
-
-    def _loader_of(self, trainer: L.Trainer, module: Any) -> Any:
-        """What a data module gives for the split; it is prepared as a Trainer would."""
-        on_rank_zero(trainer, module.prepare_data)
-        module.setup("validate" if self.split == "val" else "test")
-        return getattr(module, f"{self.split}_dataloader")()
-
-    def _open_metrics(self) -> dict[str, TaskMetric | Metric]:
-        from freemerge.evaluation import TaskMetric
-
-        given = dict(self.metrics or {})
-        if unknown := [task for task in given if task not in self._loaders]:
-            raise ValueError(f"{self.who}: a metric for '{unknown[0]}', a task without a loader")
-        metrics: dict[str, TaskMetric | Metric] = dict.fromkeys(self._loaders, TaskMetric())
-        if isinstance(self.loaders, TaskSuite):
-            tasks = [self.loaders.task(name) for name in self.loaders.names]
-            metrics |= {task.name: TaskMetric.of(task) for task in tasks}
-        return metrics | {
-            task: TaskMetric.parse(metric) if isinstance(metric, str) and metric != MEAN_IOU else metric
-            for task, metric in given.items()
-        }
+        sources = {task: open_source(trainer, loader, self.split, self.who, task) for task, loader in loaders.items()}
+        return sources if whole is None else {task: replace(source, data=whole) for task, source in sources.items()}
 
     def _check_heads(self) -> None:
         if self.heads is None:
             return
-        if unknown := [task for task in self.heads if task not in self._loaders]:
+        if unknown := [task for task in self.heads if task not in self._sources]:
             raise ValueError(f"{self.who}: a head for '{unknown[0]}', a task without a loader")
-        missing = [task for task in self._loaders if task not in self.heads]
+        missing = [task for task in self._sources if task not in self.heads]
         if len(missing) > 1:
             raise ValueError(f"{self.who}: no heads for {', '.join(missing)}; only one task may use the module's own")
         files = {task: head for task, head in self.heads.items() if not isinstance(head, nn.Module)}
@@ -305,23 +292,12 @@ class TaskEvaluation:
         known = {**self.heads, **self._read}
         return {
             task: known[task] if task in known else get_part(module, self.head, self.who, "head")
-            for task in self._loaders
+            for task in self._sources
         }
 
 
-def _is_data_module(value: Any) -> bool:
-    """Whether it is a data module, of `lightning` or of `pytorch_lightning`."""
-    return all(hasattr(value, name) for name in ("prepare_data", "setup", "val_dataloader"))
-
-
-def _mean_iou(output: Any, who: str, task: str) -> Metric:
-    """The mean over the classes of intersection ÷ union, for logits of as many classes as an output has."""
-    from torchmetrics import JaccardIndex
-
-    if not isinstance(output, Tensor) or output.ndim < 3:
-        found = f"shape {list(output.shape)}" if isinstance(output, Tensor) else f"a {type(output).__name__}"
-        raise ValueError(f"{who}: mean_iou needs logits (B, C, …) for '{task}', got {found}")
-    classes = output.shape[1]
-    metric = JaccardIndex("binary") if classes == 1 else JaccardIndex("multiclass", num_classes=classes)
-    metric.label = MEAN_IOU
-    return metric
+def _first_sample(batch: tuple[Any, Any]) -> tuple[Any, Any]:
+    try:
+        return select(batch, slice(1))
+    except (IndexError, KeyError, TypeError):  # something in it has no samples
+        return batch

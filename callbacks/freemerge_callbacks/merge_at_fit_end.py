@@ -22,13 +22,21 @@ from freemerge.merging.engine.plan import make_plan
 from freemerge.merging.engine.record import make_record
 from freemerge.tensors.patterns import compile_patterns
 from freemerge_callbacks._adapters import has_adapters
-from freemerge_callbacks._base import open_base, open_finetuned
-from freemerge_callbacks._best import best_state
+from freemerge_callbacks._base import is_resumed, open_finetuned
+from freemerge_callbacks._best import best_state, completed, left_out
 from freemerge_callbacks._fit_end import FitEndCallback
 from freemerge_callbacks._others import base_hashes, check_base_hashes, find_others
 from freemerge_callbacks._ranks import all_reach, log_metrics, on_rank_zero
 from freemerge_callbacks._registry import Registry
-from freemerge_callbacks._weights import final_weights, in_memory, part_of, weights_of, while_in_file
+from freemerge_callbacks._weights import (
+    final_weights,
+    in_memory,
+    is_sharded,
+    part_of,
+    weights_of,
+    while_in_file,
+    whole_state,
+)
 
 OWN_LABEL = "the backbone of this fit"
 
@@ -110,12 +118,13 @@ class MergeAtFitEnd(FitEndCallback):
         self.hash_inputs = hash_inputs
         self.merged_path: Path | None = None
         self.report: dict[str, Any] = {}
-        self._found: list[Path] = []
+        self._start = Path.cwd()
+        self._found: dict[str, Path] = {}
         self._best: Path | None = None
 
     @property
     def needs_hash(self) -> bool:
-        return self.registry is not None or bool(base_hashes(self._found))
+        return self.registry is not None or bool(base_hashes(self._found.values()))
 
     def check_arguments(self, trainer: L.Trainer) -> None:
         self.merged_path, self.report, self._best = None, {}, None
@@ -124,10 +133,10 @@ class MergeAtFitEnd(FitEndCallback):
         compile_patterns(self.exclude, "exclude")
         if self.registry is not None:
             self.registry.check()
-        self._found = []
+        self._found = {}
         if self.registry is None or self.others:
-            self._found = find_others(self.others or [], [self.output, self.base.path], "MergeAtFitEnd")
-        self.method.check([*(self.registry.labels() if self.registry else [OWN_LABEL]), *map(str, self._found)])
+            self._found = find_others(self.others or [], self._start, [self.output, self.base.path], "MergeAtFitEnd")
+        self.method.check([*(self.registry.labels() if self.registry else [OWN_LABEL]), *self._found])
 
     def check_module(self, trainer: L.Trainer, module: L.LightningModule, weights: Mapping[str, Tensor]) -> None:
         on_rank_zero(trainer, lambda: self._check_fit(weights, self._replaces(trainer)))
@@ -154,18 +163,31 @@ class MergeAtFitEnd(FitEndCallback):
         """This fit's weights as every rank that sees the files can have them."""
         best = self.best_path(trainer)
         file = self.output.with_name(f".{self.output.stem}.own.safetensors")  # hidden: no glob finds it
-        if best is not None and has_adapters(module.get_submodule(self.backbone)):
-            state = best_state(best, self.backbone, "MergeAtFitEnd")
-            return while_in_file(trainer, lambda: weights_of(module, self.backbone, state), file)
         if best is not None:
-            on_rank_zero(trainer, lambda: bool(best_state(best, self.backbone, "MergeAtFitEnd")))
+            partial = on_rank_zero(trainer, lambda: self._is_partial(trainer, module, best))
+            if partial or has_adapters(module.get_submodule(self.backbone)):
+                own = whole_state(trainer, module)
+
+                def weights() -> dict[str, Tensor]:
+                    found = best_state(best, self.backbone, "MergeAtFitEnd")
+                    state = completed(found, module, own, self.backbone, "MergeAtFitEnd") if partial else found
+                    return weights_of(module, self.backbone, state)
+
+                return while_in_file(trainer, weights, file)
             self._best = Path(best)
             return nullcontext(self._best)
         return final_weights(trainer, module, self.backbone, "MergeAtFitEnd", file)
 
+    def _is_partial(self, trainer: L.Trainer, module: L.LightningModule, best: str) -> bool:
+        """Whether the best checkpoint lacks what is not trained of the backbone."""
+        state, prefix = best_state(best, self.backbone, "MergeAtFitEnd"), f"{self.backbone}." if self.backbone else ""
+        if is_sharded(trainer.strategy):
+            return False
+        return any(name.startswith(prefix) for name in left_out(state, module, self.backbone, "MergeAtFitEnd"))
+
     def _replaces(self, trainer: L.Trainer) -> bool:
         """Whether this fit may replace its task in the registry: also if it goes on after it has registered it once."""
-        return self.overwrite or trainer.ckpt_path is not None
+        return self.overwrite or is_resumed(trainer)
 
     def _check_output(self) -> None:
         if self.output.suffix in _NO_FOLDERS:
@@ -178,17 +200,17 @@ class MergeAtFitEnd(FitEndCallback):
     def _all_others(self) -> list[Path]:
         """The other tasks' checkpoints as far as they have finished, once each."""
         if self.registry is None:
-            return self._found
+            return list(self._found.values())
         return [
             *(path for task, path in self.registry.registered().items() if task != self.registry.task),
-            *self._found,
+            *self._found.values(),
         ]
 
     def _check_fit(self, weights: Mapping[str, Tensor], replace: bool) -> None:
         if self.registry is not None:
             self.registry.refuse_registered(replace)
         own = open_checkpoint(weights, label=OWN_LABEL)
-        base = own.with_label("the base") if self.base.given is None else open_base(self.base.given)
+        base = own.with_label("the base") if self.base.given is None else self.base.open()
         models = [own, *(open_finetuned(path) for path in self._all_others())]
         make_plan(base, models, self.include, self.exclude, parse_dtype(self.dtype))
 
@@ -204,7 +226,7 @@ class MergeAtFitEnd(FitEndCallback):
 
     def _merge(self, trainer: L.Trainer, models: Mapping[str, Path | Mapping[str, Tensor]]) -> None:
         began = time.monotonic()
-        models = {**models, **{str(path): path for path in self._found}}
+        models = {**models, **self._found}
         files = [self.base.path, *(model for model in models.values() if isinstance(model, Path))]
         shared = all_reach(trainer, files, self.output)
         if shared:
@@ -231,7 +253,7 @@ class MergeAtFitEnd(FitEndCallback):
     def _write(self, models: Mapping[str, Path | Mapping[str, Tensor]], distributed: bool = False) -> None:
         merge(
             # A folder's configuration and tokenizer are found by its path.
-            self.base.path if self.base.path.is_dir() else open_base(self.base.path),
+            self.base.path if self.base.is_folder else self.base.open(),
             {label: self._open(model) for label, model in models.items()},
             self.method,
             include=self.include,
@@ -249,7 +271,7 @@ class MergeAtFitEnd(FitEndCallback):
             record = json.loads((self.output / MARKER).read_text(encoding="utf-8"))
         else:
             labelled = [self._open(model).with_label(label) for label, model in models.items()]
-            plan = make_plan(open_base(self.base.path), labelled, self.include, self.exclude, parse_dtype(self.dtype))
+            plan = make_plan(self.base.open(), labelled, self.include, self.exclude, parse_dtype(self.dtype))
             patterns = {"include": self.include, "exclude": self.exclude}
             record = make_record(plan, self.method, **patterns, hash_inputs=self.hash_inputs)
         self.base.discard()

@@ -17,12 +17,11 @@ from torchmetrics import Metric
 from freemerge.checkpoints import open_checkpoint
 from freemerge.checkpoints.base_hashes import hash_base
 from freemerge.checkpoints.formats.task_files import read_record
-from freemerge.checkpoints.places import expand
 from freemerge.data import TaskSuite
 from freemerge.merging import FRMerging, MergeMethod, TaskArithmetic, merge
 from freemerge.merging.engine.plan import Plan, make_plan
 from freemerge.tensors.patterns import compile_patterns
-from freemerge_callbacks._base import dtypes_of, open_base, open_finetuned
+from freemerge_callbacks._base import FitBase, dtypes_of, open_finetuned
 from freemerge_callbacks._batches import BatchFormat
 from freemerge_callbacks._others import base_hashes, check_base_hashes, find_others
 from freemerge_callbacks._predicting import merged_into, own_heads
@@ -99,7 +98,8 @@ class MergePreview(Callback):
         features: str | Callable | None = None,
     ) -> None:
         self.method = method
-        self.base = expand(base)
+        self.base = FitBase(base, Path("preview"), "MergePreview")
+        self._start = Path.cwd()
         self.others = others
         format = BatchFormat("MergePreview", inputs, labels, adapt)
         self.evaluation = TaskEvaluation(
@@ -114,7 +114,7 @@ class MergePreview(Callback):
         self.results: dict[str, float] = {}
         self._given = frozenset(self.individual)
         self.similarity: Similarity | None = None
-        self._found: list[Path] = []
+        self._found: dict[str, Path] = {}
         self._logged: dict[str, float] | None = None  # what the validation that runs is to log
         self._warned = False
 
@@ -139,9 +139,9 @@ class MergePreview(Callback):
             )
         compile_patterns(self.include, "include")
         compile_patterns(self.exclude, "exclude")
-        open_checkpoint(self.base)
-        self._found = find_others(self.others, [self.base], "MergePreview")
-        self.method.check([OWN_LABEL, *map(str, self._found)])
+        open_checkpoint(self.base.path)
+        self._found = find_others(self.others, self._start, [self.base.path], "MergePreview")
+        self.method.check([OWN_LABEL, *self._found])
         self.evaluation.open(trainer)
         if unknown := sorted(self._given - set(self.evaluation.tasks)):
             raise ValueError(f"MergePreview: `individual` names '{unknown[0]}', a task without a loader")
@@ -152,6 +152,7 @@ class MergePreview(Callback):
             return
         self.evaluation.check(trainer, pl_module)
         weights = part_weights(trainer, pl_module, self.backbone, "MergePreview")
+        self.base.find(trainer, self.backbone, weights)
         on_rank_zero(trainer, lambda: self._check_fit(weights))
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -183,7 +184,7 @@ class MergePreview(Callback):
         weights = part_weights(trainer, pl_module, self.backbone, "MergePreview")
         filter = getattr(self.method, "filter", None) or FRMerging().filter
         self.similarity = similarity(self._plan(weights).vectors(), filter)
-        self._logged = similarity_metrics(self.similarity, distinct_names(self._found))
+        self._logged = similarity_metrics(self.similarity, distinct_names(list(self._found.values())))
         if (trainer.current_epoch + 1) % self.every_n_epochs == 0:
             merged = self._placed(pl_module, self._merge(weights))
             self.results = self.evaluation.run(trainer, pl_module, merged)
@@ -198,7 +199,7 @@ class MergePreview(Callback):
 
     def _measure_individual(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Bring `individual` up to date: the others' once, this fit's task each time."""
-        others = dict(zip(distinct_names(self._found), self._found, strict=True))
+        others = dict(zip(distinct_names(list(self._found.values())), self._found.values(), strict=True))
         for task in self.evaluation.tasks:
             if task in others and task not in self.individual:
                 weights = merged_into(module, self.backbone, self._finetuned(others[task]))
@@ -230,23 +231,23 @@ class MergePreview(Callback):
 
     def _finetuned(self, path: Path) -> Mapping[str, Tensor]:
         """The weights of one of the others, under the base's names."""
-        base = open_base(self.base)
+        base = self.base.open()
         model = open_finetuned(path).relative_to(base.names)
         return merge(base, [model], TaskArithmetic(1.0)) if model.deltas else model
 
     def _check_fit(self, weights: Mapping[str, Tensor]) -> None:
         self._plan(weights)
-        if base_hashes(self._found):
-            check_base_hashes(self._found, hash_base(open_base(self.base), dtypes_of(weights)), "MergePreview")
+        if base_hashes(self._found.values()):
+            check_base_hashes(self._found.values(), hash_base(self.base.open(), dtypes_of(weights)), "MergePreview")
 
     def _plan(self, weights: Mapping[str, Tensor]) -> Plan:
-        base = open_base(self.base)
-        models = [open_checkpoint(weights, label=OWN_LABEL), *(open_finetuned(path) for path in self._found)]
+        base = self.base.open()
+        models = [open_checkpoint(weights, label=OWN_LABEL), *(open_finetuned(path) for path in self._found.values())]
         return make_plan(base, models, self.include, self.exclude)
 
     def _merge(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        base = open_base(self.base)
-        models = {OWN_LABEL: weights, **{str(path): open_finetuned(path) for path in self._found}}
+        base = self.base.open()
+        models = {OWN_LABEL: weights, **{label: open_finetuned(path) for label, path in self._found.items()}}
         return merge(base, models, self.method, include=self.include, exclude=self.exclude)
 
 

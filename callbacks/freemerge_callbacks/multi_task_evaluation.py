@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from torchmetrics import Metric
 
+from freemerge.checkpoints.places import expand
 from freemerge.data import TaskSuite
 from freemerge_callbacks._batches import BatchFormat
 from freemerge_callbacks._predicting import merged_into, own_heads
@@ -46,13 +47,14 @@ class MultiTaskEvaluation(Callback):
         prefix: what the logged names begin with; it keeps several of these callbacks apart.
         metrics: task → what it is judged by: accuracy, f1_macro, matthews, recall@5 (or another number), pearson,
             spearman, exact_match, perplexity, mean_iou of dense predictions, or a metric of torchmetrics, which gets
-            outputs and labels as they are.
+            outputs and labels in the shapes that it compares: (B, 1) becomes (B,), and (B, L, C) beside labels (B, L)
+            becomes (B, C, L).
             For tasks left out: accuracy, or what a suite says. perplexity is that of a causal model whose labels are
             its inputs; for labels in step with the logits write seq2seq:perplexity.
         batch_norm: training data of all tasks, on which merged batch-norm layers' statistics are measured anew: task →
             loader, or how many batches of a suite's tasks. None: as they were merged.
-        inputs: the key of a batch's inputs, or keys of those that are passed on as a dict. None: of a pair the first;
-            of a dict all but the labels.
+        inputs: the key of a batch's inputs, or keys of those that are passed on as a dict (positions: as a tuple).
+            None: of a pair the first; of a dict all but the labels.
         labels: the key of a batch's labels. None: of a pair the second; of a dict `labels`.
         adapt: batch → (inputs, labels), instead of `inputs` and `labels`.
         features: what the heads are given of a backbone that returns a dict: its key, or a function of the output.
@@ -86,6 +88,7 @@ class MultiTaskEvaluation(Callback):
         self.every_n_epochs = every_n_epochs
         self.backbone = backbone
         self.merged = merged
+        self._start = Path.cwd()
         self.prefix = prefix
         self.results: dict[str, float] = {}
 
@@ -131,9 +134,11 @@ class MultiTaskEvaluation(Callback):
         scores = ", ".join(f"{name} {value:.3f}" for name, value in metrics.items())
         rank_zero_info(f"MultiTaskEvaluation: {path or 'current weights'}: {scores}")
 
-    def _merged_path(self, trainer: L.Trainer) -> str | Path | None:
+    def _merged_path(self, trainer: L.Trainer) -> Path | None:
         merge = self._merge(trainer)
-        return merge.merged_path if isinstance(merge, MergeAtFitEnd) else merge
+        if isinstance(merge, MergeAtFitEnd):
+            return merge.merged_path
+        return None if merge is None else self._start / expand(merge)
 
     def _merge(self, trainer: L.Trainer) -> MergeAtFitEnd | str | None:
         if self.merged != "auto":

@@ -15,8 +15,7 @@ from freemerge.checkpoints.formats.task_files import TaskRecord, write_task_file
 from freemerge.checkpoints.places import expand
 from freemerge.merging import task_vector
 from freemerge.merging.api import parse_dtype
-from freemerge_callbacks._base import open_base
-from freemerge_callbacks._best import best_state
+from freemerge_callbacks._best import best_state, completed
 from freemerge_callbacks._fit_end import FitEndCallback
 from freemerge_callbacks._ranks import on_rank_zero
 from freemerge_callbacks._weights import get_part, weights_of, whole_state
@@ -87,10 +86,11 @@ class TaskCheckpoint(FitEndCallback):
 
     def _write(self, module: L.LightningModule, state: Mapping[str, Any], record: TaskRecord, best: str | None) -> Path:
         if best is not None:
-            state = best_state(best, self.backbone, "TaskCheckpoint")
+            found = best_state(best, self.backbone, "TaskCheckpoint")
+            state = found if not state else completed(found, module, state, self.backbone, "TaskCheckpoint")
         backbone = weights_of(module, self.backbone, state)
         if self.save == "task_vector":
-            base = open_base(self.base.path)
+            base = self.base.open()
             prefix = find_prefix(backbone, base.names)
             start = {prefix + name: base.tensor(name) for name in base.names if prefix + name in backbone}
             backbone = task_vector(start, backbone)

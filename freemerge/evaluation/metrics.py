@@ -66,7 +66,7 @@ class MultiTaskMetrics(nn.Module):
     Args:
         label_space: the tasks and their classes; 0 classes for tasks that have none.
         metrics: task name → its metric (`TaskMetric`, or how it is written); accuracy for those not named. Or a metric
-            of torchmetrics, which is given the model's output and the labels as they are.
+            of torchmetrics, which is given the model's output and the labels; see `aligned`.
 
     Raises:
         ValueError: there is no such metric or task.
@@ -104,7 +104,7 @@ class MultiTaskMetrics(nn.Module):
         """
         metric = self.named.get(task)
         if metric is None:
-            self.per_task[task].update(output, labels)
+            self.per_task[task].update(*aligned(output, labels))
         elif metric.of_classes:
             predicted = self.label_space.predictions(task, output)
             self.per_task[task].update(predicted, self.label_space.to_global(task, labels))
@@ -140,3 +140,23 @@ class MultiTaskMetrics(nn.Module):
         """Start over."""
         for metric in self.per_task.values():
             metric.reset()
+
+
+def aligned(output: Any, labels: Any) -> tuple[Any, Any]:
+    """Outputs and labels in the shapes that torchmetrics compares, where they are tensors whose shapes differ.
+
+    - One of them has a dimension of size 1 after the batch's that the other has not, (B, 1) for (B,): it is left out.
+    - The classes of dense outputs are last, (B, L, C) for labels (B, L): they become dimension 1.
+    """
+    if not (isinstance(output, Tensor) and isinstance(labels, Tensor)):
+        return output, labels
+    if output.ndim == labels.ndim + 1 and output.shape[1] == 1:
+        return output[:, 0], labels
+    if labels.ndim == output.ndim + 1 and labels.shape[1] == 1:
+        return output, labels[:, 0]
+    if output.ndim == labels.ndim > 1 and labels.shape[1] == 1 < output.shape[1]:
+        return output, labels[:, 0]
+    rest = (*output.shape[:1], *output.shape[2:])
+    if labels.ndim > 1 and output.shape[:-1] == labels.shape != rest:
+        return output.movedim(-1, 1), labels
+    return output, labels

@@ -1,0 +1,132 @@
+"""Batches of somebody else's loaders as a validation of the Trainer would give them, without a trace in the loaders.
+
+- A batch goes through the same hooks (`on_after_batch_transfer` and its like) as in the Trainer's own validation: there
+  projects normalise, crop and augment.
+- Each pass has an iterator of its own: the Trainer may be in the middle of the same loader.
+- Generators that a loader draws from are put back: the training loader may draw from the same ones.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import lightning as L
+import torch
+from torch.utils.data import DataLoader
+
+from freemerge_callbacks._ranks import on_rank_zero
+
+_HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the batches of a task come from.
+
+    Args:
+        loader: the loader.
+        data: the data module that it belongs to; None for a loader that was given as such.
+    """
+
+    loader: Iterable
+    data: Any = None
+
+    def batches(self, trainer: L.Trainer) -> Iterator[Any]:
+        """The batches after the hooks of the data module (of the Trainer's for a plain loader), else of the module."""
+        before, move, after = (_hook(name, trainer, self.data) for name in _HOOKS)
+        for batch in _twin(self.loader):
+            batch = before(batch, 0) if before else batch
+            batch = move(batch, trainer.strategy.root_device, 0) if move else batch
+            yield after(batch, 0) if after else batch
+
+
+def open_source(trainer: L.Trainer, value: Any, split: str, who: str, task: str) -> Source:
+    """The loader of one task, taken out of its data module if that was given.
+
+    Raises:
+        ValueError: there are several loaders.
+    """
+    loader, data = (loaders_of(trainer, value, split), value) if is_data_module(value) else (combined(value), None)
+    if data is not None and isinstance(loader, (list, tuple)) and len(loader) == 1:
+        loader = loader[0]
+    several = isinstance(loader, (list, tuple)) and any(isinstance(each, DataLoader) for each in loader)
+    if several or isinstance(loader, Mapping):
+        found = value if data is None else f"{type(data).__name__}.{split}_dataloader()"
+        names = f" ({', '.join(map(repr, loader))})" if isinstance(loader, Mapping) else ""
+        found = found if isinstance(found, str) else f"a {type(found).__name__}"
+        raise ValueError(
+            f"{who}: expected one loader for '{task}', and got the {len(loader)} of {found}{names}; give each a task "
+            "of its own: loaders={'task': loader}"
+        )
+    return Source(loader, data)
+
+
+def loaders_of(trainer: L.Trainer, data: Any, split: str) -> Any:
+    """What a data module gives for the split, prepared as by a Trainer; of a CombinedLoader, what it combines."""
+    if getattr(data, "trainer", None) is None:
+        data.trainer = trainer
+    on_rank_zero(trainer, data.prepare_data)
+    data.setup("validate" if split == "val" else "test")
+    return combined(getattr(data, f"{split}_dataloader")())
+
+
+def combined(loaders: Any) -> Any:
+    """The loaders in a CombinedLoader, of `lightning` or of `pytorch_lightning`; anything else as it is."""
+    return loaders.iterables if type(loaders).__name__ == "CombinedLoader" else loaders
+
+
+def is_data_module(value: Any) -> bool:
+    """Whether it is a data module, of `lightning` or of `pytorch_lightning`."""
+    return all(hasattr(value, name) for name in ("prepare_data", "setup", "val_dataloader"))
+
+
+@contextmanager
+def as_in_validation(trainer: L.Trainer, split: str, loaders: Iterable[Any]) -> Iterator[None]:
+    """For the duration of a block the Trainer says that it validates (or tests); then generators are put back.
+
+    Hooks and modules ask `trainer.training` whether to augment.
+    """
+    states = [(generator, generator.get_state()) for loader in loaders for generator in _generators(loader)]
+    stage, function = trainer.state.stage, trainer.state.fn
+    if split == "val":
+        trainer.validating = True
+    else:
+        trainer.testing = True
+    trainer.state.fn = function
+    try:
+        yield
+    finally:
+        trainer.state.stage = stage
+        for generator, state in states:
+            generator.set_state(state)
+
+
+def _hook(name: str, trainer: L.Trainer, data: Any) -> Any:
+    """The project's own hook, if there is one; Lightning's moves tensors to the device, as evaluation does anyway."""
+    owners = (data if data is not None else getattr(trainer, "datamodule", None), trainer.lightning_module)
+    hooks = (getattr(owner, name, None) for owner in owners)
+    return next((hook for hook in hooks if hook is not None and not _is_lightning(hook)), None)
+
+
+def _is_lightning(hook: Any) -> bool:
+    return getattr(hook, "__module__", "").startswith(("lightning.pytorch.", "pytorch_lightning."))
+
+
+def _twin(loader: Iterable) -> Iterable:
+    """The same loader with an iterator of its own, also where workers persist."""
+    if not isinstance(loader, DataLoader):
+        return loader
+    twin = copy.copy(loader)
+    twin._iterator = None
+    return twin
+
+
+def _generators(loader: Any) -> list[torch.Generator]:
+    samplers = [getattr(loader, name, None) for name in ("sampler", "batch_sampler")]
+    samplers.append(getattr(samplers[-1], "sampler", None))
+    found = [getattr(owner, "generator", None) for owner in (loader, *samplers)]
+    return [generator for generator in found if isinstance(generator, torch.Generator)]
