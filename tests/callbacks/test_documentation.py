@@ -25,7 +25,7 @@ import sys, lightning
 before = set(sys.modules)
 import freemerge_callbacks
 found = {".".join(name.split(".")[:2]) for name in set(sys.modules) - before if "callbacks" not in name}
-rooms = ("checkpoints", "data", "distributed", "inputs", "merging", "names")
+rooms = ("checkpoints", "data", "errors", "inputs", "merging", "moved", "names", "runtime", "tensors")
 assert found == {"freemerge", *("freemerge." + room for room in rooms)}, found
 """
 NAMES = {
