@@ -19,7 +19,7 @@ from freemerge.data.sources import (
     TextTableSource,
     TorchvisionSource,
 )
-from freemerge.data.suite import TaskSuite
+from freemerge.data.suite import SuiteTask, TaskSuite
 from freemerge.data.tasks import Task
 from freemerge.data.tokens import TokenDataset
 
@@ -35,6 +35,7 @@ __all__ = [
     "Preprocessing",
     "SourceSuite",
     "StackedBatch",
+    "SuiteTask",
     "Task",
     "TaskData",
     "TaskMixture",

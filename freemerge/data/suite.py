@@ -1,8 +1,8 @@
 """A suite: a set of tasks that one backbone is fine-tuned on, one by one, before the results are merged.
 
 `TaskSuite` is a `LightningDataModule`, so a whole suite goes to `Trainer.fit`, `validate`, `test` and `predict`. It
-also hands out its parts: one task (`for_task`), the mixture that trains a router (`mixture`), and the data that a
-backbone may be pretrained on (`pretraining`).
+also hands out its parts: one task (`suite["birds"]`, or `SuiteTask` in a configuration), the mixture that trains a
+router (`mixture`), and the data that a backbone may be pretrained on (`pretraining`).
 
 Your own suite is a tuple of names and one method:
 
@@ -19,7 +19,7 @@ import difflib
 import hashlib
 import inspect
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, ClassVar
 
@@ -167,6 +167,14 @@ class TaskSuite(L.LightningDataModule):
 
     # ---- the parts, as data modules
 
+    def __getitem__(self, name: str) -> TaskData:
+        """The data module of one task, for any Trainer: `trainer.fit(model, datamodule=suite["birds"])`."""
+        return self.for_task(name)
+
+    def __iter__(self) -> Iterator[str]:
+        """The names of the selected tasks."""
+        return iter(self.names)
+
     def for_task(self, name: str, batch_size: int | None = None) -> TaskData:
         """The data module of one task, for fine-tuning on it.
 
@@ -177,10 +185,18 @@ class TaskSuite(L.LightningDataModule):
         Returns:
             Its data module; nothing is built before its `setup`.
         """
+        return TaskData(**self._task_arguments(name, batch_size))
+
+    def _task_arguments(self, name: str, batch_size: int | None) -> dict[str, Any]:
         self._check(name)
         group = self.head_group(name)
         others = partial(_load_all, self.task, group) if len(group) > 1 else None
-        return TaskData(name, partial(self.task, name), head_tasks=others, **self._loading(batch_size))
+        return {
+            "name": name,
+            "load": partial(self.task, name),
+            "head_tasks": others,
+            **self._loading(batch_size),
+        }
 
     def mixture(self, per_task: int | None = None, batch_size: int | None = None) -> TaskMixture:
         """The selected tasks mixed in equal parts, labelled by their index in `names`, for training a router.
@@ -341,6 +357,25 @@ class TaskSuite(L.LightningDataModule):
         if task is None:
             raise ValueError(f"{type(self).__name__} has no pretraining data: start from a pretrained backbone")
         return task
+
+
+class SuiteTask(TaskData):
+    """One task of a suite, as a data module that any LightningCLI can build.
+
+        data:
+          class_path: freemerge.data.SuiteTask
+          init_args:
+            name: birds
+            suite: {class_path: freemerge.data.SourceSuite, init_args: {…}}
+
+    Args:
+        suite: the suite, which says how data are loaded.
+        name: the task, one of `suite.available()`.
+        batch_size: samples per training batch; None is the suite's.
+    """
+
+    def __init__(self, suite: TaskSuite, name: str, batch_size: int | None = None) -> None:
+        super().__init__(**suite._task_arguments(name, batch_size))
 
 
 def _hash(identity: dict[str, Any]) -> str:

@@ -11,7 +11,8 @@ from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 
 from freemerge.checkpoints.places import expand
-from freemerge.data import Task
+from freemerge.data import Task, TaskData
+from freemerge.data.task_metrics import TaskMetric
 from freemerge.inputs import Inputs, batch_size
 from freemerge.models import Backbone, ImageTextBackbone, LanguageBackbone, extract_features
 from freemerge.training.adapters import add_adapter, has_adapter, merged_weights, peft_config
@@ -19,16 +20,21 @@ from freemerge.training.objectives import Objective
 from freemerge.training.optimization import OptimizedModule, Schedule
 
 HeadKind = Literal["probe", "linear", "zero_shot"]
+_OBJECTS = ("backbone", "optimizer", "_instantiator", "_class_path")  # the last two are LightningCLI's
+_TASK = "freemerge_task"
 
 
 class FineTuner(OptimizedModule):
     """Fine-tunes a backbone on a task: classification, regression, or language modelling by the model's own head.
 
     In a suite one FineTuner is the template: `for_task` makes a fresh one for each task, from the same base weights.
+    In a Trainer of your own, `trainer.fit(tuner, datamodule=suite["birds"])` fits this one itself.
+
+    A checkpoint says what task it is of: `load_from_checkpoint(path, backbone=…)`.
 
     Args:
         backbone: the pretrained backbone.
-        num_classes: number of classes C; a suite's tasks set it themselves.
+        num_classes: number of classes C; a suite's tasks set it themselves, and so does the data module of one task.
         head: how the head starts and whether it trains: `probe` fits a linear probe on the base's features at fit
             start and freezes it, so that the task vector holds all that is learnt; `linear` starts at random and
             trains along; `zero_shot` is made of the class names by the text tower of an `ImageTextBackbone`, and
@@ -57,6 +63,8 @@ class FineTuner(OptimizedModule):
         templates: list[str] | None = None,
     ) -> None:
         super().__init__(optimizer, schedule, warmup)
+        # Plain data alone: a checkpoint is read with weights_only. `load_from_checkpoint` is given the rest.
+        self.save_hyperparameters(ignore=[*_OBJECTS, *(["schedule"] if callable(schedule) else [])])
         if head not in ("probe", "linear", "zero_shot"):
             raise ValueError(f"FineTuner: head must be 'probe', 'linear' or 'zero_shot', got {head!r}")
         if head == "zero_shot" and not isinstance(backbone, ImageTextBackbone):
@@ -90,18 +98,26 @@ class FineTuner(OptimizedModule):
         return tuner
 
     def _set_task(self, task: Task | int) -> None:
-        self.objective = self.objective_of(task)
-        head = self.frozen_head(task)
+        objective, head = self.objective_of(task), self.frozen_head(task)
+        self._prepare(objective, self.make_head(objective.num_outputs) if head is None else head)
         if head is None:
-            head = nn.Linear(self.backbone.feature_dim, self.objective.num_outputs)
-            head.requires_grad_(self.head_kind == "linear")
-            self.head_ready.fill_(self.head_kind == "linear")
-        else:
-            self.head_ready.fill_(True)
-        self.head = head
+            self.head.requires_grad_(self.head_kind == "linear")
+        self.head_ready.fill_(head is not None or self.head_kind == "linear")
+
+    def _prepare(self, objective: Objective, head: nn.Module) -> None:
+        """Be of a task: have its head and metrics, and the adapter that is to be trained."""
+        self.objective, self.head = objective, head
         if self.peft is not None and not has_adapter(self.backbone.model):
             self.backbone.model = add_adapter(self.backbone.model, self.peft)
-        self.metrics = nn.ModuleDict({split: self.objective.make_metrics() for split in ("val", "test")})
+        self.metrics = nn.ModuleDict({split: objective.make_metrics() for split in ("val", "test")})
+
+    def make_head(self, num_outputs: int) -> nn.Module:
+        """A fresh head, features (B, F) → (B, num_outputs). Override it for heads of your own, with `head: linear`.
+
+        Args:
+            num_outputs: classes C; 1 for a regression.
+        """
+        return nn.Linear(self.backbone.feature_dim, num_outputs)
 
     def objective_of(self, task: Task | int) -> Objective:
         """What a task, or a classification with so many classes, asks of this backbone.
@@ -165,9 +181,35 @@ class FineTuner(OptimizedModule):
         """Outputs of a batch: logits (B, C), numbers (B, 1), or a language model's logits (B, L, V)."""
         return self.head(self.backbone(inputs))
 
-    def on_fit_start(self) -> None:
+    def setup(self, stage: str) -> None:
+        """Take the task from the data module, if it has one and no task has been set."""
+        data = getattr(self.trainer, "datamodule", None)
+        if self.head is None and isinstance(data, TaskData):
+            self._set_task(data.task)
         if self.head is None:
-            raise ValueError("FineTuner: no head; give `num_classes`, or fit it on a suite")
+            raise ValueError(
+                'FineTuner: no head; give `num_classes`, or the data of one task: datamodule=suite["birds"]'
+            )
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep what the task is, so that `load_from_checkpoint` can make its head."""
+        objective = self.objective
+        checkpoint[_TASK] = {
+            "kind": objective.kind,
+            "num_outputs": objective.num_outputs,
+            "metric": objective.metric.name,
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Make the head of the checkpoint's task, where no task has been set."""
+        if self.head is not None or _TASK not in checkpoint:
+            return
+        task = checkpoint[_TASK]
+        metric = TaskMetric(task["kind"], task["metric"])
+        objective = Objective(task["kind"], task["num_outputs"], metric, self.label_smoothing)
+        own_head = isinstance(self.backbone, LanguageBackbone)
+        self._prepare(objective, nn.Identity() if own_head else self.make_head(objective.num_outputs))
+        self.head.requires_grad_(self.head_kind == "linear")
 
     def on_train_start(self) -> None:
         """Fit the probe on the base's features of the training data, unless a checkpoint brought the head."""
@@ -200,6 +242,10 @@ class FineTuner(OptimizedModule):
 
     def test_step(self, batch: tuple[Inputs, Tensor], batch_idx: int) -> None:
         self._evaluate(batch, "test")
+
+    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
+        """Outputs of a batch of inputs alone, or of (inputs, labels) as loaders collate them, in a list."""
+        return self(batch[0] if isinstance(batch, list) else batch)
 
     def _evaluate(self, batch: tuple[Inputs, Tensor], split: str) -> None:
         inputs, labels = batch

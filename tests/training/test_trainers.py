@@ -81,7 +81,7 @@ def test_finetuner_refusals(tmp_path) -> None:
     with pytest.raises(ValueError, match="head must be 'probe', 'linear' or 'zero_shot', got 'mlp'"):
         FineTuner(tiny_backbone(), head="mlp")
     with pytest.raises(ValueError, match="give `num_classes`"):
-        trainer(tmp_path, max_epochs=1).fit(FineTuner(tiny_backbone()), datamodule=TinySuite().for_task("bars"))
+        trainer(tmp_path, max_epochs=1).fit(FineTuner(tiny_backbone()), datamodule=TinySuite())
 
 
 def test_schedule_warms_up_then_falls_to_zero(tmp_path) -> None:
