@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 
 from freemerge.data.batches import collate
-from freemerge.data.resumable import ResumableLoader
+from freemerge.data.resumable import EvaluationLoader, ResumableLoader
 
 
 def derive_seed(seed: int, *keys: object) -> int:
@@ -201,7 +201,7 @@ def evaluation_loader(dataset: Dataset, batch_size: int, num_workers: int = 0, i
         The loader.
     """
     lengths = None if in_order else lengths_of(dataset)
-    return DataLoader(
+    return EvaluationLoader(
         dataset,
         batch_size=batch_size,
         sampler=None if lengths is None else SimilarLengths(lengths, batch_size),

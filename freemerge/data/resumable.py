@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
+from freemerge.data.errors import raised_here
+
 
 def random_state() -> dict[str, Any]:
     """The state of Python's, NumPy's and torch's global generators, as tensors and plain values."""
@@ -51,7 +53,7 @@ class ResumableLoader(DataLoader):
     def __iter__(self) -> Iterator[Any]:
         # A generator: nothing happens before the first batch is asked for, by when Lightning has told the epoch, and a
         # checkpoint has told where to go on.
-        return self._batches(super().__iter__)
+        return raised_here(self._batches(super().__iter__))
 
     def _batches(self, start: Any) -> Iterator[Any]:
         resume, self._resume = self._resume, None
@@ -77,3 +79,10 @@ class ResumableLoader(DataLoader):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Let the next pass go on from there."""
         self._resume = state
+
+
+class EvaluationLoader(DataLoader):
+    """A DataLoader whose workers' errors about data are one line."""
+
+    def __iter__(self) -> Iterator[Any]:
+        return raised_here(super().__iter__())
