@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import zipfile
+import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from freemerge.checkpoints.places import expand
 from freemerge.data.arrays import ArrayDataset
+from freemerge.data.errors import DataError, DataWarning, listed, reason_of
 from freemerge.data.sources.images import ImageSource
 from freemerge.data.sources.source import SPLITS
 from freemerge.data.tasks import Task
+
+Arrays = Mapping[str, np.ndarray]
 
 
 @dataclass(kw_only=True)
@@ -35,10 +40,18 @@ class NpzSource(ImageSource):
         return [expand(self.path)]
 
     def build(self, name: str, seed: int) -> Task:
+        """Builds the task.
+
+        Raises:
+            DataError: if the file is no NPZ file, or an array is not what it should be; it names the array.
+        """
         arrays = self._read()
         given = {split: self._labels(arrays, split) for split in SPLITS if f"{split}_images" in arrays}
+        if "train" not in given:
+            raise DataError(f"{self.path}: there is no array 'train_images'; it has {listed(sorted(arrays), 20)}")
         images = {split: self._images(arrays, split, len(labels)) for split, labels in given.items()}
         names = self._class_names(arrays, given)
+        self._check_channels(images)
         datasets = {}
         for split, (origin, index) in self.deal({s: len(x) for s, x in given.items()}, name, seed).items():
             labels, pixels = given[origin][index], images[origin][index]
@@ -46,42 +59,143 @@ class NpzSource(ImageSource):
         return Task(name, names, **datasets, metric=self.metric, templates=tuple(self.templates or ()))
 
     def _read(self) -> dict[str, np.ndarray]:
+        """The arrays that could be meant; of those with other names, the names."""
         path = expand(self.path)
         if not path.is_file():
-            raise ValueError(f"{path}: there is no such file")
+            raise DataError(f"{path}: there is no such file")
+        arrays, key = {}, None
         try:
-            with np.load(path, allow_pickle=False) as file:
-                wanted = [key for key in file.files if key.endswith(("_images", f"_{self.labels}", "class_names"))]
-                return {key: file[key] for key in wanted}
-        except (ValueError, OSError, zipfile.BadZipFile) as error:
-            raise ValueError(f"{path}: not an NPZ file of plain arrays ({error})") from error
+            file = np.load(path, allow_pickle=False)
+            if isinstance(file, np.ndarray):
+                raise DataError(f"{path}: not an NPZ file but a single array: save it with np.savez")
+            with file:
+                for key in file.files:
+                    wanted = key.endswith(("_images", f"_{self.labels}", "class_names"))
+                    arrays[key] = file[key] if wanted else np.empty(0)
+        except DataError:
+            raise
+        except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            if key is None:
+                raise DataError(f"{path}: not an NPZ file of plain arrays ({reason_of(error)})") from error
+            if "Object arrays" in str(error):
+                raise DataError(
+                    f"{path}: {key} is an array of Python objects, which are never unpickled: save plain numbers or "
+                    f"names, with images of one shape"
+                ) from error
+            raise DataError(f"{path}: {key} cannot be read ({reason_of(error)}): the file is damaged") from error
+        return arrays
 
-    def _images(self, arrays: dict[str, Any], split: str, expected: int) -> Tensor:
+    def _images(self, arrays: Arrays, split: str, expected: int) -> Tensor:
         """uint8 (N, C, H, W)."""
-        images = arrays[f"{split}_images"]
-        if images.dtype != np.uint8 or images.ndim not in (3, 4) or len(images) != expected:
-            raise ValueError(
-                f"{self.path}: {split}_images must be uint8 ({expected}, H, W) or ({expected}, H, W, C), "
-                f"got {images.dtype} {images.shape}"
+        key = f"{split}_images"
+        images = arrays[key]
+        if images.dtype != np.uint8 or images.ndim not in (3, 4):
+            raise DataError(
+                f"{self.path}: {key} must be uint8 ({expected}, H, W) or ({expected}, H, W, C), "
+                f"got {images.dtype} {images.shape}{_way_to_bytes(images)}"
             )
+        if len(images) != expected:
+            raise DataError(f"{self.path}: there are {expected} {split}_{self.labels} for {len(images)} {key}")
+        if images.ndim == 4 and images.shape[1] in (1, 3, 4) and min(images.shape[2:]) > 4:
+            raise DataError(
+                f"{self.path}: {key} is {images.shape}: its channels come first, expected (N, H, W, C): save "
+                f"{key}.transpose(0, 2, 3, 1)"
+            )
+        if 0 in images.shape[1:]:
+            raise DataError(f"{self.path}: {key} is {images.shape}: its images are empty")
         tensor = torch.from_numpy(np.ascontiguousarray(images))
         return tensor[:, None] if tensor.ndim == 3 else tensor.permute(0, 3, 1, 2).contiguous()
 
-    def _labels(self, arrays: dict[str, Any], split: str) -> Tensor:
+    def _labels(self, arrays: Arrays, split: str) -> Tensor:
         key = f"{split}_{self.labels}"
         if key not in arrays:
-            raise ValueError(f"{self.path}: there is no array {key!r}; it has {', '.join(sorted(arrays))}")
-        if arrays[key].ndim != 1 or arrays[key].dtype.kind not in "iu":
-            raise ValueError(f"{self.path}: {key} must be integers (N,), got {arrays[key].dtype} {arrays[key].shape}")
-        return torch.from_numpy(arrays[key].astype(np.int64))
+            raise DataError(f"{self.path}: there is no array {key!r}; it has {listed(sorted(arrays), 20)}")
+        labels = arrays[key]
+        if labels.ndim != 1 or labels.dtype.kind not in "iu":
+            raise DataError(
+                f"{self.path}: {key} must be integers (N,), got {labels.dtype} {labels.shape}{_way_to_classes(labels)}"
+            )
+        return torch.from_numpy(labels.astype(np.int64))
 
-    def _class_names(self, arrays: dict[str, Any], labels: dict[str, Tensor]) -> tuple[str, ...]:
-        if not labels:
-            raise ValueError(f"{self.path}: there is no array 'train_images'")
+    def _class_names(self, arrays: Arrays, labels: Mapping[str, Tensor]) -> tuple[str, ...]:
         everything = torch.cat(list(labels.values()))
+        if len(everything) == 0:
+            raise DataError(f"{self.path}: there is not one sample in it")
         lowest, highest = int(everything.min()), int(everything.max())
         key = "class_names" if self.labels == "labels" else self.labels.removesuffix("labels") + "class_names"
-        names = tuple(str(name) for name in arrays[key]) if key in arrays else tuple(map(str, range(highest + 1)))
+        named = key in arrays
+        if named and (arrays[key].ndim != 1 or arrays[key].dtype.kind not in "US"):
+            raise DataError(f"{self.path}: {key} must be names (C,), got {arrays[key].dtype} {arrays[key].shape}")
+        names = tuple(map(_text, arrays[key])) if named else tuple(map(str, range(highest + 1)))
         if lowest < 0 or highest >= len(names):
-            raise ValueError(f"{self.path}: labels go from {lowest} to {highest}, and there are {len(names)} classes")
+            advice = ""
+            if lowest == 1 and highest == len(names):
+                advice = "; labels count from 0: save labels - 1"
+            elif lowest < 0:
+                advice = "; a label is the index of a class, from 0: leave out samples without a class"
+            raise DataError(
+                f"{self.path}: labels go from {lowest} to {highest}, and there are {len(names)} classes{advice}"
+            )
+        if lowest > 0 and not named:
+            rank_zero_warn(
+                f"{self.path}: labels go from {lowest} to {highest}, and labels count from 0: no sample is of class 0; "
+                f"save labels - {lowest}, unless that is so",
+                category=DataWarning,
+            )
         return names
+
+    def _check_channels(self, images: Mapping[str, Tensor]) -> None:
+        found = {split: pixels.shape[1:] for split, pixels in images.items()}
+        for split, (count, *sides) in found.items():
+            if self.channels is not None and count not in (1, 3):
+                cut = f": {split}_images[..., :3] leaves out transparency" if count == 4 else ""
+                raise DataError(
+                    f"{self.path}: {split}_images have {count} channels, which cannot become {self.channels}{cut}"
+                )
+            if self.channels is None and count != found["train"][0]:
+                raise DataError(
+                    f"{self.path}: {split}_images have {count} channels, train_images {found['train'][0]}: "
+                    f"give channels"
+                )
+            if self.image_size is None and sides != list(found["train"][1:]):
+                raise DataError(
+                    f"{self.path}: {split}_images are {sides[0]}×{sides[1]}, train_images "
+                    f"{found['train'][1]}×{found['train'][2]}: give image_size"
+                )
+
+
+def _text(name: np.str_ | np.bytes_) -> str:
+    return name.decode("utf-8", "replace") if isinstance(name, bytes) else str(name)
+
+
+def _way_to_bytes(images: np.ndarray) -> str:
+    """What to do with images of another dtype or shape."""
+    if images.dtype.kind == "f":
+        if not np.isfinite(images).all():
+            return ", and not all are finite numbers"
+        if images.size and images.min() >= 0 and images.max() <= 1:
+            return ": save (images * 255).round().astype(np.uint8)"
+        return f", from {images.min():g} to {images.max():g}: save them as bytes from 0 to 255" if images.size else ""
+    if images.dtype.kind in "iu" and images.dtype != np.uint8 and images.size:
+        if images.min() >= 0 and images.max() <= 255:
+            return ": save images.astype(np.uint8)"
+        return f", from {images.min()} to {images.max()}: save them as bytes from 0 to 255"
+    if images.dtype.kind == "b":
+        return ": save images.astype(np.uint8) * 255"
+    return ""
+
+
+def _way_to_classes(labels: np.ndarray) -> str:
+    """What to do with labels of another dtype or shape."""
+    if labels.ndim == 2 and labels.shape[1] == 1:
+        return ": save labels[:, 0]"
+    if labels.ndim == 2:
+        return ": save labels.argmax(axis=1) if there is one 1 in each row"
+    if labels.dtype.kind == "f":
+        missing = np.flatnonzero(~np.isfinite(labels))
+        if len(missing):
+            return f", and sample {missing[0]} has the label {labels[missing[0]]}"
+        return ": save labels.astype(np.int64)" if (labels == labels.round()).all() else ""
+    if labels.dtype.kind in "US":
+        return ": save names as class_names, and each sample's index in them (np.unique(…, return_inverse=True))"
+    return ": save labels.astype(np.int64)" if labels.dtype.kind == "b" else ""
