@@ -21,6 +21,7 @@ ABOUT = "Fine-tune one backbone on several tasks, merge them, mend the merge wit
 
 _MERGING = "freemerge.merging"
 _METHOD = "MergeMethod"
+_ABSTRACT = {_METHOD, "MatrixMethod"}
 
 
 def version() -> str:
@@ -64,7 +65,7 @@ def methods() -> dict[str, str]:
         found |= more
     return {
         name: (ast.get_docstring(modules[homes[name]]) or "").partition("\n")[0]
-        for name in sorted(found & homes.keys() - {_METHOD}, key=str.lower)
+        for name in sorted(found & homes.keys() - _ABSTRACT, key=str.lower)
     }
 
 

@@ -14,6 +14,7 @@ from freemerge.runtime.threads import load_linalg
 from freemerge.tensors.chunks import at_a_time
 
 _COLUMNS = 256  # computed with at a time
+_LEAST = 1e-3  # of the largest eigenvalue of a Gram matrix in float32: so much can be told from its rounding
 
 
 def left_spectrum(matrix: Tensor, tolerance: float) -> tuple[Tensor, Tensor]:
@@ -36,6 +37,40 @@ def left_spectrum(matrix: Tensor, tolerance: float) -> tuple[Tensor, Tensor]:
     values = squares.clamp(min=0).sqrt()
     rank = int((values > values[-1] * tolerance).sum())
     return directions[:, len(values) - rank :].flip(1), values[len(values) - rank :].flip(0)
+
+
+def leading_components(matrix: Tensor, rank: int, tolerance: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The largest components U, σ, Vᵀ of a wide matrix A = U diag(σ) Vᵀ.
+
+    Where they are all large, σ_r > 0.03·σ_1, their space is found from the Gram matrix in float32: as exactly as by a
+    singular value decomposition in float32, up to a factor of σ_1/(2σ_r). Within it, values and directions are found
+    anew in float64. That takes half of the time of `left_spectrum`, which finds the others.
+
+    Args:
+        matrix: A, (m, n) float32, m ≤ n.
+        rank: r, how many at most.
+        tolerance: see `left_spectrum`.
+
+    Returns:
+        (m, r), (r,) and (r, n) float32, largest first.
+    """
+    rank = min(rank, len(matrix))
+    if rank == 0:
+        return matrix[:, :0].clone(), matrix[:0, 0].clone(), matrix[:0].clone()
+    directions = None
+    if 2 * rank <= len(matrix):
+        load_linalg(matrix.device)
+        squares, found = torch.linalg.eigh(matrix @ matrix.T)
+        if float(squares[-rank]) > max(_LEAST, 2 * tolerance**2) * float(squares[-1]):
+            directions = found[:, -rank:]
+    if directions is None:
+        directions, values = (part[..., :rank].to(matrix.dtype) for part in left_spectrum(matrix, tolerance))
+        return directions, values, directions.div(values).T @ matrix
+    rows = directions.T @ matrix
+    turns, values = left_spectrum(rows, 0.0)
+    turns = turns.to(matrix.dtype)
+    values = values.to(matrix.dtype)
+    return directions @ turns, values, (turns / values).T @ rows
 
 
 def to_nearest_isometry_(matrix: Tensor, tolerance: float) -> Tensor:

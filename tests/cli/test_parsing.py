@@ -205,8 +205,9 @@ def test_every_method_is_in_the_help_of_merge_with_one_line(capsys) -> None:
         main(["merge", "--help"])
     out = capsys.readouterr().out
     lines = out[out.index("\nmethods:") : out.index("\nexample:")].splitlines()
-    for name in ("FRMerging", "PCBMerging", "Ties", "Dare", "TSVMerge", "IsoC", "PerPattern"):
-        assert sum(line.strip().startswith(name) for line in lines) == 1
+    for name in ("FRMerging", "PCBMerging", "Ties", "Dare", "TSVMerge", "IsoC", "IsoCTS", "ACEMerging", "PerPattern"):
+        assert sum(line.split()[:1] == [name] for line in lines) == 1
+    assert not any(line.split()[:1] == ["MatrixMethod"] for line in lines)  # nothing to merge with
     assert max(map(len, out[: out.index("\nmethods:")].splitlines())) <= 120
     assert "ENV:" not in out
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from freemerge.merging import (
+    ACEMerging,
     Breadcrumbs,
     Butterworth,
     Dare,
@@ -13,12 +14,14 @@ from freemerge.merging import (
     Gaussian,
     HighPass,
     IsoC,
+    IsoCTS,
     PCBMerging,
     PerPattern,
     TaskArithmetic,
     Ties,
     TSVMerge,
     WeightAverage,
+    WUDIMerging,
 )
 
 METHODS = [
@@ -49,6 +52,12 @@ METHODS = [
     TSVMerge(0.5),
     IsoC(),
     IsoC(1.3),
+    IsoC(filter=HighPass(0.1), align=True),
+    IsoCTS(),
+    ACEMerging(),
+    ACEMerging(form="released", filter=HighPass(0.1)),
+    WUDIMerging(steps=10),
+    WUDIMerging(solver="exact"),
     EMRMerging(0.4),
     PerPattern(PCBMerging(0.5), {"embed.*": FRMerging(), "re:.*bias": WeightAverage()}, scale=0.5),
 ]

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from freemerge.tensors.spectra import left_spectrum, rounding, to_nearest_isometry_
+from freemerge.tensors.spectra import leading_components, left_spectrum, rounding, to_nearest_isometry_
 
 
 def spectral(rows: int, columns: int, values: list[float]) -> torch.Tensor:
@@ -44,3 +44,24 @@ def test_the_nearest_isometry_is_the_polar_factor(shape):
     matrix.zero_()
     assert len(to_nearest_isometry_(matrix, 0.0)) == 0
     assert not matrix.any()
+
+
+@pytest.mark.parametrize("least", [0.5, 0.1, 0.02])
+@pytest.mark.parametrize("columns", [40, 300])
+def test_leading_components_are_those_of_a_decomposition(least, columns):
+    """Of matrices whose Gram matrix tells them in float32, and of one whose does not."""
+    matrix = spectral(40, columns, np.geomspace(1.0, least, 10).tolist() + [least / 4] * 30)
+    u, s, vh = np.linalg.svd(matrix.double().numpy(), full_matrices=False)
+    side, values, rows = leading_components(matrix, 10, rounding(40, columns))
+    np.testing.assert_allclose(values.numpy(), s[:10], rtol=2e-5)
+    np.testing.assert_allclose((side * values) @ rows, (u[:, :10] * s[:10]) @ vh[:10], atol=2e-5)
+    for factor in (side.T, rows):
+        np.testing.assert_allclose(factor @ factor.T, np.eye(10), atol=2e-5)
+
+
+def test_leading_components_of_less_than_asked_for():
+    matrix = spectral(9, 30, [1.0, 0.5])
+    side, values, rows = leading_components(matrix, 4, rounding(9, 30))
+    assert (side.shape, values.shape, rows.shape) == ((9, 2), (2,), (2, 30))
+    assert leading_components(matrix, 0, 0.0)[1].shape == (0,)
+    assert leading_components(torch.zeros(4, 6), 2, 0.0)[2].shape == (0, 6)

@@ -98,9 +98,9 @@ class FRMerging(MergeMethod):
 
     def _filter(self, delta: Tensor) -> tuple[float, float]:
         """Filter one vector in place; E|v| and E|G(v)|."""
-        before = _magnitude(delta)
+        before = magnitude(delta)
         self.filter.apply_(delta)
-        return before, _magnitude(delta)
+        return before, magnitude(delta)
 
 
 def alignment(after: Tensor, before: Tensor) -> Tensor:
@@ -132,7 +132,7 @@ def _magnitudes_(deltas: Tensor) -> Tensor:
     return eighths.sum(1, dtype=torch.float64) + magnitudes[:, even:].sum(1, dtype=torch.float64)
 
 
-def _magnitude(delta: Tensor) -> float:
+def magnitude(delta: Tensor) -> float:
     """E|v|. torch's own norm adds up in float32 without care, which is off by 3e-4 in a large weight, and is slower."""
     run = delta.reshape(-1)
     parts = run.split(at_a_time(_BLOCK, delta.device))

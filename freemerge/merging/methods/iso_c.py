@@ -8,48 +8,63 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from freemerge.merging.methods.base import MergeMethod, require_number, weighted_sum
+from freemerge.merging.methods.base import weighted_sum
+from freemerge.merging.methods.matrices import MatrixMethod, stack_shape
 from freemerge.merging.task_vectors import Vectors
 from freemerge.tensors.spectra import to_nearest_isometry_
 
 
 @dataclass(frozen=True)
-class IsoC(MergeMethod):
+class IsoC(MatrixMethod):
     """Flatten the spectrum of the summed task vectors, so that no task's directions rule. One pass.
 
     For a matrix, with Σ_k v_k = U diag(σ) Vᵀ: τ = scale · mean(σ) · U Vᵀ. Directions in which the sum has nothing but
-    rounding (σ ≤ ε·max(m, n)·σ_max) have no U and V to speak of and are left out, of the mean too. Tensors that are not
-    matrices are averaged, as in the released code.
+    rounding (σ ≤ ε·max(m, n)·σ_max) have no U and V to speak of and are left out, of the mean too. What is no matrix is
+    averaged; the released code averages convolutions and stacked experts too.
 
     Args:
         scale: multiplies the result.
+        filter: see `MatrixMethod`.
+        align: see `MatrixMethod`.
     """
 
-    statistics_fields: ClassVar = ()
     linear_in_scale: ClassVar = True
-    elementwise: ClassVar = True  # the sum is; `finish` is not
 
-    scale: float = 1.0
-
-    def __post_init__(self) -> None:
-        require_number(self, "scale", self.scale)
+    @property
+    def elementwise(self) -> bool:
+        return not self.align  # the sum is; `finish` is not
 
     @property
     def finishes(self) -> bool:
-        return True
+        return self.elementwise
 
     def collect_statistics(self, vectors: Vectors) -> frozenset[str]:
-        """Names of the matrices."""
-        return frozenset(name for name, shape in vectors.shapes.items() if len(shape) == 2)
+        """Names of what is summed as a matrix or a stack of them."""
+        return frozenset(name for name, shape in vectors.shapes.items() if stack_shape(name, shape) is not None)
 
     def combine(self, name: str, deltas: Tensor, statistics: frozenset[str]) -> Tensor:
+        if self.align:
+            return super().combine(name, deltas, statistics)
         return self.finish(name, self.combine_chunk(name, 0, deltas, statistics))
 
     def combine_chunk(self, name: str, start: int, deltas: Tensor, statistics: frozenset[str]) -> Tensor:
         return weighted_sum(deltas, 1.0 if name in statistics else self.scale / len(deltas))
 
     def finish(self, name: str, merged: Tensor) -> Tensor:
-        if merged.dim() != 2 or merged.numel() == 0:
+        shape = stack_shape(name, merged.shape)
+        if shape is None or merged.numel() == 0:
             return merged
-        values = to_nearest_isometry_(merged, max(merged.shape) * torch.finfo(merged.dtype).eps)
-        return merged.mul_(values.mean() * self.scale) if len(values) else merged
+        for matrix in merged.view(shape):
+            if self.filter is not None:  # it is linear: the filtered sum is the sum of what is filtered
+                self.filter.apply_(matrix)
+            flatten_spectrum_(matrix).mul_(self.scale)
+        return merged
+
+    def combine_matrix(self, name: str, matrices: Tensor) -> Tensor:
+        return flatten_spectrum_(weighted_sum(matrices, 1.0))
+
+
+def flatten_spectrum_(matrix: Tensor) -> Tensor:
+    """Give all singular values of a matrix, (m, n) float32, their mean, in place."""
+    values = to_nearest_isometry_(matrix, max(matrix.shape) * torch.finfo(matrix.dtype).eps)
+    return matrix.mul_(values.mean()) if len(values) else matrix

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from freemerge.merging.methods.base import MergeMethod, require_number, weighted_sum
-from freemerge.tensors.spectra import left_spectrum, rounding, to_nearest_isometry_
+from freemerge.merging.methods.matrices import MatrixMethod
+from freemerge.runtime.threads import each
+from freemerge.tensors.spectra import leading_components, rounding, to_nearest_isometry_
 
 
 @dataclass(frozen=True)
-class TSVMerge(MergeMethod):
+class TSVMerge(MatrixMethod):
     """Give each task its share of the singular directions of a matrix, and make the shares orthogonal. One pass.
 
     For a matrix of shape (m, n) and K tasks:
@@ -24,39 +25,32 @@ class TSVMerge(MergeMethod):
        singular value decomposition U = P D Qᵀ, U⊥ = P Qᵀ (orthogonal Procrustes).
     3. τ = scale · U⊥ diag(Σ_1 … Σ_K) V⊥ᵀ.
 
-    Tensors that are not matrices are averaged, as in the released code.
+    What is no matrix is averaged. The released code averages convolutions and stacked experts too.
 
     Args:
         scale: multiplies the result.
+        filter: see `MatrixMethod`.
+        align: see `MatrixMethod`.
     """
 
-    statistics_fields: ClassVar = ()
     linear_in_scale: ClassVar = True
 
-    scale: float = 1.0
-
-    def __post_init__(self) -> None:
-        require_number(self, "scale", self.scale)
-
-    def combine(self, name: str, deltas: Tensor, statistics: Any) -> Tensor:
-        if deltas.dim() != 3 or deltas[0].numel() == 0:
-            return weighted_sum(deltas, self.scale / len(deltas))
-        wide = deltas.shape[1] <= deltas.shape[2]
-        matrices = deltas if wide else deltas.mT  # (K, s, l), s ≤ l: singular vectors have a short and a long side
-        short, values, long = _leading(matrices, max(1, matrices.shape[1] // len(deltas)))
+    def combine_matrix(self, name: str, matrices: Tensor) -> Tensor:
+        wide = matrices.shape[1] <= matrices.shape[2]
+        turned = matrices if wide else matrices.mT  # (K, s, l), s ≤ l: singular vectors have a short and a long side
+        short, values, long = _leading(turned, max(1, turned.shape[1] // len(turned)))
         if not len(values):
-            return torch.zeros_like(deltas[0])
+            return torch.zeros_like(matrices[0])
         to_nearest_orthonormal_(short)
         to_nearest_orthonormal_(long)
-        short *= values * self.scale
+        short *= values
         return short @ long if wide else long.T @ short.T
 
 
 def _leading(matrices: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     """The leading components of K wide matrices, side by side: R ≤ K · rank in all.
 
-    They are found one model after the other, which takes less memory than side by side, and laid into that of the
-    matrices: components of a model take no more room than the model itself.
+    They are laid into the memory of the matrices: components of a model take no more room than the model itself.
 
     Args:
         matrices: (K, s, l) float32 with s ≤ l; overwritten.
@@ -66,18 +60,22 @@ def _leading(matrices: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     Returns:
         U (s, R) and Σ (R,) in new memory, and Vᵀ (R, l) in that of the matrices, all float32.
     """
-    memory = (matrices if matrices.is_contiguous() else matrices.mT).view(-1)
+    memory = (matrices if matrices.is_contiguous() else matrices.mT).view(len(matrices), -1)
     tolerance = rounding(*matrices.shape[1:])
-    sides, spectra, found = [], [], 0
-    for matrix in matrices:
-        side, values = (part[..., :rank].to(matrix.dtype, copy=True) for part in left_spectrum(matrix, tolerance))
-        rows = (side / values).T @ matrix
-        memory[found : found + rows.numel()] = rows.reshape(-1)
-        found += rows.numel()
-        sides.append(side)
-        spectra.append(values)
+
+    def decompose(index: int) -> tuple[Tensor, Tensor]:
+        side, values, rows = leading_components(matrices[index], rank, tolerance)
+        memory[index, : rows.numel()] = rows.reshape(-1)
+        return side, values
+
+    sides, spectra = zip(*each(decompose, range(len(matrices))), strict=True)
+    length, found, run = matrices.shape[2], 0, memory.view(-1)
+    for own, values in zip(memory, spectra, strict=True):  # close the gaps, from the first on
+        size = len(values) * length
+        run[found : found + size] = own[:size]
+        found += size
     values = torch.cat(spectra)
-    return torch.cat(sides, dim=1), values, memory[:found].view(len(values), matrices.shape[2])
+    return torch.cat(sides, dim=1), values, run[:found].view(len(values), length)
 
 
 def to_nearest_orthonormal_(matrix: Tensor) -> None:

@@ -170,7 +170,7 @@ class TestTSVMerge:
             torch.testing.assert_close(merged[name], vector[name], atol=1e-5, rtol=0)
 
     def test_what_is_no_matrix_is_averaged(self):
-        vectors = [{"b": normal(5, seed=seed), "c": normal(2, 3, 3, seed=seed)} for seed in range(2)]
+        vectors = [{"b": normal(5, seed=seed), "s": normal(1, seed=seed).reshape(())} for seed in range(2)]
         merged, mean = merge_task_vectors(vectors, TSVMerge()), merge_task_vectors(vectors, WeightAverage())
         assert all(torch.equal(merged[name], mean[name]) for name in mean)
 
