@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from freemerge.experts import Expert, load_expert
-from freemerge.experts.layerwise import substituted
+from freemerge.experts.running.layerwise import substituted
 
 WAYS = ("at once", "by layer")
 

@@ -1,16 +1,16 @@
 """Lightweight experts: extract them from a residual, pack them into small files, switch them in and out of a model."""
 
+from freemerge.experts.base import Expert, check_fits
 from freemerge.experts.codec import Encoding
-from freemerge.experts.exclusive import exclusive
-from freemerge.experts.expert import Expert, check_fits
 from freemerge.experts.extraction import STATISTICS, extract, extract_low_rank
 from freemerge.experts.files import check_hash, load_expert, save_expert
-from freemerge.experts.low_rank import LowRankExpert
-from freemerge.experts.masked import MaskedExpert, emr_experts
+from freemerge.experts.kinds.low_rank import LowRankExpert
+from freemerge.experts.kinds.masked import MaskedExpert, emr_experts
+from freemerge.experts.kinds.sparse import SparseExpert
 from freemerge.experts.mixing import mix
 from freemerge.experts.packed import PackedExpert
-from freemerge.experts.sparse import SparseExpert
-from freemerge.experts.switch import ExpertSwitch, attached
+from freemerge.experts.running.locks import exclusive
+from freemerge.experts.running.switch import ExpertSwitch, attached
 
 __all__ = [
     "STATISTICS",

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from freemerge.checkpoints.memory import find_tied
-from freemerge.experts.low_rank import LowRankExpert, matrix_shape
-from freemerge.experts.sparse import SparseExpert
+from freemerge.experts.kinds.low_rank import LowRankExpert, matrix_shape
+from freemerge.experts.kinds.sparse import SparseExpert
 from freemerge.merging import order_statistics
 from freemerge.tensors.patterns import select
 

@@ -21,9 +21,9 @@ from torch import Tensor
 
 from freemerge.checkpoints import CheckpointError, hash_tensors, save_checkpoint
 from freemerge.checkpoints.places import expand
+from freemerge.experts.base import Expert, expert_class, kind_of
 from freemerge.experts.codec import Encoding, decode_values, deflate, encode_values, inflate
-from freemerge.experts.expert import Expert, expert_class, kind_of
-from freemerge.experts.masked import MaskedExpert
+from freemerge.experts.kinds.masked import MaskedExpert
 
 FORMAT = "freemerge-expert-2"  # in the metadata as `kind`, with the kind of expert; "format" is safetensors' own
 _DTYPES = {"int4": torch.int8, "int8": torch.int8, "bf16": torch.bfloat16, "float32": torch.float32}

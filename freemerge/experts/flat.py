@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from freemerge.checkpoints.memory import find_tied
+from freemerge.experts.base import check_fits
 from freemerge.experts.codec import decode_positions
-from freemerge.experts.expert import check_fits
 from freemerge.experts.packed import PackedExpert
-from freemerge.experts.switch import forget_casts
-from freemerge.experts.ties import names_of_changes
+from freemerge.experts.running.switch import forget_casts
+from freemerge.experts.tied import names_of_changes
 from freemerge.merging.task_vectors import working_dtype
 
 

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import torch
 
-from freemerge.experts.expert import Expert
-from freemerge.experts.low_rank import LowRankExpert
-from freemerge.experts.sparse import SparseExpert
+from freemerge.experts.base import Expert
+from freemerge.experts.kinds.low_rank import LowRankExpert
+from freemerge.experts.kinds.sparse import SparseExpert
 
 
 def mix(experts: Sequence[Expert], weights: Sequence[float]) -> Expert:

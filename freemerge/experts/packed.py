@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from freemerge.experts.base import Expert, expert_class, kind_of
 from freemerge.experts.codec import ENCODINGS, decode_values, encode_values
-from freemerge.experts.expert import Expert, expert_class, kind_of
-from freemerge.experts.masked import MaskedExpert
+from freemerge.experts.kinds.masked import MaskedExpert
 
 
 class PackedExpert:

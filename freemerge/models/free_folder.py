@@ -22,7 +22,7 @@ from torch import nn
 from freemerge.checkpoints import CheckpointError, hash_tensors, load_checkpoint, save_checkpoint
 from freemerge.checkpoints.places import expand
 from freemerge.experts import PackedExpert, exclusive, load_expert, save_expert
-from freemerge.experts.expert import is_known, kind_of
+from freemerge.experts.base import is_known, kind_of
 from freemerge.models.backbones.base import Backbone, load_backbone
 from freemerge.models.by_task import TaskModules
 from freemerge.models.classes import arguments_of, import_class, is_own, make

@@ -26,9 +26,9 @@ from torch import Tensor, nn
 
 from freemerge.experts import Expert, LowRankExpert, PackedExpert, SparseExpert, attached, check_fits, exclusive, mix
 from freemerge.experts.flat import FlatWeights
-from freemerge.experts.layerwise import substituted
-from freemerge.experts.side_by_side import runs_side_by_side, side_by_side
-from freemerge.experts.ties import by_first_names, names_of_changes
+from freemerge.experts.running.layerwise import substituted
+from freemerge.experts.running.one_pass import runs_side_by_side, side_by_side
+from freemerge.experts.tied import by_first_names, names_of_changes
 from freemerge.inputs import Inputs, batch_size, device_of, select
 from freemerge.models.backbones.base import Backbone
 from freemerge.models.by_task import TaskModules

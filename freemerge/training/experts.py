@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from freemerge.experts import Encoding, Expert, check_fits
 from freemerge.experts.codec import decode_values, encode_values
-from freemerge.experts.layerwise import substituted
+from freemerge.experts.running.layerwise import substituted
 from freemerge.inputs import Inputs, batch_size
 from freemerge.models import Backbone
 from freemerge.training.distillation import Distillation

@@ -6,7 +6,7 @@ from torch import nn
 from torch.func import functional_call
 
 from freemerge.experts import Expert, extract, extract_low_rank
-from freemerge.experts.layerwise import substituted
+from freemerge.experts.running.layerwise import substituted
 
 
 def network() -> nn.Module:

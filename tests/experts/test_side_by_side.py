@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from freemerge.experts import LowRankExpert, PackedExpert, extract_low_rank
-from freemerge.experts.side_by_side import runs_side_by_side, side_by_side
+from freemerge.experts.running.one_pass import runs_side_by_side, side_by_side
 from freemerge.inputs import Inputs, select
 from tests.tiny import tiny_backbone, tiny_text_backbone
 
@@ -67,7 +67,7 @@ def test_every_group_gets_what_its_changed_weights_give(make, inputs: Inputs, co
 
 
 def test_large_packed_experts_are_unpacked_layer_by_layer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("freemerge.experts.side_by_side._SMALL", 0)
+    monkeypatch.setattr("freemerge.experts.running.one_pass._SMALL", 0)
     monkeypatch.setattr(PackedExpert, "unpacked", lambda self: pytest.fail("unpacked as a whole"))
     backbone = tiny_backbone().eval()
     expert = make_expert(backbone.weights(), 0)

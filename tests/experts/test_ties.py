@@ -9,8 +9,8 @@ from torch import nn
 
 from freemerge.experts import Expert, PackedExpert, attached, extract, extract_low_rank
 from freemerge.experts.flat import FlatWeights
-from freemerge.experts.layerwise import substituted
-from freemerge.experts.side_by_side import runs_side_by_side, side_by_side
+from freemerge.experts.running.layerwise import substituted
+from freemerge.experts.running.one_pass import runs_side_by_side, side_by_side
 from freemerge.merging import task_vector
 from freemerge.models import FreeModel, LanguageBackbone
 from freemerge.training import ExpertTrainer

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from freemerge.experts.expert import Expert
+from freemerge.experts.base import Expert
 from freemerge.merging.task_vectors import working_dtype
 
 

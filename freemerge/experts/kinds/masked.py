@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from freemerge.experts.expert import Expert
+from freemerge.experts.base import Expert
 from freemerge.merging import EMRMerging, emr_task_vector, merge_task_vectors
 from freemerge.merging.task_vectors import working_dtype
 

@@ -14,8 +14,8 @@ from typing import TypeVar
 from torch import Tensor, nn
 
 from freemerge.checkpoints.memory import find_tied
-from freemerge.experts.low_rank import LowRankExpert
-from freemerge.experts.sparse import SparseExpert
+from freemerge.experts.kinds.low_rank import LowRankExpert
+from freemerge.experts.kinds.sparse import SparseExpert
 
 Mixable = TypeVar("Mixable", SparseExpert, LowRankExpert)
 

@@ -17,10 +17,10 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from freemerge.experts.exclusive import exclusive
-from freemerge.experts.low_rank import LowRankExpert, matrix_shape
+from freemerge.experts.kinds.low_rank import LowRankExpert, matrix_shape
 from freemerge.experts.packed import PackedExpert
-from freemerge.experts.ties import layers_that_change
+from freemerge.experts.running.locks import exclusive
+from freemerge.experts.tied import layers_that_change
 from freemerge.inputs import Inputs, batch_size, device_of, select
 
 _SMALL = 1 << 18  # values, 1 MiB in float32

@@ -15,8 +15,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from freemerge.experts.exclusive import exclusive
-from freemerge.experts.ties import layers_that_change
+from freemerge.experts.running.locks import exclusive
+from freemerge.experts.tied import layers_that_change
 
 
 @contextmanager

@@ -13,10 +13,10 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from freemerge.experts.exclusive import exclusive
-from freemerge.experts.expert import Expert, check_fits
-from freemerge.experts.sparse import SparseExpert
-from freemerge.experts.ties import names_of_changes
+from freemerge.experts.base import Expert, check_fits
+from freemerge.experts.kinds.sparse import SparseExpert
+from freemerge.experts.running.locks import exclusive
+from freemerge.experts.tied import names_of_changes
 
 
 class ExpertSwitch:

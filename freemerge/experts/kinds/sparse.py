@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from freemerge.experts.base import Expert
 from freemerge.experts.codec import decode_positions, encode_positions
-from freemerge.experts.expert import Expert
 from freemerge.merging.task_vectors import working_dtype
 
 
