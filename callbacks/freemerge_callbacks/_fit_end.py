@@ -20,7 +20,7 @@ from torch import Tensor
 from freemerge.checkpoints import open_checkpoint
 from freemerge.checkpoints.formats.task_files import TaskRecord
 from freemerge.checkpoints.places import expand
-from freemerge.merging.api import parse_dtype
+from freemerge.merging import parse_dtype
 from freemerge_callbacks._base import FitBase, dtypes_of
 from freemerge_callbacks._best import best_checkpoint
 from freemerge_callbacks._weights import part_weights, refuse_placeholders

@@ -16,10 +16,7 @@ from torch import Tensor
 from freemerge.checkpoints import Checkpoint, hash_tensors, open_checkpoint
 from freemerge.checkpoints.places import expand
 from freemerge.checkpoints.writing.folder import MARKER, check_folder
-from freemerge.merging import MergeMethod, merge
-from freemerge.merging.api import parse_dtype
-from freemerge.merging.engine.plan import make_plan
-from freemerge.merging.engine.record import make_record
+from freemerge.merging import MergeMethod, make_plan, make_record, merge, parse_dtype
 from freemerge.tensors.patterns import compile_patterns
 from freemerge_callbacks._adapters import has_adapters
 from freemerge_callbacks._base import is_resumed, open_finetuned

@@ -18,8 +18,7 @@ from freemerge.checkpoints import open_checkpoint
 from freemerge.checkpoints.base_hashes import hash_base
 from freemerge.checkpoints.formats.task_files import read_record
 from freemerge.data import TaskSuite
-from freemerge.merging import FRMerging, MergeMethod, TaskArithmetic, merge
-from freemerge.merging.engine.plan import Plan, make_plan
+from freemerge.merging import FRMerging, MergeMethod, Plan, Reader, TaskArithmetic, make_plan, merge
 from freemerge.tensors.patterns import compile_patterns
 from freemerge_callbacks._base import FitBase, dtypes_of, open_finetuned
 from freemerge_callbacks._batches import BatchFormat
@@ -183,7 +182,8 @@ class MergePreview(Callback):
             return
         weights = part_weights(trainer, pl_module, self.backbone, "MergePreview")
         filter = getattr(self.method, "filter", None) or FRMerging().filter
-        self.similarity = similarity(self._plan(weights).vectors(), filter)
+        plan = self._plan(weights)
+        self.similarity = similarity(Reader(plan).vectors().subset(plan.weights), filter)
         self._logged = similarity_metrics(self.similarity, distinct_names(list(self._found.values())))
         if (trainer.current_epoch + 1) % self.every_n_epochs == 0:
             merged = self._placed(pl_module, self._merge(weights))

@@ -13,8 +13,7 @@ from torch import Tensor
 from freemerge.checkpoints.base_hashes import find_prefix
 from freemerge.checkpoints.formats.task_files import TaskRecord, write_task_file
 from freemerge.checkpoints.places import expand
-from freemerge.merging import task_vector
-from freemerge.merging.api import parse_dtype
+from freemerge.merging import parse_dtype, task_vector
 from freemerge_callbacks._best import best_state, completed
 from freemerge_callbacks._fit_end import FitEndCallback
 from freemerge_callbacks._ranks import on_rank_zero

@@ -21,7 +21,7 @@ from freemerge.experts.codec import decode_positions
 from freemerge.experts.packed import PackedExpert
 from freemerge.experts.running.switch import forget_casts
 from freemerge.experts.tied import names_of_changes
-from freemerge.merging.task_vectors import working_dtype
+from freemerge.tensors.differences import working_dtype
 
 
 class _Target(NamedTuple):

@@ -1,8 +1,14 @@
 """The merging algorithms and the engine that runs them: task vectors in, one merged model out."""
 
 from freemerge.errors import MergeError, MergeWarning
-from freemerge.merging.api import merge
+from freemerge.merging.algebra import apply_task_vector, merge_task_vectors, task_vector
+from freemerge.merging.api import merge, merge_to, plan_merge
 from freemerge.merging.engine.estimate import Estimate
+from freemerge.merging.engine.job import parse_dtype
+from freemerge.merging.engine.plan import Plan, make_plan
+from freemerge.merging.engine.reader import Reader
+from freemerge.merging.engine.record import describe_method, make_record
+from freemerge.merging.engine.search import Candidates
 from freemerge.merging.methods.ace import ACEMerging
 from freemerge.merging.methods.base import MergeMethod
 from freemerge.merging.methods.breadcrumbs import Breadcrumbs
@@ -13,20 +19,23 @@ from freemerge.merging.methods.fr import FRMerging
 from freemerge.merging.methods.iso_c import IsoC
 from freemerge.merging.methods.iso_cts import IsoCTS
 from freemerge.merging.methods.matrices import MatrixMethod
+from freemerge.merging.methods.parameters import get_field, replace_fields
 from freemerge.merging.methods.pcb import PCBMerging
 from freemerge.merging.methods.per_pattern import PerPattern
+from freemerge.merging.methods.scales import has_scale, rescaled
 from freemerge.merging.methods.task_arithmetic import TaskArithmetic
 from freemerge.merging.methods.ties import Ties
 from freemerge.merging.methods.tsv import TSVMerge
 from freemerge.merging.methods.weight_average import WeightAverage
 from freemerge.merging.methods.wudi import WUDIMerging
-from freemerge.merging.task_vectors import Vectors, apply_task_vector, merge_task_vectors, task_vector
+from freemerge.merging.task_vectors import Vectors
 from freemerge.tensors.order_statistics import order_statistics
 
 __all__ = [
     "ACEMerging",
     "Breadcrumbs",
     "Butterworth",
+    "Candidates",
     "Dare",
     "EMRMerging",
     "Estimate",
@@ -43,6 +52,8 @@ __all__ = [
     "NyquistDisc",
     "PCBMerging",
     "PerPattern",
+    "Plan",
+    "Reader",
     "TSVMerge",
     "TaskArithmetic",
     "Ties",
@@ -50,9 +61,19 @@ __all__ = [
     "WUDIMerging",
     "WeightAverage",
     "apply_task_vector",
+    "describe_method",
     "emr_task_vector",
+    "get_field",
+    "has_scale",
+    "make_plan",
+    "make_record",
     "merge",
     "merge_task_vectors",
+    "merge_to",
     "order_statistics",
+    "parse_dtype",
+    "plan_merge",
+    "replace_fields",
+    "rescaled",
     "task_vector",
 ]

@@ -9,29 +9,20 @@ Notation: K models, D merged parameters in all.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from freemerge.checkpoints.buffers import is_statistic
-from freemerge.checkpoints.memory import find_tied, flat_range
-from freemerge.errors import MergeError
-from freemerge.runtime.pages import fresh
 from freemerge.runtime.processes import Processes
 from freemerge.runtime.reading import keep_files_open
 from freemerge.runtime.threads import each, run
-from freemerge.tensors.chunks import CHUNK, Chunk, at_a_time, chunks, read_ahead
+from freemerge.tensors.chunks import CHUNK, Chunk, chunks, read_ahead
+from freemerge.tensors.differences import blocks, flat
 from freemerge.tensors.order_statistics import Scan
-from freemerge.tensors.rounding import IN_MEMORY, to_stored
-
-if TYPE_CHECKING:
-    from freemerge.merging.methods.base import MergeMethod
 
 _Value = TypeVar("_Value")
 
-COLUMNS = 1 << 17  # of a whole tensor read at a time: of what is computed from it, no copy is ever whole
-BLOCK = 1 << 15  # columns of a whole tensor of K models that are looked at at a time, by several threads side by side
 _SAMPLE_RUNS = 1024
 _SAMPLE_RUN = 128  # neighbours cost next to nothing to read, and tell less than their number
 _RUNS_OF_TENSOR, _RUN_OF_TENSOR = 32, 1024  # every run costs as much as many values
@@ -262,190 +253,3 @@ class Vectors:
 
     def __len__(self) -> int:
         return len(self.shapes)
-
-
-def task_vector(base: Mapping[str, Tensor], finetuned: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """τ = θ_ft − θ_base over the floating-point tensors of the base.
-
-    Args:
-        base: the pretrained model's tensors.
-        finetuned: the fine-tuned model's tensors; names that the base does not have are ignored.
-
-    Returns:
-        name → float32 tensor of the base's shape, in memory of its own. Names that are one tensor in both models are
-        one tensor.
-
-    Raises:
-        MergeError: a tensor is missing from `finetuned` or has another shape.
-    """
-    vector: dict[str, Tensor] = {}
-    tied, theirs = find_tied(base), find_tied(finetuned)
-    for name, tensor in base.items():
-        if not tensor.is_floating_point():
-            continue
-        if name not in finetuned:
-            raise MergeError(f"the fine-tuned model has no tensor '{name}', which the base has")
-        other = finetuned[name]
-        if other.shape != tensor.shape:
-            raise MergeError(
-                f"the tensor '{name}' has shape {list(other.shape)} in the fine-tuned model and {list(tensor.shape)} "
-                "in the base"
-            )
-        first = tied.get(name)
-        both = first is not None and theirs.get(name, name) == theirs.get(first, first)
-        vector[name] = vector[first] if both else differences(tensor, [other])[0]
-    return vector
-
-
-def apply_task_vector(
-    base: Mapping[str, Tensor], vector: Mapping[str, Tensor], scale: float = 1.0
-) -> dict[str, Tensor]:
-    """θ = θ_base + scale · τ, in float32 and returned in the base's dtypes.
-
-    Statistics of batch norms lie between the base's and the vector's: for them λ counts as 0 at least and 1 at most.
-
-    Args:
-        base: the pretrained model's tensors.
-        vector: name → task vector of the base's shape; tensors of the base that it does not name stay as they are.
-        scale: λ.
-
-    Returns:
-        All tensors of the base, in memory of their own.
-
-    Raises:
-        MergeError: `vector` names a tensor that the base does not have, or has another shape; or a value is NaN or
-            infinite, or would be in the base's dtype.
-    """
-    for name, delta in vector.items():
-        if name not in base:
-            raise MergeError(f"the task vector has a tensor '{name}', which the base does not have")
-        if delta.shape != base[name].shape:
-            raise MergeError(
-                f"the tensor '{name}' has shape {list(delta.shape)} in the task vector and {list(base[name].shape)} in "
-                "the base"
-            )
-    scales = {False: scale, True: min(max(scale, 0.0), 1.0)}
-    return {
-        name: add(name, tensor, scales[is_statistic(name)] * vector[name].to(tensor.device))
-        if name in vector
-        else tensor.detach().clone()
-        for name, tensor in base.items()
-    }
-
-
-def merge_task_vectors(vectors: Sequence[Mapping[str, Tensor]], method: MergeMethod) -> dict[str, Tensor]:
-    """Merge task vectors that are in memory.
-
-    Args:
-        vectors: one mapping per task, all with the same names and shapes.
-        method: how to merge.
-
-    Returns:
-        name → merged task vector, float32, in memory of its own.
-
-    Raises:
-        MergeError: no vectors, or names or shapes that differ.
-    """
-    if not vectors:
-        raise MergeError("there are no task vectors to merge")
-    first = vectors[0]
-    for index, vector in enumerate(vectors[1:], start=1):
-        if differing := sorted(vector.keys() ^ first.keys()):
-            raise MergeError(f"task vectors 0 and {index} differ in their tensors, first in '{differing[0]}'")
-        for name, delta in vector.items():
-            if delta.shape != first[name].shape:
-                raise MergeError(
-                    f"the tensor '{name}' has shape {list(delta.shape)} in task vector {index} and "
-                    f"{list(first[name].shape)} in task vector 0"
-                )
-
-    def read(name: str) -> Tensor:
-        return torch.stack([vector[name].detach().to(torch.float32) for vector in vectors])
-
-    def read_chunk(chunk: Chunk) -> Tensor:
-        return torch.stack(
-            [flat_range(vector[chunk.name].detach(), *chunk[1:]).to(torch.float32) for vector in vectors]
-        )
-
-    labels = [f"task {index}" for index in range(len(vectors))]
-    shapes = {name: delta.shape for name, delta in first.items() if not is_statistic(name)}
-    source = Vectors(labels, shapes, read, read_chunk)
-    method.check(source.labels)
-    statistics = method.collect_statistics(source)
-    merged = {name: method.combine(name, deltas, statistics) for name, deltas in source}
-    return {name: merged[name] if name in merged else read(name).mean(dim=0) for name in first}
-
-
-def differences(base: Tensor, tensors: Sequence[Tensor], out: Tensor | None = None) -> Tensor:
-    """θ_k − θ_base for K models.
-
-    Args:
-        base: any shape, any floating-point dtype.
-        tensors: K tensors of that shape, in any floating-point dtypes.
-        out: (K, *shape) float32 on the base's device, to write to; new memory if None.
-
-    Returns:
-        (K, *shape) float32 on the base's device. float64 operands are subtracted in float64.
-    """
-    reference = base.detach().to(working_dtype(base.dtype))
-    deltas = torch.empty(len(tensors), *base.shape, dtype=torch.float32, device=base.device) if out is None else out
-    for tensor, delta in zip(tensors, deltas, strict=True):
-        subtract(reference, tensor.detach().to(base.device), delta)
-    return deltas
-
-
-def subtract(base: Tensor, tensor: Tensor, out: Tensor) -> None:
-    """Write θ − θ_base of one model.
-
-    Args:
-        base: any shape, float32 or float64.
-        tensor: that shape, in any floating-point dtype.
-        out: (*shape) float32, where it is written. float64 operands are subtracted in float64.
-    """
-    if base.dtype is tensor.dtype is torch.float32:
-        torch.sub(tensor, base, out=out)
-    elif torch.float64 in (base.dtype, tensor.dtype):
-        out.copy_(tensor.double() - base.double())
-    else:
-        out.copy_(tensor).sub_(base)  # a difference of two dtypes would convert to new memory first
-
-
-def flat(deltas: Tensor) -> Tensor:
-    """(K, *shape) → (K, n), for scalars and empty tensors too."""
-    return deltas.reshape(len(deltas), deltas.shape[1:].numel())
-
-
-def blocks(values: Tensor) -> tuple[Tensor, ...]:
-    """A whole tensor of K models, (K, n), in parts (K, ≤ n) that suit where it is; views."""
-    return values.split(at_a_time(BLOCK, values.device, len(values)), dim=1)
-
-
-def add(name: str, base: Tensor, delta: Tensor, method: MergeMethod | None = None) -> Tensor:
-    """θ_base + τ, rounded to the base's dtype once; in new memory.
-
-    Args:
-        name: of the tensor, for messages.
-        base: any shape, any floating-point dtype.
-        delta: the same shape, float32.
-        method: what merged τ, for messages.
-
-    Raises:
-        MergeError: a value is NaN or infinite, or would be in the base's dtype.
-    """
-    return to_stored(add_wide(base, delta), base.dtype, name, method, IN_MEMORY)
-
-
-def add_wide(base: Tensor, delta: Tensor) -> Tensor:
-    """θ_base + τ in float32, or float64 for a float64 base; in new memory."""
-    return base.detach().to(working_dtype(base.dtype)) + delta
-
-
-def widened(tensor: Tensor) -> Tensor:
-    """The tensor in its working dtype; itself if it is in it already."""
-    dtype = working_dtype(tensor.dtype)
-    return tensor if tensor.dtype == dtype else fresh(tensor.shape, dtype, tensor.device).copy_(tensor)
-
-
-def working_dtype(*dtypes: torch.dtype) -> torch.dtype:
-    """float64 if any dtype is float64, else float32: narrower types are never computed in."""
-    return torch.float64 if torch.float64 in dtypes else torch.float32

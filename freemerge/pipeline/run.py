@@ -44,9 +44,7 @@ from freemerge.checkpoints.places import expand
 from freemerge.data import TaskSuite
 from freemerge.evaluation import Report, mean_score
 from freemerge.experts import load_expert, save_expert
-from freemerge.merging import merge, task_vector
-from freemerge.merging.engine.search import Candidates
-from freemerge.merging.methods.scales import has_scale, rescaled
+from freemerge.merging import Candidates, has_scale, merge, rescaled, task_vector
 from freemerge.models import FreeModel
 from freemerge.pipeline.artifacts import Artifacts
 from freemerge.pipeline.cache import find, store

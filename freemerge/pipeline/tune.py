@@ -29,10 +29,7 @@ from freemerge.checkpoints import hash_tensors, save_checkpoint
 from freemerge.checkpoints.places import expand
 from freemerge.evaluation import Report, Row, mean_score
 from freemerge.evaluation.report import comparable
-from freemerge.merging import MergeMethod
-from freemerge.merging.engine.record import describe_method
-from freemerge.merging.engine.search import Candidates
-from freemerge.merging.methods.scales import rescaled
+from freemerge.merging import Candidates, MergeMethod, describe_method, rescaled
 from freemerge.pipeline.artifacts import Artifacts
 from freemerge.pipeline.measure import Measure
 from freemerge.pipeline.others import Others

@@ -6,8 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, get_args, get_type_hints
 
-from freemerge.merging import MergeMethod
-from freemerge.merging.methods.parameters import get_field, replace_fields
+from freemerge.merging import MergeMethod, get_field, replace_fields
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from freemerge.experts.base import Expert
-from freemerge.merging.task_vectors import working_dtype
+from freemerge.tensors.differences import working_dtype
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from freemerge.experts.base import Expert
 from freemerge.merging import EMRMerging, emr_task_vector, merge_task_vectors
-from freemerge.merging.task_vectors import working_dtype
+from freemerge.tensors.differences import working_dtype
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from freemerge.experts.base import Expert
 from freemerge.experts.codec import decode_positions, encode_positions
-from freemerge.merging.task_vectors import working_dtype
+from freemerge.tensors.differences import working_dtype
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,8 @@ from freemerge.checkpoints.vocabulary import ties_embeddings
 from freemerge.errors import MergeError
 from freemerge.merging.engine.record import make_adapter_card
 from freemerge.merging.matching.vocabulary import is_embedding
-from freemerge.merging.task_vectors import Vectors, working_dtype
+from freemerge.merging.task_vectors import Vectors
+from freemerge.tensors.differences import working_dtype
 from freemerge.tensors.low_rank import factorize, squared_error
 from freemerge.tensors.rounding import round_to
 

@@ -9,7 +9,7 @@ import torch
 
 from freemerge.checkpoints import TensorSpec
 from freemerge.merging.engine.executor import MERGED_BY_CHUNKS, copies_of_largest
-from freemerge.merging.engine.plan import Plan
+from freemerge.merging.engine.reader import Reader
 from freemerge.merging.methods.base import MergeMethod
 from freemerge.runtime.threads import team_size
 from freemerge.tensors.chunks import CHUNK
@@ -27,7 +27,7 @@ class Estimate:
         passes: how many times the models are read.
         read: bytes read in all passes, without the hashing of the inputs.
         memory: bytes of working memory beyond the imported libraries', and beyond the result where that is in memory;
-            about, and at most.
+            an approximate upper bound.
         files: file name → bytes of its tensors, of what would be written.
     """
 
@@ -51,17 +51,20 @@ class Estimate:
         )
 
 
-def estimate(plan: Plan, method: MergeMethod, shards: Mapping[str, Mapping[str, TensorSpec]], read: int) -> Estimate:
+def estimate(
+    reader: Reader, method: MergeMethod, shards: Mapping[str, Mapping[str, TensorSpec]], read: int
+) -> Estimate:
     """What a merge would do.
 
     Args:
-        plan: the merge.
+        reader: reads what the plan of the merge says.
         method: its method.
         shards: file name → specs of its tensors, of what would be written.
         read: bytes it would read.
     """
+    plan = reader.plan
     sizes = [shape.numel() for shape in plan.shapes.values()]
-    chunks = team_size() * MERGED_BY_CHUNKS * (plan.chunk or CHUNK)
+    chunks = team_size() * MERGED_BY_CHUNKS * (reader.chunk or CHUNK)
     whole = copies_of_largest(method, len(plan.models)) * max(sizes)
     return Estimate(
         plan.merged,

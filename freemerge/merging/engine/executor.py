@@ -1,4 +1,6 @@
-"""The work of a merge: every tensor of the result is computed once and handed to where it belongs.
+"""The executor of all merges: every tensor of the result is computed once and handed to where it belongs.
+
+Memory, files, a search: they differ in the reader and the sink alone.
 
 - Elementwise methods see chunks that fit into the processor's cache, one in each thread.
 - Other methods see whole tensors, as many at a time as a fixed number of copies of the largest one allows.
@@ -7,27 +9,26 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from freemerge.checkpoints import TensorSpec
-from freemerge.errors import MergeError
-from freemerge.merging.engine.plan import Operands, Plan
+from freemerge.merging.engine.combiner import Combiner
+from freemerge.merging.engine.meter import Meter
+from freemerge.merging.engine.reader import Operands, Reader
 from freemerge.merging.methods.base import MergeMethod
-from freemerge.merging.task_vectors import Vectors, add_wide, working_dtype
 from freemerge.runtime.pages import Pool, fresh
-from freemerge.runtime.processes import Processes
 from freemerge.runtime.threads import run
 from freemerge.tensors.chunks import CHUNK, Chunk, chunks
+from freemerge.tensors.differences import add_wide, working_dtype
 from freemerge.tensors.rounding import round_to, to_stored
 
 MERGED_BY_CHUNKS = 8  # float32 copies of a chunk of all models that a thread has at a time, about
 _RUN = 1 << 17  # values of a whole tensor that are rounded and written at a time
-_REPORTED = 1 << 24  # bytes read between two reports
 
 
 def copies_of_largest(method: MergeMethod, models: int) -> int:
@@ -68,77 +69,39 @@ class Memory(dict[str, Tensor]):
         self[name].view(-1)[start : start + values.numel()] = values.reshape(-1)
 
 
-class Meter:
-    """Counts the bytes that a merge reads, and reports them.
-
-    Args:
-        plan: the merge.
-        method: its method, which knows how many passes it makes.
-        report: called with the bytes read so far and in all; None for nobody.
-        processes: how many share the reading.
-    """
-
-    def __init__(
-        self, plan: Plan, method: MergeMethod, report: Callable[[int, int], None] | None = None, processes: int = 1
-    ) -> None:
-        self._plan = plan
-        self._report = report
-        self._lock = threading.Lock()
-        self.total = method.passes * sum(map(self._bytes, plan.merged)) // processes
-        self._done = self._reported = 0
-
-    def vectors(self, processes: Processes, averaged: bool = False) -> Vectors:
-        """The models' task vectors, whose reading counts; see `Plan.vectors`."""
-        vectors = self._plan.vectors(processes, averaged)
-        if self._report is None:
-            return vectors
-
-        def count(what: str | Chunk, deltas: Tensor) -> Tensor:
-            self.count(what)
-            return deltas
-
-        return vectors.through(count, count)
-
-    def count(self, what: str | Chunk) -> None:
-        """A tensor, or a chunk of one, was read of all models."""
-        if self._report is None:
-            return
-        with self._lock:
-            self._done += self._bytes(what)
-            due = self._done - self._reported >= _REPORTED or self._done >= self.total
-            self._reported = self._done if due else self._reported
-            done = min(self._done, self.total)
-        if due:
-            self._report(done, self.total)
-
-    def _bytes(self, what: str | Chunk) -> int:
-        name, values = (what.name, what.stop - what.start) if isinstance(what, Chunk) else (what, None)
-        models = [model for model in (self._plan.base, *self._plan.models) if model.has(name)]
-        if values is None:
-            values = torch.Size(self._plan.base.spec(name).shape).numel()
-        return values * sum(model.spec(name).dtype.itemsize for model in models)
-
-
-class Merging:
+class Executor:
     """Merges tensors of a plan.
 
     Args:
-        plan: the merge.
-        method: its method.
-        statistics: what the method's survey returned.
+        reader: reads what the plan says.
+        combiner: the method with its statistics.
         sink: where the result goes.
-        meter: counts what is read.
+        meter: counts what is read; None for nobody.
+        onto_base: whether what is merged is added to the base and rounded to the result's dtype; else the sink gets the
+            float32 differences.
+        advice: what to do about values that do not fit into the result's dtype, see `round_to`.
     """
 
-    def __init__(self, plan: Plan, method: MergeMethod, statistics: Any, sink: Sink, meter: Meter) -> None:
+    def __init__(
+        self,
+        reader: Reader,
+        combiner: Combiner,
+        sink: Sink,
+        meter: Meter | None = None,
+        *,
+        onto_base: bool = True,
+        advice: str | None = None,
+    ) -> None:
+        plan, method = reader.plan, combiner.method
         self._plan = plan
-        self._method = method
-        self._statistics = statistics
+        self._reader = reader
+        self._combiner = combiner
         self._sink = sink
         self._meter = meter
+        self._onto_base = onto_base
+        self._advice = advice
         self._shapes = {name: torch.Size(spec.shape) for name, spec in plan.specs.items()}
         self._merged = set(plan.merged)
-        self._averaged = plan.averaged
         # With one model the sum is the model's own vector, which is better seen as a whole (see `_merge`).
         self._finishes = method.finishes and len(plan.models) > 1
         self._whole = copies_of_largest(method, len(plan.models)) > 0
@@ -153,17 +116,18 @@ class Merging:
             names: of the result, none of them tied to another.
 
         Raises:
-            MergeError: a value is NaN or infinite, or a method returns another shape than it should.
+            MergeError: a value is NaN or infinite or does not fit into the result's dtype, or a method returns another
+                shape than it should.
         """
         largest = max((self._shapes[name].numel() for name in names if self._takes_whole(name)), default=0)
-        budget = copies_of_largest(self._method, len(self._plan.models)) * largest
+        budget = copies_of_largest(self._combiner.method, len(self._plan.models)) * largest
         self._pool = Pool(4 * len(self._plan.models) * largest)
         # What finishes works on chunks as well, so their memory is to be used again, and whole tensors' is not.
         returned = 5 * CHUNK if largest and self._finishes else None
         run(self._work, self._jobs(names), cost=self._cost if largest else None, budget=budget, returned=returned)
 
     def _takes_whole(self, name: str) -> bool:
-        return self._whole and name in self._merged and name not in self._averaged
+        return self._whole and name in self._merged and name not in self._plan.averaged
 
     def _jobs(self, names: Sequence[str]) -> Iterator[str | Chunk]:
         for name in names:
@@ -173,7 +137,7 @@ class Merging:
                 yield from self._chunks(name)
 
     def _chunks(self, name: str) -> Iterator[Chunk]:
-        return chunks({name: self._shapes[name]}, len(self._plan.models), self._plan.chunk)
+        return chunks({name: self._shapes[name]}, len(self._plan.models), self._reader.chunk)
 
     def _cost(self, job: str | Chunk) -> int:
         return 0 if isinstance(job, Chunk) else self._copies * self._shapes[job].numel()
@@ -186,18 +150,18 @@ class Merging:
             elif self._finishes and not isinstance(job, Chunk) and self._shapes[name].numel():
                 self._merge_by_chunks(name)
             elif isinstance(job, Chunk):
-                self._merge(name, self._plan.read_again(job))
+                self._merge(name, self._reader.read_again(job))
             else:
                 self._merge_whole(name)
-            if name in self._merged:
+            if name in self._merged and self._meter is not None:
                 self._meter.count(job)
 
     def _keep(self, what: str | Chunk) -> None:
         """Copy the base's values."""
         name, start = (what.name, what.start) if isinstance(what, Chunk) else (what, 0)
-        values, dtype = self._plan.read_base(what), self._plan.output_dtype(name)
+        values, dtype = self._reader.read_base(what), self._plan.output_dtype(name)
         if dtype != values.dtype:
-            values = round_to(values.to(working_dtype(values.dtype)), dtype, name)
+            values = round_to(values.to(working_dtype(values.dtype)), dtype, name, self._advice)
         self._hand_on(name, start, values)
 
     def _merge_by_chunks(self, name: str) -> None:
@@ -206,24 +170,23 @@ class Merging:
         with self._lent(shape.numel()) as memory:
             merged = memory[: shape.numel()]
             for chunk in self._chunks(name):
-                operands = self._plan.read_again(chunk)
-                part = self._combine(name, chunk.start, operands.deltas, operands.base.shape)
-                merged[chunk.start : chunk.stop] = part
-            merged = self._checked(name, self._method.finish(name, merged.view(shape)), shape).reshape(-1)
+                operands = self._reader.read_again(chunk)
+                merged[chunk.start : chunk.stop] = self._combiner.chunk(name, chunk.start, operands.deltas)
+            merged = self._combiner.finish(name, merged.view(shape)).reshape(-1)
             for chunk in self._chunks(name):
-                base = self._plan.read_base(chunk)
-                self._put(name, chunk.start, add_wide(base, merged[chunk.start : chunk.stop]))
+                part = merged[chunk.start : chunk.stop]
+                self._put(name, chunk.start, part, self._reader.read_base(chunk) if self._onto_base else None)
 
     def _merge_whole(self, name: str) -> None:
         """Merge a tensor that the method has to see whole."""
         with self._lent(len(self._plan.models) * self._shapes[name].numel()) as memory:
-            self._merge(name, self._plan.read(name, memory))
+            self._merge(name, self._reader.read(name, memory))
 
     @contextmanager
     def _lent(self, values: int) -> Iterator[Tensor]:
         """Memory for at least so many values, (n,) float32 with arbitrary contents; torch pools a GPU's own."""
-        if self._plan.place.type != "cpu":
-            yield fresh((values,), torch.float32, self._plan.place)
+        if self._reader.place.type != "cpu":
+            yield fresh((values,), torch.float32, self._reader.place)
             return
         memory = self._pool.take(4 * values)
         try:
@@ -235,44 +198,47 @@ class Merging:
         """Merge a tensor or a chunk of one."""
         base, deltas, single, start = operands
         del operands
-        if single is None:
-            shape, on_cpu = base.shape, base.device.type == "cpu"
-            again = start is None and on_cpu and shape.numel() > _RUN  # a whole tensor is rather read twice than kept
-            if again:
-                del base
-            merged = self._combine(name, start, deltas, shape).reshape(-1)
-            del deltas  # K tensors, perhaps
-            step = _RUN if on_cpu else max(1, len(merged))
-            for first in range(0, max(1, len(merged)), step):  # neither sums nor rounded values are ever whole
-                stop = min(first + step, len(merged))
-                own = self._plan.read_base(Chunk(name, first, stop)) if again else base.reshape(-1)[first:stop]
-                self._put(name, (start or 0) + first, add_wide(own, merged[first:stop]))
+        if single is not None and self._onto_base:
+            self._merge_single(name, base, deltas, single, start)
             return
+        on_cpu, values = base.device.type == "cpu", base.numel()
+        again = start is None and on_cpu and values > _RUN  # a whole tensor is rather read twice than kept
+        if again or not self._onto_base:
+            del base
+        merged = self._combine(name, start, deltas).reshape(-1)
+        del deltas  # K tensors, perhaps
+        step = _RUN if on_cpu else max(1, values)
+        for first in range(0, max(1, values), step):  # neither sums nor rounded values are ever whole
+            stop = min(first + step, values)
+            own = None
+            if self._onto_base:
+                own = self._reader.read_base(Chunk(name, first, stop)) if again else base.reshape(-1)[first:stop]
+            self._put(name, (start or 0) + first, merged[first:stop], own)
+
+    def _merge_single(self, name: str, base: Tensor, deltas: Tensor, single: Tensor, start: int | None) -> None:
+        """Merge a single model: where its entry comes through unchanged, the result is the model's own value.
+
+        base + (model − base) is meant to be that, and in floating point it is not always.
+        """
         before = deltas[0].clone()  # a method may overwrite what it is given
-        merged = self._combine(name, start, deltas, base.shape)
-        # Where a single model's entry comes through unchanged, base + (model − base) is meant to be the model's own
-        # value, and in floating point it is not always.
+        merged = self._combine(name, start, deltas)
         result = add_wide(base, merged)
-        self._put(name, start, torch.where(merged == before, single.to(result.device, result.dtype), result))
+        self._store(name, start or 0, torch.where(merged == before, single.to(result.device, result.dtype), result))
 
-    def _combine(self, name: str, start: int | None, deltas: Tensor, shape: torch.Size) -> Tensor:
-        if name in self._averaged:
-            return deltas.mean(dim=0)
-        if start is None:
-            return self._checked(name, self._method.combine(name, deltas, self._statistics), shape)
-        return self._checked(name, self._method.combine_chunk(name, start, deltas, self._statistics), shape)
+    def _combine(self, name: str, start: int | None, deltas: Tensor) -> Tensor:
+        return self._combiner.whole(name, deltas) if start is None else self._combiner.chunk(name, start, deltas)
 
-    def _checked(self, name: str, merged: Tensor, shape: torch.Size) -> Tensor:
-        if merged.shape != shape:
-            raise MergeError(
-                f"{type(self._method).__name__}.combine returned shape {list(merged.shape)} for the tensor '{name}', "
-                f"expected {list(shape)}"
-            )
-        return merged
+    def _put(self, name: str, start: int, merged: Tensor, base: Tensor | None) -> None:
+        """Hand on a run of merged differences, (n,) float32: on the base's values, or as they are."""
+        if base is None:
+            self._hand_on(name, start, to_stored(merged, torch.float32, name, self._combiner.method))
+        else:
+            self._store(name, start, add_wide(base, merged))
 
-    def _put(self, name: str, start: int | None, result: Tensor) -> None:
+    def _store(self, name: str, start: int, result: Tensor) -> None:
         """Round what is merged, (*shape) or (n,) float32 or float64, and hand it on if it is finite."""
-        self._hand_on(name, start or 0, to_stored(result, self._plan.output_dtype(name), name, self._method))
+        dtype, method = self._plan.output_dtype(name), self._combiner.method
+        self._hand_on(name, start, to_stored(result, dtype, name, method, self._advice))
 
     def _hand_on(self, name: str, start: int, values: Tensor) -> None:
-        self._sink.write(name, start, self._plan.returned(values))
+        self._sink.write(name, start, self._reader.returned(values))

@@ -1,27 +1,27 @@
 """Merge the same models by one candidate method after the other, as a search does.
 
-Task vectors are kept in memory where they fit, and a survey is made once for all candidates that agree in what it looks
-at: what is left of a merge is one pass of `combine` over tensors that are there already.
+Task vectors are kept in memory where they fit, and statistics are collected once for all candidates that agree in what
+these depend on: what is left of a merge is one pass of `combine` over tensors that are there already.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from freemerge.checkpoints import open_checkpoint
-from freemerge.checkpoints.memory import flat_range
+from freemerge.checkpoints import TensorSpec, open_checkpoint
 from freemerge.checkpoints.opening import Source
+from freemerge.merging.engine.combiner import Combiner
+from freemerge.merging.engine.executor import Executor, Memory
 from freemerge.merging.engine.plan import make_plan
+from freemerge.merging.engine.reader import KeptReader, Reader
 from freemerge.merging.methods.base import MergeMethod
 from freemerge.merging.methods.scales import is_linear, rescaled
-from freemerge.merging.task_vectors import Vectors, add
-from freemerge.runtime.threads import run
-from freemerge.tensors.chunks import Chunk
+from freemerge.tensors.differences import add
+from freemerge.tensors.rounding import IN_MEMORY
 
 
 class Candidates:
@@ -51,16 +51,13 @@ class Candidates:
         models = [open_checkpoint(source, label=label) for label, source in finetuned.items()]
         self._plan = make_plan(open_checkpoint(base, label="base"), models, include, exclude)
         self._base = {name: self._plan.base.tensor(name) for name in self._plan.base.names}
-        self._surveys: dict[Hashable, Any] = {}
-        self.surveys = 0  # made so far
-        vectors = self._plan.vectors()
-        needed = 4 * len(models) * vectors.numel
+        needed = 4 * len(models) * sum(shape.numel() for shape in self._plan.shapes.values())
         allowed = _free_memory() // 2 if memory is None else memory
         self.in_memory = needed <= allowed
-        self._vectors = _kept(vectors) if self.in_memory else vectors
-        self._averaged = {
-            name: add(name, self._base[name], self._plan.read(name).deltas.mean(dim=0)) for name in self._plan.averaged
-        }
+        self._reader = KeptReader(self._plan) if self.in_memory else Reader(self._plan)
+        self._vectors = self._reader.vectors()
+        self._combiners: dict[Hashable, Combiner] = {}
+        self.passes = 0  # of statistics, made so far
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -80,7 +77,7 @@ class Candidates:
             MergeError: the method cannot merge these models, or a value of the result is NaN or infinite, or would be
                 in the base's dtype.
         """
-        return self._complete(self._each(method, lambda name, delta: add(name, self._base[name], delta, method)))
+        return self._complete(self._run(method, self._plan.merged))
 
     def over_scales(self, method: MergeMethod, factors: Iterable[float]) -> Iterator[dict[str, Tensor]]:
         """Merge at one scale after the other: methods that are linear in it merge once.
@@ -95,54 +92,41 @@ class Candidates:
         Raises:
             MergeError: see `merge`.
         """
-        unit = self._each(rescaled(method, 1.0), lambda name, delta: delta) if is_linear(method) else None
-        for factor in factors:
-            if unit is None:
+        # A single model's own values come through as they are, which no multiple of a difference can say.
+        if not is_linear(method) or len(self.labels) == 1:
+            for factor in factors:
                 yield self.merge(rescaled(method, factor))
-            else:
-                merged = {name: add(name, self._base[name], factor * delta, method) for name, delta in unit.items()}
-                yield self._complete(merged)
+            return
+        unit = self._run(rescaled(method, 1.0), self._plan.weights, onto_base=False)
+        averaged = self._run(method, [name for name in self._plan.merged if name in self._plan.averaged])
+        for factor in factors:
+            merged = {name: add(name, self._base[name], factor * delta, method) for name, delta in unit.items()}
+            yield self._complete({**merged, **averaged})
 
-    def _each(self, method: MergeMethod, use: Callable[[str, Tensor], Tensor]) -> dict[str, Tensor]:
-        """Merge every tensor; name → what is made of its merged task vector."""
+    def _run(self, method: MergeMethod, names: Sequence[str], onto_base: bool = True) -> dict[str, Tensor]:
+        """Merge tensors; name → merged tensor, or merged difference."""
         method.check(self.labels)
-        statistics = self._survey(method)
-        found: dict[str, Tensor] = {}
-
-        def work(names: Iterator[str]) -> None:
-            for name in names:
-                found[name] = use(name, method.combine(name, self._vectors.read(name), statistics))
-
-        # By the threads that merge, so that the results are the same to the last bit.
-        sizes = {name: shape.numel() for name, shape in self._vectors.shapes.items()}
-        run(work, sizes, cost=sizes.__getitem__, budget=max(sizes.values(), default=0))
+        specs = self._plan.specs
+        if not onto_base:
+            specs = {name: TensorSpec(spec.shape, torch.float32) for name, spec in specs.items()}
+        found = Memory(specs)
+        executor = Executor(self._reader, self._combiner(method), found, onto_base=onto_base, advice=IN_MEMORY)
+        executor.run(names)
         return found
 
     def _complete(self, merged: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """All tensors of the base: those that were merged, the averaged ones, and the base's own."""
-        merged = {**self._averaged, **merged}
+        """All tensors of the base: those that were merged, and the base's own."""
         return {name: merged.get(self._plan.tied.get(name, name), self._base[name]) for name in self._plan.base.names}
 
-    def _survey(self, method: MergeMethod) -> Any:
+    def _combiner(self, method: MergeMethod) -> Combiner:
         key = method.statistics_key
-        if key not in self._surveys:
+        if key not in self._combiners:
             # A search moves on: of what it has left behind, little comes back.
-            while len(self._surveys) >= 8:
-                del self._surveys[next(iter(self._surveys))]
-            self._surveys[key] = method.collect_statistics(self._vectors)
-            self.surveys += 1
-        return self._surveys[key]
-
-
-def _kept(vectors: Vectors) -> Vectors:
-    """The same vectors, read once; methods may overwrite what they are given, so each reading is a copy."""
-    deltas = dict(vectors)
-
-    def read_chunk(chunk: Chunk) -> Tensor:
-        rows = [flat_range(row, chunk.start, chunk.stop) for row in deltas[chunk.name]]
-        return torch.stack(rows)
-
-    return Vectors(vectors.labels, vectors.shapes, lambda name: deltas[name].clone(), read_chunk)
+            while len(self._combiners) >= 8:
+                del self._combiners[next(iter(self._combiners))]
+            self._combiners[key] = Combiner.of(method, self._vectors, self._plan.averaged)
+            self.passes += 1
+        return self._combiners[key].of_method(method)
 
 
 def _free_memory() -> int:

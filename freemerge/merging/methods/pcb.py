@@ -12,8 +12,9 @@ from torch import Tensor
 
 from freemerge.merging.methods.base import MergeMethod, require, require_number, require_scope, weighted_sum
 from freemerge.merging.methods.filters import Filter
-from freemerge.merging.task_vectors import Vectors, blocks, flat
+from freemerge.merging.task_vectors import Vectors
 from freemerge.runtime.threads import each
+from freemerge.tensors.differences import blocks, flat
 from freemerge.tensors.order_statistics import Gather, Scan, order_statistics, tensor_sample
 
 _LINEAR = np.float32(3e-4)  # x − tanh x ≈ x³/3 is less than half a unit in the last place of a float32

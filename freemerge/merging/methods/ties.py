@@ -10,7 +10,8 @@ from torch import Tensor
 
 from freemerge.merging.methods.base import MergeMethod, require, require_number, require_scope
 from freemerge.merging.methods.magnitudes import model_magnitudes, tensor_magnitudes
-from freemerge.merging.task_vectors import Vectors, flat
+from freemerge.merging.task_vectors import Vectors
+from freemerge.tensors.differences import flat
 
 
 @dataclass(frozen=True)

@@ -142,7 +142,7 @@ def test_a_killed_merge_is_resumed(tmp_path, inputs, output, monkeypatch):
 
 
 def test_progress_counts_every_pass(inputs, monkeypatch):
-    monkeypatch.setattr("freemerge.merging.engine.executor._REPORTED", 1)
+    monkeypatch.setattr("freemerge.merging.engine.meter._REPORTED", 1)
     for method in (TaskArithmetic(), PCBMerging(), FRMerging(), FRMerging(coefficients="mean")):
         seen = []
         merge(*inputs, method, progress=lambda done, total, seen=seen: seen.append((done, total)))

@@ -48,15 +48,15 @@ def test_candidates_that_agree_in_what_is_surveyed_share_a_survey(base, models):
     candidates = Candidates(base, dict(zip("abc", models, strict=True)))
     for scale in (1.0, 0.5, [0.1, 0.2, 0.3]):
         candidates.merge(PCBMerging(0.2, scale))
-    assert candidates.surveys == 1
+    assert candidates.passes == 1
     candidates.merge(PCBMerging(0.3))
-    assert candidates.surveys == 2
+    assert candidates.passes == 2
     for _ in range(2):
         for density in (0.1, 0.2):
             merged = candidates.merge(Ties(density, 0.5))
             expected = merge(base, dict(zip("abc", models, strict=True)), Ties(density, 0.5))
             assert all(torch.equal(merged[name], expected[name]) for name in base)
-    assert candidates.surveys == 4
+    assert candidates.passes == 4
 
 
 def test_models_come_from_files_too(tmp_path, base, models):

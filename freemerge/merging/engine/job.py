@@ -1,0 +1,222 @@
+"""A merge whose inputs are opened, checked and planned, and of which no value has been read yet."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from freemerge.checkpoints import Checkpoint, TensorSpec, open_checkpoint
+from freemerge.checkpoints.buffers import is_constant, is_statistic
+from freemerge.checkpoints.formats.adapters.layout import Layout, read_layout
+from freemerge.checkpoints.opening import Source
+from freemerge.errors import MergeError, MergeWarning
+from freemerge.merging.checks.bases import check_bases
+from freemerge.merging.engine.meter import Meter
+from freemerge.merging.engine.output import Output
+from freemerge.merging.engine.plan import Plan, make_plan
+from freemerge.merging.engine.reader import Reader
+from freemerge.merging.engine.record import make_record
+from freemerge.merging.folders.choice import Files, choose_files
+from freemerge.merging.folders.parts import describe_parts, look_around
+from freemerge.merging.methods.base import MergeMethod
+from freemerge.merging.methods.per_pattern import with_overrides
+from freemerge.runtime.processes import Processes
+
+_log = logging.getLogger(__name__)
+_NAMED = 10  # tensors that a message names
+
+
+@dataclass(frozen=True)
+class Job:
+    """A merge that can begin.
+
+    Args:
+        method: how to merge, overrides included.
+        reader: reads what the plan says.
+        meter: counts what is read.
+        processes: those that share the work.
+        include: the patterns that were given, for the record.
+        exclude: likewise.
+        beside: the files beside the weights, of a model's folder.
+        layout: how the base's modules are laid out, of an adapter.
+    """
+
+    method: MergeMethod
+    reader: Reader
+    meter: Meter
+    processes: Processes
+    include: Sequence[str] | None
+    exclude: Sequence[str] | None
+    beside: Files | None
+    layout: Layout | None
+
+    @property
+    def plan(self) -> Plan:
+        """What becomes of every tensor."""
+        return self.reader.plan
+
+    def describe(self, hash_inputs: bool) -> dict[str, Any]:
+        """The record of the merge: method, inputs with their hashes, versions."""
+        record = make_record(
+            self.plan, self.method, include=self.include, exclude=self.exclude, hash_inputs=hash_inputs
+        )
+        return record if self.beside is None else {**record, "files": self.beside.record()}
+
+
+def label_sources(finetuned: Sequence[Source] | Mapping[str, Source]) -> list[tuple[str | None, Source]]:
+    if isinstance(finetuned, (str, os.PathLike)):
+        raise MergeError(f"the fine-tuned models come in a list or a dict; write [{str(finetuned)!r}]")
+    if isinstance(finetuned, Mapping):
+        if any(isinstance(value, Tensor) for value in finetuned.values()):
+            raise MergeError("the fine-tuned models come in a list or a dict of models; this is one state dict")
+        return list(finetuned.items())
+    return [
+        (None if isinstance(source, (str, os.PathLike, Checkpoint)) else f"model {index}", source)
+        for index, source in enumerate(finetuned)
+    ]
+
+
+def prepare(
+    base: Source,
+    labelled: Sequence[tuple[str | None, Source]],
+    method: MergeMethod,
+    output: Output | None,
+    *,
+    overrides: Sequence[Mapping[str, Any]] | None = None,
+    include: Sequence[str] | None = None,
+    exclude: Sequence[str] | None = None,
+    dtype: torch.dtype | str | None = None,
+    embeddings: str = "error",
+    device: torch.device | str | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    distributed: bool = False,
+) -> Job:
+    """Open and check the inputs, and plan the merge; see `merge` for the arguments.
+
+    The caller closes the job's processes.
+
+    Raises:
+        MergeError: the inputs do not fit.
+        CheckpointError: a file cannot be read.
+    """
+    sources = [base, *(source for _, source in labelled)]
+    method = with_overrides(method, overrides)
+    with _collector_paused():
+        opened = open_checkpoint(base, label=None if isinstance(base, (str, os.PathLike)) else "base")
+        models = [open_checkpoint(source, label=label) for label, source in labelled]
+        found = look_around(sources, [opened, *models])
+        around = found if output is not None and output.is_folder else None
+        plan = make_plan(
+            opened,
+            models,
+            include,
+            exclude,
+            parse_dtype(dtype),
+            embeddings,
+            parse_device(device),
+            [each.modules for each in around] if around else None,
+        )
+        beside = choose_files(around, plan, output.companions_from) if around else None
+        layout = _read_layout(plan, output) if output is not None and output.is_adapter else None
+    method.check([model.label for model in plan.models])
+    if any(map(is_statistic, plan.averaged)):
+        _log.warning(
+            "%d statistics of batch norms are averaged; running_mean and running_var that are measured anew on data of "
+            "all tasks suit the merged weights better: freemerge.models.reestimate_batch_norm",
+            len(plan.averaged),
+        )
+    if output is not None:
+        _say_left_out(plan)
+    processes = Processes(distributed)
+    try:
+        processes.first(lambda: check_bases(opened, plan.models))
+        note = beside.note if beside is not None else describe_parts(found[1:])
+        if note and processes.rank == 0:
+            warnings.warn(note, MergeWarning, stacklevel=3)
+        reader = Reader(plan)
+        meter = Meter(reader, method, progress, processes.size)
+    except BaseException:
+        processes.close()
+        raise
+    return Job(method, reader, meter, processes, include, exclude, beside, layout)
+
+
+def _read_layout(plan: Plan, output: Output) -> Layout:
+    """How the base's modules are laid out, if an adapter can hold the result."""
+    if plan.untied:
+        name, first = next(iter(plan.untied.items()))
+        raise MergeError(
+            f"{output.path}: '{name}' is tied to '{first}' in the base and no longer in the result, and PEFT would add "
+            "both differences to the one tensor when it merges the adapter; write output_format='model'"
+        )
+    return read_layout(plan.base)
+
+
+def _say_left_out(plan: Plan) -> None:
+    """Name the tensors of the models that have no part in the merge."""
+    for model in plan.models:
+        # Constants and integers are nothing that was trained.
+        specs = {name: model.spec(name) for name in model.names}
+        names = [name for name in plan.left_out(model) if name not in specs or _is_trained(name, specs[name])]
+        if names:
+            more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+            text = f"{model.label}: left out, as the base has no such tensors: {', '.join(names[:_NAMED])}{more}"
+            warnings.warn(text, MergeWarning, stacklevel=4)
+
+
+def _is_trained(name: str, spec: TensorSpec) -> bool:
+    return spec.dtype.is_floating_point and not is_constant(name, spec)
+
+
+@contextmanager
+def _collector_paused() -> Iterator[None]:
+    """No garbage collection: tables of many tensors are no garbage, and it would walk them again and again."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """The torch dtype of a name such as "bfloat16" or "torch.float16".
+
+    Raises:
+        MergeError: torch has no such floating-point dtype.
+    """
+    if dtype is None or isinstance(dtype, torch.dtype):
+        return dtype
+    found = getattr(torch, str(dtype).removeprefix("torch."), None)
+    if not isinstance(found, torch.dtype):
+        raise MergeError(f"there is no dtype '{dtype}'; use float32, bfloat16 or float16")
+    return found
+
+
+def parse_device(device: torch.device | str | None) -> torch.device | None:
+    """The torch device of a name such as "cuda" or "cuda:1"; of GPUs the current one if it has no number.
+
+    Raises:
+        MergeError: there is no such device.
+    """
+    if device is None:
+        return None
+    try:
+        found = torch.device(device)
+        if found.type == "cuda" and found.index is None:
+            found = torch.device("cuda", torch.cuda.current_device())
+        torch.empty(1, device=found).item()
+    except (RuntimeError, AssertionError) as error:  # the latter where torch was built without CUDA
+        reason = str(error).splitlines()[0].split(". ")[0]
+        raise MergeError(f"cannot compute on the device '{device}': {reason}") from None
+    return found
