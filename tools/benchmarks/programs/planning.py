@@ -7,7 +7,7 @@ import sys
 import time
 
 from freemerge.checkpoints import open_checkpoint
-from freemerge.merging.engine.plan import make_plan
+from freemerge.merging import make_plan
 
 start = time.perf_counter()
 base, *models = (open_checkpoint(path) for path in sys.argv[1:])
