@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from freemerge.experts import extract_low_rank as extract_low_rank
     from freemerge.merging import merge as merge
     from freemerge.models import FreeModel as FreeModel
+    from freemerge.pipeline import SuiteRun as SuiteRun
     from freemerge.training import ExpertTrainer as ExpertTrainer
     from freemerge.training import FineTuner as FineTuner
     from freemerge.training import RouterTrainer as RouterTrainer
@@ -39,6 +40,7 @@ _HOMES = {
     "FreeModel": "freemerge.models",
     "Task": "freemerge.data",
     "TaskSuite": "freemerge.data",
+    "SuiteRun": "freemerge.pipeline",
     "FineTuner": "freemerge.training",
     "ExpertTrainer": "freemerge.training",
     "RouterTrainer": "freemerge.training",

@@ -45,7 +45,7 @@ def test_a_run_its_logs_and_its_cache_lie_in_the_home_folder(home) -> None:
 
 def test_a_checkpoint_to_go_on_from_is_looked_for_in_the_home_folder(home) -> None:
     tuner = FineTuner(tiny_backbone())
-    run = SuiteRun(tuner, TinySuite(), "~/run", lambda *_: make_trainer(home), ckpt_path="~/a.ckpt")
+    run = SuiteRun(tuner, TinySuite(), "~/run", {"default_root_dir": home}, ckpt_path="~/a.ckpt")
     assert (run.folder, run.ckpt_path) == (home / "run", str(home / "a.ckpt"))
 
 

@@ -12,7 +12,10 @@ import yaml
 from freemerge.checkpoints import load_checkpoint, save_checkpoint
 from freemerge.cli import main
 from freemerge.merging import FRMerging, Gaussian, HighPass, PCBMerging, merge
+from freemerge.models import TransformersBackbone
 from freemerge.tuning import Range, Space
+from tests.configs import tiny_files
+from tests.configs.test_configs import VIT
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -68,6 +71,29 @@ def test_the_suite_and_the_configuration_of_readme_go_together(tmp_path, monkeyp
         config = yaml.safe_load(capsys.readouterr().out)
         assert config["data"]["class_path"] == expected
         assert config["trainer"]["devices"] in (4, "4")
+
+
+def test_the_python_program_of_readme_runs(tmp_path, monkeypatch, capsys) -> None:
+    """On a tiny model and tiny pictures, which take the place of what it names; twice, as a folder goes on."""
+    monkeypatch.chdir(tmp_path)
+    for task in ("birds", "planes"):
+        tiny_files.write_picture_folders(tmp_path / "data" / task)
+    TransformersBackbone(config=VIT).save_pretrained("tiny")
+    program = next(block for block in blocks("python") if "SuiteRun(" in block)
+    for large, small in (
+        ("google/vit-base-patch16-224-in21k", "tiny"),
+        ("224", "8"),
+        ('"max_epochs": 5', '"max_steps": 2'),
+    ):
+        assert large in program
+        program = program.replace(large, small)
+    names: dict = {}
+    exec(program, names)
+    assert {row.name for row in names["report"].rows} >= {"individual", "FR", "FREE trained (routed)"}
+    capsys.readouterr()
+    exec(program, {})
+    assert "finetune planes: done already" in capsys.readouterr().out
+    assert names["suite"]["birds"].num_classes == 3
 
 
 def test_the_overrides_and_the_method_of_readme_merge(tmp_path, monkeypatch) -> None:

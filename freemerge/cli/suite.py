@@ -8,7 +8,6 @@ left behind; `validate`, `test` and `predict` run the finished FREE model.
 
 from __future__ import annotations
 
-import copy
 import csv
 import logging
 import os
@@ -17,16 +16,12 @@ import sys
 import tempfile
 import warnings
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-import lightning as L
 import torch
 from jsonargparse import set_parsing_settings
 from lightning.pytorch.accelerators import CPUAccelerator
-from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
@@ -61,11 +56,6 @@ from freemerge.pipeline.others import Others
 from freemerge.runtime.process_group import in_process_group
 from freemerge.training import FineTuner
 
-# What says where and how visibly a fit runs, not what comes out of it: a change of these does not redo a stage.
-_PRESENTATION = (
-    "accelerator", "devices", "num_nodes", "strategy", "logger", "enable_progress_bar", "enable_model_summary",
-    "log_every_n_steps", "default_root_dir", "profiler", "detect_anomaly", "enable_autolog_hparams",
-)  # fmt: skip
 _DEV_FOLDER = "_FREEMERGE_DEV_FOLDER"
 _STAGE_SETTINGS = {
     "pretrain": PretrainSettings,
@@ -241,9 +231,9 @@ class FreemergeCLI(LightningCLI):
             model,
             suite,
             folder,
-            self.make_trainer,
+            {**self._get(self.config_init, "trainer")},
             settings,
-            config=self._dependencies(),
+            trainer_class=self.trainer_class,
             seed=self._get(self.config, "seed_everything"),
             ckpt_path=ckpt_path,
             overwrite=run.overwrite,
@@ -306,35 +296,6 @@ class FreemergeCLI(LightningCLI):
         # The folder may not import a class of the user's own; the configuration has built one already.
         backbone = None if names_own_backbone(folder) else model.backbone
         return MultiTaskEvaluator(FreeModel.from_pretrained(folder, backbone), suite.names, metrics=metrics)
-
-    # -- trainers -----------------------------------------------------------------------------------------------------
-
-    def make_trainer(self, folder: Path, overrides: dict[str, Any], callbacks: list[Callback]) -> L.Trainer:
-        """A fresh Trainer from the configuration, with its own copies of callbacks and loggers.
-
-        Args:
-            folder: where it logs and keeps checkpoints, unless the configuration says otherwise.
-            overrides: arguments over those of the configuration.
-            callbacks: further callbacks; a ModelCheckpoint among them gives way to one of the configuration's.
-        """
-        arguments = {**copy.deepcopy(self._get(self.config_init, "trainer")), **overrides}
-        arguments["default_root_dir"] = arguments["default_root_dir"] or str(folder)
-        if arguments["logger"] in (None, True):
-            arguments["logger"] = CSVLogger(folder, name="logs")  # a resumed fit gets a version of its own
-        own = arguments["callbacks"] or []
-        arguments["callbacks"] = (own if isinstance(own, list) else [own]) + (
-            [] if arguments["fast_dev_run"] or arguments["enable_checkpointing"] is False else callbacks
-        )
-        return self.trainer_class(**arguments)
-
-    def _dependencies(self) -> dict[str, Any]:
-        """The configuration as plain data, less what does not change a result."""
-        self._dump_config()
-        config = copy.deepcopy(self.config_dump)
-        for part in (config, *(config[key] for key in _STAGE_SETTINGS)):
-            if "trainer" in part:
-                part["trainer"] = {key: value for key, value in part["trainer"].items() if key not in _PRESENTATION}
-        return {key: config[key] for key in ("trainer", "model", *_STAGE_SETTINGS)}
 
 
 def quieten() -> None:

@@ -184,8 +184,6 @@ class Artifacts:
             "pretraining_data": self.suite.pretraining_fingerprint(),
             "batch_size": settings.batch_size or self.suite.batch_size,
         }
-        if isinstance(inputs["pretrain"], dict):
-            inputs["pretrain"] = {key: value for key, value in inputs["pretrain"].items() if key != "cache"}
         return StageFolder(self.folder / "pretrain", "pretrain", inputs)
 
     @cached_property
@@ -206,7 +204,6 @@ class Artifacts:
             "batch_size": self.suite.batch_size,
             "order": list(group),
         }
-        inputs["model"] = _without_places(inputs["model"])
         made_from = ("pretrain",) if self.pretrains else ()
         return StageFolder(self.folder / "finetune" / task, f"finetune {task}", inputs, made_from)
 
@@ -323,15 +320,6 @@ def _linear(state: Mapping[str, Tensor]) -> nn.Linear:
     head = nn.Linear(width, outputs)
     head.load_state_dict(state)
     return head
-
-
-def _without_places(model: Any) -> Any:
-    """A model's configuration that is the same wherever its files are: their content is the base."""
-    if isinstance(model, Mapping):
-        return {key: _without_places(value) for key, value in model.items()}
-    if isinstance(model, list):
-        return [_without_places(value) for value in model]
-    return Path(model).name if isinstance(model, str) and "/" in model and Path(model).exists() else model
 
 
 def _file_name(name: str) -> str:

@@ -25,7 +25,7 @@ import hashlib
 import os
 import signal
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
@@ -48,20 +48,19 @@ from freemerge.merging import Candidates, has_scale, merge, rescaled, task_vecto
 from freemerge.models import FreeModel
 from freemerge.pipeline.artifacts import Artifacts
 from freemerge.pipeline.cache import find, store
+from freemerge.pipeline.dependencies import dependencies
 from freemerge.pipeline.folder import StageFolder, content, copy_file, from_rank_zero
 from freemerge.pipeline.lock import only_run
 from freemerge.pipeline.measure import Measure
 from freemerge.pipeline.others import Others
 from freemerge.pipeline.plan import difference, make_plan
 from freemerge.pipeline.reporting import make_report
-from freemerge.pipeline.settings import STAGES, Settings
+from freemerge.pipeline.settings import STAGES, Settings, check_trainer
+from freemerge.pipeline.trainers import MakeTrainer
 from freemerge.pipeline.tune import Tuning
 from freemerge.runtime.process_group import in_process_group
 from freemerge.training import ExpertTrainer, FineTuner, RouterTrainer
 from freemerge.training.resume import BestCheckpoint, EpochStart, Interrupted, ResumeCheckpoint, stopped_by_ctrl_c
-
-MakeTrainer = Callable[..., L.Trainer]
-"""(folder, overrides, extra callbacks) → a fresh Trainer that logs into the folder."""
 
 
 class Fit(NamedTuple):
@@ -84,15 +83,18 @@ class SuiteRun:
             pretraining data, what is pretrained to become the base.
         suite: the tasks.
         folder: the run's folder.
-        make_trainer: makes each fit's Trainer.
+        trainer: arguments of the Trainer, a fresh one for each fit; Lightning's defaults if not given.
         settings: the stages' settings.
-        config: the configuration as plain data, by top-level key (model, trainer, pretrain, …); stages depend on it.
         seed: every stage's randomness derives from it and the stage's name, so that skipping one changes no other.
         ckpt_path: checkpoint to resume from, where the stages to run consist of exactly one fit.
         overwrite: do stages again whose settings or inputs changed since they finished; a ValueError names them if not.
         config_text: kept as `config.yaml` in the run's folder.
         checkpoint_steps: write what an interrupted fit goes on from every so many steps within an epoch, too.
         checkpoint_minutes: likewise when so many minutes have passed; None writes it once an epoch.
+        trainer_class: the class of the Trainer.
+
+    Raises:
+        ValueError: if the Trainer has no such argument.
     """
 
     def __init__(
@@ -100,27 +102,31 @@ class SuiteRun:
         tuner: FineTuner,
         suite: TaskSuite,
         folder: str | Path,
-        make_trainer: MakeTrainer,
+        trainer: Mapping[str, Any] | None = None,
         settings: Settings | None = None,
-        config: Mapping[str, Any] | None = None,
+        *,
         seed: int = 0,
         ckpt_path: str | None = None,
         overwrite: bool = False,
         config_text: str | None = None,
         checkpoint_steps: int | None = None,
         checkpoint_minutes: float | None = 5.0,
+        trainer_class: type[L.Trainer] = L.Trainer,
     ) -> None:
         self.tuner = tuner
         self.suite = suite
         self.folder = expand(folder)
-        self.make_trainer = make_trainer
+        arguments = dict(trainer or {})
+        check_trainer("SuiteRun", arguments)
+        self.make_trainer = MakeTrainer(arguments, trainer_class)
         self.settings = settings or Settings()
         self.seed = seed
         self.ckpt_path = str(expand(ckpt_path)) if ckpt_path else ckpt_path
         self.overwrite = overwrite
         self.config_text = config_text
         self.checkpoint_every = {"steps": checkpoint_steps, "minutes": checkpoint_minutes}
-        self.files = Artifacts(tuner, suite, self.folder, self.settings, dict(config or {}), seed)
+        config = dependencies(tuner, arguments, self.settings)
+        self.files = Artifacts(tuner, suite, self.folder, self.settings, config, seed)
         self.console = Console(quiet=rank_zero_only.rank != 0, highlight=False)
         self._stages: tuple[str, ...] = ()
         self._extended: set[str] = set()

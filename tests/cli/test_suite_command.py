@@ -122,15 +122,15 @@ def test_an_interrupted_fit_goes_on_where_it_stopped(run: Path, tmp_path) -> Non
 import os, signal, sys
 import lightning as L
 from freemerge.cli import main
-from freemerge.cli.suite import FreemergeCLI
+from freemerge.pipeline.trainers import MakeTrainer
 
 class Kill(L.Callback):
     def on_train_epoch_start(self, trainer, module):
         if trainer.current_epoch == 1 and "bars" in trainer.default_root_dir:
             os.kill(os.getpid(), signal.SIGKILL)
 
-make = FreemergeCLI.make_trainer
-FreemergeCLI.make_trainer = lambda self, folder, overrides, own: make(self, folder, overrides, [*own, Kill()])
+make = MakeTrainer.__call__
+MakeTrainer.__call__ = lambda self, folder, overrides, own: make(self, folder, overrides, [*own, Kill()])
 main(["fit", "--config", {TINY!r}, "--run.folder", {str(tmp_path)!r}])
 """
     killed = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
