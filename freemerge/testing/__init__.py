@@ -1,0 +1,20 @@
+"""Checks of classes that others write: one line in a test of their own.
+
+Each raises an `AssertionError` whose message says what is wrong and what is expected.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from freemerge.testing.methods import check_method as check_method
+
+_HOMES = {"check_method": "methods"}
+
+__all__ = list(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
