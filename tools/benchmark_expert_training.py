@@ -22,8 +22,7 @@ from benchmarks.processes import high_water
 from torch import Tensor
 from torch.func import functional_call
 
-from freemerge.experts import Expert, load_expert
-from freemerge.experts.running.layerwise import substituted
+from freemerge.experts import Expert, load_expert, substituted
 
 WAYS = ("at once", "by layer")
 

@@ -36,7 +36,7 @@ from freemerge.experts import STATISTICS, Expert, emr_experts, extract, extract_
 from freemerge.merging import task_vector
 from freemerge.models import FreeModel
 from freemerge.pipeline import ExpertsSettings
-from freemerge.tensors.patterns import select
+from freemerge.tensors import select
 from freemerge.training import ExpertTrainer
 
 SCALES = (0.5, 0.7, 1.0, 1.4)  # of extracted experts; the released rescaling and the rivals have none to choose

@@ -155,8 +155,7 @@ def fit_checks(case: Case, folder: Path) -> Iterator[tuple]:
     import check_gpu_project as parts
     import torch
 
-    from freemerge.checkpoints import hash_tensors, load_checkpoint
-    from freemerge.checkpoints.formats.task_files import read_record
+    from freemerge.checkpoints import hash_tensors, load_checkpoint, read_record
     from freemerge.merging import FRMerging, merge
 
     base = load_checkpoint(folder / "base.safetensors")

@@ -22,14 +22,14 @@ def has_adapters(module: nn.Module) -> bool:
 
 def fused_weights(module: nn.Module) -> dict[str, Tensor]:
     """The weights of a module with its adapters merged in, under the names that it has without them."""
-    from freemerge.training.adapters import fused_weights as fuse
+    from freemerge.training import fused_weights as fuse
 
     return fuse(module)
 
 
 def plain_names(module: nn.Module) -> dict[str, str]:
     """For each tensor of a module as it is named without adapters, its name in the module's state dict."""
-    from freemerge.training.adapters import plain_names as names
+    from freemerge.training import plain_names as names
 
     return names(module)
 

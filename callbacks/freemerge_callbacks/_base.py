@@ -14,9 +14,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from freemerge.checkpoints import Checkpoint, hash_tensors, open_checkpoint, save_checkpoint
-from freemerge.checkpoints.base_hashes import hash_base
-from freemerge.checkpoints.places import expand
+from freemerge.checkpoints import Checkpoint, expand, hash_base, hash_tensors, open_checkpoint, save_checkpoint
 from freemerge_callbacks._ranks import on_rank_zero
 from freemerge_callbacks._weights import part_of
 

@@ -17,9 +17,7 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
-from freemerge.checkpoints import open_checkpoint
-from freemerge.checkpoints.formats.task_files import TaskRecord
-from freemerge.checkpoints.places import expand
+from freemerge.checkpoints import TaskRecord, expand, open_checkpoint
 from freemerge.merging import parse_dtype
 from freemerge_callbacks._base import FitBase, dtypes_of
 from freemerge_callbacks._best import best_checkpoint

@@ -6,8 +6,7 @@ from collections.abc import Collection, Iterable, Sequence
 from glob import glob
 from pathlib import Path
 
-from freemerge.checkpoints.formats.task_files import read_record
-from freemerge.checkpoints.places import expand
+from freemerge.checkpoints import expand, read_record
 
 
 def find_others(patterns: Sequence[str], start: Path, own: Collection[Path], who: str) -> dict[str, Path]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,18 +14,15 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from freemerge.checkpoints import open_checkpoint
-from freemerge.checkpoints.base_hashes import find_prefix
-from freemerge.checkpoints.formats.task_files import read_record
+from freemerge.checkpoints import find_prefix, open_checkpoint, read_record
 from freemerge.inputs import Inputs
-from freemerge.tensors.patterns import select
+from freemerge.merging import is_head
+from freemerge.tensors import select
 from freemerge_callbacks._adapters import has_adapters, plain_names
 from freemerge_callbacks._weights import is_sharded, relative
 
 Predict = Callable[[Inputs, str], Any]
 Features = str | Callable[[Any], Tensor] | None
-
-_HEAD = re.compile(r"(?:.*\.)?(?:heads?|classifier|fc|score|lm_head|qa_outputs)(?:\..*)?")  # what heads are called
 
 
 @contextmanager
@@ -109,9 +105,7 @@ def own_heads(
     names = own_names(module, backbone)
     merged = set(select(names, include, exclude))
     return {
-        name
-        for plain, name in names.items()
-        if plain not in merged and (name.startswith(f"{head}.") or _HEAD.fullmatch(plain))
+        name for plain, name in names.items() if plain not in merged and (name.startswith(f"{head}.") or is_head(plain))
     }
 
 

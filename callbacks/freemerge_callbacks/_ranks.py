@@ -8,7 +8,7 @@ from typing import Any
 
 import lightning as L
 
-from freemerge.runtime.processes import Processes
+from freemerge.runtime import Processes
 
 
 def on_rank_zero(trainer: L.Trainer, work: Callable[[], Any]) -> Any:

@@ -15,9 +15,7 @@ from pathlib import Path
 import lightning as L
 from torch import Tensor
 
-from freemerge.checkpoints import hash_tensors, open_checkpoint
-from freemerge.checkpoints.formats.task_files import TaskRecord, read_record, write_task_file
-from freemerge.checkpoints.places import expand
+from freemerge.checkpoints import TaskRecord, expand, hash_tensors, open_checkpoint, read_record, write_task_file
 from freemerge_callbacks._ranks import on_rank_zero
 
 _LONGEST_WAIT = 30 * 60.0  # seconds for another job's merge

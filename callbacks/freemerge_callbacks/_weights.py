@@ -17,8 +17,7 @@ import lightning as L
 from lightning.pytorch.strategies import Strategy
 from torch import Tensor, nn
 
-from freemerge.checkpoints import Checkpoint, hash_tensors, open_checkpoint, save_checkpoint
-from freemerge.checkpoints.places import expand
+from freemerge.checkpoints import Checkpoint, expand, hash_tensors, open_checkpoint, save_checkpoint
 from freemerge_callbacks._adapters import fused_weights, has_adapters, loaded, plain_names
 from freemerge_callbacks._ranks import on_rank_zero
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -13,11 +12,9 @@ import lightning as L
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
-from freemerge.checkpoints import Checkpoint, hash_tensors, open_checkpoint
-from freemerge.checkpoints.places import expand
-from freemerge.checkpoints.writing.folder import MARKER, check_folder
+from freemerge.checkpoints import Checkpoint, check_folder, expand, hash_tensors, open_checkpoint, read_origin
 from freemerge.merging import MergeMethod, make_plan, make_record, merge, parse_dtype
-from freemerge.tensors.patterns import compile_patterns
+from freemerge.tensors import compile_patterns
 from freemerge_callbacks._adapters import has_adapters
 from freemerge_callbacks._base import is_resumed, open_finetuned
 from freemerge_callbacks._best import best_state, completed, left_out
@@ -186,6 +183,11 @@ class MergeAtFitEnd(FitEndCallback):
         """Whether this fit may replace its task in the registry: also if it goes on after it has registered it once."""
         return self.overwrite or is_resumed(trainer)
 
+    @property
+    def _options(self) -> dict[str, Any]:
+        """What a merge's plan depends on besides its models, as `merge` and `make_plan` take it."""
+        return {"include": self.include, "exclude": self.exclude, "dtype": parse_dtype(self.dtype)}
+
     def _check_output(self) -> None:
         if self.output.suffix in _NO_FOLDERS:
             raise ValueError(f"MergeAtFitEnd: {self.output}: the output must be a .safetensors file or a folder")
@@ -209,7 +211,7 @@ class MergeAtFitEnd(FitEndCallback):
         own = open_checkpoint(weights, label=OWN_LABEL)
         base = own.with_label("the base") if self.base.given is None else self.base.open()
         models = [own, *(open_finetuned(path) for path in self._all_others())]
-        make_plan(base, models, self.include, self.exclude, parse_dtype(self.dtype))
+        make_plan(base, models, **self._options)
 
     def _register(self, trainer: L.Trainer, own: Mapping[str, Tensor] | Path) -> str:
         weights = in_memory(self._open(own))
@@ -253,9 +255,7 @@ class MergeAtFitEnd(FitEndCallback):
             self.base.path if self.base.is_folder else self.base.open(),
             {label: self._open(model) for label, model in models.items()},
             self.method,
-            include=self.include,
-            exclude=self.exclude,
-            dtype=self.dtype,
+            **self._options,
             output=self.output,
             overwrite=self.overwrite,
             hash_inputs=self.hash_inputs,
@@ -265,10 +265,10 @@ class MergeAtFitEnd(FitEndCallback):
     def _record(self, models: Mapping[str, Path | Mapping[str, Tensor]]) -> dict[str, Any]:
         """Where the written result comes from; then the kept start is not needed any more."""
         if self.output.is_dir():  # the merge has written it there
-            record = json.loads((self.output / MARKER).read_text(encoding="utf-8"))
+            record = read_origin(self.output)
         else:
             labelled = [self._open(model).with_label(label) for label, model in models.items()]
-            plan = make_plan(self.base.open(), labelled, self.include, self.exclude, parse_dtype(self.dtype))
+            plan = make_plan(self.base.open(), labelled, **self._options)
             patterns = {"include": self.include, "exclude": self.exclude}
             record = make_record(plan, self.method, **patterns, hash_inputs=self.hash_inputs)
         self.base.discard()

@@ -14,12 +14,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchmetrics import Metric
 
-from freemerge.checkpoints import open_checkpoint
-from freemerge.checkpoints.base_hashes import hash_base
-from freemerge.checkpoints.formats.task_files import read_record
+from freemerge.checkpoints import hash_base, open_checkpoint, read_record
 from freemerge.data import TaskSuite
 from freemerge.merging import FRMerging, MergeMethod, Plan, Reader, TaskArithmetic, make_plan, merge
-from freemerge.tensors.patterns import compile_patterns
+from freemerge.tensors import compile_patterns
 from freemerge_callbacks._base import FitBase, dtypes_of, open_finetuned
 from freemerge_callbacks._batches import BatchFormat
 from freemerge_callbacks._others import base_hashes, check_base_hashes, find_others

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from torchmetrics import Metric
 
-from freemerge.checkpoints.places import expand
+from freemerge.checkpoints import expand
 from freemerge.data import TaskSuite
 from freemerge_callbacks._batches import BatchFormat
 from freemerge_callbacks._predicting import merged_into, own_heads

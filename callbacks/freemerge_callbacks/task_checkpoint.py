@@ -10,9 +10,7 @@ import lightning as L
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
-from freemerge.checkpoints.base_hashes import find_prefix
-from freemerge.checkpoints.formats.task_files import TaskRecord, write_task_file
-from freemerge.checkpoints.places import expand
+from freemerge.checkpoints import TaskRecord, expand, find_prefix, write_task_file
 from freemerge.merging import parse_dtype, task_vector
 from freemerge_callbacks._best import best_state, completed
 from freemerge_callbacks._fit_end import FitEndCallback

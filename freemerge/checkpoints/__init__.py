@@ -1,17 +1,29 @@
 """Named tensors in, named tensors out: every format users have, read lazily, written atomically."""
 
+from freemerge.checkpoints.base_hashes import find_prefix, hash_base
 from freemerge.checkpoints.checkpoint import Checkpoint, TensorSpec
+from freemerge.checkpoints.formats.task_files import TaskRecord, read_record, write_task_file
 from freemerge.checkpoints.hashing import hash_tensors
 from freemerge.checkpoints.opening import load_checkpoint, open_checkpoint
+from freemerge.checkpoints.places import expand
+from freemerge.checkpoints.writing.folder import check_folder, read_origin
 from freemerge.checkpoints.writing.saving import save_checkpoint
 from freemerge.errors import CheckpointError
 
 __all__ = [
     "Checkpoint",
     "CheckpointError",
+    "TaskRecord",
     "TensorSpec",
+    "check_folder",
+    "expand",
+    "find_prefix",
+    "hash_base",
     "hash_tensors",
     "load_checkpoint",
     "open_checkpoint",
+    "read_origin",
+    "read_record",
     "save_checkpoint",
+    "write_task_file",
 ]

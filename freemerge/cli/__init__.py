@@ -11,10 +11,22 @@ from __future__ import annotations
 
 import os
 import sys
+from importlib import import_module
+from typing import Any
 
 from freemerge.cli import commands
 from freemerge.cli.ending import ended_by_sigterm, run_to_end
 from freemerge.cli.printing import escape_what_cannot_be_printed, fail
+
+_OF_SUITES = ("FreemergeCLI", "quieten")  # loaded when they are first used: `merge` starts without Lightning
+
+__all__ = ["main", *_OF_SUITES]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _OF_SUITES:
+        return getattr(import_module("freemerge.cli.suite"), name)
+    raise AttributeError(f"module 'freemerge.cli' has no attribute {name!r}")
 
 
 def main(args: list[str] | None = None) -> int:

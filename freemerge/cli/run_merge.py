@@ -9,6 +9,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from inspect import signature
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -22,6 +23,7 @@ from freemerge.cli.printing import print_error
 from freemerge.cli.problems import options
 from freemerge.cli.syntax import as_options
 from freemerge.merging import MergeError, MergeMethod, MergeWarning, merge
+from freemerge.runtime import own_process
 
 
 def run(config: jsonargparse.Namespace) -> int:
@@ -33,34 +35,23 @@ def run(config: jsonargparse.Namespace) -> int:
     Returns:
         The exit code: 0, or 2 after an error, which is then one line on stderr.
     """
+    own_process()
     rank, shared = _join()
     try:
         method = config.method
         if not isinstance(method, MergeMethod):
             method = build_parser().instantiate_classes(jsonargparse.Namespace(method=method)).method
         with _notes(), _bar(sys.stderr.isatty() and rank == 0) as progress:
-            path = merge(
-                config.base,
-                dict(config.finetuned) if isinstance(config.finetuned, dict) else list(config.finetuned),
-                method,
-                overrides=_instantiated(method, config.overrides),
-                include=config.include,
-                exclude=config.exclude,
-                dtype=config.dtype,
-                embeddings=config.embeddings,
-                output=config.output,
-                output_format=config.output_format,
-                rank=config.rank,
-                overwrite=config.overwrite,
-                resume=config.resume,
-                shard_size=config.shard_size,
-                hash_inputs=config.hash_inputs,
-                companions_from=config.companions_from,
-                device=_own_device(config.device),
-                distributed=shared,
-                dry_run=config.dry_run,
-                progress=progress,
-            )
+            given = {name: config[name] for name in signature(merge).parameters if name in config}
+            computed = {
+                "finetuned": dict(config.finetuned) if isinstance(config.finetuned, dict) else list(config.finetuned),
+                "method": method,
+                "overrides": _instantiated(method, config.overrides),
+                "device": _own_device(config.device),
+                "distributed": shared,
+                "progress": progress,
+            }
+            path = merge(**{**given, **computed})
     except (MergeError, CheckpointError, ValueError, OSError, MemoryError, torch.OutOfMemoryError) as error:
         if rank == 0:
             print_error(_said(error))

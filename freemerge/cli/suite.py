@@ -53,6 +53,7 @@ from freemerge.pipeline import (
 )
 from freemerge.pipeline.folder import from_rank_zero
 from freemerge.pipeline.others import Others
+from freemerge.runtime import own_process
 from freemerge.runtime.process_group import in_process_group
 from freemerge.training import FineTuner
 
@@ -318,6 +319,7 @@ def quieten() -> None:
 def run(args: list[str]) -> int:
     """Run one of the commands; returns the exit code."""
     quieten()
+    own_process()
     guest = in_process_group()
     try:
         FreemergeCLI(args)

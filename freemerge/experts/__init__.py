@@ -9,6 +9,7 @@ from freemerge.experts.kinds.masked import MaskedExpert, emr_experts
 from freemerge.experts.kinds.sparse import SparseExpert
 from freemerge.experts.mixing import mix
 from freemerge.experts.packed import PackedExpert
+from freemerge.experts.running.layerwise import substituted
 from freemerge.experts.running.locks import exclusive
 from freemerge.experts.running.switch import ExpertSwitch, attached
 
@@ -31,4 +32,5 @@ __all__ = [
     "load_expert",
     "mix",
     "save_expert",
+    "substituted",
 ]

@@ -9,6 +9,7 @@ from freemerge.merging.engine.plan import Plan, make_plan
 from freemerge.merging.engine.reader import Reader
 from freemerge.merging.engine.record import describe_method, make_record
 from freemerge.merging.engine.search import Candidates
+from freemerge.merging.matching.misfits import is_head
 from freemerge.merging.methods.ace import ACEMerging
 from freemerge.merging.methods.base import MergeMethod
 from freemerge.merging.methods.breadcrumbs import Breadcrumbs
@@ -65,6 +66,7 @@ __all__ = [
     "emr_task_vector",
     "get_field",
     "has_scale",
+    "is_head",
     "make_plan",
     "make_record",
     "merge",

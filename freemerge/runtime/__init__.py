@@ -1,1 +1,6 @@
 """What computing needs of the machine: threads, processes, copies to and from devices, memory, reads."""
+
+from freemerge.runtime.heap import own_process
+from freemerge.runtime.processes import Processes
+
+__all__ = ["Processes", "own_process"]

@@ -21,11 +21,23 @@ _STATISTICS = "/proc/self/statm"
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 _watch: _Watch | None = None
+_owned = False
+
+
+def own_process() -> None:
+    """Say that this process is freemerge's own, as that of its command line is: its merges may set the allocator.
+
+    Such settings last, and the C library does not tell what they were: in somebody else's process nothing is set.
+    """
+    global _owned
+    _owned = True
 
 
 @contextmanager
 def returning(threshold: int, scattered: int) -> Iterator[None]:
     """Give blocks of memory back to the system when they are freed, and use smaller ones again.
+
+    In a process that is not ours only what is free within the heaps is given back; see `own_process`.
 
     Args:
         threshold: bytes of the smallest block that is given back.
@@ -36,16 +48,18 @@ def returning(threshold: int, scattered: int) -> Iterator[None]:
     if not hasattr(library, "mallopt"):  # other C libraries have none, or one that does nothing
         yield
         return
-    library.mallopt(_M_MMAP_THRESHOLD, threshold)
-    library.mallopt(_M_TRIM_THRESHOLD, min(2 * threshold, _AT_END))
+    if owned := _owned:
+        library.mallopt(_M_MMAP_THRESHOLD, threshold)
+        library.mallopt(_M_TRIM_THRESHOLD, min(2 * threshold, _AT_END))
     try:
         if hasattr(library, "malloc_trim") and os.path.exists(_STATISTICS):
             _watch = _Watch(library, scattered)
         yield
     finally:
         _watch = None
-        library.mallopt(_M_MMAP_THRESHOLD, REUSED)  # what it would have adapted to
-        library.mallopt(_M_TRIM_THRESHOLD, 2 * REUSED)
+        if owned:
+            library.mallopt(_M_MMAP_THRESHOLD, REUSED)  # what it would have adapted to
+            library.mallopt(_M_TRIM_THRESHOLD, 2 * REUSED)
 
 
 def relieve(pause: float = 0.01) -> None:

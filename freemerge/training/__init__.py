@@ -1,5 +1,6 @@
 """LightningModules: FineTuner makes task vectors, ExpertTrainer experts, RouterTrainer the router."""
 
+from freemerge.training.adapters import fused_weights, plain_names
 from freemerge.training.distillation import Distillation
 from freemerge.training.experts import ExpertTrainer
 from freemerge.training.finetuner import FineTuner
@@ -15,4 +16,6 @@ __all__ = [
     "RouterTrainer",
     "fit_probe",
     "fit_regression_probe",
+    "fused_weights",
+    "plain_names",
 ]

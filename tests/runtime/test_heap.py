@@ -7,7 +7,9 @@ import pytest
 
 SCATTER = """
 import ctypes
-from freemerge.runtime.heap import _Watch, relieve, returning
+from freemerge.runtime.heap import _Watch, own_process, relieve, returning
+
+own_process()
 
 library = ctypes.CDLL(None)
 library.malloc.restype, library.malloc.argtypes, library.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [

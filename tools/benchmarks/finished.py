@@ -7,7 +7,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from freemerge.cli.suite import FreemergeCLI, quieten
+from freemerge.cli import FreemergeCLI, quieten
 from freemerge.pipeline import SuiteRun
 
 ONLY_FIT = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "limit_val_batches": 0}

@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -82,6 +83,11 @@ def check_folder(path: Path, overwrite: bool) -> None:
             f"{path}: is not a folder that freemerge wrote (it has no {MARKER}), so it is not overwritten; remove it "
             "yourself"
         )
+
+
+def read_origin(path: Path) -> dict[str, Any]:
+    """Where the model in a folder that freemerge wrote comes from, as its `freemerge.json` says."""
+    return json.loads((path / MARKER).read_text(encoding="utf-8"))
 
 
 def make_index(shards: Mapping[str, Mapping[str, TensorSpec]]) -> dict[str, bytes]:

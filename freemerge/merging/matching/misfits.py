@@ -16,9 +16,12 @@ _SHOWN = 10  # tensors of a kind that a message names
 
 # What architectures call what they add to a model for one task.
 _HEADS = re.compile(
-    r"(?:.*\.)?(?:heads?|classifier|classification_head|lm_head|embed_out|score|qa_outputs|pooler|cls|fc|fc_norm|"
-    r"linear_head|out_proj|output_layer|regressor|logits_proj|criterion|loss|prototypes|projection|"
-    r"[a-z]+_(?:head|classifier|predictor))(?:\..+|$)"
+    r"(?:.*\.)?(?:heads?|classifier|classification_head|lm_head|embed_out|score|qa_outputs|regressor|prototypes|"
+    r"criterion|loss|[a-z]+_(?:head|classifier|predictor))(?:\..+|$)"
+)
+# What is also the name of a layer in the blocks of a model's body, which are numbered.
+_OUTSIDE_BLOCKS = re.compile(
+    r"(?:[^\W\d]\w*\.)*(?:pooler|cls|fc|fc_norm|linear_head|out_proj|output_layer|logits_proj|projection)(?:\..+|$)"
 )
 
 
@@ -32,7 +35,7 @@ class Misfit(NamedTuple):
 
 def is_head(name: str) -> bool:
     """Whether a tensor is called like one of a head."""
-    return _HEADS.fullmatch(name) is not None
+    return any(pattern.fullmatch(name) for pattern in (_HEADS, _OUTSIDE_BLOCKS))
 
 
 def find_misfits(base: Checkpoint, model: Checkpoint, merged: Iterable[str], selected: Set[str]) -> list[Misfit]:

@@ -7,7 +7,9 @@ import json
 import sys
 
 from freemerge import merging
+from freemerge.runtime import own_process
 
+own_process()
 job = json.loads(sys.argv[1])
 method = eval(job["method"], vars(merging))
 merging.merge(job["base"], job["models"], method, output=job["output"], **job["options"])

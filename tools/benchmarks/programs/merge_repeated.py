@@ -8,6 +8,7 @@ import sys
 
 from freemerge import merging
 from freemerge.checkpoints import Checkpoint, open_checkpoint
+from freemerge.runtime import own_process
 
 FIRST = "model.layers.0."
 
@@ -28,6 +29,7 @@ def repeated(path, layers):
     return Checkpoint(path, {name: stored.spec(first) for name, first in origin.items()}, read)
 
 
+own_process()
 job = json.loads(sys.argv[1])
 base, *models = (repeated(path, job["layers"]) for path in (job["base"], *job["models"]))
 method = eval(job["method"], vars(merging))

@@ -15,10 +15,12 @@ from pathlib import Path
 import torch
 
 from freemerge import merging
+from freemerge.runtime import own_process
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from benchmarks.models import draw_model, llama, small, vit
 
+own_process()
 job = json.loads(sys.argv[1])
 device = torch.device(job["device"])
 

@@ -1,0 +1,36 @@
+"""The callbacks and the tools use what everybody may: names that rooms export, and nothing deeper."""
+
+import ast
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FOLDERS = ("callbacks/freemerge_callbacks", "tools")
+FILES = [path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.py"))]
+
+
+def imports(path):
+    """(module, name) of everything that a file imports from freemerge; the name is None for a module as a whole."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "freemerge":
+            yield from ((node.module, alias.name) for alias in node.names)
+        elif isinstance(node, ast.Import):
+            yield from ((alias.name, None) for alias in node.names if alias.name.partition(".")[0] == "freemerge")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_only_exported_names_are_imported(path):
+    for module, name in imports(path):
+        assert module.count(".") <= 1, f"{module} is inside a room; import from {'.'.join(module.split('.')[:2])}"
+        if name is None or module == "freemerge":
+            continue
+        room = import_module(module)
+        exported = getattr(room, "__all__", [each for each in vars(room) if not each.startswith("_")])
+        assert name in exported, f"{module} does not export {name}"
+        getattr(room, name)
+
+
+def test_there_is_something_to_look_at():
+    assert sum(1 for path in FILES for _ in imports(path)) > 60
