@@ -44,7 +44,10 @@ def raised_here(batches: Iterator[Any]) -> Iterator[Any]:
         fault.__cause__ = error.__cause__
         error.__traceback__ = None
     del batches
-    raise fault
+    try:
+        raise fault
+    finally:
+        del fault  # whose traceback holds this frame
 
 
 def reason_of(error: BaseException) -> str:

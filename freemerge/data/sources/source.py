@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from freemerge.data.errors import DataError
 from freemerge.data.loaders import derive_seed
 from freemerge.data.tasks import Task
 from freemerge.names import class_name
@@ -100,7 +101,7 @@ class TaskSource(ABC):
             ValueError: if a split comes out empty.
         """
         if not sizes.get("train"):
-            raise ValueError(f"task {name!r}: there are no training samples")
+            raise DataError(f"task {name!r}: there are no training samples")
         dealt = {split: (split, torch.arange(size)) for split, size in sizes.items() if split in SPLITS}
         missing = [split for split in ("val", "test") if split not in dealt]
         order = torch.randperm(sizes["train"], generator=_generator(seed, name, "deal"))
@@ -110,7 +111,9 @@ class TaskSource(ABC):
         dealt["train"] = ("train", order.sort().values if missing else dealt["train"][1])
         for split, (origin, indices) in dealt.items():
             if len(indices) == 0:
-                raise ValueError(f"task {name!r}: there are no samples for {split}")
+                share = getattr(self, f"{split}_fraction", None)
+                cut = f": {split}_fraction {share} of {sizes['train']} is none" if origin != split else ""
+                raise DataError(f"task {name!r}: there are no samples for {split}{cut}")
             size = getattr(self, f"{split}_size")
             if size is not None and size < len(indices):
                 chosen = torch.randperm(len(indices), generator=_generator(seed, name, split))[:size].sort().values
@@ -161,7 +164,7 @@ def content_hash(path: Path) -> str:
         ValueError: if there is no such file.
     """
     if not path.is_file():
-        raise ValueError(f"{path}: there is no such file")
+        raise DataError(f"{path}: there is no such file")
     status = path.stat()
     return _content_hash(path.resolve(), status.st_size, status.st_mtime_ns)
 

@@ -5,36 +5,79 @@ from __future__ import annotations
 import csv
 import gzip
 import json
-from collections.abc import Iterator
+import zlib
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from freemerge.checkpoints.places import expand
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-Table = dict[str, list[Any]]
-"""Column name → values, all columns equally long. Values of CSV and TSV files are strings."""
+from freemerge.checkpoints.places import expand
+from freemerge.data.errors import DataError, DataWarning, listed, reason_of
+
+
+class Table(dict[str, list[Any]]):
+    """Column name → values, all columns equally long. Values of CSV and TSV files are strings.
+
+    Args:
+        columns: the values by column.
+        source: what they were read from, for messages.
+        numbers: each row's number there, as an editor counts; None: the rows are called samples, from 0.
+        word: `row` or `line`.
+    """
+
+    def __init__(
+        self,
+        columns: Mapping[str, list[Any]],
+        source: str = "",
+        numbers: Sequence[int] | None = None,
+        word: str = "row",
+    ) -> None:
+        super().__init__(columns)
+        self.source = source
+        self.numbers = numbers
+        self.word = word
+
+    @property
+    def size(self) -> int:
+        """How many rows there are."""
+        return len(next(iter(self.values()), []))
+
+    def place(self, row: int) -> str:
+        """What messages call a row."""
+        if self.numbers is None:
+            return f"{self.source}, sample {row}" if self.source else f"sample {row}"
+        return f"{self.source}, {self.word} {self.numbers[row]}"
+
+    def take(self, rows: Sequence[int]) -> Table:
+        """A table of some rows."""
+        columns = {column: [values[row] for row in rows] for column, values in self.items()}
+        if self.numbers is None:
+            return Table(columns, self.source)
+        return Table(columns, self.source, [self.numbers[row] for row in rows], self.word)
 
 
 def read_table(path: str | Path, quoted: bool | None = None) -> Table:
     """Read a table; the file's name says which kind: .csv, .tsv, .jsonl or .parquet, the first three also with .gz.
 
     Args:
-        path: the file.
+        path: the file, in UTF-8 (with or without a byte order mark).
         quoted: whether `"` quotes fields of CSV and TSV; None: in CSV it does, in TSV it is a character like others.
 
     Raises:
-        ValueError: if the file is not there, is of another kind, or a line does not fit; it says which.
+        DataError: if the file is not there, is of another kind, or a line does not fit; it says which.
     """
     path = expand(path)
     if not path.is_file():
-        raise ValueError(f"{path}: there is no such file")
-    suffixes = [suffix for suffix in path.suffixes[-2:] if suffix != ".gz"]
+        raise DataError(f"{path}: there is no such file")
+    suffixes = [suffix.lower() for suffix in path.suffixes[-2:] if suffix.lower() != ".gz"]
     kind = suffixes[-1] if suffixes else ""
     if kind == ".parquet":
         return _read_parquet(path)
     if kind not in (".csv", ".tsv", ".jsonl"):
-        raise ValueError(f"{path}: expected .csv, .tsv, .jsonl (plain or .gz) or .parquet")
-    opened = gzip.open if path.suffix == ".gz" else open
+        raise DataError(f"{path}: expected .csv, .tsv, .jsonl (plain or .gz) or .parquet")
+    opened = gzip.open if path.suffix.lower() == ".gz" else open
     try:
         quoted = kind == ".csv" if quoted is None else quoted
         # csv wants lines untouched; otherwise only a line feed ends a line, a carriage return may be part of a text.
@@ -43,51 +86,122 @@ def read_table(path: str | Path, quoted: bool | None = None) -> Table:
                 return _read_json_lines(path, file)
             delimiter = "," if kind == ".csv" else "\t"
             plain = (line.rstrip("\r\n").split(delimiter) for line in file)
-            return _read_rows(path, csv.reader(file, delimiter=delimiter) if quoted else plain)
-    except (UnicodeDecodeError, EOFError, gzip.BadGzipFile, csv.Error) as error:
-        raise ValueError(f"{path}: cannot be read as {kind[1:]} ({error})") from error
+            # strict: an open quote would swallow the rest of the file in silence
+            return _read_rows(path, csv.reader(file, delimiter=delimiter, strict=True) if quoted else plain, delimiter)
+    except UnicodeDecodeError as error:
+        raise DataError(_not_utf8(path, opened)) from error
+    except (EOFError, OSError, zlib.error) as error:
+        raise DataError(f"{path}: cannot be read as {kind[1:]} ({reason_of(error)})") from error
 
 
-def _read_rows(path: Path, rows: Iterator[list[str]]) -> Table:
+def _not_utf8(path: Path, opened: Any) -> str:
+    """Which line of a file is not UTF-8, and what it could be."""
+    with opened(path, "rb") as file:
+        if (start := file.read(2)) in (b"\xff\xfe", b"\xfe\xff"):
+            name = "UTF-16LE" if start == b"\xff\xfe" else "UTF-16BE"
+            return f"{path}: is UTF-16, expected UTF-8; iconv -f {name} -t UTF-8 converts it"
+        file.seek(0)
+        for number, line in enumerate(file, start=1):
+            try:
+                line.decode()
+            except UnicodeDecodeError as error:
+                near = line[max(0, error.start - 12) : error.end + 8].decode("latin-1").strip()
+                return (
+                    f"{path}: line {number} is not UTF-8 (near {near!r}, if it is Latin-1); "
+                    f"iconv -f WINDOWS-1252 -t UTF-8 converts such a file"
+                )
+    return f"{path}: is not UTF-8"
+
+
+def _read_rows(path: Path, rows: Iterator[list[str]], delimiter: str) -> Table:
     header = next(rows, None)
-    if not header:
-        raise ValueError(f"{path}: there is no header line")
+    if not header or header == [""]:
+        raise DataError(f"{path}: there is no header line")
+    header = [name.strip() for name in header]
+    _check_header(path, header, delimiter)
     columns: list[list[str]] = [[] for _ in header]
-    for number, row in enumerate(rows, start=2):
-        if not row or row == [""]:
-            continue
-        if len(row) != len(header):
-            raise ValueError(
-                f"{path}: row {number} has {len(row)} fields, the header has {len(header)}: {', '.join(header)}"
-            )
-        for column, value in zip(columns, row, strict=True):
-            column.append(value)
-    return dict(zip(header, columns, strict=True))
+    numbers, number = [], 1
+    try:
+        for number, row in enumerate(rows, start=2):
+            if not row or row == [""]:
+                continue
+            if len(row) != len(header):
+                raise DataError(
+                    f"{path}: row {number} has {len(row)} fields, the header has {len(header)}: {', '.join(header)}"
+                )
+            if len(header) > 1 and row == header:
+                raise DataError(f"{path}: row {number} is the header again: delete it")
+            numbers.append(number)
+            for column, value in zip(columns, row, strict=True):
+                column.append(value)
+    except csv.Error as error:
+        hint = " (a quote that is not closed?)" if "limit" in str(error) or "unexpected end" in str(error) else ""
+        raise DataError(
+            f"{path}: row {number + 1} cannot be read: {reason_of(error)}{hint}; `quoted: false` takes quotes as "
+            f"characters like others"
+        ) from error
+    return Table(_named(path, dict(zip(header, columns, strict=True))), str(path), numbers)
+
+
+def _check_header(path: Path, header: list[str], delimiter: str) -> None:
+    if twice := [name for name, count in Counter(header).items() if count > 1]:
+        raise DataError(f"{path}: the header has {twice[0]!r} twice; rename one")
+    other = next((mark for mark in ";\t,|" if mark != delimiter and mark in header[0]), None)
+    if len(header) == 1 and other is not None:
+        raise DataError(
+            f"{path}: the header is one field, {header[0]!r}: fields are separated by {other!r} there, expected "
+            f"{delimiter!r} in a {path.suffixes[0]} file"
+        )
+
+
+def _named(path: Path, columns: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    """The columns that have a name."""
+    unnamed = [name for name in columns if not name or name.startswith(("Unnamed: ", "__index_level_"))]
+    if unnamed and len(unnamed) < len(columns):
+        rank_zero_warn(
+            f"{path}: a column without a name is left out (the index of a DataFrame? to_csv(index=False) writes none)",
+            category=DataWarning,
+        )
+        return {name: values for name, values in columns.items() if name not in unnamed}
+    return columns
 
 
 def _read_json_lines(path: Path, file: TextIO) -> Table:
-    table: Table = {}
+    table: dict[str, list[Any]] = {}
+    numbers = []
     for number, line in enumerate(file, start=1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}: line {number} is not JSON ({error})") from error
-        if not isinstance(row, dict) or (table and row.keys() != table.keys()):
-            expected = f"an object with {', '.join(table)}" if table else "an object"
-            raise ValueError(f"{path}: line {number} must be {expected}")
+        except (json.JSONDecodeError, RecursionError) as error:
+            whole = "; a JSON array is written one object per line here" if line.lstrip()[:1] == "[" else ""
+            raise DataError(f"{path}: line {number} is not JSON ({reason_of(error)}){whole}") from error
+        if not isinstance(row, dict):
+            raise DataError(f"{path}: line {number} must be an object, got {type(row).__name__}")
+        if numbers and row.keys() != table.keys():
+            lacks, more = sorted(table.keys() - row.keys()), sorted(row.keys() - table.keys())
+            found = [f"lacks {listed(lacks)}"] * bool(lacks) + [f"has {listed(more)} too"] * bool(more)
+            raise DataError(
+                f"{path}: line {number} must be an object with {', '.join(table)}; it {' and '.join(found)}"
+            )
+        numbers.append(number)
         for key, value in row.items():
             table.setdefault(key, []).append(value)
-    return table
+    if not numbers:
+        raise DataError(f"{path}: there is no line in it")
+    return Table(table, str(path), numbers, "line")
 
 
 def _read_parquet(path: Path) -> Table:
     try:
-        from pyarrow import ArrowInvalid, parquet
+        from pyarrow import ArrowException, parquet
     except ImportError as error:
-        raise ValueError(f"{path}: Parquet files need pyarrow: pip install 'freemerge[datasets]'") from error
+        raise DataError(f"{path}: Parquet files need pyarrow: pip install 'freemerge[datasets]'") from error
     try:
-        return parquet.read_table(path).to_pydict()
-    except ArrowInvalid as error:
-        raise ValueError(f"{path}: cannot be read as parquet ({error})") from error
+        table = parquet.read_table(path)
+        if twice := [name for name, count in Counter(table.column_names).items() if count > 1]:
+            raise DataError(f"{path}: there are two columns {twice[0]!r}; rename one")
+        return Table(_named(path, table.to_pydict()), str(path), range(1, table.num_rows + 1))
+    except (ArrowException, OSError) as error:
+        raise DataError(f"{path}: cannot be read as parquet ({reason_of(error)})") from error

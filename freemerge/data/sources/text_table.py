@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from freemerge.checkpoints.places import expand
+from freemerge.data.errors import DataError
 from freemerge.data.sources.source import SPLITS
 from freemerge.data.sources.tables import Table, read_table
 from freemerge.data.sources.texts import TextSource, read_class_names
@@ -60,12 +61,14 @@ class TextTableSource(TextSource):
     def _split(self, table: Table) -> dict[str, Table]:
         if self.split not in table:
             return {"train": table}
-        parts: dict[str, Table] = {}
+        rows: dict[str, list[int]] = {}
         for row, value in enumerate(table[self.split]):
-            split = _ALIASES.get(str(value), value)
+            word = str(value).strip().lower()
+            split = _ALIASES.get(word, word)
             if split not in SPLITS:
-                raise ValueError(f"{self.path}: row {row + 2} has the split {value!r}, expected {', '.join(SPLITS)}")
-            part = parts.setdefault(split, {column: [] for column in table if column != self.split})
-            for column, values in part.items():
-                values.append(table[column][row])
-        return parts
+                raise DataError(f"{table.place(row)} has the split {value!r}, expected {', '.join(SPLITS)}")
+            rows.setdefault(split, []).append(row)
+        if rows and "train" not in rows:
+            raise DataError(f"{self.path}: the column {self.split!r} says {', '.join(sorted(rows))}, and never train")
+        del table[self.split]
+        return {split: table.take(chosen) for split, chosen in rows.items()}

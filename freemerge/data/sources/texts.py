@@ -2,21 +2,25 @@
 
 # Without postponed annotations: a subclass in another module would have to import the names that they use.
 
-import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from freemerge.checkpoints.places import expand, expand_name
+from freemerge.data.errors import DataError, DataWarning, reason_of
+from freemerge.data.sources.columns import as_text, check_given, names_of_labels, parse_labels, texts_of, warn_of_empty
 from freemerge.data.sources.source import TaskSource
 from freemerge.data.sources.tables import Table
 from freemerge.data.tasks import Kind, Task, check_kind
 from freemerge.data.tokens import TokenDataset
 from freemerge.inputs import IGNORED
+
+_CUT = 0.1
+"""If more than this share of the training texts is cut, that is worth a warning."""
 
 
 @dataclass(kw_only=True)
@@ -68,24 +72,26 @@ class TextSource(TaskSource):
             names: names of the classes that the data bring along; `classes` goes before them.
 
         Raises:
-            ValueError: if a column is missing, or a label cannot be understood.
+            DataError: if a column is missing, a label cannot be understood, or a text or label is none.
         """
+        tables = {split: table if isinstance(table, Table) else Table(table) for split, table in tables.items()}
         columns = self._text_columns(name, tables)
-        sizes = {split: len(next(iter(table.values()), [])) for split, table in tables.items()}
-        dealt = self.deal(sizes, name, seed)
-        rows = {
-            split: {column: [tables[origin][column][i] for i in index.tolist()] for column in tables[origin]}
-            for split, (origin, index) in dealt.items()
-        }
-        tokenizer = load_tokenizer(self.tokenizer)
+        dealt = self.deal({split: table.size for split, table in tables.items()}, name, seed)
+        rows = {split: tables[origin].take(index.tolist()) for split, (origin, index) in dealt.items()}
+        if self.kind in ("classification", "regression"):
+            for split, table in tables.items():
+                check_given(f"task {name!r}, {split}", table, str(self.label))
         class_names: tuple[str, ...] = ()
         if self.kind == "classification":
             class_names = self._class_names(name, tables, names)
+        tokenizer = load_tokenizer(self.tokenizer)
         datasets = {}
         for split, table in rows.items():
-            texts = [[_as_text(value) for value in table[column]] for column in columns]
-            labels = None if self.label is None else table[self.label]
-            datasets[split] = self._encode(f"task {name!r}, {split}", tokenizer, texts, labels, class_names)
+            where = f"task {name!r}, {split}"
+            texts = [texts_of(where, table, column) for column in columns]
+            warn_of_empty(where, table, texts, columns)
+            datasets[split] = self._encode(where, tokenizer, texts, table, class_names)
+            self._check_lengths(where, tokenizer, datasets[split], table)
         return Task(name, class_names, **datasets, kind=self.kind, metric=self.metric)
 
     def _text_columns(self, name: str, tables: Mapping[str, Table]) -> list[str]:
@@ -102,7 +108,7 @@ class TextSource(TaskSource):
                     raise ValueError(
                         f"task {name!r}: there is no column {column!r} in {split}; there are {', '.join(table)}"
                     )
-        if len(columns) == 2 and not any(value for table in tables.values() for value in table[columns[1]]):
+        if len(columns) == 2 and not any(as_text(value) for table in tables.values() for value in table[columns[1]]):
             return columns[:1]
         return columns
 
@@ -111,25 +117,43 @@ class TextSource(TaskSource):
             return read_class_names(self.classes)
         if self.classes or names:
             return tuple(self.classes or names)
-        values = {_as_text(value) for value in tables["train"][self.label]}
-        if all(value.isdigit() for value in values):
-            return tuple(map(str, range(max(map(int, values)) + 1)))
-        return tuple(sorted(values))
+        return names_of_labels(f"task {name!r}", [as_text(value) for value in tables["train"][self.label]])
 
     def _encode(
-        self, where: str, tokenizer: Any, texts: list[list[str]], labels: list[Any] | None, names: tuple[str, ...]
+        self, where: str, tokenizer: Any, texts: list[list[str]], table: Table, names: tuple[str, ...]
     ) -> TokenDataset:
         if self.kind == "causal_lm":
-            return self._encode_causal(tokenizer, texts, labels)
+            targets = None if self.label is None else texts_of(where, table, self.label)
+            return self._encode_causal(tokenizer, texts, targets)
         encoded = dict(tokenizer(*texts, truncation=True, max_length=self.max_length))
         if self.kind == "seq2seq":
-            targets = tokenizer(
-                text_target=[_as_text(value) for value in labels], truncation=True, max_length=self.max_target_length
-            )["input_ids"]
+            targets = texts_of(where, table, str(self.label))
+            targets = tokenizer(text_target=targets, truncation=True, max_length=self.max_target_length)["input_ids"]
             return TokenDataset({**encoded, "labels": targets}, targets)
-        return TokenDataset(encoded, parse_labels(where, self.kind, labels, names))
+        return TokenDataset(encoded, parse_labels(where, self.kind, table[str(self.label)], names, table.place))
 
-    def _encode_causal(self, tokenizer: Any, texts: list[list[str]], targets: list[Any] | None) -> TokenDataset:
+    def _check_lengths(self, where: str, tokenizer: Any, dataset: TokenDataset, table: Table) -> None:
+        """Refuse a text without a token; say so if many are cut, or are longer than the tokenizer's model takes."""
+        lengths = dataset.inputs["input_ids"].lengths
+        if (lengths == 0).any():
+            row = int((lengths == 0).nonzero()[0])
+            raise DataError(f"{where}: the text of {table.place(row)} has no token: leave it out")
+        longest = int(lengths.max())
+        limit = getattr(tokenizer, "model_max_length", None) or longest
+        if longest > limit:
+            rank_zero_warn(
+                f"{where}: the text of {table.place(int(lengths.argmax()))} has {longest} tokens, and the tokenizer "
+                f"says that its model takes {limit}: set max_length: {limit}, unless the model takes more",
+                category=DataWarning,
+            )
+        cut = int((lengths >= self.max_length).sum())
+        if cut > _CUT * len(lengths) and where.endswith("train"):
+            rank_zero_warn(
+                f"{where}: {cut} of {len(lengths)} texts fill max_length: {self.max_length}, where they are cut",
+                category=DataWarning,
+            )
+
+    def _encode_causal(self, tokenizer: Any, texts: list[list[str]], targets: list[str] | None) -> TokenDataset:
         """Text, target and the end, in a row; the loss is of the target and the end."""
         prompts = ["\n".join(parts) for parts in zip(*texts, strict=True)]
         end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
@@ -139,7 +163,7 @@ class TextSource(TaskSource):
         if targets is None:
             follow: list[list[int]] = [[] for _ in begun]
         else:
-            follow = tokenizer([_as_text(value) for value in targets], add_special_tokens=False)["input_ids"]
+            follow = tokenizer(targets, add_special_tokens=False)["input_ids"]
         for prompt, target in zip(begun, follow, strict=True):
             asked = [*target, *end][: self.max_length]
             kept = prompt[: max(1, self.max_length - len(asked))] if targets is not None else prompt
@@ -147,47 +171,6 @@ class TextSource(TaskSource):
             ids.append(whole)
             labels.append(whole if targets is None else [IGNORED] * len(kept) + whole[len(kept) :])
         return TokenDataset({"input_ids": ids, "attention_mask": [[1] * len(row) for row in ids]}, labels)
-
-
-def parse_labels(where: str, kind: str, values: Sequence[Any], names: tuple[str, ...]) -> Tensor:
-    """A column of labels as a tensor (N,): int64 classes, or float32 numbers.
-
-    Args:
-        where: what messages begin with.
-        kind: classification or regression.
-        values: names or indices of classes, or numbers; as strings or as they are.
-        names: the classes.
-
-    Raises:
-        ValueError: for a label that is none of these; it says which, and in which row.
-    """
-    if kind == "regression":
-        numbers = []
-        for row, value in enumerate(values):
-            try:
-                numbers.append(float(value))
-            except (TypeError, ValueError):
-                numbers.append(math.nan)
-            if not math.isfinite(numbers[-1]):
-                raise ValueError(f"{where}: sample {row} has the label {value!r}, expected a number")
-        return torch.tensor(numbers, dtype=torch.float32)
-    index = {str(position): position for position in range(len(names))}
-    index.update({label: position for position, label in enumerate(names)})  # where both could be meant, it is a name
-    for row, value in enumerate(values):
-        if _as_text(value) not in index:
-            raise ValueError(
-                f"{where}: sample {row} has the label {value!r}, expected one of {', '.join(names[:20])}"
-                f"{', …' if len(names) > 20 else ''} or an index below {len(names)}"
-            )
-    return torch.tensor([index[_as_text(value)] for value in values])
-
-
-def _as_text(value: Any) -> str:
-    if value is None:
-        return ""
-    if isinstance(value, bool) or (isinstance(value, float) and value.is_integer()):
-        return str(int(value))
-    return str(value)
 
 
 def read_class_names(path: str | Path) -> tuple[str, ...]:
@@ -198,10 +181,15 @@ def read_class_names(path: str | Path) -> tuple[str, ...]:
     """
     path = expand(path)
     if not path.is_file():
-        raise ValueError(f"{path}: there is no such file of class names")
-    names = tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+        raise DataError(f"{path}: there is no such file of class names")
+    try:
+        names = tuple(line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip())
+    except (UnicodeDecodeError, OSError) as error:
+        raise DataError(f"{path}: class names cannot be read, expected UTF-8 ({reason_of(error)})") from error
     if not names:
-        raise ValueError(f"{path}: there are no class names in it")
+        raise DataError(f"{path}: there are no class names in it")
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
+        raise DataError(f"{path}: the class name {twice[0]!r} is there twice")
     return names
 
 
