@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from freemerge.checkpoints.places import expand, expand_name
+from freemerge.data.errors import DataError, reason_of
 from freemerge.data.pictures import PictureDataset
+from freemerge.data.sources.columns import as_text, check_given, names_of_labels
 from freemerge.data.sources.images import ImageSource
 from freemerge.data.sources.source import SPLITS, TaskSource
 from freemerge.data.sources.tables import Table
@@ -69,18 +71,27 @@ class HuggingFaceSource(TaskSource):
         try:
             import datasets
         except ImportError as error:
-            raise ValueError(f"{type(self).__name__} needs datasets: pip install 'freemerge[datasets]'") from error
-        path = expand_name(self.path)
+            raise DataError(f"{type(self).__name__} needs datasets: pip install 'freemerge[datasets]'") from error
+        path, wanted = expand_name(self.path), self.splits[split]
         files = self.data_files and {name: expand_name(file) for name, file in self.data_files.items()}
+        where = f"{type(self).__name__}: {self.path}, {wanted}"
         try:
-            if (Path(path) / "dataset_dict.json").is_file():
-                return datasets.load_from_disk(path)[self.splits[split]]
-            return datasets.load_dataset(
-                path, self.subset, split=self.splits[split], data_files=files, streaming=self.streaming
-            )
-        except (OSError, ValueError, KeyError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-            reason = " ".join(str(error).split())
-            raise ValueError(f"{type(self).__name__}: {self.path}, {self.splits[split]}: {reason}") from error
+            if any((Path(path) / name).is_file() for name in ("dataset_dict.json", "state.json")):
+                saved = datasets.load_from_disk(path)
+                parts = saved if isinstance(saved, dict) else {"train": saved}
+                if wanted not in parts:
+                    raise DataError(f"{where}: there is no such split; there are {', '.join(parts)}")
+                return parts[wanted]
+            return datasets.load_dataset(path, self.subset, split=wanted, data_files=files, streaming=self.streaming)
+        except ConnectionError as error:
+            raise DataError(
+                f"{where}: not in the cache, and the hub cannot be reached ({reason_of(error)}); give a local folder "
+                f"or file, or fetch it once where there is a connection"
+            ) from error
+        except DataError:
+            raise
+        except (OSError, ValueError, KeyError, RuntimeError, ImportError, datasets.exceptions.DatasetsError) as error:
+            raise DataError(f"{where}: {reason_of(error)}") from error
 
     def _stream(self, split: str, seed: int) -> Any:
         from datasets import Dataset
@@ -96,9 +107,16 @@ class HuggingFaceTextSource(HuggingFaceSource, TextSource):
 
     def build(self, name: str, seed: int) -> Task:
         parts = self.open(seed)
+        known = parts["train"].column_names
+        for column in [*(self.text or []), *([self.label] if self.label else [])]:
+            if column not in known:
+                raise DataError(f"task {name!r}: there is no column {column!r} in train; there are {', '.join(known)}")
         wanted = {*(self.text or parts["train"].column_names), *([self.label] if self.label else [])}
         tables: dict[str, Table] = {
-            split: {column: part[column][:] for column in part.column_names if column in wanted}
+            split: Table(
+                {column: part[column][:] for column in part.column_names if column in wanted},
+                f"{self.path}, {self.splits[split]}",
+            )
             for split, part in parts.items()
         }
         feature = parts["train"].features.get(self.label) if self.label else None
@@ -123,19 +141,27 @@ class HuggingFaceImageSource(HuggingFaceSource, ImageSource):
             for column in (self.image, self.label):
                 if column not in part.column_names:
                     known = ", ".join(part.column_names)
-                    raise ValueError(f"task {name!r}: there is no column {column!r} in {split}; there are {known}")
-        names = getattr(parts["train"].features[self.label], "names", None)
+                    raise DataError(f"task {name!r}: there is no column {column!r} in {split}; there are {known}")
+            check_given(f"task {name!r}, {split}", Table({self.label: part[self.label][:]}, self.path), self.label)
+        names, index = getattr(parts["train"].features[self.label], "names", None), None
         if names is None:
-            names = [str(label) for label in range(int(max(parts["train"][self.label])) + 1)]
+            names = names_of_labels(f"task {name!r}", [as_text(label) for label in parts["train"][self.label]])
+            index = {label: position for position, label in enumerate(names)}
         sizes = {split: len(part) for split, part in parts.items()}
         datasets = {
             split: PictureDataset(
-                partial(self._fetch, parts[origin]), index, self.preprocessing(split), self.image_size
+                partial(self._fetch, parts[origin], index),
+                chosen,
+                self.preprocessing(split),
+                self.image_size,
+                f"{self.path}, {self.splits[origin]}, row {{}}".format,
+                len(names),
             )
-            for split, (origin, index) in self.deal(sizes, name, seed).items()
+            for split, (origin, chosen) in self.deal(sizes, name, seed).items()
         }
         return Task(name, tuple(names), **datasets, metric=self.metric, templates=tuple(self.templates or ()))
 
-    def _fetch(self, part: Any, index: int) -> tuple[Any, int]:
-        row = part[index]
-        return row[self.image], row[self.label]
+    def _fetch(self, part: Any, index: dict[str, int] | None, row: int) -> tuple[Any, Any]:
+        sample = part[row]
+        label = sample[self.label]
+        return sample[self.image], label if index is None else index.get(as_text(label), label)

@@ -6,11 +6,13 @@ import difflib
 import importlib
 import inspect
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from freemerge.checkpoints.places import expand
+from freemerge.data.errors import DataError, reason_of
 from freemerge.data.pictures import PictureDataset
 from freemerge.data.sources.images import ImageSource
 from freemerge.data.tasks import Task
@@ -49,10 +51,17 @@ class TorchvisionSource(ImageSource):
         parts = {split: self._open(split) for split in self._arguments()}
         classes = self.classes or _classes(parts["train"])
         if not classes:
-            raise ValueError(f"task {name!r}: {self.dataset} does not name its classes; give `classes`")
+            raise DataError(f"task {name!r}: {self.dataset} does not name its classes; give `classes`")
         sizes = {split: len(part) for split, part in parts.items()}
         datasets = {
-            split: PictureDataset(parts[origin].__getitem__, index, self.preprocessing(split), self.image_size)
+            split: PictureDataset(
+                parts[origin].__getitem__,
+                index,
+                self.preprocessing(split),
+                self.image_size,
+                _Names(f"{self.dataset}, {origin}", parts[origin]),
+                len(classes),
+            )
             for split, (origin, index) in self.deal(sizes, name, seed).items()
         }
         return Task(name, tuple(classes), **datasets, metric=self.metric, templates=tuple(self.templates or ()))
@@ -61,11 +70,14 @@ class TorchvisionSource(ImageSource):
         from torchvision import datasets
 
         module, _, name = self.dataset.rpartition(".")
-        found = getattr(importlib.import_module(module) if module else datasets, name, None)
-        if found is None:
+        try:
+            found = getattr(importlib.import_module(module) if module else datasets, name, None)
+        except ImportError as error:
+            raise DataError(f"TorchvisionSource: {self.dataset}: {reason_of(error)}") from error
+        if not isinstance(found, type):
             near = difflib.get_close_matches(name, datasets.__all__, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"TorchvisionSource: there is no dataset {self.dataset!r}{hint}")
+            raise DataError(f"TorchvisionSource: there is no dataset {self.dataset!r}{hint}")
         return found
 
     def _arguments(self) -> dict[str, dict[str, Any]]:
@@ -86,9 +98,29 @@ class TorchvisionSource(ImageSource):
             arguments["download"] = True
         try:
             return self._class()(**({"root": str(expand(self.root))} if self.root is not None else {}), **arguments)
-        except (RuntimeError, TypeError, ValueError) as error:  # not downloaded, not an argument, not a split
-            reason = " ".join(str(error).split())
-            raise ValueError(f"TorchvisionSource: {self.dataset}, {split}: {reason}") from error
+        except (RuntimeError, TypeError, ValueError, OSError, ImportError) as error:
+            # not downloaded, not an argument, not a split, no such folder, a package that it needs
+            reason = reason_of(error)
+            if "download=True" in reason and not self.download:
+                reason += "; in a configuration: download: true"
+            raise DataError(f"TorchvisionSource: {self.dataset}, {split}: {reason}") from error
+
+
+class _Names:
+    """Index → file of a sample where its dataset knows it, or its number; at module level: workers pickle it."""
+
+    def __init__(self, where: str, dataset: Any) -> None:
+        self.where = where
+        self.dataset = dataset
+
+    def __call__(self, index: int) -> str:
+        for attribute in ("samples", "imgs", "_samples", "_image_files", "_images"):
+            files = getattr(self.dataset, attribute, None)
+            if isinstance(files, list) and index < len(files):
+                file = files[index][0] if isinstance(files[index], tuple) else files[index]
+                if isinstance(file, (str, Path)):
+                    return str(file)
+        return f"{self.where}, sample {index}"
 
 
 def _classes(dataset: Any) -> tuple[str, ...]:
@@ -97,6 +129,9 @@ def _classes(dataset: Any) -> tuple[str, ...]:
         return tuple(str(name) for name in names)
     for attribute in ("targets", "labels", "_labels"):
         if (labels := getattr(dataset, attribute, None)) is not None:
-            return tuple(map(str, range(int(torch.as_tensor(labels).max()) + 1)))
+            try:
+                return tuple(map(str, range(int(torch.as_tensor(labels).max()) + 1)))
+            except (TypeError, ValueError, RuntimeError):  # not one number per sample
+                return ()
     count = getattr(dataset, "num_classes", 0)
     return tuple(map(str, range(count)))
