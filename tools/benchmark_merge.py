@@ -54,10 +54,20 @@ METHODS = {  # name → (method, largest multiple of the floor)
     "Dare, Ties": ("Dare(Ties())", None),
     "Breadcrumbs": ("Breadcrumbs()", None),
     "EMR": ("EMRMerging()", None),
-    "TSV": ("TSVMerge()", None),
-    "IsoC": ("IsoC()", None),
+    "TSV": ("TSVMerge()", 8.0),
+    "IsoC": ("IsoC()", 8.0),
+    "IsoCTS": ("IsoCTS()", 8.0),
+    "ACE": ("ACEMerging()", 8.0),
+    "WUDI": ("WUDIMerging()", None),
 }
-SLOW = {"TSV", "IsoC", "FR, PCB"}  # spectra of weights; five passes of K transforms: minutes
+SLOW = {
+    "TSV",
+    "IsoC",
+    "IsoCTS",
+    "ACE",
+    "WUDI",
+    "FR, PCB",
+}  # spectra and covariances of weights; five passes of K transforms: minutes
 FIRST_TENSOR = 1.0  # seconds over `import torch`
 PLANNING = 1.0  # seconds for 4 000 tensors × 5 models
 MEMORY = 6  # the peak may be K + 6 of the largest tensor in float32 over `import torch`

@@ -13,31 +13,41 @@ from freemerge.merging.matching.misfits import is_head
 from freemerge.merging.methods.ace import ACEMerging
 from freemerge.merging.methods.base import MergeMethod
 from freemerge.merging.methods.breadcrumbs import Breadcrumbs
+from freemerge.merging.methods.consensus import Consensus
+from freemerge.merging.methods.core_space import CoreSpace
 from freemerge.merging.methods.dare import Dare
+from freemerge.merging.methods.della import Della
 from freemerge.merging.methods.emr import EMRMerging, emr_task_vector
 from freemerge.merging.methods.filters import Butterworth, Filter, Gaussian, HighPass, NyquistDisc
 from freemerge.merging.methods.fr import FRMerging
 from freemerge.merging.methods.iso_c import IsoC
 from freemerge.merging.methods.iso_cts import IsoCTS
+from freemerge.merging.methods.knots import KnOTS
 from freemerge.merging.methods.matrices import MatrixMethod
 from freemerge.merging.methods.parameters import get_field, replace_fields
 from freemerge.merging.methods.pcb import PCBMerging
 from freemerge.merging.methods.per_pattern import PerPattern
 from freemerge.merging.methods.scales import has_scale, rescaled
+from freemerge.merging.methods.svc import SVC
 from freemerge.merging.methods.task_arithmetic import TaskArithmetic
 from freemerge.merging.methods.ties import Ties
 from freemerge.merging.methods.tsv import TSVMerge
 from freemerge.merging.methods.weight_average import WeightAverage
+from freemerge.merging.methods.wrapper import MethodWrapper
 from freemerge.merging.methods.wudi import WUDIMerging
 from freemerge.merging.task_vectors import Vectors
 from freemerge.tensors.order_statistics import order_statistics
 
 __all__ = [
+    "SVC",
     "ACEMerging",
     "Breadcrumbs",
     "Butterworth",
     "Candidates",
+    "Consensus",
+    "CoreSpace",
     "Dare",
+    "Della",
     "EMRMerging",
     "Estimate",
     "FRMerging",
@@ -46,10 +56,12 @@ __all__ = [
     "HighPass",
     "IsoC",
     "IsoCTS",
+    "KnOTS",
     "MatrixMethod",
     "MergeError",
     "MergeMethod",
     "MergeWarning",
+    "MethodWrapper",
     "NyquistDisc",
     "PCBMerging",
     "PerPattern",

@@ -73,6 +73,31 @@ def leading_components(matrix: Tensor, rank: int, tolerance: float) -> tuple[Ten
     return directions @ turns, values, (turns / values).T @ rows
 
 
+def components(matrix: Tensor, tolerance: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The singular value decomposition U, σ, Vᵀ of a matrix of any form, (m, n) float32; see `left_spectrum`.
+
+    Returns:
+        (m, r), (r,) and (r, n) float32, largest first.
+    """
+    if matrix.shape[0] <= matrix.shape[1]:
+        return leading_components(matrix, len(matrix), tolerance)
+    side, values, rows = leading_components(matrix.T, matrix.shape[1], tolerance)
+    return rows.T, values, side.T
+
+
+def left_basis(matrix: Tensor, tolerance: float) -> tuple[Tensor, Tensor]:
+    """U and σ of a matrix of any form, (m, n) float32; U has orthonormal columns even where σ is small.
+
+    Returns:
+        (m, r) and (r,) float32, largest first.
+    """
+    left, values, _ = components(matrix, tolerance)
+    if matrix.shape[0] > matrix.shape[1] and len(values):  # U follows from V, the less exactly the smaller σ
+        basis, triangle = torch.linalg.qr(left)
+        left = basis * triangle.diagonal().sign()
+    return left, values
+
+
 def to_nearest_isometry_(matrix: Tensor, tolerance: float) -> Tensor:
     """Make a matrix A = U diag(σ) Vᵀ into U Vᵀ, in its own memory.
 

@@ -38,7 +38,9 @@ def copies_of_largest(method: MergeMethod, models: int) -> int:
         method: how to merge.
         models: K.
     """
-    return models + 5 if not method.elementwise or method.finishes else 0
+    if method.elementwise and not method.finishes:
+        return 0
+    return models * (2 if method.duplicates else 1) + 5
 
 
 class Sink(Protocol):
@@ -107,7 +109,7 @@ class Executor:
         self._whole = copies_of_largest(method, len(plan.models)) > 0
         self._kept = set(plan.kept)
         self._pool = Pool(0)
-        self._copies = 5 if self._finishes else len(plan.models) + 4
+        self._copies = 5 if self._finishes else copies_of_largest(method, len(plan.models)) - 1
 
     def run(self, names: Sequence[str]) -> None:
         """Merge tensors, by all threads.

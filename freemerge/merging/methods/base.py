@@ -59,6 +59,11 @@ class MergeMethod(ABC):
         return False
 
     @property
+    def duplicates(self) -> bool:
+        """Whether whole tensors of all models are held twice."""
+        return False
+
+    @property
     def passes(self) -> int:
         """How many times the models are read, the merge itself included, unless a sample misleads."""
         return 1

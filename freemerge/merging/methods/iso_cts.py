@@ -11,7 +11,7 @@ from torch import Tensor
 from freemerge.merging.methods.base import require, require_number, weighted_sum
 from freemerge.merging.methods.matrices import MatrixMethod
 from freemerge.runtime.threads import each
-from freemerge.tensors.spectra import leading_components, rounding, to_nearest_isometry_
+from freemerge.tensors.spectra import leading_components, left_spectrum, rounding, to_nearest_isometry_
 
 
 @dataclass(frozen=True)
@@ -46,31 +46,58 @@ class IsoCTS(MatrixMethod):
         require(0 <= self.common <= 1, self, f"`common` must lie in [0, 1], got {self.common}")
 
     def combine_matrix(self, name: str, matrices: Tensor) -> Tensor:
-        if matrices.shape[1] <= matrices.shape[2]:
-            return self._merge_wide(matrices, outside_rows=True)
-        return self._merge_wide(matrices.mT, outside_rows=False).T
-
-    def _merge_wide(self, matrices: Tensor, outside_rows: bool) -> Tensor:
-        """Merge (K, s, l) with s ≤ l; U_c is the short side's, or the long side's where the matrices were turned."""
-        models, size = len(matrices), matrices.shape[1]
-        tolerance = rounding(*matrices.shape[1:])
+        models, size = len(matrices), min(matrices.shape[1:])
         own = round((size - int(size * self.common)) / models)
-        common = max(0, size - models * own)
-        side, values, rows = leading_components(weighted_sum(matrices, 1.0), common, tolerance)
+        merge = _merge_wide if matrices.shape[1] <= matrices.shape[2] else _merge_tall
+        return merge(matrices, max(0, size - models * own), own)
 
-        def outside(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            if outside_rows:
-                rest = torch.addmm(matrix, side, side.T @ matrix, alpha=-1)
-            else:
-                rest = torch.addmm(matrix, matrix @ rows.T, rows, alpha=-1)
-            # What is left of a task's own rounding is no direction.
-            whole, left = (float(torch.linalg.vector_norm(part)) for part in (matrix, rest))
-            return leading_components(rest, own, tolerance * max(1.0, whole / left if left else 1.0))
 
-        sides, spectra, longs = zip(*each(outside, list(matrices)), (side, values, rows), strict=True)
-        short, spectrum, long = torch.cat(sides, dim=1), torch.cat(spectra), torch.cat(longs)
-        if not len(spectrum):
-            return torch.zeros(matrices.shape[1:], dtype=matrices.dtype, device=matrices.device)
-        for factor in (short, long):
-            to_nearest_isometry_(factor, rounding(*factor.shape))
-        return short.mul_(spectrum.mean()) @ long
+def _merge_wide(matrices: Tensor, common: int, own: int) -> Tensor:
+    """Merge (K, m, n) with m ≤ n. What lies outside of U_c is looked at in its own few coordinates."""
+    tolerance = rounding(*matrices.shape[1:])
+    total = weighted_sum(matrices, 1.0)
+    directions, values = left_spectrum(total, -1.0)  # of all m directions
+    common = min(common, int((values > tolerance * values[:1]).sum()))
+    if not len(values):  # the tasks cancel out
+        directions = torch.eye(len(total), dtype=torch.float64, device=total.device)
+    directions = directions.to(total.dtype)
+    side, outside = directions[:, :common], directions[:, common:]
+    values = values[:common].to(total.dtype)
+    rows = (side / values).T @ total
+
+    def find(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        inner = outside.T @ matrix
+        left, spectrum, right = leading_components(inner, min(own, len(inner)), _floor(tolerance, matrix, inner))
+        return outside @ left, spectrum, right
+
+    return _joined([*each(find, list(matrices)), (side, values, rows)], total)
+
+
+def _merge_tall(matrices: Tensor, common: int, own: int) -> Tensor:
+    """Merge (K, m, n) with m > n, by the transposes: components (n, r), (r,), (r, m)."""
+    tolerance = rounding(*matrices.shape[1:])
+    total = weighted_sum(matrices, 1.0).T
+    side, values, rows = leading_components(total, common, tolerance)
+
+    def find(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        rest = torch.addmm(matrix.T, matrix.T @ rows.T, rows, alpha=-1)
+        return leading_components(rest, own, _floor(tolerance, matrix, rest))
+
+    return _joined([*each(find, list(matrices)), (side, values, rows)], total).T
+
+
+def _floor(tolerance: float, matrix: Tensor, rest: Tensor) -> float:
+    """The tolerance for what is left of a matrix: the rounding of the whole is no direction of the rest."""
+    whole, left = (float(torch.linalg.vector_norm(part)) for part in (matrix, rest))
+    return tolerance * max(1.0, whole / left) if left else tolerance
+
+
+def _joined(components: list[tuple[Tensor, Tensor, Tensor]], like: Tensor) -> Tensor:
+    """Components side by side, made orthogonal, with a flat spectrum."""
+    sides, spectra, longs = zip(*components, strict=True)
+    short, spectrum, long = torch.cat(sides, dim=1), torch.cat(spectra), torch.cat(longs)
+    if not len(spectrum):
+        return torch.zeros_like(like)
+    for factor in (short, long):
+        to_nearest_isometry_(factor, rounding(*factor.shape))
+    return short.mul_(spectrum.mean()) @ long

@@ -1,0 +1,86 @@
+"""DELLA: drop entries at random, small ones more often, rescale the rest (Deep et al., 2024, arXiv 2406.11617)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from freemerge.merging.methods.base import MergeMethod, require, require_number
+from freemerge.merging.methods.dare import DareStatistics, draw_uniform
+from freemerge.merging.methods.ties import Ties
+from freemerge.merging.methods.wrapper import MethodWrapper
+from freemerge.merging.task_vectors import Vectors
+
+_BLOCK = 1 << 18  # values that are ranked at a time
+
+
+@dataclass(frozen=True)
+class Della(MethodWrapper):
+    """Before any other method, MagPrune: an entry is dropped the likelier, the smaller it is within its row.
+
+    Of a row of n entries, the one whose magnitude is the r-th largest, r from 0 on, is dropped with the probability
+    p_r = drop − epsilon/2 + epsilon·r/n, or else divided by 1 − p_r: the expectation of each entry stays what it was. A
+    tensor of one dimension is one row, one of more has dim 0 × the rest. As with DARE, what is dropped depends on the
+    seed, the model's name and the tensor's name alone. As many passes as the method inside, over whole tensors.
+
+    Args:
+        method: what merges the thinned task vectors; by default TIES' election and mean without its trimming, as in the
+            paper.
+        scale: λ, multiplies the result.
+        drop: p, the mean probability of dropping an entry, in [0, 1).
+        epsilon: ε, the width of the probabilities; p ± ε/2 must lie in [0, 1).
+        seed: of what is dropped.
+    """
+
+    statistics_fields: ClassVar = ("method", "drop", "epsilon", "seed")
+    linear_in_scale: ClassVar = True
+
+    method: MergeMethod = field(default_factory=lambda: Ties(density=1.0))
+    scale: float = 1.0
+    drop: float = 0.7
+    epsilon: float = 0.2
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_number(self, "drop", self.drop)
+        require_number(self, "epsilon", self.epsilon)
+        require(self.epsilon >= 0, self, f"`epsilon` must be at least 0, got {self.epsilon}")
+        inside = self.drop - self.epsilon / 2 >= 0 and self.drop + self.epsilon / 2 < 1
+        require(inside, self, f"`drop` ± `epsilon`/2 must lie in [0, 1), got {self.drop} ± {self.epsilon / 2:g}")
+        require(isinstance(self.seed, int), self, f"`seed` must be an integer, got {self.seed!r}")
+
+    def collect_statistics(self, vectors: Vectors) -> DareStatistics:
+        """Let the method inside look at the thinned vectors."""
+        thinned = vectors.through(lambda name, deltas: self._thin_(name, deltas, vectors.labels))
+        return DareStatistics(vectors.labels, self.method.collect_statistics(thinned))
+
+    def combine(self, name: str, deltas: Tensor, statistics: DareStatistics) -> Tensor:
+        thinned = self._thin_(name, deltas, statistics.labels)
+        return self.method.combine(name, thinned, statistics.inner) * self.scale
+
+    def _thin_(self, name: str, deltas: Tensor, labels: Sequence[str]) -> Tensor:
+        """(K, *shape), in place."""
+        if deltas[0].numel() == 0:
+            return deltas
+        rows = deltas.shape[1] if deltas.dim() > 2 else 1
+        for delta, label in zip(deltas.view(len(deltas), rows, -1), labels, strict=True):
+            text = f"della|{self.seed}|{len(label)}|{label}|{name}"
+            columns = delta.shape[1]
+            step = max(1, _BLOCK // columns)
+            for start in range(0, rows, step):
+                block = delta[start : start + step]
+                draws = draw_uniform(text, start * columns, block.numel()).view(block.shape).to(block.device)
+                self._thin_rows_(block, draws)
+        return deltas
+
+    def _thin_rows_(self, rows: Tensor, draws: Tensor) -> None:
+        """(R, n) float32 in place, by (R, n) float64 numbers in [0, 1)."""
+        order = rows.abs().argsort(dim=1, descending=True, stable=True)
+        steps = torch.arange(rows.shape[1], dtype=torch.float64, device=rows.device) * (self.epsilon / rows.shape[1])
+        drop = torch.empty_like(draws).scatter_(1, order, (self.drop - self.epsilon / 2 + steps).expand(rows.shape))
+        rows.div_(1 - drop).masked_fill_(draws < drop, 0.0)

@@ -1,0 +1,81 @@
+"""Singular value calibration: undo what shared directions add up to (Li et al., ICML 2026, arXiv 2602.05536)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from freemerge.merging.methods.base import require, require_number
+from freemerge.merging.methods.matrices import stack_shape
+from freemerge.merging.methods.wrapper import MethodWrapper
+from freemerge.tensors.spectra import leading_components, rounding
+
+
+@dataclass(frozen=True)
+class SVC(MethodWrapper):
+    """Rescale the singular values of another method's merged matrices, each by how often its direction was counted.
+
+    For each matrix of the result, τ = U diag(σ) Vᵀ, and each of its directions u_r, task k answers with a_rk = u_rᵀv_k
+    and the merge with a_r = σ_r v_rᵀ. s_rk = ⟨a_r, a_rk⟩/‖a_rk‖² is above 1 where the merge has more of task k's answer
+    than the task itself has. Then σ_r becomes
+
+    - form "paper": σ_r · K/Σ_k max(alpha, s_rk);
+    - form "released", the authors' code: σ_r/max(alpha, mean_k s_rk) if all s_rk > 0, else σ_r.
+
+    Stacked experts are matrices one by one, convolutions are dim 0 × the rest; what is no matrix stays as the method
+    merged it. As many passes as the method inside.
+
+    Args:
+        method: the method whose result is calibrated.
+        scale: multiplies the result.
+        alpha: the least that a direction counts as.
+        form: of the equations, see above.
+    """
+
+    statistics_fields: ClassVar = ("method",)
+    linear_in_scale: ClassVar = True
+
+    alpha: float = 0.1
+    form: Literal["paper", "released"] = "paper"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_number(self, "alpha", self.alpha)
+        require(self.alpha > 0, self, f"`alpha` must be positive, got {self.alpha}")
+        require(self.form in ("paper", "released"), self, f'`form` must be "paper" or "released", got {self.form!r}')
+
+    @property
+    def duplicates(self) -> bool:
+        return True
+
+    def combine(self, name: str, deltas: Tensor, statistics: Any) -> Tensor:
+        merged = self.method.combine(name, deltas.clone(), statistics)
+        shape = stack_shape(name, merged.shape)
+        if shape is not None and merged.numel():
+            stack = merged.contiguous().view(shape)
+            tasks = deltas.reshape(len(deltas), *shape)
+            for index, matrix in enumerate(stack):
+                self._calibrate_(matrix, tasks[:, index])
+            merged = stack.view(merged.shape)
+        return merged.mul_(self.scale)
+
+    def _calibrate_(self, matrix: Tensor, tasks: Tensor) -> None:
+        """(m, n) in place, by (K, m, n)."""
+        wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
+        side, values, rows = leading_components(wide, len(wide), rounding(*wide.shape))
+        left, right = (side, rows) if wide is matrix else (rows.T, side.T)  # (m, r), (r, n)
+        answers = (left.T @ task for task in tasks)  # (r, n) each
+        counts = torch.stack([_ratio(values * (own * right).sum(1), own.square().sum(1)) for own in answers])
+        if self.form == "paper":
+            factors = len(tasks) / counts.clamp(min=self.alpha).sum(dim=0)
+        else:
+            factors = torch.where((counts > 0).all(dim=0), 1 / counts.mean(dim=0).clamp(min=self.alpha), 1.0)
+        torch.mm(left * (values * factors), right, out=matrix)
+
+
+def _ratio(products: Tensor, squares: Tensor) -> Tensor:
+    """⟨a_r, a_rk⟩/‖a_rk‖², 0 where task k has no answer."""
+    return torch.where(squares > 0, products / squares.clamp(min=torch.finfo(squares.dtype).tiny), 0.0)
