@@ -1,6 +1,7 @@
 """The command line, `python -m freemerge`: `fit`, `validate`, `test`, `predict` and `tune` for a suite, and `merge`.
 
-- `commands`: what can be said before anything large is imported: the commands, the help, the version.
+- `commands`, `remembered`: what can be said before anything large is imported: the help, the version, unknown options.
+- `names`: the right name for a wrong one.
 - `suite`: Lightning's CLI with a suite's pipeline behind it.
 - `merge`, `run_merge`: the merge of finished checkpoints, which starts without Lightning and transformers.
 - `parsing`, `words`, `yaml_text`: what both share: options as people type them, files as they have them, help.
@@ -14,8 +15,9 @@ import sys
 from importlib import import_module
 from typing import Any
 
-from freemerge.cli import commands
+from freemerge.cli import commands, remembered
 from freemerge.cli.ending import ended_by_sigterm, run_to_end
+from freemerge.cli.names import closest, unknown_option
 from freemerge.cli.printing import escape_what_cannot_be_printed, fail
 
 _OF_SUITES = ("FreemergeCLI", "quieten")  # loaded when they are first used: `merge` starts without Lightning
@@ -54,22 +56,28 @@ def _run(arguments: list[str]) -> int:
     if command == "merge":
         return _merge(arguments[1:])
     if not set(arguments) & commands.COMMANDS.keys() and "FREEMERGE_SUBCOMMAND" not in os.environ:
-        from freemerge.cli.problems import closest
-
         known = ", ".join(commands.COMMANDS)
         if not command or command.startswith("-"):
             fail(f"name a command: {known}")
         fail(f"there is no command '{command}'{closest(command, commands.COMMANDS) or f'; commands: {known}'}")
+    fresh = remembered.is_fresh()
+    if fresh and command in commands.COMMANDS and (known := remembered.recall(command)):
+        if arguments[1:] in (["-h"], ["--help"]):
+            _show(known.help)
+        if option := known.unknown(arguments[1:]):
+            fail(unknown_option(option, known.keys))
     from freemerge.cli import suite
 
-    return suite.run(arguments)
+    return suite.run(arguments, remembers=fresh)
 
 
 def _merge(arguments: list[str]) -> int:
     from freemerge.cli import merge
 
     if {"-h", "--help"} & set(arguments):
-        _show(merge.help_text())
+        _show(merge.said().help)
+    if option := merge.said().unknown(arguments):  # without torch, which takes its time to import
+        fail(unknown_option(option, merge.said().keys))
     with ended_by_sigterm():
         parser = merge.build_parser()
         config = parser.parse_args(arguments)

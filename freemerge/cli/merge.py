@@ -7,7 +7,8 @@ from typing import Any, Literal
 import jsonargparse
 
 from freemerge.cli.commands import methods, version
-from freemerge.cli.parsing import ENV_PREFIX, OneLineErrors
+from freemerge.cli.parsing import ENV_PREFIX, OneLineErrors, said_by
+from freemerge.cli.remembered import Said
 
 _EPILOG = """methods:
 {methods}
@@ -41,12 +42,12 @@ def run(config: jsonargparse.Namespace) -> int:
     return run_merge.run(config)
 
 
-def help_text() -> str:
-    """The text of `merge --help`."""
+def said() -> Said:
+    """The help and the options of `merge`, for which torch is not imported."""
     parser = _make_parser(str)
     parser.add_argument("--method.help", metavar="CLASS", help="Explain the parameters of a method and exit.")
     parser.add_argument("--version", action="version", version=version(), help="Show freemerge's version and exit.")
-    return parser.format_help()
+    return said_by(parser)
 
 
 def _make_parser(method: type) -> jsonargparse.ArgumentParser:

@@ -19,8 +19,10 @@ import jsonargparse
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace, _typehints
 from jsonargparse._paths import change_to_path_dir
 
+from freemerge.cli.names import closest
 from freemerge.cli.printing import fail
-from freemerge.cli.problems import closest, explain, options, subcommands
+from freemerge.cli.problems import explain, options, subcommands
+from freemerge.cli.remembered import Said
 from freemerge.cli.words import kind_of, spell_out
 from freemerge.cli.yaml_text import read_configuration
 
@@ -97,6 +99,12 @@ class OneLineErrors(ArgumentParser):
         if not self.exit_on_error:
             super().error(message, ex)
         fail(explain(message, getattr(ex, "subcommand_parser", None) or self))
+
+
+def said_by(parser: ArgumentParser) -> Said:
+    """The help and the options of a parser that has no commands."""
+    names = {name.strip("-+") for action in parser._actions for name in action.option_strings}
+    return Said(parser.format_help(), options(parser), sorted(names))
 
 
 @contextmanager

@@ -11,11 +11,12 @@ import inspect
 import re
 from argparse import SUPPRESS
 from collections.abc import Iterable, Iterator
-from difflib import get_close_matches
 from importlib import import_module
 from typing import Any, NamedTuple, get_args, get_type_hints
 
 from jsonargparse import ArgumentParser
+
+from freemerge.cli.names import closest, combination, unknown_option
 
 
 def explain(message: str, parser: ArgumentParser) -> str:
@@ -66,41 +67,6 @@ def refusal(message: str) -> str:
     return " ".join(said) or message
 
 
-def closest(name: str, known: Iterable[str]) -> str:
-    """`; did you mean 'x'?` with the known name that is most like a wrong one; nothing if none is.
-
-    Capitals and separators count for nothing: pcb-merging means PCBMerging.
-    """
-    plain = {_plain(other): other for other in known}
-    near = get_close_matches(_plain(name), plain, n=1, cutoff=0.65)
-    return f"; did you mean '{plain[near[0]]}'?" if near else ""
-
-
-def combination(name: str, known: Iterable[str], key: str) -> str:
-    """What other tools' name of two merging methods in one, such as `dare_ties`, is here; nothing for other names.
-
-    Args:
-        name: that was given for a class.
-        known: the classes there are.
-        key: of the option that the class was given for.
-    """
-    plain = {re.sub("(?:merging|merge)$", "", _plain(other)): other for other in known}
-    parts = [_LINEAR if part == "linear" else plain.get(part) for part in re.split(r"[\W_]+", name.lower())]
-    if len(parts) != 2 or None in parts or not set(parts) <= set(plain.values()):
-        return ""
-    first, second = parts
-    if first != _WRAPPER:
-        return f"; {first} and {second} are methods of their own"
-    return (
-        f"; did you mean --{key} {first} --{key}.method {second}? In a file: "
-        f"{key.rpartition('.')[2]}: {{class_path: {first}, init_args: {{method: {second}}}}}"
-    )
-
-
-def _plain(name: str) -> str:
-    return re.sub(r"[\W_]", "", name).lower()
-
-
 def options(parser: ArgumentParser) -> list[str]:
     """The keys of a parser's options, such as `trainer.max_epochs`, of the groups they are in, and of its commands'."""
     keys: dict[str, None] = {}
@@ -119,12 +85,7 @@ def _unknown_argument(text: str, parser: ArgumentParser) -> str:
     word = text.split()[0]
     if not word.startswith("-"):
         return f"unexpected argument '{word}'; options begin with --"
-    word = word.partition("=")[0]
-    return f"there is no option '{word}'{closest(word, [f'--{key}' for key in options(parser)])}"
-
-
-_WRAPPER = "Dare"  # takes another method to hand the thinned task vectors on to
-_LINEAR = "TaskArithmetic"  # what a sum of task vectors is called here
+    return unknown_option(word.partition("=")[0], options(parser))
 
 
 class _Leaf(NamedTuple):

@@ -33,9 +33,10 @@ import freemerge_callbacks  # noqa: F401
 from freemerge.checkpoints.places import expand
 from freemerge.cli import merge as merge_command
 from freemerge.cli.commands import ABOUT, COMMANDS
-from freemerge.cli.parsing import OneLineErrors
+from freemerge.cli.parsing import OneLineErrors, said_by
 from freemerge.cli.printing import print_error
 from freemerge.cli.problems import refusal
+from freemerge.cli.remembered import remember
 from freemerge.data import TaskSuite
 from freemerge.evaluation import MultiTaskEvaluator, TaskMetric
 from freemerge.models import FreeModel
@@ -79,10 +80,16 @@ class _Parser(OneLineErrors, LightningArgumentParser):
 
 
 class FreemergeCLI(LightningCLI):
-    """Lightning's CLI with a suite's pipeline behind `fit`."""
+    """Lightning's CLI with a suite's pipeline behind `fit`.
 
-    def __init__(self, args: list[str] | None = None) -> None:
+    Args:
+        args: the arguments; those of the process if None.
+        remembers: keep what the command's parser says, for `--help` without it.
+    """
+
+    def __init__(self, args: list[str] | None = None, remembers: bool = False) -> None:
         self._arguments = list(sys.argv[1:] if args is None else args)
+        self._remembers = remembers
         set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
         super().__init__(
             FineTuner,
@@ -140,6 +147,9 @@ class FreemergeCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: list[str] | None) -> None:
         """Parse; unlike Lightning's own, without a warning where `main` is called with arguments from Python."""
+        if self._remembers:
+            for command, each in self._subcommand_parsers.items():
+                remember(command, said_by(each))
         self.config = parser.parse_args(args)
         parser.check_environment(self.config.subcommand)
 
@@ -316,13 +326,18 @@ def quieten() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
-def run(args: list[str]) -> int:
-    """Run one of the commands; returns the exit code."""
+def run(args: list[str], remembers: bool = False) -> int:
+    """Run one of the commands; returns the exit code.
+
+    Args:
+        args: the arguments.
+        remembers: see `FreemergeCLI`.
+    """
     quieten()
     own_process()
     guest = in_process_group()
     try:
-        FreemergeCLI(args)
+        FreemergeCLI(args, remembers)
     except (ValueError, MisconfigurationException) as error:
         origin = _origin(error)
         if origin not in ("freemerge", "freemerge_callbacks", "lightning", "jsonargparse"):

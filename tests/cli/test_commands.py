@@ -9,7 +9,7 @@ import pytest
 import freemerge
 from freemerge import merging
 from freemerge.cli.commands import COMMANDS, methods
-from freemerge.cli.merge import build_parser, help_text
+from freemerge.cli.merge import build_parser, said
 from freemerge.cli.problems import options
 
 ROOT = Path(__file__).parent.parent.parent
@@ -26,6 +26,7 @@ ROOT = Path(__file__).parent.parent.parent
         ([], 2, "", "error: name a command: fit, validate, test, predict, tune, merge\n"),
         (["--base", "a"], 2, "", "error: name a command: fit, validate, test, predict, tune, merge\n"),
         (["fitt"], 2, "", "error: there is no command 'fitt'; did you mean 'fit'?\n"),
+        (["merge", "--bas", "x"], 2, "", "error: there is no option '--bas'; did you mean '--base'?\n"),
     ],
 )
 def test_what_needs_no_torch_does_not_import_it(arguments, code, out, error) -> None:
@@ -56,7 +57,7 @@ def test_the_methods_of_the_help_are_those_there_are() -> None:
 
 
 def test_the_help_of_merge_has_every_option_of_its_parser() -> None:
-    text = help_text()
+    text = said().help
     for option in set(options(build_parser())) - {"help", "method"}:
         assert f"\n  --{option} " in text
     assert "\n  --method METHOD" in text

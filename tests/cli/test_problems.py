@@ -112,6 +112,6 @@ def test_of_commands_and_methods(arguments: list[str], message: str, capsys) -> 
 
 
 def test_an_error_in_other_peoples_code_keeps_its_traceback(monkeypatch) -> None:
-    monkeypatch.setattr("freemerge.cli.suite.FreemergeCLI", lambda args: int("x"))
+    monkeypatch.setattr("freemerge.cli.suite.FreemergeCLI", lambda *_: int("x"))
     with pytest.raises(ValueError, match="invalid literal"):  # int is called from here, not from freemerge
         main(["fit"])

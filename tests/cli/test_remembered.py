@@ -1,0 +1,116 @@
+"""The help of a command on Lightning's CLI is built once, and remembered until other code is installed."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from freemerge.cli import main, remembered
+from freemerge.cli.remembered import Said
+
+SCRIPT = """
+import sys
+from freemerge.cli import main
+try:
+    code = main(sys.argv[1:])
+except SystemExit as end:
+    code = end.code
+assert "torch" not in sys.modules and "lightning" not in sys.modules
+sys.exit(code)
+"""
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch) -> Path:
+    """An empty cache, and a process that may use it."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("COLUMNS", "90")
+    monkeypatch.setattr(remembered, "is_fresh", lambda: True)
+    return tmp_path
+
+
+def in_another_process(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-c", SCRIPT, *arguments], capture_output=True, text=True, encoding="utf-8")
+
+
+def test_the_second_help_is_the_first_one_and_imports_nothing_large(cache, capsys) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["validate", "--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    assert "--trainer.max_epochs MAX_EPOCHS" in text
+    done = in_another_process("validate", "--help")
+    assert (done.returncode, done.stdout, done.stderr) == (0, text, "")
+    done = in_another_process("validate", "--experts.densty=0.1")
+    assert done.returncode == 2
+    assert done.stderr == "error: there is no option '--experts.densty'; did you mean '--experts.density'?\n"
+
+
+def test_other_code_another_width_and_a_damaged_file_are_not_what_was_remembered(cache, monkeypatch) -> None:
+    said = Said("help", ["a"], ["a"])
+    remembered.remember("fit", said)
+    assert remembered.recall("fit") == said
+    assert remembered.recall("test") is None
+    monkeypatch.setenv("COLUMNS", "70")
+    assert remembered.recall("fit") is None
+    monkeypatch.setenv("COLUMNS", "90")
+    installed = cache / "site"
+    (installed / "lightning-9.0.dist-info").mkdir(parents=True)
+    monkeypatch.syspath_prepend(installed)
+    assert remembered.recall("fit") is None
+    monkeypatch.undo()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+    (cache / "freemerge" / "help" / "fit.json").write_text("[")
+    assert remembered.recall("fit") is None
+
+
+def test_a_changed_source_file_is_other_code(cache, monkeypatch) -> None:
+    before = remembered._fingerprint()
+    stat = Path.stat
+
+    def later(path: Path, **kwargs) -> os.stat_result:
+        status = stat(path, **kwargs)
+        if path.name != "settings.py":
+            return status
+        return os.stat_result((*status[:6], status.st_size + 1, *status[7:]))
+
+    monkeypatch.setattr(Path, "stat", later)
+    assert remembered._fingerprint() != before
+
+
+def test_a_cache_that_cannot_be_written_is_no_error(cache, monkeypatch) -> None:
+    (cache / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache / "file"))
+    remembered.remember("fit", Said("help", [], []))
+    assert remembered.recall("fit") is None
+
+
+def test_a_process_with_settings_in_its_environment_or_own_classes_is_not_fresh(monkeypatch) -> None:
+    monkeypatch.delitem(sys.modules, "lightning", raising=False)
+    assert remembered.is_fresh()
+    monkeypatch.setenv("FREEMERGE_FIT__TRAINER__MAX_EPOCHS", "3")
+    assert not remembered.is_fresh()
+    monkeypatch.delenv("FREEMERGE_FIT__TRAINER__MAX_EPOCHS")
+    monkeypatch.setitem(sys.modules, "lightning", sys)
+    assert not remembered.is_fresh()
+
+
+@pytest.mark.parametrize(
+    ("word", "unknown"),
+    [
+        ("--trainer.max_epoch=3", "--trainer.max_epoch"),
+        ("--modle", "--modle"),
+        ("--model.backbone.pooling=cls", None),
+        ("--trainer.callbacks+=X", None),
+        ("--trainer.callbacks.monitor=x", None),
+        ("--model.help", None),
+        ("-c", None),
+        ("value", None),
+    ],
+)
+def test_a_class_has_arguments_of_its_own_and_a_group_has_not(word: str, unknown: str | None) -> None:
+    options = ["h", "help", "model", "model.help", "trainer", "trainer.max_epochs", "trainer.callbacks",
+               "trainer.callbacks.help"]  # fmt: skip
+    assert Said("", [], options).unknown([word, "x"]) == unknown
