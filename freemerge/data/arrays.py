@@ -15,9 +15,12 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from freemerge.data.batches import StackedBatch
+from freemerge.data.transforms import batched
 
 Augmentation = Callable[[Tensor], Tensor]
-"""Batched: float32 images (B, C, H, W) in [0, 1] → the same; randomness comes from torch's global generator."""
+"""Batched: float32 images (B, C, H, W) in [0, 1] → the same; randomness comes from torch's global generator.
+
+A transform of `torchvision.transforms.v2` is one too: it is applied to each image apart."""
 
 
 class Preprocessing:
@@ -28,7 +31,8 @@ class Preprocessing:
     Args:
         mean: One number for all channels, or one per channel, on the scale [0, 1].
         std: Likewise; above zero.
-        augment: Applied to whole batches in [0, 1]; give it to a training set only.
+        augment: Applied to whole batches in [0, 1], or, if it is a transform of torchvision, to each image; give it to
+            a training set only.
         size: Height and width of what comes out, whatever came in (bilinear, antialiased); None changes nothing.
         channels: 3 repeats grey, 1 makes grey of colour (ITU-R 601 luma); None changes nothing.
 
@@ -52,7 +56,7 @@ class Preprocessing:
             raise ValueError(f"channels must be 1 or 3, got {channels}")
         if size is not None and size < 1:
             raise ValueError(f"the image size must be at least 1, got {size}")
-        self.augment = augment
+        self.augment = None if augment is None else batched(augment)
         self.size = size
         self.channels = channels
 

@@ -3,6 +3,9 @@
 Each is a callable float32 (B, C, H, W) in [0, 1] → the same. The random numbers come from `generator`, or from torch's
 global generator when it is None: training is then reproducible under `seed_everything`, and `DataLoader` workers, which
 torch seeds apart, draw apart. The quickstart suite uses the same classes with its own generator to make its images.
+
+Any transform of `torchvision.transforms.v2` will do besides them (`freemerge.data.transforms`); these here take a batch
+in a few operations, those one image at a time.
 """
 
 from __future__ import annotations
@@ -14,17 +17,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from freemerge.data.arrays import Augmentation
+from freemerge.data.transforms import batched
 
 
 class Compose:
     """Applies several augmentations in order.
 
     Args:
-        *steps: Batched augmentations.
+        *steps: Batched augmentations, and transforms of torchvision.
     """
 
     def __init__(self, *steps: Augmentation) -> None:
-        self.steps = steps
+        self.steps = tuple(map(batched, steps))
 
     def __call__(self, images: Tensor) -> Tensor:
         for step in self.steps:

@@ -91,7 +91,8 @@ class NpzSuite(SourceSuite):
         channels: 3 repeats grey images, 1 makes grey of colour; None leaves images as they are.
         mean: subtracted from pixels in [0, 1]: one number, or one per channel.
         std: what the difference is divided by.
-        augment: for training batches, in order: callables of float32 (B, C, H, W) in [0, 1].
+        augment: for training batches, in order: transforms of `torchvision.transforms.v2`, classes of
+            `freemerge.data.augment`, or callables of float32 (B, C, H, W) in [0, 1].
         train_size: take so many training samples of each task, drawn by the seed; None takes all.
         val_size: likewise for validation.
         test_size: likewise for test.

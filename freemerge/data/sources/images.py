@@ -17,8 +17,8 @@ class ImageSource(TaskSource):
         channels: 3 repeats grey images, 1 makes grey of colour; None leaves images as they are.
         mean: subtracted from pixels in [0, 1]: one number, or one per channel.
         std: what the difference is divided by.
-        augment: for training batches, in order, before they are resized: classes of `freemerge.data.augment`, or your
-            own callables of float32 (B, C, H, W) in [0, 1].
+        augment: for training batches, in order, before they are resized: transforms of `torchvision.transforms.v2`,
+            classes of `freemerge.data.augment`, or your own callables of float32 (B, C, H, W) in [0, 1].
         templates: prompts with one `{}` for a zero-shot text head, such as `a photo of a {}.`.
         metric: what the task is judged by; None is accuracy.
     """

@@ -17,10 +17,12 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, is_dataclass
-from functools import lru_cache
+from enum import Enum
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,6 +32,8 @@ from freemerge.data.tasks import Task
 from freemerge.names import class_name
 
 SPLITS = ("train", "val", "test")
+
+_OF_MODULES = set(vars(torch.nn.Module())) - {"_parameters", "_buffers", "_modules"}
 
 
 @dataclass(kw_only=True)
@@ -132,16 +136,28 @@ def describe(value: Any) -> Any:
     """
     if value is None or isinstance(value, (str, int, float, bool)):
         return value
-    if isinstance(value, Path):
+    if isinstance(value, (Path, torch.dtype, torch.device)):
         return str(value)
+    if isinstance(value, Enum):
+        return f"{type(value).__qualname__}.{value.name}"
+    if isinstance(value, (Tensor, np.ndarray)):
+        array = value.detach().cpu().numpy() if isinstance(value, Tensor) else value
+        content = hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
+        return [str(value.dtype), list(value.shape), content]
+    if isinstance(value, partial):
+        return [describe(value.func), describe(value.args), describe(value.keywords)]
     if isinstance(value, Mapping):
         return {str(key): describe(item) for key, item in value.items()}
+    if isinstance(value, (set, frozenset)):
+        return sorted((describe(item) for item in value), key=str)
     if isinstance(value, (list, tuple)):
         return [describe(item) for item in value]
     if hasattr(value, "__qualname__"):  # a class or a function
         return class_name(value)
     kind = type(value)
     names = [field.name for field in fields(value)] if is_dataclass(value) else list(getattr(value, "__dict__", ()))
+    if isinstance(value, torch.nn.Module):  # its hooks and flags are torch's business, and differ between versions
+        names = [name for name in names if name not in _OF_MODULES]
     return {
         "class": class_name(kind),
         **{name: describe(getattr(value, name)) for name in names},
