@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from freemerge.checkpoints import CheckpointError, hash_tensors, load_checkpoint, save_checkpoint
@@ -165,6 +166,7 @@ def _remove_old_files(directory: Path, written: Collection[Path]) -> None:
                 path.unlink()
 
 
+@torch.random.fork_rng(devices=[])  # modules draw weights when they are made, before they are given the folder's
 def load_free_model(
     directory: str | Path,
     backbone: Backbone | None = None,

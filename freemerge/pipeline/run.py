@@ -54,6 +54,7 @@ from freemerge.pipeline.lock import only_run
 from freemerge.pipeline.measure import Measure
 from freemerge.pipeline.others import Others
 from freemerge.pipeline.plan import difference, make_plan
+from freemerge.pipeline.process_state import seeds_put_back
 from freemerge.pipeline.reporting import make_report
 from freemerge.pipeline.settings import STAGES, Settings, check_trainer
 from freemerge.pipeline.trainers import MakeTrainer
@@ -153,7 +154,7 @@ class SuiteRun:
         if unknown:
             raise ValueError(f"run.stages: unknown stage {unknown[0]!r}; stages: {', '.join(STAGES)}")
         self._stages = tuple(stage for stage in STAGES if stage in stages)
-        with only_run(self.folder):
+        with only_run(self.folder), seeds_put_back():
             self._check_finished()
             self._keep_config()
             self._check_ckpt_path()
@@ -399,7 +400,8 @@ class SuiteRun:
             The report; None where this process only takes part in a search.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        return Tuning(self.files, self.measure, self.console, self.overwrite).run(others)
+        with seeds_put_back():
+            return Tuning(self.files, self.measure, self.console, self.overwrite).run(others)
 
     # -- small things -------------------------------------------------------------------------------------------------
 

@@ -11,7 +11,8 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -68,13 +69,14 @@ class Search:
         with self._lock:
             # Whoever held Optuna's own lock was killed: no living process writes outside of ours.
             Path(f"{path}.lock").unlink(missing_ok=True)
-            self._study = optuna.create_study(
-                storage=_storage(path),
-                study_name=_NAME,
-                direction="maximize",
-                load_if_exists=True,
-                sampler=self._sampler(0),
-            )
+            with _quiet(optuna):
+                self._study = optuna.create_study(
+                    storage=_storage(path),
+                    study_name=_NAME,
+                    direction="maximize",
+                    load_if_exists=True,
+                    sampler=self._sampler(0),
+                )
             if not self._study.get_trials(deepcopy=False):
                 for point in (space.start(), *(starts or ())):
                     self._study.enqueue_trial(point, skip_if_exists=True)
@@ -204,8 +206,18 @@ def _optuna() -> Any:
         import optuna
     except ModuleNotFoundError as error:
         raise ValueError(f"tune needs {error.name}: pip install 'freemerge[tune]'") from None
-    optuna.logging.set_verbosity(logging.WARNING)
     return optuna
+
+
+@contextmanager
+def _quiet(optuna: Any) -> Iterator[None]:
+    """Optuna greets each study."""
+    verbosity = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(logging.WARNING)
+    try:
+        yield
+    finally:
+        optuna.logging.set_verbosity(verbosity)
 
 
 def _is_alive(process: int) -> bool:
