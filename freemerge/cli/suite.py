@@ -30,7 +30,7 @@ from rich.console import Console
 # Short class names in configurations resolve once their modules are imported.
 import freemerge.quickstart  # noqa: F401
 import freemerge_callbacks  # noqa: F401
-from freemerge.checkpoints.places import expand
+from freemerge.checkpoints import expand
 from freemerge.cli import merge as merge_command
 from freemerge.cli.commands import ABOUT, COMMANDS
 from freemerge.cli.parsing import OneLineErrors, said_by

@@ -3,9 +3,12 @@
 from importlib import import_module
 from typing import Any
 
-from freemerge.data.arrays import ArrayDataset, Preprocessing
+from freemerge.data.arrays import ArrayDataset, Augmentation, Preprocessing
+from freemerge.data.augment import Compose, GaussianNoise, RandomAffine, RandomContrast, RandomFlip
 from freemerge.data.batches import StackedBatch, collate
+from freemerge.data.loaders import derive_seed
 from freemerge.data.mixture import TaskData, TaskMixture
+from freemerge.data.resumable import ResumableLoader, random_state, set_random_state
 from freemerge.data.source_suite import NpzSuite, SourceSuite, TextTableSuite
 from freemerge.data.sources import (
     HuggingFaceImageSource,
@@ -20,24 +23,35 @@ from freemerge.data.sources import (
     TorchvisionSource,
 )
 from freemerge.data.suite import SuiteTask, TaskSuite
-from freemerge.data.tasks import Task
+from freemerge.data.task_metrics import ExactMatch, TaskMetric, metric_for
+from freemerge.data.tasks import Kind, Task
 from freemerge.data.tokens import TokenDataset
 
 __all__ = [
     "ArrayDataset",
+    "Augmentation",
+    "Compose",
+    "ExactMatch",
+    "GaussianNoise",
     "HuggingFaceImageSource",
     "HuggingFaceTextSource",
     "ImageFolderSource",
     "ImageSource",
+    "Kind",
     "NpzSource",
     "NpzSuite",
     "PooledSource",
     "Preprocessing",
+    "RandomAffine",
+    "RandomContrast",
+    "RandomFlip",
+    "ResumableLoader",
     "SourceSuite",
     "StackedBatch",
     "SuiteTask",
     "Task",
     "TaskData",
+    "TaskMetric",
     "TaskMixture",
     "TaskSource",
     "TaskSuite",
@@ -47,6 +61,10 @@ __all__ = [
     "TokenDataset",
     "TorchvisionSource",
     "collate",
+    "derive_seed",
+    "metric_for",
+    "random_state",
+    "set_random_state",
 ]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from freemerge.checkpoints.places import expand
+from freemerge.checkpoints import expand
 from freemerge.data.arrays import Augmentation
 from freemerge.data.sources import NpzSource, PooledSource, TaskSource, TextTableSource
 from freemerge.data.suite import TaskSuite

@@ -1,10 +1,10 @@
 """The multi-task evaluation loop and the report."""
 
-from freemerge.data.task_metrics import ExactMatch, TaskMetric, metric_for
+from freemerge.data import ExactMatch, TaskMetric, metric_for
 from freemerge.evaluation.evaluator import MultiTaskEvaluator
-from freemerge.evaluation.loop import evaluate
+from freemerge.evaluation.loop import Predict, evaluate
 from freemerge.evaluation.metrics import LabelSpace, MultiTaskMetrics
-from freemerge.evaluation.report import Report, Row, mean_score
+from freemerge.evaluation.report import Report, Row, comparable, mean_score
 from freemerge.evaluation.routing import Routing, evaluate_routing
 
 __all__ = [
@@ -12,10 +12,12 @@ __all__ = [
     "LabelSpace",
     "MultiTaskEvaluator",
     "MultiTaskMetrics",
+    "Predict",
     "Report",
     "Routing",
     "Row",
     "TaskMetric",
+    "comparable",
     "evaluate",
     "evaluate_routing",
     "mean_score",

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import lightning as L
 from torch import Tensor
 
-from freemerge.data.task_metrics import TaskMetric
+from freemerge.data import TaskMetric
 from freemerge.evaluation.metrics import LabelSpace, MultiTaskMetrics
 from freemerge.evaluation.report import mean_score
 from freemerge.inputs import Inputs, select

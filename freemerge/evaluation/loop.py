@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from freemerge.data.task_metrics import TaskMetric
+from freemerge.data import TaskMetric
 from freemerge.evaluation.metrics import LabelSpace, MultiTaskMetrics
 from freemerge.inputs import Inputs, to_device
 from freemerge.runtime.process_group import rank_and_world

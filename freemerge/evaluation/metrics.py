@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import one_hot
 from torchmetrics import Metric
 
-from freemerge.data.task_metrics import TaskMetric
+from freemerge.data import TaskMetric
 from freemerge.models import FreeOutput, TaskModules
 
 

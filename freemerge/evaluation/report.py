@@ -15,7 +15,7 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from freemerge.checkpoints.places import expand
+from freemerge.checkpoints import expand
 
 _WIDTH = 100  # of lines that are not written to a terminal
 _MOST_BARS = 8  # tasks; of more, bars are too thin to be told apart

@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from freemerge.checkpoints.memory import find_tied
+from freemerge.checkpoints import find_tied
 from freemerge.experts.kinds.low_rank import LowRankExpert, matrix_shape
 from freemerge.experts.kinds.sparse import SparseExpert
 from freemerge.merging import order_statistics

@@ -19,8 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from freemerge.checkpoints import CheckpointError, hash_tensors, save_checkpoint
-from freemerge.checkpoints.places import expand
+from freemerge.checkpoints import CheckpointError, expand, hash_tensors, save_checkpoint
 from freemerge.experts.base import Expert, expert_class, kind_of
 from freemerge.experts.codec import Encoding, decode_values, deflate, encode_values, inflate
 from freemerge.experts.kinds.masked import MaskedExpert

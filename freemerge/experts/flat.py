@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary, ref
 import torch
 from torch import Tensor, nn
 
-from freemerge.checkpoints.memory import find_tied
+from freemerge.checkpoints import find_tied
 from freemerge.experts.base import check_fits
 from freemerge.experts.codec import decode_positions
 from freemerge.experts.packed import PackedExpert

@@ -13,7 +13,7 @@ from typing import TypeVar
 
 from torch import Tensor, nn
 
-from freemerge.checkpoints.memory import find_tied
+from freemerge.checkpoints import find_tied
 from freemerge.experts.kinds.low_rank import LowRankExpert
 from freemerge.experts.kinds.sparse import SparseExpert
 

@@ -3,6 +3,7 @@
 from freemerge.errors import MergeError, MergeWarning
 from freemerge.merging.algebra import apply_task_vector, merge_task_vectors, task_vector
 from freemerge.merging.api import merge, merge_to, plan_merge
+from freemerge.merging.engine.combiner import Combiner
 from freemerge.merging.engine.estimate import Estimate
 from freemerge.merging.engine.job import parse_dtype
 from freemerge.merging.engine.plan import Plan, make_plan
@@ -44,6 +45,7 @@ __all__ = [
     "Breadcrumbs",
     "Butterworth",
     "Candidates",
+    "Combiner",
     "Consensus",
     "CoreSpace",
     "Dare",

@@ -20,8 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from freemerge.checkpoints import CheckpointError, hash_tensors, load_checkpoint, save_checkpoint
-from freemerge.checkpoints.places import expand
+from freemerge.checkpoints import CheckpointError, expand, hash_tensors, load_checkpoint, save_checkpoint
 from freemerge.experts import PackedExpert, exclusive, load_expert, save_expert
 from freemerge.experts.base import is_known, kind_of
 from freemerge.models.backbones.base import Backbone, load_backbone

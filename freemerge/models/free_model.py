@@ -24,9 +24,18 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from freemerge.experts import Expert, LowRankExpert, PackedExpert, SparseExpert, attached, check_fits, exclusive, mix
+from freemerge.experts import (
+    Expert,
+    LowRankExpert,
+    PackedExpert,
+    SparseExpert,
+    attached,
+    check_fits,
+    exclusive,
+    mix,
+    substituted,
+)
 from freemerge.experts.flat import FlatWeights
-from freemerge.experts.running.layerwise import substituted
 from freemerge.experts.running.one_pass import runs_side_by_side, side_by_side
 from freemerge.experts.tied import by_first_names, names_of_changes
 from freemerge.inputs import Inputs, batch_size, device_of, select

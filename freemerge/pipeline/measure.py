@@ -9,8 +9,7 @@ import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
-from freemerge.evaluation import LabelSpace, Routing, TaskMetric, evaluate, evaluate_routing
-from freemerge.evaluation.loop import Predict
+from freemerge.evaluation import LabelSpace, Predict, Routing, TaskMetric, evaluate, evaluate_routing
 from freemerge.models import FreeModel, batch_norms, reestimate_batch_norm
 from freemerge.pipeline.artifacts import Artifacts
 from freemerge.tensors.rounding import IN_MEMORY, round_to

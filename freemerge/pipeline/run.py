@@ -39,8 +39,7 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
-from freemerge.checkpoints import hash_tensors, save_checkpoint
-from freemerge.checkpoints.places import expand
+from freemerge.checkpoints import expand, hash_tensors, save_checkpoint
 from freemerge.data import TaskSuite
 from freemerge.evaluation import Report, mean_score
 from freemerge.experts import load_expert, save_expert
@@ -60,8 +59,16 @@ from freemerge.pipeline.settings import STAGES, Settings, check_trainer
 from freemerge.pipeline.trainers import MakeTrainer
 from freemerge.pipeline.tune import Tuning
 from freemerge.runtime.process_group import in_process_group
-from freemerge.training import ExpertTrainer, FineTuner, RouterTrainer
-from freemerge.training.resume import BestCheckpoint, EpochStart, Interrupted, ResumeCheckpoint, stopped_by_ctrl_c
+from freemerge.training import (
+    BestCheckpoint,
+    EpochStart,
+    ExpertTrainer,
+    FineTuner,
+    Interrupted,
+    ResumeCheckpoint,
+    RouterTrainer,
+    stopped_by_ctrl_c,
+)
 
 
 class Fit(NamedTuple):

@@ -14,8 +14,7 @@ from torch import Tensor
 
 from freemerge.experts import Encoding, Expert, extract, extract_low_rank
 from freemerge.merging import FRMerging, MergeMethod, PCBMerging, TaskArithmetic, Ties, WeightAverage
-from freemerge.training.experts import check_mixup
-from freemerge.training.optimization import Schedule
+from freemerge.training import Schedule, check_mixup
 from freemerge.tuning import Range, Sampler
 
 STAGES = ("pretrain", "finetune", "merge", "experts", "router", "evaluate")

@@ -25,10 +25,8 @@ from rich.console import Console
 from torch import Tensor
 
 import freemerge
-from freemerge.checkpoints import hash_tensors, save_checkpoint
-from freemerge.checkpoints.places import expand
-from freemerge.evaluation import Report, Row, mean_score
-from freemerge.evaluation.report import comparable
+from freemerge.checkpoints import expand, hash_tensors, save_checkpoint
+from freemerge.evaluation import Report, Row, comparable, mean_score
 from freemerge.merging import Candidates, MergeMethod, describe_method, rescaled
 from freemerge.pipeline.artifacts import Artifacts
 from freemerge.pipeline.measure import Measure

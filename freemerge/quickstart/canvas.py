@@ -8,9 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from freemerge.data.arrays import ArrayDataset, Augmentation
-from freemerge.data.augment import Compose, GaussianNoise, RandomAffine, RandomContrast
-from freemerge.data.loaders import derive_seed
+from freemerge.data import ArrayDataset, Augmentation, Compose, GaussianNoise, RandomAffine, RandomContrast, derive_seed
 
 SIDE = 32
 """Side of an image in pixels."""

@@ -5,9 +5,7 @@ from __future__ import annotations
 import random
 import string
 
-from freemerge.data.augment import Compose, GaussianNoise, RandomAffine
-from freemerge.data.loaders import derive_seed
-from freemerge.data.tasks import Task
+from freemerge.data import Compose, GaussianNoise, RandomAffine, Task, derive_seed
 from freemerge.quickstart.canvas import Distortion, dataset, render
 from freemerge.quickstart.glyphs import FONTS, distinct_characters, draw_glyph, draw_grid, draw_text, shape, stack
 

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from freemerge.data.loaders import derive_seed
+from freemerge.data import derive_seed
 
 # Name → (package, folder in it, file, whole-number reduction).
 PHOTOGRAPHS: dict[str, tuple[str, str, str, int]] = {

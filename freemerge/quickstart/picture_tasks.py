@@ -9,9 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from freemerge.data.augment import Compose, GaussianNoise, RandomAffine, RandomContrast, RandomFlip
-from freemerge.data.loaders import derive_seed
-from freemerge.data.tasks import Task
+from freemerge.data import Compose, GaussianNoise, RandomAffine, RandomContrast, RandomFlip, Task, derive_seed
 from freemerge.quickstart.canvas import SIDE, Distortion, dataset, render
 from freemerge.quickstart.photographs import Rectangle, cells, crop, packaged_file, random_rectangles
 

@@ -13,9 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from freemerge.data.augment import Compose, GaussianNoise, RandomAffine
-from freemerge.data.loaders import derive_seed
-from freemerge.data.tasks import Task
+from freemerge.data import Compose, GaussianNoise, RandomAffine, Task, derive_seed
 from freemerge.quickstart.canvas import SIDE, Distortion, dataset, render
 from freemerge.quickstart.glyph_tasks import SCRIPT_FONT, TRAIN_FONTS, script_characters, typeface_words
 from freemerge.quickstart.glyphs import distinct_characters, draw_glyph, draw_text, shape, stack

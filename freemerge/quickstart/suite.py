@@ -19,8 +19,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from freemerge.data.suite import TaskSuite
-from freemerge.data.tasks import Task
+from freemerge.data import Task, TaskSuite
 from freemerge.quickstart import glyph_tasks as glyphs
 from freemerge.quickstart import picture_tasks as pictures
 from freemerge.quickstart.glyphs import FONTS, font_path

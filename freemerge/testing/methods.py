@@ -14,10 +14,19 @@ import torch
 from torch import Tensor
 
 from freemerge.checkpoints import load_checkpoint, open_checkpoint
-from freemerge.merging import Candidates, MergeError, MergeMethod, describe_method, has_scale, merge, merge_to, rescaled
-from freemerge.merging.engine.combiner import Combiner
-from freemerge.merging.engine.plan import make_plan
-from freemerge.merging.engine.reader import Reader
+from freemerge.merging import (
+    Candidates,
+    Combiner,
+    MergeError,
+    MergeMethod,
+    Reader,
+    describe_method,
+    has_scale,
+    make_plan,
+    merge,
+    merge_to,
+    rescaled,
+)
 from freemerge.runtime.threads import one_thread
 
 _Tensors = Mapping[str, Tensor]

@@ -14,9 +14,8 @@ import torch
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 
-from freemerge.experts import Encoding, Expert, check_fits
+from freemerge.experts import Encoding, Expert, check_fits, substituted
 from freemerge.experts.codec import decode_values, encode_values
-from freemerge.experts.running.layerwise import substituted
 from freemerge.inputs import Inputs, batch_size
 from freemerge.models import Backbone
 from freemerge.training.distillation import Distillation

@@ -10,9 +10,8 @@ import torch
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 
-from freemerge.checkpoints.places import expand
-from freemerge.data import Task, TaskData
-from freemerge.data.task_metrics import TaskMetric
+from freemerge.checkpoints import expand
+from freemerge.data import Task, TaskData, TaskMetric
 from freemerge.inputs import Inputs, batch_size
 from freemerge.models import Backbone, ImageTextBackbone, LanguageBackbone, extract_features
 from freemerge.training.adapters import add_adapter, has_adapter, merged_weights, peft_config

@@ -8,8 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics import MeanMetric
 
-from freemerge.data.task_metrics import TaskMetric
-from freemerge.data.tasks import Kind, Task
+from freemerge.data import Kind, Task, TaskMetric
 from freemerge.inputs import IGNORED
 from freemerge.training.probe import fit_probe, fit_regression_probe
 

@@ -19,7 +19,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 
-from freemerge.data.resumable import ResumableLoader, random_state, set_random_state
+from freemerge.data import ResumableLoader, random_state, set_random_state
 
 
 class Interrupted(Exception):

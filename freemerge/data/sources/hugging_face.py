@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from freemerge.checkpoints.places import expand, expand_name
+from freemerge.checkpoints import expand, expand_name
 from freemerge.data.errors import DataError, reason_of
 from freemerge.data.pictures import PictureDataset
 from freemerge.data.sources.columns import as_text, check_given, names_of_labels

@@ -10,7 +10,7 @@ from typing import Any
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from freemerge.checkpoints.places import expand
+from freemerge.checkpoints import expand
 from freemerge.data.errors import DataError, DataWarning, listed
 from freemerge.data.pictures import PictureDataset
 from freemerge.data.sources.images import ImageSource

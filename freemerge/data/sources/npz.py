@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
-from freemerge.checkpoints.places import expand
+from freemerge.checkpoints import expand
 from freemerge.data.arrays import ArrayDataset
 from freemerge.data.errors import DataError, DataWarning, listed, reason_of
 from freemerge.data.sources.images import ImageSource

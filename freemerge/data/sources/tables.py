@@ -13,7 +13,7 @@ from typing import Any, TextIO
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from freemerge.checkpoints.places import expand
+from freemerge.checkpoints import expand
 from freemerge.data.errors import DataError, DataWarning, listed, reason_of
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from freemerge.checkpoints.places import expand
+from freemerge.checkpoints import expand
 from freemerge.data.errors import DataError
 from freemerge.data.sources.source import SPLITS
 from freemerge.data.sources.tables import Table, read_table

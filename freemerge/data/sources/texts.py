@@ -10,7 +10,7 @@ from typing import Any
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from freemerge.checkpoints.places import expand, expand_name
+from freemerge.checkpoints import expand, expand_name
 from freemerge.data.errors import DataError, DataWarning, reason_of
 from freemerge.data.sources.columns import as_text, check_given, names_of_labels, parse_labels, texts_of, warn_of_empty
 from freemerge.data.sources.source import TaskSource

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from freemerge.checkpoints.places import expand
+from freemerge.checkpoints import expand
 from freemerge.data.errors import DataError, reason_of
 from freemerge.data.pictures import PictureDataset
 from freemerge.data.sources.images import ImageSource

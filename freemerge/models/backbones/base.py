@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from freemerge.checkpoints import CheckpointError, load_checkpoint, save_checkpoint
-from freemerge.checkpoints.places import expand
+from freemerge.checkpoints import CheckpointError, expand, load_checkpoint, save_checkpoint
 from freemerge.inputs import Inputs, to_device
 from freemerge.models.classes import import_class, is_own
 from freemerge.names import class_name

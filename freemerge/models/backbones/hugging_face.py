@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import torch
 
-from freemerge.checkpoints.places import expand, expand_name
+from freemerge.checkpoints import expand, expand_name
 from freemerge.models.backbones.base import Backbone
 
 Dtype = Literal["float32", "bfloat16", "float16"]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from freemerge.checkpoints.places import expand, expand_name
+from freemerge.checkpoints import expand, expand_name
 from freemerge.models.backbones.hugging_face import Dtype, HuggingFaceBackbone, load_model, without_progress_bars
 
 
