@@ -7,9 +7,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from freemerge.testing.backbones import check_backbone as check_backbone
     from freemerge.testing.methods import check_method as check_method
 
-_HOMES = {"check_method": "methods"}
+_HOMES = {"check_backbone": "backbones", "check_method": "methods"}
 
 __all__ = list(_HOMES)
 
