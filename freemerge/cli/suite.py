@@ -8,7 +8,6 @@ left behind; `validate`, `test` and `predict` run the finished FREE model.
 
 from __future__ import annotations
 
-import csv
 import logging
 import os
 import shutil
@@ -38,7 +37,7 @@ from freemerge.cli.printing import print_error
 from freemerge.cli.problems import refusal
 from freemerge.cli.remembered import remember
 from freemerge.data import TaskSuite
-from freemerge.evaluation import MultiTaskEvaluator, TaskMetric
+from freemerge.evaluation import MultiTaskEvaluator, TaskMetric, write_predictions
 from freemerge.models import FreeModel
 from freemerge.models.backbones.base import names_own_backbone
 from freemerge.pipeline import (
@@ -267,7 +266,7 @@ class FreemergeCLI(LightningCLI):
         if self.trainer.is_global_zero:
             from rich.table import Table
 
-            table = Table(title=f"{verb}, routed (%)", title_justify="left")
+            table = Table(title=f"{verb}, {'merged' if evaluator.oracle else 'routed'} (%)", title_justify="left")
             table.add_column("task")
             table.add_column("metric")
             table.add_column("score", justify="right")
@@ -276,23 +275,14 @@ class FreemergeCLI(LightningCLI):
             Console().print(table)
 
     def predict(self, model: FineTuner, datamodule: TaskSuite, ckpt_path: str | None = None, **_: Any) -> None:
-        """Run the FREE model; write one line per sample: its routed task and class."""
+        """Run the FREE model; write one line per sample: its file or row, its routed task, and what is said of it."""
         evaluator = self._evaluator(model, datamodule, ckpt_path)
         predictions = self.trainer.predict(evaluator, datamodule=datamodule)
         per_loader = predictions if len(datamodule.names) > 1 else [predictions]
         path = expand(self._get(self.config_init, "run").folder) / f"predictions{self._rank_suffix()}.csv"
-        with path.open("w", encoding="utf-8", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(["loader", "index", "routed_task", "class", "probability"])
-            for task, outputs in zip(datamodule.names, per_loader, strict=True):
-                index = 0
-                for output in outputs:
-                    probabilities = output.logits.softmax(dim=1).max(dim=1).values.tolist()
-                    rows = zip(output.task_names, output.labels.tolist(), probabilities, strict=True)
-                    for routed, label, probability in rows:
-                        names = evaluator.model.class_names.get(routed)
-                        writer.writerow([task, index, routed, names[label] if names else label, f"{probability:.4f}"])
-                        index += 1
+        tasks = {name: datamodule.task(name) for name in datamodule.names}
+        by_task = dict(zip(datamodule.names, per_loader, strict=True))
+        write_predictions(path, evaluator.model, tasks, by_task, self.trainer.global_rank, self.trainer.world_size)
         print(path)
 
     def _rank_suffix(self) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 from freemerge.data.arrays import ArrayDataset, Augmentation, Preprocessing
 from freemerge.data.augment import Compose, GaussianNoise, RandomAffine, RandomContrast, RandomFlip
 from freemerge.data.batches import StackedBatch, collate
-from freemerge.data.loaders import derive_seed
+from freemerge.data.loaders import derive_seed, names_of
 from freemerge.data.mixture import TaskData, TaskMixture
 from freemerge.data.resumable import ResumableLoader, random_state, set_random_state
 from freemerge.data.source_suite import NpzSuite, SourceSuite, TextTableSuite
@@ -22,6 +22,7 @@ from freemerge.data.sources import (
     TextTableSource,
     TorchvisionSource,
 )
+from freemerge.data.sources.texts import load_tokenizer
 from freemerge.data.suite import SuiteTask, TaskSuite
 from freemerge.data.task_metrics import ExactMatch, TaskMetric, metric_for
 from freemerge.data.tasks import Kind, Task
@@ -62,7 +63,9 @@ __all__ = [
     "TorchvisionSource",
     "collate",
     "derive_seed",
+    "load_tokenizer",
     "metric_for",
+    "names_of",
     "random_state",
     "set_random_state",
 ]

@@ -115,6 +115,7 @@ class ArrayDataset(Dataset):
                 f"labels must be int64 or float32 ({len(images)},), got {labels.dtype} {tuple(labels.shape)}"
             )
         self.images = images
+        self.sample_names: Sequence[str] | None = None  # for predictions; a source that knows sets them
         self.labels = labels
         self.preprocessing = preprocessing or Preprocessing(mean, std, augment)
         self.preprocessing.check(images.shape[1])

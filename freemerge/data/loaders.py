@@ -212,6 +212,14 @@ def evaluation_loader(dataset: Dataset, batch_size: int, num_workers: int = 0, i
     )
 
 
+def names_of(dataset: Dataset) -> Sequence[str] | None:
+    """What a dataset's samples are called (`sample_names`), such as their files, or None if it does not say."""
+    if isinstance(dataset, Subset):
+        names = names_of(dataset.dataset)
+        return None if names is None else [names[index] for index in dataset.indices]
+    return getattr(dataset, "sample_names", None)
+
+
 def lengths_of(dataset: Dataset) -> Tensor | None:
     """The lengths of a dataset's samples, (N,), or None if it does not say that they differ."""
     if isinstance(dataset, Subset):

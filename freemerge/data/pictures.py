@@ -59,6 +59,11 @@ class PictureDataset(Dataset):
     def __len__(self) -> int:
         return len(self.indices)
 
+    @property
+    def sample_names(self) -> list[str]:
+        """What each sample is called, such as its file."""
+        return [self.name(index) for index in self.indices.tolist()]
+
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         return self.__getitems__([index])[0]
 

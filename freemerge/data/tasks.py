@@ -37,6 +37,7 @@ class Task:
         kind: What is asked: `classification`, `regression`, `seq2seq` or `causal_lm`.
         metric: What the task is judged by; None is the kind's first: accuracy, pearson, exact_match, perplexity.
         templates: Prompts with one `{}` each, which a zero-shot text head puts class names into.
+        tokenizer: Hub id or folder of the tokenizer of texts, in which a language model's answers are written out.
 
     Raises:
         ValueError: If the parts do not fit together.
@@ -50,6 +51,7 @@ class Task:
     kind: Kind = "classification"
     metric: str | None = None
     templates: tuple[str, ...] = field(default=())
+    tokenizer: str | None = None
 
     def __post_init__(self) -> None:
         check_kind(f"task {self.name!r}", self.kind, self.metric)

@@ -55,6 +55,7 @@ class TokenDataset(Dataset):
 
     def __init__(self, inputs: Mapping[str, Sequence[Sequence[int]]], labels: Tensor | Sequence[Sequence[int]]) -> None:
         self.inputs = {name: Ragged(sequences) for name, sequences in inputs.items()}
+        self.sample_names: Sequence[str] | None = None  # for predictions; a source that knows sets them
         self.labels = labels if isinstance(labels, Tensor) else Ragged(labels)
         for name, sequences in self.inputs.items():
             if len(sequences) != len(self.labels):

@@ -5,20 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import lightning as L
+import torch
 from torch import Tensor
 
 from freemerge.data import TaskMetric
 from freemerge.evaluation.metrics import LabelSpace, MultiTaskMetrics
 from freemerge.evaluation.report import mean_score
-from freemerge.inputs import Inputs, select
-from freemerge.models import FreeModel, FreeOutput
+from freemerge.inputs import IGNORED, Inputs, select
+from freemerge.models import FreeModel, FreeOutput, LanguageBackbone
 
 
 class MultiTaskEvaluator(L.LightningModule):
     """Evaluates a FreeModel on a suite: every dataloader is one task, in the suite's order.
 
     Args:
-        model: the model; it routes each sample by itself.
+        model: the model; it routes each sample by itself. One without a router is told each sample's task.
         tasks: the task of each dataloader, in order.
         oracle: name the true task to the model instead of letting it route.
         metrics: task name → its metric; accuracy for those not named.
@@ -37,16 +38,17 @@ class MultiTaskEvaluator(L.LightningModule):
             raise ValueError(f"the model has no task {', '.join(unknown)}; it has {', '.join(model.tasks)}")
         self.model = model
         self.tasks = tasks
-        self.oracle = oracle
+        self.oracle = oracle or model.router is None
         kinds = {task: metric.kind for task, metric in (metrics or {}).items()}
         self.label_space = LabelSpace(
             {
-                task: model.heads[task].out_features if kinds.get(task, "classification") == "classification" else 0
+                task: model.num_outputs(task) if kinds.get(task, "classification") == "classification" else 0
                 for task in model.tasks
             }
         )
         self.metrics = MultiTaskMetrics(self.label_space, metrics)
         self.results: dict[str, float] = {}
+        self._task_model: tuple[str, LanguageBackbone] | None = None
 
     def forward(self, inputs: Inputs, task: str | None = None) -> FreeOutput:
         return self.model(inputs, task=task)
@@ -77,9 +79,23 @@ class MultiTaskEvaluator(L.LightningModule):
     def test_step(self, batch: tuple[Inputs, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
         self._step(batch, batch_idx, dataloader_idx)
 
-    def predict_step(self, batch: tuple[Inputs, Tensor], batch_idx: int, dataloader_idx: int = 0) -> FreeOutput:
-        """Predictions come from the inputs alone, routed unless `oracle`."""
-        return self.model(batch[0], task=self.tasks[dataloader_idx] if self.oracle else None)
+    def predict_step(
+        self, batch: tuple[Inputs, Tensor], batch_idx: int, dataloader_idx: int = 0
+    ) -> FreeOutput | list[list[int]]:
+        """Predictions come from the inputs alone, routed unless `oracle`; of a language model, its answers' tokens."""
+        inputs, labels = batch
+        task = self.tasks[dataloader_idx]
+        if isinstance(self.model.backbone, LanguageBackbone):
+            return self._language_model(task).answer(inputs, _answers(inputs, labels))
+        return self.model(inputs, task=task if self.oracle else None)
+
+    def _language_model(self, task: str) -> LanguageBackbone:
+        """The backbone with a task's expert; the one of the task before is dropped."""
+        if task not in self.model.packed_experts:
+            return self.model.backbone
+        if self._task_model is None or self._task_model[0] != task:
+            self._task_model = (task, self.model.task_model(task).backbone)
+        return self._task_model[1]
 
     def _log_results(self, split: str) -> None:
         computed = self.metrics.compute()
@@ -96,3 +112,12 @@ class MultiTaskEvaluator(L.LightningModule):
 
     def on_test_epoch_end(self) -> None:
         self._log_results("test")
+
+
+def _answers(inputs: Inputs, labels: Tensor) -> Tensor:
+    """Which tokens (B, L) of a causal model's inputs are the wanted answer: what the loss is of, unless that is all."""
+    asked = labels != IGNORED
+    padding = ~inputs["attention_mask"].bool() if "attention_mask" in inputs else torch.zeros_like(asked)
+    if padding.shape != asked.shape:  # the labels are of a decoder
+        return asked
+    return asked & ~(asked | padding).all(dim=1, keepdim=True)

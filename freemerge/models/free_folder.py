@@ -220,6 +220,12 @@ def load_free_model(
     return model.eval()
 
 
+def has_experts(directory: str | Path) -> bool:
+    """Whether a folder is a FREE model with experts."""
+    path = expand(directory) / "freemerge.json"
+    return path.is_file() and bool(_read_description(expand(directory))["experts"])
+
+
 def _read_description(directory: Path) -> dict[str, Any]:
     try:
         description = json.loads((directory / "freemerge.json").read_text(encoding="utf-8"))

@@ -151,6 +151,11 @@ class FreeModel(nn.Module):
         """Bytes in memory that all experts take."""
         return sum(packed.num_bytes for packed in self._packed.values())
 
+    def num_outputs(self, task: str) -> int:
+        """How many outputs a task's head has."""
+        self._check(task)
+        return self._outputs(self.heads[task])
+
     def task_model(self, task: str) -> TaskModel:
         """One task's backbone, its expert added for good, with its head: a plain module of its own.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -136,8 +136,13 @@ class Artifacts:
         names = {task: self.suite.task(task).class_names for task in self.suite.names}
         backbone, settings = self.backbone(merged), self.settings.router
         return FreeModel(
-            backbone, self.heads(), experts, router, names, threshold=routing["threshold"], top_n=settings.top_n
+            backbone, self.heads(), experts, router, _given(names), threshold=routing["threshold"], top_n=settings.top_n
         ).eval()
+
+    def merged_model(self) -> FreeModel:
+        """The merged backbone with the tasks' heads, without experts and router: it is told each sample's task."""
+        names = {task: self.suite.task(task).class_names for task in self.suite.names}
+        return FreeModel(self.backbone(self.free_weights()), self.heads(), class_names=_given(names)).eval()
 
     def new_router(self) -> Router:
         """An untrained router for the suite."""
@@ -313,6 +318,10 @@ class Artifacts:
     def _require_folder(self, stage: StageFolder) -> Path:
         self.require(stage)
         return stage.path
+
+
+def _given(class_names: Mapping[str, Sequence[str]]) -> dict[str, Sequence[str]]:
+    return {task: names for task, names in class_names.items() if names}
 
 
 def _linear(state: Mapping[str, Tensor]) -> nn.Linear:

@@ -44,7 +44,7 @@ from freemerge.data import TaskSuite
 from freemerge.evaluation import Report, mean_score
 from freemerge.experts import load_expert, save_expert
 from freemerge.merging import Candidates, has_scale, merge, rescaled, task_vector
-from freemerge.models import FreeModel
+from freemerge.models import FreeModel, has_experts
 from freemerge.pipeline.artifacts import Artifacts
 from freemerge.pipeline.cache import find, store
 from freemerge.pipeline.dependencies import dependencies
@@ -383,18 +383,21 @@ class SuiteRun:
     def evaluate(self) -> Report:
         """Evaluate everything on all tasks' test data; write the FREE model, the report and the picture.
 
-        Where there are no experts, because their stages were left out, the report ends with the merged models.
+        Where there are no experts, because their stages were left out, the report ends with the merged models, and the
+        FREE model is the merged backbone with its heads; it takes the place of none that has experts.
         """
         model = self.files.free_model() if self.files.has_experts() or "experts" in self._stages else None
         report = make_report(self.files, self.measure, model)
         if rank_zero_only.rank == 0:
+            folder = self.folder / "free_model"
             if model is not None:
-                model.save_pretrained(self.folder / "free_model")
+                model.save_pretrained(folder)
+            elif not has_experts(folder):
+                self.files.merged_model().save_pretrained(folder)
             report.write_json(self.folder / "report.json")
             report.plot(self.folder / "report.png")
             report.print(self.console)
-            rest = "report.json, report.png and free_model/" if model is not None else "report.json and report.png"
-            self.console.print(f"[dim]{self.folder}/{rest} hold the rest[/dim]")
+            self.console.print(f"[dim]{self.folder}/report.json, report.png and free_model/ hold the rest[/dim]")
         return report
 
     def tune(self, others: Others | None = None) -> Report | None:

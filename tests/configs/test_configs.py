@@ -8,15 +8,23 @@ from __future__ import annotations
 
 import csv
 import json
+import math
+import multiprocessing
 import re
+import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
+from jsonargparse import ArgumentParser
 
-from freemerge.checkpoints import load_checkpoint
+from freemerge.checkpoints import CheckpointError, load_checkpoint
 from freemerge.cli import main
+from freemerge.data import TaskSuite
+from freemerge.models import FreeModel
 from tests.configs import tiny_files
 
 ROOT = Path(__file__).parent.parent.parent
@@ -209,24 +217,33 @@ def test_what_is_for_images_is_refused_for_texts_before_anything_is_trained(
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_a_configuration_runs(name: str, tmp_path: Path, monkeypatch, capsys) -> None:
+def test_a_configuration_runs_and_its_model_is_used(name: str, tmp_path: Path, monkeypatch, capsys) -> None:
+    """All stages that the configuration names; then every other command, and the model in a fresh process."""
     run = tmp_path / "run"
     overlay = {**COMMON, **getattr(Overlays(tmp_path), name)()}
     (tmp_path / "overlay.yaml").write_text(yaml.safe_dump(overlay))
     monkeypatch.chdir(ROOT)
-    arguments = ["fit", "--config", f"configs/{name}.yaml", "--config", str(tmp_path / "overlay.yaml")]
-    # Experts and router on one suite of texts, one of images with batch norm, and a module that a folder cannot build:
-    # the rest would only repeat it.
-    whole = name in ("text_lora", "torchvision_resnet", "own_module")
-    stages = [] if whole else ["--run.stages", "[pretrain, finetune, merge, evaluate]"]
-    assert main([*arguments, "--run.folder", str(run), *stages]) == 0
-    assert (run / "free_model").is_dir() == (not stages)
-    report = json.loads((run / "report.json").read_text())
+    arguments = ["--config", f"configs/{name}.yaml", "--config", str(tmp_path / "overlay.yaml")]
+    arguments += ["--run.folder", str(run)]
+    assert main(["fit", *arguments]) == 0
+    written = yaml.safe_load((ROOT / "configs" / f"{name}.yaml").read_text())
+    check_files(run, written)
+    lines = {row["name"]: row for row in json.loads((run / "report.json").read_text())["rows"]}
+    routed = "experts" in written["run"].get("stages", ["experts"])
+    check_other_commands(arguments, lines["FREE trained (routed)" if routed else "FR"]["scores"], capsys)
+    rows = read_predictions(run)
+    assert all(row["sample"] for row in rows)
+    own = name == "own_module"  # a folder does not say how to build somebody's module
+    with pytest.raises(CheckpointError, match="pass backbone=…") if own else nullcontext():
+        check_in_a_fresh_process(run, rows)
+
+
+def check_files(run: Path, written: dict[str, Any]) -> None:
+    """What the stages have left, and what the report says of it."""
     tasks = [path.name for path in sorted((run / "finetune").iterdir())]
-    lines = {row["name"]: row for row in report["rows"]}
+    lines = {row["name"]: row for row in json.loads((run / "report.json").read_text())["rows"]}
     assert set(lines["FR"]["scores"]) == set(tasks)
     assert all(isinstance(score, float) for score in lines["individual"]["scores"].values())
-    written = yaml.safe_load((ROOT / "configs" / f"{name}.yaml").read_text())
     assert (run / "base.safetensors").exists() == ("pretraining" in written["data"]["init_args"])
     with_adapter = "peft" in written["model"]["init_args"]
     assert all((run / "finetune" / task / "adapter").is_dir() == with_adapter for task in tasks)
@@ -237,20 +254,64 @@ def test_a_configuration_runs(name: str, tmp_path: Path, monkeypatch, capsys) ->
         assert weights.keys() == merged.keys()
         assert not any("lora" in key or "base_layer" in key for key in weights)
         assert base is None or weights.keys() == base.keys()
-    if not stages:
-        check_other_commands([*arguments[1:], "--run.folder", str(run)], lines["FREE trained (routed)"], capsys)
     assert set(lines["FR"]["held_out"]) == set(written["data"]["init_args"].get("held_out", ()))
 
 
-def check_other_commands(arguments: list[str], routed: dict[str, Any], capsys) -> None:
-    """`test` measures what the report says of the routed model; `predict` writes a line for each test sample."""
+def check_other_commands(arguments: list[str], scores: dict[str, float], capsys) -> None:
+    """`test` measures what the report says; `validate` runs; `predict` writes a line for each test sample."""
     capsys.readouterr()
     assert main(["test", *arguments]) == 0
     said = " ".join(capsys.readouterr().out.replace("│", " ").split())
-    for task, score in routed["scores"].items():
+    for task, score in scores.items():
         assert re.search(rf"{task} \w+ {100 * score:.1f}\b", said)
+    assert main(["validate", *arguments]) == 0
     assert main(["predict", *arguments]) == 0
-    with (Path(arguments[-1]) / "predictions.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    for task in routed["scores"]:
-        assert [int(row["index"]) for row in rows if row["loader"] == task] == list(range(len(rows) // 2))
+    for task in scores:
+        places = [int(row["index"]) for row in read_predictions(Path(arguments[-1])) if row["loader"] == task]
+        assert places == list(range(len(places))) != []
+
+
+def read_predictions(run: Path) -> list[dict[str, str]]:
+    with (run / "predictions.csv").open(encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def check_in_a_fresh_process(run: Path, rows: list[dict[str, str]]) -> None:
+    """A process that has run nothing before says of the first samples of each task what `predict` wrote."""
+    inputs, suite = {}, suite_of(run)
+    for task in suite.names:
+        inputs[task] = next(iter(suite[task].predict_dataloader()))[0]
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["freemerge.models"])
+    with context.Pool(1) as pool:
+        said = pool.apply(in_a_fresh_process, (str(run / "free_model"), inputs))
+    for task, values in said.items():
+        own = [row for row in rows if row["loader"] == task][: len(values)]
+        for row, (routed, label, logits) in zip(own, values, strict=True):
+            assert row["routed_task"] == routed
+            if row["class"]:
+                names = suite.task(routed).class_names
+                assert row["class"] == names[label]
+            elif len(logits) == 1:
+                assert float(row["value"]) == pytest.approx(logits[0], rel=1e-4, abs=1e-5)
+
+
+def in_a_fresh_process(folder: str, inputs: dict[str, Any]) -> dict[str, list[tuple[str, int, list[float]]]]:
+    """Task → routed task, class and outputs of each sample; runs in a process of its own."""
+    assert "freemerge.training" not in sys.modules
+    model = FreeModel.from_pretrained(folder)
+    said = {}
+    with torch.no_grad():
+        for task, batch in inputs.items():
+            output = model(batch, task=None if model.router is not None else task)
+            finite = [[value for value in row if math.isfinite(value)] for row in output.logits.flatten(1).tolist()]
+            said[task] = list(zip(output.task_names, output.labels.tolist(), finite, strict=True))
+    return said
+
+
+def suite_of(run: Path) -> TaskSuite:
+    """The suite of a run, as its folder says it was."""
+    parser = ArgumentParser()
+    parser.add_subclass_arguments(TaskSuite, "data")
+    config = parser.parse_object({"data": yaml.safe_load((run / "config.yaml").read_text())["data"]})
+    return parser.instantiate_classes(config).data

@@ -56,6 +56,8 @@ class NpzSource(ImageSource):
         for split, (origin, index) in self.deal({s: len(x) for s, x in given.items()}, name, seed).items():
             labels, pixels = given[origin][index], images[origin][index]
             datasets[split] = ArrayDataset(pixels, labels, preprocessing=self.preprocessing(split))
+            if split == "test":
+                datasets[split].sample_names = [f"{origin}_images[{i}]" for i in index.tolist()]
         return Task(name, names, **datasets, metric=self.metric, templates=tuple(self.templates or ()))
 
     def _read(self) -> dict[str, np.ndarray]:

@@ -92,7 +92,9 @@ class TextSource(TaskSource):
             warn_of_empty(where, table, texts, columns)
             datasets[split] = self._encode(where, tokenizer, texts, table, class_names)
             self._check_lengths(where, tokenizer, datasets[split], table)
-        return Task(name, class_names, **datasets, kind=self.kind, metric=self.metric)
+        origin, index = dealt["test"]
+        datasets["test"].sample_names = [tables[origin].place(row) for row in index.tolist()]
+        return Task(name, class_names, **datasets, kind=self.kind, metric=self.metric, tokenizer=self.tokenizer)
 
     def _text_columns(self, name: str, tables: Mapping[str, Table]) -> list[str]:
         known = list(tables["train"]) if "train" in tables else []

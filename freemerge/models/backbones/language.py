@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from freemerge.inputs import Inputs
 from freemerge.models.backbones.hugging_face import Dtype, HuggingFaceBackbone, load_model
@@ -62,5 +64,48 @@ class LanguageBackbone(HuggingFaceBackbone):
             inputs["decoder_input_ids"] = self.model.prepare_decoder_input_ids_from_labels(labels=labels)
         return self.model(**inputs, use_cache=False).logits
 
+    @torch.no_grad()
+    def answer(self, inputs: Inputs, asked: Tensor | None = None, max_new_tokens: int = 128) -> list[list[int]]:
+        """Answers to a batch of prompts, by greedy decoding.
+
+        Args:
+            inputs: by name: `input_ids` (B, L), `attention_mask` (B, L), ….
+            asked: (B, L) bool, for a causal model: the tokens of the inputs that are no part of the prompt, but its
+                answer; they are not shown to the model. None where the inputs are prompts.
+            max_new_tokens: an answer has no more tokens than this.
+
+        Returns:
+            The tokens of each answer, up to its end.
+        """
+        inputs = {name: tensor for name, tensor in inputs.items() if name != "labels"}
+        settings = self.model.generation_config
+        ends = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
+        pad = next((token for token in (settings.pad_token_id, *ends) if token is not None), 0)
+        first = 1  # the decoder's start
+        if self.kind == "causal_lm":
+            inputs |= _prompts(inputs["input_ids"], inputs.get("attention_mask"), asked, pad)
+            first = inputs["input_ids"].shape[1]
+        tokens = self.model.generate(
+            **inputs, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, pad_token_id=pad
+        )
+        answers = []
+        for row in tokens[:, first:].tolist():
+            end = next((place for place, token in enumerate(row) if token in ends), len(row))
+            answers.append(row[:end])
+        return answers
+
     def recipe(self) -> dict[str, Any]:
         return {"dtype": self.dtype, "auto_class": self.auto_class}
+
+
+def _prompts(ids: Tensor, mask: Tensor | None, asked: Tensor | None, pad: int) -> dict[str, Tensor]:
+    """The prompts of a batch, padded on the left, as generation needs them: `input_ids` and `attention_mask` (B, P)."""
+    kept = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+    if asked is not None:
+        kept &= ~asked
+    rows = [row[keep] for row, keep in zip(ids, kept, strict=True)]
+    width = max(1, *(len(row) for row in rows))
+    padded = torch.stack([F.pad(row, (width - len(row), 0), value=pad) for row in rows])
+    lengths = torch.tensor([len(row) for row in rows], device=ids.device)
+    shown = torch.arange(width, device=ids.device) >= width - lengths[:, None]
+    return {"input_ids": padded, "attention_mask": shown.long()}
