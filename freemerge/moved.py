@@ -6,10 +6,12 @@ The finder answers for the names below alone, and gives the module of today's na
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import Any
 
 _MOVED = {
     "checkpoints.adapters": "checkpoints.formats.adapters",
@@ -102,6 +104,9 @@ _MOVED = {
     "models.router": "models.routers",
 }
 
+# Names that a room exported and another one exports now.
+_MOVED_NAMES = {("freemerge.data", "QuickstartSuite"): "freemerge.quickstart"}
+
 
 class _Finder(MetaPathFinder, Loader):
     """Gives an old name the module of today's name."""
@@ -127,6 +132,18 @@ def _new_name(name: str) -> str | None:
         name, _, last = name.rpartition(".")
         inner = f".{last}{inner}"
     return None
+
+
+def names_that_moved(room: str) -> Callable[[str], Any]:
+    """The `__getattr__` of a room, which finds the names that it exported once in the rooms that export them now."""
+
+    def find(name: str) -> Any:
+        home = _MOVED_NAMES.get((room, name))
+        if home is None:
+            raise AttributeError(f"module {room!r} has no attribute {name!r}")
+        return getattr(import_module(home), name)
+
+    return find
 
 
 def install() -> None:

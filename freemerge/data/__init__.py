@@ -1,8 +1,5 @@
 """Tasks and task suites."""
 
-from importlib import import_module
-from typing import Any
-
 from freemerge.data.arrays import ArrayDataset, Augmentation, Preprocessing
 from freemerge.data.augment import Compose, GaussianNoise, RandomAffine, RandomContrast, RandomFlip
 from freemerge.data.batches import StackedBatch, collate
@@ -27,6 +24,7 @@ from freemerge.data.suite import SuiteTask, TaskSuite
 from freemerge.data.task_metrics import ExactMatch, TaskMetric, metric_for
 from freemerge.data.tasks import Kind, Task
 from freemerge.data.tokens import TokenDataset
+from freemerge.moved import names_that_moved
 
 __all__ = [
     "ArrayDataset",
@@ -71,7 +69,4 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name == "QuickstartSuite":  # its place up to 0.1, which saved configurations name
-        return import_module("freemerge.quickstart").QuickstartSuite
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = names_that_moved(__name__)
