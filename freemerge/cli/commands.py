@@ -21,7 +21,7 @@ ABOUT = "Fine-tune one backbone on several tasks, merge them, mend the merge wit
 
 _MERGING = "freemerge.merging"
 _METHOD = "MergeMethod"
-_ABSTRACT = {_METHOD, "MatrixMethod", "MethodWrapper"}
+_ABSTRACT = {_METHOD, "AngleMethod", "MatrixMethod", "MeasuredMethod", "MethodWrapper"}
 
 
 def version() -> str:

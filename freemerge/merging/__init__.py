@@ -12,6 +12,7 @@ from freemerge.merging.engine.record import describe_method, make_record
 from freemerge.merging.engine.search import Candidates
 from freemerge.merging.matching.misfits import is_head
 from freemerge.merging.methods.ace import ACEMerging
+from freemerge.merging.methods.angles import AngleMethod
 from freemerge.merging.methods.base import MergeMethod
 from freemerge.merging.methods.breadcrumbs import Breadcrumbs
 from freemerge.merging.methods.consensus import Consensus
@@ -20,15 +21,24 @@ from freemerge.merging.methods.dare import Dare
 from freemerge.merging.methods.della import Della
 from freemerge.merging.methods.emr import EMRMerging, emr_task_vector
 from freemerge.merging.methods.filters import Butterworth, Filter, Gaussian, HighPass, NyquistDisc
+from freemerge.merging.methods.fisher import FisherMerging
 from freemerge.merging.methods.fr import FRMerging
 from freemerge.merging.methods.iso_c import IsoC
 from freemerge.merging.methods.iso_cts import IsoCTS
+from freemerge.merging.methods.karcher import KarcherMean
 from freemerge.merging.methods.knots import KnOTS
 from freemerge.merging.methods.matrices import MatrixMethod
+from freemerge.merging.methods.measured import MeasuredMethod
+from freemerge.merging.methods.model_stock import ModelStock
+from freemerge.merging.methods.multi_slerp import MultiSlerp
+from freemerge.merging.methods.nearswap import NearSwap
 from freemerge.merging.methods.parameters import get_field, replace_fields
 from freemerge.merging.methods.pcb import PCBMerging
 from freemerge.merging.methods.per_pattern import PerPattern
+from freemerge.merging.methods.reg_mean import RegMean
 from freemerge.merging.methods.scales import has_scale, rescaled
+from freemerge.merging.methods.sce import SCE
+from freemerge.merging.methods.slerp import Slerp
 from freemerge.merging.methods.svc import SVC
 from freemerge.merging.methods.task_arithmetic import TaskArithmetic
 from freemerge.merging.methods.ties import Ties
@@ -40,8 +50,10 @@ from freemerge.merging.task_vectors import Vectors
 from freemerge.tensors.order_statistics import order_statistics
 
 __all__ = [
+    "SCE",
     "SVC",
     "ACEMerging",
+    "AngleMethod",
     "Breadcrumbs",
     "Butterworth",
     "Candidates",
@@ -54,21 +66,29 @@ __all__ = [
     "Estimate",
     "FRMerging",
     "Filter",
+    "FisherMerging",
     "Gaussian",
     "HighPass",
     "IsoC",
     "IsoCTS",
+    "KarcherMean",
     "KnOTS",
     "MatrixMethod",
+    "MeasuredMethod",
     "MergeError",
     "MergeMethod",
     "MergeWarning",
     "MethodWrapper",
+    "ModelStock",
+    "MultiSlerp",
+    "NearSwap",
     "NyquistDisc",
     "PCBMerging",
     "PerPattern",
     "Plan",
     "Reader",
+    "RegMean",
+    "Slerp",
     "TSVMerge",
     "TaskArithmetic",
     "Ties",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from freemerge.merging import (
+    SCE,
     SVC,
     ACEMerging,
     Breadcrumbs,
@@ -19,7 +20,10 @@ from freemerge.merging import (
     HighPass,
     IsoC,
     IsoCTS,
+    KarcherMean,
     KnOTS,
+    ModelStock,
+    MultiSlerp,
     PCBMerging,
     PerPattern,
     TaskArithmetic,
@@ -51,6 +55,12 @@ METHODS = [
     Breadcrumbs(),
     Breadcrumbs(bottom=0.2, top=0.1, scale=[0.5, 0.2, 0.9]),
     Breadcrumbs(bottom=0.5, top=0.1, scope="model"),
+    Breadcrumbs(bottom=0.2, scale=[0.5, 0.2, 0.9], elect=True),
+    KarcherMean(coefficients=[1.0, 2.0, 0.5]),
+    MultiSlerp(0.7),
+    ModelStock(),
+    SCE(0.5),
+    SCE(select=0.3),
     PCBMerging(ratio=0.3, scope="tensor"),
     PCBMerging(ratio=0.3, filter=HighPass(0.1), scope="tensor"),
     TSVMerge(),

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from freemerge.merging.methods.base import MergeMethod, require, require_number, require_scope, weighted_sum
 from freemerge.merging.methods.magnitudes import model_magnitudes, tensor_magnitudes
+from freemerge.merging.methods.ties import elected_mean_
 from freemerge.merging.task_vectors import Vectors
 from freemerge.tensors.differences import flat
 
@@ -25,6 +26,8 @@ class Breadcrumbs(MergeMethod):
         top: fraction of the largest entries to remove, in [0, 1 − bottom).
         scale: λ, one number for all models or one per model.
         scope: over what the fractions count: each "tensor" by itself, as in the paper, or the whole "model".
+        elect: instead of the sum, TIES' election: of λ_k · m_k ⊙ v_k the mean of the entries whose sign is the sum's
+            (mergekit's `breadcrumbs_ties`).
     """
 
     statistics_fields: ClassVar = ("bottom", "top", "scope")
@@ -34,6 +37,7 @@ class Breadcrumbs(MergeMethod):
     top: float = 0.007
     scale: float | list[float] = 0.3
     scope: Literal["model", "tensor"] = "tensor"
+    elect: bool = False
 
     def __post_init__(self) -> None:
         for name in ("bottom", "top", "scale"):
@@ -44,6 +48,7 @@ class Breadcrumbs(MergeMethod):
             f"{self.bottom}; got {self.top}"
         )  # fmt: skip
         require_scope(self, self.scope)
+        require(isinstance(self.elect, bool), self, f"`elect` must be true or false, got {self.elect!r}")
 
     @property
     def elementwise(self) -> bool:
@@ -69,7 +74,13 @@ class Breadcrumbs(MergeMethod):
         for row, (low, high) in zip(values, bounds.tolist(), strict=True):
             sizes = row.abs()
             row.masked_fill_((sizes < low) | (sizes > high), 0.0)
-        return weighted_sum(values, self.scale).reshape(deltas.shape[1:])
+        if not self.elect:
+            return weighted_sum(values, self.scale).reshape(deltas.shape[1:])
+        if isinstance(self.scale, (list, tuple)):
+            for row, scale in zip(values, self.scale, strict=True):
+                row.mul_(scale)
+            return elected_mean_(values).reshape(deltas.shape[1:])
+        return elected_mean_(values).mul_(self.scale).reshape(deltas.shape[1:])
 
     def _ranks(self, total: int) -> list[int]:
         """Zero-based ascending ranks of the least and the greatest of the magnitudes that are kept."""

@@ -65,16 +65,20 @@ class Ties(MergeMethod):
             return deltas[0].clone()
         if statistics is not None:
             _trim(values, (statistics[name] if isinstance(statistics, dict) else statistics)[:, 0])
-        sign = values.sum(0).sign_()
-        # Entries of the elected sign, as magnitudes. Where the sum is zero there are none, and their mean is zero too.
-        agreeing = values.mul_(sign).clamp_(min=0)
-        total = agreeing.sum(0)
-        merged = total.mul_(sign).div_(agreeing.sign_().sum(0).clamp_(min=1)).mul_(self.scale)
-        return merged.reshape(deltas.shape[1:])
+        return elected_mean_(values).mul_(self.scale).reshape(deltas.shape[1:])
 
     def _rank(self, total: int) -> int:
         """Zero-based ascending rank of the least of the magnitudes that are kept."""
         return total - max(1, int(total * self.density))
+
+
+def elected_mean_(values: Tensor) -> Tensor:
+    """Elect a sign per entry by the sum, and average the entries of that sign: (K, n), overwritten → (n,)."""
+    sign = values.sum(0).sign_()
+    # Entries of the elected sign, as magnitudes. Where the sum is zero there are none, and their mean is zero too.
+    agreeing = values.mul_(sign).clamp_(min=0)
+    total = agreeing.sum(0)
+    return total.mul_(sign).div_(agreeing.sign_().sum(0).clamp_(min=1))
 
 
 def _trim(values: Tensor, thresholds: Tensor) -> None:
