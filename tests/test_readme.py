@@ -34,7 +34,7 @@ def commands() -> list[list[str]]:
 
 def test_readme_has_the_two_commands_first() -> None:
     assert blocks("bash")[0].splitlines() == [
-        "pip install -e . && python -m freemerge fit --config configs/quickstart.yaml",
+        'pip install -e ".[quickstart]" && python -m freemerge fit --config configs/quickstart.yaml',
         'pip install -e ".[test]" && pytest',
     ]
 

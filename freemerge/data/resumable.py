@@ -43,7 +43,9 @@ def set_random_state(state: dict[str, Any]) -> None:
 class ResumableLoader(DataLoader):
     """A DataLoader that knows how far it is, and can go on from there.
 
-    Its workers must not be persistent: they then have the same seeds in each epoch, whether or not there was a stop.
+    Its workers must not be persistent: started anew in each epoch, they have seeds of that epoch, and a fit that goes
+    on gets them too. Persistent ones carry their generators from epoch to epoch, and torch does not tell their state.
+    Starting anew costs half a second per epoch with four forked workers on two cores.
     """
 
     _start: dict[str, Any] | None = None

@@ -17,6 +17,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from freemerge.quickstart.photographs import NotShipped
+
 CANVAS = 64
 """Side of a canvas in pixels."""
 
@@ -57,13 +59,13 @@ def font_path(font: str) -> Path:
         Its path inside the installed matplotlib.
 
     Raises:
-        FileNotFoundError: If this matplotlib does not ship it.
+        NotShipped: If this matplotlib does not ship it.
     """
     import matplotlib  # here, because only those who draw glyphs should wait for it
 
     path = Path(matplotlib.get_data_path(), "fonts", "ttf", f"{FONTS[font]}.ttf")
     if not path.is_file():
-        raise FileNotFoundError(f"matplotlib {matplotlib.__version__} does not ship {path}: reinstall matplotlib ≥ 3.8")
+        raise NotShipped(f"matplotlib {matplotlib.__version__} does not ship {path}: reinstall matplotlib ≥ 3.8")
     return path
 
 

@@ -49,6 +49,10 @@ Rectangle = tuple[int, int, int, int]
 SPLITS = ("train", "val", "test")
 
 
+class NotShipped(FileNotFoundError, ValueError):
+    """A file of another package is not there; a ValueError, so that a command says so in one line."""
+
+
 def packaged_file(package: str, *parts: str) -> Path:
     """A file inside an installed package, found without importing the package.
 
@@ -60,14 +64,17 @@ def packaged_file(package: str, *parts: str) -> Path:
         Its path.
 
     Raises:
-        FileNotFoundError: If the package or the file is missing.
+        NotShipped: If the package or the file is missing.
     """
     spec = find_spec(package)
     if spec is None or spec.origin is None:
-        raise FileNotFoundError(f"{package} is not installed, and the quickstart takes pictures from its wheel")
+        raise NotShipped(
+            f"{package} is not installed, and the quickstart takes pictures from its wheel: "
+            f"pip install 'freemerge[quickstart]'"
+        )
     path = Path(spec.origin).parent.joinpath(*parts)
     if not path.is_file():
-        raise FileNotFoundError(f"this version of {package} does not ship {path}: install the wheel from PyPI")
+        raise NotShipped(f"this version of {package} does not ship {path}: install the wheel from PyPI")
     return path
 
 

@@ -3,6 +3,9 @@
 A head that the base's own features already fit keeps fine-tuned backbones close to the base (linear probing then
 fine-tuning, arXiv 2202.10054), and since it stays fixed, every task's knowledge ends up in the backbone, where merging
 can reach it. It plays the part of the zero-shot text head of the CLIP experiments in the merging papers.
+
+The fits are scikit-learn's: the published numbers were measured with its solver; torch's own L-BFGS stops elsewhere.
+The functions import it, because that takes a while and few commands need it.
 """
 
 from __future__ import annotations
@@ -11,8 +14,6 @@ import warnings
 
 import numpy as np
 import torch
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import LogisticRegression, Ridge
 from torch import Tensor, nn
 
 
@@ -34,6 +35,9 @@ def fit_probe(features: Tensor, labels: Tensor, num_classes: int, inverse_regula
     Raises:
         ValueError: if fewer than two classes occur in `labels`.
     """
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+
     x, mean, std = _standardisation(features)
     regression = LogisticRegression(C=inverse_regularization, max_iter=200)
     with warnings.catch_warnings():
@@ -66,6 +70,8 @@ def fit_regression_probe(features: Tensor, labels: Tensor, regularization: float
     Returns:
         A linear layer F → 1 in float32.
     """
+    from sklearn.linear_model import Ridge
+
     x, mean, std = _standardisation(features)
     regression = Ridge(alpha=regularization).fit((x - mean) / std, labels.double().cpu().numpy())
     coefficients = torch.from_numpy(regression.coef_ / std)  # (F,)

@@ -248,8 +248,21 @@ def test_every_font_has_the_alphabet_and_every_photograph_loads() -> None:
 def test_missing_files_are_explained() -> None:
     with pytest.raises(FileNotFoundError, match="does not ship"):
         packaged_file("skimage", "data", "no_such_picture.png")
-    with pytest.raises(FileNotFoundError, match="not installed"):
+    with pytest.raises(FileNotFoundError, match=r"not installed, .*: pip install 'freemerge\[quickstart\]'"):
         packaged_file("no_such_package", "a")
+
+
+def test_a_command_without_the_quickstarts_extra_is_one_line(tmp_path, monkeypatch, capsys) -> None:
+    from freemerge.cli import main
+    from freemerge.quickstart import photographs
+
+    find = photographs.find_spec
+    monkeypatch.setattr(photographs, "find_spec", lambda name: None if name == "skimage" else find(name))
+    assert main(["fit", "--config", "configs/quickstart.yaml", "--run.folder", str(tmp_path / "run")]) == 2
+    said = capsys.readouterr().err
+    assert "skimage is not installed" in said
+    assert "pip install 'freemerge[quickstart]'" in said
+    assert "Traceback" not in said
 
 
 def test_cells_must_be_dealt_out_in_full() -> None:
