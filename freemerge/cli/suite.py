@@ -8,6 +8,7 @@ left behind; `validate`, `test` and `predict` run the finished FREE model.
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import shutil
@@ -299,6 +300,10 @@ class FreemergeCLI(LightningCLI):
         return MultiTaskEvaluator(FreeModel.from_pretrained(folder, backbone), suite.names, metrics=metrics)
 
 
+_OF_PLACES = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOSPC, errno.EDQUOT, errno.ENAMETOOLONG)
+"""Errors that say something of a file's place, and nothing of who asked for it."""
+
+
 def quieten() -> None:
     """Keep Lightning's per-Trainer chatter out of a run of many fits; warnings that matter stay."""
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
@@ -333,6 +338,11 @@ def run(args: list[str], remembers: bool = False) -> int:
         if origin not in ("freemerge", "freemerge_callbacks", "lightning", "jsonargparse"):
             raise  # somebody else's: the traceback will be needed
         print_error(refusal(str(error)) if origin == "jsonargparse" else error)
+        return 2
+    except OSError as error:
+        if error.errno not in _OF_PLACES or error.filename is None:
+            raise
+        print_error(f"{error.filename}: cannot be read or written ({error.strerror})")
         return 2
     except KeyboardInterrupt as interrupt:
         rest = f": {interrupt}; the same command goes on from there" if str(interrupt) else ""

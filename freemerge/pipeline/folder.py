@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -52,6 +53,24 @@ def write_json(path: Path, value: Any) -> None:
     temporary = path.with_name(f".{path.name}.partial")
     temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     os.replace(temporary, path)
+
+
+def make_writable(folder: Path, setting: str) -> None:
+    """Make a folder, and a file in it that is deleted again: what cannot be written shows before any work.
+
+    Args:
+        folder: the folder.
+        setting: what it is called in a configuration.
+
+    Raises:
+        ValueError: if the folder cannot be made or written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(f"{folder}: cannot be written ({error.strerror}); choose another {setting}") from error
 
 
 def copy_file(source: Path, target: Path) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from freemerge.pipeline.folder import from_rank_zero, write_json
+from freemerge.pipeline.folder import from_rank_zero, make_writable, write_json
 
 _AFTER_A_KILL = 15.0
 """Seconds: loader workers hold their killed parent's lock until they notice that it is gone."""
@@ -24,14 +24,14 @@ def only_run(folder: Path) -> Iterator[None]:
     """Hold the folder's lock; a process that is killed loses it.
 
     Raises:
-        ValueError: if another run is working in the folder.
+        ValueError: if another run is working in the folder, or it cannot be written.
     """
     lock = FileLock(folder / ".lock")
 
     def acquire() -> None:
         if rank_zero_only.rank != 0:
             return
-        folder.mkdir(parents=True, exist_ok=True)
+        make_writable(folder, "run.folder")
         try:
             lock.acquire(timeout=0 if _is_alive(_holder(folder)) else _AFTER_A_KILL)
         except Timeout as error:

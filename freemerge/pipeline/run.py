@@ -48,7 +48,7 @@ from freemerge.models import FreeModel, has_experts
 from freemerge.pipeline.artifacts import Artifacts
 from freemerge.pipeline.cache import find, store
 from freemerge.pipeline.dependencies import dependencies
-from freemerge.pipeline.folder import StageFolder, content, copy_file, from_rank_zero
+from freemerge.pipeline.folder import StageFolder, content, copy_file, from_rank_zero, make_writable
 from freemerge.pipeline.lock import only_run
 from freemerge.pipeline.measure import Measure
 from freemerge.pipeline.others import Others
@@ -162,6 +162,9 @@ class SuiteRun:
             raise ValueError(f"run.stages: unknown stage {unknown[0]!r}; stages: {', '.join(STAGES)}")
         self._stages = tuple(stage for stage in STAGES if stage in stages)
         with only_run(self.folder), seeds_put_back():
+            if "pretrain" in self._stages and self.settings.pretrain.cache is not None:
+                cache = expand(self.settings.pretrain.cache)
+                from_rank_zero(lambda: make_writable(cache, "pretrain.cache"))
             self._check_finished()
             self._keep_config()
             self._check_ckpt_path()
@@ -409,7 +412,7 @@ class SuiteRun:
         Returns:
             The report; None where this process only takes part in a search.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_writable(self.folder, "run.folder")
         with seeds_put_back():
             return Tuning(self.files, self.measure, self.console, self.overwrite).run(others)
 
