@@ -7,11 +7,12 @@ from freemerge.experts.files import check_hash, load_expert, save_expert
 from freemerge.experts.kinds.low_rank import LowRankExpert
 from freemerge.experts.kinds.masked import MaskedExpert, emr_experts
 from freemerge.experts.kinds.sparse import SparseExpert
-from freemerge.experts.mixing import mix
+from freemerge.experts.mixing import mix, mixable
 from freemerge.experts.packed import PackedExpert
 from freemerge.experts.running.layerwise import substituted
 from freemerge.experts.running.locks import exclusive
-from freemerge.experts.running.switch import ExpertSwitch, attached
+from freemerge.experts.running.switch import ExpertSwitch, attached, write_into
+from freemerge.experts.running.twins import private
 
 __all__ = [
     "STATISTICS",
@@ -31,6 +32,9 @@ __all__ = [
     "extract_low_rank",
     "load_expert",
     "mix",
+    "mixable",
+    "private",
     "save_expert",
     "substituted",
+    "write_into",
 ]

@@ -7,7 +7,7 @@ the values), what its values are as one vector (what training changes), and how 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, TypeVar
 
@@ -25,6 +25,9 @@ class Expert(ABC):
 
     KIND: ClassVar[str]
     """What a file calls this kind of expert."""
+
+    MIXES: ClassVar[bool] = False
+    """Whether weighted sums of such experts are one of the same kind, which `mixed` makes."""
 
     shapes: dict[str, tuple[int, ...]]
     """Tensor name → shape of each whole tensor that the expert changes."""
@@ -78,6 +81,13 @@ class Expert(ABC):
         metadata: Mapping[str, str],
     ) -> Self:
         """The inverse of `structure` and `parts`. Raises a ValueError if they do not fit each other."""
+
+    # -- what a kind may say ------------------------------------------------------------------------------------------
+
+    @classmethod
+    def mixed(cls: type[Self], experts: Sequence[Self], weights: Sequence[float]) -> Self:
+        """Σ w_k · expert_k of two experts or more, exact; for kinds that say `MIXES`. Others are added as they run."""
+        raise NotImplementedError(f"{cls.__qualname__} says in MIXES that it mixes, but has no `mixed`")
 
     # -- what follows from it -----------------------------------------------------------------------------------------
 

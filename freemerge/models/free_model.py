@@ -4,11 +4,11 @@
     FreeModel(inputs, task="x")    uses task x's expert and head for the whole batch
     FreeModel(inputs, head="x")    routes each sample to an expert, and answers by task x's head
 
-- There is one backbone in memory, and each expert in the bytes of its file. Sparse experts are switched into the
-  weights for the duration of their group and out again, bit for bit. Low-rank ones run side by side in one pass, where
-  the backbone allows it; others change one layer at a time.
+- There is one backbone in memory, and each expert in the bytes of its file. Low-rank experts run side by side in one
+  pass, where the backbone allows it; others change one layer at a time, while it computes.
 - What a sample gets depends on the sample alone, never on its neighbours in the batch.
-- Threads may share the model, and models may share a backbone: one group of samples is computed at a time.
+- Computing changes nothing in the model, so threads may share it, and models may share a backbone, at the same time.
+  Only a backbone that is compiled or sharded has to be changed itself, by one thread at a time.
 - A sample of which the router is not sure enough, or which is like none that it knows, gets the plain merged backbone.
 """
 
@@ -24,20 +24,11 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from freemerge.experts import (
-    Expert,
-    LowRankExpert,
-    PackedExpert,
-    SparseExpert,
-    attached,
-    check_fits,
-    exclusive,
-    mix,
-    substituted,
-)
-from freemerge.experts.flat import FlatWeights
-from freemerge.experts.running.one_pass import runs_side_by_side, side_by_side
-from freemerge.experts.tied import by_first_names, names_of_changes
+from freemerge.experts import Expert, PackedExpert, check_fits, exclusive, mix, mixable, write_into
+from freemerge.experts.running.groups import run_groups
+from freemerge.experts.running.mixture import Mixture
+from freemerge.experts.running.twins import forget_twins
+from freemerge.experts.tied import by_first_names
 from freemerge.inputs import Inputs, batch_size, device_of, select
 from freemerge.models.backbones.base import Backbone
 from freemerge.models.by_task import TaskModules
@@ -166,32 +157,29 @@ class FreeModel(nn.Module):
             ValueError: if the task is unknown.
         """
         self._check(task)
-        with self.undisturbed():
+        with exclusive(self.backbone.model).shared():
             backbone = copy.deepcopy(self.backbone)
         if task in self._packed:
-            weights = backbone.weights()
-            expert = self._packed[task].unpacked()
-            with torch.no_grad():
-                for name in dict.fromkeys(names_of_changes(weights, expert.shapes).values()):
-                    weights[name].copy_(expert.added(name, weights[name]))
+            write_into(backbone.weights(), self._packed[task].unpacked())
         return TaskModel(backbone, copy.deepcopy(self.heads[task])).train(self.training)
 
     @contextmanager
     def undisturbed(self) -> Iterator[None]:
-        """While a block runs, no other thread computes with the model, so that its tensors are those of the merge.
+        """While a block runs, no other thread computes with the model.
 
-        Whatever reads the live weights beside threads that compute belongs in such a block: what `state_dict` returns
-        is live, as with every module. The model's own methods do this by themselves.
+        Whatever writes to the live weights beside threads that compute belongs in such a block. The model's own
+        methods do this by themselves.
         """
         with exclusive(self.backbone.model):
             yield
 
-    def state_dict(self, *args, **kwargs):
+    def train(self, mode: bool = True) -> FreeModel:
         with self.undisturbed():
-            return super().state_dict(*args, **kwargs)
+            return super().train(mode)
 
     def load_state_dict(self, *args, **kwargs):
         with self.undisturbed():
+            forget_twins(self.backbone)
             return super().load_state_dict(*args, **kwargs)
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
@@ -245,7 +233,7 @@ class FreeModel(nn.Module):
 
     def _apply(self, fn, recurse: bool = True):
         with self.undisturbed():
-            FlatWeights.forget(self.backbone.model)
+            forget_twins(self.backbone)
             super()._apply(fn, recurse)
             device = next(self.parameters()).device
             for packed in self._packed.values():
@@ -255,7 +243,7 @@ class FreeModel(nn.Module):
     def __deepcopy__(self, memo: dict) -> FreeModel:
         twin = self.__class__.__new__(self.__class__)
         memo[id(self)] = twin
-        with self.undisturbed():
+        with exclusive(self.backbone.model).shared():
             twin.__dict__ = copy.deepcopy(self.__dict__, memo)
         return twin
 
@@ -350,57 +338,21 @@ class FreeModel(nn.Module):
             inputs: B ≥ 1 samples, group by group.
             groups: task → w, and the number of samples.
         """
-        counts = [count for _, count in groups]
-        with self.undisturbed():
-            experts = [self._expert(weights) for weights, _ in groups]
-            if self._one_pass(inputs, experts):
-                with side_by_side(self.backbone.model, list(zip(experts, counts, strict=True))):
-                    return self.backbone(inputs)
-            if any(expert is not None and _kind(expert) is SparseExpert for expert in experts):
-                flat = FlatWeights.of(self.backbone.model)  # finding out that they still lie so looks at every tensor
-            else:
-                flat = None
-        outputs, start = [], 0
-        for expert, count in zip(experts, counts, strict=True):
-            part = inputs if len(groups) == 1 else select(inputs, slice(start, start + count))
-            with self.undisturbed(), self._switched(expert, flat):
-                outputs.append(self.backbone(part))  # (b, F)
-            start += count
-        return outputs[0] if len(groups) == 1 else torch.cat(outputs)
+        chosen = [(self._expert(weights), count) for weights, count in groups]
+        return run_groups(self.backbone, self.backbone.model, inputs, chosen, one_pass=not self.training)
 
-    def _expert(self, weights: Mapping[str, float]) -> Expert | PackedExpert | None:
+    def _expert(self, weights: Mapping[str, float]) -> Expert | PackedExpert | Mixture | None:
         """Σ w · expert, or the expert itself, packed, if it is one alone; None if there is none."""
         packed = {task: self._packed[task] for task in weights if task in self._packed}
         if len(packed) == 1 and all(weights[task] == 1.0 for task in packed):
             return next(iter(packed.values()))
         if not packed:
             return None
-        live = self.backbone.weights()
-        experts = [by_first_names(one.unpacked(), live) if _mixable(one) else one.unpacked() for one in packed.values()]
-        return mix(experts, [weights[task] for task in packed])
-
-    def _one_pass(self, inputs: Inputs, experts: Sequence[Expert | PackedExpert | None]) -> bool:
-        """Whether all experts of a batch can run side by side in one pass."""
-        kinds = {_kind(expert) for expert in experts if expert is not None}
-        if kinds != {LowRankExpert} or self.training:
-            return False
-        return runs_side_by_side(self.backbone.model, self.backbone, [(expert, 0) for expert in experts], inputs)
-
-    @contextmanager
-    def _switched(self, expert: Expert | PackedExpert | None, flat: FlatWeights | None) -> Iterator[None]:
-        """The backbone, whose weights may lie in one buffer, with an expert added to them."""
-        if expert is None:
-            yield
-        elif isinstance(expert, SparseExpert):
-            with attached(self.backbone.model, expert):
-                yield
-        elif _kind(expert) is SparseExpert:
-            with flat.attached(expert):
-                yield
-        else:
-            expert = expert.unpacked() if isinstance(expert, PackedExpert) else expert
-            with substituted(self.backbone.model, expert.shapes, expert.added):
-                yield
+        live, shares = self.backbone.weights(), [weights[task] for task in packed]
+        experts = [one.unpacked() for one in packed.values()]
+        if mixable(experts):
+            return mix([by_first_names(expert, live) for expert in experts], shares)
+        return Mixture(experts, shares, live)
 
     def _logits(self, features: Tensor | None, answering: Tensor) -> Tensor:
         """(B, F) → (B, C), each sample by the head of the task `answering` names; −inf past its own classes."""
@@ -436,7 +388,7 @@ class FreeModel(nn.Module):
         """Write the model to a folder; see `freemerge.models.free_folder`."""
         from freemerge.models.free_folder import save_free_model
 
-        with self.undisturbed():
+        with exclusive(self.backbone.model).shared():
             return save_free_model(self, directory)
 
     @classmethod
@@ -457,14 +409,6 @@ class FreeModel(nn.Module):
 
 _widths: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
 """Head that does not say how many outputs it has → how many these are."""
-
-
-def _mixable(expert: PackedExpert) -> bool:
-    return expert.kind in (SparseExpert, LowRankExpert)
-
-
-def _kind(expert: Expert | PackedExpert) -> type[Expert]:
-    return expert.kind if isinstance(expert, PackedExpert) else type(expert)
 
 
 class TaskModel(nn.Module):

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from freemerge.experts import exclusive
+from freemerge.experts import private
 from freemerge.inputs import Inputs
 from freemerge.models.backbones.base import Backbone
 from freemerge.models.out_of_distribution import Familiarity
@@ -190,7 +190,7 @@ def early_features(inputs: Inputs, backbone: Backbone, point: str, segments: int
             inputs do not say which segment a token is of.
     """
     try:
-        layer = backbone.model.get_submodule(point)
+        backbone.model.get_submodule(point)
     except AttributeError as error:
         near = ", ".join(name for name, _ in list(backbone.model.named_modules())[1:6])
         raise ValueError(f"router: the backbone has no submodule {point!r}; it has {near}, …") from error
@@ -198,10 +198,10 @@ def early_features(inputs: Inputs, backbone: Backbone, point: str, segments: int
     def stop(module: nn.Module, arguments: Any, output: Any) -> None:
         raise _Reached(output[0] if isinstance(output, tuple) else output)
 
-    with exclusive(backbone.model):  # or another thread's pass would end here, too
-        handle = layer.register_forward_hook(stop)
+    with private(backbone) as own:  # or another thread's pass would end here, too
+        handle = own[backbone.model].get_submodule(point).register_forward_hook(stop)
         try:
-            backbone(inputs)
+            own[backbone](inputs)
         except _Reached as reached:
             found = reached.output
         else:

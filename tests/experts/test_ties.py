@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from freemerge.experts import Expert, PackedExpert, attached, extract, extract_low_rank
-from freemerge.experts.flat import FlatWeights
+from freemerge.experts.running.groups import run_groups
 from freemerge.experts.running.layerwise import substituted
 from freemerge.experts.running.one_pass import runs_side_by_side, side_by_side
 from freemerge.merging import task_vector
@@ -97,8 +97,7 @@ def test_every_way_of_running_changes_a_tied_weight_once(kind: str, names: str, 
     with substituted(model, expert.shapes, expert.added):
         found["substituted"] = backbone(inputs)
     if expert_kind == "sparse":
-        with FlatWeights(model).attached(PackedExpert(expert)):
-            found["flat"] = backbone(inputs)
+        found["groups"] = run_groups(backbone, model, inputs, [(PackedExpert(expert), len(found["attached"]))])
     elif runs_side_by_side(model, backbone, [(expert, 0)], inputs):
         with side_by_side(model, [(PackedExpert(expert), 3)]):
             found["side by side"] = backbone(inputs)

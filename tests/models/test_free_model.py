@@ -3,6 +3,7 @@
 import copy
 import json
 import random
+from types import MethodType
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import nn
 from transformers import AutoModel
 
 from freemerge.checkpoints import CheckpointError
-from freemerge.experts import PackedExpert, attached, extract, extract_low_rank, mix
+from freemerge.experts import PackedExpert, attached, emr_experts, extract, extract_low_rank, mix
 from freemerge.models import ConvRouter, EarlyRouter, FreeModel, choose_thresholds
 from tests.tiny import tiny_backbone, tiny_text_backbone
 
@@ -91,7 +92,7 @@ def test_ten_thousand_switches_leave_every_bit_in_bfloat16(model: FreeModel, ima
     choose, inputs = random.Random(0), images[:1].bfloat16()
     if kind == "sparse":
         inputs = torch.ones(1, 16, dtype=torch.bfloat16)
-        model.backbone.forward = lambda inputs: model.backbone.model.layernorm(inputs)
+        model.backbone.forward = MethodType(lambda self, inputs: self.model.layernorm(inputs), model.backbone)
     for _ in range(10_000 if kind == "sparse" else 100):
         model.features(inputs, choose.choice(model.tasks))
     vars(model.backbone).pop("forward", None)
@@ -129,7 +130,7 @@ def test_a_backbone_of_another_layout_gives_the_same_group_by_group(
     model = with_low_rank_experts(model)
     model.top_n = top_n
     side_by_side = model(images)
-    monkeypatch.setattr("freemerge.models.free_model.runs_side_by_side", lambda *_: False)
+    monkeypatch.setattr("freemerge.experts.running.groups.all_see_samples", lambda *_: False)
     one_by_one = model(images)
     assert torch.equal(one_by_one.task, side_by_side.task)
     torch.testing.assert_close(one_by_one.logits, side_by_side.logits)
@@ -363,3 +364,45 @@ def test_the_thresholds_let_the_wanted_share_of_validation_samples_pass() -> Non
     assert int((confidence >= choose_thresholds(logits, always, 0.9)[0]).sum()) == 900
     with pytest.raises(ValueError, match=r"must be in \(0, 1\], got 0"):
         choose_thresholds(logits, familiarity, 0.0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["sparse", "low_rank"])
+def test_an_expert_that_float16_cannot_hold_is_an_error_or_right(
+    model: FreeModel, images: torch.Tensor, kind: str
+) -> None:
+    name = "layernorm.weight"
+    change = torch.zeros(16)
+    change[3] = 65504.0
+    model.backbone.weights()[name].fill_(100.0)
+    huge = extract({name: change}, 1.0) if kind == "sparse" else extract_low_rank({name: change}, rank=1)
+    half = FreeModel(copy.deepcopy(model.backbone), dict(model.heads), {"a": huge.tagged(task="a")}).half().eval()
+    before = {key: tensor.clone() for key, tensor in half.backbone.weights().items()}
+    for compute in (
+        lambda: half(images.half(), task="a"),
+        lambda: half.task_model("a"),
+        lambda: attached(half.backbone.model, huge.tagged(task="a")).__enter__(),
+    ):
+        with pytest.raises(
+            OverflowError, match=r"expert of task 'a' makes tensor 'layernorm.weight' larger than float16"
+        ):
+            compute()
+    assert all(torch.equal(before[key], tensor) for key, tensor in half.backbone.weights().items())
+    assert half(images.half(), task="b").logits.isfinite().all()
+
+
+@torch.no_grad()
+def test_experts_of_several_kinds_mix(model: FreeModel, images: torch.Tensor) -> None:
+    residuals = {task: {n: torch.randn(t.shape) for n, t in model.backbone.weights().items()} for task in "abc"}
+    _, masked = emr_experts({task: residuals[task] for task in "bc"})
+    experts = {"a": extract(residuals["a"], 0.1), "b": masked["b"], "c": extract_low_rank(residuals["c"], rank=1)}
+    free = FreeModel(model.backbone, dict(model.heads), experts, top_n=2).eval()
+    for pair in (("a", "b"), ("a", "c"), ("b", "c")):
+        found = free._grouped(images, [(dict.fromkeys(pair, 0.5), len(images))])
+        by_hand = copy.deepcopy(model.backbone)
+        for name, weight in by_hand.weights().items():
+            zero = torch.zeros_like(weight)
+            weight += sum(
+                0.5 * free.experts[task].added(name, zero) for task in pair if name in free.experts[task].shapes
+            )
+        torch.testing.assert_close(found, by_hand(images), atol=1e-4, rtol=1e-4)

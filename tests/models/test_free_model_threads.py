@@ -89,7 +89,7 @@ def test_threads_get_what_one_alone_gets_and_leave_every_bit(kind: str, images: 
 
 
 @pytest.mark.parametrize("kinds", [("sparse", "sparse"), ("sparse", "low_rank"), ("masked", "low_rank")])
-def test_models_that_share_a_backbone_take_turns(kinds: tuple[str, str], images: torch.Tensor) -> None:
+def test_models_that_share_a_backbone_compute_as_each_alone(kinds: tuple[str, str], images: torch.Tensor) -> None:
     backbone = tiny_backbone().eval()
     one, two = (model_of(kind, backbone) for kind in kinds)
     before = {name: tensor.clone() for name, tensor in backbone.weights().items()}
@@ -162,3 +162,66 @@ def test_a_model_that_has_computed_can_be_pickled(kind: str, images: torch.Tenso
     for parameter in again.parameters():
         parameter.zero_()
     torch.testing.assert_close(model(images, task="a").logits, expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", KINDS)
+def test_threads_are_in_the_model_at_the_same_time_and_see_the_merged_weights(kind: str, images: torch.Tensor) -> None:
+    """Each thread waits in the middle of its pass for the others; nothing of the model is different then."""
+    model = model_of(kind)
+    works = [expects(lambda task=task: model(images, task=task).logits) for task in "abab"]
+    live = dict(model.state_dict(keep_vars=True))
+    before = {name: tensor.clone() for name, tensor in live.items()}
+    middle, met = threading.Barrier(len(works)), []
+
+    def meet(*_: object) -> None:
+        middle.wait(timeout=20)
+        met.append(all(torch.equal(before[name], tensor) for name, tensor in live.items()))
+
+    handle = model.backbone.model.layernorm.register_forward_pre_hook(meet)
+    raised = []
+
+    def run(work: Callable[[], None]) -> None:
+        try:
+            work()
+        except BaseException as error:
+            raised.append(error)
+
+    threads = [threading.Thread(target=run, args=(work,), daemon=True) for work in works]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=30)
+    handle.remove()
+    assert not raised
+    assert met == [True] * len(works)
+
+
+@torch.no_grad()
+def test_what_changes_the_model_waits_for_those_who_compute_and_they_for_it(images: torch.Tensor) -> None:
+    model, other = model_of("sparse"), model_of("sparse", tiny_backbone(1).eval())
+    states = [{name: t.clone() for name, t in one.state_dict().items()} for one in (model, other)]
+    allowed = [one(images, task="a").logits for one in (model, other)]
+
+    def is_one_of_both() -> None:
+        found = model(images, task="a").logits
+        assert any(torch.allclose(found, whole, atol=1e-5, rtol=1e-4) for whole in allowed)
+
+    with computing(is_one_of_both, is_one_of_both) as raised:
+        for turn in range(20):
+            model.load_state_dict(states[turn % 2])
+            model.double().float()
+            model.train().eval()
+    assert not raised
+
+
+@torch.no_grad()
+def test_a_compiled_backbone_is_shared_one_thread_at_a_time(images: torch.Tensor) -> None:
+    model = model_of("sparse")
+    works = [expects(lambda task=task: model(images, task=task).logits) for task in "ab"]
+    model.backbone.model.compile(backend="eager")
+    works[0]()
+    with computing(*works) as raised:
+        for _ in range(5):
+            works[0]()
+    assert not raised

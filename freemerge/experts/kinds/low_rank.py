@@ -8,7 +8,7 @@ decomposition, as Twin-Merging compresses its exclusive knowledge (arXiv 2406.15
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -38,6 +38,7 @@ class LowRankExpert(Expert):
     metadata: dict[str, str] = field(default_factory=dict)
 
     KIND = "low_rank"
+    MIXES = True
 
     def __post_init__(self) -> None:
         if self.left.keys() != self.right.keys() or self.left.keys() & self.whole.keys():
@@ -106,6 +107,20 @@ class LowRankExpert(Expert):
             left[name], right[name] = parts[f"{name}:left"].view(rows, rank), parts[f"{name}:right"].view(rank, columns)
         whole = {name: parts[name].view(shape) for name, shape in shapes.items() if name not in ranks}
         return cls(left, right, whole, shapes, dict(metadata))
+
+    @classmethod
+    def mixed(cls, experts: Sequence[LowRankExpert], weights: Sequence[float]) -> LowRankExpert:
+        shapes = {name: shape for expert in experts for name, shape in expert.shapes.items()}
+        left, right, whole = {}, {}, {}
+        for name, shape in shapes.items():
+            own = [(expert, weight) for expert, weight in zip(experts, weights, strict=True) if name in expert.shapes]
+            if all(name in expert.left for expert, _ in own):
+                left[name] = torch.cat([weight * expert.left[name] for expert, weight in own], dim=1)
+                right[name] = torch.cat([expert.right[name] for expert, _ in own])
+            else:  # whole in one expert is whole in the sum
+                zero = torch.zeros(shape, device=own[0][0].flat_values().device)
+                whole[name] = sum((weight * expert.added(name, zero) for expert, weight in own), zero)
+        return LowRankExpert(left, right, whole, shapes)
 
 
 def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:

@@ -7,7 +7,7 @@ is added there (the values).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -36,6 +36,7 @@ class SparseExpert(Expert):
     metadata: dict[str, str] = field(default_factory=dict)
 
     KIND = "sparse"
+    MIXES = True
 
     def __post_init__(self) -> None:
         if not (self.indices.keys() == self.values.keys() == self.shapes.keys()):
@@ -95,3 +96,15 @@ class SparseExpert(Expert):
         if start != len(positions) or found != {name: part.numel() for name, part in parts.items()}:
             raise ValueError("positions and values do not match the layout")
         return cls(indices, dict(parts), shapes, dict(metadata))
+
+    @classmethod
+    def mixed(cls, experts: Sequence[SparseExpert], weights: Sequence[float]) -> SparseExpert:
+        shapes = {name: shape for expert in experts for name, shape in expert.shapes.items()}
+        indices, values = {}, {}
+        for name in shapes:
+            own = [(expert, weight) for expert, weight in zip(experts, weights, strict=True) if name in expert.indices]
+            index = torch.cat([expert.indices[name] for expert, _ in own])
+            value = torch.cat([weight * expert.values[name] for expert, weight in own])
+            indices[name], places = index.unique(return_inverse=True)
+            values[name] = value.new_zeros(len(indices[name])).index_add_(0, places, value)
+        return SparseExpert(indices, values, shapes)

@@ -10,13 +10,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from weakref import WeakKeyDictionary
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from freemerge.experts.running.locks import exclusive
 from freemerge.experts.tied import layers_that_change
+
+
+class LayersIdle(RuntimeError):
+    """Layers with changed tensors did not run by themselves, though the module around them did.
+
+    Args:
+        layers: their names.
+    """
+
+    def __init__(self, layers: Collection[str]) -> None:
+        self.layers = tuple(layers)
+        super().__init__(
+            f"the layer {self.layers[0]!r} never ran by itself, so its changed weights were not used: its parent "
+            "computes with them; use `attached`, which writes them in place"
+        )
 
 
 @contextmanager
@@ -30,33 +45,47 @@ def substituted(module: nn.Module, names: Collection[str], make: Callable[[str, 
 
     Raises:
         ValueError: if there is no such parameter or buffer.
-        RuntimeError: at the end of the block, if the layer of a tensor did not run though its parent did: the parent
+        LayersIdle: at the end of the block, if the layer of a tensor did not run though its parent did: the parent
             computes with its tensors. Of layers that share a tensor, one must have run.
     """
-    with exclusive(module):
-        yield from _substituted(module, names, make)
+    with exclusive(module), exchanged(module, names, make):
+        yield
 
 
-def _substituted(module: nn.Module, names: Collection[str], make: Callable[[str, Tensor], Tensor]) -> Iterator[None]:
-    layers: dict[nn.Module, _Layer] = {}
-    for name, own in layers_that_change(module, names).items():
-        owner = name.rpartition(".")[0]
-        runs = owner.rpartition(".")[0] if _is_attention_output(module, owner) else owner
-        layer = layers.setdefault(module.get_submodule(runs), _Layer(runs, make))
-        layer.own.append((own, module.get_submodule(owner), name.rpartition(".")[2]))
-    ran: set[nn.Module] = set()
-    parents = {
-        layer: module.get_submodule(layer.name.rpartition(".")[0])
-        for layer in layers.values()
-        if layer.name and layer.name not in _seen_to_run.get(module, ())
-    }
-    handles = [
-        parent.register_forward_pre_hook(lambda ran_one, *_: ran.add(ran_one)) for parent in set(parents.values())
-    ]
+@contextmanager
+def exchanged(
+    module: nn.Module,
+    names: Collection[str],
+    make: Callable[[str, Tensor], Tensor],
+    by_parents: Collection[str] = (),
+    plans: dict[Any, Any] | None = None,
+) -> Iterator[None]:
+    """`substituted` in a module that is the caller's alone.
+
+    Args:
+        module: the module.
+        names: likewise.
+        make: likewise.
+        by_parents: layers whose tensors are exchanged while the module around them runs, as this computes with them.
+        plans: of a twin, whose layers stay as they are: what this keeps for the next time.
+    """
+    key = ("layers", tuple(names), frozenset(by_parents))
+    plan = None if plans is None else plans.get(key)
+    if plan is None:
+        plan = _plan(module, names, by_parents)
+        if plans is not None:
+            plans[key] = plan
+    layers = [_Layer(place, make) for place in plan]
     made: dict[int, tuple[str, Tensor]] = {}
-    for runs, layer in layers.items():
-        handles.append(runs.register_forward_pre_hook(lambda *_, layer=layer: layer.begin(made)))
-        handles.append(runs.register_forward_hook(lambda *_, layer=layer: layer.end(made), always_call=True))
+    ran: set[nn.Module] = set()
+    handles = []
+    for parent in {place.parent for place in plan if place.parent is not None}:
+        handles.append(parent.register_forward_pre_hook(lambda one, _: ran.add(one)))
+    for layer in layers:
+        # In a twin before all other hooks, as some make a weight from others; else last, as some bring the weights.
+        first, body = plans is not None, layer.place.module
+        handles.append(body.register_forward_pre_hook(lambda *_, layer=layer: layer.begin(made), prepend=first))
+        handles.append(body.register_forward_hook(lambda *_, layer=layer: layer.end(made), always_call=True))
     try:
         if torch.is_grad_enabled():
             with torch.autograd.graph.saved_tensors_hooks(_remember(made), _recall(make)):
@@ -66,47 +95,109 @@ def _substituted(module: nn.Module, names: Collection[str], make: Callable[[str,
     finally:
         for handle in handles:
             handle.remove()
-        for layer in layers.values():  # where a pass was broken off, by Ctrl-C for instance
+        for layer in layers:  # where a pass was broken off, by Ctrl-C for instance
             layer.end(made)
-    _seen_to_run.setdefault(module, set()).update(layer.name for layer in parents if layer.ran)
-    used = {name for layer in layers.values() if layer.ran for name, _, _ in layer.own}
+    used = {tensor.name for layer in layers if layer.ran for tensor in layer.place.tensors}
     idle = [
-        layer.name
-        for layer, parent in parents.items()
-        if parent in ran and not layer.ran and any(name not in used for name, _, _ in layer.own)
+        tensor.layer
+        for layer in layers
+        if layer.place.parent in ran and not layer.ran
+        for tensor in layer.place.tensors
+        if tensor.name not in used
     ]
     if idle:
-        raise RuntimeError(
-            f"the layer {idle[0]!r} never ran by itself, so its changed weights were not used: its parent computes "
-            "with them; use `attached`, which writes them in place"
-        )
+        raise LayersIdle(dict.fromkeys(idle))
 
 
-_seen_to_run: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
-"""Module → names of its layers that have run by themselves, and need not be watched again."""
+class _Place(NamedTuple):
+    """A layer, and which tensors are exchanged while it runs."""
+
+    module: nn.Module
+    parent: nn.Module | None  # the nearest module around it that runs
+    tensors: list[_Tensor]
+
+
+class _Tensor(NamedTuple):
+    name: str  # what `make` calls it
+    owner: nn.Module  # the module that has it
+    leaf: str  # what the owner calls it
+    layer: str  # the owner's own name
+
+
+def _plan(module: nn.Module, names: Collection[str], by_parents: Collection[str]) -> list[_Place]:
+    places: dict[str, _Place] = {}
+    for name, own in layers_that_change(module, names).items():
+        layer, _, leaf = name.rpartition(".")
+        runs = _runs_with(module, layer, by_parents)
+        if runs not in places:
+            parent = module.get_submodule(_parent(module, runs)) if runs else None
+            places[runs] = _Place(module.get_submodule(runs), parent, [])
+        places[runs].tensors.append(_Tensor(own, module.get_submodule(layer), leaf, layer))
+    return list(places.values())
+
+
+def _runs_with(module: nn.Module, owner: str, by_parents: Collection[str]) -> str:
+    """The module whose run computes with the tensors of a layer: nearly always itself."""
+    if _is_attention_output(module, owner):
+        owner = owner.rpartition(".")[0]
+    while owner and (owner in by_parents or isinstance(module.get_submodule(owner), _NEVER_RUN)):
+        owner = owner.rpartition(".")[0]
+    return owner
+
+
+def _parent(module: nn.Module, name: str) -> str:
+    """The nearest module around one that runs by itself."""
+    name = name.rpartition(".")[0]
+    while name and isinstance(module.get_submodule(name), _NEVER_RUN):
+        name = name.rpartition(".")[0]
+    return name
+
+
+_NEVER_RUN = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
+
+
+def exchange(owner: nn.Module, leaf: str, tensor: Tensor) -> Tensor:
+    """Put a tensor in the place of a module's own, wherever it has that; returns its own."""
+    home = owner._parameters if leaf in owner._parameters else owner._buffers
+    own = home[leaf]
+    home[leaf] = tensor
+    if type(owner) not in _SIMPLE:
+        for key, value in vars(owner).items():
+            if value is own:
+                vars(owner)[key] = tensor
+            elif type(value) in (list, tuple) and any(item is own for item in value):  # as recurrent layers have
+                vars(owner)[key] = type(value)(tensor if item is own else item for item in value)
+    return own
+
+
+_SIMPLE = (nn.Linear, nn.LayerNorm, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.BatchNorm1d, nn.BatchNorm2d, nn.RMSNorm)
 
 
 class _Layer:
-    """The tensors of one layer, exchanged while it runs."""
+    """The tensors of one layer, exchanged while it runs.
 
-    def __init__(self, name: str, make: Callable[[str, Tensor], Tensor]) -> None:
-        self.name, self.make, self.ran = name, make, False
-        self.own: list[tuple[str, nn.Module, str]] = []  # what `make` calls a tensor, and where it is
-        self._kept: list[tuple[dict, str, Tensor]] = []
+    Args:
+        place: which these are.
+        make: makes the others.
+    """
+
+    def __init__(self, place: _Place, make: Callable[[str, Tensor], Tensor]) -> None:
+        self.place, self.make, self.ran = place, make, False
+        self._kept: list[tuple[nn.Module, str, Tensor, Tensor]] = []
 
     def begin(self, made: dict[int, tuple[str, Tensor]]) -> None:
         self.ran = True
-        for name, owner, leaf in self.own:
-            home = owner._parameters if leaf in owner._parameters else owner._buffers
-            own, changed = home[leaf], self.make(name, home[leaf])
-            self._kept.append((home, leaf, own))
+        for name, owner, leaf, _ in self.place.tensors:
+            own = (owner._parameters if leaf in owner._parameters else owner._buffers)[leaf]
+            changed = self.make(name, own)
+            self._kept.append((owner, leaf, own, changed))
             made[changed.untyped_storage().data_ptr()] = (name, own)
-            home[leaf] = changed
+            exchange(owner, leaf, changed)
 
     def end(self, made: dict[int, tuple[str, Tensor]]) -> None:
-        for home, leaf, own in reversed(self._kept):
-            made.pop(home[leaf].untyped_storage().data_ptr(), None)  # its memory may hold something else from now on
-            home[leaf] = own
+        for owner, leaf, own, changed in reversed(self._kept):
+            made.pop(changed.untyped_storage().data_ptr(), None)  # its memory may hold something else from now on
+            exchange(owner, leaf, own)
         self._kept = []
 
 

@@ -3,7 +3,7 @@
 (W + U·V)·x is W·x + U·(V·x). A linear layer runs on the whole batch with its weight as it is, and each group of samples
 gets its two thin products on top. Other layers that experts change (norms, embeddings) are small; they run group by
 group with changed tensors, as a linear layer does where one expert's many rows make these less work than the products.
-No weight is ever written to; whose turn it is with the module's layers, `exclusive` says.
+No weight is ever written to.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ from torch import Tensor, nn
 
 from freemerge.experts.kinds.low_rank import LowRankExpert, matrix_shape
 from freemerge.experts.packed import PackedExpert
+from freemerge.experts.running.layerwise import exchange
 from freemerge.experts.running.locks import exclusive
+from freemerge.experts.running.switch import Overflows
 from freemerge.experts.tied import layers_that_change
 from freemerge.inputs import Inputs, batch_size, device_of, select
 
@@ -37,15 +39,31 @@ def side_by_side(module: nn.Module, groups: Groups) -> Iterator[None]:
         module: the module, for which `runs_side_by_side`.
         groups: low-rank experts, packed or not, and numbers of samples that add up to the batch.
     """
+    with exclusive(module), each_with_its_own(module, groups):
+        yield
+
+
+@contextmanager
+def each_with_its_own(module: nn.Module, groups: Groups, plans: dict[Any, Any] | None = None) -> Iterator[None]:
+    """`side_by_side` in a module that is the caller's alone; `plans` are a twin's, kept for the next time."""
     with ExitStack() as stack:
-        stack.enter_context(exclusive(module))
-        changes = [(_Changes.of(module, _unpacked_if_small(expert)), count) for expert, count in groups]
-        linear, others = _owners(module, [change for change, _ in changes if change is not None])
+        changes = [(_Changes.of(module, _unpacked_if_small(expert), plans), count) for expert, count in groups]
+        key = ("owners", *(None if change is None else change.signature for change, _ in changes))
+        if plans is None or key not in plans:
+            found = _owners(module, [change for change, _ in changes if change is not None])
+            if plans is not None:
+                plans[key] = found
+        else:
+            found = plans[key]
+        linear, others = found
         for owner, names in (linear | others).items():
             layer = _Layer(module, owner, names, changes)
             run = layer.run_linear if owner in linear else layer.run_by_groups
             stack.enter_context(_instead_of_forward(layer.body, run))
         yield
+    for change, _ in changes:
+        if change is not None:
+            change.overflows.check()
 
 
 @torch.no_grad()
@@ -62,19 +80,30 @@ def runs_side_by_side(module: nn.Module, run: Callable[[Inputs], Any], groups: G
         inputs: a batch to try with.
     """
     with exclusive(module):
-        linear, others = _owners(module, [_Changes.of(module, expert) for expert, _ in groups if expert is not None])
-        known, key = _known.setdefault(module, {}), (frozenset(linear), frozenset(others))
-        if key not in known:
-            owners = linear.keys() | others.keys()
-            two, three = (_rows(module, run, owners, inputs, count) for count in (2, 3))
-            known[key] = two.keys() == three.keys() == owners and all(
-                _follows(two[owner], three[owner], shared=owner in others) for owner in owners
-            )
-        return known[key]
+        return all_see_samples(module, run, groups, inputs, _known.setdefault(module, {}))
 
 
-_known: WeakKeyDictionary[nn.Module, dict[tuple[frozenset[str], frozenset[str]], bool]] = WeakKeyDictionary()
-"""Module → its linear layers and others that experts change → whether these see samples in their first dimension."""
+Answers = dict[tuple[frozenset[str], frozenset[str]], bool]
+"""Linear layers and others that experts change → whether these see samples in their first dimension."""
+
+
+@torch.no_grad()
+def all_see_samples(
+    module: nn.Module, run: Callable[[Inputs], Any], groups: Groups, inputs: Inputs, known: Answers
+) -> bool:
+    """`runs_side_by_side` in a module that is the caller's alone; `known` has the answers so far."""
+    linear, others = _owners(module, [_Changes.of(module, expert) for expert, _ in groups if expert is not None])
+    key = (frozenset(linear), frozenset(others))
+    if key not in known:
+        owners = linear.keys() | others.keys()
+        two, three = (_rows(module, run, owners, inputs, count) for count in (2, 3))
+        known[key] = two.keys() == three.keys() == owners and all(
+            _follows(two[owner], three[owner], shared=owner in others) for owner in owners
+        )
+    return known[key]
+
+
+_known: WeakKeyDictionary[nn.Module, Answers] = WeakKeyDictionary()
 
 
 def _follows(two: list[int], three: list[int], shared: bool) -> bool:
@@ -150,19 +179,18 @@ def _instead_of_forward(body: nn.Module, run: Callable[..., Tensor]) -> Iterator
 
 @contextmanager
 def _changed(module: nn.Module, names: Sequence[str], changes: _Changes | None) -> Iterator[None]:
-    kept: list[tuple[dict, str, Tensor]] = []
+    kept: list[tuple[nn.Module, str, Tensor]] = []
     try:
         for name in names:
             if changes is not None and name in changes.names:
                 path, _, leaf = name.rpartition(".")
                 owner = module.get_submodule(path)
-                home = owner._parameters if leaf in owner._parameters else owner._buffers
-                kept.append((home, leaf, home[leaf]))
-                home[leaf] = changes.added(name, home[leaf])
+                own = (owner._parameters if leaf in owner._parameters else owner._buffers)[leaf]
+                kept.append((owner, leaf, exchange(owner, leaf, changes.added(name, own))))
         yield
     finally:
-        for home, leaf, own in kept:
-            home[leaf] = own
+        for owner, leaf, own in kept:
+            exchange(owner, leaf, own)
 
 
 def _owners(module: nn.Module, changes: Sequence[_Changes]) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
@@ -212,11 +240,27 @@ class _Changes:
     """
 
     def __init__(self, expert: LowRankExpert | PackedExpert, names: Mapping[str, str]) -> None:
-        self.expert, self.names = expert, names
+        self.expert, self.names, self.overflows = expert, names, Overflows()
 
     @classmethod
-    def of(cls, module: nn.Module, expert: LowRankExpert | PackedExpert | None) -> _Changes | None:
-        return None if expert is None else cls(expert, layers_that_change(module, expert.shapes))
+    def of(
+        cls, module: nn.Module, expert: LowRankExpert | PackedExpert | None, plans: dict[Any, Any] | None = None
+    ) -> _Changes | None:
+        if expert is None:
+            return None
+        key = ("names", tuple(expert.shapes))
+        names = None if plans is None else plans.get(key)
+        if names is None:
+            names = layers_that_change(module, expert.shapes)
+            if plans is not None:
+                plans[key] = names
+        return cls(expert, names)
+
+    @property
+    def signature(self) -> tuple[tuple[str, ...], frozenset[str]]:
+        """Which tensors are changed, and which of them without factors."""
+        own = self.expert.sizes if isinstance(self.expert, PackedExpert) else self.expert.whole
+        return tuple(self.names), frozenset(own).intersection(self.names.values())
 
     def is_whole(self, name: str) -> bool:
         """Whether a tensor is changed without factors."""
@@ -234,7 +278,8 @@ class _Changes:
 
     def added(self, name: str, weight: Tensor) -> Tensor:
         """A tensor with its change."""
-        return self._one(name).added(self.names[name], weight)
+        changed = self._one(name).added(self.names[name], weight)
+        return self.overflows.watch(self.expert, self.names[name], weight, changed)
 
     def _one(self, name: str) -> LowRankExpert:
         """The expert as far as it concerns one tensor, unpacked now."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -44,16 +45,22 @@ class ExpertSwitch:
 
         Raises:
             ValueError: if the expert names a tensor that is missing here or has another shape; nothing is changed then.
+            OverflowError: if a changed weight is too large for the weights' dtype; no expert is attached then.
         """
         check_fits(expert, self._weights)
         self.detach()
         sparse = isinstance(expert, SparseExpert)
-        for name in dict.fromkeys(names_of_changes(self._weights, expert.shapes).values()):
-            weight = self._weights[name]
-            index = expert.indices[name].to(weight.device) if sparse else None
-            changed = expert.added(name, weight)
-            self._saved[name] = (index, weight.reshape(-1)[index] if sparse else weight.clone())
-            weight.copy_(changed)
+        try:
+            for name in dict.fromkeys(names_of_changes(self._weights, expert.shapes).values()):
+                weight = self._weights[name]
+                index = expert.indices[name].to(weight.device) if sparse else None
+                changed = expert.added(name, weight)
+                check_finite(expert, name, weight, changed)
+                self._saved[name] = (index, weight.reshape(-1)[index] if sparse else weight.clone())
+                weight.copy_(changed)
+        except OverflowError:
+            self.detach()
+            raise
         forget_casts()
 
     @torch.no_grad()
@@ -73,6 +80,52 @@ def forget_casts() -> None:
     """To be called after weights were written to: under autocast torch keeps narrower copies of them."""
     if torch.is_autocast_cache_enabled():
         torch.clear_autocast_cache()
+
+
+@torch.no_grad()
+def write_into(weights: Mapping[str, Tensor], expert: Expert) -> None:
+    """Add an expert to weights for good, in place.
+
+    Raises:
+        OverflowError: if a changed weight is too large for the weights' dtype.
+    """
+    for name in dict.fromkeys(names_of_changes(weights, expert.shapes).values()):
+        changed = expert.added(name, weights[name])
+        check_finite(expert, name, weights[name], changed)
+        weights[name].copy_(changed)
+
+
+def check_finite(expert: Expert, name: str, weight: Tensor, changed: Tensor) -> None:
+    """Raise an OverflowError if a float16 weight has become infinite."""
+    if weight.dtype == torch.float16 and bool((changed.isinf() & weight.isfinite()).any()):
+        raise too_large(expert, name)
+
+
+class Overflows:
+    """Which float16 weights experts have made infinite; found out on the device, so that a GPU is waited for once."""
+
+    def __init__(self) -> None:
+        self._found: list[tuple[Any, str, Tensor]] = []
+
+    def watch(self, expert: Any, name: str, weight: Tensor, changed: Tensor) -> Tensor:
+        """Returns the changed tensor."""
+        if weight.dtype == torch.float16:
+            self._found.append((expert, name, (changed.isinf() & weight.isfinite()).any()))
+        return changed
+
+    def check(self) -> None:
+        """Raise an OverflowError for the first."""
+        found = torch.stack([flag for _, _, flag in self._found]).tolist() if self._found else []
+        if any(found):
+            raise too_large(*self._found[found.index(True)][:2])
+
+
+def too_large(expert: Any, name: str) -> OverflowError:
+    """The error for an expert that makes a tensor infinite."""
+    return OverflowError(
+        f"the expert of task {expert.metadata.get('task', '?')!r} makes tensor {name!r} larger than float16 can hold; "
+        "run the model in bfloat16 or float32"
+    )
 
 
 @contextmanager

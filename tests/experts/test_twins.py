@@ -1,0 +1,191 @@
+"""Twins: modules that share every tensor with their original and leave it as it is."""
+
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from freemerge.experts import Expert, extract, extract_low_rank, private
+from freemerge.experts.running.groups import run_groups
+from freemerge.experts.running.twins import twin_of
+
+
+def experts_of(module: nn.Module, kind: str) -> list[Expert]:
+    found = []
+    for seed in range(2):
+        generator = torch.Generator().manual_seed(seed)
+        residual = {name: 0.3 * torch.randn(t.shape, generator=generator) for name, t in module.state_dict().items()}
+        found.append(extract(residual, 0.3) if kind == "sparse" else extract_low_rank(residual, rank=1))
+    return found
+
+
+class Recurrent(nn.Module):
+    """Its layers keep a list of their own of their weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.LSTM(4, 5, batch_first=True)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.body(inputs)[0][:, -1]
+
+
+class WithLists(nn.Module):
+    """Layers are found by a list, a dictionary, a bound method and a partial; a parameter in a list, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.three, self.four = (nn.Linear(4, 4) for _ in range(4))
+        self.scale = nn.Parameter(torch.randn(4))
+        self.order = [self.one]
+        self.by_name = {"two": self.two}
+        self.call = self.three.forward
+        self.last = partial(WithLists.apply_to, layer=self.four)
+        self.scales = [self.scale]
+
+    @staticmethod
+    def apply_to(inputs: Tensor, layer: nn.Module) -> Tensor:
+        return layer(inputs)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        hidden = self.by_name["two"](self.order[0](inputs.mean(1)).tanh())
+        return self.last(self.call(hidden).tanh() * self.scales[0])
+
+
+class WithClosure(nn.Module):
+    """A function knows a layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layer = self.layer = nn.Linear(4, 4)
+        self.run = lambda inputs: layer(inputs)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.run(inputs.mean(1))
+
+
+class Functional(nn.Module):
+    """The module around a layer computes with its weights; parameters lie in a list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(4, 4)])
+        self.shifts = nn.ParameterList([torch.randn(4)])
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return inputs.mean(1) @ self.layers[0].weight.T + self.shifts[0] * self.layers[0].bias
+
+
+class Normed(nn.Module):
+    """A hook makes the weight from others before each pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.old = torch.nn.utils.weight_norm(nn.Linear(4, 4))
+        self.new = torch.nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.new(self.old(inputs.mean(1)))
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*deprecated", "ignore:RNN module weights")
+@pytest.mark.parametrize("kind", ["sparse", "low_rank"])
+@pytest.mark.parametrize("make", [Recurrent, WithLists, WithClosure, Functional, Normed, "encoder"])
+def test_modules_of_every_build_compute_with_each_groups_expert(make: Callable[[], nn.Module] | str, kind: str) -> None:
+    """What a module gives whose state is that of the changed weights."""
+    torch.manual_seed(0)
+    if make == "encoder":
+        make = partial(nn.TransformerEncoderLayer, 4, 2, 8, batch_first=True)
+    module, inputs = make().eval(), torch.randn(5, 3, 4)
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    experts = experts_of(module, kind)
+    expected = []
+    for expert, part in zip(experts, (inputs[:2], inputs[2:4]), strict=True):
+        other = make().eval()
+        other.load_state_dict(
+            {name: expert.added(name, tensor) for name, tensor in before.items() if name in expert.shapes}
+            | {name: tensor for name, tensor in before.items() if name not in expert.shapes}
+        )
+        expected.append(other(part))
+    expected.append(module(inputs[4:]))
+    for _ in range(2):
+        found = run_groups(module, module, inputs, [(experts[0], 2), (experts[1], 2), (None, 1)])
+        torch.testing.assert_close(found, torch.cat(expected))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items())
+    assert not any(
+        part._forward_pre_hooks and "Weight" not in str(part._forward_pre_hooks) for part in module.modules()
+    )
+
+
+def test_a_module_whose_layers_are_known_to_functions_or_compiled_has_no_twin() -> None:
+    assert twin_of(WithClosure()) is None
+    compiled = nn.Sequential(nn.Linear(2, 2))
+    assert twin_of(compiled) is not None
+    compiled[0].compile(backend="eager")
+    assert twin_of(compiled) is None
+    assert twin_of(nn.Sequential(torch.compile(nn.Linear(2, 2), backend="eager"))) is None
+    assert twin_of(torch.jit.script(nn.Linear(2, 2))) is None
+    around = nn.ModuleDict({"inner": nn.Linear(2, 2)})
+    around["inner"].register_forward_hook(lambda *_: around)
+    assert twin_of(around["inner"]) is None
+
+
+def test_a_twin_follows_what_happens_to_its_original_and_keeps_nothing_of_a_pass() -> None:
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.seen = nn.Linear(2, 2), 0
+            self.register_buffer("last", torch.zeros(2))
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            self.seen += 1
+            self.last = inputs[0]
+            return self.layer(inputs) + self.seen
+
+    module, inputs = Counting(), torch.ones(1, 2)
+
+    def run() -> Tensor:
+        with private(module) as own:
+            assert own.is_twin
+            return own[module](inputs)
+
+    with private(module) as first:
+        pass
+    assert torch.equal(run(), run())
+    assert module.seen == 0
+    assert not module.last.any()
+    with private(module) as again:
+        assert again is first
+    module.layer = nn.Linear(2, 2)
+    torch.testing.assert_close(run(), module.layer(inputs) + 1)
+    module.layer.weight = nn.Parameter(torch.zeros(2, 2))
+    torch.testing.assert_close(run(), module.layer(inputs) + 1)
+    module.register_buffer("last", torch.ones(2))
+    with private(module) as own:
+        assert own[module].last is module.last
+    module.eval()
+    with private(module) as own:
+        assert not own[module].training
+    seen = []
+    module.layer.register_forward_hook(lambda *_: seen.append(1))
+    run()
+    assert seen == [1]
+
+
+def test_gradients_reach_the_originals_parameters() -> None:
+    module = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 2))
+    (expert, _), inputs = experts_of(module, "sparse"), torch.randn(4, 3)
+    run_groups(module, module, inputs, [(expert, 4)]).sum().backward()
+    other = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 2))
+    other.load_state_dict(
+        {
+            name: expert.added(name, tensor) if name in expert.shapes else tensor
+            for name, tensor in module.state_dict().items()
+        }
+    )
+    other(inputs).sum().backward()
+    for ours, expected in zip(module.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, expected.grad)
