@@ -1,6 +1,6 @@
 """Lightweight experts: extract them from a residual, pack them into small files, switch them in and out of a model."""
 
-from freemerge.experts.base import Expert, check_fits
+from freemerge.experts.base import Expert, check_fits, is_known, kind_of
 from freemerge.experts.codec import Encoding
 from freemerge.experts.extraction import STATISTICS, extract, extract_low_rank
 from freemerge.experts.files import check_hash, load_expert, save_expert
@@ -9,10 +9,13 @@ from freemerge.experts.kinds.masked import MaskedExpert, emr_experts
 from freemerge.experts.kinds.sparse import SparseExpert
 from freemerge.experts.mixing import mix, mixable
 from freemerge.experts.packed import PackedExpert
+from freemerge.experts.running.groups import run_groups
 from freemerge.experts.running.layerwise import substituted
 from freemerge.experts.running.locks import exclusive
+from freemerge.experts.running.mixture import Mixture
 from freemerge.experts.running.switch import ExpertSwitch, attached, write_into
-from freemerge.experts.running.twins import private
+from freemerge.experts.running.twins import forget_twins, private
+from freemerge.experts.tied import by_first_names
 
 __all__ = [
     "STATISTICS",
@@ -21,19 +24,25 @@ __all__ = [
     "ExpertSwitch",
     "LowRankExpert",
     "MaskedExpert",
+    "Mixture",
     "PackedExpert",
     "SparseExpert",
     "attached",
+    "by_first_names",
     "check_fits",
     "check_hash",
     "emr_experts",
     "exclusive",
     "extract",
     "extract_low_rank",
+    "forget_twins",
+    "is_known",
+    "kind_of",
     "load_expert",
     "mix",
     "mixable",
     "private",
+    "run_groups",
     "save_expert",
     "substituted",
     "write_into",

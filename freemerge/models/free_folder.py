@@ -21,8 +21,7 @@ import torch
 from torch import nn
 
 from freemerge.checkpoints import CheckpointError, expand, hash_tensors, load_checkpoint, save_checkpoint
-from freemerge.experts import PackedExpert, exclusive, load_expert, save_expert
-from freemerge.experts.base import is_known, kind_of
+from freemerge.experts import PackedExpert, exclusive, is_known, kind_of, load_expert, save_expert
 from freemerge.models.backbones.base import Backbone, load_backbone
 from freemerge.models.by_task import TaskModules
 from freemerge.models.classes import arguments_of, import_class, is_own, make

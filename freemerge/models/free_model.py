@@ -24,11 +24,19 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from freemerge.experts import Expert, PackedExpert, check_fits, exclusive, mix, mixable, write_into
-from freemerge.experts.running.groups import run_groups
-from freemerge.experts.running.mixture import Mixture
-from freemerge.experts.running.twins import forget_twins
-from freemerge.experts.tied import by_first_names
+from freemerge.experts import (
+    Expert,
+    Mixture,
+    PackedExpert,
+    by_first_names,
+    check_fits,
+    exclusive,
+    forget_twins,
+    mix,
+    mixable,
+    run_groups,
+    write_into,
+)
 from freemerge.inputs import Inputs, batch_size, device_of, select
 from freemerge.models.backbones.base import Backbone
 from freemerge.models.by_task import TaskModules

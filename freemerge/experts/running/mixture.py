@@ -8,7 +8,7 @@ from torch import Tensor
 
 from freemerge.experts.base import Expert
 from freemerge.experts.tied import names_of_changes
-from freemerge.merging.task_vectors import working_dtype
+from freemerge.tensors.differences import working_dtype
 
 
 class Mixture:
