@@ -1,6 +1,6 @@
 """Lightweight experts: extract them from a residual, pack them into small files, switch them in and out of a model."""
 
-from freemerge.experts.base import Expert, check_fits, is_known, kind_of
+from freemerge.experts.base import Expert, check_fits, class_path, is_known, kind_of
 from freemerge.experts.codec import Encoding
 from freemerge.experts.extraction import STATISTICS, extract, extract_low_rank
 from freemerge.experts.files import check_hash, load_expert, save_expert
@@ -31,6 +31,7 @@ __all__ = [
     "by_first_names",
     "check_fits",
     "check_hash",
+    "class_path",
     "emr_experts",
     "exclusive",
     "extract",

@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from importlib import import_module
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -20,7 +21,8 @@ Self = TypeVar("Self", bound="Expert")
 class Expert(ABC):
     """What one task adds to the merged backbone; subclasses are frozen dataclasses.
 
-    A class with a `KIND` of its own is found again by it, in files and in states, once its module is imported.
+    A class with a `KIND` of its own is found again by it, in files and in states, once its module is imported; whoever
+    loads a file may allow it to be imported. `freemerge.testing.check_expert` tells whether a class does all this.
     """
 
     KIND: ClassVar[str]
@@ -28,6 +30,9 @@ class Expert(ABC):
 
     MIXES: ClassVar[bool] = False
     """Whether weighted sums of such experts are one of the same kind, which `mixed` makes."""
+
+    SHARES: ClassVar[bool] = False
+    """Whether the experts of several tasks share tensors that are kept once; they have them in a field `shared`."""
 
     shapes: dict[str, tuple[int, ...]]
     """Tensor name → shape of each whole tensor that the expert changes."""
@@ -83,6 +88,13 @@ class Expert(ABC):
         """The inverse of `structure` and `parts`. Raises a ValueError if they do not fit each other."""
 
     # -- what a kind may say ------------------------------------------------------------------------------------------
+
+    @classmethod
+    def extract(cls: type[Self], residual: Mapping[str, Tensor], **settings: Any) -> Self:
+        """The expert of a residual, tensor name → θ_k − θ_merged, with settings of its kind."""
+        raise NotImplementedError(
+            f"{cls.__qualname__} does not say how it is extracted; give it a class method `extract`"
+        )
 
     @classmethod
     def mixed(cls: type[Self], experts: Sequence[Self], weights: Sequence[float]) -> Self:
@@ -142,21 +154,35 @@ def kind_of(expert: type[Expert]) -> str:
     return kind
 
 
+def class_path(kind: type[Expert]) -> str | None:
+    """What files and states name a class by from which others learn what to import; None for freemerge's own."""
+    return None if kind.__module__.split(".")[0] == "freemerge" else f"{kind.__module__}:{kind.__qualname__}"
+
+
 def is_known(kind: str) -> bool:
     """Whether a class of experts of that kind has been imported."""
     return kind in _KINDS
 
 
-def expert_class(kind: str) -> type[Expert]:
+def expert_class(kind: str, path: str | None = None, trust: bool = False) -> type[Expert]:
     """The class of experts of that kind.
 
+    Args:
+        kind: as `kind_of` says it.
+        path: as `class_path` says it.
+        trust: whether the module that the path names may be imported, which runs its code.
+
     Raises:
-        ValueError: if no class of that kind has been imported.
+        ValueError: if no class of that kind has been imported, and none may or can be.
     """
+    if kind not in _KINDS and path is not None and trust:
+        try:
+            import_module(path.partition(":")[0])
+        except ImportError as error:
+            raise ValueError(f"the kind of expert {kind!r}, {path}, cannot be imported ({error})") from error
     if kind not in _KINDS:
-        raise ValueError(
-            f"unknown kind of expert {kind!r}; import the module that defines it first. Known: {', '.join(_KINDS)}"
-        )
+        which = "the module that defines it" if path is None else path.partition(":")[0]
+        raise ValueError(f"unknown kind of expert {kind!r}; import {which} first. Known: {', '.join(_KINDS)}")
     return _KINDS[kind]
 
 

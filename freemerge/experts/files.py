@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -20,11 +21,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from freemerge.checkpoints import CheckpointError, expand, hash_tensors, save_checkpoint
-from freemerge.experts.base import Expert, expert_class, kind_of
+from freemerge.experts.base import Expert, class_path, expert_class, kind_of
 from freemerge.experts.codec import Encoding, decode_values, deflate, encode_values, inflate
-from freemerge.experts.kinds.masked import MaskedExpert
 
 FORMAT = "freemerge-expert-2"  # in the metadata as `kind`, with the kind of expert; "format" is safetensors' own
+_CLASS = "expert.class"  # in the metadata of experts whose class is not freemerge's own
 _DTYPES = {"int4": torch.int8, "int8": torch.int8, "bf16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -58,7 +59,8 @@ def save_expert(path: str | Path, expert: Expert, values: Encoding | None = None
     tensors |= {name: deflate(array.cpu()) for name, array in arrays.items()}
     path = expand(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_checkpoint(path, tensors, metadata={**expert.metadata, "kind": kind, "values": encoding})
+    named = {} if (of := class_path(type(expert))) is None else {_CLASS: of}
+    save_checkpoint(path, tensors, metadata={**expert.metadata, **named, "kind": kind, "values": encoding})
     return path
 
 
@@ -67,6 +69,7 @@ def load_expert(
     merged: Mapping[str, Tensor] | str | None = None,
     base: Mapping[str, Tensor] | str | None = None,
     shared: Mapping[str, Tensor] | None = None,
+    trust_remote_code: bool = False,
 ) -> Expert:
     """Read an expert; values come back as float32.
 
@@ -74,7 +77,9 @@ def load_expert(
         path: a file written by `save_expert`.
         merged: weights of the merged backbone, or their hash; when given, an expert made for others is refused.
         base: weights of the base, or their hash; likewise.
-        shared: the task vector that masked experts share.
+        shared: the tensors that the experts of several tasks share, such as the task vector of masked ones.
+        trust_remote_code: whether the module of a class from outside freemerge, which the file names, may be imported;
+            this runs its code. Not needed where it has been imported.
 
     Raises:
         CheckpointError: if the file is missing, damaged, no expert, or belongs to another merged backbone or base.
@@ -87,7 +92,7 @@ def load_expert(
             if not kind.startswith(f"{FORMAT}-"):
                 raise CheckpointError(f"{path}: not an expert file (kind {kind!r}, expected {FORMAT}-…)")
             try:
-                expert_class(kind.removeprefix(f"{FORMAT}-"))
+                expert_class(kind.removeprefix(f"{FORMAT}-"), metadata.get(_CLASS), trust_remote_code)
             except ValueError as error:
                 raise CheckpointError(f"{path}: {error}") from error
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
@@ -102,7 +107,7 @@ def load_expert(
         expert = _decode(tensors, metadata)
     except (ValueError, KeyError, RuntimeError) as error:
         raise CheckpointError(f"{path}: damaged expert file ({error}); make the expert again") from error
-    if isinstance(expert, MaskedExpert):
+    if expert.SHARES:
         lacking = [
             name for name, shape in expert.shapes.items() if shared is None or tuple(shared[name].shape) != shape
         ]
@@ -111,7 +116,7 @@ def load_expert(
                 f"{path}: needs the task vector that its tasks share, with tensor {lacking[0]!r} of shape "
                 f"{list(expert.shapes[lacking[0]])}; give it as `shared`"
             )
-        expert = MaskedExpert(expert.masks, expert.rescaler, shared, expert.shapes, expert.metadata)
+        expert = replace(expert, shared=shared)
     return expert
 
 

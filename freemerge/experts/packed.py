@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from freemerge.experts.base import Expert, expert_class, kind_of
+from freemerge.experts.base import Expert, class_path, expert_class, kind_of
 from freemerge.experts.codec import ENCODINGS, decode_values, encode_values
-from freemerge.experts.kinds.masked import MaskedExpert
 
 
 class PackedExpert:
@@ -39,7 +38,7 @@ class PackedExpert:
             self.metadata["values"] = encoding  # so that a file of it loses nothing either
         self._plain, arrays = expert.structure()
         self.arrays = {name: array.to(self.codes.device) for name, array in arrays.items()}
-        self._shared: Mapping[str, Tensor] | None = expert.shared if isinstance(expert, MaskedExpert) else None
+        self._shared: Mapping[str, Tensor] | None = expert.shared if expert.SHARES else None
 
     def _set_sizes(self, sizes: Mapping[str, int]) -> None:
         self.sizes = dict(sizes)
@@ -49,18 +48,19 @@ class PackedExpert:
     # -- as tensors and plain data ------------------------------------------------------------------------------------
 
     def tensors(self) -> dict[str, Tensor]:
-        """The tensors that it consists of, as they are, without what masked experts share."""
+        """The tensors that it consists of, as they are, without what experts of several tasks share."""
         return {"codes": self.codes, "scales": self.scales, **self.arrays}
 
     @property
     def shared(self) -> Mapping[str, Tensor] | None:
-        """The task vector that masked experts share; None for others."""
+        """The task vector that experts of several tasks share; None for others."""
         return self._shared
 
     def layout(self) -> dict[str, Any]:
         """Plain data that make it again from its tensors."""
         return {
             "kind": kind_of(self.kind),
+            "class": class_path(self.kind),
             "shapes": {name: list(shape) for name, shape in self.shapes.items()},
             "sizes": self.sizes,
             "plain": self._plain,
@@ -78,7 +78,7 @@ class PackedExpert:
             ValueError: if they do not fit each other, or no class of this kind has been imported.
         """
         packed = cls.__new__(cls)
-        packed.kind = expert_class(layout["kind"])
+        packed.kind = expert_class(layout["kind"], layout.get("class"))
         packed.shapes = {name: tuple(shape) for name, shape in layout["shapes"].items()}
         packed.metadata = dict(layout["metadata"])
         packed._set_sizes(layout["sizes"])
@@ -102,7 +102,7 @@ class PackedExpert:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes in memory, without what masked experts share."""
+        """Bytes in memory, without what experts of several tasks share."""
         return sum(x.numel() * x.element_size() for x in (self.codes, self.scales, *self.arrays.values()))
 
     def part(self, name: str) -> Tensor:

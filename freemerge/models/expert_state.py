@@ -4,13 +4,15 @@
     experts.<task>.<part>       codes, scales, gaps, …, in the bytes that the model keeps
     experts_shared.<i>.<name>   the task vectors that masked experts share
 
+Torch's distributed checkpoints look up each key of a state as attributes of attributes; `StateKeys` has these.
 They are no buffers: `half()` would round the scales, and a distributed model would send them all around in each pass.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +25,27 @@ LAYOUT = "experts.layout"
 def is_of_experts(key: str) -> bool:
     """Whether a key of a FreeModel's state dict, without prefix, is one of these."""
     return key.startswith(("experts.", "experts_shared."))
+
+
+class StateKeys:
+    """Keys of a state dict as attributes of attributes: `keys.experts.a.codes` is there, a wrong name is not.
+
+    Args:
+        keys: the keys.
+        prefix: what the attributes that have led here make of them.
+    """
+
+    __slots__ = ("_state_keys", "_state_prefix")
+
+    def __init__(self, keys: Collection[str], prefix: str = "") -> None:
+        self._state_keys, self._state_prefix = keys, prefix
+
+    def __getattribute__(self, name: str) -> Any:  # tasks may have names that every object has, too
+        get = object.__getattribute__
+        keys, key = get(self, "_state_keys"), get(self, "_state_prefix") + name
+        if any(other == key or other.startswith(f"{key}.") for other in keys):
+            return StateKeys(keys, f"{key}.")
+        return get(self, name)
 
 
 def experts_to_state(experts: Mapping[str, PackedExpert]) -> dict[str, Tensor]:

@@ -40,7 +40,7 @@ from freemerge.experts import (
 from freemerge.inputs import Inputs, batch_size, device_of, select
 from freemerge.models.backbones.base import Backbone
 from freemerge.models.by_task import TaskModules
-from freemerge.models.expert_state import LAYOUT, experts_from_state, experts_to_state, is_of_experts
+from freemerge.models.expert_state import LAYOUT, StateKeys, experts_from_state, experts_to_state, is_of_experts
 from freemerge.models.routers import Router
 from freemerge.names import check_task_name
 
@@ -189,6 +189,14 @@ class FreeModel(nn.Module):
         with self.undisturbed():
             forget_twins(self.backbone)
             return super().load_state_dict(*args, **kwargs)
+
+    def _fqn_modifiers(self) -> dict[str, str]:
+        """Where torch's distributed checkpoints look up the keys of a state that belong to no module."""
+        return {"experts": "_state_keys", "experts_shared": "_state_keys"}
+
+    @property
+    def _state_keys(self) -> StateKeys:
+        return StateKeys(experts_to_state(self._packed))
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)

@@ -8,10 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from freemerge.testing.backbones import check_backbone as check_backbone
+    from freemerge.testing.experts import check_expert as check_expert
     from freemerge.testing.methods import check_method as check_method
     from freemerge.testing.sources import check_source as check_source
 
-_HOMES = {"check_backbone": "backbones", "check_method": "methods", "check_source": "sources"}
+_HOMES = {
+    "check_backbone": "backbones",
+    "check_expert": "experts",
+    "check_method": "methods",
+    "check_source": "sources",
+}
 
 __all__ = list(_HOMES)
 

@@ -1,6 +1,9 @@
 """Expert files: exact positions, values within half a step, small files, and clear refusals."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from freemerge.checkpoints import CheckpointError, hash_tensors, save_checkpoint
 from freemerge.experts import Expert, emr_experts, extract, extract_low_rank, load_expert, save_expert
 from freemerge.experts.codec import decode_positions, decode_values, deflate, encode_positions, encode_values, inflate
+from tests.models.own_parts import ShiftExpert
 
 
 @given(st.lists(st.integers(0, 5000), unique=True, max_size=300))
@@ -160,3 +164,20 @@ def test_what_is_no_expert_is_refused(tmp_path, weights) -> None:
     save_file({**tensors, "codes": tensors["codes"][:-9]}, path, metadata)
     with pytest.raises(CheckpointError, match=r"cut\.safetensors: damaged expert file"):
         load_expert(path)
+
+
+def test_a_file_of_somebody_elses_kind_says_what_to_import_and_imports_it_only_if_told_to(tmp_path: Path) -> None:
+    shapes = {"w": (2, 3)}
+    path = save_expert(tmp_path / "e.safetensors", ShiftExpert({"w": torch.tensor([0.5])}, shapes), "float32")
+    script = (
+        "import sys; from freemerge.experts import load_expert\n"
+        "from freemerge.checkpoints import CheckpointError\n"
+        "try:\n    load_expert(sys.argv[1])\nexcept CheckpointError as error:\n    print(error)\n"
+        "assert 'tests.models.own_parts' not in sys.modules\n"
+        "print(load_expert(sys.argv[1], trust_remote_code=True).dense()['w'].tolist())"
+    )
+    run = subprocess.run([sys.executable, "-c", script, str(path)], capture_output=True, text=True, check=True)
+    said, loaded = run.stdout.strip().splitlines()
+    assert f"{path}: unknown kind of expert 'shift'; import tests.models.own_parts first" in said
+    assert loaded == str([[0.5] * 3] * 2)
+    assert not any("class" in key for key in load_expert(path).metadata)

@@ -1,5 +1,7 @@
 """Twins: modules that share every tensor with their original and leave it as it is."""
 
+import gc
+import weakref
 from collections.abc import Callable
 from functools import partial
 
@@ -189,3 +191,18 @@ def test_gradients_reach_the_originals_parameters() -> None:
     other(inputs).sum().backward()
     for ours, expected in zip(module.parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(ours.grad, expected.grad)
+
+
+def test_kept_twins_do_not_keep_their_original_alive() -> None:
+    for bound in (False, True):
+        module = nn.Sequential(nn.Linear(2, 2))
+        if bound:
+            module[0].around = [module.forward]
+        with private(module) as own:
+            assert own.is_twin
+            own[module](torch.ones(1, 2))
+            del own
+        there = weakref.ref(module)
+        del module
+        gc.collect()
+        assert there() is None

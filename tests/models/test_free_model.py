@@ -92,7 +92,7 @@ def test_ten_thousand_switches_leave_every_bit_in_bfloat16(model: FreeModel, ima
     choose, inputs = random.Random(0), images[:1].bfloat16()
     if kind == "sparse":
         inputs = torch.ones(1, 16, dtype=torch.bfloat16)
-        model.backbone.forward = MethodType(lambda self, inputs: self.model.layernorm(inputs), model.backbone)
+        model.backbone.forward = MethodType(lambda part, inputs: part.layernorm(inputs), model.backbone.model)
     for _ in range(10_000 if kind == "sparse" else 100):
         model.features(inputs, choose.choice(model.tasks))
     vars(model.backbone).pop("forward", None)

@@ -6,8 +6,11 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
+import torch.distributed.checkpoint as distributed
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 
 from freemerge.experts import LowRankExpert, emr_experts, extract, extract_low_rank
 from freemerge.models import FreeModel
@@ -165,3 +168,35 @@ def test_a_lightning_checkpoint_carries_the_experts(tmp_path: Path) -> None:
     checkpoint["state_dict"] = {k: t for k, t in checkpoint["state_dict"].items() if ".experts." not in k}
     with pytest.warns(UserWarning, match="saved before they were part"), pytest.raises(RuntimeError, match="experts"):
         two.load_state_dict(checkpoint["state_dict"])
+
+
+NAMES = ["a", "keys", "v1.0", "shared", "codes"]
+
+
+@pytest.mark.parametrize("kind", ["sparse", "low_rank", "masked"])
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_torchs_distributed_checkpoints_hold_the_experts(kind: str, wrapped: bool, tmp_path: Path) -> None:
+    """`get_model_state_dict` finds every key, whatever the tasks are called; files give another model all of it."""
+
+    def make(seed: int) -> tuple[FreeModel, nn.Module]:
+        free = model_of(seed, kind)
+        free = FreeModel(free.backbone, dict.fromkeys(NAMES, free.heads["a"]), dict.fromkeys(NAMES, free.experts["a"]))
+        return free.eval(), nn.ModuleDict({"free": free}) if wrapped else free
+
+    (one, whole), (two, other) = make(0), make(1)
+    expected, state = answers(one), get_model_state_dict(whole)
+    assert state.keys() == whole.state_dict().keys()
+    distributed.save(state, checkpoint_id=tmp_path / "dcp")
+    set_model_state_dict(other, copy.deepcopy(state))
+    torch.testing.assert_close(answers(two), expected, atol=1e-6, rtol=1e-5)
+    twin = copy.deepcopy(whole)
+    with torch.no_grad():
+        for tensor in twin.state_dict().values():
+            tensor.zero_()
+    found = get_model_state_dict(twin)
+    distributed.load(found, checkpoint_id=tmp_path / "dcp")
+    set_model_state_dict(twin, found)
+    torch.testing.assert_close(answers(twin["free"] if wrapped else twin), expected)
+    if kind != "masked":  # another model's experts have other sizes
+        with pytest.raises(CheckpointException, match=r"Size mismatch .* experts\.|Size mismatch .* free\.experts\."):
+            distributed.load(get_model_state_dict(make(2)[1]), checkpoint_id=tmp_path / "dcp")

@@ -109,6 +109,13 @@ class LowRankExpert(Expert):
         return cls(left, right, whole, shapes, dict(metadata))
 
     @classmethod
+    def extract(cls, residual: Mapping[str, Tensor], **settings: Any) -> LowRankExpert:
+        """`freemerge.experts.extract_low_rank`, with its settings."""
+        from freemerge.experts.extraction import extract_low_rank
+
+        return extract_low_rank(residual, **settings)
+
+    @classmethod
     def mixed(cls, experts: Sequence[LowRankExpert], weights: Sequence[float]) -> LowRankExpert:
         shapes = {name: shape for expert in experts for name, shape in expert.shapes.items()}
         left, right, whole = {}, {}, {}

@@ -38,6 +38,7 @@ class MaskedExpert(Expert):
     metadata: dict[str, str] = field(default_factory=dict)
 
     KIND = "masked"
+    SHARES = True
 
     def parts(self) -> dict[str, Tensor]:
         return {"rescaler": self.rescaler}

@@ -98,6 +98,13 @@ class SparseExpert(Expert):
         return cls(indices, dict(parts), shapes, dict(metadata))
 
     @classmethod
+    def extract(cls, residual: Mapping[str, Tensor], **settings: Any) -> SparseExpert:
+        """`freemerge.experts.extract`, with its settings."""
+        from freemerge.experts.extraction import extract
+
+        return extract(residual, **settings)
+
+    @classmethod
     def mixed(cls, experts: Sequence[SparseExpert], weights: Sequence[float]) -> SparseExpert:
         shapes = {name: shape for expert in experts for name, shape in expert.shapes.items()}
         indices, values = {}, {}

@@ -43,9 +43,13 @@ class Private:
     Args:
         module: the original.
         twins: each of its modules and that one's twin; None if it is the module itself.
+        may_be_kept: whether the twin can be kept for the next pass without keeping the original alive.
     """
 
-    def __init__(self, module: nn.Module, twins: list[tuple[nn.Module, nn.Module]] | None) -> None:
+    def __init__(
+        self, module: nn.Module, twins: list[tuple[nn.Module, nn.Module]] | None, may_be_kept: bool = False
+    ) -> None:
+        self.may_be_kept = may_be_kept
         self._of = None if twins is None else {id(part): twin for part, twin in twins}
         self.plans: dict[Any, Any] = {}
         """What has been found out about the twin, by whoever computes with it."""
@@ -144,8 +148,9 @@ def private(module: nn.Module) -> Iterator[Private]:
         twin = _spare_twin(module) or twin_of(module)
         if twin is not None:
             yield twin
-            twin.renew()  # not reached after an error: such a twin is not used again
-            _spare.setdefault(module, []).append(twin)
+            if twin.may_be_kept:  # not reached after an error: such a twin is not used again
+                twin.renew()
+                _spare.setdefault(module, []).append(twin)
             return
     with lock:
         yield Private(module, None)
@@ -178,7 +183,7 @@ def twin_of(module: nn.Module) -> Private | None:
     if any(_knows_itself(part) for part in originals.values()):
         return None
     parts = {own: object.__new__(type(part)) for own, part in originals.items()}
-    mapping = _Mapping(parts)
+    mapping = _Mapping(parts, module)
     try:
         for own, part in originals.items():
             vars(parts[own]).update(
@@ -189,7 +194,7 @@ def twin_of(module: nn.Module) -> Private | None:
             )
     except _KnowsOriginals:
         return None
-    return Private(module, [(part, parts[own]) for own, part in originals.items()])
+    return Private(module, [(part, parts[own]) for own, part in originals.items()], not mapping.met_root)
 
 
 _DEPTH = 4  # how far containers and objects in a module's attributes are followed
@@ -216,10 +221,12 @@ class _Mapping:
 
     Args:
         parts: id of an original module → its twin.
+        root: the original that consists of all others.
     """
 
-    def __init__(self, parts: dict[int, nn.Module]) -> None:
-        self._parts = parts
+    def __init__(self, parts: dict[int, nn.Module], root: nn.Module) -> None:
+        self._parts, self._root = parts, root
+        self.met_root = False  # whether something in the originals refers to it
         self._known: dict[int, tuple[Any, Any]] = {}  # id → what has it, and what that becomes; itself while in work
         self._depth = 0
 
@@ -243,6 +250,7 @@ class _Mapping:
         return found
 
     def _module(self, module: nn.Module) -> nn.Module:
+        self.met_root |= module is self._root
         if (twin := self._parts.get(id(module))) is not None:
             return twin
         if any(id(part) in self._parts for part in module.modules()):  # something around the original
