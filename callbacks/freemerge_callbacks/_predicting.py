@@ -239,7 +239,10 @@ def linear_head(path: str, who: str) -> nn.Linear:
     Raises:
         ValueError: the file holds something else.
     """
-    checkpoint = open_checkpoint(path, prefix="head." if read_record(path) else None)
+    checkpoint = open_checkpoint(path)
+    # Of a task file the head; names tell it from the backbone also where its metadata have been left out.
+    if read_record(path) or any(name.startswith("backbone.") for name in checkpoint.names):
+        checkpoint = open_checkpoint(path, prefix="head.")
     if set(checkpoint.names) not in ({"weight"}, {"weight", "bias"}) or len(checkpoint.spec("weight").shape) != 2:
         raise ValueError(
             f"{who}: {path}: expected a linear head, `weight` (C, F) and `bias`, and found "

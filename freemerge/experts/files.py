@@ -50,6 +50,7 @@ def save_expert(path: str | Path, expert: Expert, values: Encoding | None = None
     codes, scales = encode_values(list(parts.values()), encoding)
     plain, arrays = expert.structure()
     plain["parts"] = [[name, part.numel()] for name, part in parts.items()]
+    plain |= {"kind": kind, "values": encoding}  # here, too: who saves the file again may leave the metadata out
     text = json.dumps(plain, separators=(",", ":"), ensure_ascii=False).encode()
     tensors = {
         "codes": deflate(codes.cpu()),
@@ -88,6 +89,8 @@ def load_expert(
     try:
         with safe_open(path, framework="pt") as file:
             metadata = dict(file.metadata() or {})
+            if "kind" not in metadata and "layout" in file.keys():  # noqa: SIM118 (not a dict)
+                metadata |= _in_layout(file.get_tensor("layout"))
             kind = metadata.get("kind", "")
             if not kind.startswith(f"{FORMAT}-"):
                 raise CheckpointError(f"{path}: not an expert file (kind {kind!r}, expected {FORMAT}-…)")
@@ -118,6 +121,15 @@ def load_expert(
             )
         expert = replace(expert, shared=shared)
     return expert
+
+
+def _in_layout(layout: Tensor) -> dict[str, str]:
+    """The kind and the encoding of values, from a file that has been saved again without its metadata."""
+    try:
+        plain = json.loads(inflate(layout, torch.uint8).numpy().tobytes())
+        return {name: plain[name] for name in ("kind", "values")}
+    except (ValueError, KeyError, TypeError, RuntimeError):
+        return {}
 
 
 def _decode(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Expert:

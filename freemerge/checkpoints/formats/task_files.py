@@ -145,9 +145,12 @@ def open_task_file(checkpoint: Checkpoint) -> Checkpoint:
         CheckpointError: the file does not hold what its metadata say.
     """
     record = parse_record(checkpoint.metadata, checkpoint.label)
-    if record is None or record.holds == "weights":
+    has_vector = any(name.endswith(_SUFFIX) for name in checkpoint.names)
+    # Of a file that has been saved again without its metadata the names tell.
+    says_vector = has_vector if record is None else record.holds == "task_vector"
+    if not says_vector:
         return checkpoint
-    if not any(name.endswith(_SUFFIX) for name in checkpoint.names):
+    if not has_vector:
         raise CheckpointError(
             f"{checkpoint.label}: its metadata say that it holds a task vector, and no tensor is called "
             f"'…{_SUFFIX}': it was saved again by other names; keep the names, or leave the metadata out"
