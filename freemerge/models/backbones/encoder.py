@@ -44,10 +44,17 @@ class TransformersBackbone(HuggingFaceBackbone):
         self.pooling = pooling
         self.dtype = dtype
         self.prefix_tokens = _count_prefix_tokens(model)
+        self.max_tokens = _count_positions(model)
 
     def forward(self, inputs: Inputs) -> Tensor:
         if isinstance(inputs, Tensor):
             inputs = {"pixel_values": inputs}
+        ids = inputs.get("input_ids")
+        if ids is not None and self.max_tokens is not None and ids.shape[1] > self.max_tokens:
+            raise ValueError(
+                f"{type(self).__name__}: a text has {ids.shape[1]} tokens, and the model has positions for "
+                f"{self.max_tokens}: set the data's max_length: {self.max_tokens}"
+            )
         output = self.model(**inputs)
         if self.pooling == "pooler":
             return output.pooler_output.flatten(1)  # some models pool to (B, F, 1, 1)
@@ -76,6 +83,15 @@ def _count_prefix_tokens(model: nn.Module) -> int:
     tokens = ("cls_token", "class_embedding", "distillation_token", "register_tokens")
     found = [tensor for name, tensor in model.named_parameters() if name.rsplit(".", 1)[-1] in tokens]
     return sum(tensor.shape[1] if tensor.ndim == 3 else 1 for tensor in found)
+
+
+def _count_positions(model: nn.Module) -> int | None:
+    """How many tokens of a text have a learned position; None where positions are computed, or the inputs no texts."""
+    for name, module in model.named_modules():
+        if name.endswith("embeddings.position_embeddings") and isinstance(module, nn.Embedding):
+            # RoBERTa's positions begin after the padding token's.
+            return module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
+    return None
 
 
 def _pooler_option(config: Any, pooling: str) -> dict[str, bool]:
