@@ -22,7 +22,7 @@ from freemerge.cli.parsing import ENV_PREFIX, OneLineErrors
 from freemerge.cli.printing import print_error
 from freemerge.cli.problems import options
 from freemerge.cli.syntax import as_options
-from freemerge.merging import MergeError, MergeMethod, MergeWarning, merge
+from freemerge.merging import MergeError, MergeMethod, MergeWarning, merge, merge_to
 from freemerge.runtime import own_process
 
 
@@ -42,7 +42,11 @@ def run(config: jsonargparse.Namespace) -> int:
         if not isinstance(method, MergeMethod):
             method = build_parser().instantiate_classes(jsonargparse.Namespace(method=method)).method
         with _notes(), _bar(sys.stderr.isatty() and rank == 0) as progress:
-            given = {name: config[name] for name in signature(merge).parameters if name in config}
+            names = {
+                **signature(merge).parameters,
+                **signature(merge_to).parameters,
+            }  # the latter has what is written how
+            given = {name: config[name] for name in names if name in config}
             computed = {
                 "finetuned": dict(config.finetuned) if isinstance(config.finetuned, dict) else list(config.finetuned),
                 "method": method,

@@ -90,6 +90,23 @@ def test_errors_are_one_line_and_exit_code_2(files, capsys, change, message):
     assert captured.err.count("\n") == 1
 
 
+def test_options_of_what_is_written_arrive(files, tmp_path, capsys):
+    """Each of them changes what the command does."""
+
+    def command(output, *options):
+        start = ["--base", files["base"], "--finetuned", f"[{files['0']}]", "--method", "TaskArithmetic"]
+        return run(build_parser().parse_args([*start, "--output", str(tmp_path / output), *options]))
+
+    assert command("one.safetensors") == 0
+    assert command("one.safetensors") == 2
+    assert "exists already" in capsys.readouterr().err
+    assert command("one.safetensors", "--overwrite", "true") == 0
+    assert command("folder", "--shard_size", "200B", "--hash_inputs", "false") == 0
+    assert len(list((tmp_path / "folder").glob("*.safetensors"))) > 1
+    assert command("adapter", "--output_format", "lora") == 2
+    assert "needs the rank of the adapter" in capsys.readouterr().err
+
+
 def test_misspelt_options_are_refused(files, capsys):
     for wrong in (["--method.ratoi", "0.1"], ["--metod", "PCBMerging"]):
         with pytest.raises(SystemExit) as caught:
