@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from freemerge.runtime.pages import fresh
-from freemerge.runtime.threads import each, load_linalg, team_size
+from freemerge.runtime.threads import each, load_linalg
 
-_BLOCK = 256  # rows and columns that a thread has at least
+_BLOCK = 512  # rows or columns at a time: large enough for a fast product, small enough to leave out what is symmetric
 
 
 def sum_covariances(matrices: Tensor, weights: Sequence[float]) -> Tensor:
@@ -41,6 +41,32 @@ def sum_covariances(matrices: Tensor, weights: Sequence[float]) -> Tensor:
     return total
 
 
+def sum_both(matrices: Tensor, weights: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """B and S, see `sum_products` and `sum_covariances`.
+
+    Args:
+        matrices: W, (K, m, n) float32.
+        weights: w, K of them.
+
+    Returns:
+        (m, n) and (n, n) float32.
+    """
+    _, rows, columns = matrices.shape
+    if rows <= columns:
+        return sum_products(matrices, weights), sum_covariances(matrices, weights)
+    products = fresh((rows, columns), matrices.dtype, matrices.device).zero_()
+    total = fresh((columns, columns), matrices.dtype, matrices.device).zero_()
+
+    def add(part: slice) -> None:  # the covariance is smaller than W Wᵀ, and serves for both
+        for matrix, weight in zip(matrices, weights, strict=True):
+            own = matrix.T @ matrix[:, part]
+            products[:, part].addmm_(matrix, own, alpha=weight)
+            total[:, part].add_(own, alpha=weight)
+
+    each(add, _parts(columns))
+    return products, total
+
+
 def sum_products(matrices: Tensor, weights: Sequence[float]) -> Tensor:
     """B = Σ_k w_k W_k W_kᵀ W_k.
 
@@ -52,33 +78,32 @@ def sum_products(matrices: Tensor, weights: Sequence[float]) -> Tensor:
         (m, n) float32.
     """
     total = fresh(matrices.shape[1:], matrices.dtype, matrices.device).zero_()
-    if matrices.shape[1] > matrices.shape[2]:  # the covariance is smaller than W Wᵀ
 
-        def add(part: slice) -> None:
-            for matrix, weight in zip(matrices, weights, strict=True):
-                total[:, part].addmm_(matrix, matrix.T @ matrix[:, part], alpha=weight)
-    else:
+    def add(part: slice) -> None:
+        for matrix, weight in zip(matrices, weights, strict=True):
+            total[part].addmm_(matrix[part] @ matrix.T, matrix, alpha=weight)
 
-        def add(part: slice) -> None:
-            for matrix, weight in zip(matrices, weights, strict=True):
-                total[part].addmm_(matrix[part] @ matrix.T, matrix, alpha=weight)
-
-    each(add, _parts(min(matrices.shape[1:])))
+    each(add, _parts(matrices.shape[1]))
     return total
 
 
-def divide(products: Tensor, covariance: Tensor) -> Tensor:
+def divide(products: Tensor, covariance: Tensor, workspace: Tensor | None = None) -> Tensor:
     """X = B S⁻¹, or B S⁺ where S is singular: the X that solves X S = B.
 
     Args:
         products: B, (R, n) float32.
-        covariance: S, (n, n) float32, symmetric and positive semidefinite; overwritten.
+        covariance: S, (n, n) float32, symmetric and positive semidefinite.
+        workspace: any float32 memory that is not needed any more; the Cholesky factor is put there if it fits.
 
     Returns:
         (R, n) float32.
     """
     load_linalg(covariance.device)
-    factor, failed = torch.linalg.cholesky_ex(covariance)
+    out = None
+    if workspace is not None and workspace.is_contiguous() and workspace.numel() >= covariance.numel():
+        factor = workspace.view(-1)[: covariance.numel()].view(covariance.shape).mT  # by columns, as LAPACK has it
+        out = (factor, torch.empty((), dtype=torch.int32, device=covariance.device))
+    factor, failed = torch.linalg.cholesky_ex(covariance, out=out)
     if not bool(failed):
         return torch.cholesky_solve(products.T, factor).T
     del factor
@@ -103,5 +128,4 @@ def pseudo_inverse(covariance: Tensor) -> Tensor:
 
 def _parts(size: int) -> list[slice]:
     """Rows or columns for threads to share."""
-    step = max(_BLOCK, -(-size // (2 * team_size())))
-    return [slice(start, min(start + step, size)) for start in range(0, size, step)]
+    return [slice(start, min(start + _BLOCK, size)) for start in range(0, size, _BLOCK)]

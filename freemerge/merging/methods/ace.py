@@ -10,7 +10,7 @@ from torch import Tensor
 
 from freemerge.merging.methods.base import require, require_number
 from freemerge.merging.methods.matrices import MatrixMethod, is_embedding
-from freemerge.tensors.covariances import divide, sum_covariances, sum_products
+from freemerge.tensors.covariances import divide, sum_both
 from freemerge.tensors.spectra import leading_components, rounding
 
 _RIDGE = {"normalized": 0.1, "released": 1e-2}
@@ -72,16 +72,15 @@ def _merge_normalized(matrices: Tensor, ridge: float) -> Tensor:
     if not any(active):
         return means[0].expand(matrices.shape[1:]).clone()
     ridge /= matrices.shape[2]
-    products = sum_products(matrices, weights)
+    products, covariance = sum_both(matrices, weights)
     # v_k C_k = c_k C_k + 1 v̄_k C_k; the second term is the same in all rows.
     row = _mean_products(means, matrices, weights)
     for matrix, mean, own in zip(matrices, means, active, strict=True):
         products.add_(matrix, alpha=own * ridge)
         row.add_(mean, alpha=own * ridge)
     products += row
-    covariance = sum_covariances(matrices, weights)
     covariance.diagonal().add_(sum(active) * ridge)
-    return divide(products, covariance)
+    return divide(products, covariance, workspace=matrices)
 
 
 def _merge_released(matrices: Tensor, ridge: float) -> Tensor:
@@ -95,11 +94,10 @@ def _merge_released(matrices: Tensor, ridge: float) -> Tensor:
     weights = [1 / trace if differ else 1.0 for trace in traces]
     ridges = [ridge * weight for weight in weights]
 
-    products = sum_products(matrices, weights)
+    products, covariance = sum_both(matrices, weights)
     rest = products.clone() if differ else None
     for matrix, own in zip(matrices, ridges, strict=True):
         products.add_(matrix, alpha=own)
-    covariance = sum_covariances(matrices, weights)
     shared = covariance.mean(dim=0)  # a, (n,)
     if differ:
         shared /= float(before.mean()) + 1e-12
@@ -108,7 +106,7 @@ def _merge_released(matrices: Tensor, ridge: float) -> Tensor:
         rest.addmm_(matrices.sum(dim=0), covariance, alpha=-1 / models)
         rest += _mean_products(means, matrices, weights).addmm_(means.sum(dim=0), covariance, alpha=-1 / models)
     # Sherman and Morrison: (S + 1aᵀ)⁻¹ = S⁻¹ − S⁻¹1 aᵀS⁻¹/(1 + aᵀS⁻¹1), of the two rows aᵀS⁻¹ and B S⁻¹.
-    solved = divide(torch.cat([products, shared[None]]), covariance)
+    solved = divide(torch.cat([products, shared[None]]), covariance, workspace=matrices)
     merged, shared = solved[:-1], solved[-1]
     merged = torch.addr(merged, merged.sum(dim=1), shared, alpha=-1 / (1 + float(shared.sum())))
     if differ:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from freemerge.merging.methods.base import require, require_number, weighted_sum
 from freemerge.merging.methods.matrices import MatrixMethod, is_embedding
-from freemerge.tensors.covariances import pseudo_inverse, sum_covariances, sum_products
+from freemerge.tensors.covariances import pseudo_inverse, sum_both
 
 _BETAS, _EPSILON = (0.9, 0.999), 1e-8  # Adam's own defaults, which the released code uses
 
@@ -58,7 +58,7 @@ class WUDIMerging(MatrixMethod):
     def combine_matrix(self, name: str, matrices: Tensor) -> Tensor:
         norms = [float(torch.linalg.vector_norm(matrix, dtype=torch.float64).square()) for matrix in matrices]
         weights = [1 / norm if norm > 0 else 0.0 for norm in norms]
-        products, covariance = sum_products(matrices, weights), sum_covariances(matrices, weights)
+        products, covariance = sum_both(matrices, weights)
         if self.solver == "exact":
             return products @ pseudo_inverse(covariance).to(products.dtype)
         return self._descend(weighted_sum(matrices, 1.0), products, covariance)
