@@ -8,7 +8,7 @@
   pass, where the backbone allows it; others change one layer at a time, while it computes.
 - What a sample gets depends on the sample alone, never on its neighbours in the batch.
 - Computing changes nothing in the model, so threads may share it, and models may share a backbone, at the same time.
-  Only a backbone that is compiled or sharded has to be changed itself, by one thread at a time.
+  Only a backbone that is compiled has to be changed itself, by one thread at a time.
 - A sample of which the router is not sure enough, or which is like none that it knows, gets the plain merged backbone.
 """
 
@@ -96,6 +96,8 @@ class FreeModel(nn.Module):
     Raises:
         ValueError: if an expert names no task or does not fit the backbone, or the router has another number of tasks.
     """
+
+    _one_pass = True  # whether low-rank experts run side by side where they can
 
     def __init__(
         self,
@@ -279,7 +281,9 @@ class FreeModel(nn.Module):
                 an input but not where it comes from, and as papers measure routed models.
 
         Raises:
-            ValueError: if a task is unknown, both are named, or no task is and there is no router.
+            ValueError: if a task is unknown, both are named, or no task is and there is no router; if the backbone is
+                sharded.
+            OverflowError: if an expert makes a weight larger than float16 can hold.
         """
         if task is not None and head is not None:
             raise ValueError("FreeModel: task names the head as well; give task or head, not both")
@@ -355,7 +359,7 @@ class FreeModel(nn.Module):
             groups: task → w, and the number of samples.
         """
         chosen = [(self._expert(weights), count) for weights, count in groups]
-        return run_groups(self.backbone, self.backbone.model, inputs, chosen, one_pass=not self.training)
+        return run_groups(self.backbone, self.backbone.model, inputs, chosen, self._one_pass and not self.training)
 
     def _expert(self, weights: Mapping[str, float]) -> Expert | PackedExpert | Mixture | None:
         """Σ w · expert, or the expert itself, packed, if it is one alone; None if there is none."""

@@ -9,6 +9,8 @@ from contextlib import contextmanager
 import pytest
 import torch
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from freemerge.experts import Expert, attached, emr_experts, extract, extract_low_rank
 from freemerge.models import EarlyRouter, FreeModel
@@ -225,3 +227,21 @@ def test_a_compiled_backbone_is_shared_one_thread_at_a_time(images: torch.Tensor
         for _ in range(5):
             works[0]()
     assert not raised
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_sharded_backbone_is_refused_and_a_model_under_ddp_computes(
+    kind: str, images: torch.Tensor, tmp_path
+) -> None:
+    model = model_of(kind)
+    expected = model(images, task="a").logits
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        found = nn.parallel.DistributedDataParallel(model)(images, task="a").logits
+        torch.testing.assert_close(found, expected)
+        fully_shard(model.backbone.model, mesh=init_device_mesh("cpu", (1,)))
+        with pytest.raises(ValueError, match=r"the backbone is sharded \(FSDP, as a whole\)"):
+            model(images, task="a")
+    finally:
+        torch.distributed.destroy_process_group()

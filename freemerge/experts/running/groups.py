@@ -48,9 +48,12 @@ def run_groups(
         (B, …).
 
     Raises:
+        ValueError: if the module's weights are sharded.
         OverflowError: if a changed weight is too large for the weights' dtype.
     """
     with private(run) as own:
+        if not own.is_twin and any(expert is not None for expert, _ in groups):
+            _check_whole(module)
         known = _known.setdefault(module, _Known())
         kinds = {kind_in(expert) for expert, _ in groups if expert is not None}
         may = one_pass and kinds == {LowRankExpert}
@@ -68,6 +71,17 @@ def run_groups(
 def kind_in(expert: AnyExpert) -> type:
     """The class of an expert, packed or not."""
     return expert.kind if isinstance(expert, PackedExpert) else type(expert)
+
+
+def _check_whole(module: nn.Module) -> None:
+    """Raise a ValueError if a process has only a shard of the weights, as an expert could not be added to them."""
+    for name, part in module.named_modules():
+        if any(kind.__name__ in ("FSDPModule", "FullyShardedDataParallel") for kind in type(part).__mro__):
+            where = f"at {name!r}" if name else "as a whole"
+            raise ValueError(
+                f"the backbone is sharded (FSDP, {where}), and experts are added to whole weights only; compute with a "
+                "model that each process has whole, as under DDP"
+            )
 
 
 class _Known:

@@ -5,7 +5,7 @@ what other threads compute and what `state_dict` shows. A twin has module object
 and hooks are those of the originals; what happens to its objects stays in the twin. Twins are kept for the next pass.
 One is used again only as long as every attribute of the originals is what it was, and it starts as it was made.
 
-Some modules cannot have one: what is compiled, scripted or sharded runs code that knows the original objects, as does a
+Some modules cannot have one: what is compiled or scripted runs code that knows the original objects, as does a
 function with one of them in its closure. Such a module is used itself, by one thread at a time.
 """
 
