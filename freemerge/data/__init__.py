@@ -3,6 +3,7 @@
 from freemerge.data.arrays import ArrayDataset, Augmentation, Preprocessing
 from freemerge.data.augment import Compose, GaussianNoise, RandomAffine, RandomContrast, RandomFlip
 from freemerge.data.batches import StackedBatch, collate
+from freemerge.data.errors import DataError, DataWarning
 from freemerge.data.loaders import derive_seed, names_of
 from freemerge.data.mixture import TaskData, TaskMixture
 from freemerge.data.resumable import ResumableLoader, random_state, set_random_state
@@ -30,6 +31,8 @@ __all__ = [
     "ArrayDataset",
     "Augmentation",
     "Compose",
+    "DataError",
+    "DataWarning",
     "ExactMatch",
     "GaussianNoise",
     "HuggingFaceImageSource",

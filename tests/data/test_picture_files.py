@@ -172,6 +172,20 @@ def test_names_in_any_script_and_either_unicode_form(tmp_path) -> None:
     source.identity()
 
 
+def test_links_that_lead_nowhere_or_in_circles(tmp_path) -> None:
+    root = Path(tiny_files.write_picture_folders(tmp_path / "a", per_class=4))
+    elsewhere = Path(tiny_files.write_picture_folders(tmp_path / "b", per_class=4))
+    source = ImageFolderSource(folder=str(root), image_size=8, train_size=99)
+    (root / "red" / "circle").symlink_to(root)
+    (root / "red" / "more").symlink_to(elsewhere / "red")
+    task = source.build("a", 0)
+    assert sum(len(part) for part in (task.train, task.val, task.test)) == 16
+    (root / "red" / "nowhere.png").symlink_to(tmp_path / "gone.png")
+    source.identity()
+    with pytest.raises(DataError, match=r"red/nowhere\.png \(cannot be read: No such file or directory\)"):
+        source.build("a", 0)
+
+
 # ---- modes
 
 

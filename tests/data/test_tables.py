@@ -52,6 +52,8 @@ def rows(*pairs: tuple[str, str], header: str = "text,label") -> str:
         ("a.jsonl", b"", "there is no line in it"),
         ("a.jsonl", b'{"text": "a", "label": 1}\n\n{"text": "b", "lable": 1}\n',
          "line 3 must be an object with text, label; it lacks label and has lable too"),
+        ("a.tsv", b"text\tlabel\rit\tno\r", r"lines end with a carriage return alone: tr '\\r' '\\n' converts"),
+        ("a.jsonl", b'{"a": ' + b"9" * 5000 + b"}\n", "line 1 is not JSON"),
         ("a.jsonl", b'["a", 1]\n', "line 1 must be an object, got list"),
         ("a.jsonl", b'[{"a": 1},\n{"a": 2}]\n', "line 1 is not JSON .*; a JSON array is written one object per line"),
         ("a.csv.gz", gzip.compress(b"text,label\n" + b"it,no\n" * 999, mtime=0)[:-20], "cannot be read as csv"),

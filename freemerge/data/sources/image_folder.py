@@ -45,7 +45,7 @@ class ImageFolderSource(ImageSource):
         """
         root = expand(self.folder)
         files = sorted(path for place in _places(root).values() if place.is_dir() for path in scan(place).files)
-        listing = "\n".join(f"{path.relative_to(root)} {path.stat().st_size}" for path in files)
+        listing = "\n".join(f"{path.relative_to(root)} {_size(path)}" for path in files)
         digest = hashlib.sha256(os.fsencode(listing)).hexdigest()
         return {**super().identity(), "folder": root.name, "listing": digest, "version": 2}  # 2: EXIF, 16 bits
 
@@ -92,6 +92,10 @@ class _Fetch:
     def __call__(self, index: int) -> tuple[Any, int]:
         picture, label = self.folder.fetch(index)
         return picture, self.label[label]
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0  # a link to nowhere is named when the task is built
 
 
 def _places(root: Path) -> dict[str, Path]:

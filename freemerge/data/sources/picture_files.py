@@ -112,12 +112,16 @@ def _class_name(root: Path, name: str) -> str:
 
 
 def _pictures(folder: Path, others: Counter[str]) -> list[Path]:
+    places, seen = [], {os.path.realpath(folder.parent)}
+    for place, folders, names in os.walk(folder, followlinks=True):
+        seen.add(os.path.realpath(place))
+        # a link to a folder above would lead through all of it again
+        inner = [name for name in folders if not _is_hidden(name)]
+        folders[:] = [name for name in inner if os.path.realpath(os.path.join(place, name)) not in seen]
+        places.append((place, sorted(name for name in names if not _is_hidden(name))))
     files = []
-    for place, _, names in sorted(os.walk(folder, followlinks=True)):
-        inner = Path(place).relative_to(folder).parts
-        if any(map(_is_hidden, inner)):
-            continue
-        for name in sorted(name for name in names if not _is_hidden(name)):
+    for place, names in sorted(places):
+        for name in names:
             suffix = Path(name).suffix.lower()
             if suffix in SUFFIXES:
                 files.append(Path(place, name))

@@ -146,6 +146,8 @@ def _read_rows(path: Path, rows: Iterator[list[str]], delimiter: str) -> Table:
 def _check_header(path: Path, header: list[str], delimiter: str) -> None:
     if twice := [name for name, count in Counter(header).items() if count > 1]:
         raise DataError(f"{path}: the header has {twice[0]!r} twice; rename one")
+    if any("\r" in name for name in header):
+        raise DataError(f"{path}: lines end with a carriage return alone: tr '\\r' '\\n' converts such a file")
     other = next((mark for mark in ";\t,|" if mark != delimiter and mark in header[0]), None)
     if len(header) == 1 and other is not None:
         raise DataError(
@@ -174,7 +176,7 @@ def _read_json_lines(path: Path, file: TextIO) -> Table:
             continue
         try:
             row = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             whole = "; a JSON array is written one object per line here" if line.lstrip()[:1] == "[" else ""
             raise DataError(f"{path}: line {number} is not JSON ({reason_of(error)}){whole}") from error
         if not isinstance(row, dict):
