@@ -1,4 +1,8 @@
-"""The callbacks and the tools use what everybody may: names that rooms export, and nothing deeper."""
+"""Rooms, callbacks and tools use of other rooms what everybody may: names that these export, and nothing deeper.
+
+Two exceptions: `tensors` and `runtime` are toolboxes, whose modules are imported by name; and the merging engine, which
+reads every kind of file, imports modules of `checkpoints`.
+"""
 
 import ast
 from importlib import import_module
@@ -9,6 +13,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("callbacks/freemerge_callbacks", "tools")
 FILES = [path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.py"))]
+ROOM_FILES = sorted((ROOT / "freemerge").rglob("*/*.py"))
+TOOLBOXES = {"tensors", "runtime"}
 
 
 def imports(path):
@@ -30,6 +36,17 @@ def test_only_exported_names_are_imported(path):
         exported = getattr(room, "__all__", [each for each in vars(room) if not each.startswith("_")])
         assert name in exported, f"{module} does not export {name}"
         getattr(room, name)
+
+
+@pytest.mark.parametrize("path", ROOM_FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_rooms_are_entered_by_their_doors(path):
+    own = path.relative_to(ROOT / "freemerge").parts[0]
+    for module, name in imports(path):
+        _, room, *inside = [*module.split("."), ""]
+        if room in ("", own, *TOOLBOXES) or (own == "merging" and room == "checkpoints") or own == "testing":
+            continue
+        assert inside == [""], f"{module} is inside the room {room}; export {name} from freemerge.{room}"
+        assert name is None or not name.startswith("_"), f"{module}.{name} is private"
 
 
 def test_there_is_something_to_look_at():

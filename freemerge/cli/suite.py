@@ -39,21 +39,20 @@ from freemerge.cli.problems import refusal
 from freemerge.cli.remembered import remember
 from freemerge.data import TaskSuite
 from freemerge.evaluation import MultiTaskEvaluator, TaskMetric, write_predictions
-from freemerge.models import FreeModel
-from freemerge.models.backbones.base import names_own_backbone
+from freemerge.models import FreeModel, names_own_backbone
 from freemerge.pipeline import (
     ExpertsSettings,
     FinetuneSettings,
     MergeSettings,
+    Others,
     PretrainSettings,
     RouterSettings,
     RunSettings,
     Settings,
     SuiteRun,
     TuneSettings,
+    from_rank_zero,
 )
-from freemerge.pipeline.folder import from_rank_zero
-from freemerge.pipeline.others import Others
 from freemerge.runtime import own_process
 from freemerge.runtime.process_group import in_process_group
 from freemerge.training import FineTuner

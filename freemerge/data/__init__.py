@@ -20,6 +20,7 @@ from freemerge.data.sources import (
     TextTableSource,
     TorchvisionSource,
 )
+from freemerge.data.sources.source import SPLITS
 from freemerge.data.sources.texts import load_tokenizer
 from freemerge.data.suite import SuiteTask, TaskSuite
 from freemerge.data.task_metrics import ExactMatch, TaskMetric, metric_for
@@ -28,6 +29,7 @@ from freemerge.data.tokens import TokenDataset
 from freemerge.moved import names_that_moved
 
 __all__ = [
+    "SPLITS",
     "ArrayDataset",
     "Augmentation",
     "Compose",

@@ -1,7 +1,7 @@
 """Lightweight experts: extract them from a residual, pack them into small files, switch them in and out of a model."""
 
 from freemerge.experts.base import Expert, check_fits, class_path, is_known, kind_of
-from freemerge.experts.codec import Encoding
+from freemerge.experts.codec import Encoding, decode_values, encode_values
 from freemerge.experts.extraction import STATISTICS, extract, extract_low_rank
 from freemerge.experts.files import check_hash, load_expert, save_expert
 from freemerge.experts.kinds.low_rank import LowRankExpert
@@ -32,7 +32,9 @@ __all__ = [
     "check_fits",
     "check_hash",
     "class_path",
+    "decode_values",
     "emr_experts",
+    "encode_values",
     "exclusive",
     "extract",
     "extract_low_rank",

@@ -1,6 +1,6 @@
 """Backbones, the router, and FreeModel, which puts backbone, experts, router and heads together."""
 
-from freemerge.models.backbones.base import Backbone, extract_features, load_backbone
+from freemerge.models.backbones.base import Backbone, extract_features, load_backbone, names_own_backbone
 from freemerge.models.backbones.encoder import TransformersBackbone
 from freemerge.models.backbones.image_text import ImageTextBackbone
 from freemerge.models.backbones.language import LanguageBackbone
@@ -32,5 +32,6 @@ __all__ = [
     "has_experts",
     "load_backbone",
     "make_router",
+    "names_own_backbone",
     "reestimate_batch_norm",
 ]

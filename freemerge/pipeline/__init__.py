@@ -1,5 +1,7 @@
 """The suite's pipeline: stages, their folders, and what they can be told."""
 
+from freemerge.pipeline.folder import from_rank_zero
+from freemerge.pipeline.others import Others
 from freemerge.pipeline.run import SuiteRun
 from freemerge.pipeline.settings import (
     STAGES,
@@ -18,10 +20,12 @@ __all__ = [
     "ExpertsSettings",
     "FinetuneSettings",
     "MergeSettings",
+    "Others",
     "PretrainSettings",
     "RouterSettings",
     "RunSettings",
     "Settings",
     "SuiteRun",
     "TuneSettings",
+    "from_rank_zero",
 ]

@@ -13,9 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
-from freemerge.data.batches import collate
-from freemerge.data.sources.source import SPLITS, TaskSource
-from freemerge.data.tasks import Task
+from freemerge.data import SPLITS, Task, TaskSource, collate
 from freemerge.inputs import IGNORED
 
 

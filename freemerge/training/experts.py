@@ -14,8 +14,7 @@ import torch
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 
-from freemerge.experts import Encoding, Expert, check_fits, substituted
-from freemerge.experts.codec import decode_values, encode_values
+from freemerge.experts import Encoding, Expert, check_fits, decode_values, encode_values, substituted
 from freemerge.inputs import Inputs, batch_size
 from freemerge.models import Backbone
 from freemerge.training.distillation import Distillation
