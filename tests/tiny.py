@@ -95,6 +95,15 @@ class NamesSuite(TinySuite):
         return self.build("type")
 
 
+class OddNamesSuite(NamesSuite):
+    """Under names that look like markup, a format, a number, or an option."""
+
+    TASKS: ClassVar[tuple[str, ...]] = ("[bold] 'a': {b}", "--1.5%s")
+
+    def pretraining(self) -> Task:
+        return self.build(self.TASKS[0])
+
+
 class SlowSuite(TinySuite):
     """The same, whose validation takes half a second: long enough for a second process to take part in a search."""
 

@@ -26,6 +26,7 @@ from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 from rich.console import Console
+from rich.markup import escape
 
 # Short class names in configurations resolve once their modules are imported.
 import freemerge.quickstart  # noqa: F401
@@ -39,7 +40,7 @@ from freemerge.cli.problems import refusal
 from freemerge.cli.remembered import remember
 from freemerge.data import TaskSuite
 from freemerge.evaluation import MultiTaskEvaluator, TaskMetric, write_predictions
-from freemerge.models import FreeModel, names_own_backbone
+from freemerge.models import FreeModel, make_and_remember, names_own_backbone
 from freemerge.pipeline import (
     ExpertsSettings,
     FinetuneSettings,
@@ -143,6 +144,10 @@ class FreemergeCLI(LightningCLI):
         parser.add_class_arguments(RunSettings, "run")
         for key, settings in _STAGE_SETTINGS.items():
             parser.add_class_arguments(settings, key)
+
+    def before_instantiate_classes(self) -> None:
+        """Let modules remember what the configuration made them of, so that a folder can say it."""
+        self.parser.add_instantiator(make_and_remember, torch.nn.Module)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: list[str] | None) -> None:
         """Parse; unlike Lightning's own, without a warning where `main` is called with arguments from Python."""
@@ -271,7 +276,7 @@ class FreemergeCLI(LightningCLI):
             table.add_column("metric")
             table.add_column("score", justify="right")
             for task, value in evaluator.results.items():
-                table.add_row(task, evaluator.metrics.named[task].name, f"{100 * value:.1f}")
+                table.add_row(escape(task), evaluator.metrics.named[task].name, f"{100 * value:.1f}")
             Console().print(table)
 
     def predict(self, model: FineTuner, datamodule: TaskSuite, ckpt_path: str | None = None, **_: Any) -> None:
@@ -294,9 +299,11 @@ class FreemergeCLI(LightningCLI):
         suite.prepare_data()
         tasks = {name: suite.task(name) for name in suite.names}
         metrics = {name: TaskMetric.of(task) for name, task in tasks.items()}
-        # The folder may not import a class of the user's own; the configuration has built one already.
+        # The folder may not import classes of the user's own; the configuration has built them already.
         backbone = None if names_own_backbone(folder) else model.backbone
-        return MultiTaskEvaluator(FreeModel.from_pretrained(folder, backbone), suite.names, metrics=metrics)
+        heads = {name: model.make_head(task.num_outputs) for name, task in tasks.items()}
+        loaded = FreeModel.from_pretrained(folder, backbone, heads=heads if model.makes_own_heads else None)
+        return MultiTaskEvaluator(loaded, suite.names, metrics=metrics)
 
 
 _OF_PLACES = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOSPC, errno.EDQUOT, errno.ENAMETOOLONG)

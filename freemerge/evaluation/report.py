@@ -141,9 +141,9 @@ class Report:
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
         table.add_column("", no_wrap=True)
         for heading, _ in columns:
-            table.add_column(heading, justify="right", no_wrap=True)
+            table.add_column(Text(heading), justify="right", no_wrap=True)  # plain: a name may look like markup
         for row, *cells in zip(self.rows, *(cells for _, cells in columns), strict=True):
-            table.add_row(row.name, *cells, style="dim" if row.kind == "router" else None)
+            table.add_row(Text(row.name), *map(Text, cells), style="dim" if row.kind == "router" else None)
         return table
 
     def _summary(self, row: Row) -> list[str]:

@@ -7,6 +7,7 @@ from freemerge.models.backbones.language import LanguageBackbone
 from freemerge.models.backbones.modules import ModuleBackbone, TorchvisionBackbone
 from freemerge.models.batch_norm import batch_norms, reestimate_batch_norm
 from freemerge.models.by_task import TaskModules
+from freemerge.models.classes import make_and_remember
 from freemerge.models.free_folder import has_experts
 from freemerge.models.free_model import FreeModel, FreeOutput, TaskModel
 from freemerge.models.routers import ConvRouter, EarlyRouter, Router, choose_thresholds, feature_width, make_router
@@ -31,6 +32,7 @@ __all__ = [
     "feature_width",
     "has_experts",
     "load_backbone",
+    "make_and_remember",
     "make_router",
     "names_own_backbone",
     "reestimate_batch_norm",

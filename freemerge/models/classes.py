@@ -6,6 +6,7 @@ A folder never imports anything by itself, as importing runs code: only if its c
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from importlib import import_module
 from typing import Any
 
@@ -74,6 +75,31 @@ def make(kind: type, arguments: Any, where: str, what: str, give: str) -> Any:
         raise CheckpointError(
             f"{where}: {what} is a {class_name(kind)} that cannot be made ({error}); {give}"
         ) from error
+
+
+_ARGUMENTS = "_freemerge_arguments"
+
+
+def make_and_remember(kind: type, *args: Any, **kwargs: Any) -> Any:
+    """`kind(*args, **kwargs)`, which remembers plain arguments: a configuration's way to build a module."""
+    made = kind(*args, **kwargs)
+    with suppress(TypeError, ValueError, AttributeError):
+        json.dumps(kwargs)
+        if not args:
+            made.__dict__[_ARGUMENTS] = dict(kwargs)
+    return made
+
+
+def made_of(module: nn.Module, what: str) -> dict[str, Any] | None:
+    """A module's class and arguments, as its `recipe()` gives or a configuration gave them; None if neither does.
+
+    Raises:
+        ValueError: if `recipe()` gives nothing that JSON can hold.
+    """
+    arguments = arguments_of(module, what)
+    if arguments is None:
+        arguments = module.__dict__.get(_ARGUMENTS)
+    return None if arguments is None else {"class": class_name(type(module)), "arguments": arguments}
 
 
 def arguments_of(module: nn.Module, what: str) -> dict[str, Any] | None:

@@ -115,9 +115,16 @@ class Artifacts:
         heads: dict[str, nn.Module] = {}
         for task in states:
             group = [states[member] for member in (self.suite.head_group(task) if shared else (task,))]
-            state = {name: torch.stack([other[name] for other in group]).mean(dim=0) for name in group[0]}
-            heads[task] = _linear(state) if state else nn.Identity()
+            heads[task] = self._head(task, {name: _mean([other[name] for other in group]) for name in group[0]})
         return heads
+
+    def _head(self, task: str, state: dict[str, Tensor]) -> nn.Module:
+        """A head with these weights: linear, the model's own, or whatever the template's class makes."""
+        if not self.tuner.makes_own_heads:
+            return _linear(state) if state else nn.Identity()
+        head = self.tuner.make_head(self.suite.task(task).num_outputs)
+        head.load_state_dict(state)
+        return head
 
     def free_weights(self) -> dict[str, Tensor]:
         """The merged backbone that carries the experts."""
@@ -322,6 +329,11 @@ class Artifacts:
 
 def _given(class_names: Mapping[str, Sequence[str]]) -> dict[str, Sequence[str]]:
     return {task: names for task, names in class_names.items() if names}
+
+
+def _mean(tensors: Sequence[Tensor]) -> Tensor:
+    """Of weights of one head that several tasks share; a count is the first's."""
+    return torch.stack(list(tensors)).mean(dim=0) if tensors[0].is_floating_point() else tensors[0]
 
 
 def _linear(state: Mapping[str, Tensor]) -> nn.Linear:

@@ -36,6 +36,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import track
 from torch import Tensor
 
@@ -264,7 +265,7 @@ class SuiteRun:
         if rank_zero_only.rank == 0:
             copy_file(kept.path / "base.safetensors", stage.path / "base.safetensors")
         stage.finish(kept.finished()["results"])
-        self.console.print(f"{stage.name}: taken from {kept.path}")
+        self.console.print(f"{stage.name}: taken from {kept.path}", markup=False)
         return True
 
     def finetune(self) -> None:
@@ -421,7 +422,7 @@ class SuiteRun:
     def _done(self, stage: StageFolder) -> bool:
         record = stage.record() if self.ckpt_path is None else None  # a checkpoint to go on from means: go on
         if record is not None:
-            self.console.print(f"[dim]{stage.name}: done already ({record['seconds']:.0f} s then)[/dim]")
+            self.console.print(f"[dim]{escape(stage.name)}: done already ({record['seconds']:.0f} s then)[/dim]")
         return record is not None
 
     def _begin(self, stage: StageFolder) -> Path | None:
@@ -442,7 +443,7 @@ class SuiteRun:
     def _finish(self, stage: StageFolder, results: Mapping[str, Any]) -> None:
         record = stage.finish(results)
         numbers = ", ".join(f"{key} {value:.3f}" for key, value in results.items() if isinstance(value, float))
-        self.console.print(f"{stage.name}: {numbers + ', ' if numbers else ''}{record['seconds']:.0f} s")
+        self.console.print(f"{stage.name}: {numbers + ', ' if numbers else ''}{record['seconds']:.0f} s", markup=False)
 
     def _with_bar(self, scales: Sequence[float], what: str) -> Iterable[float]:
         """A grid of scales, with a bar that goes away when it is through."""
@@ -450,7 +451,7 @@ class SuiteRun:
         return track(scales, what, console=self.console, transient=True, disable=quiet)
 
     def _say(self, what: str, accuracy: float) -> None:
-        self.console.print(f"{what}: val acc {accuracy:.3f}")
+        self.console.print(f"{what}: val acc {accuracy:.3f}", markup=False)
 
     def _fit(
         self,
@@ -480,7 +481,8 @@ class SuiteRun:
         trainer = self.make_trainer(stage.path, dict(overrides), [EpochStart(last), best, last])
         kept = last in trainer.callbacks
         ckpt_path = str(resume) if resume else None
-        self.console.print(f"[bold]{stage.name}[/bold]" + (f" [dim](from {ckpt_path})[/dim]" if ckpt_path else ""))
+        rest = f" [dim](from {escape(ckpt_path)})[/dim]" if ckpt_path else ""
+        self.console.print(f"[bold]{escape(stage.name)}[/bold]{rest}")
         before = signal.getsignal(signal.SIGINT)
         try:
             with stopped_by_ctrl_c(last, self.console.print) if kept else nullcontext():

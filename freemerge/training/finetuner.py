@@ -118,6 +118,11 @@ class FineTuner(OptimizedModule):
         """
         return nn.Linear(self.backbone.feature_dim, num_outputs)
 
+    @property
+    def makes_own_heads(self) -> bool:
+        """Whether heads are what a subclass makes them, rather than one linear layer or the model's own."""
+        return self.head_kind == "linear" and type(self).make_head is not FineTuner.make_head
+
     def objective_of(self, task: Task | int) -> Objective:
         """What a task, or a classification with so many classes, asks of this backbone.
 

@@ -14,7 +14,7 @@ from freemerge.checkpoints import load_checkpoint
 from freemerge.cli import main
 from freemerge.merging import TaskArithmetic, merge
 from freemerge.models import FreeModel
-from tests.tiny import TinySuite
+from tests.tiny import OddNamesSuite, TinySuite
 
 ROOT = Path(__file__).parent.parent.parent
 TINY = str(ROOT / "tests" / "tiny.yaml")
@@ -229,6 +229,25 @@ def test_tasks_whose_names_mean_something_elsewhere_run_to_the_end(tmp_path, cap
     assert main(["test", *arguments]) == 0
     assert "v1.0 ü" in capsys.readouterr().out
     assert (tmp_path / "free_model" / "experts" / "v1.0 ü.safetensors").is_file()
+
+
+def test_tasks_whose_names_look_like_markup_run_to_the_end(tmp_path, capsys) -> None:
+    arguments = ["--config", TINY, "--run.folder", str(tmp_path), "--data.class_path", "tests.tiny.OddNamesSuite"]
+    fit = ["fit", *arguments, "--trainer.max_steps", "2", "--merge.scales", "[1.0]"]
+    assert main(fit) == 0
+    names = OddNamesSuite.TASKS
+    said = capsys.readouterr().out
+    assert all(f"finetune {name}\n" in said and f"experts {name}: " in said for name in names)
+    assert any(all(name in line for name in names) for line in said.splitlines())  # the report's heading
+    assert main(fit) == 0
+    assert f"finetune {names[0]}: done already" in capsys.readouterr().out
+    assert main(["test", *arguments]) == 0
+    said = capsys.readouterr().out
+    assert all(name in said for name in names)
+    assert main(["predict", *arguments]) == 0
+    with (tmp_path / "predictions.csv").open(encoding="utf-8") as file:
+        assert {row["loader"] for row in csv.DictReader(file)} == set(names)
+    assert FreeModel.from_pretrained(tmp_path / "free_model").tasks == names
 
 
 def test_a_checkpoints_hyperparameters_do_not_beat_the_configuration(run: Path, tmp_path) -> None:

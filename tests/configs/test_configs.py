@@ -233,9 +233,11 @@ def test_a_configuration_runs_and_its_model_is_used(name: str, tmp_path: Path, m
     check_other_commands(arguments, lines["FREE trained (routed)" if routed else "FR"]["scores"], capsys)
     rows = read_predictions(run)
     assert all(row["sample"] for row in rows)
-    own = name == "own_module"  # a folder does not say how to build somebody's module
-    with pytest.raises(CheckpointError, match="pass backbone=…") if own else nullcontext():
+    own = name == "own_module"  # a folder imports nobody's module by itself
+    with pytest.raises(CheckpointError, match="SqueezeNet, and a folder runs no code") if own else nullcontext():
         check_in_a_fresh_process(run, rows)
+    if own:
+        check_in_a_fresh_process(run, rows, trust_remote_code=True)
 
 
 def check_files(run: Path, written: dict[str, Any]) -> None:
@@ -276,7 +278,7 @@ def read_predictions(run: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def check_in_a_fresh_process(run: Path, rows: list[dict[str, str]]) -> None:
+def check_in_a_fresh_process(run: Path, rows: list[dict[str, str]], trust_remote_code: bool = False) -> None:
     """A process that has run nothing before says of the first samples of each task what `predict` wrote."""
     inputs, suite = {}, suite_of(run)
     for task in suite.names:
@@ -284,7 +286,7 @@ def check_in_a_fresh_process(run: Path, rows: list[dict[str, str]]) -> None:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["freemerge.models"])
     with context.Pool(1) as pool:
-        said = pool.apply(in_a_fresh_process, (str(run / "free_model"), inputs))
+        said = pool.apply(in_a_fresh_process, (str(run / "free_model"), inputs, trust_remote_code))
     for task, values in said.items():
         own = [row for row in rows if row["loader"] == task][: len(values)]
         for row, (routed, label, logits) in zip(own, values, strict=True):
@@ -296,10 +298,12 @@ def check_in_a_fresh_process(run: Path, rows: list[dict[str, str]]) -> None:
                 assert float(row["value"]) == pytest.approx(logits[0], rel=1e-4, abs=1e-5)
 
 
-def in_a_fresh_process(folder: str, inputs: dict[str, Any]) -> dict[str, list[tuple[str, int, list[float]]]]:
+def in_a_fresh_process(
+    folder: str, inputs: dict[str, Any], trust_remote_code: bool
+) -> dict[str, list[tuple[str, int, list[float]]]]:
     """Task → routed task, class and outputs of each sample; runs in a process of its own."""
     assert "freemerge.training" not in sys.modules
-    model = FreeModel.from_pretrained(folder)
+    model = FreeModel.from_pretrained(folder, trust_remote_code=trust_remote_code)
     said = {}
     with torch.no_grad():
         for task, batch in inputs.items():

@@ -70,6 +70,17 @@ class Backbone(nn.Module):
         return None
 
     @classmethod
+    def resolve(cls, arguments: dict[str, Any], where: str, trust: bool) -> dict[str, Any]:
+        """A recipe's arguments with objects in place of what only names them; there is nothing such by default.
+
+        Args:
+            arguments: what `recipe` said.
+            where: the folder, for messages.
+            trust: whether classes from outside freemerge may be imported.
+        """
+        return arguments
+
+    @classmethod
     def from_recipe(cls, directory: str | Path, arguments: dict[str, Any]) -> Backbone:
         """Build it again from its folder and what `recipe` said."""
         backbone = cls(**arguments)
@@ -104,7 +115,8 @@ class Backbone(nn.Module):
 def names_own_backbone(directory: str | Path) -> bool:
     """Whether `load_backbone` can load a folder without importing what is not freemerge's own."""
     try:
-        return is_own(str(json.loads((expand(directory) / RECIPE).read_text(encoding="utf-8"))["class"]))
+        recipe = json.loads((expand(directory) / RECIPE).read_text(encoding="utf-8"))
+        return is_own(str(recipe["class"])) and "module" not in recipe["arguments"]
     except (OSError, ValueError, KeyError, TypeError):
         return False
 
@@ -135,7 +147,8 @@ def load_backbone(directory: str | Path, trust_remote_code: bool = False) -> Bac
     if not (isinstance(kind, type) and issubclass(kind, Backbone)):
         raise CheckpointError(f"{path}: freemerge has no backbone {recipe.get('class')!r}")
     try:
-        return kind.from_recipe(expand(directory), recipe["arguments"])
+        arguments = kind.resolve(recipe["arguments"], str(directory), trust_remote_code)
+        return kind.from_recipe(expand(directory), arguments)
     except TypeError as error:
         raise CheckpointError(f"{directory}: the backbone is a {name} that cannot be made ({error}); {give}") from error
 

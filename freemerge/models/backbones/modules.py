@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from freemerge.checkpoints import load_checkpoint
 from freemerge.inputs import Inputs
 from freemerge.models.backbones.base import WEIGHTS, Backbone
+from freemerge.models.classes import import_class, made_of, make
 
 
 class TorchvisionBackbone(Backbone):
@@ -107,6 +108,19 @@ class ModuleBackbone(Backbone):
         self.features = features
         if file is not None:
             self.load_weights(load_checkpoint(file))
+
+    def recipe(self) -> dict[str, Any] | None:
+        """What it is made of, where the module has a `recipe()` of its own or a configuration has built it."""
+        if (made := made_of(self.model, "ModuleBackbone: the module")) is None:
+            return None
+        rest = {"feature_dim": self.feature_dim, "features": self.features, "pretrained": self.pretrained}
+        return {"module": made, **rest}
+
+    @classmethod
+    def resolve(cls, arguments: dict[str, Any], where: str, trust: bool) -> dict[str, Any]:
+        made, what, give = arguments["module"], "the backbone's module", "pass backbone=…"
+        kind = import_class(made["class"], where, what, give, trust)
+        return {**arguments, "module": make(kind, made["arguments"], where, what, give)}
 
     def forward(self, inputs: Inputs) -> Tensor:
         call = self.model if self.features is None else getattr(self.model, self.features)
