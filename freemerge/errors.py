@@ -28,3 +28,10 @@ class MergeError(ValueError):
 
 class MergeWarning(UserWarning):
     """A merge does what it was asked for, and there is something to know; the message is one line."""
+
+
+class NotFiniteError(ValueError):
+    """A loss, an output or a weight is NaN or infinite; the message is one line: whose, where, what to try."""
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(one_line(message))

@@ -54,6 +54,7 @@ from freemerge.pipeline import (
     TuneSettings,
     from_rank_zero,
 )
+from freemerge.pipeline.checks import CheckError
 from freemerge.runtime import own_process
 from freemerge.runtime.process_group import in_process_group
 from freemerge.training import FineTuner
@@ -339,6 +340,10 @@ def run(args: list[str], remembers: bool = False) -> int:
     guest = in_process_group()
     try:
         FreemergeCLI(args, remembers)
+    except CheckError as error:
+        for fault in error.faults:
+            print_error(fault)
+        return 2
     except (ValueError, MisconfigurationException) as error:
         origin = _origin(error)
         if origin not in ("freemerge", "freemerge_callbacks", "lightning", "jsonargparse"):

@@ -44,11 +44,12 @@ def collate(batch: Any) -> Any:
         batch: What the dataset fetched: a `StackedBatch` or a list of samples.
 
     Returns:
-        A list [inputs, labels]; for samples whose inputs are no dict, what torch's default makes of them.
+        A list [inputs, labels]; for samples whose inputs are no dict and no tuple, what torch's default makes of
+        them.
     """
     if isinstance(batch, StackedBatch):
         return [batch.inputs, batch.labels]
-    if isinstance(batch[0], Sequence) and len(batch[0]) == 2 and isinstance(batch[0][0], Mapping):
+    if isinstance(batch[0], Sequence) and len(batch[0]) == 2 and isinstance(batch[0][0], (Mapping, tuple)):
         inputs = join([unsqueeze(inputs) for inputs, _ in batch])
         labels = join_padded([torch.as_tensor(label)[None] for _, label in batch], IGNORED)
         return [inputs, labels]
@@ -58,5 +59,8 @@ def collate(batch: Any) -> Any:
 def unsqueeze(inputs: Any) -> Inputs:
     """One sample's inputs (…) as a batch of one (1, …)."""
     if isinstance(inputs, Mapping):
-        return {name: torch.as_tensor(value)[None] for name, value in inputs.items()}
+        return {name: unsqueeze(value) for name, value in inputs.items()}
+    if isinstance(inputs, tuple):
+        parts = [unsqueeze(value) for value in inputs]
+        return type(inputs)(*parts) if hasattr(inputs, "_fields") else tuple(parts)
     return torch.as_tensor(inputs)[None]

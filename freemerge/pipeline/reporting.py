@@ -67,6 +67,23 @@ def make_report(files: Artifacts, measure: Measure, model: FreeModel | None) -> 
     )
 
 
+def doubts_of(report: Report, free: str) -> list[str]:
+    """What a reader of a report should not overlook: where experts do not help.
+
+    Args:
+        report: of a whole run, or of one without experts.
+        free: name of the line of the merged backbone that carries the experts.
+    """
+    named = {row.name: row for row in report.rows}
+    trained, merged = named.get("FREE trained (oracle)"), named[free]
+    if trained is None or report.average(trained) > report.average(merged):
+        return []
+    return [
+        f"experts do not help: on average {100 * report.average(trained):.1f} with them, "
+        f"{100 * report.average(merged):.1f} for the merged {free} alone; raise experts.density, or train them longer"
+    ]
+
+
 def base_name(tuner: FineTuner) -> str:
     """What the base is called in a report: it depends on where the heads come from that it is evaluated under."""
     if isinstance(tuner.backbone, LanguageBackbone):

@@ -25,7 +25,7 @@ import hashlib
 import os
 import signal
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
@@ -42,12 +42,14 @@ from torch import Tensor
 
 from freemerge.checkpoints import expand, hash_tensors, save_checkpoint
 from freemerge.data import TaskSuite
+from freemerge.errors import NotFiniteError
 from freemerge.evaluation import Report, mean_score
 from freemerge.experts import load_expert, save_expert
 from freemerge.merging import Candidates, has_scale, merge, rescaled, task_vector
 from freemerge.models import FreeModel, has_experts
 from freemerge.pipeline.artifacts import Artifacts
 from freemerge.pipeline.cache import find, store
+from freemerge.pipeline.checks import check_run
 from freemerge.pipeline.dependencies import dependencies
 from freemerge.pipeline.folder import StageFolder, content, copy_file, from_rank_zero, make_writable
 from freemerge.pipeline.lock import only_run
@@ -55,7 +57,7 @@ from freemerge.pipeline.measure import Measure
 from freemerge.pipeline.others import Others
 from freemerge.pipeline.plan import difference, make_plan
 from freemerge.pipeline.process_state import seeds_put_back
-from freemerge.pipeline.reporting import make_report
+from freemerge.pipeline.reporting import doubts_of, make_report
 from freemerge.pipeline.settings import STAGES, Settings, check_trainer
 from freemerge.pipeline.trainers import MakeTrainer
 from freemerge.pipeline.tune import Tuning
@@ -154,9 +156,9 @@ class SuiteRun:
             The report, if `evaluate` is among the stages.
 
         Raises:
-            ValueError: for an unknown stage, a stage whose input has not been made, a setting for images where there
-                are none, a `ckpt_path` that could mean several fits, finished results that other settings would
-                replace, or another run in the folder.
+            ValueError: for an unknown stage, a `ckpt_path` that could mean several fits, finished results that other
+                settings would replace, or another run in the folder.
+            CheckError: a ValueError with everything that would stop a stage later on.
         """
         unknown = [stage for stage in stages if stage not in STAGES]
         if unknown:
@@ -169,7 +171,7 @@ class SuiteRun:
             self._check_finished()
             self._keep_config()
             self._check_ckpt_path()
-            self._check_images()
+            self._check()
             began = time.monotonic()
             report = None
             for stage in self._stages:
@@ -207,19 +209,22 @@ class SuiteRun:
                 "fit from a checkpoint, choose it, for instance --run.stages '[finetune]' --data.tasks '[digits]'"
             )
 
-    def _check_images(self) -> None:
-        """Refuse what is only for images at once, and not after hours of fine-tuning."""
-        settings = self.settings
-        for stage, wanted, setting, instead in (
-            ("experts", settings.experts.mixup > 0, "experts.mixup", "set it to 0"),
-            ("router", settings.router.kind == "conv", "router.kind: conv", "choose router.kind: early"),
-        ):
-            if wanted and stage in self._stages:
-                self.suite.prepare_data()
-                try:
-                    _ = self.suite.image_shape
-                except ValueError as error:
-                    raise ValueError(f"{setting} is for images, but {error}; {instead}") from error
+    def _check(self) -> None:
+        """Refuse at once what would fail after hours, and say what is unusual."""
+
+        def check() -> list[str]:
+            if rank_zero_only.rank != 0:  # ranks that a fit launched
+                return []
+            trainer = self.make_trainer(self.folder, {"logger": False}, [])
+            several = trainer.num_devices * trainer.num_nodes > 1
+            return check_run(self.files, self._stages, trainer.strategy.root_device, several)
+
+        for doubt in from_rank_zero(check):
+            self._doubt(doubt)
+
+    def _doubt(self, message: str) -> None:
+        """Say what is worth knowing and stops nothing."""
+        self.console.print(f"[yellow]note:[/yellow] {escape(message)}", soft_wrap=True)
 
     # -- stages -------------------------------------------------------------------------------------------------------
 
@@ -290,6 +295,21 @@ class SuiteRun:
             if rank_zero_only.rank == 0:
                 tuner.save_adapter(stage.path / "adapter")
             self._finish(stage, {tuner.monitor: fit.value})
+            self._compare_with_base(task, tuner, fit)
+
+    def _compare_with_base(self, task: str, tuner: FineTuner, fit: Fit) -> None:
+        """Say so where fine-tuning has made a model worse, under the same head."""
+        trainer = tuner.trainer
+        if fit.value is None or trainer.fast_dev_run or trainer.limit_val_batches != 1.0:
+            return
+        loader = {task: self.suite.for_task(task).val_dataloader()}
+        base = self.measure.shared(self.files.base_weights(), {task: copy.deepcopy(tuner.head)}, loader)[task]
+        metric = tuner.objective.metric
+        if (fit.value < base) if metric.higher_is_better else (fit.value > base):
+            self._doubt(
+                f"finetune {task}: {tuner.monitor} is {fit.value:.3f}, worse than the base's {base:.3f} under the same "
+                "head: a merge cannot gain from it; try a lower learning rate, fewer epochs or finetune.weights best"
+            )
 
     def merge(self) -> None:
         """Merge the task vectors by every method, at the scale that does best on validation data."""
@@ -309,8 +329,13 @@ class SuiteRun:
             tried = candidates.over_scales(method, scales) if scalable else [candidates.merge(method)]
             search = []
             for scale, weights in zip(self._with_bar(scales, f"merge: {name}"), tried, strict=True):
-                scores = self.measure.shared(self.measure.with_own_statistics(weights), heads, loaders)
-                search.append({"scale": scale, "mean_acc": mean_score(scores, self.measure.metrics)})
+                weights = self.measure.with_own_statistics(weights)
+                if (score := self._mean_score(lambda w=weights: self.measure.shared(w, heads, loaders))) is None:
+                    self._doubt(f"merge: {name} at scale {scale:g} computes NaN or infinite values, and is left out")
+                    continue
+                search.append({"scale": scale, "mean_acc": score})
+            if not search:
+                raise NotFiniteError(f"merge: {name} computes NaN or infinite values at every scale: {scales}")
             best = max(search, key=lambda candidate: candidate["mean_acc"])
             chosen = rescaled(method, best["scale"]) if scalable else method
             self._write(self.files.merged_path(name), self.measure.with_own_statistics(merge(base, finetuned, chosen)))
@@ -359,8 +384,13 @@ class SuiteRun:
         search = []
         for scale in self._with_bar(self.settings.merge.scales, "experts: extracted"):
             scaled = {task: expert.scaled(scale) for task, expert in experts.items()}
-            scores = self.measure.free(FreeModel(self.files.backbone(merged), heads, scaled), loaders, told="task")
-            search.append({"scale": scale, "mean_acc": mean_score(scores, self.measure.metrics)})
+            model = FreeModel(self.files.backbone(merged), heads, scaled)
+            if (score := self._mean_score(lambda m=model: self.measure.free(m, loaders, told="task"))) is None:
+                self._doubt(f"experts at scale {scale:g} compute NaN or infinite values, and are left out")
+                continue
+            search.append({"scale": scale, "mean_acc": score})
+        if not search:
+            raise NotFiniteError(f"experts compute NaN or infinite values at every scale: {self.settings.merge.scales}")
         best = max(search, key=lambda candidate: candidate["mean_acc"])
         if rank_zero_only.rank == 0:
             for task, expert in experts.items():
@@ -383,6 +413,13 @@ class SuiteRun:
         threshold = module.calibrate(data.train_dataloader(), data.val_dataloader(), settings.share)
         self._write(stage.path / "router.safetensors", module.router.stored())
         self._finish(stage, {"val/acc": fit.value, "threshold": threshold})
+        tasks = len(self.suite.names)
+        chance = 1 / tasks
+        if fit.value is not None and tasks > 1 and fit.value < chance + 0.1 * (1 - chance):
+            self._doubt(
+                f"router: val/acc is {fit.value:.3f}, and guessing among {tasks} tasks gives {chance:.3f}: "
+                "it cannot tell their inputs apart; try another router.point or more epochs, or name each input's task"
+            )
 
     def evaluate(self) -> Report:
         """Evaluate everything on all tasks' test data; write the FREE model, the report and the picture.
@@ -401,6 +438,8 @@ class SuiteRun:
             report.write_json(self.folder / "report.json")
             report.plot(self.folder / "report.png")
             report.print(self.console)
+            for doubt in doubts_of(report, self.settings.merge.free):
+                self._doubt(doubt)
             self.console.print(f"[dim]{self.folder}/report.json, report.png and free_model/ hold the rest[/dim]")
         return report
 
@@ -445,6 +484,13 @@ class SuiteRun:
         numbers = ", ".join(f"{key} {value:.3f}" for key, value in results.items() if isinstance(value, float))
         self.console.print(f"{stage.name}: {numbers + ', ' if numbers else ''}{record['seconds']:.0f} s", markup=False)
 
+    def _mean_score(self, scores: Callable[[], Mapping[str, float]]) -> float | None:
+        """What a candidate is chosen by; None if its outputs are no numbers."""
+        try:
+            return mean_score(scores(), self.measure.metrics)
+        except NotFiniteError:
+            return None
+
     def _with_bar(self, scales: Sequence[float], what: str) -> Iterable[float]:
         """A grid of scales, with a bar that goes away when it is through."""
         quiet = not self.console.is_terminal
@@ -487,6 +533,9 @@ class SuiteRun:
         try:
             with stopped_by_ctrl_c(last, self.console.print) if kept else nullcontext():
                 trainer.fit(module, datamodule=data, ckpt_path=ckpt_path)
+        except NotFiniteError as error:
+            again = "; then add --run.overwrite true" if stage.last_checkpoint is not None else ""
+            raise NotFiniteError(f"{stage.name}: {error}{again}") from error
         except Interrupted:
             raise KeyboardInterrupt(f"{stage.name} stopped at step {trainer.global_step}") from None
         except SystemExit:

@@ -33,7 +33,23 @@ from freemerge.pipeline.measure import Measure
 from freemerge.pipeline.others import Others
 from freemerge.pipeline.plan import difference
 from freemerge.pipeline.reporting import title
+from freemerge.pipeline.settings import Settings
 from freemerge.tuning import Search, Space, Trial, default_ranges, searchers
+
+
+def chosen_method(settings: Settings) -> tuple[str, MergeMethod]:
+    """The method to tune, and what it is called.
+
+    Raises:
+        ValueError: there is no such line in `merge.methods`.
+    """
+    if settings.tune.method is not None:
+        return type(settings.tune.method).__name__, settings.tune.method
+    methods = settings.merge.methods
+    name = settings.tune.line or settings.merge.free
+    if name not in methods:
+        raise ValueError(f"tune.line: there is no method {name!r} in merge.methods: {', '.join(methods)}")
+    return name, methods[name]
 
 
 class Tuning:
@@ -55,21 +71,12 @@ class Tuning:
         self.searches_only = self.settings.part == "search" or rank_zero_only.rank != 0
         self.console = Console(quiet=True) if self.searches_only else console
         self.models = expand(self.settings.models) if self.settings.models else None
-        self.name, self.method = self._chosen_method()
+        self.name, self.method = chosen_method(files.settings)
         tasks = files.suite.names
         self.space = Space(self.method, tasks, self.settings.space or default_ranges(self.method))
         self.base, self.finetuned = files.finished(self.models)
         self.heads = files.heads(run=self.models)
         self.stage = files.tune_stage(self.name, self._inputs())
-
-    def _chosen_method(self) -> tuple[str, MergeMethod]:
-        if self.settings.method is not None:
-            return type(self.settings.method).__name__, self.settings.method
-        methods = self.files.settings.merge.methods
-        name = self.settings.line or self.files.settings.merge.free
-        if name not in methods:
-            raise ValueError(f"tune.line: there is no method {name!r} in merge.methods: {', '.join(methods)}")
-        return name, methods[name]
 
     def _inputs(self) -> dict[str, Any]:
         """What the search depends on; the budget is not among it, so that a larger one goes on."""

@@ -14,6 +14,8 @@ class Distillation:
     """w_f · ‖f_s − f_t‖² / ‖f_t − mean f_t‖² + w_l · T² · KL(softmax(l_t / T) ‖ softmax(l_s / T)).
 
     f are features, l logits, of the student (s: merged + expert) and the teacher (t), both through the task's own head.
+    Of a regression, whose l are one number each, the second part is w_l · ‖l_s − l_t‖² / ‖l_t − mean l_t‖². The tokens
+    of a language model are so many samples, whose features are its logits.
 
     Args:
         feature_weight: w_f.
@@ -35,27 +37,37 @@ class Distillation:
         """The loss and its parts.
 
         Args:
-            student: features (B, F).
-            teacher: features (B, F).
-            head: features → logits (B, C).
+            student: features (B, F), or (B, L, F) of a language model's tokens.
+            teacher: features of the same shape.
+            head: features → logits (B, C); (B, 1) of a regression.
 
         Returns:
             Scalars: `loss`, its parts `features` and `logits` unweighted, and `agreement`, the share of samples that
-            student and teacher put into the same class.
+            student and teacher put into the same class; of a regression, the share of the teacher's variance that the
+            student gives back, at least 0.
         """
-        student, teacher = student.float(), teacher.float()
+        student, teacher = student.float().flatten(0, -2), teacher.float().flatten(0, -2)
         centre = teacher.mean(dim=0)
         if self.feature_loss == "mse":
             spread = (teacher - centre).square().mean() + 1e-8
             feature_loss = (student - teacher).square().mean() / spread
         else:
             feature_loss = (1 - F.cosine_similarity(student - centre, teacher - centre, dim=1)).mean()
-        log_student = F.log_softmax(head(student) / self.temperature, dim=1)
-        log_teacher = F.log_softmax(head(teacher) / self.temperature, dim=1)
-        logit_loss = self.temperature**2 * F.kl_div(log_student, log_teacher, log_target=True, reduction="batchmean")
+        logit_loss, agreement = self._of_logits(head(student), head(teacher))
         return {
             "loss": self.feature_weight * feature_loss + self.logit_weight * logit_loss,
             "features": feature_loss.detach(),
             "logits": logit_loss.detach(),
-            "agreement": (log_student.argmax(dim=1) == log_teacher.argmax(dim=1)).float().mean(),
+            "agreement": agreement,
         }
+
+    def _of_logits(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+        """The logits' loss and the agreement, of logits (B, C), or numbers (B, 1)."""
+        if student.shape[1] == 1:
+            spread = (teacher - teacher.mean()).square().mean() + 1e-8
+            unexplained = (student - teacher).square().mean() / spread
+            return unexplained, (1 - unexplained.detach()).clamp(min=0.0)
+        log_student = F.log_softmax(student / self.temperature, dim=1)
+        log_teacher = F.log_softmax(teacher / self.temperature, dim=1)
+        loss = self.temperature**2 * F.kl_div(log_student, log_teacher, log_target=True, reduction="batchmean")
+        return loss, (log_student.argmax(dim=1) == log_teacher.argmax(dim=1)).float().mean()

@@ -15,7 +15,7 @@ from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 
 from freemerge.experts import Encoding, Expert, check_fits, decode_values, encode_values, substituted
-from freemerge.inputs import Inputs, batch_size
+from freemerge.inputs import IGNORED, Inputs, batch_size
 from freemerge.models import Backbone
 from freemerge.training.distillation import Distillation
 from freemerge.training.optimization import OptimizedModule, Schedule
@@ -115,7 +115,10 @@ class ExpertTrainer(OptimizedModule):
         return self.values + (rounded - self.values).detach()
 
     def _losses(self, inputs: Inputs) -> dict[str, Tensor]:
-        return self.distillation(self(inputs), self.teacher(self.backbone, inputs), self.head)
+        student, teacher = self(inputs), self.teacher(self.backbone, inputs)
+        if student.dim() == 3 and (counts := _tokens_that_count(inputs)) is not None:
+            student, teacher = student[counts], teacher[counts]  # (B, L, V) → (tokens, V)
+        return self.distillation(student, teacher, self.head)
 
     def training_step(self, batch: tuple[Inputs, Tensor], batch_idx: int) -> Tensor:
         losses = self._losses(blended(batch[0], self.mixup) if self.mixup else batch[0])
@@ -124,6 +127,7 @@ class ExpertTrainer(OptimizedModule):
 
     def validation_step(self, batch: tuple[Inputs, Tensor], batch_idx: int) -> None:
         losses = self._losses(batch[0])
+        self.see_outputs(losses["loss"])
         self.log_dict(
             {f"val/{name}": value for name, value in losses.items()},
             prog_bar=True,
@@ -132,12 +136,24 @@ class ExpertTrainer(OptimizedModule):
             batch_size=batch_size(batch[0]),
         )
 
+    def on_validation_epoch_end(self) -> None:
+        self.check_outputs("validation")
+
     def on_save_checkpoint(self, checkpoint: dict) -> None:
+        super().on_save_checkpoint(checkpoint)
         checkpoint["state_dict"] = {"values": checkpoint["state_dict"]["values"]}
         checkpoint["teacher_seen"] = self.teacher.seen()
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         self.teacher.load_seen(checkpoint.get("teacher_seen", {}), self.device)
+
+
+def _tokens_that_count(inputs: Inputs) -> Tensor | None:
+    """Where a language model's outputs (B, L, V) are for tokens that are not padding: (B, L) bool; None if all are."""
+    if "labels" in inputs:  # what a decoder writes
+        return inputs["labels"] != IGNORED
+    mask = inputs.get("attention_mask")
+    return None if mask is None else mask.bool()
 
 
 def check_mixup(mixup: float, cache_teacher: bool) -> None:

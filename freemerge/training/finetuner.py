@@ -197,6 +197,7 @@ class FineTuner(OptimizedModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what the task is, so that `load_from_checkpoint` can make its head."""
+        super().on_save_checkpoint(checkpoint)
         objective = self.objective
         checkpoint[_TASK] = {
             "kind": objective.kind,
@@ -244,8 +245,14 @@ class FineTuner(OptimizedModule):
     def validation_step(self, batch: tuple[Inputs, Tensor], batch_idx: int) -> None:
         self._evaluate(batch, "val")
 
+    def on_validation_epoch_end(self) -> None:
+        self.check_outputs("validation")
+
     def test_step(self, batch: tuple[Inputs, Tensor], batch_idx: int) -> None:
         self._evaluate(batch, "test")
+
+    def on_test_epoch_end(self) -> None:
+        self.check_outputs("test")
 
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
         """Outputs of a batch of inputs alone, or of (inputs, labels) as loaders collate them, in a list."""
@@ -253,8 +260,9 @@ class FineTuner(OptimizedModule):
 
     def _evaluate(self, batch: tuple[Inputs, Tensor], split: str) -> None:
         inputs, labels = batch
-        metrics = self.metrics[split]
-        self.objective.update(metrics, self(inputs), labels)
+        metrics, outputs = self.metrics[split], self(inputs)
+        self.see_outputs(outputs)
+        self.objective.update(metrics, outputs, labels)
         for name, metric in metrics.items():
             on_bar = name == self.objective.metric.label
             self.log(f"{split}/{name}", metric, prog_bar=on_bar, on_epoch=True, batch_size=len(labels))

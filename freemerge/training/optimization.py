@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-import lightning as L
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+
+from freemerge.training.finite import FiniteModule
 
 _NAMED = ("constant", "linear", "cosine", "polynomial", "inverse_sqrt")
 Schedule = Literal["constant", "linear", "cosine", "polynomial", "inverse_sqrt"] | LRSchedulerCallable
 """A schedule by its name, or a class of torch.optim.lr_scheduler with its arguments."""
 
 
-class OptimizedModule(L.LightningModule):
-    """A LightningModule that trains its trainable parameters by one optimizer on one schedule.
+class OptimizedModule(FiniteModule):
+    """A LightningModule that trains its trainable parameters by one optimizer on one schedule, as long as the loss is a
+    number.
 
     Args:
         optimizer: makes the optimizer; AdamW with torch's defaults if not given.

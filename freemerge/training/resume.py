@@ -17,9 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch.distributed as dist
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 
 from freemerge.data import ResumableLoader, random_state, set_random_state
+from freemerge.runtime.process_group import in_process_group
+
+_LOADERS = "freemerge_loaders"
 
 
 class Interrupted(Exception):
@@ -60,7 +64,7 @@ class ResumeCheckpoint(Checkpoint):
     def state_dict(self) -> dict[str, Any]:
         if self._place is None:  # somebody else's checkpoint
             return {}
-        return {"place": self._place, "metrics": self.metrics, "random": random_state()}
+        return {"place": self._place, "metrics": self.metrics, "random": _of_all_ranks(random_state())}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._loaded = state_dict
@@ -68,7 +72,8 @@ class ResumeCheckpoint(Checkpoint):
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         loop = checkpoint.get("loops", {}).get("fit_loop", {})
-        self._loader_states = loop.get("state_dict", {}).get("combined_loader", [])
+        loaders = loop.get("state_dict", {}).get("combined_loader", [])
+        self._loader_states = _of_this_rank(checkpoint.get(_LOADERS, []), loaders)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._written = time.monotonic()
@@ -87,7 +92,7 @@ class ResumeCheckpoint(Checkpoint):
         """Write what the epoch begins with, or go back to it; `EpochStart` calls this."""
         if self._loaded:
             if self._loaded["place"] != "batch":
-                set_random_state(self._loaded["random"])
+                set_random_state(_of_this_rank(self._loaded["random"], random_state()))
             self._loaded = {}
         elif trainer.current_epoch > 0:
             self._write(trainer, "epoch")
@@ -125,9 +130,13 @@ class ResumeCheckpoint(Checkpoint):
         self._write(trainer, "end")
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        if self._place not in ("epoch", "end"):
+        if self._place is None:
             return
         loop = checkpoint["loops"]["fit_loop"]
+        if self._place == "batch":
+            # Rank 0 writes the file; every rank has its own place in its data, and its own random numbers.
+            checkpoint[_LOADERS] = _of_all_ranks(loop["state_dict"].get("combined_loader", []))
+            return
         loop["state_dict"].pop("combined_loader", None)  # of an epoch that is over
         if self._place == "epoch":
             for progress in loop["epoch_progress"].values():
@@ -160,6 +169,21 @@ class EpochStart(L.Callback):
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.checkpoint.begin_epoch(trainer)
+
+
+def _of_all_ranks(value: Any) -> list[Any]:
+    """What each rank has, by rank; all of them must call it."""
+    if not in_process_group():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def _of_this_rank(values: list[Any], otherwise: Any) -> Any:
+    """A rank's own part of what `_of_all_ranks` gathered; something else where there were fewer ranks then."""
+    rank = dist.get_rank() if in_process_group() else 0
+    return values[rank] if isinstance(values, list) and rank < len(values) else otherwise
 
 
 def _is_between_steps(trainer: L.Trainer, batch_idx: int) -> bool:

@@ -93,5 +93,10 @@ class RouterTrainer(OptimizedModule):
 
     def validation_step(self, batch: tuple[Inputs, Tensor], batch_idx: int) -> None:
         inputs, tasks = batch
-        self.accuracy.update(self(inputs).argmax(dim=1), tasks)
+        logits = self(inputs)
+        self.see_outputs(logits)
+        self.accuracy.update(logits.argmax(dim=1), tasks)
         self.log("val/acc", self.accuracy, prog_bar=True, on_epoch=True, batch_size=len(tasks))
+
+    def on_validation_epoch_end(self) -> None:
+        self.check_outputs("validation")

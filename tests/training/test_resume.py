@@ -1,6 +1,10 @@
 """Going on in the middle of a fit: loaders, schedulers, early stopping, and checkpoints that are files or folders."""
 
 import contextlib
+import json
+import subprocess
+import sys
+from pathlib import Path
 
 import lightning as L
 import pytest
@@ -142,3 +146,16 @@ def test_a_sharded_checkpoint_takes_the_place_of_the_one_before(tmp_path) -> Non
         _replace(tmp_path / "draft", tmp_path / "last.ckpt")
     assert (tmp_path / "last.ckpt" / "shard").read_text() == "two"
     assert [path.name for path in tmp_path.iterdir()] == ["last.ckpt"]
+
+
+def test_each_rank_goes_on_with_its_own_random_numbers(tmp_path) -> None:
+    """About 15 s: two processes, three fits."""
+    script = Path(__file__).with_name("two_ranks.py")
+    done = subprocess.run([sys.executable, script, tmp_path], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    for stop in (2, 4):
+        for rank in (0, 1):
+            whole, rest = (json.loads((tmp_path / name / f"rank{rank}.json").read_text())
+                           for name in ("whole", f"rest{stop}"))  # fmt: skip
+            assert rest == whole[stop:]
+            assert len(whole) == 8

@@ -1,0 +1,188 @@
+"""Before the first fit: everything that would fail, or disappoint, after hours.
+
+A few real samples of each task go through the real backbone, a head, the loss, the metric and the router. All that is
+found is said together; what is done already is not looked at again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from lightning.pytorch.utilities.seed import isolate_rng
+
+from freemerge.data import Task, TaskData
+from freemerge.inputs import Inputs, select
+from freemerge.models import batch_norms
+from freemerge.pipeline.artifacts import Artifacts
+from freemerge.pipeline.checks.findings import CheckError, Findings
+from freemerge.pipeline.checks.labels import check_labels
+from freemerge.pipeline.checks.samples import Samples
+from freemerge.pipeline.checks.stages import (
+    check_experts_settings,
+    check_merge,
+    check_router_settings,
+    check_stages,
+    check_tune,
+)
+from freemerge.pipeline.checks.together import check_expert_inputs, check_mixture, check_router
+from freemerge.training import FineTuner
+
+__all__ = ["CheckError", "check_run"]
+
+
+def check_run(files: Artifacts, stages: Sequence[str], device: torch.device, several: bool) -> list[str]:
+    """Look for what would stop the chosen stages.
+
+    Args:
+        files: the run's files.
+        stages: the chosen stages, in order.
+        device: where the run computes.
+        several: whether it computes on several devices: then only the CPU is used here, as their processes do not exist
+            yet.
+
+    Returns:
+        What is unusual and stops nothing, one line each.
+
+    Raises:
+        CheckError: with everything that would.
+    """
+    findings = Findings()
+    check_stages(files, stages, findings)
+    pending = _pending(files, stages)
+    if "merge" in pending:
+        check_merge(files, findings)
+        check_tune(files, findings)
+    if "experts" in pending:
+        check_experts_settings(files, findings)
+    if pending & {"experts", "router"}:
+        check_router_settings(files, findings)
+    if pending - {"evaluate"}:
+        # Random draws of datasets, heads and routers are for nothing but the look: the stages see other ones.
+        with isolate_rng(include_cuda=False), torch.no_grad():
+            _Look(files, pending, torch.device("cpu") if several else device, device, findings).run()
+    if findings.faults:
+        raise CheckError(findings.faults)
+    return findings.doubts
+
+
+def _pending(files: Artifacts, stages: Sequence[str]) -> set[str]:
+    """The chosen stages that have something to do."""
+    tasks = files.suite.names
+    folders = {
+        "pretrain": [files.pretrain_stage()] if files.pretrains else [],
+        "finetune": [files.finetune_stage(task) for task in tasks],
+        "merge": [files.merge_stage()],
+        "experts": [files.extraction_stage(), *(files.expert_stage(task) for task in tasks)],
+        "router": [files.router_stage()],
+    }
+    return {
+        stage
+        for stage in stages
+        if stage == "evaluate"
+        or any((done := each.finished()) is None or done["key"] != each.key for each in folders[stage])
+    }
+
+
+class _Look:
+    """The look at data and model.
+
+    Args:
+        files: the run's files.
+        pending: the stages that have something to do.
+        device: where to compute here.
+        later: where the run computes.
+        findings: where to say what is found.
+    """
+
+    def __init__(
+        self, files: Artifacts, pending: set[str], device: torch.device, later: torch.device, findings: Findings
+    ) -> None:
+        self.files = files
+        self.pending = pending
+        self.device = device
+        self.may_fail = device.type != later.type
+        self.findings = findings
+
+    def run(self) -> None:
+        """Look at every task, and at all of them together."""
+        files, suite = self.files, self.files.suite
+        suite.prepare_data()
+        tuner = files.tuner
+        was_training = tuner.backbone.training
+        tuner.backbone.eval().to(self.device)
+        try:
+            if "pretrain" in self.pending:
+                settings = files.settings.pretrain
+                data = suite.pretraining_data(settings.batch_size)
+                linear = FineTuner(tuner.backbone, head="linear")
+                self._task(data, linear, ("train", "val"))
+            splits = ("train", "val", "test") if "evaluate" in self.pending else ("train", "val")
+            inputs = {name: self._task(suite.for_task(name), tuner, splits) for name in suite.names}
+            if "evaluate" in self.pending:
+                for name in suite.held_out:
+                    self._held_out(name)
+            self._adapter()
+            seen = {name: part for name, part in inputs.items() if part is not None}
+            if len(seen) == len(inputs):
+                self._together(seen)
+        finally:
+            tuner.backbone.to("cpu").train(was_training)
+
+    def _task(self, data: TaskData, tuner: FineTuner, splits: tuple[str, ...]) -> Inputs | None:
+        """Look at one task; a few of its training inputs, if they can be used."""
+        before = len(self.findings.faults)
+        try:
+            task = data.task
+            check_labels(task, self.findings, splits)
+            tuner.objective_of(task)
+            if tuner.head_kind == "zero_shot":
+                self._zero_shot(tuner, task)
+            samples = Samples(data, self.findings)
+        except ValueError as error:  # data that cannot be used, or that this model is not for; in one line each
+            self.findings.fault(error if data.name in str(error) else f"task {data.name!r}: {error}")
+            return None
+        samples.check_pixels(tuner.backbone)
+        if len(self.findings.faults) == before:
+            samples.check_model(tuner, self.device, self.may_fail)
+        if "train" not in samples.batches:
+            return None
+        if "experts" in self.pending:
+            check_expert_inputs(data.name, samples.batches["train"], self.files.settings.experts, self.findings)
+        return samples.few("train")[0]
+
+    def _zero_shot(self, tuner: FineTuner, task: Task) -> None:
+        """The text tower makes a head of class names; one of them says enough."""
+        if task.kind != "classification":
+            tuner.frozen_head(task)  # says what is wrong
+        tuner.backbone.class_head(task.class_names[:1], (task.templates or tuner.templates)[:1])
+
+    def _held_out(self, name: str) -> None:
+        try:
+            task = self.files.suite.task(name)
+            check_labels(task, self.findings, ("test",))
+            self.files.tuner.objective_of(task)
+        except ValueError as error:
+            self.findings.fault(error)
+
+    def _adapter(self) -> None:
+        """An adapter fits the model: of all tasks, or of none."""
+        if self.files.tuner.peft is not None and "finetune" in self.pending and not self.findings.faults:
+            try:
+                self.files.tuner.for_task(self.files.suite.task(self.files.suite.names[0]))
+            except ValueError as error:
+                self.findings.fault(error)
+
+    def _together(self, inputs: dict[str, Inputs]) -> None:
+        settings, backbone = self.files.settings, self.files.tuner.backbone
+        if "router" in self.pending:
+            mixed = check_mixture(
+                {name: select(part, slice(2)) for name, part in inputs.items()},
+                "router: its training",
+                "leave router and experts out of run.stages",
+                self.findings,
+            )
+            if mixed is not None:
+                check_router(mixed, list(inputs), settings.router, backbone, self.device, self.findings)
+        elif "merge" in self.pending and settings.merge.batch_norm_batches and batch_norms(backbone):
+            check_mixture(inputs, "merge.batch_norm_batches: measuring batch norm", "set it to 0", self.findings)

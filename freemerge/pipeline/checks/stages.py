@@ -1,0 +1,120 @@
+"""The chosen stages and their settings, without a look at any data."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from freemerge.experts.kinds.low_rank import matrix_shape
+from freemerge.merging.methods.scales import has_scale, rescaled
+from freemerge.pipeline.artifacts import Artifacts
+from freemerge.pipeline.checks.findings import Findings
+from freemerge.pipeline.folder import StageFolder
+from freemerge.pipeline.plan import difference, is_extension
+from freemerge.pipeline.tune import chosen_method
+from freemerge.tuning import Space
+
+
+def check_stages(files: Artifacts, stages: Sequence[str], findings: Findings) -> None:
+    """Every stage finds what it reads: made before, or by an earlier one of the chosen stages."""
+    base = ["pretrain"] if files.pretrains and not files.base_path.is_file() else []
+    needs = {
+        "finetune": base,
+        "merge": [*base, "finetune"],
+        "experts": [*base, "finetune", "merge"],
+        "router": ["merge"] if files.settings.router.kind == "early" else [],
+        "evaluate": [*base, "finetune", "merge"],
+    }
+    if "experts" in stages:  # an evaluation of experts is one of the FREE model, with its router
+        needs["evaluate"] += ["router"]
+    missing: dict[str, list[str]] = {}
+    for stage in stages:
+        for need in needs.get(stage, []):
+            if need not in stages and _is_missing(files, need):
+                missing.setdefault(need, []).append(stage)
+    for need, by in missing.items():
+        findings.fault(
+            f"{files.folder}: stage {need!r} has not been done with this configuration; add {need} to run.stages, as "
+            f"{' and '.join(by)} need{'s' * (len(by) == 1)} it"
+        )
+
+
+def _is_missing(files: Artifacts, stage: str) -> bool:
+    folders = {
+        "pretrain": [files.pretrain_stage] if files.pretrains else [],
+        "finetune": [lambda task=task: files.finetune_stage(task) for task in files.suite.names],
+        "merge": [files.merge_stage],
+        "router": [files.router_stage],
+    }
+    return any(_cannot_be_there(make()) for make in folders[stage])
+
+
+def _cannot_be_there(folder: StageFolder) -> bool:
+    """Whether a result is not there, and will not be once what it was made from is made again."""
+    finished = folder.finished()
+    if finished is None:
+        return True
+    if finished["key"] == folder.key:
+        return False
+    unknown_yet = difference(finished, folder.inputs) is None and not is_extension(finished["inputs"], folder.inputs)
+    return not unknown_yet
+
+
+def check_merge(files: Artifacts, findings: Findings) -> None:
+    """The methods' parameters suit the number of tasks, and each has a file of its own."""
+    settings, tasks = files.settings.merge, files.suite.names
+    paths: dict[str, str] = {}
+    for name, method in settings.methods.items():
+        path = files.merged_path(name)
+        if path.parent != files.folder / "merge":
+            findings.fault(f"merge.methods: {name!r} would be a file outside of {files.folder / 'merge'}; rename it")
+        if (other := paths.setdefault(str(path), name)) != name:
+            findings.fault(f"merge.methods: {other!r} and {name!r} would both be {path.name}; rename one of them")
+        try:
+            method.check(tasks)
+            for scale in settings.scales if has_scale(method) else ():
+                rescaled(method, scale)
+        except ValueError as error:
+            findings.fault(f"merge.methods: {name}: {error}")
+
+
+def check_router_settings(files: Artifacts, findings: Findings) -> None:
+    """As many experts can be mixed as there are tasks."""
+    most, wanted = len(files.suite.names), files.settings.router.top_n
+    if wanted > most:
+        tasks = "there is one task" if most == 1 else f"there are {most} tasks"
+        findings.fault(f"router.top_n: {wanted} experts cannot be mixed where {tasks}; set it to {most} or less")
+
+
+def check_experts_settings(files: Artifacts, findings: Findings) -> None:
+    """The density lets a low-rank expert hold something."""
+    settings, weights = files.settings.experts, files.tuner.backbone.weights()
+    shapes = [tuple(each.shape) for each in weights.values() if each.is_floating_point() and each.numel()]
+    if not shapes:
+        findings.fault("experts: the backbone has no floating-point weights to make an expert of")
+    if not shapes or settings.kind != "low_rank":
+        return
+    total = sum(math.prod(shape) for shape in shapes)
+    budget = max(1, round(settings.density * total))
+    direction = min((sum(matrix_shape(shape)) for shape in shapes if len(shape) > 1), default=math.inf)
+    vector = min((math.prod(shape) for shape in shapes if len(shape) < 2), default=math.inf)
+    vector = math.inf if settings.vectors == "none" else 2 * vector  # within half the budget
+    if (least := min(direction, vector)) == math.inf:
+        findings.fault("experts.kind: low_rank needs weights that are matrices, and the backbone has none; use sparse")
+    elif budget < least:
+        findings.fault(
+            f"experts.density: {settings.density:g} of {total} weights is {budget}, and the smallest part of an expert "
+            f"takes {least}: the experts would hold nothing; set it to {least / total:.2g} or more"
+        )
+
+
+def check_tune(files: Artifacts, findings: Findings) -> None:
+    """A search that the configuration sets up for later can be begun."""
+    if files.settings.tune.line is None and files.settings.tune.method is None and files.settings.tune.space is None:
+        return
+    try:
+        _, method = chosen_method(files.settings)
+        if files.settings.tune.space is not None:
+            Space(method, files.suite.names, files.settings.tune.space)
+    except ValueError as error:
+        findings.fault(error)
