@@ -8,15 +8,17 @@ tensor whose second dimension differs from sample to sample (tokens) is padded o
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Inputs = Tensor | dict[str, "Inputs"] | tuple["Inputs", ...]
+Inputs = Tensor | Mapping[str, "Inputs"] | tuple["Inputs", ...] | list[Any]
 """A tensor (B, …), or a dict or tuple of inputs that have B in common. A list of B other values, such as texts, goes
 along; so does what belongs to the batch as a whole."""
+
+_Inputs = TypeVar("_Inputs", bound=Inputs)
 
 IGNORED = -100
 """A label that counts in no loss and no metric; cross-entropy's own convention."""
@@ -30,6 +32,17 @@ def tensors_of(inputs: Inputs) -> list[Tensor]:
     return [tensor for part in parts for tensor in tensors_of(part)]
 
 
+def named(inputs: Inputs) -> dict[str, Any]:
+    """The inputs by name.
+
+    Raises:
+        TypeError: they have no names.
+    """
+    if not isinstance(inputs, Mapping):
+        raise TypeError(f"the inputs are a {type(inputs).__name__}, expected a dict of tensors by name")
+    return dict(inputs)
+
+
 def batch_size(inputs: Inputs) -> int:
     """How many samples a batch has."""
     return len(tensors_of(inputs)[0])
@@ -40,23 +53,25 @@ def device_of(inputs: Inputs) -> torch.device:
     return tensors_of(inputs)[0].device
 
 
-def to_device(inputs: Inputs, device: torch.device | str) -> Inputs:
+def to_device(inputs: _Inputs, device: torch.device | str) -> _Inputs:
     """The same batch on `device`."""
     return _map(inputs, lambda tensor: tensor.to(device))
 
 
-def select(inputs: Inputs, index: Tensor | slice) -> Inputs:
+def select(inputs: _Inputs, index: Tensor | slice | int) -> _Inputs:
     """Some samples of a batch.
 
     Args:
         inputs: B samples.
-        index: (b,) int64 or (B,) bool, or a slice.
+        index: (b,) int64 or (B,) bool, or a slice; or a number, for one sample without the batch's dimension.
     """
     size = batch_size(inputs)
 
-    def select_values(values: list) -> list:
+    def select_values(values: list) -> Any:
         if len(values) != size:  # not one for each sample
             return values
+        if isinstance(index, int):
+            return values[index]
         return [
             values[position]
             for position in torch.arange(size)[index.cpu() if isinstance(index, Tensor) else index].tolist()
@@ -66,7 +81,7 @@ def select(inputs: Inputs, index: Tensor | slice) -> Inputs:
 
 
 def _map(
-    inputs: Any, function: Callable[[Tensor], Tensor], of_list: Callable[[list], list] = lambda values: values
+    inputs: Any, function: Callable[[Tensor], Tensor], of_list: Callable[[list], Any] = lambda values: values
 ) -> Any:
     """The same inputs, each tensor and each list without tensors replaced by what a function makes of it."""
     if isinstance(inputs, Tensor):
@@ -76,8 +91,7 @@ def _map(
     if isinstance(inputs, list) and not tensors_of(inputs):
         return of_list(inputs)
     if isinstance(inputs, (tuple, list)):
-        parts = [_map(value, function, of_list) for value in inputs]
-        return type(inputs)(*parts) if hasattr(inputs, "_fields") else type(inputs)(parts)  # a named tuple
+        return _like(inputs, [_map(value, function, of_list) for value in inputs])
     return inputs
 
 
@@ -93,15 +107,21 @@ def join(batches: Sequence[Inputs]) -> Inputs:
     kinds = sorted({_describe(batch) for batch in batches})
     if len(kinds) > 1:
         raise ValueError(f"batches of different kinds cannot be one: {' and '.join(kinds)}")
-    first = batches[0]
+    same: Sequence[Any] = batches  # all of the first one's kind, whichever that is
+    first = same[0]
     if isinstance(first, Mapping):
-        return {name: _join([batch[name] for batch in batches], padding_of(name)) for name in first}
+        return {name: _join([batch[name] for batch in same], padding_of(name)) for name in first}
     if isinstance(first, (tuple, list)):
-        return type(first)(_join(parts, 0) for parts in zip(*batches, strict=True))
-    return torch.cat(list(batches))
+        return _like(first, [_join(parts, 0) for parts in zip(*same, strict=True)])
+    return torch.cat(list(same))
 
 
-def _join(parts: Sequence[Inputs], padding: int) -> Inputs:
+def _like(values: Any, parts: list[Any]) -> Any:
+    """Parts as a tuple, a named tuple or a list, as `values` is one."""
+    return type(values)(*parts) if hasattr(values, "_fields") else type(values)(parts)
+
+
+def _join(parts: Sequence[Any], padding: int) -> Inputs:
     """One part of several batches' inputs: tokens are padded, what holds tensors itself is joined in turn."""
     return join_padded(parts, padding) if isinstance(parts[0], Tensor) else join(parts)
 

@@ -1,5 +1,7 @@
 """Batches that are tensors or dicts of tensors."""
 
+from typing import NamedTuple
+
 import pytest
 import torch
 
@@ -78,3 +80,16 @@ def test_nested_inputs_are_joined_part_by_part() -> None:
     pairs = join([(torch.zeros(1), torch.ones(1, 1)), (torch.ones(2), torch.ones(2, 2))])
     assert pairs[0].tolist() == [0, 1, 1]
     assert pairs[1].tolist() == [[1, 0], [1, 1], [1, 1]]
+
+
+class _Pair(NamedTuple):
+    image: torch.Tensor
+    text: torch.Tensor
+
+
+def test_named_tuples_stay_what_they_are() -> None:
+    joined = join([_Pair(torch.zeros(1), torch.ones(1, 1)), _Pair(torch.ones(2), torch.ones(2, 2))])
+    assert type(joined) is _Pair
+    assert joined.image.tolist() == [0, 1, 1]
+    assert joined.text.tolist() == [[1, 0], [1, 1], [1, 1]]
+    assert select(joined, slice(1, 2)).image.tolist() == [1]

@@ -12,14 +12,17 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from freemerge.checkpoints.json_files import read_object
 from freemerge.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 CONFIG = "config.json"
 
@@ -52,7 +55,7 @@ class Architecture:
     """
 
     path: Path
-    model: nn.Module
+    model: PreTrainedModel
     places: Mapping[str, Place] = field(repr=False)
 
     def locate(self, names: Iterable[str]) -> dict[str, Place]:
@@ -126,7 +129,7 @@ def read_architecture(folder: Path | None) -> Architecture | None:
     return Architecture(path, model, _find_places(model))
 
 
-def _find_class(settings: Mapping[str, Any]) -> type[nn.Module] | None:
+def _find_class(settings: Mapping[str, Any]) -> type[PreTrainedModel] | None:
     """The class of a model, by its name in transformers."""
     import transformers
 
@@ -157,7 +160,7 @@ class _Views(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
-def _find_places(model: nn.Module) -> dict[str, Place]:
+def _find_places(model: PreTrainedModel) -> dict[str, Place]:
     """What transformers would save of a model: name → place; what is no view of one tensor is left out."""
     tensors = dict(model.state_dict())
     owners: dict[int, str] = {}

@@ -46,7 +46,8 @@ def find_prefix(module_names: Iterable[str], file_names: Iterable[str]) -> str:
     Returns:
         The prefix that brings the most names into agreement, often "".
     """
-    names = Checkpoint("", dict.fromkeys(module_names), lambda name, run: None)
+    unknown = TensorSpec((), torch.float32)  # names alone are asked for
+    names = Checkpoint("", dict.fromkeys(module_names, unknown), lambda name, run: torch.empty(()))
     inside = names.relative_to(file_names)
     outside = set(inside.outside)
     full = next(name for name in names if name not in outside)

@@ -10,7 +10,7 @@ import copy
 from collections import ChainMap
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -164,9 +164,13 @@ class Checkpoint(Mapping[str, Tensor]):
     def apart(self, names: Iterable[str]) -> Checkpoint:
         """The same tensors, those of some names no longer tied: each is listed as a tensor of its own."""
         first = {name: self._stored(name) for name in names if name in self.tied}
+
+        def read(name: str, run: tuple[int, int] | None) -> Tensor:
+            return self._read(first.get(name, name), run)
+
         return self._changed(
             _specs={**self._specs, **{name: self._specs[stored] for name, stored in first.items()}},
-            _read=lambda name, run: self._read(first.get(name, name), run),
+            _read=read,
             tied={name: other for name, other in self.tied.items() if name not in first},
             deltas=self.deltas | {name for name, stored in first.items() if stored in self.deltas},
             source=self.source,
@@ -230,7 +234,8 @@ class Checkpoint(Mapping[str, Tensor]):
             alone=self.alone | other.alone,
         )
         if self.source is not self:
-            found.source = ChainMap(other.source, self.source)
+            # Only its first mapping is ever written to, and this one is only read.
+            found.source = ChainMap({}, other.source, self.source)  # type: ignore[arg-type]
         return found
 
     def derived(self, origin: Checkpoint, bind: Callable[[Checkpoint], Checkpoint]) -> Checkpoint:
@@ -261,7 +266,7 @@ class Checkpoint(Mapping[str, Tensor]):
             alone=frozenset(names[name] for name in self.alone if name in names),
         )
 
-    def _changed(self, **attributes) -> Checkpoint:
+    def _changed(self, **attributes: Any) -> Checkpoint:
         changed = copy.copy(self)
         changed.__dict__.update(attributes)
         if self.source is self and "source" not in attributes:

@@ -48,7 +48,8 @@ def find_object(path: Path) -> dict[str, Any] | None:
 
 def _depth(value: object) -> int:
     """How many objects and lists lie in one another, at most; found without recursion."""
-    depth, level = 0, [value]
+    depth = 0
+    level: list[Any] = [value]
     while level and depth <= _DEEPEST:
         depth += 1
         inside = [table.values() if isinstance(table, dict) else table for table in level]

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import is_lazy
 
 from freemerge.checkpoints.checkpoint import Checkpoint, TensorSpec
 from freemerge.errors import CheckpointError
@@ -46,7 +46,7 @@ def from_tensors(tensors: Mapping[str, Tensor], label: str, buffers: Iterable[st
 
 def _trouble(tensor: Tensor) -> str | None:
     """Why a tensor's values cannot be read one by one, and what to do; None if they can be."""
-    if isinstance(tensor, UninitializedTensorMixin):
+    if is_lazy(tensor):
         return "has no shape yet, as its module has not run; run the model once first"
     if tensor.is_nested:
         return "is nested: its rows have different lengths; pad it first"

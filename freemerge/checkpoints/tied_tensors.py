@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -62,7 +63,10 @@ def obeys_untying(folder: Path | None) -> bool:
     T5 ignores it for ties (it ties what is equal), and takes it as a sign of another scale of the outputs.
     """
     architecture = _architecture(folder)
-    return architecture is None or not type(architecture.model.config)(tie_word_embeddings=False).tie_word_embeddings
+    if architecture is None:
+        return True
+    config: Any = type(architecture.model.config)  # each model's has settings of its own
+    return not config(tie_word_embeddings=False).tie_word_embeddings
 
 
 def find_left_out(folder: Path, missing: Iterable[str], held: Iterable[str]) -> dict[str, str]:
@@ -76,12 +80,12 @@ def find_left_out(folder: Path, missing: Iterable[str], held: Iterable[str]) -> 
     Returns:
         Name → the held name.
     """
-    missing, held = [name for name in missing if may_be_tied(name)], set(held)
-    groups = find_groups(folder, (*missing, *held)) if missing else None
-    found = {}
+    wanted, present = [name for name in missing if may_be_tied(name)], set(held)
+    groups = find_groups(folder, (*wanted, *present)) if wanted else None
+    found: dict[str, str] = {}
     for group in groups or ():
-        first = next((name for name in group if name in held), None)
-        found |= {name: first for name in group if first is not None and name in missing}
+        first = next((name for name in group if name in present), None)
+        found |= {name: first for name in group if first is not None and name in wanted}
     return found
 
 

@@ -127,7 +127,7 @@ class ArrayDataset(Dataset):
         batch = self.__getitems__([index])
         return batch.inputs[0], batch.labels[0]
 
-    def __getitems__(self, indices: Sequence[int]) -> StackedBatch:
+    def __getitems__(self, indices: Sequence[int]) -> StackedBatch[Tensor]:
         """Fetches a batch at once; `DataLoader` prefers this over B calls of `__getitem__`."""
         index = torch.as_tensor(indices)
         return StackedBatch(self.preprocessing(self.images[index]), self.labels[index])

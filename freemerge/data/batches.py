@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -11,8 +11,10 @@ from torch.utils.data import default_collate
 
 from freemerge.inputs import IGNORED, Inputs, join, join_padded, select
 
+_Inputs = TypeVar("_Inputs", bound=Inputs)
 
-class StackedBatch(Sequence):
+
+class StackedBatch(Sequence[tuple[_Inputs, Tensor]], Generic[_Inputs]):
     """A batch that is stacked already, yet can be read as the list of samples that torch's contract asks for.
 
     torch lets a dataset fetch many samples at once (`__getitems__`) but wants a list back, which the collate function
@@ -23,17 +25,17 @@ class StackedBatch(Sequence):
         labels: (B,), or (B, L) where each token has one.
     """
 
-    def __init__(self, inputs: Inputs, labels: Tensor) -> None:
+    def __init__(self, inputs: _Inputs, labels: Tensor) -> None:
         self.inputs = inputs
         self.labels = labels
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, index: int) -> tuple[Inputs, Tensor]:  # type: ignore[override]
+    def __getitem__(self, index: int) -> tuple[_Inputs, Tensor]:  # type: ignore[override] # nobody takes slices
         return select(self.inputs, index), self.labels[index]
 
-    def __iter__(self) -> Iterator[tuple[Inputs, Tensor]]:
+    def __iter__(self) -> Iterator[tuple[_Inputs, Tensor]]:
         return (self[index] for index in range(len(self)))
 
 

@@ -106,13 +106,13 @@ class BalancedSampler(EpochSampler):
         return len(self.sizes) * self.per_dataset
 
     def _order(self, generator: torch.Generator) -> Tensor:
-        draws, offset = [], 0
+        parts, offset = [], 0
         for size in self.sizes:
             rounds = -(-self.per_dataset // size)
             once = [torch.randperm(size, generator=generator) for _ in range(rounds)]
-            draws.append(torch.cat(once)[: self.per_dataset] + offset)
+            parts.append(torch.cat(once)[: self.per_dataset] + offset)
             offset += size
-        draws = torch.cat(draws)
+        draws = torch.cat(parts)
         return draws[torch.randperm(len(draws), generator=generator)]
 
 

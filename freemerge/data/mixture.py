@@ -129,7 +129,8 @@ class JoinedDataset(Dataset):
     def lengths(self) -> torch.Tensor | None:
         """Of the samples, (N,), if all datasets have them."""
         parts = [lengths_of(dataset) for dataset in self.datasets]
-        return None if any(part is None for part in parts) else torch.cat(parts)
+        known = [part for part in parts if part is not None]
+        return torch.cat(known) if len(known) == len(parts) else None
 
     def _locate(self, index: int) -> tuple[int, int]:
         if not 0 <= index < len(self):

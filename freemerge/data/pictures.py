@@ -67,7 +67,7 @@ class PictureDataset(Dataset):
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         return self.__getitems__([index])[0]
 
-    def __getitems__(self, indices: Sequence[int]) -> StackedBatch:
+    def __getitems__(self, indices: Sequence[int]) -> StackedBatch[Tensor]:
         """Fetches a batch at once; `DataLoader` prefers this over B calls of `__getitem__`.
 
         Raises:

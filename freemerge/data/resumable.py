@@ -20,7 +20,8 @@ from freemerge.data.errors import raised_here
 def random_state() -> dict[str, Any]:
     """The state of Python's, NumPy's and torch's global generators, as tensors and plain values."""
     version, words, gauss = random.getstate()
-    name, keys, position, has_gauss, cached = np.random.get_state()  # noqa: NPY002 - the global one is what is kept
+    state: Any = np.random.get_state()  # noqa: NPY002 - the global one is what is kept
+    name, keys, position, has_gauss, cached = state
     return {
         "python": [version, list(words), gauss],
         "numpy": [name, keys.tolist(), int(position), int(has_gauss), float(cached)],
@@ -53,7 +54,8 @@ class ResumableLoader(DataLoader):
     _taken = 0
     _resume: dict[str, Any] | None = None
 
-    def __iter__(self) -> Iterator[Any]:
+    # torch promises its own iterators, of which nothing but batches is ever asked.
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         # A generator: nothing happens before the first batch is asked for, by when Lightning has told the epoch, and a
         # checkpoint has told where to go on.
         return raised_here(self._batches(super().__iter__))
@@ -87,5 +89,5 @@ class ResumableLoader(DataLoader):
 class EvaluationLoader(DataLoader):
     """A DataLoader whose workers' errors about data are one line."""
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override] # see `ResumableLoader`
         return raised_here(super().__iter__())

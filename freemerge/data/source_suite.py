@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,8 @@ class SourceSuite(TaskSuite):
         return self.pretraining_source is not None
 
     def pretraining(self) -> Task | None:
-        return self.pretraining_source.build("pretraining", self.seed) if self.has_pretraining else None
+        source = self.pretraining_source
+        return None if source is None else source.build("pretraining", self.seed)
 
     def build(self, name: str) -> Task:
         return self.sources[name].build(name, self.seed)
@@ -126,16 +128,23 @@ class NpzSuite(SourceSuite):
         shared_heads: list[list[str]] | None = None,
         pretraining: str | None = None,
     ) -> None:
-        options = {
-            "image_size": image_size, "channels": channels, "mean": mean, "std": std, "augment": augment,
-            "train_size": train_size, "val_size": val_size, "test_size": test_size,
-        }  # fmt: skip
+        read = partial(
+            NpzSource,
+            image_size=image_size,
+            channels=channels,
+            mean=mean,
+            std=std,
+            augment=augment,
+            train_size=train_size,
+            val_size=val_size,
+            test_size=test_size,
+        )
         files = _files(folder, (".npz",))
-        sources = {name: NpzSource(path=path, **options) for name, path in files.items()}
+        sources: dict[str, TaskSource] = {name: read(path=path) for name, path in files.items()}
         source: TaskSource | None = None
         if pretraining is not None:
             pooled = pretraining == "pooled"
-            source = PooledSource(sources=sources) if pooled else NpzSource(path=pretraining, **options)
+            source = PooledSource(sources=sources) if pooled else read(path=pretraining)
         super().__init__(sources, tasks, batch_size, eval_batch_size, num_workers, seed, held_out, shared_heads, source)
 
 
@@ -186,17 +195,24 @@ class TextTableSuite(SourceSuite):
         held_out: list[str] | None = None,
         shared_heads: list[list[str]] | None = None,
     ) -> None:
-        options = {
-            "tokenizer": tokenizer, "text": text, "label": label, "split": split, "kind": kind,
-            "max_length": max_length, "max_target_length": max_target_length,
-            "train_size": train_size, "val_size": val_size, "test_size": test_size,
-        }  # fmt: skip
+        read = partial(
+            TextTableSource,
+            tokenizer=tokenizer,
+            text=text,
+            label=label,
+            split=split,
+            kind=kind,
+            max_length=max_length,
+            max_target_length=max_target_length,
+            train_size=train_size,
+            val_size=val_size,
+            test_size=test_size,
+        )
         files = _files(folder, (".csv", ".tsv", ".jsonl", ".parquet", ".csv.gz", ".tsv.gz", ".jsonl.gz"))
         if unknown := set(metrics or {}) - set(files):
             raise ValueError(f"{folder}: metrics names {sorted(unknown)[0]!r}; tasks: {', '.join(files)}")
-        sources = {
-            name: TextTableSource(path=path, metric=(metrics or {}).get(name), **options)
-            for name, path in files.items()
+        sources: dict[str, TaskSource] = {
+            name: read(path=path, metric=(metrics or {}).get(name)) for name, path in files.items()
         }
         super().__init__(sources, tasks, batch_size, eval_batch_size, num_workers, seed, held_out, shared_heads)
 

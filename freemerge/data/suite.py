@@ -116,7 +116,8 @@ class TaskSuite(L.LightningDataModule):
         if not isinstance(image, Tensor) or image.dim() != 3:
             found = f"shape {tuple(image.shape)}" if isinstance(image, Tensor) else f"the keys {', '.join(image)}"
             raise ValueError(f"the inputs of task {name!r} are no images (C, H, W): they have {found}")
-        return tuple(image.shape)
+        channels, height, width = image.shape
+        return channels, height, width
 
     def head_group(self, name: str) -> tuple[str, ...]:
         """The tasks that share a head with this one, itself included: those of its group that are fine-tuned on.
@@ -259,7 +260,7 @@ class TaskSuite(L.LightningDataModule):
         for cls in type(self).__mro__:
             if "__init__" not in vars(cls):
                 continue
-            for name, parameter in inspect.signature(cls.__init__).parameters.items():
+            for name, parameter in inspect.signature(vars(cls)["__init__"]).parameters.items():
                 if name in _LOADING or parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
                     continue
                 if not hasattr(self, name):

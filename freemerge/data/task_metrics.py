@@ -47,7 +47,7 @@ class TaskMetric:
     @classmethod
     def of(cls, task: Task) -> TaskMetric:
         """What a task says that it is judged by."""
-        return cls(task.kind, task.metric)
+        return cls(task.kind, task.metric or METRICS[task.kind][0])
 
     @classmethod
     def parse(cls, text: str) -> TaskMetric:
@@ -128,18 +128,14 @@ def metric_for(name: str, num_classes: int | None = None) -> Metric:
         ValueError: there is no such metric, or it needs the number of classes.
     """
     # Each from its own place and when it is wanted: all of torchmetrics' texts and images take long to import.
-    from torchmetrics import classification, regression
+    from torchmetrics import regression
 
     metric = TaskMetric.parse(name)
     name = metric.name
-    if metric.kind == "classification" and not num_classes:
-        raise ValueError(f"{name} needs the number of classes")
-    if name == "accuracy":
-        return classification.MulticlassAccuracy(num_classes, average="micro")
-    if name == "f1_macro":
-        return classification.MulticlassF1Score(num_classes, average="macro")
-    if name == "matthews":
-        return classification.MulticlassMatthewsCorrCoef(num_classes)
+    if metric.kind == "classification":
+        if not num_classes:
+            raise ValueError(f"{name} needs the number of classes")
+        return _compare_classes(name, num_classes)
     if name == "pearson":
         return regression.PearsonCorrCoef().set_dtype(torch.float64)
     if name == "spearman":
@@ -148,10 +144,20 @@ def metric_for(name: str, num_classes: int | None = None) -> Metric:
             return regression.SpearmanCorrCoef().set_dtype(torch.float64)
     if name == "exact_match":
         return ExactMatch()
-    if name == "perplexity":
-        from torchmetrics.text import Perplexity
+    from torchmetrics.text import Perplexity
 
-        return Perplexity(ignore_index=IGNORED).set_dtype(torch.float64)
+    return Perplexity(ignore_index=IGNORED).set_dtype(torch.float64)
+
+
+def _compare_classes(name: str, num_classes: int) -> Metric:
+    from torchmetrics import classification
+
+    if name == "accuracy":
+        return classification.MulticlassAccuracy(num_classes, average="micro")
+    if name == "f1_macro":
+        return classification.MulticlassF1Score(num_classes, average="macro")
+    if name == "matthews":
+        return classification.MulticlassMatthewsCorrCoef(num_classes)
     top_k = min(int(name.removeprefix("recall@")), num_classes)
     return classification.MulticlassRecall(num_classes, top_k=top_k, average="micro")
 
@@ -162,6 +168,8 @@ class ExactMatch(Metric):
     is_differentiable = False
     higher_is_better = True
     full_state_update = False
+    right: Tensor
+    total: Tensor
 
     def __init__(self) -> None:
         super().__init__()
@@ -176,15 +184,17 @@ class ExactMatch(Metric):
             wanted: tokens (B, L), −100 where any is right, or B texts.
 
         Raises:
-            ValueError: the two are not of one shape.
+            ValueError: the two are not of one shape, or one holds tokens and the other texts.
         """
-        if isinstance(predicted, Tensor):
+        if isinstance(predicted, Tensor) and isinstance(wanted, Tensor):
             if predicted.shape != wanted.shape:
                 raise ValueError(
                     f"exact_match needs tokens of one shape, got {list(predicted.shape)} and {list(wanted.shape)}; pad "
                     "both to one length, or decode them and compare texts"
                 )
             self.right += ((predicted == wanted) | (wanted == IGNORED)).all(dim=1).sum()
+        elif isinstance(predicted, Tensor) or isinstance(wanted, Tensor):
+            raise ValueError("exact_match compares tokens with tokens or texts with texts, got one of each")
         else:
             self.right += sum(a.strip() == b.strip() for a, b in zip(predicted, wanted, strict=True))
         self.total += len(wanted)

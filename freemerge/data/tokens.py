@@ -72,7 +72,7 @@ class TokenDataset(Dataset):
     def __getitem__(self, index: int) -> tuple[dict[str, Tensor], Tensor]:
         return {name: sequences[index] for name, sequences in self.inputs.items()}, self.labels[index]
 
-    def __getitems__(self, indices: Sequence[int]) -> StackedBatch:
+    def __getitems__(self, indices: Sequence[int]) -> StackedBatch[dict[str, Tensor]]:
         """Fetches a batch at once, padded on the right to its longest text."""
         inputs = {name: sequences.padded(indices, padding_of(name)) for name, sequences in self.inputs.items()}
         if isinstance(self.labels, Ragged):

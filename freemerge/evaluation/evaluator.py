@@ -11,7 +11,7 @@ from torch import Tensor
 from freemerge.data import TaskMetric
 from freemerge.evaluation.metrics import LabelSpace, MultiTaskMetrics
 from freemerge.evaluation.report import mean_score
-from freemerge.inputs import IGNORED, Inputs, select
+from freemerge.inputs import IGNORED, Inputs, named, select
 from freemerge.models import FreeModel, FreeOutput, LanguageBackbone
 
 
@@ -69,6 +69,7 @@ class MultiTaskEvaluator(L.LightningModule):
         if world == 1:
             return size
         loaders = self.trainer.val_dataloaders if self.trainer.validating else self.trainer.test_dataloaders
+        assert loaders is not None  # a step is run by Lightning, on batches of its loaders
         loader = list(loaders.values())[dataloader_idx]
         total, first = len(loader.dataset), self.trainer.global_rank + world * batch_idx * loader.batch_size
         return max(0, min(size, -(-(total - first) // world)))
@@ -85,16 +86,18 @@ class MultiTaskEvaluator(L.LightningModule):
         """Predictions come from the inputs alone, routed unless `oracle`; of a language model, its answers' tokens."""
         inputs, labels = batch
         task = self.tasks[dataloader_idx]
-        if isinstance(self.model.backbone, LanguageBackbone):
-            return self._language_model(task).answer(inputs, _answers(inputs, labels))
+        if isinstance(backbone := self.model.backbone, LanguageBackbone):
+            return self._language_model(task, backbone).answer(inputs, _answers(inputs, labels))
         return self.model(inputs, task=task if self.oracle else None)
 
-    def _language_model(self, task: str) -> LanguageBackbone:
+    def _language_model(self, task: str, backbone: LanguageBackbone) -> LanguageBackbone:
         """The backbone with a task's expert; the one of the task before is dropped."""
         if task not in self.model.packed_experts:
-            return self.model.backbone
+            return backbone
         if self._task_model is None or self._task_model[0] != task:
-            self._task_model = (task, self.model.task_model(task).backbone)
+            changed = self.model.task_model(task).backbone
+            assert isinstance(changed, LanguageBackbone)  # a copy of the other
+            self._task_model = (task, changed)
         return self._task_model[1]
 
     def _log_results(self, split: str) -> None:
@@ -117,7 +120,8 @@ class MultiTaskEvaluator(L.LightningModule):
 def _answers(inputs: Inputs, labels: Tensor) -> Tensor:
     """Which tokens (B, L) of a causal model's inputs are the wanted answer: what the loss is of, unless that is all."""
     asked = labels != IGNORED
-    padding = ~inputs["attention_mask"].bool() if "attention_mask" in inputs else torch.zeros_like(asked)
+    given = named(inputs)
+    padding = ~given["attention_mask"].bool() if "attention_mask" in given else torch.zeros_like(asked)
     if padding.shape != asked.shape:  # the labels are of a decoder
         return asked
     return asked & ~(asked | padding).all(dim=1, keepdim=True)

@@ -81,7 +81,7 @@ class MultiTaskMetrics(nn.Module):
                 f"a metric for '{unknown[0]}', which is not among the tasks: {', '.join(label_space.tasks)}"
             )
         self.named: dict[str, TaskMetric] = {}
-        self.per_task = TaskModules()
+        self.per_task: TaskModules[Metric] = TaskModules()
         for task in label_space.tasks:
             metric = metrics.get(task, TaskMetric())
             if isinstance(metric, Metric):

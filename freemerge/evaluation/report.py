@@ -17,6 +17,8 @@ from rich.text import Text
 
 from freemerge.checkpoints import expand
 
+_Column = tuple[str, Iterable[str]]  # its heading and its cells
+
 _WIDTH = 100  # of lines that are not written to a terminal
 _MOST_BARS = 8  # tasks; of more, bars are too thin to be told apart
 
@@ -125,12 +127,14 @@ class Report:
         Returns:
             The tables; each fits, unless one column alone does not.
         """
-        tasks = [(self._heading(task), [self._cell(row, task) for row in self.rows]) for task in self._tasks]
+        tasks: list[_Column] = [
+            (self._heading(task), [self._cell(row, task) for row in self.rows]) for task in self._tasks
+        ]
         headings = ("average", "normalized", "worst drop", "extra bytes")
-        summary = list(zip(headings, zip(*map(self._summary, self.rows), strict=True), strict=True))
+        summary: list[_Column] = list(zip(headings, zip(*map(self._summary, self.rows), strict=True), strict=True))
         if _width(whole := self._table(tasks + summary)) <= width:
             return [whole]
-        parts: list[list] = [[]]
+        parts: list[list[_Column]] = [[]]
         for column in tasks:
             if parts[-1] and _width(self._table([*parts[-1], column])) > width:
                 parts.append([])

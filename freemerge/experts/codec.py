@@ -43,12 +43,12 @@ def decode_positions(coded: Tensor) -> Tensor:
     return coded.cumsum(0, dtype=torch.int64)[coded != _ESCAPE]
 
 
-def encode_values(parts: Sequence[Tensor], encoding: Encoding) -> tuple[Tensor, Tensor]:
+def encode_values(parts: Sequence[Tensor], encoding: str) -> tuple[Tensor, Tensor]:
     """Values of several parts → codes, laid end to end, and a scale for each part.
 
     Args:
         parts: P float tensors of any shapes.
-        encoding: of the values.
+        encoding: of the values, one of `ENCODINGS`.
 
     Returns:
         Codes (n,) of dtype int8 (for int4 too: from −7 to 7, whose frequencies make half bytes of them in a deflated
@@ -73,7 +73,8 @@ def encode_values(parts: Sequence[Tensor], encoding: Encoding) -> tuple[Tensor, 
         if largest <= _SMALLEST:
             codes.append(torch.zeros_like(part, dtype=torch.int8))
             continue
-        levels, errors = _LEVELS[encoding], []
+        levels = _LEVELS[encoding]
+        errors: list[tuple[float, int, float, Tensor]] = []
         for clip in _CLIPS[encoding]:
             scale = _short(clip * largest / levels)
             rounded = (part / scale).round_().clamp_(-levels, levels)

@@ -132,9 +132,10 @@ def extract_low_rank(
     for name, tensor in matrices.items():
         matrix = tensor.float().reshape(matrix_shape(tuple(tensor.shape)))
         spectra[name] = torch.linalg.svd(matrix, full_matrices=False)
-    if budget is None:
+    if rank is not None:
         ranks = {name: min(rank, len(spectrum[1])) for name, spectrum in spectra.items()}
     else:
+        assert budget is not None  # there is a density instead
         ranks = _allocated_ranks(spectra, budget - sum(floating[name].numel() for name in kept_whole))
     left, right, whole = {}, {}, {name: floating[name].float() for name in kept_whole}
     for name, r in ranks.items():

@@ -45,8 +45,10 @@ def task_vector(base: Mapping[str, Tensor], finetuned: Mapping[str, Tensor]) -> 
                 "in the base"
             )
         first = tied.get(name)
-        both = first is not None and theirs.get(name, name) == theirs.get(first, first)
-        vector[name] = vector[first] if both else differences(tensor, [other])[0]
+        if first is not None and theirs.get(name, name) == theirs.get(first, first):  # tied in both
+            vector[name] = vector[first]
+        else:
+            vector[name] = differences(tensor, [other])[0]
     return vector
 
 

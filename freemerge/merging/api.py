@@ -236,16 +236,24 @@ def plan_merge(
     finetuned: Sequence[Source] | Mapping[str, Source],
     method: MergeMethod,
     output: str | os.PathLike[str] | None = None,
-    **options: Unpack[_Options],
+    *,
+    overrides: Sequence[Mapping[str, Any]] | None = None,
+    include: Sequence[str] | None = None,
+    exclude: Sequence[str] | None = None,
+    dtype: torch.dtype | str | None = None,
+    embeddings: str = "error",
+    device: torch.device | str | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    **writing: Unpack[_Writing],
 ) -> Estimate:
     """Check everything of a merge that can be told without reading values, and say what would be done.
 
     Args:
-        base: the pretrained model.
+        base: see `merge`; so are all options that are named here.
         finetuned: the fine-tuned models.
         method: how to merge.
         output: what would be written; None if tensors would be returned.
-        options: those of `merge` and `merge_to`.
+        writing: see `merge_to`.
 
     Returns:
         The tensors that take part, and about how much is read, written and held in memory.
@@ -255,11 +263,21 @@ def plan_merge(
         CheckpointError: a file cannot be read, or could not be written.
     """
     labelled = label_sources(finetuned)
-    names = _Writing.__annotations__
-    writing = {name: value for name, value in options.items() if name in names}
-    selecting = {name: value for name, value in options.items() if name not in names}
     target = make_output(output, [base, *(source for _, source in labelled)], **writing)
-    job = prepare(base, labelled, method, target, distributed=options.get("distributed", False), **selecting)
+    job = prepare(
+        base,
+        labelled,
+        method,
+        target,
+        overrides=overrides,
+        include=include,
+        exclude=exclude,
+        dtype=dtype,
+        embeddings=embeddings,
+        device=device,
+        progress=progress,
+        distributed=writing.get("distributed", False),
+    )
     try:
         return estimate(job.reader, job.method, plan_files(job, target), job.meter.total)
     finally:

@@ -89,7 +89,7 @@ class Vectors:
         def work(jobs: Iterator[str | Chunk]) -> None:
             for job in jobs:
                 if isinstance(job, Chunk):
-                    see(self._read_chunk(job))
+                    see(self.read_chunk(job))
                 else:
                     look(job)
 
@@ -239,13 +239,21 @@ class Vectors:
         def read(name: str) -> Tensor:
             return change(name, self._read(name))
 
+        if self._read_chunk is None or change_chunk is None:
+            return self._changed(self.shapes, read, None)
+        read_before, change_run = self._read_chunk, change_chunk
+
         def read_chunk(chunk: Chunk) -> Tensor:
-            return change_chunk(chunk, self._read_chunk(chunk))
+            return change_run(chunk, read_before(chunk))
 
-        cuts = self._read_chunk is not None and change_chunk is not None
-        return self._changed(self.shapes, read, read_chunk if cuts else None)
+        return self._changed(self.shapes, read, read_chunk)
 
-    def _changed(self, shapes, read, read_chunk) -> Vectors:
+    def _changed(
+        self,
+        shapes: Mapping[str, Sequence[int]],
+        read: Callable[[str], Tensor],
+        read_chunk: Callable[[Chunk], Tensor] | None,
+    ) -> Vectors:
         return Vectors(self.labels, shapes, read, read_chunk, self._processes, self._chunk)
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:

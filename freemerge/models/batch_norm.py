@@ -20,7 +20,7 @@ from freemerge.inputs import to_device
 from freemerge.runtime.process_group import rank_and_world
 
 
-def batch_norms(module: nn.Module) -> dict[str, nn.Module]:
+def batch_norms(module: nn.Module) -> dict[str, _BatchNorm]:
     """The layers whose statistics can be measured, by name."""
     return {
         name: layer

@@ -54,7 +54,9 @@ def experts_to_state(experts: Mapping[str, PackedExpert]) -> dict[str, Tensor]:
     Raises:
         ValueError: if the class of an expert has no `KIND` of its own.
     """
-    state, layouts, shared = {}, {}, []
+    state: dict[str, Tensor] = {}
+    layouts: dict[str, dict[str, Any]] = {}
+    shared: list[Mapping[str, Tensor]] = []
     for task, packed in experts.items():
         layouts[task] = packed.layout()
         state |= {f"experts.{task}.{name}": tensor for name, tensor in packed.tensors().items()}

@@ -27,7 +27,7 @@ from freemerge.models.by_task import TaskModules
 from freemerge.models.classes import arguments_of, import_class, is_own, make
 from freemerge.models.free_model import FreeModel
 from freemerge.models.heads import build_head, describe_head
-from freemerge.models.routers import ConvRouter, EarlyRouter, make_router
+from freemerge.models.routers import ConvRouter, EarlyRouter, Router, make_router
 from freemerge.names import class_name
 
 FORMAT = "freemerge-free-model-4"
@@ -60,7 +60,8 @@ def save_free_model(model: FreeModel, directory: str | Path) -> Path:
 
 def _describe(model: FreeModel) -> dict[str, Any]:
     """What `freemerge.json` says, but for the hash; checks that every part can be written."""
-    heads, first = {}, {}
+    heads: dict[str, dict[str, Any]] = {}
+    first: dict[int, str] = {}
     for task, head in model.heads.items():
         same_as = first.setdefault(id(head), task)
         described = describe_head(head, f"the head of {task!r}") if same_as == task else {"same_as": same_as}
@@ -95,11 +96,12 @@ def _describe(model: FreeModel) -> dict[str, Any]:
 
 
 def _describe_router(router: nn.Module) -> dict[str, Any]:
+    config: Any = getattr(router, "config", None)
     if type(router) in (ConvRouter, EarlyRouter):
-        return router.config
+        return config
     arguments = arguments_of(router, "FreeModel: the router")
-    if arguments is None and isinstance(getattr(router, "config", None), dict):
-        arguments = {key: value for key, value in router.config.items() if key != "kind"}
+    if arguments is None and isinstance(config, dict):
+        arguments = {key: value for key, value in config.items() if key != "kind"}
     return {"class": class_name(type(router)), "arguments": arguments}
 
 
@@ -170,7 +172,7 @@ def load_free_model(
     backbone: Backbone | None = None,
     *,
     heads: Mapping[str, nn.Module] | None = None,
-    router: nn.Module | None = None,
+    router: Router | None = None,
     trust_remote_code: bool = False,
 ) -> FreeModel:
     """Load a folder written by `save_free_model`.
@@ -190,7 +192,7 @@ def load_free_model(
     directory, where = expand(directory), str(directory)
     description = _read_description(directory)
     passed = backbone is not None
-    if not passed:
+    if backbone is None:
         backbone = load_backbone(directory, trust_remote_code)
     with exclusive(backbone.model):  # one that is passed may be in use
         merged_hash = hash_tensors(backbone.weights())
@@ -284,7 +286,7 @@ def _load_experts(
     return experts
 
 
-def _make_router(description: Mapping[str, Any], where: str, trust: bool) -> nn.Module:
+def _make_router(description: Mapping[str, Any], where: str, trust: bool) -> Router:
     if (name := description.get("class")) is None:
         return make_router(description)
     kind = import_class(name, where, "the router", "pass router=…", trust)

@@ -418,7 +418,7 @@ class FreeModel(nn.Module):
         backbone: Backbone | None = None,
         *,
         heads: Mapping[str, nn.Module] | None = None,
-        router: nn.Module | None = None,
+        router: Router | None = None,
         trust_remote_code: bool = False,
     ) -> FreeModel:
         """Load a folder written by `save_pretrained`; see `freemerge.models.free_folder`."""

@@ -88,7 +88,7 @@ def build_head(described: Mapping[str, Any], where: str, what: str, give: str, t
             sequence.add_module(key, build_head(layer, where, what, give, trust))
         return sequence
     if name in _LAYERS:
-        return _LAYERS[name](**arguments)
+        return _LAYERS[name](**described["arguments"])
     if "." not in name:
         raise CheckpointError(f"{where}: {what} is a {name!r}, which this version does not know; update freemerge")
     kind = import_class(name, where, what, give, trust)

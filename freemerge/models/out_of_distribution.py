@@ -27,6 +27,13 @@ class Familiarity(nn.Module):
         least: (), inputs less familiar than this are strange; −∞ at first. Its owner chooses it.
     """
 
+    mean: Tensor
+    directions: Tensor
+    centers: Tensor
+    whitening: Tensor
+    offsets: Tensor
+    least: Tensor
+
     def __init__(self, num_tasks: int, width: int, directions: int = 16) -> None:
         super().__init__()
         directions = min(directions, width)

@@ -119,7 +119,7 @@ class ConvRouter(Router):
             ]
         )
 
-    def features(self, inputs: Tensor, backbone: Backbone | None = None) -> Tensor:
+    def features(self, inputs: Inputs, backbone: Backbone | None = None) -> Tensor:
         """Images (B, C, H, W) → (B, 3·(C + 5·width)) in float32."""
         maps = self.norm(inputs)
         found = [_summed_up(_places(maps))]
@@ -212,7 +212,7 @@ def early_features(inputs: Inputs, backbone: Backbone, point: str, segments: int
         shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
         raise ValueError(f"router: {point!r} puts out {shape}; expected tokens (B, N, F) or maps (B, F, H, W)")
     tokens = _places(found) if found.dim() == 4 else found
-    given = inputs if isinstance(inputs, Mapping) else {}
+    given: Mapping[str, Any] = inputs if isinstance(inputs, Mapping) else {}
     mask = given.get("attention_mask")  # (B, N)
     if segments == 1:
         return _summed_up(tokens, mask)
@@ -230,13 +230,14 @@ def _places(maps: Tensor) -> Tensor:
 def _summed_up(tokens: Tensor, mask: Tensor | None = None) -> Tensor:
     """Mean, spread and maximum of tokens (B, N, F), where a mask (B, N) is 1: (B, 3·F) in float32; 0 of no token."""
     tokens = tokens.float()
+    count: Tensor | int
     if mask is None:
         count, largest = tokens.shape[1], tokens.amax(dim=1)
     else:
         kept = mask.to(tokens.dtype)[:, :, None]  # (B, N, 1)
-        count = kept.sum(dim=1)  # (B, 1)
-        largest = tokens.masked_fill(kept == 0, float("-inf")).amax(dim=1).masked_fill(count == 0, 0.0)
-        tokens, count = tokens * kept, count.clamp(min=1)
+        held = kept.sum(dim=1)  # (B, 1)
+        largest = tokens.masked_fill(kept == 0, float("-inf")).amax(dim=1).masked_fill(held == 0, 0.0)
+        tokens, count = tokens * kept, held.clamp(min=1)
     mean, square = tokens.sum(dim=1) / count, tokens.square().sum(dim=1) / count  # many times as fast as `std`
     spread = (square - mean.square()).clamp(min=1e-6).sqrt()  # the root of 0 has no gradient
     return torch.cat([mean, spread, largest], dim=1)

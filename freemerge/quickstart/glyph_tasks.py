@@ -68,7 +68,7 @@ def build_letters(seed: int) -> Task:
             labels += [label] * per_class
         images = render(stack(drawn), distortion, seed, "letters", split)
         sets[split] = dataset(images, labels, _AUGMENT if split == "train" else None)
-    return Task("letters", tuple(string.ascii_uppercase), **sets)
+    return Task("letters", tuple(string.ascii_uppercase), sets["train"], sets["val"], sets["test"])
 
 
 def script_characters(seed: int) -> dict[str, dict[str, tuple[str, ...]]]:
@@ -115,7 +115,7 @@ def build_scripts(seed: int) -> Task:
             labels += [label] * per_class
         images = render(stack(drawn), distortion, seed, "scripts", split)
         sets[split] = dataset(images, labels, _AUGMENT if split == "train" else None)
-    return Task("scripts", tuple(SCRIPTS), **sets)
+    return Task("scripts", tuple(SCRIPTS), sets["train"], sets["val"], sets["test"])
 
 
 def typeface_words(seed: int) -> dict[str, tuple[str, ...]]:
@@ -157,4 +157,4 @@ def build_typefaces(seed: int) -> Task:
                 labels.append(label)
         images = render(stack(drawn), distortion, seed, "typefaces", split)
         sets[split] = dataset(images, labels, augment if split == "train" else None)
-    return Task("typefaces", TYPEFACES, **sets)
+    return Task("typefaces", TYPEFACES, sets["train"], sets["val"], sets["test"])

@@ -59,7 +59,7 @@ def build_digits(seed: int) -> Task:
     for split, part in (("train", order[:1047]), ("val", order[1047:1297]), ("test", order[1297:])):
         images = render(pictures[part], distortion, seed, "digits", split)
         sets[split] = dataset(images, data.target[part].tolist(), augment if split == "train" else None)
-    return Task("digits", tuple(str(digit) for digit in range(10)), **sets)
+    return Task("digits", tuple(str(digit) for digit in range(10)), sets["train"], sets["val"], sets["test"])
 
 
 def texture_rectangles(seed: int) -> dict[str, dict[str, list[Rectangle]]]:
@@ -98,7 +98,7 @@ def build_textures(seed: int) -> Task:
         labels = [label for label, squares in enumerate(photographs.values()) for _ in squares]
         images = render(torch.stack(crops), distortion, seed, "textures", split)
         sets[split] = dataset(images, labels, augment if split == "train" else None)
-    return Task("textures", TEXTURES, **sets)
+    return Task("textures", TEXTURES, sets["train"], sets["val"], sets["test"])
 
 
 def _medallion() -> Tensor:
@@ -149,4 +149,10 @@ def build_faces(seed: int) -> Task:
                 labels += [label] * (2 * copies)
         images = render(torch.stack(chosen), distortion, seed, "faces", split) * _medallion()
         sets[split] = dataset(images, labels, augment if split == "train" else None)
-    return Task("faces", ("other", "upright", "turned left", "upside down", "turned right"), **sets)
+    return Task(
+        "faces",
+        ("other", "upright", "turned left", "upside down", "turned right"),
+        sets["train"],
+        sets["val"],
+        sets["test"],
+    )

@@ -109,4 +109,4 @@ def build_pretraining(seed: int) -> Task:
         ]
         labels = [label for label in range(len(names)) for _ in range(count)]
         sets[split] = dataset(torch.cat(images), labels, augment if split == "train" else None)
-    return Task("pretraining", names, **sets)
+    return Task("pretraining", names, sets["train"], sets["val"], sets["test"])

@@ -45,7 +45,7 @@ def returning(threshold: int, scattered: int) -> Iterator[None]:
     """
     global _watch
     library = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if not hasattr(library, "mallopt"):  # other C libraries have none, or one that does nothing
+    if library is None or not hasattr(library, "mallopt"):  # other C libraries have none, or one that does nothing
         yield
         return
     if owned := _owned:

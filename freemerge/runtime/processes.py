@@ -30,14 +30,17 @@ class Processes:
     """
 
     def __init__(self, shared: bool = False) -> None:
-        self.rank, self.size, self._group = 0, 1, None
+        self.rank, self.size = 0, 1
+        self._group: dist.ProcessGroup | None = None
         if not shared:
             return
         if not in_process_group():
             raise MergeError("a distributed merge needs torch.distributed.init_process_group first (torchrun)")
         self.rank, self.size = rank_and_world()
         if self.size > 1:
-            self._group = dist.new_group(backend="gloo", timeout=_PATIENCE)
+            group = dist.new_group(backend="gloo", timeout=_PATIENCE)
+            assert not isinstance(group, int)  # a process that is no member gets a number, and all are members
+            self._group = group
 
     def close(self) -> None:
         """Give the group up."""
@@ -88,7 +91,7 @@ class Processes:
 
     def first(self, function: Callable[[], _Result]) -> _Result:
         """Call a function in the first process alone; all get its result, or its error."""
-        return self.together(lambda: function() if self.rank == 0 else None)[0]
+        return self.together(lambda: [function()] if self.rank == 0 else [])[0][0]
 
 
 def _portable(error: BaseException | None) -> Any:

@@ -7,8 +7,8 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import FileIO
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 from torch import Tensor
@@ -52,7 +52,7 @@ def read_bytes(path: Path, begin: int, stop: int, name: str) -> Tensor:
     """
     data = fresh((stop - begin,), torch.uint8)
     if stop > begin:
-        files: OrderedDict[str, BinaryIO] | None = getattr(_kept, "files", None)
+        files: OrderedDict[str, FileIO] | None = getattr(_kept, "files", None)
         try:
             if files is None:
                 with path.open("rb", buffering=0) as file:
@@ -66,9 +66,9 @@ def read_bytes(path: Path, begin: int, stop: int, name: str) -> Tensor:
     return data
 
 
-def _fill(data: Tensor, file: BinaryIO, begin: int) -> bool:
+def _fill(data: Tensor, file: FileIO, begin: int) -> bool:
     """Read the bytes of a file from `begin` on; False if it has fewer."""
-    view, done = memoryview(data.numpy()), 0
+    view, done = data.numpy().data, 0
     file.seek(begin)
     while done < len(view):  # one read returns at most 2 GiB
         count = file.readinto(view[done:])
@@ -78,7 +78,7 @@ def _fill(data: Tensor, file: BinaryIO, begin: int) -> bool:
     return True
 
 
-def _kept_open(files: OrderedDict[str, BinaryIO], path: Path) -> BinaryIO:
+def _kept_open(files: OrderedDict[str, FileIO], path: Path) -> FileIO:
     """The file, from those that this thread keeps open."""
     key = os.fspath(path)
     if key in files:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from typing import TypeVar
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -88,7 +88,7 @@ def run(
 
     threads = [threading.Thread(target=body, name=f"freemerge-{index}", daemon=True) for index in range(size)]
     before = torch.get_num_threads()
-    heap = nullcontext()  # within another run its setting holds
+    heap: AbstractContextManager[None] = nullcontext()  # within another run its setting holds
     if not hasattr(_team, "size"):
         heap = returning(returned or (REUSED if cost is None else _WHOLE), _SCATTERED // 4 if budget else _SCATTERED)
     with heap:
@@ -114,7 +114,7 @@ def each(function: Callable[[_Item], _Result], items: Sequence[_Item]) -> list[_
     """
     if team_size() == 1 or len(items) < 2:
         return [function(item) for item in items]
-    results: list[_Result | None] = [None] * len(items)
+    results: dict[int, _Result] = {}
 
     def work(jobs: Iterator[int]) -> None:
         for index in jobs:
@@ -122,7 +122,7 @@ def each(function: Callable[[_Item], _Result], items: Sequence[_Item]) -> list[_
             relieve()
 
     run(work, range(len(items)))
-    return results
+    return [results[index] for index in range(len(items))]
 
 
 def scratch(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -155,7 +155,7 @@ def load_linalg(device: torch.device) -> None:
             _loaded.add(device)
 
 
-class _Source:
+class _Source(Generic[_Job]):
     """Deals jobs out to threads, within a budget."""
 
     def __init__(self, jobs: Iterable[_Job], cost: Callable[[_Job], int] | None, budget: int) -> None:
@@ -166,7 +166,7 @@ class _Source:
         self._spent = 0
         self._changed = threading.Condition()
         # A job that does not fit keeps its place: whoever waits for it holds the turn, so that jobs go out in order.
-        self._turn = threading.Lock() if cost is not None else nullcontext()
+        self._turn: AbstractContextManager[Any] = threading.Lock() if cost is not None else nullcontext()
 
     def deal(self) -> Iterator[_Job]:
         """The jobs of one thread; asking for the next says that the last is done."""
@@ -174,9 +174,12 @@ class _Source:
             spent = 0
             with self._turn:
                 with self._changed:
-                    job = None if self.error is not None else next(self._jobs, self)
-                if job is None or job is self:
-                    return
+                    if self.error is not None:
+                        return
+                    try:
+                        job = next(self._jobs)
+                    except StopIteration:
+                        return
                 if self._cost is not None:
                     spent = self._cost(job)
                     with self._changed:

@@ -10,10 +10,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
+
+_Keys = TypeVar("_Keys", np.ndarray, Tensor)
 
 _COUNTERS = 1 << 21  # one counter per number up to this width: 8 MiB a bracket, 16 for 2³¹ values and more
 _COLLECTED = 1 << 23  # values collected in a wide bracket, half of them expected: 16 to 32 MiB
@@ -50,7 +53,8 @@ class Bracket:
             return
         if width > _COUNTERS:
             self._shift = max(width.bit_length() - _COARSE_BITS, 0)
-        self._counts = np.zeros(((width - 1) >> self._shift) + 1, dtype=np.int32 if total < 1 << 31 else np.int64)
+        dtype = np.int32 if total < 1 << 31 else np.int64
+        self._counts: np.ndarray = np.zeros(((width - 1) >> self._shift) + 1, dtype=dtype)
 
     def see(self, values: Tensor) -> None:
         """Count the values of one batch, (n,) float32."""
@@ -64,7 +68,7 @@ class Bracket:
         with self._lock:
             self._below += below
             if self._collected is not None:
-                self._collect(within)
+                self._collect(self._collected, within)
             elif len(within):
                 self._count(bins, counts)
 
@@ -78,7 +82,7 @@ class Bracket:
             self._below += below
             self._counts += counts
 
-    def _bins(self, keys):
+    def _bins(self, keys: _Keys) -> _Keys:
         """Which counters keys are counted by: int64, as their distance may be no int32; in place."""
         keys -= self._first
         keys >>= self._shift
@@ -87,8 +91,8 @@ class Bracket:
     def add(self, other: Bracket) -> None:
         """Take over what an equal bracket has counted elsewhere."""
         self._below += other._below
-        if self._collected is not None:
-            self._collect(other._collected[: min(other._size, _COLLECTED)])
+        if self._collected is not None and other._collected is not None:
+            self._collect(self._collected, other._collected[: min(other._size, _COLLECTED)])
             self._size += max(0, other._size - _COLLECTED)
         else:
             self._counts += other._counts
@@ -106,10 +110,10 @@ class Bracket:
             held, self._collected = self._collected, _buffer()
             self._collected[: len(held)] = held
 
-    def _collect(self, values: np.ndarray) -> None:
+    def _collect(self, collected: np.ndarray, values: np.ndarray) -> None:
         self._size += len(values)
         if self._size <= _COLLECTED:  # beyond that `answer` gives up
-            self._collected[self._size - len(values) : self._size] = values
+            collected[self._size - len(values) : self._size] = values
 
     def _count(self, bins: np.ndarray, counts: np.ndarray | int) -> None:
         if isinstance(counts, int):  # many values: cheaper all at once than sorted first
@@ -185,8 +189,8 @@ def _within(values: Tensor, low: np.float32, high: np.float32) -> tuple[np.ndarr
 
 def _within_on_device(values: Tensor, low: np.float32, high: np.float32) -> tuple[Tensor, int]:
     """The same, where the values are."""
-    low, high = float(low), float(high)
-    return values[(values >= low) & (values <= high)], int((values < low).sum())
+    least, greatest = float(low), float(high)
+    return values[(values >= least) & (values <= greatest)], int((values < least).sum())
 
 
 def make_brackets(sample: Tensor, ranks: Sequence[int], total: int) -> list[list[Bracket]]:

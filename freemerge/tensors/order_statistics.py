@@ -57,14 +57,18 @@ def order_statistics(
     for rank in ranks:
         if not 0 <= rank < total:
             raise ValueError(f"there is no value of rank {rank} among {total}")
-    sampled = sample is not None and sample.shape[1] > 0
-    if total <= (_PARTITIONED_DESPITE_SAMPLE if sampled else _PARTITIONED):
+    if sample is not None and sample.shape[1] == 0:
+        sample = None
+    if total <= (_PARTITIONED if sample is None else _PARTITIONED_DESPITE_SAMPLE):
         blocks: list[np.ndarray] = [np.empty((rows, 0), dtype=np.float32)]
         scan(lambda block: blocks.append(block.cpu().numpy().copy()))
         values = np.concatenate(gather(np.concatenate(blocks, axis=1)), axis=1)
         return torch.from_numpy(np.partition(values, sorted(set(ranks)), axis=1)[:, list(ranks)])
-    found = _bracketed(scan, ranks, shape, sample.cpu(), gather) if sampled else None
-    return _bracketed(scan, ranks, shape, torch.empty(rows, 0), gather) if found is None else found
+    found = None if sample is None else _bracketed(scan, ranks, shape, sample.cpu(), gather)
+    if found is None:
+        found = _bracketed(scan, ranks, shape, torch.empty(rows, 0), gather)
+    assert found is not None  # brackets that are made without a sample hold every value
+    return found
 
 
 def tensor_sample(values: Tensor) -> Tensor:
@@ -90,11 +94,13 @@ def _bracketed(
         scan(see)
         brackets = _sum(gather(brackets))
         found = {place: bracket.answer() for place, bracket in brackets.items()}
-        if any(answer is None for answer in found.values()):
-            return None
-        brackets = {place: answer for place, answer in found.items() if isinstance(answer, Bracket)}
+        brackets = {}
         for place, answer in found.items():
-            if place not in brackets:
+            if answer is None:
+                return None
+            if isinstance(answer, Bracket):
+                brackets[place] = answer
+            else:
                 answers[place] = answer
     return answers
 

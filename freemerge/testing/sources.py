@@ -167,7 +167,8 @@ def _check_apart(where: str, task: Task, looked_at: Mapping[str, list[int]]) -> 
     """Test samples are not training samples; a few pictures may be alike, all of them are not by chance."""
     if isinstance(task.train[0][0], Mapping):  # short texts recur
         return
-    train = {_content(_seeded(where, task.train, index)) for index in range(min(len(task.train), 2000))}
+    size = len(task.train)  # type: ignore[arg-type] # torch's class has no length, and every dataset of a task has
+    train = {_content(_seeded(where, task.train, index)) for index in range(min(size, 2000))}
     test = [_content(_seeded(where, task.test, index)) for index in looked_at["test"]]
     _check(
         len(set(test)) < 3 or not set(test) <= train,

@@ -127,6 +127,9 @@ def open_distributed(folder: Path, label: str) -> Checkpoint:
 class _Record:
     """What an object of a pickle becomes: what it was made from, and no behaviour."""
 
+    arguments: tuple[object, ...]
+    state: Any
+
     def __new__(cls, *arguments: object) -> _Record:
         record = super().__new__(cls)
         record.arguments, record.state = arguments, {}

@@ -58,6 +58,8 @@ class Unpickler(pickle._Unpickler):  # of pure Python: its memo is not as large 
     """Follows a pickle; see the head of this module."""
 
     dispatch: ClassVar[dict[int, Callable]] = dict(pickle._Unpickler.dispatch)
+    stack: list[Any]  # these two are made by the base when it begins to load
+    append: Callable[[Any], None]
 
     def find_class(self, module: str, name: str) -> Any:
         """The few functions and classes that make a tensor; `Inert` for every other name. Nothing is imported."""

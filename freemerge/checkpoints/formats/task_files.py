@@ -24,6 +24,9 @@ from freemerge.errors import CheckpointError
 from freemerge.tensors.precision import largest
 
 KIND = "freemerge-task-1"
+Held = Literal["weights", "task_vector"]
+
+_HELD: tuple[Held, ...] = ("weights", "task_vector")
 _SUFFIX = ".task_vector"
 
 
@@ -41,7 +44,7 @@ class TaskRecord:
     """
 
     task: str
-    holds: Literal["weights", "task_vector"]
+    holds: Held
     base_hash: str
     seed: int | None
     metrics: dict[str, float]
@@ -125,9 +128,10 @@ def parse_record(metadata: Mapping[str, str], label: str) -> TaskRecord | None:
     try:
         dtypes = {name: getattr(torch, dtype) for name, dtype in json.loads(metadata.get("dtypes", "{}")).items()}
         seed, metrics = json.loads(metadata["seed"]), json.loads(metadata["metrics"])
-        if metadata["holds"] not in ("weights", "task_vector"):
+        holds = next((kind for kind in _HELD if kind == metadata["holds"]), None)
+        if holds is None:
             raise ValueError(metadata["holds"])
-        return TaskRecord(metadata["task"], metadata["holds"], metadata["base_hash"], seed, metrics, dtypes)
+        return TaskRecord(metadata["task"], holds, metadata["base_hash"], seed, metrics, dtypes)
     except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(

@@ -7,6 +7,7 @@ import threading
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -153,14 +154,11 @@ class _Sums:
 
 def _state_dict(loaded: object, path: Path) -> dict[str, Tensor]:
     if isinstance(loaded, Mapping):
-        for key in NESTED:
-            if isinstance(loaded.get(key), Mapping):
-                loaded = loaded[key]
-                break
+        table: Mapping[Any, Any] = next((loaded[key] for key in NESTED if isinstance(loaded.get(key), Mapping)), loaded)
         # Modules may keep state of other kinds (`_extra_state`) beside their tensors; only tensors can be merged.
-        tensors = {name: value for name, value in loaded.items() if isinstance(value, Tensor)}
+        tensors = {name: value for name, value in table.items() if isinstance(value, Tensor)}
         if tensors and all(isinstance(name, str) for name in tensors):
-            for name, value in loaded.items():
+            for name, value in table.items():
                 if isinstance(value, Inert) and not str(name).endswith("_extra_state"):
                     raise CheckpointError(
                         f"{path}: holds Python objects besides tensors in its state dict ('{name}'), which may be "
@@ -168,7 +166,7 @@ def _state_dict(loaded: object, path: Path) -> dict[str, Tensor]:
                         ".safetensors"
                     )
             return tensors
-        found = ", ".join(str(key) for key in list(loaded)[:8]) or "nothing"
+        found = ", ".join(str(key) for key in list(table)[:8]) or "nothing"
     else:
         found = f"a {type(loaded).__name__}"
     raise CheckpointError(f"{path}: holds no state dict (found: {found}); save model.state_dict()")

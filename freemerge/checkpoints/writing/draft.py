@@ -171,10 +171,10 @@ class Draft:
                 os.replace(self.folder / self.place.name, self.place)
             else:
                 for name, content in files.items():
-                    with self._beside(name).open("wb") as file:
-                        file.write(content)
-                        file.flush()
-                        os.fsync(file.fileno())
+                    with self._beside(name).open("wb") as companion:
+                        companion.write(content)
+                        companion.flush()
+                        os.fsync(companion.fileno())
                 for note in (*self.folder.glob(f"{_DONE}*"), self.folder / _PLAN):
                     note.unlink()
                 for folder in {self.folder, *(self._beside(name).parent for name in (*files, *self._shards))}:

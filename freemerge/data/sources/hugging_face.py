@@ -44,19 +44,24 @@ class HuggingFaceSource(TaskSource):
     def __post_init__(self) -> None:
         super().__post_init__()
         where = type(self).__name__
-        self.splits = {"train": "train"} if self.splits is None else dict(self.splits)
+        self.splits = dict(self._names)
         if "train" not in self.splits or set(self.splits) - set(SPLITS):
             raise ValueError(f"{where}: splits maps train, and perhaps val and test, to names; got {self.splits}")
         unsized = [split for split in self.splits if getattr(self, f"{split}_size") is None]
         if self.streaming and unsized:
             raise ValueError(f"{where}: streaming needs {unsized[0]}_size: how many samples to read")
 
+    @property
+    def _names(self) -> dict[str, str]:
+        """Split → what the dataset calls it."""
+        return {"train": "train"} if self.splits is None else self.splits
+
     def files(self) -> list[Path]:
         return [path for path in map(expand, (self.data_files or {}).values()) if path.is_file()]
 
     def prepare(self) -> None:
         if not self.streaming:
-            for split in self.splits:
+            for split in self._names:
                 self._load(split)  # into the cache of `datasets`
 
     def open(self, seed: int) -> dict[str, Any]:
@@ -65,14 +70,14 @@ class HuggingFaceSource(TaskSource):
         Raises:
             ValueError: if `datasets` is not installed, or it cannot load this.
         """
-        return {split: self._stream(split, seed) if self.streaming else self._load(split) for split in self.splits}
+        return {split: self._stream(split, seed) if self.streaming else self._load(split) for split in self._names}
 
     def _load(self, split: str) -> Any:
         try:
             import datasets
         except ImportError as error:
             raise DataError(f"{type(self).__name__} needs datasets: pip install 'freemerge[datasets]'") from error
-        path, wanted = expand_name(self.path), self.splits[split]
+        path, wanted = expand_name(self.path), self._names[split]
         files = self.data_files and {name: expand_name(file) for name, file in self.data_files.items()}
         where = f"{type(self).__name__}: {self.path}, {wanted}"
         try:
@@ -115,7 +120,7 @@ class HuggingFaceTextSource(HuggingFaceSource, TextSource):
         tables: dict[str, Table] = {
             split: Table(
                 {column: part[column][:] for column in part.column_names if column in wanted},
-                f"{self.path}, {self.splits[split]}",
+                f"{self.path}, {self._names[split]}",
             )
             for split, part in parts.items()
         }
@@ -154,12 +159,13 @@ class HuggingFaceImageSource(HuggingFaceSource, ImageSource):
                 chosen,
                 self.preprocessing(split),
                 self.image_size,
-                f"{self.path}, {self.splits[origin]}, row {{}}".format,
+                f"{self.path}, {self._names[origin]}, row {{}}".format,
                 len(names),
             )
             for split, (origin, chosen) in self.deal(sizes, name, seed).items()
         }
-        return Task(name, tuple(names), **datasets, metric=self.metric, templates=tuple(self.templates or ()))
+        train, val, test = (datasets[split] for split in SPLITS)
+        return Task(name, tuple(names), train, val, test, metric=self.metric, templates=tuple(self.templates or ()))
 
     def _fetch(self, part: Any, index: dict[str, int] | None, row: int) -> tuple[Any, Any]:
         sample = part[row]

@@ -15,6 +15,7 @@ from freemerge.data.errors import DataError, DataWarning, listed
 from freemerge.data.pictures import PictureDataset
 from freemerge.data.sources.images import ImageSource
 from freemerge.data.sources.picture_files import PictureFolder, check_files, scan
+from freemerge.data.sources.source import SPLITS
 from freemerge.data.tasks import Task
 
 _FOLDERS = {
@@ -79,7 +80,8 @@ class ImageFolderSource(ImageSource):
             )
             for split, (origin, index) in dealt.items()
         }
-        return Task(name, classes, **datasets, metric=self.metric, templates=tuple(self.templates or ()))
+        train, val, test = (datasets[split] for split in SPLITS)
+        return Task(name, classes, train, val, test, metric=self.metric, templates=tuple(self.templates or ()))
 
 
 class _Fetch:

@@ -58,7 +58,8 @@ class NpzSource(ImageSource):
             datasets[split] = ArrayDataset(pixels, labels, preprocessing=self.preprocessing(split))
             if split == "test":
                 datasets[split].sample_names = [f"{origin}_images[{i}]" for i in index.tolist()]
-        return Task(name, names, **datasets, metric=self.metric, templates=tuple(self.templates or ()))
+        train, val, test = (datasets[split] for split in SPLITS)
+        return Task(name, names, train, val, test, metric=self.metric, templates=tuple(self.templates or ()))
 
     def _read(self) -> dict[str, np.ndarray]:
         """The arrays that could be meant; of those with other names, the names."""

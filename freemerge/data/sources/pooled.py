@@ -50,7 +50,7 @@ class PooledSource(TaskSource):
         classes = [f"{task.name}/{label}" for task in tasks for label in task.class_names]
         firsts = [0, *accumulate(task.num_classes for task in tasks)][:-1]
         train, val = (_Pooled([getattr(task, split) for task in tasks], firsts) for split in ("train", "val"))
-        return Task(name, classes, train, val, val)
+        return Task(name, tuple(classes), train, val, val)
 
 
 class _Pooled(JoinedDataset):

@@ -170,7 +170,7 @@ def _named(path: Path, columns: dict[str, list[Any]]) -> dict[str, list[Any]]:
 
 def _read_json_lines(path: Path, file: TextIO) -> Table:
     table: dict[str, list[Any]] = {}
-    numbers = []
+    numbers: list[int] = []
     for number, line in enumerate(file, start=1):
         if not line.strip():
             continue

@@ -59,7 +59,7 @@ class TextTableSource(TextSource):
         return beside if beside.is_file() else None
 
     def _split(self, table: Table) -> dict[str, Table]:
-        if self.split not in table:
+        if self.split is None or self.split not in table:
             return {"train": table}
         rows: dict[str, list[int]] = {}
         for row, value in enumerate(table[self.split]):

@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from freemerge.checkpoints import expand, expand_name
 from freemerge.data.errors import DataError, DataWarning, reason_of
 from freemerge.data.sources.columns import as_text, check_given, names_of_labels, parse_labels, texts_of, warn_of_empty
-from freemerge.data.sources.source import TaskSource
+from freemerge.data.sources.source import SPLITS, TaskSource
 from freemerge.data.sources.tables import Table
 from freemerge.data.tasks import Kind, Task, check_kind
 from freemerge.data.tokens import TokenDataset
@@ -94,7 +94,8 @@ class TextSource(TaskSource):
             self._check_lengths(where, tokenizer, datasets[split], table)
         origin, index = dealt["test"]
         datasets["test"].sample_names = [tables[origin].place(row) for row in index.tolist()]
-        return Task(name, class_names, **datasets, kind=self.kind, metric=self.metric, tokenizer=self.tokenizer)
+        train, val, test = (datasets[split] for split in SPLITS)
+        return Task(name, class_names, train, val, test, kind=self.kind, metric=self.metric, tokenizer=self.tokenizer)
 
     def _text_columns(self, name: str, tables: Mapping[str, Table]) -> list[str]:
         known = list(tables["train"]) if "train" in tables else []
@@ -117,20 +118,20 @@ class TextSource(TaskSource):
     def _class_names(self, name: str, tables: Mapping[str, Table], names: Sequence[str] | None) -> tuple[str, ...]:
         if isinstance(self.classes, str):
             return read_class_names(self.classes)
-        if self.classes or names:
-            return tuple(self.classes or names)
-        return names_of_labels(f"task {name!r}", [as_text(value) for value in tables["train"][self.label]])
+        if known := self.classes or names:
+            return tuple(known)
+        return names_of_labels(f"task {name!r}", [as_text(value) for value in tables["train"][str(self.label)]])
 
     def _encode(
         self, where: str, tokenizer: Any, texts: list[list[str]], table: Table, names: tuple[str, ...]
     ) -> TokenDataset:
         if self.kind == "causal_lm":
-            targets = None if self.label is None else texts_of(where, table, self.label)
-            return self._encode_causal(tokenizer, texts, targets)
+            ends = None if self.label is None else texts_of(where, table, self.label)
+            return self._encode_causal(tokenizer, texts, ends)
         encoded = dict(tokenizer(*texts, truncation=True, max_length=self.max_length))
         if self.kind == "seq2seq":
-            targets = texts_of(where, table, str(self.label))
-            targets = tokenizer(text_target=targets, truncation=True, max_length=self.max_target_length)["input_ids"]
+            wanted = texts_of(where, table, str(self.label))
+            targets = tokenizer(text_target=wanted, truncation=True, max_length=self.max_target_length)["input_ids"]
             return TokenDataset({**encoded, "labels": targets}, targets)
         return TokenDataset(encoded, parse_labels(where, self.kind, table[str(self.label)], names, table.place))
 

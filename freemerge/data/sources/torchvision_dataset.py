@@ -15,6 +15,7 @@ from freemerge.checkpoints import expand
 from freemerge.data.errors import DataError, reason_of
 from freemerge.data.pictures import PictureDataset
 from freemerge.data.sources.images import ImageSource
+from freemerge.data.sources.source import SPLITS
 from freemerge.data.tasks import Task
 
 
@@ -64,7 +65,8 @@ class TorchvisionSource(ImageSource):
             )
             for split, (origin, index) in self.deal(sizes, name, seed).items()
         }
-        return Task(name, tuple(classes), **datasets, metric=self.metric, templates=tuple(self.templates or ()))
+        train, val, test = (datasets[split] for split in SPLITS)
+        return Task(name, tuple(classes), train, val, test, metric=self.metric, templates=tuple(self.templates or ()))
 
     def _class(self) -> type:
         from torchvision import datasets
@@ -82,7 +84,8 @@ class TorchvisionSource(ImageSource):
 
     def _arguments(self) -> dict[str, dict[str, Any]]:
         """Split → arguments of the class, for the splits that it has."""
-        known = inspect.signature(self._class().__init__).parameters
+        known = inspect.signature(self._class()).parameters
+        usual: dict[str, dict[str, Any]]
         if "train" in known:
             usual = {"train": {"train": True}, "test": {"train": False}}
         elif "split" in known:
@@ -94,7 +97,7 @@ class TorchvisionSource(ImageSource):
 
     def _open(self, split: str, download: bool = False) -> Any:
         arguments = dict(self._arguments()[split])
-        if download and "download" in inspect.signature(self._class().__init__).parameters:
+        if download and "download" in inspect.signature(self._class()).parameters:
             arguments["download"] = True
         try:
             return self._class()(**({"root": str(expand(self.root))} if self.root is not None else {}), **arguments)

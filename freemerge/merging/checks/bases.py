@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from freemerge.checkpoints import Checkpoint
 from freemerge.checkpoints.base_hashes import find_prefix, hash_base
@@ -38,7 +38,7 @@ def check_bases(base: Checkpoint, models: Sequence[Checkpoint]) -> None:
             )
 
 
-def _covers(base: Checkpoint, module_names: Sequence[str]) -> bool:
+def _covers(base: Checkpoint, module_names: Collection[str]) -> bool:
     """Whether a base has all tensors of a module; where it lacks some, the hash may be of those, too."""
     names = base.with_tied_names().names
     prefix = find_prefix(module_names, names)

@@ -73,8 +73,8 @@ def _find_entry(folder: Path) -> tuple[Path, str] | None:
             if table.get(entry):
                 return folder / "config.json", _method(table[entry]) or entry
     for name in _BESIDE:
-        if table := find_object(folder / name):
-            return folder / name, _method(table) or "without the name of a method"
+        if beside := find_object(folder / name):
+            return folder / name, _method(beside) or "without the name of a method"
     return None
 
 

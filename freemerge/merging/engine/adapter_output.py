@@ -86,6 +86,7 @@ def by_target(path: Path, vectors: Vectors, layout: Layout, combine: Callable[[s
             if whole is None:
                 whole = torch.zeros(target.shape, device=delta.device)
             place.of(whole).copy_(delta)
+        assert whole is not None  # a target is only asked for if one of its parts has a task vector
         return whole
 
     shapes: dict[str, Sequence[int]] = {}
@@ -186,17 +187,17 @@ def write_adapter(
         CheckpointError: the folder cannot be written.
     """
     # In the model's order, which is PEFT's of the parameters of a module.
-    changed = {name: parts[name] for name in layout.targets if parts.get(name) is not None}
-    factored = {name: part for name, part in changed.items() if part.layer is not None}
+    changed = {name: part for name in layout.targets if (part := parts.get(name)) is not None}
+    factored = {name: (part.layer, part.values) for name, part in changed.items() if part.layer is not None}
     whole = {name: part.values[0] for name, part in changed.items() if part.layer is None}
     if not factored:
         raise MergeError(f"{path}: no matrix has changed, so there is nothing for a LoRA adapter to hold")
-    targets = [(name, part.layer) for name, part in factored.items()]
+    targets = [(name, layer) for name, (layer, _) in factored.items()]
     beginnings = stems(targets)
     stored: dict[str, Tensor] = {}
-    for name, part in factored.items():
-        stored |= pack_factors(beginnings[name], part.layer, layout.targets[name].shape, *part.values)
-    biases, modules = _place_whole(path, layout, factored, whole)
+    for name, (layer, values) in factored.items():
+        stored |= pack_factors(beginnings[name], layer, layout.targets[name].shape, *values)
+    biases, modules = _place_whole(path, layout, dict(targets), whole)
     truncation = Truncation(
         math.sqrt(sum(part.lost for part in changed.values()) / sum(part.square for part in changed.values())),
         {name: math.sqrt(part.lost / part.square) for name, part in changed.items()},
@@ -218,10 +219,10 @@ def write_adapter(
 
 
 def _place_whole(
-    path: Path, layout: Layout, factored: Mapping[str, Part], whole: Iterable[str]
+    path: Path, layout: Layout, factored: Mapping[str, Layer], whole: Iterable[str]
 ) -> tuple[list[str], list[str]]:
     """The biases that are stored beside factors, and the modules that are stored whole."""
-    layers = {layout.targets[name].module: part.layer for name, part in factored.items()}
+    layers = {layout.targets[name].module: layer for name, layer in factored.items()}
     biases, modules = [], dict.fromkeys(layout.needs)
     for name in whole:
         target = layout.targets[name]

@@ -114,7 +114,7 @@ def prepare(
         opened = open_checkpoint(base, label=None if isinstance(base, (str, os.PathLike)) else "base")
         models = [open_checkpoint(source, label=label) for label, source in labelled]
         found = look_around(sources, [opened, *models])
-        around = found if output is not None and output.is_folder else None
+        folder = output if output is not None and output.is_folder else None
         plan = make_plan(
             opened,
             models,
@@ -123,9 +123,9 @@ def prepare(
             parse_dtype(dtype),
             embeddings,
             parse_device(device),
-            [each.modules for each in around] if around else None,
+            [each.modules for each in found] if folder is not None else None,
         )
-        beside = choose_files(around, plan, output.companions_from) if around else None
+        beside = choose_files(found, plan, folder.companions_from) if folder is not None else None
         layout = _read_layout(plan, output) if output is not None and output.is_adapter else None
     method.check([model.label for model in plan.models])
     if any(map(is_statistic, plan.averaged)):

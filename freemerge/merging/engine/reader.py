@@ -134,7 +134,7 @@ class Reader:
                 if name in checkpoint:
                     _require_finite(checkpoint.label, name, checkpoint.tensor(name))
         single = own[0] if len(own) == 1 else None
-        return Operands(base, deltas, single, None if whole else what.start)
+        return Operands(base, deltas, single, what.start if isinstance(what, Chunk) else None)
 
     def read_again(self, chunk: Chunk) -> Operands:
         """`read`, into memory that the next call in the same of our threads uses again."""
@@ -189,8 +189,10 @@ class KeptReader(Reader):
             own = None if own is None else flat_range(own, start, stop)
         # A copy: methods may overwrite what they are given.
         shape = torch.Size((len(rows), *rows[0].shape))
-        fits = memory is not None and memory.device == deltas.device
-        copied = memory[: shape.numel()].view(shape) if fits else fresh(shape, torch.float32, deltas.device)
+        if memory is None or memory.device != deltas.device:
+            copied = fresh(shape, torch.float32, deltas.device)
+        else:
+            copied = memory[: shape.numel()].view(shape)
         for target, row in zip(copied, rows, strict=True):
             target.copy_(row)
         return Operands(base, copied, own, start)

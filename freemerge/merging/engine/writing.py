@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -88,6 +88,11 @@ def _write_model(job: Job, output: Output) -> None:
         draft.begin(_key(record, shards), output.resume)
         return record
 
+    def write(names: Sequence[str]) -> None:
+        executor.run(names)
+        draft.flush()
+        draft.close_files()
+
     record = processes.first(begin)
     try:
         if beside is not None:
@@ -97,7 +102,7 @@ def _write_model(job: Job, output: Output) -> None:
         executor = Executor(job.reader, combiner, draft, job.meter)
         names = [name for specs in shards.values() for name in storage_order(specs) if name not in draft.finished]
         own = processes.share({name: plan.specs[name].shape for name in names})
-        processes.together(lambda: (executor.run(own), draft.flush(), draft.close_files()))
+        processes.together(lambda: write(own))
         files = None
         if beside is not None:
             files = {**beside.made, **make_files(record, output.path.name), **make_index(shards)}

@@ -43,7 +43,7 @@ def with_weights_of(config: Mapping[str, Any], base: Mapping[str, Any]) -> dict[
 
 def _changed(config: Mapping[str, Any], name: str) -> dict[str, Any]:
     """The same with every entry of a dtype changed."""
-    result = {}
+    result: dict[str, Any] = {}
     for key, value in config.items():
         if key in _DTYPES and isinstance(value, str):
             result[key] = name

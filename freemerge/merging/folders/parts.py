@@ -78,4 +78,5 @@ def describe_parts(models: Sequence[Companions]) -> str | None:
 
 
 def _open_part(checkpoint: Checkpoint, name: str) -> Checkpoint:
+    assert checkpoint.folder is not None  # its parts were found in it
     return open_checkpoint(checkpoint.folder / name, label=f"{checkpoint.label}/{name}").under(f"{name}/")

@@ -43,7 +43,9 @@ def align(base: Checkpoint, models: Sequence[Checkpoint], misfits: Find) -> Alig
         CheckpointError: see `Checkpoint.relative_to`.
     """
     read = cache(read_architecture)
-    aligned, possible, problem = [], frozenset(), None
+    aligned: list[Checkpoint] = []
+    possible: Set[str] = frozenset()
+    problem: str | None = None
     for model in models:
         best = model.relative_to(base.names)
         count = _count(misfits, best)

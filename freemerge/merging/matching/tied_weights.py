@@ -59,15 +59,15 @@ def settle_ties(base: Checkpoint, models: Sequence[Checkpoint]) -> Settled:
             if not agrees and model.partial:  # whole models with a head of their own are misfits, see `find_misfits`
                 alone.setdefault(leader, []).append(model.label)
         settled.append(model)
-    untied = {}
+    untied: dict[str, str] = {}
     for leader in groups if any(kept[leader] for leader in alone) else ():  # one setting is for all of a model's ties
-        names = kept[leader]
-        base, settled = base.apart(names), [model.apart(names) for model in settled]
-        untied |= dict.fromkeys(names, leader)
+        own = kept[leader]
+        base, settled = base.apart(own), [model.apart(own) for model in settled]
+        untied |= dict.fromkeys(own, leader)
         if leader in alone:
-            others = ", ".join(f"'{name}'" for name in names)
+            named = ", ".join(f"'{name}'" for name in own)
             _warn(
-                f"{', '.join(alone[leader])}: '{leader}' and {others} are tied in the base, and are changed each in "
+                f"{', '.join(alone[leader])}: '{leader}' and {named} are tied in the base, and are changed each in "
                 "its own way; they are untied in the result"
             )
     return Settled(base, tuple(settled), untied)

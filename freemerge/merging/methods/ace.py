@@ -102,14 +102,14 @@ def _merge_released(matrices: Tensor, ridge: float) -> Tensor:
     if differ:
         shared /= float(before.mean()) + 1e-12
     covariance.diagonal().add_(sum(ridges))
-    if differ:  # v_k C_k = c_k C_k + 1 v̄_k C_k
+    if rest is not None:  # v_k C_k = c_k C_k + 1 v̄_k C_k
         rest.addmm_(matrices.sum(dim=0), covariance, alpha=-1 / models)
         rest += _mean_products(means, matrices, weights).addmm_(means.sum(dim=0), covariance, alpha=-1 / models)
     # Sherman and Morrison: (S + 1aᵀ)⁻¹ = S⁻¹ − S⁻¹1 aᵀS⁻¹/(1 + aᵀS⁻¹1), of the two rows aᵀS⁻¹ and B S⁻¹.
     solved = divide(torch.cat([products, shared[None]]), covariance, workspace=matrices)
     merged, shared = solved[:-1], solved[-1]
     merged = torch.addr(merged, merged.sum(dim=1), shared, alpha=-1 / (1 + float(shared.sum())))
-    if differ:
+    if rest is not None:
         merged += _flat_components(rest.add_(merged), int(0.3 * min(matrices.shape[1:])))
     return merged
 

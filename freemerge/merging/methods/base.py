@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -28,6 +28,9 @@ class MergeMethod(ABC):
     A new method is one file: fields, their check in `__post_init__`, `combine`, and `collect_statistics` if it needs
     to know the whole model.
     """
+
+    if TYPE_CHECKING:  # true of every subclass, and not of this class, which is no dataclass itself
+        __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
 
     statistics_fields: ClassVar[tuple[str, ...] | None] = None
     """The fields that the statistics depend on; None for all. A method that names them makes searches faster."""

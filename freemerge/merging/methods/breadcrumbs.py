@@ -71,6 +71,7 @@ class Breadcrumbs(MergeMethod):
         if values.shape[1] == 0:
             return deltas[0].clone()
         bounds = statistics[name] if isinstance(statistics, dict) else statistics
+        assert bounds is not None  # it is only for a model without values
         for row, (low, high) in zip(values, bounds.tolist(), strict=True):
             sizes = row.abs()
             row.masked_fill_((sizes < low) | (sizes > high), 0.0)

@@ -168,8 +168,14 @@ class _Plan(NamedTuple):
     removed: Tensor  # indices of lines of gain 0
     varying: Tensor  # indices of lines that need the second transform
     gains: Tensor  # (len(varying), length of a line) float32
-    waves: Tensor | None  # (length of the axis, 2·L): cosines and negative sines of the L lines that are not kept
-    losses: Tensor | None  # (length of a line, L): what is to be taken from them, (1 − gain)·(weight of the line)
+    taken: _Taken | None  # where the lines that are not kept are so few that they are taken out one by one
+
+
+class _Taken(NamedTuple):
+    """L lines of a half spectrum that are taken out, each by its wave."""
+
+    waves: Tensor  # (length of the axis, 2·L): cosines and negative sines
+    losses: Tensor  # (length of a line, L): what is to be taken from the lines, (1 − gain)·(weight of the line)
 
 
 @lru_cache(maxsize=4)  # a model has few shapes, and they come in turns
@@ -194,7 +200,7 @@ def _plan(filter_: Filter, height: int, width: int) -> _Plan:
         removed.append(start + zero.nonzero()[:, 0])
         varying.append(start + varies.nonzero()[:, 0])
         gains.append(symmetric[varies].float())
-    plan = _Plan(axis, torch.cat(removed), torch.cat(varying), torch.cat(gains), None, None)
+    plan = _Plan(axis, torch.cat(removed), torch.cat(varying), torch.cat(gains), None)
     changed = torch.cat([plan.removed, plan.varying])
     if not 0 < len(changed) <= _FEW_LINES:
         return plan
@@ -202,13 +208,13 @@ def _plan(filter_: Filter, height: int, width: int) -> _Plan:
     weights = torch.where((changed == 0) | (2 * changed == along), 1.0, 2.0) / along  # for itself and its mirror image
     losses = torch.cat([torch.ones(len(plan.removed), across), 1 - plan.gains])
     waves = torch.cat([angles.cos(), -angles.sin()], dim=1)
-    return plan._replace(waves=waves.float(), losses=(losses * weights[:, None]).T.float())
+    return plan._replace(taken=_Taken(waves.float(), (losses * weights[:, None]).T.float()))
 
 
 def _filter_(matrix: Tensor, plan: _Plan) -> None:
     """Filter an (H, W) float32 matrix in place."""
-    if plan.waves is not None:
-        _take_lines(matrix.T if plan.axis == 0 else matrix, plan)
+    if plan.taken is not None:
+        _take_lines(matrix.T if plan.axis == 0 else matrix, plan.taken)
     elif len(plan.removed) or len(plan.varying):
         if plan.axis == 1 and matrix.is_contiguous():
             _transform(matrix, plan)
@@ -219,9 +225,9 @@ def _filter_(matrix: Tensor, plan: _Plan) -> None:
         matrix.copy_(rows.T if plan.axis == 0 else rows)
 
 
-def _take_lines(rows: Tensor, plan: _Plan) -> None:
+def _take_lines(rows: Tensor, taken: _Taken) -> None:
     """Take a few lines of the spectrum out, each by its wave: two thin matrix products instead of two transforms."""
-    waves, losses = plan.waves.to(rows.device), plan.losses.to(rows.device)
+    waves, losses = taken.waves.to(rows.device), taken.losses.to(rows.device)
     parts = rows @ waves  # (length of a line, 2·L): real and imaginary parts
     spectrum = torch.complex(*(part.contiguous() for part in parts.chunk(2, dim=1)))
     spectrum = torch.fft.ifft(torch.fft.fft(spectrum, dim=0).mul_(losses), dim=0)

@@ -115,7 +115,7 @@ def stack_shape(name: str, shape: torch.Size) -> tuple[int, int, int] | None:
         if len(shape) == 2 and name.endswith("bias"):
             return None
         if len(shape) == 3:
-            return tuple(shape)
+            return shape[0], shape[1], shape[2]
     return 1, shape[0], shape[1:].numel()
 
 

@@ -5,11 +5,18 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from difflib import get_close_matches
-from typing import Any, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
 from freemerge.errors import MergeError
 
-_Part = TypeVar("_Part")
+
+class _Dataclass(Protocol):
+    """An instance of a dataclass, as `dataclasses.replace` takes it."""
+
+    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
+
+
+_Part = TypeVar("_Part", bound=_Dataclass)
 
 
 def get_field(part: object, path: str) -> Any:

@@ -92,8 +92,8 @@ class PerPattern(MergeMethod):
         found: dict[Hashable, Any] = {}
         for key, method in zip(keys, self._methods, strict=True):
             if key not in found:
-                names = shared[key]
-                found[key] = method.collect_statistics(vectors.subset(name for name in vectors.shapes if name in names))
+                seen = shared[key]
+                found[key] = method.collect_statistics(vectors.subset(name for name in vectors.shapes if name in seen))
         return PatternStatistics(tuple(found[key] for key in keys))
 
     def combine(self, name: str, deltas: Tensor, statistics: PatternStatistics) -> Tensor:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 
 from freemerge.merging.methods.base import MergeMethod
+from freemerge.merging.methods.parameters import get_field, replace_fields
 
 
 def has_scale(method: MergeMethod) -> bool:
     """Whether a method has a parameter `scale`, a number or one for each model."""
     fields = dataclasses.fields(method) if dataclasses.is_dataclass(method) else ()
-    values = method.scale if any(field.name == "scale" and field.init for field in fields) else None
-    values = values if isinstance(values, (list, tuple)) else [values]
+    scale = getattr(method, "scale", None) if any(field.name == "scale" and field.init for field in fields) else None
+    values = scale if isinstance(scale, (list, tuple)) else [scale]
     return all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values)
 
 
@@ -23,9 +24,9 @@ def rescaled(method: MergeMethod, factor: float) -> MergeMethod:
         factor: the new scale. Of a method with a scale for each model, what each of them is multiplied by: their
             ratios stay.
     """
-    if isinstance(method.scale, (list, tuple)):
-        return dataclasses.replace(method, scale=[factor * value for value in method.scale])
-    return dataclasses.replace(method, scale=factor)
+    scale = get_field(method, "scale")
+    each = isinstance(scale, (list, tuple))
+    return replace_fields(method, {"scale": [factor * value for value in scale] if each else factor})
 
 
 def is_linear(method: MergeMethod) -> bool:

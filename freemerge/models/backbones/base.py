@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from freemerge.checkpoints import CheckpointError, expand, load_checkpoint, save_checkpoint
-from freemerge.inputs import Inputs, to_device
+from freemerge.inputs import Inputs, named, to_device
 from freemerge.models.classes import import_class, is_own
 from freemerge.names import class_name
 
@@ -42,7 +42,7 @@ class Backbone(nn.Module):
 
     def forward(self, inputs: Inputs) -> Tensor:
         """Features (B, F) of a batch of inputs: a tensor, or a dict of tensors that the model takes by name."""
-        return self.model(inputs) if isinstance(inputs, Tensor) else self.model(**inputs)
+        return self.model(inputs) if isinstance(inputs, Tensor) else self.model(**named(inputs))
 
     def weights(self) -> dict[str, Tensor]:
         """The tensors a merge works on: the wrapped model's state dict, detached, sharing memory with the model."""

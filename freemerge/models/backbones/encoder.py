@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from freemerge.inputs import Inputs
+from freemerge.inputs import Inputs, named
 from freemerge.models.backbones.hugging_face import Dtype, HuggingFaceBackbone, load_model
 
 
@@ -47,15 +47,14 @@ class TransformersBackbone(HuggingFaceBackbone):
         self.max_tokens = _count_positions(model)
 
     def forward(self, inputs: Inputs) -> Tensor:
-        if isinstance(inputs, Tensor):
-            inputs = {"pixel_values": inputs}
-        ids = inputs.get("input_ids")
+        given = {"pixel_values": inputs} if isinstance(inputs, Tensor) else named(inputs)
+        ids = given.get("input_ids")
         if ids is not None and self.max_tokens is not None and ids.shape[1] > self.max_tokens:
             raise ValueError(
                 f"{type(self).__name__}: a text has {ids.shape[1]} tokens, and the model has positions for "
                 f"{self.max_tokens}: set the data's max_length: {self.max_tokens}"
             )
-        output = self.model(**inputs)
+        output = self.model(**given)
         if self.pooling == "pooler":
             return output.pooler_output.flatten(1)  # some models pool to (B, F, 1, 1)
         tokens = output.last_hidden_state  # (B, N, F), or (B, F, H, W) of a convolutional network
@@ -63,7 +62,7 @@ class TransformersBackbone(HuggingFaceBackbone):
             tokens = tokens.flatten(2).transpose(1, 2)  # (B, H·W, F)
         if self.pooling == "cls":
             return tokens[:, 0]
-        mask = inputs.get("attention_mask")
+        mask = given.get("attention_mask")
         if mask is not None and mask.shape == tokens.shape[:2]:
             mask = mask.to(tokens.dtype).unsqueeze(2)  # (B, N, 1)
             return (tokens * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
@@ -98,6 +97,6 @@ def _pooler_option(config: Any, pooling: str) -> dict[str, bool]:
     """ViT-like models add a pooler by default; features that do not use it should not carry its untrained weights."""
     from transformers import MODEL_MAPPING
 
-    model_class = MODEL_MAPPING.get(type(config), None)
+    model_class: Any = MODEL_MAPPING.get(type(config), None)
     accepts = model_class is not None and "add_pooling_layer" in model_class.__init__.__code__.co_varnames
     return {"add_pooling_layer": pooling == "pooler"} if accepts else {}

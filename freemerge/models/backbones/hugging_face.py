@@ -18,6 +18,8 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 class HuggingFaceBackbone(Backbone):
     """Base class of backbones from transformers; their folders are Hugging Face folders, with a recipe beside."""
 
+    model: Any  # transformers' classes have few methods in common that their base class has
+
     def save_pretrained(self, directory: str | Path) -> None:
         """Write the model as a Hugging Face folder, which transformers loads without freemerge."""
         directory = expand(directory)
@@ -28,7 +30,8 @@ class HuggingFaceBackbone(Backbone):
     @classmethod
     def from_recipe(cls, directory: str | Path, arguments: dict[str, Any]) -> Backbone:
         """Build it again from its folder and the rest of its arguments."""
-        return cls(pretrained=str(directory), **arguments)
+        build: Any = cls  # every subclass can be built so
+        return build(pretrained=str(directory), **arguments)
 
     def load_folder(self, directory: str | Path) -> None:
         """Load the weights of a Hugging Face folder, whatever its files call them."""
@@ -70,7 +73,7 @@ def load_model(
             pretrained = expand_name(pretrained)
             model_config = AutoConfig.from_pretrained(pretrained)
         else:
-            settings = dict(config)
+            settings = dict(config or {})
             if "model_type" not in settings:
                 raise ValueError(f"{who}: `config` needs a `model_type`, for instance `vit`")
             model_config = AutoConfig.for_model(settings.pop("model_type"), **settings)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from freemerge.checkpoints import expand, expand_name
+from freemerge.inputs import Inputs
 from freemerge.models.backbones.hugging_face import Dtype, HuggingFaceBackbone, load_model, without_progress_bars
 
 
@@ -24,7 +25,7 @@ class TextTower:
     """
 
     def __init__(self, model: nn.Module, tokenizer: str | None) -> None:
-        self.model = model.requires_grad_(False).eval()
+        self.model: Any = model.requires_grad_(False).eval()
         self.tokenizer = None if tokenizer is None else expand_name(tokenizer)
 
     def __deepcopy__(self, memo: dict) -> TextTower:
@@ -87,7 +88,7 @@ class ImageTextBackbone(HuggingFaceBackbone):
         self.text = TextTower(text, tokenizer or pretrained)
         self.dtype = dtype
 
-    def forward(self, inputs: Tensor) -> Tensor:
+    def forward(self, inputs: Inputs) -> Tensor:
         output = self.model.get_image_features(pixel_values=inputs)
         return F.normalize(getattr(output, "pooler_output", output), dim=-1)
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from freemerge.inputs import Inputs
+from freemerge.inputs import Inputs, named
 from freemerge.models.backbones.hugging_face import Dtype, HuggingFaceBackbone, load_model
 
 
@@ -58,11 +58,11 @@ class LanguageBackbone(HuggingFaceBackbone):
 
     def forward(self, inputs: Inputs) -> Tensor:
         """Logits (B, L, V) of a batch of inputs by name."""
-        inputs = dict(inputs)
-        labels = inputs.pop("labels", None)
+        given = named(inputs)
+        labels = given.pop("labels", None)
         if self.kind == "seq2seq":
-            inputs["decoder_input_ids"] = self.model.prepare_decoder_input_ids_from_labels(labels=labels)
-        return self.model(**inputs, use_cache=False).logits
+            given["decoder_input_ids"] = self.model.prepare_decoder_input_ids_from_labels(labels=labels)
+        return self.model(**given, use_cache=False).logits
 
     @torch.no_grad()
     def answer(self, inputs: Inputs, asked: Tensor | None = None, max_new_tokens: int = 128) -> list[list[int]]:
@@ -77,16 +77,16 @@ class LanguageBackbone(HuggingFaceBackbone):
         Returns:
             The tokens of each answer, up to its end.
         """
-        inputs = {name: tensor for name, tensor in inputs.items() if name != "labels"}
+        given = {name: tensor for name, tensor in named(inputs).items() if name != "labels"}
         settings = self.model.generation_config
         ends = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
         pad = next((token for token in (settings.pad_token_id, *ends) if token is not None), 0)
         first = 1  # the decoder's start
         if self.kind == "causal_lm":
-            inputs |= _prompts(inputs["input_ids"], inputs.get("attention_mask"), asked, pad)
-            first = inputs["input_ids"].shape[1]
+            given |= _prompts(given["input_ids"], given.get("attention_mask"), asked, pad)
+            first = given["input_ids"].shape[1]
         tokens = self.model.generate(
-            **inputs, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, pad_token_id=pad
+            **given, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, pad_token_id=pad
         )
         answers = []
         for row in tokens[:, first:].tolist():

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from freemerge.checkpoints import load_checkpoint
-from freemerge.inputs import Inputs
+from freemerge.inputs import Inputs, named
 from freemerge.models.backbones.base import WEIGHTS, Backbone
 from freemerge.models.classes import import_class, made_of, make
 
@@ -61,7 +61,7 @@ class TorchvisionBackbone(Backbone):
             state = load_checkpoint(file)
             self.load_weights({key: tensor for key, tensor in state.items() if not key.startswith(f"{last}.")})
 
-    def forward(self, inputs: Tensor) -> Tensor:
+    def forward(self, inputs: Inputs) -> Tensor:
         output = self.model(inputs)
         return output if isinstance(output, Tensor) else output[0]  # auxiliary outputs of Inception while training
 
@@ -124,7 +124,7 @@ class ModuleBackbone(Backbone):
 
     def forward(self, inputs: Inputs) -> Tensor:
         call = self.model if self.features is None else getattr(self.model, self.features)
-        output = call(inputs) if isinstance(inputs, Tensor) else call(**inputs)
+        output = call(inputs) if isinstance(inputs, Tensor) else call(**named(inputs))
         if output.ndim == 4:
             return output.mean(dim=(2, 3))
         return output.mean(dim=1) if output.ndim == 3 else output

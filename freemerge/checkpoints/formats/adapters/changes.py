@@ -7,7 +7,7 @@ needs the base is given a function that reads it, so that the whole of neither i
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -26,14 +26,18 @@ class Change(ABC):
 
     needs_base = False
     optional = False  # where the base has no such tensor, there is no change of it
-    turned = False  # whether the base holds the weight as (inputs, outputs)
+
+    @property
+    def turned(self) -> bool:
+        """Whether the base holds the weight as (inputs, outputs)."""
+        return False
 
     @abstractmethod
     def shape(self, base: tuple[int, ...] | None) -> tuple[int, ...]:
         """The shape of the difference; as far as it is known, if the base's is not given."""
 
     @abstractmethod
-    def read(self, shape: tuple[int, ...], run: Run, base: BaseReader | None) -> Tensor:
+    def read(self, shape: tuple[int, ...], run: Run, base: BaseReader) -> Tensor:
         """The difference, (*shape) float32, or a run (start, stop) of it in row-major order, (stop − start,)."""
 
     def orientations(self, base: tuple[int, ...]) -> tuple[bool, ...]:
@@ -48,7 +52,7 @@ class Change(ABC):
 class Modules(Protocol):
     """Modules of an adapter of which only the base tells what is done to which of its tensors."""
 
-    def changes(self, base: Checkpoint | None) -> dict[str, Change]:
+    def changes(self, base: Checkpoint | None) -> Mapping[str, Change]:
         """The changes by the names of the base's tensors; without a base, as far as they are known."""
 
 
@@ -85,7 +89,7 @@ class Scaled(Change):
     def turn(self, turned: bool) -> Scaled:
         return replace(self, turned=turned)
 
-    def read(self, shape: tuple[int, ...], run: Run, base: BaseReader | None) -> Tensor:
+    def read(self, shape: tuple[int, ...], run: Run, base: BaseReader) -> Tensor:
         axis = self._axis(shape, self.turned)
         factors = self.weights.tensor(self.stored).float().flatten() - 1
         factors = factors.view([-1 if dim == axis else 1 for dim in range(len(shape))]).expand(shape)
@@ -114,7 +118,7 @@ class Rows(Change):
         width = self.weights.spec(self.stored).shape[1]
         return (max(base[0] if base else 0, max(self.indices, default=-1) + 1), width)
 
-    def read(self, shape: tuple[int, ...], run: Run, base: BaseReader | None) -> Tensor:
+    def read(self, shape: tuple[int, ...], run: Run, base: BaseReader) -> Tensor:
         width = shape[1]
         start, stop = run or (0, shape[0] * width)
         first, last = start // width, -(-stop // width)
@@ -143,6 +147,6 @@ class ScaledVector(Change):
     def shape(self, base: tuple[int, ...] | None) -> tuple[int, ...]:
         return self.weights.spec(self.stored).shape
 
-    def read(self, shape: tuple[int, ...], run: Run, base: BaseReader | None) -> Tensor:
+    def read(self, shape: tuple[int, ...], run: Run, base: BaseReader) -> Tensor:
         values = self.weights.tensor(self.stored) if run is None else self.weights.read_range(self.stored, *run)
         return values.float() * self.scale

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard, TypeVar
 
 import torch
 
@@ -18,6 +18,8 @@ from freemerge.checkpoints.json_files import read_object
 from freemerge.errors import CheckpointError
 
 CONFIG = "adapter_config.json"
+
+_Item = TypeVar("_Item")
 
 _LARGEST_NUMBER = torch.finfo(torch.float32).max
 # Ways to begin a LoRA that take its beginning out of the base's weight: its factors differ from another base.
@@ -164,13 +166,14 @@ def _is_number(value: object) -> bool:
     return -_LARGEST_NUMBER <= value <= _LARGEST_NUMBER
 
 
-def _is_list(value: object, kind: type) -> bool:
+def _is_list(value: object, kind: type[_Item]) -> TypeGuard[Sequence[_Item]]:
     return isinstance(value, list | tuple) and all(isinstance(item, kind) for item in value)
 
 
 def _is_indices(value: object) -> bool:
-    plain = _is_list(value, int) and not any(isinstance(item, bool) for item in value)
-    return plain and all(0 <= item < 1 << 31 for item in value) and len(set(value)) == len(value)
+    if not _is_list(value, int) or any(isinstance(item, bool) for item in value):
+        return False
+    return all(0 <= item < 1 << 31 for item in value) and len(set(value)) == len(value)
 
 
 def shown(value: object) -> str:

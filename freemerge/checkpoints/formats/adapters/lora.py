@@ -50,7 +50,7 @@ class LowRank(Change):
     def turn(self, turned: bool) -> LowRank:
         return replace(self, turned=turned)
 
-    def read(self, shape: tuple[int, ...], run: Run, base: BaseReader | None) -> Tensor:
+    def read(self, shape: tuple[int, ...], run: Run, base: BaseReader) -> Tensor:
         """s · left @ right, or the values of a run of it, computed from no more rows than it has."""
         columns = torch.Size(shape[1:]).numel()
         start, stop = run or (0, shape[0] * columns)
@@ -110,13 +110,13 @@ class Decomposed(Change):
     def turn(self, turned: bool) -> Decomposed:
         return replace(self, low_rank=self.low_rank.turn(turned))
 
-    def read(self, shape: tuple[int, ...], run: Run, base: BaseReader | None) -> Tensor:
+    def read(self, shape: tuple[int, ...], run: Run, base: BaseReader) -> Tensor:
         if not self._gains:  # two threads may both look: they find the same
             self._gains.append(self._find_gains(shape, base))
         axis = int(self.turned)
         gains = self._gains[0].view([-1 if dim == axis else 1 for dim in range(len(shape))]).expand(shape)
         before = base(run)
-        after = before + self.low_rank.read(shape, run, None)
+        after = before + self.low_rank.read(shape, run, base)
         return after.mul_(gains if run is None else flat_range(gains, *run)).sub_(before)
 
     def _find_gains(self, shape: tuple[int, ...], base: BaseReader) -> Tensor:
@@ -126,7 +126,7 @@ class Decomposed(Change):
         squares = torch.zeros(shape[1] if self.turned else shape[0], dtype=torch.float64)
         for first in range(0, shape[0], height):
             run = (first * columns, min(first + height, shape[0]) * columns)
-            block = (base(run) + self.low_rank.read(shape, run, None)).view(-1, columns)
+            block = (base(run) + self.low_rank.read(shape, run, base)).view(-1, columns)
             if self.turned:
                 squares += block.square().sum(dim=0, dtype=torch.float64)
             else:

@@ -104,6 +104,10 @@ class _Adapter:
         specs |= {name: self.weights.spec(stored) for name, stored in self.whole.items()}
 
         def read(name: str, run: Run) -> Tensor:
+            def of_base(part: Run) -> Tensor:
+                assert base is not None  # a change that needs it is refused below
+                return _read(base, name, part).float()
+
             if name in self.whole:
                 return _read(self.weights, self.whole[name], run)
             if changes[name].needs_base and name not in shapes:
@@ -111,7 +115,7 @@ class _Adapter:
                     f"{self.label}: how the adapter changes '{name}' depends on its base; merge it with its base, or "
                     "open it as open_checkpoint(adapter).on(open_checkpoint(base))"
                 )
-            return changes[name].read(specs[name].shape, run, lambda part: _read(base, name, part).float())
+            return changes[name].read(specs[name].shape, run, of_base)
 
         return Checkpoint(
             self.label,

@@ -49,8 +49,9 @@ def find_origin(base: Checkpoint, models: Sequence[Checkpoint], layout: Layout) 
         layout: of the base.
     """
     identity, revision = find_base_id(base, models)
-    described = base.folder is not None and (base.folder / ARCHITECTURE).is_file()
-    place = base.folder if described else Path(base.label)
+    place = base.folder
+    if place is None or not (place / ARCHITECTURE).is_file():
+        place = Path(base.label)
     path = str(place.absolute()) if place.exists() else None
     task = layout.task
     if task is None and layout.model_class is None:

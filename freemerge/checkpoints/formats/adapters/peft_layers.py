@@ -138,7 +138,8 @@ class _Computed(Change):
     def shape(self, base: tuple[int, ...] | None) -> tuple[int, ...]:
         return base or (0,)
 
-    def read(self, shape: tuple[int, ...], run: Run, base: BaseReader | None) -> Tensor:
+    def read(self, shape: tuple[int, ...], run: Run, base: BaseReader) -> Tensor:
+        assert self.layers is not None  # values are only read of an adapter that is bound to its base
         whole = self.layers.difference(self.module, self.name)
         return whole.clone() if run is None else flat_range(whole, *run)
 
@@ -180,7 +181,7 @@ class _Layers:
             model = self.models[""]
         else:
             model = self._adapt((module,))
-        layer = model.get_submodule(f"base_model.model.{module}")
+        layer: Any = model.get_submodule(f"base_model.model.{module}")
         if kind in _ADDED:
             weight = f"{module}.weight"
             delta = layer.get_delta_weight("default").float()
@@ -216,7 +217,7 @@ class _Layers:
         model = PeftModel(holder, self._settings(modules), low_cpu_mem_usage=empty)
         stored = (*self.adapter.shared, *(name for module in modules for name in self.adapter.modules[module]))
         tensors = {name: self.adapter.weights.tensor(name).clone() for name in stored}
-        result = set_peft_model_state_dict(model, tensors, low_cpu_mem_usage=empty)
+        result: Any = set_peft_model_state_dict(model, tensors, low_cpu_mem_usage=empty)
         missing = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
         missing += [
             name for name in result.missing_keys if f".{_PREFIXES[self.adapter.config.kind]}" in name and not empty
@@ -240,13 +241,13 @@ class _Layers:
         kind, biased = find_layer(self.base, weight), self.base.has(bias)
         with torch.device("meta"):
             if kind is Layer.EMBEDDING:
-                layer = nn.Embedding(*shape)
+                layer: nn.Module = nn.Embedding(shape[0], shape[1])
             elif kind is Layer.TURNED:
                 from transformers.pytorch_utils import Conv1D  # PEFT knows such layers by this class
 
                 layer = Conv1D(shape[1], shape[0])
             elif kind is Layer.CONVOLUTION:
-                convolution = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}[len(shape)]
+                convolution: type[nn.Module] = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}[len(shape)]
                 layer = convolution(shape[1], shape[0], shape[2:], bias=biased)
             elif kind is Layer.LINEAR:
                 layer = nn.Linear(shape[1], shape[0], bias=biased)
@@ -267,10 +268,11 @@ class _Layers:
 
     def _settings(self, modules: tuple[str, ...]) -> Any:
         """PEFT's configuration of these modules: their names, and of patterns what they mean for them."""
+        from peft import PeftType
         from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
         config = self.adapter.config
-        kind = PEFT_TYPE_TO_CONFIG_MAPPING[config.kind]
+        kind = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(config.kind)]
         values = {key: value for key, value in config.values.items() if key not in ("auto_mapping", "runtime_config")}
         known = {setting.name for setting in fields(kind)}
         if unknown := [key for key, value in values.items() if key not in known and value]:

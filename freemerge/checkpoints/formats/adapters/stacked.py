@@ -67,7 +67,7 @@ class StackedLowRank(Change):
     def turn(self, turned: bool) -> StackedLowRank:
         return replace(self, turned=turned)
 
-    def read(self, shape: tuple[int, ...], run: Run, base: BaseReader | None) -> Tensor:
+    def read(self, shape: tuple[int, ...], run: Run, base: BaseReader) -> Tensor:
         experts, height, width = shape if len(shape) == 3 else (1, *shape)
         rank = self.weights.spec(self.right).shape[0] // experts
         scale = self.config.scale(self.target, rank)
