@@ -19,7 +19,8 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from jsonargparse import set_parsing_settings
+from jsonargparse import Namespace, set_parsing_settings
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins.environments import LightningEnvironment
@@ -162,7 +163,12 @@ class FreemergeCLI(LightningCLI):
         """Say where a checkpoint's hyperparameters differ; Lightning's own would let them win, without a word."""
         command = self.config.subcommand
         path = self.config[command].get("ckpt_path")
-        if not path or not expand(path).is_file():
+        if not path:
+            return
+        if not expand(path).exists():
+            keyword = "; an interrupted run goes on by itself" if path in ("last", "best", "hpc") else ""
+            raise ValueError(f"--ckpt_path: there is no file or folder {path}{keyword}")
+        if not expand(path).is_file():
             return
         saved = torch.load(expand(path), weights_only=True, map_location="cpu").get("hyper_parameters", {})
         configured = self.config[command].model.get("init_args", {})
@@ -171,6 +177,23 @@ class FreemergeCLI(LightningCLI):
                 rank_zero_warn(
                     f"{path}: was made with {name}={value!r}, the configuration says {configured[name]!r}, which counts"
                 )
+
+    def instantiate_classes(self) -> None:
+        """Make everything but the loggers of fits, which each fit makes: a mere copy of one of W&B's begins a run."""
+        trainer = self.config[self.config.subcommand].trainer
+        configured = trainer.logger
+        if self.config.subcommand in ("fit", "tune"):
+            trainer.logger = False
+        try:
+            super().instantiate_classes()
+        finally:
+            trainer.logger = configured
+
+    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
+        """Lightning's own Trainer puts its default callbacks into the list that it is given: not into the fits'."""
+        given = config.get("callbacks") or []
+        own = list(given) if isinstance(given, list) else [given]
+        return super()._instantiate_trainer({**config, "callbacks": own}, callbacks)
 
     # -- what the subcommands do --------------------------------------------------------------------------------------
 
@@ -243,11 +266,12 @@ class FreemergeCLI(LightningCLI):
         settings = Settings(**{key: self._get(self.config_init, key) for key in _STAGE_SETTINGS})
         if self._is_dev_run:
             settings = replace(settings, pretrain=replace(settings.pretrain, cache=None))
+        logger = Namespace(logger=self._get(self.config, "trainer").logger).clone().as_dict()["logger"]
         return SuiteRun(
             model,
             suite,
             folder,
-            {**self._get(self.config_init, "trainer")},
+            {**self._get(self.config_init, "trainer"), "logger": logger},  # which is made anew for each fit
             settings,
             trainer_class=self.trainer_class,
             seed=self._get(self.config, "seed_everything"),
@@ -284,6 +308,9 @@ class FreemergeCLI(LightningCLI):
         """Run the FREE model; write one line per sample: its file or row, its routed task, and what is said of it."""
         evaluator = self._evaluator(model, datamodule, ckpt_path)
         predictions = self.trainer.predict(evaluator, datamodule=datamodule)
+        if self.trainer.fast_dev_run:
+            print("fast_dev_run: the predictions were made; nothing is written")
+            return
         per_loader = predictions if len(datamodule.names) > 1 else [predictions]
         path = expand(self._get(self.config_init, "run").folder) / f"predictions{self._rank_suffix()}.csv"
         tasks = {name: datamodule.task(name) for name in datamodule.names}

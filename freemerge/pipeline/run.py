@@ -53,13 +53,15 @@ from freemerge.pipeline.checks import check_run
 from freemerge.pipeline.dependencies import dependencies
 from freemerge.pipeline.folder import StageFolder, content, copy_file, from_rank_zero, make_writable
 from freemerge.pipeline.lock import only_run
+from freemerge.pipeline.loggers import LogConfiguration, end_run, running_elsewhere
 from freemerge.pipeline.measure import Measure
 from freemerge.pipeline.others import Others
 from freemerge.pipeline.plan import difference, make_plan
 from freemerge.pipeline.process_state import seeds_put_back
+from freemerge.pipeline.progress import Progress
 from freemerge.pipeline.reporting import doubts_of, make_report
 from freemerge.pipeline.settings import STAGES, Settings, check_trainer
-from freemerge.pipeline.trainers import MakeTrainer
+from freemerge.pipeline.trainers import MakeTrainer, best_of
 from freemerge.pipeline.tune import Tuning
 from freemerge.runtime.process_group import in_process_group
 from freemerge.training import (
@@ -141,11 +143,12 @@ class SuiteRun:
         self.console = Console(quiet=rank_zero_only.rank != 0, highlight=False)
         self._stages: tuple[str, ...] = ()
         self._extended: set[str] = set()
+        self._progress = Progress([])
 
     @cached_property
     def measure(self) -> Measure:
         """Evaluation, where the configuration's Trainer would compute."""
-        return Measure(self.files, self.make_trainer(self.folder, {"logger": False}, []).strategy.root_device)
+        return Measure(self.files, self.make_trainer.bare().strategy.root_device)
 
     # -- the whole ----------------------------------------------------------------------------------------------------
 
@@ -172,6 +175,7 @@ class SuiteRun:
             self._keep_config()
             self._check_ckpt_path()
             self._check()
+            self._progress = Progress(self._planned())
             began = time.monotonic()
             report = None
             for stage in self._stages:
@@ -192,6 +196,16 @@ class SuiteRun:
             return sorted(plan.extended)
 
         self._extended = set(from_rank_zero(check))
+
+    def _planned(self) -> list[str]:
+        """The names of the stages to be done, in their order."""
+        tasks = self.suite.names
+        names = {
+            "pretrain": ["pretrain"] if self.files.pretrains else [],
+            "finetune": [f"finetune {task}" for task in tasks],
+            "experts": ["experts extracted", *(f"experts {task}" for task in tasks)],
+        }
+        return [name for stage in self._stages for name in names.get(stage, [stage])]
 
     def _keep_config(self) -> None:
         if rank_zero_only.rank == 0 and self.config_text is not None:
@@ -215,7 +229,7 @@ class SuiteRun:
         def check() -> list[str]:
             if rank_zero_only.rank != 0:  # ranks that a fit launched
                 return []
-            trainer = self.make_trainer(self.folder, {"logger": False}, [])
+            trainer = self.make_trainer.bare()
             several = trainer.num_devices * trainer.num_nodes > 1
             return check_run(self.files, self._stages, trainer.strategy.root_device, several)
 
@@ -461,6 +475,7 @@ class SuiteRun:
     def _done(self, stage: StageFolder) -> bool:
         record = stage.record() if self.ckpt_path is None else None  # a checkpoint to go on from means: go on
         if record is not None:
+            self._progress.done(stage.name, record["seconds"])
             self.console.print(f"[dim]{escape(stage.name)}: done already ({record['seconds']:.0f} s then)[/dim]")
         return record is not None
 
@@ -481,6 +496,7 @@ class SuiteRun:
 
     def _finish(self, stage: StageFolder, results: Mapping[str, Any]) -> None:
         record = stage.finish(results)
+        self._progress.done(stage.name, record["seconds"])
         numbers = ", ".join(f"{key} {value:.3f}" for key, value in results.items() if isinstance(value, float))
         self.console.print(f"{stage.name}: {numbers + ', ' if numbers else ''}{record['seconds']:.0f} s", markup=False)
 
@@ -496,8 +512,12 @@ class SuiteRun:
         quiet = not self.console.is_terminal
         return track(scales, what, console=self.console, transient=True, disable=quiet)
 
-    def _say(self, what: str, accuracy: float) -> None:
-        self.console.print(f"{what}: val acc {accuracy:.3f}", markup=False)
+    def _say(self, what: str, score: float) -> None:
+        metrics = list(dict.fromkeys(self.measure.metrics.values()))
+        mean = metrics[0] if len(metrics) == 1 else f"score ({', '.join(metrics)})"
+        # Of perplexity the inverse is averaged, the mean probability of a token.
+        mean = mean.replace("perplexity", "1/perplexity")
+        self.console.print(f"{what}: mean val {mean} {score:.3f}", markup=False)
 
     def _fit(
         self,
@@ -524,11 +544,15 @@ class SuiteRun:
         last = ResumeCheckpoint(
             stage.checkpoints / "last.ckpt", finishes=self.ckpt_path is None, **self.checkpoint_every
         )
-        trainer = self.make_trainer(stage.path, dict(overrides), [EpochStart(last), best, last])
+        name = stage.path.relative_to(self.folder).as_posix()
+        extra = [LogConfiguration(self._configuration(stage)), EpochStart(last), best, last]
+        trainer = self.make_trainer(stage.path, name, overrides, extra)
         kept = last in trainer.callbacks
         ckpt_path = str(resume) if resume else None
-        rest = f" [dim](from {escape(ckpt_path)})[/dim]" if ckpt_path else ""
-        self.console.print(f"[bold]{escape(stage.name)}[/bold]{rest}")
+        where = [self._progress.place(stage.name), self._progress.left(), f"from {ckpt_path}" if ckpt_path else ""]
+        notes = ", ".join(note for note in where if note)
+        self.console.print(f"[bold]{escape(stage.name)}[/bold]" + (f" [dim]({escape(notes)})[/dim]" if notes else ""))
+        others_run = running_elsewhere()
         before = signal.getsignal(signal.SIGINT)
         try:
             with stopped_by_ctrl_c(last, self.console.print) if kept else nullcontext():
@@ -543,8 +567,16 @@ class SuiteRun:
                 raise
             signal.signal(signal.SIGINT, before)  # which Lightning has shut out
             raise KeyboardInterrupt(f"{stage.name} stopped at once") from None
+        finally:
+            end_run(others_run)
         value = trainer.callback_metrics.get(monitor)
-        return Fit(best.best_model_path, last.metrics.get(monitor) if value is None else float(value))
+        return Fit(best_of(trainer), last.metrics.get(monitor) if value is None else float(value))
+
+    def _configuration(self, stage: StageFolder) -> dict[str, Any]:
+        """What a fit's loggers are told: what its result depends on, less the hashes of files."""
+        said = ("seed", "freemerge", "task", "tasks", "batch_size", "model", "trainer", *STAGES)
+        merged = {"free": self.settings.merge.free} if "merged" in stage.inputs else {}
+        return {"stage": stage.name} | {key: stage.inputs[key] for key in said if key in stage.inputs} | merged
 
     def _write(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
         if rank_zero_only.rank == 0:

@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, get_type_hints
 
 import lightning as L
 from lightning.pytorch.cli import OptimizerCallable
@@ -14,15 +14,23 @@ from torch import Tensor
 
 from freemerge.experts import Encoding, Expert, extract, extract_low_rank
 from freemerge.merging import FRMerging, MergeMethod, PCBMerging, TaskArithmetic, Ties, WeightAverage
+from freemerge.pipeline.loggers import check_loggers
 from freemerge.training import Schedule, check_mixup
 from freemerge.tuning import Range, Sampler
 
 STAGES = ("pretrain", "finetune", "merge", "experts", "router", "evaluate")
 
+TrainerArguments = dict[str, Any]
+if not TYPE_CHECKING:  # so that a configuration's callbacks, profiler, … are checked and made as those of `trainer` are
+    _HINTS = {name: hint for name, hint in get_type_hints(L.Trainer.__init__).items() if name != "return"}
+    _HINTS["logger"] = bool | str | dict[str, Any] | list[str | dict[str, Any]] | None  # made anew for each fit
+    TrainerArguments = TypedDict("TrainerArguments", _HINTS, total=False)
+
 
 def check_trainer(where: str, overrides: dict[str, Any]) -> None:
-    """Raise a ValueError if `overrides` has a key that Lightning's Trainer does not know."""
+    """Raise a ValueError if `overrides` has a key that Lightning's Trainer does not know, or no logger as `logger`."""
     known = inspect.signature(L.Trainer.__init__).parameters
+    check_loggers(f"{where}.trainer.logger", overrides.get("logger"))
     for key in overrides:
         if key not in known:
             near = get_close_matches(key, known, n=1)
@@ -43,7 +51,7 @@ class FitSettings:
         warmup: share of the steps over which the learning rate rises.
     """
 
-    trainer: dict[str, Any] = field(default_factory=dict)
+    trainer: TrainerArguments = field(default_factory=dict)
     batch_size: int | None = None
     optimizer: OptimizerCallable | None = None
     schedule: Schedule = "cosine"
@@ -78,7 +86,7 @@ class FinetuneSettings:
         weights: which weights make the task vector: those at the end of the fit, or those with the best val/acc.
     """
 
-    trainer: dict[str, Any] = field(default_factory=dict)
+    trainer: TrainerArguments = field(default_factory=dict)
     weights: Literal["last", "best"] = "last"
 
     def __post_init__(self) -> None:

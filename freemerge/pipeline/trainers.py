@@ -1,42 +1,95 @@
-"""Every fit's own Trainer, from one set of arguments."""
+"""Every fit's own Trainer, from one set of arguments.
+
+The Trainer is Lightning's with all of its arguments. What differs, because a run is many fits:
+
+- Callbacks are copied for each fit, so that nothing of one task's fit is left in the next.
+- Loggers get a run for each fit, named after it: `finetune/birds`, `experts/birds`, `router`.
+- A ModelCheckpoint writes to a folder for each fit. One that monitors something takes the place of freemerge's own, and
+  its best checkpoint is what `finetune.weights: best` means.
+- The model is summarized once.
+"""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, ModelSummary
+
+from freemerge.pipeline.loggers import make_loggers
+from freemerge.training import BestCheckpoint
 
 
 class MakeTrainer:
     """Makes a fresh Trainer for each fit, with its own copies of callbacks and loggers.
 
     Args:
-        arguments: of the Trainer.
+        arguments: of the Trainer; `logger` may also be what `make_loggers` takes.
         trainer_class: the class of the Trainer.
     """
 
     def __init__(self, arguments: Mapping[str, Any], trainer_class: type[L.Trainer] = L.Trainer) -> None:
         self.arguments = dict(arguments)
         self.trainer_class = trainer_class
+        self._is_summarized = False
 
-    def __call__(self, folder: Path, overrides: Mapping[str, Any], callbacks: list[Callback]) -> L.Trainer:
-        """A Trainer.
+    def __call__(
+        self, folder: Path, name: str, overrides: Mapping[str, Any], callbacks: Sequence[Callback]
+    ) -> L.Trainer:
+        """A Trainer for a fit.
 
         Args:
             folder: where it logs and keeps checkpoints, unless the arguments say otherwise.
+            name: of the fit, such as `finetune/birds`.
             overrides: arguments over those of all fits.
-            callbacks: further callbacks; a ModelCheckpoint among them gives way to one of the arguments'.
+            callbacks: further callbacks. A `BestCheckpoint` among them gives way to a ModelCheckpoint of the arguments'
+                that monitors something.
         """
-        arguments = {**copy.deepcopy(self.arguments), **overrides}
+        given = {**self.arguments, **overrides}
+        logger = make_loggers(given.pop("logger", None), folder, name)
+        arguments = {**copy.deepcopy(given), "logger": logger}
         arguments["default_root_dir"] = arguments.get("default_root_dir") or str(folder)
-        if arguments.get("logger") in (None, True):
-            arguments["logger"] = CSVLogger(folder, name="logs")  # a resumed fit gets a version of its own
-        own = arguments.get("callbacks") or []
+        own = as_list(arguments.get("callbacks"))
+        for each in own:
+            if isinstance(each, ModelCheckpoint):
+                _move(each, folder, name)
+        if any(isinstance(each, ModelCheckpoint) and each.monitor for each in own):
+            callbacks = [each for each in callbacks if not isinstance(each, BestCheckpoint)]
         keeps_nothing = arguments.get("fast_dev_run") or arguments.get("enable_checkpointing") is False
-        arguments["callbacks"] = (own if isinstance(own, list) else [own]) + ([] if keeps_nothing else callbacks)
+        arguments["callbacks"] = own + ([] if keeps_nothing else list(callbacks))
+        if arguments.get("enable_model_summary") is None and not any(isinstance(each, ModelSummary) for each in own):
+            arguments["enable_model_summary"] = not self._is_summarized
+            self._is_summarized = True
         return self.trainer_class(**arguments)
+
+    def bare(self) -> L.Trainer:
+        """A Trainer without callbacks and loggers, which says where those of these arguments compute."""
+        bare = {
+            name: value for name, value in self.arguments.items() if name not in ("callbacks", "logger", "profiler")
+        }
+        return self.trainer_class(**copy.deepcopy(bare), logger=False)
+
+
+def as_list(callbacks: Any) -> list[Callback]:
+    """A Trainer's argument `callbacks` as a list."""
+    if callbacks is None:
+        return []
+    return list(callbacks) if isinstance(callbacks, (list, tuple)) else [callbacks]
+
+
+def best_of(trainer: L.Trainer) -> str:
+    """The best checkpoint of a fit, by its first ModelCheckpoint that monitors something; empty if there is none."""
+    monitoring = [each for each in trainer.checkpoint_callbacks if isinstance(each, ModelCheckpoint) and each.monitor]
+    return monitoring[0].best_model_path if monitoring else ""
+
+
+def _move(checkpoint: ModelCheckpoint, folder: Path, name: str) -> None:
+    """Have a ModelCheckpoint write to a folder of this fit's own, the same when the fit is resumed."""
+    if checkpoint.dirpath is None:
+        checkpoint.dirpath = str(folder / "checkpoints" / "own")
+    else:
+        checkpoint.dirpath = os.path.join(checkpoint.dirpath, name)

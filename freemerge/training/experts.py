@@ -72,6 +72,8 @@ class ExpertTrainer(OptimizedModule):
     ) -> None:
         check_mixup(mixup, cache_teacher)
         super().__init__(optimizer, schedule, warmup)
+        objects = ["backbone", "head", "teacher", "expert", "optimizer"]
+        self.save_hyperparameters(ignore=[*objects, *(["schedule"] if callable(schedule) else [])])
         check_fits(expert, backbone.weights())
         self.backbone = backbone.requires_grad_(False).eval()  # by itself, as Lightning keeps the mode that it finds
         self.head = head.requires_grad_(False)

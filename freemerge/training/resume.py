@@ -74,6 +74,7 @@ class ResumeCheckpoint(Checkpoint):
         loop = checkpoint.get("loops", {}).get("fit_loop", {})
         loaders = loop.get("state_dict", {}).get("combined_loader", [])
         self._loader_states = _of_this_rank(checkpoint.get(_LOADERS, []), loaders)
+        _move_all(trainer, checkpoint, to_relative=False)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._written = time.monotonic()
@@ -132,6 +133,7 @@ class ResumeCheckpoint(Checkpoint):
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         if self._place is None:
             return
+        _move_all(trainer, checkpoint, to_relative=True)
         loop = checkpoint["loops"]["fit_loop"]
         if self._place == "batch":
             # Rank 0 writes the file; every rank has its own place in its data, and its own random numbers.
@@ -226,6 +228,16 @@ class BestCheckpoint(ModelCheckpoint):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(_moved(state_dict, ".", str(self.dirpath)))
+
+
+def _move_all(trainer: L.Trainer, checkpoint: dict[str, Any], to_relative: bool) -> None:
+    """Do in a checkpoint for the user's own ModelCheckpoints what `BestCheckpoint` does by itself."""
+    states = checkpoint.get("callbacks", {})
+    for callback in trainer.checkpoint_callbacks:
+        if isinstance(callback, ModelCheckpoint) and not isinstance(callback, BestCheckpoint):
+            places = (str(callback.dirpath), ".") if to_relative else (".", str(callback.dirpath))
+            if callback.state_key in states:
+                states[callback.state_key] = _moved(states[callback.state_key], *places)
 
 
 def _moved(state: Mapping[str, Any], old: str, new: str) -> dict[str, Any]:

@@ -35,6 +35,9 @@ class RouterTrainer(OptimizedModule):
         warmup: float = 0.1,
     ) -> None:
         super().__init__(optimizer, schedule, warmup)
+        self.save_hyperparameters(
+            ignore=["router", "backbone", "optimizer", *(["schedule"] if callable(schedule) else [])]
+        )
         self.router = router
         # Outside the module tree: nothing of it trains, and it is in no checkpoint.
         self.__dict__["backbone"] = backbone.eval().requires_grad_(False) if backbone is not None else None
@@ -96,6 +99,7 @@ class RouterTrainer(OptimizedModule):
         logits = self(inputs)
         self.see_outputs(logits)
         self.accuracy.update(logits.argmax(dim=1), tasks)
+        self.log("val/loss", F.cross_entropy(logits, tasks), on_epoch=True, sync_dist=True, batch_size=len(tasks))
         self.log("val/acc", self.accuracy, prog_bar=True, on_epoch=True, batch_size=len(tasks))
 
     def on_validation_epoch_end(self) -> None:

@@ -130,7 +130,7 @@ class Kill(L.Callback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 make = MakeTrainer.__call__
-MakeTrainer.__call__ = lambda self, folder, overrides, own: make(self, folder, overrides, [*own, Kill()])
+MakeTrainer.__call__ = lambda self, *given: make(self, *given[:-1], [*given[-1], Kill()])
 main(["fit", "--config", {TINY!r}, "--run.folder", {str(tmp_path)!r}])
 """
     killed = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
@@ -293,3 +293,22 @@ def test_a_run_of_a_single_task_goes_through_all_stages(tmp_path) -> None:
     assert report["router accuracy"]["scores"] == {"corners": 1.0}
     assert report["FREE trained (routed)"]["scores"] == report["FREE trained (oracle)"]["scores"]
     assert FreeModel.from_pretrained(tmp_path / "free_model").tasks == ("corners",)
+
+
+def test_a_checkpoint_that_is_not_there_is_one_line_before_anything_is_built(tmp_path, capsys) -> None:
+    for command, path, more in (
+        ("fit", "nowhere.ckpt", ""),
+        ("test", "nowhere", ""),
+        ("fit", "last", "; an interrupted run goes on by itself"),
+    ):
+        options = ["--run.folder", str(tmp_path / "run"), "--ckpt_path", path, "--data.tasks", "[no such task]"]
+        assert main([command, "--config", TINY, *options]) == 2
+        assert capsys.readouterr().err == f"error: --ckpt_path: there is no file or folder {path}{more}\n"
+    assert not (tmp_path / "run").exists()
+
+
+def test_predict_writes_nothing_in_a_trial(run: Path, capsys) -> None:
+    before = sorted(run.rglob("*"))
+    assert main(["predict", "--config", TINY, "--run.folder", str(run), "--trainer.fast_dev_run", "true"]) == 0
+    assert "fast_dev_run: the predictions were made; nothing is written" in capsys.readouterr().out
+    assert sorted(run.rglob("*")) == before
