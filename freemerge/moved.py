@@ -102,6 +102,14 @@ _MOVED = {
     "models.language": "models.backbones.language",
     "models.modules": "models.backbones.modules",
     "models.router": "models.routers",
+    "pipeline.artifacts": "pipeline.store.artifacts",
+    "pipeline.cache": "pipeline.store.cache",
+    "pipeline.contents": "pipeline.store.contents",
+    "pipeline.folder": "pipeline.store.stage_folder",
+    "pipeline.held_out": "pipeline.stages.held_out",
+    "pipeline.lock": "pipeline.store.lock",
+    "pipeline.plan": "pipeline.store.replacing",
+    "pipeline.tune": "pipeline.stages.tune",
 }
 
 # Names that a room exported and another one exports now.

@@ -22,7 +22,7 @@ ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT)]
 
 from freemerge.cli import main  # noqa: E402
-from freemerge.pipeline.contents import content_hash  # noqa: E402
+from freemerge.pipeline import content_hash  # noqa: E402
 from tests.pipeline.killed import attempt  # noqa: E402
 from tests.tiny import VIT  # noqa: E402
 

@@ -43,6 +43,7 @@ from freemerge.data import TaskSuite
 from freemerge.evaluation import MultiTaskEvaluator, TaskMetric, write_predictions
 from freemerge.models import FreeModel, make_and_remember, names_own_backbone
 from freemerge.pipeline import (
+    CheckError,
     ExpertsSettings,
     FinetuneSettings,
     MergeSettings,
@@ -55,7 +56,6 @@ from freemerge.pipeline import (
     TuneSettings,
     from_rank_zero,
 )
-from freemerge.pipeline.checks import CheckError
 from freemerge.runtime import own_process
 from freemerge.runtime.process_group import in_process_group
 from freemerge.training import FineTuner

@@ -3,8 +3,8 @@
 from freemerge.data.arrays import ArrayDataset, Augmentation, Preprocessing
 from freemerge.data.augment import Compose, GaussianNoise, RandomAffine, RandomContrast, RandomFlip
 from freemerge.data.batches import StackedBatch, collate
-from freemerge.data.errors import DataError, DataWarning
-from freemerge.data.loaders import derive_seed, names_of
+from freemerge.data.errors import DataError, DataWarning, listed
+from freemerge.data.loaders import derive_seed, lengths_of, names_of
 from freemerge.data.mixture import TaskData, TaskMixture
 from freemerge.data.resumable import ResumableLoader, random_state, set_random_state
 from freemerge.data.source_suite import NpzSuite, SourceSuite, TextTableSuite
@@ -66,6 +66,8 @@ __all__ = [
     "TorchvisionSource",
     "collate",
     "derive_seed",
+    "lengths_of",
+    "listed",
     "load_tokenizer",
     "metric_for",
     "names_of",

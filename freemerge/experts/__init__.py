@@ -4,7 +4,7 @@ from freemerge.experts.base import Expert, check_fits, class_path, is_known, kin
 from freemerge.experts.codec import Encoding, decode_values, encode_values
 from freemerge.experts.extraction import STATISTICS, extract, extract_low_rank
 from freemerge.experts.files import check_hash, load_expert, save_expert
-from freemerge.experts.kinds.low_rank import LowRankExpert
+from freemerge.experts.kinds.low_rank import LowRankExpert, matrix_shape
 from freemerge.experts.kinds.masked import MaskedExpert, emr_experts
 from freemerge.experts.kinds.sparse import SparseExpert
 from freemerge.experts.mixing import mix, mixable
@@ -42,6 +42,7 @@ __all__ = [
     "is_known",
     "kind_of",
     "load_expert",
+    "matrix_shape",
     "mix",
     "mixable",
     "private",

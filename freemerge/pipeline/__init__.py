@@ -1,6 +1,6 @@
 """The suite's pipeline: stages, their folders, and what they can be told."""
 
-from freemerge.pipeline.folder import from_rank_zero
+from freemerge.pipeline.checks import CheckError
 from freemerge.pipeline.others import Others
 from freemerge.pipeline.run import SuiteRun
 from freemerge.pipeline.settings import (
@@ -14,9 +14,12 @@ from freemerge.pipeline.settings import (
     Settings,
     TuneSettings,
 )
+from freemerge.pipeline.store.contents import content_hash
+from freemerge.pipeline.store.stage_folder import from_rank_zero
 
 __all__ = [
     "STAGES",
+    "CheckError",
     "ExpertsSettings",
     "FinetuneSettings",
     "MergeSettings",
@@ -27,5 +30,6 @@ __all__ = [
     "Settings",
     "SuiteRun",
     "TuneSettings",
+    "content_hash",
     "from_rank_zero",
 ]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from freemerge.evaluation import LabelSpace, Predict, Routing, TaskMetric, evaluate, evaluate_routing
 from freemerge.models import FreeModel, batch_norms, reestimate_batch_norm
-from freemerge.pipeline.artifacts import Artifacts
+from freemerge.pipeline.store.artifacts import Artifacts
 from freemerge.tensors.rounding import IN_MEMORY, round_to
 
 

@@ -15,9 +15,9 @@ from freemerge.checkpoints import load_checkpoint
 from freemerge.evaluation import Report, Routing, Row
 from freemerge.experts import load_expert
 from freemerge.models import FreeModel, LanguageBackbone
-from freemerge.pipeline.artifacts import Artifacts
-from freemerge.pipeline.held_out import held_out_heads
 from freemerge.pipeline.measure import Measure
+from freemerge.pipeline.stages.held_out import held_out_heads
+from freemerge.pipeline.store.artifacts import Artifacts
 from freemerge.training import FineTuner
 
 

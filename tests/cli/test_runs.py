@@ -8,7 +8,7 @@ import pytest
 
 from freemerge.checkpoints import load_checkpoint, save_checkpoint
 from freemerge.cli import main
-from freemerge.pipeline.lock import only_run
+from freemerge.pipeline.store.lock import only_run
 
 TINY = str(Path(__file__).parent.parent / "tiny.yaml")
 
@@ -122,7 +122,7 @@ def test_a_changed_setting_says_what_it_would_replace(copy: Path, capsys) -> Non
     before = files(copy)
     assert fit(copy, "--model.label_smoothing", "0.2") == 2
     message = error(capsys)
-    assert "finetune corners, finetune bars (model.init_args.label_smoothing: 0.0 → 0.2)" in message
+    assert "finetune corners, finetune bars (model.label_smoothing: 0 → 0.2)" in message
     assert "merge (made from finetune corners)" in message
     assert "router" not in message  # it looks at images alone
     assert files(copy) == before

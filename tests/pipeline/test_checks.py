@@ -22,8 +22,8 @@ from freemerge.pipeline import (
     Settings,
     TuneSettings,
 )
-from freemerge.pipeline.artifacts import Artifacts
 from freemerge.pipeline.checks import CheckError, check_run
+from freemerge.pipeline.store.artifacts import Artifacts
 from freemerge.training import FineTuner
 from freemerge.tuning import Range
 from tests.tiny import TinySuite, tiny_backbone, tiny_text_backbone

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from freemerge.cli import main
-from freemerge.pipeline.contents import content_hash
+from freemerge.pipeline.store.contents import content_hash
 from tests.tiny import VIT
 
 ROOT = Path(__file__).parent.parent.parent

@@ -14,7 +14,6 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from freemerge.data import Task, TaskData
 from freemerge.inputs import Inputs, select
 from freemerge.models import batch_norms
-from freemerge.pipeline.artifacts import Artifacts
 from freemerge.pipeline.checks.findings import CheckError, Findings
 from freemerge.pipeline.checks.labels import check_labels
 from freemerge.pipeline.checks.samples import Samples
@@ -26,6 +25,7 @@ from freemerge.pipeline.checks.stages import (
     check_tune,
 )
 from freemerge.pipeline.checks.together import check_expert_inputs, check_mixture, check_router
+from freemerge.pipeline.store.artifacts import Artifacts
 from freemerge.training import FineTuner
 
 __all__ = ["CheckError", "check_run"]

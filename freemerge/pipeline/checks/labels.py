@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
-from freemerge.data import Task
-from freemerge.data.errors import listed
+from freemerge.data import Task, listed
 from freemerge.pipeline.checks.findings import Findings
 
 

@@ -8,9 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from freemerge.data import TaskData
-from freemerge.data.batches import collate
-from freemerge.data.loaders import lengths_of
+from freemerge.data import TaskData, collate, lengths_of
 from freemerge.inputs import Inputs, batch_size, select, tensors_of, to_device
 from freemerge.models import Backbone
 from freemerge.pipeline.checks.findings import Findings

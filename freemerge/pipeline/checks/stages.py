@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from freemerge.experts.kinds.low_rank import matrix_shape
-from freemerge.merging.methods.scales import has_scale, rescaled
-from freemerge.pipeline.artifacts import Artifacts
+from freemerge.experts import matrix_shape
+from freemerge.merging import has_scale, rescaled
 from freemerge.pipeline.checks.findings import Findings
-from freemerge.pipeline.folder import StageFolder
-from freemerge.pipeline.plan import difference, is_extension
-from freemerge.pipeline.tune import chosen_method
+from freemerge.pipeline.stages.tune import chosen_method
+from freemerge.pipeline.store.artifacts import Artifacts
+from freemerge.pipeline.store.replacing import difference, is_extension
+from freemerge.pipeline.store.stage_folder import StageFolder
 from freemerge.tuning import Space
 
 

@@ -3,7 +3,7 @@
 A stage's key is a hash of everything its result depends on: its settings, and the content of the files that it reads.
 `stage.json` with that key is written last, so its presence means that the folder is whole. `started.json` with that key
 means that a fit was interrupted there and may go on from its last checkpoint; with another key the folder is stale and
-is emptied. Whether something finished may be emptied is asked before (`freemerge.pipeline.plan`).
+is emptied. Whether something finished may be emptied is asked before (`freemerge.pipeline.store.replacing`).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 import torch.distributed as dist
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from freemerge.pipeline.contents import content_hash
+from freemerge.pipeline.store.contents import content_hash
 from freemerge.runtime.process_group import in_process_group
 
 NOT_MADE = "not made yet"

@@ -13,7 +13,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from freemerge.pipeline.folder import from_rank_zero, make_writable, write_json
+from freemerge.pipeline.store.stage_folder import from_rank_zero, make_writable, write_json
 
 _AFTER_A_KILL = 15.0
 """Seconds: loader workers hold their killed parent's lock until they notice that it is gone."""

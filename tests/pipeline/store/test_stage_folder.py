@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from freemerge.pipeline.folder import StageFolder
+from freemerge.pipeline.store.stage_folder import StageFolder
 
 
 def test_a_finished_stage_is_recognised_by_its_inputs(tmp_path) -> None:

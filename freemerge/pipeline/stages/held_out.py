@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from freemerge.models import extract_features
-from freemerge.pipeline.artifacts import Artifacts
+from freemerge.pipeline.store.artifacts import Artifacts
 
 
 def held_out_heads(files: Artifacts, device: torch.device) -> dict[str, nn.Module]:

@@ -6,7 +6,7 @@ import os
 import shutil
 from pathlib import Path
 
-from freemerge.pipeline.folder import StageFolder, copy_file
+from freemerge.pipeline.store.stage_folder import StageFolder, copy_file
 
 _FILES = ("base.safetensors", "stage.json")
 

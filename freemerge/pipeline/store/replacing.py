@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from freemerge.pipeline.folder import NOT_MADE, StageFolder
+from freemerge.pipeline.store.stage_folder import NOT_MADE, StageFolder
 
 PER_TASK = frozenset({"tasks", "models", "heads", "data", "head_groups"})
 """The inputs of stages over all tasks that grow when a task is added."""

@@ -28,12 +28,12 @@ import freemerge
 from freemerge.checkpoints import expand, hash_tensors, save_checkpoint
 from freemerge.evaluation import Report, Row, comparable, mean_score
 from freemerge.merging import Candidates, MergeMethod, describe_method, rescaled
-from freemerge.pipeline.artifacts import Artifacts
 from freemerge.pipeline.measure import Measure
 from freemerge.pipeline.others import Others
-from freemerge.pipeline.plan import difference
 from freemerge.pipeline.reporting import title
 from freemerge.pipeline.settings import Settings
+from freemerge.pipeline.store.artifacts import Artifacts
+from freemerge.pipeline.store.replacing import difference
 from freemerge.tuning import Search, Space, Trial, default_ranges, searchers
 
 

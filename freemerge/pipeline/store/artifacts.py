@@ -16,8 +16,8 @@ from freemerge.checkpoints import hash_tensors, load_checkpoint
 from freemerge.data import TaskSuite
 from freemerge.experts import PackedExpert, load_expert
 from freemerge.models import Backbone, ConvRouter, EarlyRouter, FreeModel, Router, feature_width
-from freemerge.pipeline.folder import StageFolder, content
 from freemerge.pipeline.settings import Settings
+from freemerge.pipeline.store.stage_folder import StageFolder, content
 from freemerge.training import FineTuner
 
 

@@ -1,7 +1,7 @@
 """What a run would replace: reasons in one line, and extensions, which need no asking."""
 
-from freemerge.pipeline.folder import NOT_MADE, StageFolder
-from freemerge.pipeline.plan import difference, is_extension, make_plan
+from freemerge.pipeline.store.replacing import difference, is_extension, make_plan
+from freemerge.pipeline.store.stage_folder import NOT_MADE, StageFolder
 
 MERGE = {"tasks": ["a", "c"], "models": {"a": "1", "c": "2"}, "base": "0"}
 

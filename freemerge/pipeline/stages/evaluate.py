@@ -1,0 +1,33 @@
+"""The stage `evaluate`: everything on test data; the FREE model, the report and the picture."""
+
+from __future__ import annotations
+
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+from freemerge.evaluation import Report
+from freemerge.models import has_experts
+from freemerge.pipeline.context import RunContext
+from freemerge.pipeline.reporting import doubts_of, make_report
+
+
+def evaluate(run: RunContext) -> Report:
+    """Evaluate everything on all tasks' test data; write the FREE model, the report and the picture.
+
+    Where there are no experts, because their stages were left out, the report ends with the merged models, and the
+    FREE model is the merged backbone with its heads; it takes the place of none that has experts.
+    """
+    model = run.files.free_model() if run.files.has_experts() or "experts" in run.stages else None
+    report = make_report(run.files, run.measure, model)
+    if rank_zero_only.rank == 0:
+        folder = run.folder / "free_model"
+        if model is not None:
+            model.save_pretrained(folder)
+        elif not has_experts(folder):
+            run.files.merged_model().save_pretrained(folder)
+        report.write_json(run.folder / "report.json")
+        report.plot(run.folder / "report.png")
+        report.print(run.console)
+        for doubt in doubts_of(report, run.settings.merge.free):
+            run.doubt(doubt)
+        run.console.print(f"[dim]{run.folder}/report.json, report.png and free_model/ hold the rest[/dim]")
+    return report

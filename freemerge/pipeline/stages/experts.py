@@ -1,0 +1,73 @@
+"""The stage `experts`: cut out of the residuals, then trained against the fine-tuned models."""
+
+from __future__ import annotations
+
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+from freemerge.checkpoints import hash_tensors
+from freemerge.errors import NotFiniteError
+from freemerge.experts import load_expert, save_expert
+from freemerge.merging import task_vector
+from freemerge.models import FreeModel
+from freemerge.pipeline.context import RunContext
+from freemerge.pipeline.store.stage_folder import StageFolder
+from freemerge.training import (
+    ExpertTrainer,
+)
+
+
+def experts(run: RunContext) -> None:
+    """Extract every task's expert from its residual, then train it against its teacher."""
+    extraction = run.files.extraction_stage()
+    if not run.done(extraction):
+        _extract_experts(run, extraction)
+    for task in run.suite.names:
+        stage = run.files.expert_stage(task)
+        if run.done(stage):
+            continue
+        settings = run.settings.experts
+        merged = run.files.free_weights()
+        start = load_expert(run.files.extracted_path(task), merged)
+        head, teacher = run.files.heads()[task], run.files.finetuned(task)
+        resume = run.begin(stage)
+        run.seed_stage(stage)
+        trainer_module = ExpertTrainer(
+            run.files.backbone(merged),
+            head,
+            teacher,
+            start,
+            **settings.training,
+        )
+        data = run.suite.for_task(task, batch_size=settings.batch_size)
+        fit = run.fit(stage, trainer_module, data, settings.trainer, resume, monitor="val/agreement")
+        if rank_zero_only.rank == 0:
+            save_expert(run.files.expert_path(task), trainer_module.expert, settings.values)
+        run.finish(stage, {"val/agreement": fit.value})
+
+
+def _extract_experts(run: RunContext, stage: StageFolder) -> None:
+    settings = run.settings.experts
+    merged, finetuned, heads = run.files.free_weights(), run.files.finetuned_weights(), run.files.heads()
+    run.begin(stage)
+    hashes = {"base_hash": hash_tensors(run.files.base_weights()), "merged_hash": hash_tensors(merged)}
+    experts = {
+        task: settings.cut(task_vector(merged, weights), {"task": task, **hashes})
+        for task, weights in finetuned.items()
+    }
+    loaders = run.measure.loaders("val")
+    search = []
+    for scale in run.with_bar(run.settings.merge.scales, "experts: extracted"):
+        scaled = {task: expert.scaled(scale) for task, expert in experts.items()}
+        model = FreeModel(run.files.backbone(merged), heads, scaled)
+        if (score := run.mean_score(lambda m=model: run.measure.free(m, loaders, told="task"))) is None:
+            run.doubt(f"experts at scale {scale:g} compute NaN or infinite values, and are left out")
+            continue
+        search.append({"scale": scale, "mean_acc": score})
+    if not search:
+        raise NotFiniteError(f"experts compute NaN or infinite values at every scale: {run.settings.merge.scales}")
+    best = max(search, key=lambda candidate: candidate["mean_acc"])
+    if rank_zero_only.rank == 0:
+        for task, expert in experts.items():
+            save_expert(run.files.extracted_path(task), expert.scaled(best["scale"]), settings.values)
+    run.finish(stage, {"search": search, "best": best})
+    run.say(f"experts: extracted, scale {best['scale']:g}", best["mean_acc"])
