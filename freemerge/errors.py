@@ -1,17 +1,17 @@
-"""The errors and the warning of freemerge; each message is one line."""
+"""The errors and the warning of freemerge; every message is one line."""
 
 _LONGEST = 4000  # characters; names of tensors and files may have any length
 
 
 class CheckpointError(ValueError):
-    """A checkpoint cannot be read or written; the message is one line: which file, what is wrong, what to do."""
+    """A checkpoint cannot be read or written. The message is one line: which file, what is wrong, what to do."""
 
     def __init__(self, message: str = "") -> None:
         super().__init__(one_line(message))
 
 
 def one_line(message: str) -> str:
-    """A message as one line of bounded length, whatever the names in it are."""
+    """Make a message one line of bounded length, however long the names in it are."""
     if len(message) > _LONGEST:
         message = f"{message[: _LONGEST // 2]} … {message[-_LONGEST // 2 :]}"
     if message.isprintable():
@@ -20,18 +20,18 @@ def one_line(message: str) -> str:
 
 
 class MergeError(ValueError):
-    """Models cannot be merged; the message is one line: which model, which tensor, expected, found, what to do."""
+    """Models cannot be merged. The message is one line: which model, which tensor, expected, found, what to do."""
 
     def __init__(self, message: str = "") -> None:
         super().__init__(one_line(message))
 
 
 class MergeWarning(UserWarning):
-    """A merge does what it was asked for, and there is something to know; the message is one line."""
+    """A merge does what was asked, but the user should know something about it; the message is one line."""
 
 
 class NotFiniteError(ValueError):
-    """A loss, an output or a weight is NaN or infinite; the message is one line: whose, where, what to try."""
+    """A loss, an output or a weight is NaN or infinite. The message is one line: which model, where, what to try."""
 
     def __init__(self, message: str = "") -> None:
         super().__init__(one_line(message))

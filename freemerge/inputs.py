@@ -1,7 +1,7 @@
 """The inputs of a batch: a tensor (B, …), such as images, or a dict or tuple of inputs, such as a tokenizer's output
 or an image with its text.
 
-Everything that handles batches goes through these few functions, so that no other code asks what inputs are made of. A
+All code that handles batches uses these functions, so that no other code depends on the structure of the inputs. A
 tensor whose second dimension differs from sample to sample (tokens) is padded on the right.
 """
 
@@ -15,13 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Inputs = Tensor | Mapping[str, "Inputs"] | tuple["Inputs", ...] | list[Any]
-"""A tensor (B, …), or a dict or tuple of inputs that have B in common. A list of B other values, such as texts, goes
-along; so does what belongs to the batch as a whole."""
+"""A tensor (B, …), or a dict or tuple of inputs that have B in common. A list of B other values, such as texts, is part
+of the batch; values that belong to the batch as a whole are passed along unchanged."""
 
 _Inputs = TypeVar("_Inputs", bound=Inputs)
 
 IGNORED = -100
-"""A label that counts in no loss and no metric; cross-entropy's own convention."""
+"""The label that losses and metrics ignore; cross-entropy's default `ignore_index`."""
 
 
 def tensors_of(inputs: Inputs) -> list[Tensor]:
@@ -33,10 +33,10 @@ def tensors_of(inputs: Inputs) -> list[Tensor]:
 
 
 def named(inputs: Inputs) -> dict[str, Any]:
-    """The inputs by name.
+    """The inputs as a dict by name.
 
     Raises:
-        TypeError: they have no names.
+        TypeError: the inputs are not a dict.
     """
     if not isinstance(inputs, Mapping):
         raise TypeError(f"the inputs are a {type(inputs).__name__}, expected a dict of tensors by name")
@@ -44,12 +44,12 @@ def named(inputs: Inputs) -> dict[str, Any]:
 
 
 def batch_size(inputs: Inputs) -> int:
-    """How many samples a batch has."""
+    """The number of samples in a batch."""
     return len(tensors_of(inputs)[0])
 
 
 def device_of(inputs: Inputs) -> torch.device:
-    """Where a batch is."""
+    """The device of a batch."""
     return tensors_of(inputs)[0].device
 
 
@@ -59,16 +59,16 @@ def to_device(inputs: _Inputs, device: torch.device | str) -> _Inputs:
 
 
 def select(inputs: _Inputs, index: Tensor | slice | int) -> _Inputs:
-    """Some samples of a batch.
+    """Select samples of a batch.
 
     Args:
         inputs: B samples.
-        index: (b,) int64 or (B,) bool, or a slice; or a number, for one sample without the batch's dimension.
+        index: (b,) int64 or (B,) bool, a slice, or an integer for one sample without the batch dimension.
     """
     size = batch_size(inputs)
 
     def select_values(values: list) -> Any:
-        if len(values) != size:  # not one for each sample
+        if len(values) != size:  # does not have one value per sample
             return values
         if isinstance(index, int):
             return values[index]
@@ -83,7 +83,7 @@ def select(inputs: _Inputs, index: Tensor | slice | int) -> _Inputs:
 def _map(
     inputs: Any, function: Callable[[Tensor], Tensor], of_list: Callable[[list], Any] = lambda values: values
 ) -> Any:
-    """The same inputs, each tensor and each list without tensors replaced by what a function makes of it."""
+    """Apply a function to each tensor, and to each list without tensors; keeps the structure of the inputs."""
     if isinstance(inputs, Tensor):
         return function(inputs)
     if isinstance(inputs, Mapping):
@@ -96,18 +96,18 @@ def _map(
 
 
 def join(batches: Sequence[Inputs]) -> Inputs:
-    """Several batches as one, in order; tokens are padded to the longest (`labels` with −100, all else with 0).
+    """Concatenate batches in order; tokens are padded to the longest (`labels` with −100, all others with 0).
 
     Args:
         batches: all tensors, all dicts with the same keys, or all tuples of one length.
 
     Raises:
-        ValueError: if the batches cannot be one.
+        ValueError: the batches differ in structure.
     """
     kinds = sorted({_describe(batch) for batch in batches})
     if len(kinds) > 1:
-        raise ValueError(f"batches of different kinds cannot be one: {' and '.join(kinds)}")
-    same: Sequence[Any] = batches  # all of the first one's kind, whichever that is
+        raise ValueError(f"cannot concatenate batches of different structure: {' and '.join(kinds)}")
+    same: Sequence[Any] = batches  # all have the structure of the first
     first = same[0]
     if isinstance(first, Mapping):
         return {name: _join([batch[name] for batch in same], padding_of(name)) for name in first}
@@ -117,12 +117,12 @@ def join(batches: Sequence[Inputs]) -> Inputs:
 
 
 def _like(values: Any, parts: list[Any]) -> Any:
-    """Parts as a tuple, a named tuple or a list, as `values` is one."""
+    """Rebuild a tuple, a named tuple or a list of the type of `values` from its parts."""
     return type(values)(*parts) if hasattr(values, "_fields") else type(values)(parts)
 
 
 def _join(parts: Sequence[Any], padding: int) -> Inputs:
-    """One part of several batches' inputs: tokens are padded, what holds tensors itself is joined in turn."""
+    """Concatenate one part of several batches' inputs, recursively where it is nested; tokens are padded."""
     return join_padded(parts, padding) if isinstance(parts[0], Tensor) else join(parts)
 
 
@@ -136,7 +136,7 @@ def join_padded(tensors: Sequence[Tensor], value: int = 0) -> Tensor:
 
 
 def padding_of(name: str) -> int:
-    """What an input of this name is padded with."""
+    """The padding value of an input of this name."""
     return IGNORED if name == "labels" else 0
 
 

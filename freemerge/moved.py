@@ -1,6 +1,6 @@
-"""Where modules are that had other names up to 0.1: saved configurations and checkpoints go on working.
+"""Old module names of version 0.1 and their current ones, so that saved configurations and checkpoints keep working.
 
-The finder answers for the names below alone, and gives the module of today's name.
+The finder handles only the names below and returns the module of the current name.
 """
 
 from __future__ import annotations
@@ -112,12 +112,12 @@ _MOVED = {
     "pipeline.tune": "pipeline.stages.tune",
 }
 
-# Names that a room exported and another one exports now.
+# Names that one package exported and another one exports now.
 _MOVED_NAMES = {("freemerge.data", "QuickstartSuite"): "freemerge.quickstart"}
 
 
 class _Finder(MetaPathFinder, Loader):
-    """Gives an old name the module of today's name."""
+    """Resolves an old module name to the module of the current name."""
 
     def find_spec(self, fullname: str, path: object = None, target: object = None) -> ModuleSpec | None:
         room, _, name = fullname.partition(".")
@@ -132,7 +132,7 @@ class _Finder(MetaPathFinder, Loader):
 
 
 def _new_name(name: str) -> str | None:
-    """Today's name of a module or of one within a package that moved as a whole; None if it has not moved."""
+    """The current name of a module, or of a module in a package that moved as a whole; None if it has not moved."""
     inner = ""
     while name:
         if name in _MOVED:
@@ -143,7 +143,8 @@ def _new_name(name: str) -> str | None:
 
 
 def names_that_moved(room: str) -> Callable[[str], Any]:
-    """The `__getattr__` of a room, which finds the names that it exported once in the rooms that export them now."""
+    """A package's `__getattr__`, which looks up names that the package once exported in the packages that export them
+    now."""
 
     def find(name: str) -> Any:
         home = _MOVED_NAMES.get((room, name))
@@ -155,6 +156,7 @@ def names_that_moved(room: str) -> Callable[[str], Any]:
 
 
 def install() -> None:
-    """Let old names be imported; once in a process."""
+    """Make the old names importable; installs the finder once per process."""
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Finder())  # before a package that moved as a whole is searched, and loaded twice
+        # first, or the regular finder would load modules of a moved package a second time
+        sys.meta_path.insert(0, _Finder())

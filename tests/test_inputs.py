@@ -32,7 +32,9 @@ def test_join_pads_tokens_on_the_right() -> None:
 
 
 def test_join_refuses_what_cannot_be_one_batch() -> None:
-    with pytest.raises(ValueError, match=r"different kinds cannot be one: .*1, 4, 4.* and .*3, 4, 4"):
+    with pytest.raises(
+        ValueError, match=r"cannot concatenate batches of different structure: .*1, 4, 4.* and .*3, 4, 4"
+    ):
         join([torch.zeros(1, 1, 4, 4), torch.zeros(1, 3, 4, 4)])
     with pytest.raises(ValueError, match="attention_mask"):
         join([TOKENS, torch.zeros(1, 2)])

@@ -1,4 +1,4 @@
-"""What computing needs of the machine: threads, processes, copies to and from devices, memory, reads."""
+"""Machine resources: threads, processes, copies to and from devices, memory, file reads."""
 
 from freemerge.runtime.heap import own_process
 from freemerge.runtime.processes import Processes

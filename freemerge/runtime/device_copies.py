@@ -1,8 +1,8 @@
-"""Copies between the processor's memory and a GPU's, beside the arithmetic of both.
+"""Copies between CPU and GPU memory that overlap with the arithmetic on both.
 
-All arithmetic of a merge is queued on one stream of the GPU, whichever thread asks for it, so that it needs no other
-order. The copies have a stream for each direction. They go through pinned memory: only from there do they run on their
-own, and twice as fast.
+All arithmetic of a merge is queued on one GPU stream by every thread, so it needs no further synchronization. Each copy
+direction has its own stream. Copies go through pinned memory: only pinned copies are asynchronous, and they are twice
+as fast.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 class Transfer:
-    """Copies to a GPU and back; from any thread.
+    """Copies to a GPU and back; may be used from any thread.
 
     Args:
         device: the GPU.
@@ -23,7 +23,7 @@ class Transfer:
         self._in, self._out = torch.cuda.Stream(device), torch.cuda.Stream(device)
 
     def inward(self, values: Tensor) -> Tensor:
-        """Values on the GPU, for what is queued on the current stream from now on.
+        """Copy values to the GPU; work queued on the current stream from now on sees them.
 
         Args:
             values: any shape and dtype, on the CPU.
@@ -32,11 +32,12 @@ class Transfer:
         with torch.cuda.stream(self._in):
             moved = values.pin_memory().to(self._device, non_blocking=True)
         current.wait_stream(self._in)
-        moved.record_stream(current)  # or its memory would be free for the next copy once nobody holds it
+        # else the allocator could reuse the memory for the next copy once the tensor is released
+        moved.record_stream(current)
         return moved
 
     def outward(self, values: Tensor) -> Tensor:
-        """Values in the processor's memory, when all is there.
+        """Copy values to CPU memory; returns when the copy is complete.
 
         Args:
             values: any shape and dtype, on the GPU.

@@ -1,8 +1,8 @@
-"""What the C library does with freed memory while a merge runs; glibc on Linux only, and nothing elsewhere.
+"""Settings for how the C library handles freed memory during a merge; glibc on Linux only, a no-op elsewhere.
 
-Left to itself it reuses blocks as large as any that was freed before. That keeps whole tensors, which each thread's
-heap hoards; and it gives back the temporaries of chunks, whose fresh pages cost more than what is computed in them.
-And with blocks of changing sizes heaps grow to several times what is ever in use: what is free in them lies scattered.
+By default glibc keeps blocks up to the largest size freed so far for reuse. So each thread's heap keeps whole tensors,
+while the temporaries of chunks are returned to the system, although faulting in their fresh pages costs more than the
+computation. With blocks of varying sizes, fragmentation also makes heaps grow to several times the memory in use.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-REUSED = 32 << 20  # bytes of the largest block that glibc ever adapts to use again
-_AT_END = 24 << 20  # free bytes that a thread's heap may keep at its end
+REUSED = 32 << 20  # bytes; the upper bound of glibc's dynamic mmap threshold
+_AT_END = 24 << 20  # free bytes that a thread's heap may keep at its top
 _STATISTICS = "/proc/self/statm"
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
@@ -25,9 +25,9 @@ _owned = False
 
 
 def own_process() -> None:
-    """Say that this process is freemerge's own, as that of its command line is: its merges may set the allocator.
+    """Mark this process as freemerge's own, as the command line does: merges may then set the allocator.
 
-    Such settings last, and the C library does not tell what they were: in somebody else's process nothing is set.
+    These settings persist and their previous values cannot be read, so nothing is set in any other process.
     """
     global _owned
     _owned = True
@@ -35,17 +35,17 @@ def own_process() -> None:
 
 @contextmanager
 def returning(threshold: int, scattered: int) -> Iterator[None]:
-    """Give blocks of memory back to the system when they are freed, and use smaller ones again.
+    """Return large blocks of memory to the system when they are freed, and reuse smaller ones.
 
-    In a process that is not ours only what is free within the heaps is given back; see `own_process`.
+    In a process that is not freemerge's own, only free memory inside the heaps is returned; see `own_process`.
 
     Args:
-        threshold: bytes of the smallest block that is given back.
-        scattered: bytes that the process may grow by before `relieve` gives back what is free within its heaps.
+        threshold: bytes of the smallest block that is returned.
+        scattered: bytes that the process may grow by before `relieve` returns the free memory inside its heaps.
     """
     global _watch
     library = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if library is None or not hasattr(library, "mallopt"):  # other C libraries have none, or one that does nothing
+    if library is None or not hasattr(library, "mallopt"):  # other C libraries lack it or ignore it
         yield
         return
     if owned := _owned:
@@ -58,22 +58,22 @@ def returning(threshold: int, scattered: int) -> Iterator[None]:
     finally:
         _watch = None
         if owned:
-            library.mallopt(_M_MMAP_THRESHOLD, REUSED)  # what it would have adapted to
+            library.mallopt(_M_MMAP_THRESHOLD, REUSED)  # the value that glibc would have adapted to
             library.mallopt(_M_TRIM_THRESHOLD, 2 * REUSED)
 
 
 def relieve(pause: float = 0.01) -> None:
-    """Between two chunks of work: if the process has grown, give back what is free within its heaps.
+    """Between two chunks of work, return the free memory inside the heaps if the process has grown.
 
     Args:
-        pause: seconds between two looks: each lets go of the interpreter, and has to wait for it.
+        pause: seconds between two checks; each check releases the GIL and has to reacquire it.
     """
     if (watch := _watch) is not None:
         watch.look(pause)
 
 
 class _Watch:
-    """Looks after the memory that is the process's own, without the pages of files."""
+    """Tracks the process's anonymous memory, without the pages of files."""
 
     def __init__(self, library: ctypes.CDLL, scattered: int) -> None:
         self._library = library
@@ -91,7 +91,7 @@ class _Watch:
             self._ceiling = min(self._ceiling, own + self._scattered)
             return
         self._library.malloc_trim(0)
-        self._ceiling = self._own() + self._scattered  # on top of what is in use
+        self._ceiling = self._own() + self._scattered  # in addition to the memory in use
 
     @staticmethod
     def _own() -> int:

@@ -1,7 +1,7 @@
-"""Fresh memory for large tensors, in huge pages where the system has them.
+"""Fresh memory for large tensors, in huge pages where the system supports them.
 
-The first touch of every page of 4 KiB costs more than most of what is then computed in it. Linux hands out pages of
-2 MiB to whom asks for them (its usual setting, `madvise`), which makes fresh memory about three times as fast.
+The first access to a 4 KiB page costs more than most of the computation on it. Linux provides 2 MiB pages on request
+(its usual setting, `madvise`), which makes fresh memory about three times as fast.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-_LARGE = 5 << 20  # bytes from which on it pays; chunks are smaller, and taken from memory that is used again
+_LARGE = 5 << 20  # bytes from which huge pages pay off; chunks are smaller and use recycled memory
 _PAGE = 2 << 20
 
 
@@ -25,17 +25,17 @@ def fresh(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str |
     tensor = torch.empty(shape, dtype=dtype, device=device)
     madvise = _madvise() if tensor.nbytes >= _LARGE and tensor.device.type == "cpu" else None
     if madvise is not None:
-        begin = -(-tensor.data_ptr() // _PAGE) * _PAGE  # of whole huge pages alone: none reaches beyond the tensor
+        begin = -(-tensor.data_ptr() // _PAGE) * _PAGE  # only huge pages that lie wholly inside the tensor
         stop = (tensor.data_ptr() + tensor.nbytes) // _PAGE * _PAGE
-        madvise(begin, stop - begin, mmap.MADV_HUGEPAGE)  # where it fails the pages are ordinary ones
+        madvise(begin, stop - begin, mmap.MADV_HUGEPAGE)  # on failure the pages stay ordinary ones
     return tensor
 
 
 class Pool:
-    """Memory that is used again: even huge pages cost their first touch, most of all in a virtual machine.
+    """Recycled memory: the first access costs time even with huge pages, most of all in a virtual machine.
 
     Args:
-        limit: bytes that it holds, lent and free together; what is lent alone may exceed it.
+        limit: bytes held, lent and free together; the lent memory alone may exceed it.
     """
 
     def __init__(self, limit: int) -> None:
@@ -45,9 +45,9 @@ class Pool:
         self._lock = threading.Lock()
 
     def take(self, size: int) -> Tensor:
-        """At least so many bytes, (n,) uint8, with arbitrary contents; from any thread."""
+        """Lend at least `size` bytes, (n,) uint8, with arbitrary contents; may be called from any thread."""
         with self._lock:
-            # Not one that is much larger: it would be lost to those that need it.
+            # Skip a much larger buffer: requests that need its size could not use it.
             fitting = [index for index, memory in enumerate(self._free) if size <= len(memory) <= 2 * size]
             if fitting:
                 memory = self._free.pop(min(fitting, key=lambda index: len(self._free[index])))
@@ -59,7 +59,7 @@ class Pool:
         return memory
 
     def give(self, memory: Tensor) -> None:
-        """Hand memory back that nothing uses any more."""
+        """Return lent memory that is no longer used."""
         with self._lock:
             self._lent -= len(memory)
             self._free.append(memory)

@@ -1,4 +1,4 @@
-"""Which of how many processes this is."""
+"""This process's rank and the number of processes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch.distributed as dist
 
 
 def in_process_group() -> bool:
-    """Whether torch.distributed's default group is up."""
+    """Whether torch.distributed's default group is initialized."""
     return dist.is_available() and dist.is_initialized()
 
 

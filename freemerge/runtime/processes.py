@@ -1,4 +1,4 @@
-"""The processes that share one merge: those of torch.distributed, or this one alone."""
+"""The processes that share one merge: those of torch.distributed, or only this one."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ _PATIENCE = timedelta(days=1)  # a merge may keep one process busy for long whil
 
 
 class Processes:
-    """This process and those with which it shares the work; all of them must make the same calls.
+    """The processes that share the work, this one included; all of them must make the same calls.
 
     Args:
-        shared: share it with all processes of torch.distributed's default group, which must be initialized. They talk
-            through a group of their own on gloo, whatever the default group's backend is.
+        shared: share it with all processes of torch.distributed's default group, which must be initialized. They
+            communicate through a separate gloo group, whatever the default group's backend is.
 
     Raises:
         MergeError: `shared` without a process group.
@@ -39,23 +39,26 @@ class Processes:
         self.rank, self.size = rank_and_world()
         if self.size > 1:
             group = dist.new_group(backend="gloo", timeout=_PATIENCE)
-            assert not isinstance(group, int)  # a process that is no member gets a number, and all are members
+            # `new_group` returns a number only to non-members, and every process is a member
+            assert not isinstance(group, int)
             self._group = group
 
     def close(self) -> None:
-        """Give the group up."""
+        """Destroy the group."""
         if self._group is not None:
             dist.destroy_process_group(self._group)
             self._group = None
 
     def share(self, shapes: Mapping[str, Sequence[int]]) -> list[str]:
-        """The tensors that fall to this process, in the given order: about as many values as to any other."""
+        """The tensors assigned to this process, in the given order; every process gets about the same number of
+        values."""
         if self.size == 1:
             return list(shapes)
         sizes = {name: torch.Size(shape).numel() for name, shape in shapes.items()}
         loads = [0] * self.size
         own = set()
-        for name in sorted(sizes, key=lambda name: -sizes[name]):  # the largest first, each to the least busy
+        # largest first, each to the process with the fewest values so far
+        for name in sorted(sizes, key=lambda name: -sizes[name]):
             rank = loads.index(min(loads))
             loads[rank] += sizes[name]
             if rank == self.rank:
@@ -63,7 +66,7 @@ class Processes:
         return [name for name in shapes if name in own]
 
     def together(self, function: Callable[[], _Result]) -> list[_Result]:
-        """Call a function in every process; if it fails in one, all fail alike.
+        """Call a function in every process; if it fails in one, all raise the same error.
 
         Returns:
             The results of all processes, by rank.
@@ -86,20 +89,20 @@ class Processes:
         return [value for value, _ in found]
 
     def gather(self, value: _Result) -> list[_Result]:
-        """One value of every process, by rank."""
+        """Gather one value from every process, by rank."""
         return self.together(lambda: value)
 
     def first(self, function: Callable[[], _Result]) -> _Result:
-        """Call a function in the first process alone; all get its result, or its error."""
+        """Call a function only in the first process; all get its result or its error."""
         return self.together(lambda: [function()] if self.rank == 0 else [])[0][0]
 
 
 def _portable(error: BaseException | None) -> Any:
-    """An error as something that can be sent."""
+    """Convert an error to a picklable value."""
     if error is None:
         return None
     try:
         pickle.loads(pickle.dumps(error))
-    except Exception:  # whatever a third party's exception does when it is pickled
+    except Exception:  # a third-party exception may raise anything when it is pickled
         return f"{type(error).__name__}: {error}"
     return error if isinstance(error, MergeError) else f"{type(error).__name__}: {error}"

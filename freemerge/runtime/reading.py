@@ -1,4 +1,4 @@
-"""Bytes of a file, read when they are asked for."""
+"""Lazy reads of byte ranges of a file."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from torch import Tensor
 from freemerge.errors import CheckpointError
 from freemerge.runtime.pages import fresh
 
-_MOST_HANDLES = 64  # a thousand shards need no thousand handles
+_MOST_HANDLES = 64  # bounds the open files for models with many shards
 _kept = threading.local()
 
 
 @contextmanager
 def keep_files_open() -> Iterator[None]:
-    """Within it this thread keeps files open from one read to the next; else every read opens its file."""
+    """A context in which this thread keeps files open between reads; outside it, every read opens its file."""
     if getattr(_kept, "files", None) is not None:
         yield
         return
@@ -36,13 +36,13 @@ def keep_files_open() -> Iterator[None]:
 
 
 def read_bytes(path: Path, begin: int, stop: int, name: str) -> Tensor:
-    """The bytes `begin` to `stop` of a file, in fresh memory.
+    """Read the bytes `begin` to `stop` of a file into fresh memory.
 
     Args:
         path: the file.
         begin: position of the first byte.
         stop: position after the last.
-        name: the tensor that they belong to, for messages.
+        name: the tensor that the bytes belong to, for messages.
 
     Returns:
         (stop − begin,) uint8.
@@ -67,7 +67,7 @@ def read_bytes(path: Path, begin: int, stop: int, name: str) -> Tensor:
 
 
 def _fill(data: Tensor, file: FileIO, begin: int) -> bool:
-    """Read the bytes of a file from `begin` on; False if it has fewer."""
+    """Fill a buffer with the bytes of a file from `begin` on; False if the file ends first."""
     view, done = data.numpy().data, 0
     file.seek(begin)
     while done < len(view):  # one read returns at most 2 GiB
@@ -79,7 +79,7 @@ def _fill(data: Tensor, file: FileIO, begin: int) -> bool:
 
 
 def _kept_open(files: OrderedDict[str, FileIO], path: Path) -> FileIO:
-    """The file, from those that this thread keeps open."""
+    """The file's handle, from those that this thread keeps open."""
     key = os.fspath(path)
     if key in files:
         files.move_to_end(key)

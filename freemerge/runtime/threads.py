@@ -1,7 +1,7 @@
-"""Threads that work side by side on a stream of jobs.
+"""Threads that process a stream of jobs in parallel.
 
-Each runs single-threaded operations. So the work scales with the threads whatever its operations are, and no result
-depends on how many there are.
+Each thread runs single-threaded operations, so the work scales with the threads whatever its operations are, and no
+result depends on the number of threads.
 """
 
 from __future__ import annotations
@@ -22,24 +22,24 @@ _Job = TypeVar("_Job")
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 
-# In a thread of ours: .size, how many may work side by side; .scratch, memory that it uses again.
+# In a worker thread: .size, the number of parallel workers; .scratch, its reusable memory.
 _team = threading.local()
 
 _loading = threading.Lock()
 _loaded: set[torch.device] = set()
 
-_WHOLE = 1 << 20  # from here on a block is (or is of) a whole tensor, while such are worked on
-_SCATTERED = 32 << 20  # bytes of free memory that may lie scattered; a quarter where whole tensors need the room
+_WHOLE = 1 << 20  # while whole tensors are processed, larger blocks hold (parts of) whole tensors
+_SCATTERED = 32 << 20  # bytes of fragmented free memory that are tolerated; a quarter of it for whole tensors
 
 
 def team_size() -> int:
-    """How many threads may work side by side: as many as torch would use (OMP_NUM_THREADS, `torch.set_num_threads`)."""
+    """The number of worker threads: as many as torch would use (OMP_NUM_THREADS, `torch.set_num_threads`)."""
     return getattr(_team, "size", None) or torch.get_num_threads()
 
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """For the duration of a block there is one thread: where a GPU does all the work, more only wait for each other."""
+    """Use a single thread inside the `with` block: where a GPU does all the work, more would only wait."""
     before = getattr(_team, "size", None)
     _team.size = 1
     try:
@@ -59,22 +59,22 @@ def run(
     budget: int = 0,
     returned: int | None = None,
 ) -> None:
-    """Let threads work on jobs until none is left, or one fails.
+    """Run jobs in threads until none is left or one fails.
 
     Args:
-        work: called once in each thread, with the jobs that fall to it.
-        jobs: taken one at a time, in order, by whichever thread is free.
-        cost: of a job, in any unit; None for jobs that cost nothing.
-        budget: what the jobs that are worked on may cost together. A single job may cost more.
-        returned: blocks of memory of so many bytes go back to the system when they are freed, smaller ones are used
-            again; None for what suits whole tensors if jobs have a cost, and chunks if not.
+        work: called once in each thread, with the jobs assigned to it.
+        jobs: taken one at a time, in order, by the next free thread.
+        cost: the cost of a job, in any unit; None for jobs that cost nothing.
+        budget: the largest total cost of the jobs in progress. A single job may cost more.
+        returned: bytes of the smallest block of memory that goes back to the system when it is freed; smaller blocks
+            are reused. None for the default: for whole tensors if jobs have a cost, otherwise for chunks.
 
     Raises:
-        Exception: the first that a thread raised; the others stop after the job that they are at.
+        Exception: the first that a thread raised; the other threads stop after their current job.
     """
     size = team_size()
     source = _Source(jobs, cost, budget)
-    # What threads ask of a GPU is queued where their caller's work is: so it is done in order, and on the same GPU.
+    # Threads queue GPU work on the caller's stream, so that it runs in order and on the same GPU.
     stream = torch.cuda.current_stream() if torch.cuda.is_initialized() else None
 
     def body() -> None:
@@ -83,12 +83,12 @@ def run(
         try:
             with torch.no_grad(), keep_files_open(), torch.cuda.stream(stream):
                 work(source.deal())
-        except BaseException as error:  # handed on to the caller
+        except BaseException as error:  # raised again in the caller
             source.fail(error)
 
     threads = [threading.Thread(target=body, name=f"freemerge-{index}", daemon=True) for index in range(size)]
     before = torch.get_num_threads()
-    heap: AbstractContextManager[None] = nullcontext()  # within another run its setting holds
+    heap: AbstractContextManager[None] = nullcontext()  # a nested run keeps the outer setting
     if not hasattr(_team, "size"):
         heap = returning(returned or (REUSED if cost is None else _WHOLE), _SCATTERED // 4 if budget else _SCATTERED)
     with heap:
@@ -97,7 +97,7 @@ def run(
         try:
             for thread in threads:
                 thread.join()
-        except BaseException as error:  # Ctrl-C: nobody may go on writing
+        except BaseException as error:  # Ctrl-C: no thread may continue to write
             source.fail(error)
             for thread in threads:
                 thread.join()
@@ -108,9 +108,9 @@ def run(
 
 
 def each(function: Callable[[_Item], _Result], items: Sequence[_Item]) -> list[_Result]:
-    """Results of a function for all items, in their order, computed side by side.
+    """Map a function over items in parallel; the results are in the order of the items.
 
-    For a method's `combine` to treat its K models at the same time.
+    Methods use it in `combine` to process the K models at the same time.
     """
     if team_size() == 1 or len(items) < 2:
         return [function(item) for item in items]
@@ -126,13 +126,13 @@ def each(function: Callable[[_Item], _Result], items: Sequence[_Item]) -> list[_
 
 
 def scratch(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Memory with arbitrary contents, for a computation that leaves nothing in it.
+    """Scratch memory with arbitrary contents, for a computation that keeps no result in it.
 
     Args:
-        name: of its use. In a thread of ours the next use of this name takes the same memory.
+        name: identifies the use. In a worker thread, the next request with this name gets the same memory.
         shape: of the tensor.
         dtype: of the tensor.
-        device: of the tensor; only the CPU's memory is kept.
+        device: of the tensor; only CPU memory is reused.
     """
     kept: dict[str, Tensor] | None = getattr(_team, "scratch", None)
     size = torch.Size(shape).numel() * dtype.itemsize
@@ -145,8 +145,8 @@ def scratch(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch
 
 
 def load_linalg(device: torch.device) -> None:
-    """To be called before `torch.linalg` is used on a device: torch loads a GPU's part of it when it is first called,
-    and fails if several threads call it then."""
+    """Load `torch.linalg` for a device, before threads use it: torch loads the GPU part on the first call, and fails if
+    several threads make that call."""
     if device.type == "cpu":
         return
     with _loading:
@@ -156,7 +156,7 @@ def load_linalg(device: torch.device) -> None:
 
 
 class _Source(Generic[_Job]):
-    """Deals jobs out to threads, within a budget."""
+    """Distributes jobs to threads within a budget."""
 
     def __init__(self, jobs: Iterable[_Job], cost: Callable[[_Job], int] | None, budget: int) -> None:
         self.error: BaseException | None = None
@@ -165,11 +165,11 @@ class _Source(Generic[_Job]):
         self._budget = budget
         self._spent = 0
         self._changed = threading.Condition()
-        # A job that does not fit keeps its place: whoever waits for it holds the turn, so that jobs go out in order.
+        # A job that does not fit keeps its place: the thread that waits for it holds the lock, so jobs start in order.
         self._turn: AbstractContextManager[Any] = threading.Lock() if cost is not None else nullcontext()
 
     def deal(self) -> Iterator[_Job]:
-        """The jobs of one thread; asking for the next says that the last is done."""
+        """Yield the jobs of one thread; requesting the next one marks the last as done."""
         while True:
             spent = 0
             with self._turn:

@@ -1,4 +1,5 @@
-"""Maths on tensors, without files: chunks, order statistics, spectra, low rank, rounding, name patterns."""
+"""Mathematics on tensors, independent of files: chunks, order statistics, spectra, low rank, rounding, name
+patterns."""
 
 from freemerge.tensors.patterns import compile_patterns, select
 

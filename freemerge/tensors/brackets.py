@@ -1,9 +1,9 @@
-"""Brackets: intervals that hold an order statistic, and exact counts of what lies in them.
+"""Brackets: intervals that contain an order statistic, with exact counts of the values in them.
 
-float32 numbers that differ by a few per cent have few others between them: a bracket around a quantile in the bulk of
-the values is narrow enough for one counter per number, however many values there are and however many of them are
-equal. Few values, as in brackets at the ends of a distribution, are collected instead. Where neither fits, values are
-counted coarsely, by the upper bits of the numbers, which leaves a bracket for a second pass that is narrow enough.
+Few float32 numbers lie between two that differ by a few per cent: a bracket around a quantile in the bulk of the values
+is narrow enough for one counter per number, however many values there are and however many of them are equal. Where few
+values are expected, as in the tails of a distribution, they are collected instead. Where neither is possible, values
+are counted coarsely, by the upper bits of the numbers; this gives a bracket that is narrow enough for a second pass.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ _Keys = TypeVar("_Keys", np.ndarray, Tensor)
 
 _COUNTERS = 1 << 21  # one counter per number up to this width: 8 MiB a bracket, 16 for 2³¹ values and more
 _COLLECTED = 1 << 23  # values collected in a wide bracket, half of them expected: 16 to 32 MiB
-_COARSE_BITS = 16  # else 2¹⁶ counters, and at most 2¹⁶ numbers behind each of them
-_SORTED_BITS = 12  # of collected values, 2¹² counters tell which are worth sorting
+_COARSE_BITS = 16  # otherwise 2¹⁶ counters of at most 2¹⁶ numbers each
+_SORTED_BITS = 12  # 2¹² counters tell which of the collected values have to be sorted
 _BLOCK = 1 << 17  # collected values that are counted at a time
 
 
 class Bracket:
-    """Counts values against an interval [low, high] to find the value of a rank, if it lies there.
+    """Counts values against an interval [low, high] to find the value of a rank, if that lies in the interval.
 
-    Several threads may show it values at once.
+    `see` may be called from several threads at once.
 
     Args:
         low: lower end, float32; −inf for none.
         high: upper end, float32, not below `low`; +inf for none.
         rank: zero-based ascending rank among all the values that will be seen.
-        expected: about how many values the interval will hold.
-        total: how many values will be seen, at most.
+        expected: estimated number of values in the interval.
+        total: upper bound on the number of values that will be seen.
     """
 
     def __init__(self, low: float, high: float, rank: int, expected: float, total: int) -> None:
@@ -83,13 +83,13 @@ class Bracket:
             self._counts += counts
 
     def _bins(self, keys: _Keys) -> _Keys:
-        """Which counters keys are counted by: int64, as their distance may be no int32; in place."""
+        """The counter index of each key, in place: int64, because the difference of two keys may not fit into int32."""
         keys -= self._first
         keys >>= self._shift
         return keys
 
     def add(self, other: Bracket) -> None:
-        """Take over what an equal bracket has counted elsewhere."""
+        """Add the counts of the same bracket from another process."""
         self._below += other._below
         if self._collected is not None and other._collected is not None:
             self._collect(self._collected, other._collected[: min(other._size, _COLLECTED)])
@@ -98,7 +98,7 @@ class Bracket:
             self._counts += other._counts
 
     def __getstate__(self) -> dict[str, object]:
-        """For another process: without the lock, and with no more of the buffer than is used."""
+        """The state to pickle: without the lock, and with only the used part of the buffer."""
         state = {**self.__dict__, "_lock": None}
         if self._collected is not None:
             state["_collected"] = self._collected[: min(self._size, _COLLECTED)].copy()
@@ -112,17 +112,17 @@ class Bracket:
 
     def _collect(self, collected: np.ndarray, values: np.ndarray) -> None:
         self._size += len(values)
-        if self._size <= _COLLECTED:  # beyond that `answer` gives up
+        if self._size <= _COLLECTED:  # beyond that size `answer` gives up
             collected[self._size - len(values) : self._size] = values
 
     def _count(self, bins: np.ndarray, counts: np.ndarray | int) -> None:
-        if isinstance(counts, int):  # many values: cheaper all at once than sorted first
+        if isinstance(counts, int):  # many values: counting all at once is cheaper than sorting first
             self._counts += np.bincount(bins, minlength=len(self._counts))
         else:
             self._counts[bins] += counts
 
     def answer(self) -> float | Bracket | None:
-        """The value of the rank; or a narrower bracket for another pass; None if it lies outside the bracket."""
+        """The value of the rank, or a narrower bracket for another pass; None if the value lies outside the bracket."""
         within = self.rank - self._below
         if within < 0:
             return None
@@ -142,16 +142,17 @@ class Bracket:
 
 
 def _of_rank(values: np.ndarray, rank: int) -> float:
-    """The value of a zero-based ascending rank, of (n,) float32.
+    """The value of a zero-based ascending rank among (n,) float32 values.
 
-    NumPy's partition takes thirty times as long where many values are equal, as differences of bfloat16 weights are. So
-    they are counted coarsely first, and only those are sorted among which the rank falls.
+    NumPy's partition takes thirty times as long where many values are equal, as in differences of bfloat16 weights. So
+    values are counted coarsely first, and only those near the rank are sorted.
     """
     first, last = int(_key(values.min())), int(_key(values.max()))
     shift = max((last - first).bit_length() - _SORTED_BITS, 0)
     counts = np.zeros(((last - first) >> shift) + 1, dtype=np.int64)
     for start in range(0, len(values), _BLOCK):
-        keys = _key(values[start : start + _BLOCK]).astype(np.int64)  # their distance may be no int32
+        # the difference of two keys may not fit into int32
+        keys = _key(values[start : start + _BLOCK]).astype(np.int64)
         counts += np.bincount((keys - first) >> shift, minlength=len(counts))
     cumulative = counts.cumsum()
     index = int(np.searchsorted(cumulative, rank, side="right"))
@@ -162,16 +163,16 @@ def _of_rank(values: np.ndarray, rank: int) -> float:
 
 
 def _buffer() -> np.ndarray:
-    """Room for what is collected, of which the system gives what is used, page by page.
+    """A buffer for collected values; the system allocates its pages as they are used.
 
-    Small arrays kept from every batch would scatter over the heap and hold it; NumPy's own would have huge pages.
+    Small arrays kept from every batch would fragment the heap, and NumPy's own allocation would use huge pages.
     """
     return torch.empty(_COLLECTED, dtype=torch.float32).numpy()
 
 
 def _within(values: Tensor, low: np.float32, high: np.float32) -> tuple[np.ndarray, int]:
-    """The values in [low, high], and how many lie below."""
-    if values.device.type != "cpu":  # next to nothing of it need be copied
+    """The values in [low, high], and the number of values below."""
+    if values.device.type != "cpu":  # only few values are copied
         within, below = _within_on_device(values, low, high)
         return within.cpu().numpy(), below
     array = values.numpy()
@@ -181,39 +182,39 @@ def _within(values: Tensor, low: np.float32, high: np.float32) -> tuple[np.ndarr
         mask = array >= low
         below = len(array) - int(np.count_nonzero(mask))
         if below == len(array):
-            return array[:0], below  # at the ends of a distribution most batches hold nothing
+            return array[:0], below  # in the tails of a distribution most batches have no values
     if high < np.inf:
         mask = array <= high if mask is None else np.logical_and(mask, array <= high, out=mask)
     return (array if mask is None else array[np.flatnonzero(mask)]), below
 
 
 def _within_on_device(values: Tensor, low: np.float32, high: np.float32) -> tuple[Tensor, int]:
-    """The same, where the values are."""
+    """The same on the device of the values."""
     least, greatest = float(low), float(high)
     return values[(values >= least) & (values <= greatest)], int((values < least).sum())
 
 
 def make_brackets(sample: Tensor, ranks: Sequence[int], total: int) -> list[list[Bracket]]:
-    """For each row and rank a bracket around the sample's own quantile, wide enough to miss next to never.
+    """For each row and rank, a bracket around the sample's quantile, wide enough that it almost never misses.
 
     Args:
-        sample: (K, m) float32; with m = 0 the brackets hold everything.
+        sample: (K, m) float32; with m = 0 the brackets contain all values.
         ranks: R zero-based ranks.
-        total: the number of values the sample stands for.
+        total: the number of values that the sample represents.
     """
-    ordered = np.sort(sample.numpy(), axis=1)  # many times as fast as torch's
+    ordered = np.sort(sample.numpy(), axis=1)  # many times as fast as torch's sort
     size = ordered.shape[1]
     brackets = []
     for row in ordered:
         row_brackets = []
         for rank in ranks:
             share = (rank + 0.5) / total
-            # Six standard deviations of an independent sample: neighbours in a weight are alike, so it is not one.
+            # Six standard deviations of an independent sample, because neighbouring weights are correlated.
             margin = 6 * (size * share * (1 - share)) ** 0.5 + 8
             first, last = int(share * size - margin), int(share * size + margin) + 1
             low = row[first] if first >= 0 and size else -np.inf
             high = row[last] if last < size else np.inf
-            # Ends of which the sample has many equals (the zeros of frozen weights) are taken for the ends.
+            # An end that the sample holds many times (the zeros of frozen weights) is taken as exact.
             if low == -np.inf and size and row[0] == high:
                 low = row[0]
             if high == np.inf and size and row[-1] == low:

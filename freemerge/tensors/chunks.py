@@ -1,4 +1,4 @@
-"""Reading ahead, and cutting models into chunks of bounded size."""
+"""Prefetching, and splitting models into chunks of bounded size."""
 
 from __future__ import annotations
 
@@ -15,15 +15,16 @@ _Job = TypeVar("_Job")
 _Result = TypeVar("_Result")
 
 # Values of all models together in one chunk: 4 MiB in float32. Smaller ones would stay in a core's own cache, but then
-# threads wait for each other's turn in the interpreter more than for memory; larger ones only take memory. With many
-# models a run is no shorter than _SHORTEST: each is a read.
+# threads wait for the GIL more than for memory; larger ones only take memory. With many models a chunk has at least
+# _SHORTEST values of each, because each is a separate read.
 CHUNK = 1 << 20
 _SHORTEST = 1 << 16
-_ON_DEVICE = 1 << 24  # 64 MiB in float32: long against the start of a copy or a kernel, and there is room for many
+# 64 MiB in float32: long compared with the launch of a copy or kernel, small compared with GPU memory
+_ON_DEVICE = 1 << 24
 
 
 class Chunk(NamedTuple):
-    """A run of a tensor's values in row-major order."""
+    """A contiguous part of a tensor's values in row-major order."""
 
     name: str
     start: int
@@ -31,12 +32,13 @@ class Chunk(NamedTuple):
 
 
 def chunks(shapes: Mapping[str, torch.Size], models: int, size: int | None = None) -> Iterator[Chunk]:
-    """Cut tensors into runs of at most `size` values over all models.
+    """Split tensors into chunks of at most `size` values over all models.
 
     Args:
         shapes: name → shape.
         models: K, the number of models whose values are read together.
-        size: bound of K × the length of a run; `CHUNK` if None, but then runs of many models are not cut too short.
+        size: upper bound of K × the length of a chunk; `CHUNK` if None, but then chunks of many models are not made too
+            short.
     """
     step = max((size or CHUNK) // max(models, 1), 1 if size else _SHORTEST)
     for name, shape in shapes.items():
@@ -47,23 +49,24 @@ def chunks(shapes: Mapping[str, torch.Size], models: int, size: int | None = Non
 
 
 def at_a_time(values: int, device: torch.device, models: int = 1) -> int:
-    """How many values of each model to compute with at a time.
+    """The number of values of each model to process at a time.
 
     Args:
-        values: as many as suit a processor's cache; on a GPU each start costs as much as very many.
-        device: where they are.
-        models: K, whose values are computed with together.
+        values: the number that suits a CPU's cache. A GPU gets more, because each kernel launch is costly.
+        device: the device of the values.
+        models: K, the number of models whose values are processed together.
     """
     return values if device.type == "cpu" else max(values, _ON_DEVICE // max(models, 1))
 
 
 def read_ahead(read: Callable[[_Job], _Result], jobs: Iterable[_Job], depth: int = 2) -> Iterator[_Result]:
-    """Results of `read` in the order of the jobs, the next ones already being read in a thread.
+    """Yield the results of `read` in the order of the jobs, while a thread reads the next ones.
 
     Args:
-        read: called in the thread, for one job at a time.
-        jobs: what to read.
-        depth: how many results may wait; with the one in use and the one being read it bounds the memory.
+        read: called in the thread for one job at a time.
+        jobs: the arguments of `read`.
+        depth: how many finished results may wait. Together with the one in use and the one being read, this bounds the
+            memory.
     """
     pending: deque[Future[_Result]] = deque()
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="freemerge-read") as pool:
@@ -74,6 +77,6 @@ def read_ahead(read: Callable[[_Job], _Result], jobs: Iterable[_Job], depth: int
                     yield pending.popleft().result()
             while pending:
                 yield pending.popleft().result()
-        finally:  # also when the reader is abandoned: nobody waits for what nobody wants
+        finally:  # also when the generator is closed early: the thread must not wait for a consumer that is gone
             for future in pending:
                 future.cancel()

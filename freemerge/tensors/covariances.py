@@ -1,7 +1,7 @@
-"""Sums of weighted covariances of matrices' rows, and what is divided by them: Σ_k w_k W_kᵀW_k, and B S⁻¹.
+"""Weighted sums of covariances of matrix rows, S = Σ_k w_k W_kᵀW_k, and products with their inverse, B S⁻¹.
 
-Both are as large as the square of a matrix's columns, which for a wide matrix is several times the matrix itself. So no
-more than one of them is held, with its Cholesky factor.
+A covariance has the square of a matrix's number of columns as its size, which for a wide matrix is several times the
+matrix itself. So at most one is held, with its Cholesky factor.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 from freemerge.runtime.pages import fresh
 from freemerge.runtime.threads import each, load_linalg
 
-_BLOCK = 512  # rows or columns at a time: large enough for a fast product, small enough to leave out what is symmetric
+_BLOCK = 512  # rows or columns at a time: large enough for a fast product, small enough to skip the symmetric half
 
 
 def sum_covariances(matrices: Tensor, weights: Sequence[float]) -> Tensor:
@@ -30,7 +30,7 @@ def sum_covariances(matrices: Tensor, weights: Sequence[float]) -> Tensor:
     columns = matrices.shape[2]
     total = fresh((columns, columns), matrices.dtype, matrices.device).zero_()
 
-    def add(part: slice) -> None:  # from the diagonal on downwards; what is above follows
+    def add(part: slice) -> None:  # from the diagonal downwards; the upper half follows by symmetry
         for matrix, weight in zip(matrices, weights, strict=True):
             total[part.start :, part].addmm_(matrix[:, part.start :].T, matrix[:, part], alpha=weight)
 
@@ -93,7 +93,7 @@ def divide(products: Tensor, covariance: Tensor, workspace: Tensor | None = None
     Args:
         products: B, (R, n) float32.
         covariance: S, (n, n) float32, symmetric and positive semidefinite.
-        workspace: any float32 memory that is not needed any more; the Cholesky factor is put there if it fits.
+        workspace: float32 memory that may be overwritten; the Cholesky factor is stored there if it fits.
 
     Returns:
         (R, n) float32.
@@ -101,7 +101,7 @@ def divide(products: Tensor, covariance: Tensor, workspace: Tensor | None = None
     load_linalg(covariance.device)
     out = None
     if workspace is not None and workspace.is_contiguous() and workspace.numel() >= covariance.numel():
-        factor = workspace.view(-1)[: covariance.numel()].view(covariance.shape).mT  # by columns, as LAPACK has it
+        factor = workspace.view(-1)[: covariance.numel()].view(covariance.shape).mT  # column-major, as LAPACK expects
         out = (factor, torch.empty((), dtype=torch.int32, device=covariance.device))
     factor, failed = torch.linalg.cholesky_ex(covariance, out=out)
     if not bool(failed):
@@ -114,7 +114,7 @@ def pseudo_inverse(covariance: Tensor) -> Tensor:
     """S⁺ of a symmetric positive semidefinite matrix.
 
     Args:
-        covariance: (n, n) float32. Directions with eigenvalues of float32's rounding, ≤ n·ε·λ_max, count as empty.
+        covariance: (n, n) float32. Eigenvalues at the level of float32 rounding, ≤ n·ε·λ_max, count as zero.
 
     Returns:
         (n, n) float64.
@@ -127,5 +127,5 @@ def pseudo_inverse(covariance: Tensor) -> Tensor:
 
 
 def _parts(size: int) -> list[slice]:
-    """Rows or columns for threads to share."""
+    """Ranges of rows or columns, one for each thread's job."""
     return [slice(start, min(start + _BLOCK, size)) for start in range(0, size, _BLOCK)]

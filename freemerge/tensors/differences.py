@@ -1,4 +1,4 @@
-"""Differences of tensors of any dtypes, θ − θ_base, and their sum with the base; never computed in narrow types."""
+"""Differences of tensors of any dtypes, θ − θ_base, and their sum with the base; computed in float32 or wider."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from freemerge.runtime.pages import fresh
 from freemerge.tensors.chunks import at_a_time
 from freemerge.tensors.rounding import IN_MEMORY, to_stored
 
-_BLOCK = 1 << 15  # columns of a whole tensor of K models that are looked at at a time, by several threads side by side
+_BLOCK = 1 << 15  # columns of a whole tensor of K models that are processed at a time, by several threads in parallel
 
 
 def differences(base: Tensor, tensors: Sequence[Tensor], out: Tensor | None = None) -> Tensor:
@@ -33,57 +33,57 @@ def differences(base: Tensor, tensors: Sequence[Tensor], out: Tensor | None = No
 
 
 def subtract(base: Tensor, tensor: Tensor, out: Tensor) -> None:
-    """Write θ − θ_base of one model.
+    """Write θ − θ_base of one model into `out`.
 
     Args:
         base: any shape, float32 or float64.
         tensor: that shape, in any floating-point dtype.
-        out: (*shape) float32, where it is written. float64 operands are subtracted in float64.
+        out: (*shape) float32, where the difference is written. float64 operands are subtracted in float64.
     """
     if base.dtype is tensor.dtype is torch.float32:
         torch.sub(tensor, base, out=out)
     elif torch.float64 in (base.dtype, tensor.dtype):
         out.copy_(tensor.double() - base.double())
     else:
-        out.copy_(tensor).sub_(base)  # a difference of two dtypes would convert to new memory first
+        out.copy_(tensor).sub_(base)  # subtracting two dtypes would allocate a converted copy first
 
 
 def flat(deltas: Tensor) -> Tensor:
-    """(K, *shape) → (K, n), for scalars and empty tensors too."""
+    """Reshape (K, *shape) to (K, n); scalars and empty tensors too."""
     return deltas.reshape(len(deltas), deltas.shape[1:].numel())
 
 
 def blocks(values: Tensor) -> tuple[Tensor, ...]:
-    """A whole tensor of K models, (K, n), in parts (K, ≤ n) that suit where it is; views."""
+    """Yield views (K, ≤ n) of a whole tensor of K models, (K, n), of a size that suits its device."""
     return values.split(at_a_time(_BLOCK, values.device, len(values)), dim=1)
 
 
 def add(name: str, base: Tensor, delta: Tensor, method: object = None) -> Tensor:
-    """θ_base + τ, rounded to the base's dtype once; in new memory.
+    """θ_base + τ in new memory, rounded once to the base's dtype.
 
     Args:
         name: of the tensor, for messages.
         base: any shape, any floating-point dtype.
         delta: the same shape, float32.
-        method: what merged τ, for messages.
+        method: the name of the method that merged τ, for messages.
 
     Raises:
-        MergeError: a value is NaN or infinite, or would be in the base's dtype.
+        MergeError: a value is NaN or infinite, or overflows the base's dtype.
     """
     return to_stored(add_wide(base, delta), base.dtype, name, method, IN_MEMORY)
 
 
 def add_wide(base: Tensor, delta: Tensor) -> Tensor:
-    """θ_base + τ in float32, or float64 for a float64 base; in new memory."""
+    """θ_base + τ in new memory, in float32, or in float64 for a float64 base."""
     return base.detach().to(working_dtype(base.dtype)) + delta
 
 
 def widened(tensor: Tensor) -> Tensor:
-    """The tensor in its working dtype; itself if it is in it already."""
+    """The tensor in its working dtype; the same object if it already has that dtype."""
     dtype = working_dtype(tensor.dtype)
     return tensor if tensor.dtype == dtype else fresh(tensor.shape, dtype, tensor.device).copy_(tensor)
 
 
 def working_dtype(*dtypes: torch.dtype) -> torch.dtype:
-    """float64 if any dtype is float64, else float32: narrower types are never computed in."""
+    """The working dtype: float64 if any dtype is float64, otherwise float32; arithmetic never uses narrower types."""
     return torch.float64 if torch.float64 in dtypes else torch.float32

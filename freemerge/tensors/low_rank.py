@@ -1,9 +1,10 @@
 """A matrix as the product of two small ones: its truncated singular value decomposition.
 
-The best approximation of a rank r (Eckart and Young, 1936) keeps the r largest singular values. Where the whole
-decomposition would be slow, it is found in the subspace that a few multiplications with the matrix and its transpose
-single out (Halko, Martinsson and Tropp, SIAM Review 2011, arXiv 0909.4061, algorithms 4.4 and 5.1): subspace iteration,
-until another one gains nothing more. A matrix whose own rank is no larger than r comes out exact, up to rounding.
+The best approximation of rank r (Eckart and Young, 1936) keeps the r largest singular values. Where the full
+decomposition would be slow, it is computed in a subspace found by a few multiplications with the matrix and its
+transpose (Halko, Martinsson and Tropp, SIAM Review 2011, arXiv 0909.4061, algorithms 4.4 and 5.1): subspace iteration
+until another iteration gains nothing. A matrix of rank at most r is reproduced exactly, up to rounding. torch's
+`svd_lowrank` runs a fixed number of iterations and gives no such accuracy, so this stays our own.
 """
 
 from __future__ import annotations
@@ -15,26 +16,27 @@ from torch import Tensor
 
 from freemerge.runtime.threads import load_linalg
 
-_SMALL = 256  # of a smaller side the whole decomposition is fast
+_SMALL = 256  # up to this smaller side the full decomposition is fast
 _OVERSAMPLING = 16
-_GAIN = 1e-3  # of the energy that is left: an iteration that captures less of it is the last
-_NOISE = 1e-7  # of all energy: what float32 cannot tell
+_GAIN = 1e-3  # fraction of the remaining energy: an iteration that captures less of it is the last
+_NOISE = 1e-7  # fraction of the total energy that float32 cannot resolve
 _ITERATIONS = 24
 
 
 class Factors(NamedTuple):
-    """left @ right approximates a matrix; both have the singular values' square roots in them."""
+    """Factors whose product left @ right approximates a matrix; both contain the square roots of the singular
+    values."""
 
     left: Tensor  # (m, r) float32
     right: Tensor  # (r, n) float32
 
 
 def factorize(matrix: Tensor, rank: int) -> Factors:
-    """The product of two matrices of rank at most r that is nearest to a matrix in the Frobenius norm.
+    """Factor the matrix of rank at most r that is nearest to a given one in the Frobenius norm.
 
     Args:
         matrix: (m, n) float32.
-        rank: r; if the matrix has fewer rows or columns, it is their number.
+        rank: r; limited to the number of rows and of columns.
 
     Returns:
         The factors, with min(r, m, n) columns and rows. The same matrix gives the same factors.
@@ -51,7 +53,7 @@ def factorize(matrix: Tensor, rank: int) -> Factors:
 
 
 def _decompose_subspace(matrix: Tensor, rank: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The leading singular vectors and values, of which the first `rank` are accurate."""
+    """The leading singular vectors and values; the first `rank` of them are accurate."""
     generator = torch.Generator().manual_seed(0)
     start = torch.randn(matrix.shape[1], width, generator=generator).to(matrix.device)
     basis, _ = torch.linalg.qr(matrix @ start)

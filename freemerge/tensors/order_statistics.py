@@ -1,10 +1,10 @@
 """Exact order statistics of a stream that does not fit in memory.
 
-- With a sample: one pass. The sample brackets each answer; the pass counts what lies below the bracket, and counts or
-  collects what lies in it. If the bracket missed (its counts show it), without.
+- With a sample: one pass. The sample brackets each answer; the pass counts the values below the bracket, and counts or
+  collects those in it. If a bracket missed, which its counts show, passes without a sample follow.
 - Without: two passes. One counts all values by the upper 16 bits of their float32 patterns, which leaves a bracket with
-  at most 2¹⁶ numbers; the next counts these.
-- What fits into one batch is partitioned in memory.
+  at most 2¹⁶ numbers; the next pass counts these.
+- Values that fit into one batch are partitioned in memory.
 - Exact: the same value as a full sort gives, ties, zeros and denormals included, whatever the sample.
 """
 
@@ -20,9 +20,9 @@ from torch import Tensor
 from freemerge.tensors.brackets import Bracket, make_brackets
 from freemerge.tensors.chunks import at_a_time
 
-_PARTITIONED = 1 << 20  # values of a row that are partitioned in memory if they are all; with a sample fewer
+_PARTITIONED = 1 << 20  # rows of at most this many values are partitioned in memory; with a sample, fewer
 _PARTITIONED_DESPITE_SAMPLE = 1 << 14
-_BATCH = 1 << 17  # values of a row compared with the brackets at a time: they fit in the cache
+_BATCH = 1 << 17  # values of a row that are compared with the brackets at a time: they fit in the cache
 
 _Value = TypeVar("_Value")
 Gather = Callable[[_Value], "list[_Value]"]
@@ -36,22 +36,23 @@ def order_statistics(
     sample: Tensor | None = None,
     gather: Gather = lambda value: [value],
 ) -> Tensor:
-    """Ascending order statistics of every row of a matrix that is only seen in blocks.
+    """Ascending order statistics of every row of a matrix that is read in blocks.
 
     Args:
-        scan: makes a pass: calls what it is given with blocks (K, n) float32 without NaN, the same values in every
-            pass, in any order, from several threads at once if it likes; their memory may be used again.
+        scan: makes a pass: calls its argument with blocks (K, n) float32 without NaN, the same values in every pass, in
+            any order, possibly from several threads at once; the memory of a block may be reused after the call.
         ranks: R zero-based ranks, the same for every row.
-        shape: (K, D), the number of rows, and of the values of each in all processes together.
+        shape: (K, D), the number of rows, and the number of values of each row in all processes together.
         sample: (K, m) float32, some of the values of each row, the same in all processes. The better it represents
             them, the likelier one pass is enough; the result does not depend on it.
-        gather: returns a value of this process and those of the others, if each scans a share of the matrix.
+        gather: returns the given value of this process and those of all others, where each process scans a part of the
+            matrix.
 
     Returns:
-        (K, R) float32: for each row its values of these ranks in ascending order, on the CPU.
+        (K, R) float32: each row's values at these ranks in ascending order, on the CPU.
 
     Raises:
-        ValueError: a rank that no value has.
+        ValueError: a rank is out of range.
     """
     rows, total = shape
     for rank in ranks:
@@ -67,20 +68,20 @@ def order_statistics(
     found = None if sample is None else _bracketed(scan, ranks, shape, sample.cpu(), gather)
     if found is None:
         found = _bracketed(scan, ranks, shape, torch.empty(rows, 0), gather)
-    assert found is not None  # brackets that are made without a sample hold every value
+    assert found is not None  # brackets made without a sample contain every value
     return found
 
 
 def tensor_sample(values: Tensor) -> Tensor:
-    """Some of the columns of a matrix in memory, (K, n) → (K, m), a view, as a sample for `order_statistics`."""
-    stride = max(37, values.shape[1] >> 15 | 1)  # odd, so that it visits all columns of most weights
+    """Select columns of a matrix in memory, (K, n) → (K, m), a view, as a sample for `order_statistics`."""
+    stride = max(37, values.shape[1] >> 15 | 1)  # an odd step visits all columns of most weights
     return values[:, ::stride]
 
 
 def _bracketed(
     scan: Scan, ranks: Sequence[int], shape: tuple[int, int], sample: Tensor, gather: Gather
 ) -> Tensor | None:
-    """Passes until every bracket has its answer; None if one does not hold it."""
+    """Make passes until every bracket has its answer; None if a bracket missed."""
     answers = torch.empty(shape[0], len(ranks))
     made = make_brackets(sample, ranks, shape[1])
     brackets = {(i, j): bracket for i, row in enumerate(made) for j, bracket in enumerate(row)}
@@ -106,7 +107,7 @@ def _bracketed(
 
 
 def _sum(gathered: list[dict[tuple[int, int], Bracket]]) -> dict[tuple[int, int], Bracket]:
-    """What all processes have counted, made from fresh brackets so that all of them have the same."""
+    """Add up the counts of all processes in fresh brackets, so that all processes have the same ones."""
     total = gathered[0]
     for other in gathered[1:]:
         for place, bracket in total.items():

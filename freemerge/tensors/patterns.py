@@ -10,7 +10,7 @@ from freemerge.errors import MergeError
 
 
 def select(names: Iterable[str], include: Sequence[str] | None, exclude: Sequence[str] | None) -> list[str]:
-    """The names that some `include` pattern matches and no `exclude` pattern does.
+    """The names that match some `include` pattern and no `exclude` pattern.
 
     Args:
         names: tensor names.
@@ -22,7 +22,8 @@ def select(names: Iterable[str], include: Sequence[str] | None, exclude: Sequenc
         The selected names, in the given order.
 
     Raises:
-        MergeError: a pattern is no valid regular expression, or `include` or `exclude` is one string and not a list.
+        MergeError: a pattern is not a valid regular expression, or `include` or `exclude` is a string instead of a
+            list.
     """
     included, excluded = compile_patterns(include, "include"), compile_patterns(exclude, "exclude")
     return [
@@ -34,18 +35,18 @@ def select(names: Iterable[str], include: Sequence[str] | None, exclude: Sequenc
 
 
 def unmatched(names: Iterable[str], patterns: Sequence[str] | None, argument: str) -> list[str]:
-    """The patterns that match none of the names; most often they are misspelt."""
+    """The patterns that match none of the names; these are usually misspelt."""
     names = list(names)
     compiled = compile_patterns(patterns, argument)
     return [text for text, pattern in compiled.items() if not any(pattern.fullmatch(name) for name in names)]
 
 
 def compile_patterns(patterns: Sequence[str] | None, argument: str) -> dict[str, re.Pattern[str]]:
-    """Pattern text → compiled regular expression.
+    """Compile patterns; returns pattern text → regular expression.
 
     Args:
         patterns: globs and `re:` regular expressions.
-        argument: what messages call them.
+        argument: the argument's name, for messages.
 
     Raises:
         MergeError: see `select`.

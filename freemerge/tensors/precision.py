@@ -1,4 +1,4 @@
-"""What fits into a dtype."""
+"""The range of a dtype."""
 
 from __future__ import annotations
 
@@ -8,6 +8,6 @@ import torch
 
 
 def largest(dtype: torch.dtype) -> float:
-    """The least number that is too large to be rounded to a finite value of a dtype: half a unit above its largest."""
+    """The smallest number that does not round to a finite value of a dtype: half a unit above the largest one."""
     info = torch.finfo(dtype)
     return info.max + 2.0 ** math.floor(math.log2(info.max)) * info.eps / 2

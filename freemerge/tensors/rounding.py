@@ -1,4 +1,4 @@
-"""From float32 to the dtype that is stored: rounded once, to nearest even; a value that does not fit is an error."""
+"""Rounding from float32 to the stored dtype: once, to nearest even; a value that overflows is an error."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ from freemerge.tensors.precision import largest
 _OTHER_DTYPE = "write dtype='bfloat16' or 'float32'"
 
 
-IN_MEMORY = "convert the base to bfloat16 or float32 first"  # where the result has the base's dtype and no other
+IN_MEMORY = "convert the base to bfloat16 or float32 first"  # for results that always have the base's dtype
 
 
 def to_stored(
     values: Tensor, dtype: torch.dtype, name: str, method: object = None, advice: str | None = None
 ) -> Tensor:
-    """What becomes of the values of every merged tensor: they are finite, and rounded once.
+    """Check that the values of a merged tensor are finite, and round them once.
 
     Args:
         values: any shape, float32 or float64.
         dtype: the dtype to store.
         name: of the tensor, for messages.
-        method: what merged them, for messages.
+        method: the name of the method that merged them, for messages.
         advice: see `round_to`.
 
     Returns:
         The same shape in `dtype`.
 
     Raises:
-        MergeError: a value is NaN or infinite, or would be in `dtype`.
+        MergeError: a value is NaN or infinite, or overflows `dtype`.
     """
-    # One sum finds any NaN or infinity; only when it does (or overflows) is it worth a second look.
+    # One sum detects any NaN or infinity; only if it does (or overflows) the values are checked one by one.
     if not bool(torch.isfinite(values.sum())) and not bool(torch.isfinite(values).all()):
         maker = f"{type(method).__name__}: " if method is not None else ""
         raise MergeError(f"{maker}the merged tensor '{name}' has NaN or infinite values")
@@ -46,14 +46,15 @@ def round_to(values: Tensor, dtype: torch.dtype, name: str, advice: str | None =
         values: any shape, float32 or float64; NaN and infinity pass.
         dtype: the dtype to store.
         name: of the tensor, for messages.
-        advice: what to do about values that do not fit; by default to ask for another dtype.
+        advice: what the message suggests if a value overflows; by default another dtype.
 
     Returns:
         The same shape in `dtype`; the same tensor if it has that dtype already.
 
     Raises:
         MergeError: a finite value is too large for the dtype. torch would make it infinite (float16, bfloat16,
-            float8_e5m2) or cut it off at the largest value (float8_e4m3fn): neither is the model that was asked for.
+            float8_e5m2) or clamp it to the largest value (float8_e4m3fn), both of which would change the model
+            silently.
     """
     if dtype == values.dtype or not dtype.is_floating_point or values.numel() == 0:
         return values.to(dtype)

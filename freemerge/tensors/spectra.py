@@ -1,8 +1,8 @@
 """Singular values and directions of a matrix, from the eigenvalues of its Gram matrix in float64.
 
-Only the side with fewer directions is looked for, the other follows from it. That takes a fraction of the memory of a
-singular value decomposition, and a third of its time for a long matrix. Squaring costs half of float64's digits, and
-leaves more than float32 has.
+Only the singular vectors of the shorter side are computed; the others follow from them. That takes a fraction of the
+memory of torch's singular value decomposition, and a third of its time for a long matrix. Squaring loses half of
+float64's digits, which still leaves more than float32 has.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from torch import Tensor
 from freemerge.runtime.threads import load_linalg
 from freemerge.tensors.chunks import at_a_time
 
-_COLUMNS = 256  # computed with at a time
-_LEAST = 1e-3  # of the largest eigenvalue of a Gram matrix in float32: so much can be told from its rounding
+_COLUMNS = 256  # columns that are processed at a time
+_LEAST = 1e-3  # fraction of the largest eigenvalue of a float32 Gram matrix that stands out from its rounding
 
 
 def left_spectrum(matrix: Tensor, tolerance: float) -> tuple[Tensor, Tensor]:
@@ -22,7 +22,8 @@ def left_spectrum(matrix: Tensor, tolerance: float) -> tuple[Tensor, Tensor]:
 
     Args:
         matrix: A, (m, n) float32, m ≤ n.
-        tolerance: directions with σ ≤ tolerance · σ_max are left out; less than about 1e-7 is not to be told from 0.
+        tolerance: directions with σ ≤ tolerance · σ_max are left out; values below about 1e-7 cannot be distinguished
+            from 0.
 
     Returns:
         (m, r) and (r,) float64, largest first; r is 0 for a matrix of zeros.
@@ -42,13 +43,13 @@ def left_spectrum(matrix: Tensor, tolerance: float) -> tuple[Tensor, Tensor]:
 def leading_components(matrix: Tensor, rank: int, tolerance: float) -> tuple[Tensor, Tensor, Tensor]:
     """The largest components U, σ, Vᵀ of a wide matrix A = U diag(σ) Vᵀ.
 
-    Where they are all large, σ_r > 0.03·σ_1, their space is found from the Gram matrix in float32: as exactly as by a
-    singular value decomposition in float32, up to a factor of σ_1/(2σ_r). Within it, values and directions are found
-    anew in float64. That takes half of the time of `left_spectrum`, which finds the others.
+    If all of them are large, σ_r > 0.03·σ_1, their subspace is found from the Gram matrix in float32, as accurately as
+    by a singular value decomposition in float32, up to a factor of σ_1/(2σ_r). Values and directions within it are then
+    computed in float64. That takes half the time of `left_spectrum`, which handles all other cases.
 
     Args:
         matrix: A, (m, n) float32, m ≤ n.
-        rank: r, how many at most.
+        rank: r, the largest number of components.
         tolerance: see `left_spectrum`.
 
     Returns:
@@ -74,7 +75,7 @@ def leading_components(matrix: Tensor, rank: int, tolerance: float) -> tuple[Ten
 
 
 def components(matrix: Tensor, tolerance: float) -> tuple[Tensor, Tensor, Tensor]:
-    """The singular value decomposition U, σ, Vᵀ of a matrix of any form, (m, n) float32; see `left_spectrum`.
+    """The singular value decomposition U, σ, Vᵀ of a matrix of any shape, (m, n) float32; see `left_spectrum`.
 
     Returns:
         (m, r), (r,) and (r, n) float32, largest first.
@@ -86,20 +87,20 @@ def components(matrix: Tensor, tolerance: float) -> tuple[Tensor, Tensor, Tensor
 
 
 def left_basis(matrix: Tensor, tolerance: float) -> tuple[Tensor, Tensor]:
-    """U and σ of a matrix of any form, (m, n) float32; U has orthonormal columns even where σ is small.
+    """U and σ of a matrix of any shape, (m, n) float32; U has orthonormal columns even where σ is small.
 
     Returns:
         (m, r) and (r,) float32, largest first.
     """
     left, values, _ = components(matrix, tolerance)
-    if matrix.shape[0] > matrix.shape[1] and len(values):  # U follows from V, the less exactly the smaller σ
+    if matrix.shape[0] > matrix.shape[1] and len(values):  # U follows from V, less accurately for smaller σ
         basis, triangle = torch.linalg.qr(left)
         left = basis * triangle.diagonal().sign()
     return left, values
 
 
 def to_nearest_isometry_(matrix: Tensor, tolerance: float) -> Tensor:
-    """Make a matrix A = U diag(σ) Vᵀ into U Vᵀ, in its own memory.
+    """Replace a matrix A = U diag(σ) Vᵀ by U Vᵀ, in place.
 
     Args:
         matrix: A, (m, n) float32; overwritten.
@@ -118,10 +119,10 @@ def to_nearest_isometry_(matrix: Tensor, tolerance: float) -> Tensor:
 
 
 def _blocks(matrix: Tensor) -> tuple[Tensor, ...]:
-    """Some of the columns of (m, n) at a time; views."""
+    """Yield views of a few columns of (m, n) at a time."""
     return matrix.split(at_a_time(_COLUMNS, matrix.device, len(matrix)), dim=1)
 
 
 def rounding(rows: int, columns: int) -> float:
-    """The norm of a matrix of float32's rounding errors, against that of the matrix that was rounded, at most about."""
+    """Approximate upper bound of the norm of a matrix's float32 rounding errors, relative to the norm of the matrix."""
     return torch.finfo(torch.float32).eps * (rows**0.5 + columns**0.5)
