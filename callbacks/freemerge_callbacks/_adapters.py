@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -41,7 +42,7 @@ def without_adapters(module: nn.Module) -> Iterator[None]:
         yield
         return
     trained = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
-    wrappers = [part for part in module.modules() if _is_wrapper(part) and not part.disable_adapters]
+    wrappers: list[Any] = [part for part in module.modules() if _is_wrapper(part) and not part.disable_adapters]
     for part in wrappers:
         part.enable_adapters(False)
     try:

@@ -65,8 +65,9 @@ class FitBase:
             weights: the backbone's tensors.
         """
         self._part = ""
-        if self.given is not None:
-            self._part = on_rank_zero(trainer, lambda: part_inside(open_base(self.given), backbone, weights))
+        given = self.given
+        if given is not None:
+            self._part = on_rank_zero(trainer, lambda: part_inside(open_base(given), backbone, weights))
 
     def begin(
         self, trainer: L.Trainer, weights: Mapping[str, Tensor], *, keep: bool = True, digest: bool = True

@@ -87,7 +87,7 @@ class BatchFormat:
     def _named_inputs(self, batch: Any, task: str) -> Any:
         if isinstance(self.inputs, (str, int)):
             return self._entry(batch, self.inputs, task)
-        values = {key: self._entry(batch, key, task) for key in self.inputs}
+        values = {key: self._entry(batch, key, task) for key in self.inputs or ()}
         return tuple(values.values()) if all(isinstance(key, int) for key in values) else values
 
     def _entry(self, batch: Any, key: Key, task: str) -> Any:

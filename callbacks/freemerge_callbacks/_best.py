@@ -19,8 +19,9 @@ def best_checkpoint(trainer: L.Trainer, who: str) -> ModelCheckpoint:
     Raises:
         ValueError: there is none.
     """
-    for callback in trainer.checkpoint_callbacks:
-        if is_a(callback, "ModelCheckpoint") and callback.monitor is not None and callback.save_top_k != 0:
+    found: list[Any] = [callback for callback in trainer.checkpoint_callbacks if is_a(callback, "ModelCheckpoint")]
+    for callback in found:  # of the class by its name: of this Lightning or of pytorch_lightning
+        if callback.monitor is not None and callback.save_top_k != 0:
             return callback
     raise ValueError(
         f"{who}: weights='best' needs a ModelCheckpoint with a `monitor` (and save_top_k ≠ 0) among the Trainer's "

@@ -21,7 +21,7 @@ from freemerge.checkpoints import TaskRecord, expand, open_checkpoint
 from freemerge.merging import parse_dtype
 from freemerge_callbacks._base import FitBase, dtypes_of
 from freemerge_callbacks._best import best_checkpoint
-from freemerge_callbacks._weights import part_weights, refuse_placeholders
+from freemerge_callbacks._weights import is_dev_run, part_weights, refuse_placeholders
 
 
 class FitEndCallback(Callback, ABC):
@@ -72,7 +72,7 @@ class FitEndCallback(Callback, ABC):
         self.base.restore(state_dict["base_hash"])
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        if stage != "fit" or trainer.fast_dev_run:
+        if stage != "fit" or is_dev_run(trainer):
             return
         self._began = False
         if self.weights not in ("last", "best"):
@@ -86,7 +86,7 @@ class FitEndCallback(Callback, ABC):
         self.check_arguments(trainer)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.fast_dev_run:
+        if is_dev_run(trainer):
             return
         weights = part_weights(trainer, pl_module, self.backbone, self.who)
         self.base.find(trainer, self.backbone, weights)
@@ -94,11 +94,11 @@ class FitEndCallback(Callback, ABC):
         self.base.begin(trainer, weights, keep=self.needs_base, digest=self.needs_hash)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if not trainer.fast_dev_run:
+        if not is_dev_run(trainer):
             self._check_base(trainer)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.fast_dev_run:
+        if is_dev_run(trainer):
             return
         if not self._began:  # resumed from a checkpoint after which there was nothing left to train
             self._check_base(trainer)
@@ -134,8 +134,9 @@ class FitEndCallback(Callback, ABC):
         if self.weights == "best":
             checkpoint = best_checkpoint(trainer, self.who)
             score = checkpoint.best_model_score
-            metrics = {} if score is None else {checkpoint.monitor: float(score)}
+            metrics = {} if score is None else {str(checkpoint.monitor): float(score)}
         seed = os.environ.get("PL_GLOBAL_SEED")  # where `seed_everything` keeps it
+        assert self.base.hash is not None  # known since the fit began
         return TaskRecord(task, holds, self.base.hash, None if seed is None else int(seed), metrics, dtypes_of(weights))
 
     def refuse_existing(self) -> None:

@@ -48,8 +48,8 @@ class Registry:
             files = sorted(self.folder.glob("*.safetensors"))
             records = {path: read_record(path) for path in files}
             return {path.stem: path for path, record in records.items() if record and record.task == path.stem}
-        files = {task: self.folder / f"{task}.safetensors" for task in self.tasks}
-        return {task: path for task, path in files.items() if path.exists()}
+        expected = {task: self.folder / f"{task}.safetensors" for task in self.tasks}
+        return {task: path for task, path in expected.items() if path.exists()}
 
     def labels(self) -> list[str]:
         """What the models of the merge are called, as far as it is known."""

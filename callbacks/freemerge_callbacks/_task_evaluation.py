@@ -246,13 +246,15 @@ class TaskEvaluation:
         """The statistics of the backbone's batch norms with these weights, under the module's names."""
         from freemerge.models import reestimate_batch_norm
 
+        streams: list[Iterable[Any]]
         if isinstance(self.batch_norm, int):
+            assert isinstance(self.loaders, TaskSuite)  # see `open`
             loaders = {name: self.loaders.for_task(name).train_dataloader() for name in self.loaders.names}
             streams = [islice(loader, self.batch_norm) for loader in loaders.values()]
         else:
             streams = [
                 ((self.format.inputs_of(batch, task),) for batch in Source(loader).batches(trainer))
-                for task, loader in self.batch_norm.items()
+                for task, loader in (self.batch_norm or {}).items()
             ]
         part = "" if self.heads is None else self.backbone
         wrapped = Reweighted(trainer, module, self.backbone, part, weights)
@@ -289,7 +291,7 @@ class TaskEvaluation:
     def _heads_of(self, module: nn.Module) -> dict[str, nn.Module] | None:
         if self.heads is None:
             return None
-        known = {**self.heads, **self._read}
+        known = {task: head for task, head in self.heads.items() if isinstance(head, nn.Module)} | self._read
         return {
             task: known[task] if task in known else get_part(module, self.head, self.who, "head")
             for task in self._sources

@@ -24,9 +24,19 @@ from freemerge_callbacks._ranks import on_rank_zero
 _COMPILED = "_orig_mod."  # what `torch.compile` puts into the names of a module's tensors
 
 
+def is_dev_run(trainer: L.Trainer) -> bool:
+    """Whether the Trainer tries out whether everything runs, and no more: `fast_dev_run`, which its types leave out."""
+    return bool(getattr(trainer, "fast_dev_run", False))
+
+
+def callbacks_of(trainer: L.Trainer) -> list[L.Callback]:
+    """The Trainer's callbacks, in their order; its types leave them out, as a connector sets them."""
+    return trainer.callbacks  # type: ignore[attr-defined]
+
+
 def refuse_placeholders(strategy: Strategy, who: str) -> None:
     """Raise a ValueError for DeepSpeed ZeRO-3, under which a module holds placeholders instead of weights."""
-    if is_a(strategy, "DeepSpeedStrategy") and strategy.zero_stage_3:
+    if is_a(strategy, "DeepSpeedStrategy") and getattr(strategy, "zero_stage_3", False):
         raise ValueError(
             f"{who}: under DeepSpeed ZeRO-3 the module holds placeholders instead of weights; use stage 2, or FSDP, or "
             "merge afterwards: turn the checkpoint into one file (zero_to_fp32.py) and run `python -m freemerge merge`"
@@ -180,6 +190,7 @@ def whole_state(trainer: L.Trainer, module: L.LightningModule) -> dict[str, Any]
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    assert trainer.strategy.model is not None  # a fit has set the strategy up
     state = get_model_state_dict(trainer.strategy.model, options=options)
     # Gathered tensors are tensors of their own, also where the module's are tied.
     tied = {name: first for name, first in _shared(module).items() if name in state and first in state}

@@ -143,13 +143,14 @@ class MergeAtFitEnd(FitEndCallback):
             if self.registry is None:
                 self._merge(trainer, {OWN_LABEL: own})
                 return
-            with self.registry.turn(trainer):
-                missing = on_rank_zero(trainer, lambda: self._register(trainer, own))
+            registry = self.registry
+            with registry.turn(trainer):
+                missing = on_rank_zero(trainer, lambda: self._register(trainer, registry, own))
                 if missing:
-                    waiting = f"'{self.registry.task}' is in {self.registry.folder}; waiting for {missing}"
+                    waiting = f"'{registry.task}' is in {registry.folder}; waiting for {missing}"
                     rank_zero_info(f"MergeAtFitEnd: {waiting}")
                 else:
-                    self._merge(trainer, self.registry.registered())
+                    self._merge(trainer, registry.registered())
 
     def _own(
         self, trainer: L.Trainer, module: L.LightningModule
@@ -213,11 +214,11 @@ class MergeAtFitEnd(FitEndCallback):
         models = [own, *(open_finetuned(path) for path in self._all_others())]
         make_plan(base, models, **self._options)
 
-    def _register(self, trainer: L.Trainer, own: Mapping[str, Tensor] | Path) -> str:
+    def _register(self, trainer: L.Trainer, registry: Registry, own: Mapping[str, Tensor] | Path) -> str:
         weights = in_memory(self._open(own))
-        record = self.task_record(trainer, self.registry.task, "weights", weights)
-        self.registry.register(record, weights, self._replaces(trainer))
-        if missing := self.registry.missing():
+        record = self.task_record(trainer, registry.task, "weights", weights)
+        registry.register(record, weights, self._replaces(trainer))
+        if missing := registry.missing():
             self.base.discard()
             return missing
         check_base_hashes(self._all_others(), self.base.hash, "MergeAtFitEnd")

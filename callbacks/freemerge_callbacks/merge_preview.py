@@ -25,7 +25,7 @@ from freemerge_callbacks._predicting import merged_into, own_heads
 from freemerge_callbacks._ranks import on_rank_zero
 from freemerge_callbacks._similarity import Similarity, similarity
 from freemerge_callbacks._task_evaluation import TaskEvaluation
-from freemerge_callbacks._weights import part_weights
+from freemerge_callbacks._weights import is_dev_run, part_weights
 from freemerge_callbacks.merge_at_fit_end import OWN_LABEL
 
 
@@ -126,7 +126,7 @@ class MergePreview(Callback):
         self.results = state_dict["results"]
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        if stage != "fit" or trainer.fast_dev_run:
+        if stage != "fit" or is_dev_run(trainer):
             return
         if self.every_n_epochs < 1:
             raise ValueError(f"MergePreview: every_n_epochs must be at least 1, got {self.every_n_epochs}")
@@ -145,7 +145,7 @@ class MergePreview(Callback):
         self.individual = {task: self.individual[task] for task in self._given}
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.fast_dev_run:
+        if is_dev_run(trainer):
             return
         self.evaluation.check(trainer, pl_module)
         weights = part_weights(trainer, pl_module, self.backbone, "MergePreview")
@@ -171,11 +171,11 @@ class MergePreview(Callback):
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._preview(trainer, pl_module)  # where a rank had no batch; the others may wait for it
         if self._logged:
-            self.log_dict(self._logged, sync_dist=True)
+            pl_module.log_dict(self._logged, sync_dist=True)
 
     def _preview(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Merge and evaluate, once in each validation of a fit."""
-        idle = trainer.fast_dev_run or trainer.sanity_checking or trainer.state.fn != "fit"
+        idle = is_dev_run(trainer) or trainer.sanity_checking or trainer.state.fn != "fit"
         if idle or self._logged is not None:
             return
         weights = part_weights(trainer, pl_module, self.backbone, "MergePreview")

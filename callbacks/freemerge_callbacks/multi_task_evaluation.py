@@ -19,6 +19,7 @@ from freemerge_callbacks._batches import BatchFormat
 from freemerge_callbacks._predicting import merged_into, own_heads
 from freemerge_callbacks._ranks import log_metrics
 from freemerge_callbacks._task_evaluation import TaskEvaluation
+from freemerge_callbacks._weights import callbacks_of, is_dev_run
 from freemerge_callbacks.merge_at_fit_end import MergeAtFitEnd
 
 
@@ -103,7 +104,7 @@ class MultiTaskEvaluation(Callback):
         self.results = state_dict["results"]
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        if stage != "fit" or trainer.fast_dev_run:
+        if stage != "fit" or is_dev_run(trainer):
             return
         if self.every_n_epochs is not None and self.every_n_epochs < 1:
             raise ValueError(f"MultiTaskEvaluation: every_n_epochs must be at least 1, got {self.every_n_epochs}")
@@ -111,17 +112,17 @@ class MultiTaskEvaluation(Callback):
         self.evaluation.open(trainer)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if not trainer.fast_dev_run:
+        if not is_dev_run(trainer):
             self.evaluation.check(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         due = self.every_n_epochs is not None and (trainer.current_epoch + 1) % self.every_n_epochs == 0
-        if due and not trainer.fast_dev_run:
+        if due and not is_dev_run(trainer):
             self.results = self.evaluation.run(trainer, pl_module, {})
-            self.log_dict(self.evaluation.named(self.results, self.prefix), sync_dist=True)
+            pl_module.log_dict(self.evaluation.named(self.results, self.prefix), sync_dist=True)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.fast_dev_run:
+        if is_dev_run(trainer):
             return
         path = self._merged_path(trainer)
         weights = {} if path is None else merged_into(pl_module, self.backbone, path)
@@ -143,12 +144,13 @@ class MultiTaskEvaluation(Callback):
     def _merge(self, trainer: L.Trainer) -> MergeAtFitEnd | str | None:
         if self.merged != "auto":
             return self.merged
-        found = [callback for callback in trainer.callbacks if isinstance(callback, MergeAtFitEnd)]
+        found = [callback for callback in callbacks_of(trainer) if isinstance(callback, MergeAtFitEnd)]
         if len(found) > 1:
             raise ValueError("MultiTaskEvaluation: the Trainer has several MergeAtFitEnd; name one with merged=...")
         return found[0] if found else None
 
     def _check_order(self, trainer: L.Trainer) -> None:
         merge = self._merge(trainer)
-        if isinstance(merge, MergeAtFitEnd) and merge not in trainer.callbacks[: trainer.callbacks.index(self)]:
+        callbacks = callbacks_of(trainer)
+        if isinstance(merge, MergeAtFitEnd) and merge not in callbacks[: callbacks.index(self)]:
             raise ValueError("MultiTaskEvaluation: put its MergeAtFitEnd before it in the Trainer's callbacks")

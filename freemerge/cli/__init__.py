@@ -61,11 +61,11 @@ def _run(arguments: list[str]) -> int:
             fail(f"name a command: {known}")
         fail(f"there is no command '{command}'{closest(command, commands.COMMANDS) or f'; commands: {known}'}")
     fresh = remembered.is_fresh()
-    if fresh and command in commands.COMMANDS and (known := remembered.recall(command)):
+    if fresh and command in commands.COMMANDS and (said := remembered.recall(command)):
         if arguments[1:] in (["-h"], ["--help"]):
-            _show(known.help)
-        if option := known.unknown(arguments[1:]):
-            fail(unknown_option(option, known.keys))
+            _show(said.help)
+        if option := said.unknown(arguments[1:]):
+            fail(unknown_option(option, said.keys))
     from freemerge.cli import suite
 
     return suite.run(arguments, remembers=fresh)

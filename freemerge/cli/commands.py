@@ -51,8 +51,8 @@ def methods() -> dict[str, str]:
     """
     homes: dict[str, str] = {}
     for node in _parsed(_MERGING).body:
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(_MERGING):
-            homes |= {alias.name: node.module for alias in node.names}
+        if isinstance(node, ast.ImportFrom) and node.module is not None and node.module.startswith(_MERGING):
+            homes |= dict.fromkeys((alias.name for alias in node.names), node.module)
     modules = {module: _parsed(module) for module in dict.fromkeys(homes.values())}
     bases = {
         node.name: {base.id for base in node.bases if isinstance(base, ast.Name)}

@@ -76,10 +76,15 @@ def _is_broken(stream: Any) -> bool:
 
 def _is_our_own(error: OSError) -> bool:
     """Whether the command line itself wrote what could not be written; an unbuffered stdout is not broken later on."""
-    frame = error.__traceback__
-    while frame.tb_next is not None:
-        frame = frame.tb_next
-    return frame.tb_frame.f_globals.get("__name__", "").startswith("freemerge.cli")
+    return raised_in(error).startswith("freemerge.cli")
+
+
+def raised_in(error: BaseException) -> str:
+    """The name of the module that raised an error; "" if it has not been raised."""
+    last = error.__traceback__
+    while last is not None and last.tb_next is not None:
+        last = last.tb_next
+    return "" if last is None else last.tb_frame.f_globals.get("__name__", "")
 
 
 def _give_up_stdout() -> None:

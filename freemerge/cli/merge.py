@@ -24,7 +24,7 @@ on several GPUs or machines, which share the tensors and write the same files:
 environment variables count below files and options: FREEMERGE_MERGE__DTYPE=bfloat16 sets --dtype."""
 
 
-def build_parser() -> jsonargparse.ArgumentParser:
+def build_parser() -> OneLineErrors:
     """The parser of `merge`; methods are named by class (`FRMerging`) or import path, with their parameters as options.
 
     Returns:
@@ -50,7 +50,7 @@ def said() -> Said:
     return said_by(parser)
 
 
-def _make_parser(method: type) -> jsonargparse.ArgumentParser:
+def _make_parser(method: type) -> OneLineErrors:
     lines = [f"  {name:<16}{about}" for name, about in methods().items()]
     parser = OneLineErrors(
         prog="python -m freemerge merge",

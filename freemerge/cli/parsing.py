@@ -58,7 +58,10 @@ class OneLineErrors(ArgumentParser):
         defaults = {"allow_abbrev": False, "default_env": True, "env_prefix": ENV_PREFIX}
         super().__init__(*args, **{**defaults, "formatter_class": HelpFormatter, **kwargs})
 
-    def parse_args(self, args: Sequence[str] | None = None, *more: Any, **kwargs: Any) -> Namespace:
+    # jsonargparse's own has other arguments than argparse's, too.
+    def parse_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, *more: Any, **kwargs: Any
+    ) -> Namespace:
         """Parse; a class that replaces another starts from its own defaults."""
         words = list(sys.argv[1:] if args is None else args)
         command = subcommands(self).get(words[0]) if words else None

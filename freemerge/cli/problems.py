@@ -187,7 +187,8 @@ def _leaves(lines: Iterable[str]) -> Iterator[_Leaf]:
 
 def _no_class(key: str, text: str, value: str | None) -> str:
     """A mapping was given for a class, and it is not one of class_path and init_args."""
-    wanted = re.search(r"Not a valid subclass of (\w+)", text)[1]
+    found = re.search(r"Not a valid subclass of (\w+)", text)
+    wanted = found[1] if found else "class"
     known = ("class_path", "init_args", "dict_kwargs")
     given = re.findall(r"[{,] '(\w+)':|^\{'(\w+)':", value or "")
     names = [name for pair in given for name in pair if name]
@@ -217,7 +218,8 @@ def _types(hint: Any) -> Iterator[type]:
 
 def _subclasses(base: type) -> Iterator[type]:
     yield base
-    for child in base.__subclasses__():
+    children: list[type] = base.__subclasses__()
+    for child in children:
         yield from _subclasses(child)
 
 

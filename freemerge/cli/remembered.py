@@ -84,7 +84,8 @@ def _fingerprint() -> str:
     installed = sorted(path.name for folder in sys.path for path in Path(folder).glob("*.dist-info"))
     sources = []
     for package in ("freemerge", "freemerge_callbacks"):
-        folder = Path(find_spec(package).origin).parent
+        spec = find_spec(package)
+        folder = Path(str(spec.origin) if spec is not None else "").parent
         for path in sorted(folder.rglob("*.py")):
             status = path.stat()
             sources.append((str(path), status.st_size, status.st_mtime_ns))

@@ -22,7 +22,7 @@ import torch
 from jsonargparse import Namespace, set_parsing_settings
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.accelerators import CPUAccelerator
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
@@ -35,6 +35,7 @@ import freemerge_callbacks  # noqa: F401
 from freemerge.checkpoints import expand
 from freemerge.cli import merge as merge_command
 from freemerge.cli.commands import ABOUT, COMMANDS
+from freemerge.cli.ending import raised_in
 from freemerge.cli.parsing import OneLineErrors, said_by
 from freemerge.cli.printing import print_error
 from freemerge.cli.problems import refusal
@@ -130,7 +131,7 @@ class FreemergeCLI(LightningCLI):
         # For `--help` alone: `main` hands `merge` on before a parser with models and data is built.
         commands.add_subcommand("merge", merge_command.build_parser(), help=COMMANDS["merge"])
 
-    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+    def _prepare_subcommand_parser(self, klass: Any, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         if subcommand != "tune":
             return super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
         parser = self.init_parser(**kwargs)  # no method of the Trainer's stands behind it
@@ -151,11 +152,13 @@ class FreemergeCLI(LightningCLI):
         """Let modules remember what the configuration made them of, so that a folder can say it."""
         self.parser.add_instantiator(make_and_remember, torch.nn.Module)
 
-    def parse_arguments(self, parser: LightningArgumentParser, args: list[str] | None) -> None:
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse; unlike Lightning's own, without a warning where `main` is called with arguments from Python."""
         if self._remembers:
             for command, each in self._subcommand_parsers.items():
                 remember(command, said_by(each))
+        assert isinstance(parser, _Parser)  # as `__init__` says to Lightning
+        assert args is None or isinstance(args, list)  # likewise
         self.config = parser.parse_args(args)
         parser.check_environment(self.config.subcommand)
 
@@ -206,6 +209,7 @@ class FreemergeCLI(LightningCLI):
             self._dev_run(model, datamodule, settings.stages)
             return
         path = expand(settings.folder) / "config.yaml"
+        assert self.subcommand is not None  # it is `fit`
         text = self._parser(self.subcommand).dump(self.config[self.subcommand], skip_none=False)
         text = f"# python -m freemerge fit --config {path}\n{text}"
         self._suite_run(model, datamodule, settings.folder, ckpt_path, text).run(settings.stages)
@@ -220,7 +224,7 @@ class FreemergeCLI(LightningCLI):
 
     def _dev_run(self, model: FineTuner, datamodule: TaskSuite, stages: list[str]) -> None:
         """Run the stages in a folder that is removed at the end, so that no finished run is touched."""
-        rank_zero = rank_zero_only.rank == 0
+        rank_zero = getattr(rank_zero_only, "rank", 0) == 0
         # Processes that a fit launches run this command anew, and have to find rank 0's folder.
         folder = os.environ.get(_DEV_FOLDER) or (tempfile.mkdtemp(prefix="freemerge-") if rank_zero else None)
         folder = from_rank_zero(lambda: folder)
@@ -307,8 +311,8 @@ class FreemergeCLI(LightningCLI):
     def predict(self, model: FineTuner, datamodule: TaskSuite, ckpt_path: str | None = None, **_: Any) -> None:
         """Run the FREE model; write one line per sample: its file or row, its routed task, and what is said of it."""
         evaluator = self._evaluator(model, datamodule, ckpt_path)
-        predictions = self.trainer.predict(evaluator, datamodule=datamodule)
-        if self.trainer.fast_dev_run:
+        predictions: Any = self.trainer.predict(evaluator, datamodule=datamodule)
+        if getattr(self.trainer, "fast_dev_run", False):
             print("fast_dev_run: the predictions were made; nothing is written")
             return
         per_loader = predictions if len(datamodule.names) > 1 else [predictions]
@@ -395,7 +399,4 @@ def run(args: list[str], remembers: bool = False) -> int:
 
 def _origin(error: Exception) -> str:
     """The package that raised an error."""
-    frame = error.__traceback__
-    while frame.tb_next is not None:
-        frame = frame.tb_next
-    return frame.tb_frame.f_globals.get("__name__", "").partition(".")[0]
+    return raised_in(error).partition(".")[0]

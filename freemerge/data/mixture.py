@@ -38,6 +38,8 @@ class TaskData(L.LightningDataModule):
         head_tasks: Returns the tasks that share a head with this one, itself included; None: it has its own.
     """
 
+    name: str
+
     def __init__(
         self,
         name: str,

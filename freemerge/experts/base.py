@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import Field, replace
 from importlib import import_module
-from typing import Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,6 +25,9 @@ class Expert(ABC):
     loads a file may allow it to be imported. `freemerge.testing.check_expert` tells whether a class does all this.
     """
 
+    if TYPE_CHECKING:  # true of every subclass, and not of this class, which is no dataclass itself
+        __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
+
     KIND: ClassVar[str]
     """What a file calls this kind of expert."""
 
@@ -36,6 +39,9 @@ class Expert(ABC):
 
     shapes: dict[str, tuple[int, ...]]
     """Tensor name → shape of each whole tensor that the expert changes."""
+
+    shared: Mapping[str, Tensor]
+    """What experts of several tasks share; of kinds that say `SHARES` alone."""
 
     metadata: dict[str, str]
     """Strings that travel with the file: task, hashes of the base and of the merged backbone."""
@@ -149,7 +155,7 @@ def kind_of(expert: type[Expert]) -> str:
         ValueError: if they could not find this very class by it.
     """
     kind = getattr(expert, "KIND", None)
-    if _KINDS.get(kind) is not expert:
+    if kind is None or _KINDS.get(kind) is not expert:
         raise ValueError(f"{expert.__qualname__} has no KIND of its own, by which its files would find it; give it one")
     return kind
 
@@ -186,7 +192,17 @@ def expert_class(kind: str, path: str | None = None, trust: bool = False) -> typ
     return _KINDS[kind]
 
 
-def check_fits(expert: Expert, weights: Mapping[str, Tensor]) -> None:
+class HasShapes(Protocol):
+    """What says which tensors it changes: an expert, packed or not."""
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]: ...
+
+    @property
+    def metadata(self) -> Mapping[str, str]: ...
+
+
+def check_fits(expert: HasShapes, weights: Mapping[str, Tensor]) -> None:
     """Raise a ValueError that names the first tensor of `expert` that `weights` lacks or has in another shape."""
     for name, shape in expert.shapes.items():
         if name not in weights:

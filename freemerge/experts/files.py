@@ -111,9 +111,8 @@ def load_expert(
     except (ValueError, KeyError, RuntimeError) as error:
         raise CheckpointError(f"{path}: damaged expert file ({error}); make the expert again") from error
     if expert.SHARES:
-        lacking = [
-            name for name, shape in expert.shapes.items() if shared is None or tuple(shared[name].shape) != shape
-        ]
+        known = {} if shared is None else shared
+        lacking = [name for name, shape in expert.shapes.items() if name not in known or known[name].shape != shape]
         if lacking:
             raise CheckpointError(
                 f"{path}: needs the task vector that its tasks share, with tensor {lacking[0]!r} of shape "

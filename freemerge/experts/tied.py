@@ -8,16 +8,15 @@ see the change.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import TypeVar
 
 from torch import Tensor, nn
 
 from freemerge.checkpoints import find_tied
-from freemerge.experts.kinds.low_rank import LowRankExpert
-from freemerge.experts.kinds.sparse import SparseExpert
+from freemerge.experts.base import Expert
 
-Mixable = TypeVar("Mixable", SparseExpert, LowRankExpert)
+_Expert = TypeVar("_Expert", bound=Expert)
 
 
 def names_of_changes(weights: Mapping[str, Tensor], names: Collection[str]) -> dict[str, str]:
@@ -55,17 +54,15 @@ def layers_that_change(module: nn.Module, names: Collection[str]) -> dict[str, s
     return {name: own for name, own in changes.items() if name.rpartition(".")[0] in first}
 
 
-def by_first_names(expert: Mixable, weights: Mapping[str, Tensor]) -> Mixable:
+def by_first_names(expert: _Expert, weights: Mapping[str, Tensor]) -> _Expert:
     """The expert with each memory's first name in `weights`, so that experts which call it differently can be added."""
     tied = find_tied(weights)
     chosen = {own: tied.get(own, own) for own in names_of_changes(weights, expert.shapes).values()}
     if chosen.keys() == expert.shapes.keys() and all(own == first for own, first in chosen.items()):
         return expert
-    keyed = (
-        ("indices", "values", "shapes") if isinstance(expert, SparseExpert) else ("left", "right", "whole", "shapes")
-    )
-    fields = {field: getattr(expert, field) for field in keyed}
-    return replace(
-        expert,
-        **{field: {chosen[name]: v for name, v in has.items() if name in chosen} for field, has in fields.items()},
-    )
+    tables = {}  # field → the same by the other names: all fields that have something of each tensor, whatever the kind
+    for field in fields(expert):
+        table = getattr(expert, field.name)
+        if isinstance(table, Mapping) and table.keys() <= expert.shapes.keys():
+            tables[field.name] = {chosen[name]: value for name, value in table.items() if name in chosen}
+    return replace(expert, **tables)

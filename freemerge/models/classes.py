@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from contextlib import suppress
 from importlib import import_module
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -78,11 +78,12 @@ def make(kind: type, arguments: Any, where: str, what: str, give: str) -> Any:
 
 
 _ARGUMENTS = "_freemerge_arguments"
+_Made = TypeVar("_Made")
 
 
-def make_and_remember(kind: type, *args: Any, **kwargs: Any) -> Any:
-    """`kind(*args, **kwargs)`, which remembers plain arguments: a configuration's way to build a module."""
-    made = kind(*args, **kwargs)
+def make_and_remember(class_type: type[_Made], *args: Any, **kwargs: Any) -> _Made:
+    """`class_type(*args, **kwargs)`, which remembers plain arguments: a configuration's way to build a module."""
+    made = class_type(*args, **kwargs)
     with suppress(TypeError, ValueError, AttributeError):
         json.dumps(kwargs)
         if not args:

@@ -387,6 +387,7 @@ class FreeModel(nn.Module):
             if logits is None:
                 logits = outputs.new_full((len(features), *outputs.shape[1:-1], width), float("-inf"))
             logits[group, ..., : outputs.shape[-1]] = outputs
+        assert logits is not None  # there is a sample, so some head has answered
         return logits
 
     @torch.no_grad()

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import lightning as L
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import track
@@ -25,6 +24,7 @@ from freemerge.pipeline.dependencies import dependencies
 from freemerge.pipeline.loggers import LogConfiguration, end_run, running_elsewhere
 from freemerge.pipeline.measure import Measure
 from freemerge.pipeline.progress import Progress
+from freemerge.pipeline.ranks import is_first
 from freemerge.pipeline.settings import STAGES, Settings, check_trainer
 from freemerge.pipeline.store.artifacts import Artifacts
 from freemerge.pipeline.store.replacing import difference
@@ -69,7 +69,7 @@ class RunContext:
         config_text: str | None = None,
         checkpoint_steps: int | None = None,
         checkpoint_minutes: float | None = 5.0,
-        trainer_class: type[L.Trainer] = L.Trainer,
+        trainer_class: Callable[..., L.Trainer] = L.Trainer,
     ) -> None:
         self.tuner = tuner
         self.suite = suite
@@ -82,10 +82,10 @@ class RunContext:
         self.ckpt_path = str(expand(ckpt_path)) if ckpt_path else ckpt_path
         self.overwrite = overwrite
         self.config_text = config_text
-        self.checkpoint_every = {"steps": checkpoint_steps, "minutes": checkpoint_minutes}
+        self.checkpoint_steps, self.checkpoint_minutes = checkpoint_steps, checkpoint_minutes
         config = dependencies(tuner, arguments, self.settings)
         self.files = Artifacts(tuner, suite, self.folder, self.settings, config, seed)
-        self.console = Console(quiet=rank_zero_only.rank != 0, highlight=False)
+        self.console = Console(quiet=not is_first(), highlight=False)
         self.stages: tuple[str, ...] = ()
         self.extended: set[str] = set()
         self.progress = Progress([])
@@ -110,7 +110,7 @@ class RunContext:
         """
 
         def check() -> None:
-            finished = stage.finished() if rank_zero_only.rank == 0 else None
+            finished = stage.finished() if is_first() else None
             if self.overwrite or finished is None or finished["key"] == stage.key or stage.name in self.extended:
                 return
             raise ValueError(would_replace(self.folder, f"{stage.name} ({difference(finished, stage.inputs)})"))
@@ -161,12 +161,15 @@ class RunContext:
             enable_version_counter=False,
         )
         last = ResumeCheckpoint(
-            stage.checkpoints / "last.ckpt", finishes=self.ckpt_path is None, **self.checkpoint_every
+            stage.checkpoints / "last.ckpt",
+            finishes=self.ckpt_path is None,
+            steps=self.checkpoint_steps,
+            minutes=self.checkpoint_minutes,
         )
         name = stage.path.relative_to(self.folder).as_posix()
         extra = [LogConfiguration(self._configuration(stage)), EpochStart(last), best, last]
         trainer = self.make_trainer(stage.path, name, overrides, extra)
-        kept = last in trainer.callbacks
+        kept = last in trainer.callbacks  # type: ignore[attr-defined] # its connector sets them
         ckpt_path = str(resume) if resume else None
         where = [self.progress.place(stage.name), self.progress.left(), f"from {ckpt_path}" if ckpt_path else ""]
         notes = ", ".join(note for note in where if note)
@@ -199,7 +202,7 @@ class RunContext:
 
     def write(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
         """Write tensors of any device to a file, by the first rank."""
-        if rank_zero_only.rank == 0:
+        if is_first():
             save_checkpoint(path, {name: tensor.detach().cpu() for name, tensor in tensors.items()})
 
     def seed_stage(self, stage: StageFolder) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,13 @@ from lightning.pytorch.loggers import CSVLogger, Logger
 LoggerSpec = bool | str | Mapping[str, Any] | Logger | Callable[[str], Logger] | None
 """A logger as `make_loggers` takes it."""
 
+LoggerSpecs = LoggerSpec | list[LoggerSpec] | tuple[LoggerSpec, ...]
+"""One, or several."""
+
 _NAMES = ("run_name", "name")  # what loggers call the argument for a run's name; MLFlowLogger has both
 
 
-def make_loggers(spec: LoggerSpec | Sequence[LoggerSpec], folder: Path, name: str) -> bool | list[Logger]:
+def make_loggers(spec: LoggerSpecs, folder: Path, name: str) -> bool | list[Logger]:
     """The loggers of one fit.
 
     Args:
@@ -40,7 +43,7 @@ def make_loggers(spec: LoggerSpec | Sequence[LoggerSpec], folder: Path, name: st
     return [_make(each, folder, name) for each in specs if each is not False]
 
 
-def check_loggers(where: str, spec: LoggerSpec | Sequence[LoggerSpec]) -> None:
+def check_loggers(where: str, spec: LoggerSpecs) -> None:
     """Raise a ValueError that begins with `where` if a configuration of loggers is wrong; none is made."""
     for each in spec if isinstance(spec, (list, tuple)) else [spec]:
         if isinstance(each, (str, Mapping)):
@@ -51,7 +54,7 @@ def check_loggers(where: str, spec: LoggerSpec | Sequence[LoggerSpec]) -> None:
 
 
 def _make(spec: LoggerSpec, folder: Path, name: str) -> Logger:
-    if spec is None or spec is True:
+    if spec is None or isinstance(spec, bool):  # True: whoever wants none has been left out
         return CSVLogger(folder, name="logs")  # a resumed fit gets a version of its own
     if isinstance(spec, (str, Mapping)):
         config, kind = _read(spec)

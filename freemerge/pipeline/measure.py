@@ -37,7 +37,7 @@ class Measure:
     @property
     def metrics(self) -> dict[str, str]:
         """Task → name of its metric, of all tasks."""
-        return {task: self.suite.task(task).metric for task in (*self.suite.names, *self.suite.held_out)}
+        return {task: TaskMetric.of(self.suite.task(task)).name for task in (*self.suite.names, *self.suite.held_out)}
 
     def _evaluate(self, predict: Predict, loaders: Mapping[str, Any]) -> dict[str, float]:
         tasks = {name: self.suite.task(name) for name in (*self.suite.names, *self.suite.held_out)}
@@ -77,7 +77,8 @@ class Measure:
 
     def individual(self, loaders: Mapping[str, Any]) -> dict[str, float]:
         """Each task's own fine-tuned model."""
-        scores, heads = {}, self.files.heads(shared=False)
+        scores: dict[str, float] = {}
+        heads = self.files.heads(shared=False)
         for task, weights in self.files.finetuned_weights().items():
             scores |= self.shared(weights, heads, {task: loaders[task]})
         return scores

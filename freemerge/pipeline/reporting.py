@@ -48,7 +48,7 @@ def make_report(files: Artifacts, measure: Measure, model: FreeModel | None) -> 
         row(base_name(files.tuner), files.base_weights()),
         Row("individual", measure.individual(loaders), (len(suite.names) - 1) * size),
     ]
-    for name in files.settings.merge.methods:
+    for name in files.settings.merge.lines:
         rows.append(row(name, load_checkpoint(files.merged_path(name)), merge_record["methods"][name]["best"]))
     search = {name: entry["search"] for name, entry in merge_record["methods"].items()}
     settings = _provenance(files, size)

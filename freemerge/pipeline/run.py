@@ -24,8 +24,6 @@ import os
 import time
 from collections.abc import Sequence
 
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
-
 from freemerge.checkpoints import expand
 from freemerge.evaluation import Report
 from freemerge.pipeline.checks import check_run
@@ -33,6 +31,7 @@ from freemerge.pipeline.context import RunContext, would_replace
 from freemerge.pipeline.others import Others
 from freemerge.pipeline.process_state import seeds_put_back
 from freemerge.pipeline.progress import Progress
+from freemerge.pipeline.ranks import is_first
 from freemerge.pipeline.settings import STAGES
 from freemerge.pipeline.stages import RUN_STAGE
 from freemerge.pipeline.stages.tune import Tuning
@@ -57,7 +56,7 @@ class SuiteRun(RunContext):
         config_text: kept as `config.yaml` in the run's folder.
         checkpoint_steps: write what an interrupted fit goes on from every so many steps within an epoch, too.
         checkpoint_minutes: likewise when so many minutes have passed; None writes it once an epoch.
-        trainer_class: the class of the Trainer.
+        trainer_class: the class of the Trainer, or what makes one.
 
     Raises:
         ValueError: if the Trainer has no such argument.
@@ -99,7 +98,7 @@ class SuiteRun(RunContext):
 
         def check() -> list[str]:
             # Ranks that a fit launched look at folders that rank 0 is at work in.
-            if rank_zero_only.rank != 0:
+            if not is_first():
                 return []
             plan = make_plan(self.files.stages(), lambda name: name.split()[0] in self.stages)
             if plan.replaced and not self.overwrite:
@@ -119,7 +118,7 @@ class SuiteRun(RunContext):
         return [name for stage in self.stages for name in names.get(stage, [stage])]
 
     def _keep_config(self) -> None:
-        if rank_zero_only.rank == 0 and self.config_text is not None:
+        if is_first() and self.config_text is not None:
             temporary = self.folder / ".config.yaml.partial"
             temporary.write_text(self.config_text, encoding="utf-8")
             os.replace(temporary, self.folder / "config.yaml")
@@ -138,7 +137,7 @@ class SuiteRun(RunContext):
         """Refuse at once what would fail after hours, and say what is unusual."""
 
         def check() -> list[str]:
-            if rank_zero_only.rank != 0:  # ranks that a fit launched
+            if not is_first():  # ranks that a fit launched
                 return []
             trainer = self.make_trainer.bare()
             several = trainer.num_devices * trainer.num_nodes > 1

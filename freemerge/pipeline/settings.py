@@ -18,7 +18,8 @@ from freemerge.pipeline.loggers import check_loggers
 from freemerge.training import Schedule, check_mixup
 from freemerge.tuning import Range, Sampler
 
-STAGES = ("pretrain", "finetune", "merge", "experts", "router", "evaluate")
+Stage = Literal["pretrain", "finetune", "merge", "experts", "router", "evaluate"]
+STAGES: tuple[Stage, ...] = ("pretrain", "finetune", "merge", "experts", "router", "evaluate")
 
 TrainerArguments = dict[str, Any]
 if not TYPE_CHECKING:  # so that a configuration's callbacks, profiler, … are checked and made as those of `trainer` are
@@ -124,13 +125,18 @@ class MergeSettings:
 
     def __post_init__(self) -> None:
         if self.methods is None:  # not a default factory: a configuration file cannot show instances
-            self.methods = default_methods()
+            self.methods = self.lines
         if self.batch_norm_batches < 0:
             raise ValueError(f"merge.batch_norm_batches: must be at least 0, got {self.batch_norm_batches}")
         if not self.scales:
             raise ValueError("merge.scales: give at least one scale")
-        if self.free not in self.methods:
-            raise ValueError(f"merge.free: there is no method {self.free!r}; methods: {', '.join(self.methods)}")
+        if self.free not in self.lines:
+            raise ValueError(f"merge.free: there is no method {self.free!r}; methods: {', '.join(self.lines)}")
+
+    @property
+    def lines(self) -> dict[str, MergeMethod]:
+        """Line of the report → method: those given, or the default ones."""
+        return default_methods() if self.methods is None else self.methods
 
 
 @dataclass
@@ -280,9 +286,7 @@ class RunSettings:
     """
 
     folder: str = "runs/freemerge"
-    stages: list[Literal["pretrain", "finetune", "merge", "experts", "router", "evaluate"]] = field(
-        default_factory=lambda: list(STAGES)
-    )
+    stages: list[Stage] = field(default_factory=lambda: list(STAGES))
     overwrite: bool = False
     checkpoint_steps: int | None = None
     checkpoint_minutes: float | None = 5.0

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +29,10 @@ class MakeTrainer:
 
     Args:
         arguments: of the Trainer; `logger` may also be what `make_loggers` takes.
-        trainer_class: the class of the Trainer.
+        trainer_class: the class of the Trainer, or what makes one.
     """
 
-    def __init__(self, arguments: Mapping[str, Any], trainer_class: type[L.Trainer] = L.Trainer) -> None:
+    def __init__(self, arguments: Mapping[str, Any], trainer_class: Callable[..., L.Trainer] = L.Trainer) -> None:
         self.arguments = dict(arguments)
         self.trainer_class = trainer_class
         self._is_summarized = False

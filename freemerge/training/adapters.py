@@ -146,9 +146,8 @@ class _Place(NamedTuple):
     tuner: nn.Module  # what computes instead of it: to be merged, a trained copy, or the layer itself
 
 
-def _places(module: nn.Module, plain: str = "", own: str = "", copied: nn.Module | None = None) -> Iterator[_Place]:
+def _places(module: Any, plain: str = "", own: str = "", copied: nn.Module | None = None) -> Iterator[_Place]:
     """The layers of a module; `copied` is a trained copy of it, if there is one."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
 
     if has_adapter(module):
@@ -161,7 +160,7 @@ def _places(module: nn.Module, plain: str = "", own: str = "", copied: nn.Module
         copied = module.modules_to_save[module.active_adapter]
         module, own = module.original_module, f"{own}original_module."
     tuner = module if copied is None else copied
-    while isinstance(module, BaseTunerLayer):  # parameters of one layer are wrapped one around the other
+    while _is_wrapper(module):  # parameters of one layer are wrapped one around the other
         module, own = module.base_layer, f"{own}base_layer."
     yield _Place(plain, own, module, tuner)
     for name, child in module.named_children():
@@ -170,12 +169,16 @@ def _places(module: nn.Module, plain: str = "", own: str = "", copied: nn.Module
         )
 
 
-def _merged(tuner: Any) -> nn.Module:
-    """What computes the same as a wrapped layer, as one without a wrapper."""
+def _is_wrapper(layer: Any) -> bool:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    layer = copy.deepcopy(tuner) if isinstance(tuner, BaseTunerLayer) else tuner
-    while isinstance(layer, BaseTunerLayer):
+    return isinstance(layer, BaseTunerLayer)
+
+
+def _merged(tuner: Any) -> nn.Module:
+    """What computes the same as a wrapped layer, as one without a wrapper."""
+    layer = copy.deepcopy(tuner) if _is_wrapper(tuner) else tuner
+    while _is_wrapper(layer):
         layer.merge(safe_merge=True)
         layer = layer.base_layer
     return layer

@@ -15,7 +15,7 @@ from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 
 from freemerge.experts import Encoding, Expert, check_fits, decode_values, encode_values, substituted
-from freemerge.inputs import IGNORED, Inputs, batch_size
+from freemerge.inputs import IGNORED, Inputs, batch_size, named
 from freemerge.models import Backbone
 from freemerge.training.distillation import Distillation
 from freemerge.training.optimization import OptimizedModule, Schedule
@@ -52,6 +52,8 @@ class ExpertTrainer(OptimizedModule):
         ValueError: an expert for other weights; a loss or share that cannot be; `mixup` with `cache_teacher`, as no
             blend is seen twice.
     """
+
+    teacher: Teacher
 
     def __init__(
         self,
@@ -152,9 +154,10 @@ class ExpertTrainer(OptimizedModule):
 
 def _tokens_that_count(inputs: Inputs) -> Tensor | None:
     """Where a language model's outputs (B, L, V) are for tokens that are not padding: (B, L) bool; None if all are."""
-    if "labels" in inputs:  # what a decoder writes
-        return inputs["labels"] != IGNORED
-    mask = inputs.get("attention_mask")
+    given = named(inputs)
+    if "labels" in given:  # what a decoder writes
+        return given["labels"] != IGNORED
+    mask = given.get("attention_mask")
     return None if mask is None else mask.bool()
 
 
@@ -180,7 +183,7 @@ def blended(inputs: Inputs, largest: float) -> Tensor:
         ValueError: for inputs that cannot be blended, such as tokens.
     """
     if not isinstance(inputs, Tensor) or not inputs.is_floating_point():
-        found = inputs.dtype if isinstance(inputs, Tensor) else f"a dict of {', '.join(inputs)}"
+        found = inputs.dtype if isinstance(inputs, Tensor) else f"a dict of {', '.join(named(inputs))}"
         raise ValueError(f"mixup blends images, one float tensor per batch; these inputs are {found}: set mixup to 0")
     share = largest * torch.rand(len(inputs), *(1,) * (inputs.dim() - 1), device=inputs.device, dtype=inputs.dtype)
     return torch.lerp(inputs, inputs.roll(1, dims=0), share)

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
+from torchmetrics import Metric
 
 from freemerge.checkpoints import expand
 from freemerge.data import Task, TaskData, TaskMetric
@@ -21,6 +22,7 @@ from freemerge.training.optimization import OptimizedModule, Schedule
 HeadKind = Literal["probe", "linear", "zero_shot"]
 _OBJECTS = ("backbone", "optimizer", "_instantiator", "_class_path")  # the last two are LightningCLI's
 _TASK = "freemerge_task"
+_NO_TASK = 'FineTuner: no head; give `num_classes`, or the data of one task: datamodule=suite["birds"]'
 
 
 class FineTuner(OptimizedModule):
@@ -78,6 +80,7 @@ class FineTuner(OptimizedModule):
         if gradient_checkpointing:
             backbone.enable_gradient_checkpointing()
         # In the state dict, so that a resumed fit does not fit its probe again on a half-tuned backbone.
+        self.head_ready: Tensor
         self.register_buffer("head_ready", torch.tensor(False))
         self.head: nn.Module | None = None
         self.objective: Objective | None = None
@@ -100,7 +103,7 @@ class FineTuner(OptimizedModule):
         objective, head = self.objective_of(task), self.frozen_head(task)
         self._prepare(objective, self.make_head(objective.num_outputs) if head is None else head)
         if head is None:
-            self.head.requires_grad_(self.head_kind == "linear")
+            self._own_head().requires_grad_(self.head_kind == "linear")
         self.head_ready.fill_(head is not None or self.head_kind == "linear")
 
     def _prepare(self, objective: Objective, head: nn.Module) -> None:
@@ -130,8 +133,8 @@ class FineTuner(OptimizedModule):
             ValueError: if the backbone is not for such a task.
         """
         objective, who = Objective.of(task, self.label_smoothing), type(self.backbone).__name__
-        own_head = isinstance(self.backbone, LanguageBackbone)
-        wanted = {self.backbone.kind} if own_head else {"classification", "regression"}
+        backbone = self.backbone
+        wanted = {backbone.kind} if isinstance(backbone, LanguageBackbone) else {"classification", "regression"}
         if objective.kind not in wanted:
             needed = "LanguageBackbone" if objective.kind in ("seq2seq", "causal_lm") else "TransformersBackbone"
             raise ValueError(
@@ -150,19 +153,30 @@ class FineTuner(OptimizedModule):
             return nn.Identity()
         if self.head_kind != "zero_shot":
             return None
+        assert isinstance(self.backbone, ImageTextBackbone)  # as the constructor requires for such heads
         if isinstance(task, int) or task.kind != "classification":
             raise ValueError("FineTuner: a zero-shot head is made of a classification task's class names")
         return self.backbone.class_head(task.class_names, task.templates or self.templates)
 
+    def _own_objective(self) -> Objective:
+        if self.objective is None:
+            raise ValueError(_NO_TASK)
+        return self.objective
+
+    def _own_head(self) -> nn.Module:
+        if self.head is None:
+            raise ValueError(_NO_TASK)
+        return self.head
+
     @property
     def monitor(self) -> str:
         """What is logged in validation and says how good the model is."""
-        return f"val/{self.objective.metric.label}"
+        return f"val/{self._own_objective().metric.label}"
 
     @property
     def monitor_mode(self) -> Literal["max", "min"]:
         """Whether more or less of it is better."""
-        return "max" if self.objective.metric.higher_is_better else "min"
+        return "max" if self._own_objective().metric.higher_is_better else "min"
 
     # -- what comes out -----------------------------------------------------------------------------------------------
 
@@ -176,14 +190,15 @@ class FineTuner(OptimizedModule):
         if not has_adapter(self.backbone.model):
             return False
         # Whether embeddings were resized is asked of the hub otherwise; they never are here.
-        self.backbone.model.save_pretrained(str(expand(folder)), save_embedding_layers=False)
+        model: Any = self.backbone.model  # PEFT's
+        model.save_pretrained(str(expand(folder)), save_embedding_layers=False)
         return True
 
     # -- Lightning's hooks --------------------------------------------------------------------------------------------
 
     def forward(self, inputs: Inputs) -> Tensor:
         """Outputs of a batch: logits (B, C), numbers (B, 1), or a language model's logits (B, L, V)."""
-        return self.head(self.backbone(inputs))
+        return self._own_head()(self.backbone(inputs))
 
     def setup(self, stage: str) -> None:
         """Take the task from the data module, if it has one and no task has been set."""
@@ -191,14 +206,12 @@ class FineTuner(OptimizedModule):
         if self.head is None and isinstance(data, TaskData):
             self._set_task(data.task)
         if self.head is None:
-            raise ValueError(
-                'FineTuner: no head; give `num_classes`, or the data of one task: datamodule=suite["birds"]'
-            )
+            raise ValueError(_NO_TASK)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what the task is, so that `load_from_checkpoint` can make its head."""
         super().on_save_checkpoint(checkpoint)
-        objective = self.objective
+        objective = self._own_objective()
         checkpoint[_TASK] = {
             "kind": objective.kind,
             "num_outputs": objective.num_outputs,
@@ -214,31 +227,33 @@ class FineTuner(OptimizedModule):
         objective = Objective(task["kind"], task["num_outputs"], metric, self.label_smoothing)
         own_head = isinstance(self.backbone, LanguageBackbone)
         self._prepare(objective, nn.Identity() if own_head else self.make_head(objective.num_outputs))
-        self.head.requires_grad_(self.head_kind == "linear")
+        self._own_head().requires_grad_(self.head_kind == "linear")
 
     def on_train_start(self) -> None:
         """Fit the probe on the base's features of the training data, unless a checkpoint brought the head."""
         if self.head_ready:
             return
         features, labels = self._features_for_head()
-        probe = self.objective.fit_probe(features, labels)
-        self.head.load_state_dict(self.trainer.strategy.broadcast(probe.state_dict()))
+        probe = self._own_objective().fit_probe(features, labels)
+        self._own_head().load_state_dict(self.trainer.strategy.broadcast(probe.state_dict()))
         self.head_ready.fill_(True)
 
     def _features_for_head(self) -> tuple[Tensor, Tensor]:
         """Features (N, F) and labels (N,) of the training data; of all tasks that share the head, where some do."""
         data = getattr(self.trainer, "datamodule", None)
-        shared = data.head_dataloader() if hasattr(data, "head_dataloader") else None
+        head_dataloader = getattr(data, "head_dataloader", None)
+        shared = None if head_dataloader is None else head_dataloader()
         if shared is not None:  # undivided, so every rank may see all of it
             return extract_features(self.backbone, shared, self.device)
         features, labels = extract_features(self.backbone, self.trainer.train_dataloader, self.device)
         if self.trainer.world_size > 1:  # each rank saw its share: (world, n, …) → (world · n, …)
-            features, labels = (self.all_gather(part.to(self.device)).flatten(0, 1) for part in (features, labels))
+            gathered: list[Any] = [self.all_gather(part.to(self.device)) for part in (features, labels)]
+            features, labels = (part.flatten(0, 1) for part in gathered)
         return features, labels
 
     def training_step(self, batch: tuple[Inputs, Tensor], batch_idx: int) -> Tensor:
         inputs, labels = batch
-        loss = self.objective.loss(self(inputs), labels)
+        loss = self._own_objective().loss(self(inputs), labels)
         self.log("train/loss", loss, prog_bar=True, batch_size=batch_size(inputs))
         return loss
 
@@ -260,9 +275,11 @@ class FineTuner(OptimizedModule):
 
     def _evaluate(self, batch: tuple[Inputs, Tensor], split: str) -> None:
         inputs, labels = batch
-        metrics, outputs = self.metrics[split], self(inputs)
+        metrics, objective, outputs = self.metrics[split], self._own_objective(), self(inputs)
+        assert isinstance(metrics, nn.ModuleDict)  # see `_prepare`
         self.see_outputs(outputs)
-        self.objective.update(metrics, outputs, labels)
+        objective.update(metrics, outputs, labels)
         for name, metric in metrics.items():
-            on_bar = name == self.objective.metric.label
+            assert isinstance(metric, Metric)
+            on_bar = name == objective.metric.label
             self.log(f"{split}/{name}", metric, prog_bar=on_bar, on_epoch=True, batch_size=len(labels))

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchmetrics import MeanMetric
+from torchmetrics import MeanMetric, Metric
 
 from freemerge.data import Kind, Task, TaskMetric
 from freemerge.inputs import IGNORED
@@ -66,7 +66,7 @@ class Objective:
 
     def update(self, metrics: nn.ModuleDict, outputs: Tensor, labels: Tensor) -> None:
         """Add a batch to `metrics`."""
-        metrics[self.metric.label].update(*self.metric.read(outputs, labels))
+        _metric(metrics, self.metric.label).update(*self.metric.read(outputs, labels))
         outputs, labels = self._align(outputs, labels)
         if self.kind == "regression":
             losses = F.mse_loss(outputs, labels, reduction="none")
@@ -74,7 +74,7 @@ class Objective:
             flat = labels.flatten()
             losses = F.cross_entropy(outputs.flatten(0, -2), flat, ignore_index=IGNORED, reduction="none")
             losses = losses[flat != IGNORED]
-        metrics["loss"].update(losses)
+        _metric(metrics, "loss").update(losses)
 
     def _align(self, outputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Outputs in float32, each beside its label."""
@@ -82,3 +82,9 @@ class Objective:
         if self.kind == "regression":
             return outputs.squeeze(1), labels.float()
         return (outputs[:, :-1], labels[:, 1:]) if self.kind == "causal_lm" else (outputs, labels)
+
+
+def _metric(metrics: nn.ModuleDict, name: str) -> Metric:
+    metric = metrics[name]
+    assert isinstance(metric, Metric)  # see `Objective.make_metrics`
+    return metric

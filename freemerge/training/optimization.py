@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 
 from freemerge.training.finite import FiniteModule
 
@@ -41,7 +42,7 @@ class OptimizedModule(FiniteModule):
         self.schedule = schedule
         self.warmup = warmup
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """The optimizer, and the schedule stepped after every batch."""
         from transformers import get_scheduler
 

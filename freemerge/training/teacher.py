@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from freemerge.experts import exclusive
-from freemerge.inputs import Inputs, batch_size, select
+from freemerge.inputs import Inputs, batch_size, named, select
 from freemerge.models import Backbone
 
 
@@ -75,8 +75,8 @@ def fingerprints(inputs: Inputs) -> Tensor:
     Sums of the elements' bits times pseudo-random odd numbers, which wrap around exactly, so that order, device and
     neighbours in the batch make no difference; nor do zeros that tokens are padded with on the right.
     """
-    tensors = {"": inputs} if isinstance(inputs, Tensor) else inputs
-    total = None
+    tensors = {"": inputs} if isinstance(inputs, Tensor) else named(inputs)
+    total: Tensor | None = None
     for salt, name in enumerate(sorted(tensors)):
         flat = tensors[name].detach().flatten(1).contiguous()
         bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.element_size()]
@@ -84,6 +84,7 @@ def fingerprints(inputs: Inputs) -> Tensor:
         position = torch.arange(numbers.shape[1], device=flat.device) + (salt << 40)
         part = torch.stack([(numbers * _scrambled(position, seed)).sum(dim=1) for seed in (1, 2)], dim=1)
         total = part if total is None else total + part
+    assert total is not None  # a batch has at least one tensor
     return total
 
 

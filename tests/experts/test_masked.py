@@ -1,8 +1,12 @@
 """EMR-Merging's experts give what the paper's formula gives, from one bit per entry."""
 
+from pathlib import Path
+
+import pytest
 import torch
 
-from freemerge.experts import attached, emr_experts
+from freemerge.checkpoints import CheckpointError
+from freemerge.experts import attached, emr_experts, load_expert, save_expert
 from freemerge.merging import EMRMerging, apply_task_vector, emr_task_vector, merge_task_vectors, task_vector
 
 
@@ -22,3 +26,10 @@ def test_base_and_masked_expert_are_the_papers_task_model() -> None:
             for name, tensor in base.state_dict().items():
                 torch.testing.assert_close(tensor, expected[name])
         assert all(torch.equal(start[name], tensor) for name, tensor in base.state_dict().items())
+
+
+def test_a_shared_vector_without_one_of_the_tensors_is_refused(tmp_path: Path) -> None:
+    shared, experts = emr_experts({task: {"w": torch.randn(3, 2), "b": torch.randn(3)} for task in "ab"})
+    path = save_expert(tmp_path / "a.safetensors", experts["a"])
+    with pytest.raises(CheckpointError, match="needs the task vector that its tasks share, with tensor 'b'"):
+        load_expert(path, shared={"w": shared["w"]})

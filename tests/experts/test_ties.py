@@ -7,13 +7,14 @@ import pytest
 import torch
 from torch import nn
 
-from freemerge.experts import Expert, PackedExpert, attached, extract, extract_low_rank
+from freemerge.experts import Expert, PackedExpert, attached, by_first_names, extract, extract_low_rank
 from freemerge.experts.running.groups import run_groups
 from freemerge.experts.running.layerwise import substituted
 from freemerge.experts.running.one_pass import runs_side_by_side, side_by_side
 from freemerge.merging import task_vector
 from freemerge.models import FreeModel, LanguageBackbone
 from freemerge.training import ExpertTrainer
+from tests.models.own_parts import ShiftExpert
 
 TINY = {"vocab_size": 40, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 CONFIGS = {
@@ -160,3 +161,13 @@ def test_a_task_vector_is_tied_where_both_models_are_and_an_expert_has_it_once()
     apart = task_vector(base, untied)
     assert apart["a"].tolist() == [0, 0, 0]
     assert apart["b"].tolist() == [1, 1, 1]
+
+
+@torch.no_grad()
+def test_somebody_elses_expert_takes_the_names_of_a_tied_weight_with_all_its_tables() -> None:
+    weights = dict.fromkeys(("first", "last"), torch.zeros(2, 3))
+    expert = ShiftExpert({"last": torch.ones(1)}, {"last": (2, 3)}, {"task": "a"})
+    renamed = by_first_names(expert, weights)
+    assert renamed.shapes == {"first": (2, 3)}
+    assert renamed.shifts == {"first": expert.shifts["last"]}
+    assert renamed.metadata == {"task": "a"}

@@ -57,8 +57,9 @@ def run_groups(
         known = _known.setdefault(module, _Known())
         kinds = {kind_in(expert) for expert, _ in groups if expert is not None}
         may = one_pass and kinds == {LowRankExpert}
-        if may and all_see_samples(own[module], own[run], [(expert, 0) for expert, _ in groups], inputs, known.answers):
-            with each_with_its_own(own[module], groups, own.plans if own.is_twin else None):
+        thin = [(one, count) for one, count in groups if one is None or isinstance(one, (LowRankExpert, PackedExpert))]
+        if may and all_see_samples(own[module], own[run], thin, inputs, known.answers):
+            with each_with_its_own(own[module], thin, own.plans if own.is_twin else None):
                 return own[run](inputs)
         outputs, start = [], 0
         for expert, count in groups:

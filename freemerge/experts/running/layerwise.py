@@ -158,7 +158,7 @@ _NEVER_RUN = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 
 def exchange(owner: nn.Module, leaf: str, tensor: Tensor) -> Tensor:
     """Put a tensor in the place of a module's own, wherever it has that; returns its own."""
-    home = owner._parameters if leaf in owner._parameters else owner._buffers
+    home: dict[str, Any] = owner._parameters if leaf in owner._parameters else owner._buffers
     own = home[leaf]
     home[leaf] = tensor
     if type(owner) not in _SIMPLE:
@@ -188,7 +188,8 @@ class _Layer:
     def begin(self, made: dict[int, tuple[str, Tensor]]) -> None:
         self.ran = True
         for name, owner, leaf, _ in self.place.tensors:
-            own = (owner._parameters if leaf in owner._parameters else owner._buffers)[leaf]
+            home: dict[str, Any] = owner._parameters if leaf in owner._parameters else owner._buffers
+            own = home[leaf]
             changed = self.make(name, own)
             self._kept.append((owner, leaf, own, changed))
             made[changed.untyped_storage().data_ptr()] = (name, own)
@@ -213,8 +214,8 @@ def _remember(made: dict[int, tuple[str, Tensor]]) -> Callable[[Tensor], object]
     return pack
 
 
-def _recall(make: Callable[[str, Tensor], Tensor]) -> Callable[[object], Tensor]:
-    def unpack(kept: object) -> Tensor:
+def _recall(make: Callable[[str, Tensor], Tensor]) -> Callable[[Any], Tensor]:
+    def unpack(kept: Any) -> Tensor:
         if isinstance(kept, Tensor):
             return kept
         name, own, size, stride, offset = kept

@@ -47,7 +47,10 @@ def side_by_side(module: nn.Module, groups: Groups) -> Iterator[None]:
 def each_with_its_own(module: nn.Module, groups: Groups, plans: dict[Any, Any] | None = None) -> Iterator[None]:
     """`side_by_side` in a module that is the caller's alone; `plans` are a twin's, kept for the next time."""
     with ExitStack() as stack:
-        changes = [(_Changes.of(module, _unpacked_if_small(expert), plans), count) for expert, count in groups]
+        changes = [
+            (None if expert is None else _Changes.of(module, _unpacked_if_small(expert), plans), count)
+            for expert, count in groups
+        ]
         key = ("owners", *(None if change is None else change.signature for change, _ in changes))
         if plans is None or key not in plans:
             found = _owners(module, [change for change, _ in changes if change is not None])
@@ -146,6 +149,7 @@ class _Layer:
 
     def run_linear(self, inputs: Tensor) -> Tensor:
         """(B, …, I) → (B, …, O), in the way that is less work."""
+        assert isinstance(self.body, nn.Linear)  # see `_owners`
         rows = inputs.numel() // inputs.shape[-1]
         if len(self.groups) == 1 and rows * sum(self.body.weight.shape) > self.body.weight.numel():
             return self.run_by_groups(inputs)
@@ -185,8 +189,8 @@ def _changed(module: nn.Module, names: Sequence[str], changes: _Changes | None) 
             if changes is not None and name in changes.names:
                 path, _, leaf = name.rpartition(".")
                 owner = module.get_submodule(path)
-                own = (owner._parameters if leaf in owner._parameters else owner._buffers)[leaf]
-                kept.append((owner, leaf, exchange(owner, leaf, changes.added(name, own))))
+                home: dict[str, Any] = owner._parameters if leaf in owner._parameters else owner._buffers
+                kept.append((owner, leaf, exchange(owner, leaf, changes.added(name, home[leaf]))))
         yield
     finally:
         for owner, leaf, own in kept:
@@ -225,10 +229,13 @@ def _within(owner: str, others: dict[str, list[str]]) -> list[str]:
     return [other for other in others if other != owner and (not other or owner.startswith(f"{other}."))]
 
 
-def _unpacked_if_small(expert: LowRankExpert | PackedExpert | None) -> LowRankExpert | PackedExpert | None:
+def _unpacked_if_small(expert: LowRankExpert | PackedExpert) -> LowRankExpert | PackedExpert:
     """A small expert as a whole; of a large one, each tensor is unpacked when its layer runs, and forgotten."""
-    small = isinstance(expert, PackedExpert) and len(expert.codes) <= _SMALL
-    return expert.unpacked() if small else expert
+    if isinstance(expert, PackedExpert) and len(expert.codes) <= _SMALL:
+        whole = expert.unpacked()
+        assert isinstance(whole, LowRankExpert)  # others do not run side by side
+        return whole
+    return expert
 
 
 class _Changes:
@@ -244,10 +251,8 @@ class _Changes:
 
     @classmethod
     def of(
-        cls, module: nn.Module, expert: LowRankExpert | PackedExpert | None, plans: dict[Any, Any] | None = None
-    ) -> _Changes | None:
-        if expert is None:
-            return None
+        cls, module: nn.Module, expert: LowRankExpert | PackedExpert, plans: dict[Any, Any] | None = None
+    ) -> _Changes:
         key = ("names", tuple(expert.shapes))
         names = None if plans is None else plans.get(key)
         if names is None:

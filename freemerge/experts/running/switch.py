@@ -49,14 +49,13 @@ class ExpertSwitch:
         """
         check_fits(expert, self._weights)
         self.detach()
-        sparse = isinstance(expert, SparseExpert)
         try:
             for name in dict.fromkeys(names_of_changes(self._weights, expert.shapes).values()):
                 weight = self._weights[name]
-                index = expert.indices[name].to(weight.device) if sparse else None
+                index = expert.indices[name].to(weight.device) if isinstance(expert, SparseExpert) else None
                 changed = expert.added(name, weight)
                 check_finite(expert, name, weight, changed)
-                self._saved[name] = (index, weight.reshape(-1)[index] if sparse else weight.clone())
+                self._saved[name] = (index, weight.clone() if index is None else weight.reshape(-1)[index])
                 weight.copy_(changed)
         except OverflowError:
             self.detach()

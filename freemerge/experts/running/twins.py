@@ -266,10 +266,10 @@ class _Mapping:
             twin.update(items)
             return twin
         if isinstance(value, (list, tuple, set, frozenset)):
-            items = [self.mapped(item) for item in value]
-            if all(new is item for new, item in zip(items, value, strict=True)):
+            parts = [self.mapped(item) for item in value]
+            if all(new is item for new, item in zip(parts, value, strict=True)):
                 return value
-            return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+            return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
         if isinstance(value, MethodType):
             owner = self.mapped(value.__self__)
             return value if owner is value.__self__ else MethodType(value.__func__, owner)

@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 
 from freemerge.data import Task, TaskData
 from freemerge.inputs import Inputs, select
-from freemerge.models import batch_norms
+from freemerge.models import ImageTextBackbone, batch_norms
 from freemerge.pipeline.checks.findings import CheckError, Findings
 from freemerge.pipeline.checks.labels import check_labels
 from freemerge.pipeline.checks.samples import Samples
@@ -155,6 +155,7 @@ class _Look:
         """The text tower makes a head of class names; one of them says enough."""
         if task.kind != "classification":
             tuner.frozen_head(task)  # says what is wrong
+        assert isinstance(tuner.backbone, ImageTextBackbone)  # or there would be no such FineTuner
         tuner.backbone.class_head(task.class_names[:1], (task.templates or tuner.templates)[:1])
 
     def _held_out(self, name: str) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 from freemerge.experts import matrix_shape
 from freemerge.merging import has_scale, rescaled
@@ -40,9 +41,9 @@ def check_stages(files: Artifacts, stages: Sequence[str], findings: Findings) ->
 
 
 def _is_missing(files: Artifacts, stage: str) -> bool:
-    folders = {
+    folders: dict[str, list[Callable[[], StageFolder]]] = {
         "pretrain": [files.pretrain_stage] if files.pretrains else [],
-        "finetune": [lambda task=task: files.finetune_stage(task) for task in files.suite.names],
+        "finetune": [partial(files.finetune_stage, task) for task in files.suite.names],
         "merge": [files.merge_stage],
         "router": [files.router_stage],
     }
@@ -64,7 +65,7 @@ def check_merge(files: Artifacts, findings: Findings) -> None:
     """The methods' parameters suit the number of tasks, and each has a file of its own."""
     settings, tasks = files.settings.merge, files.suite.names
     paths: dict[str, str] = {}
-    for name, method in settings.methods.items():
+    for name, method in settings.lines.items():
         path = files.merged_path(name)
         if path.parent != files.folder / "merge":
             findings.fault(f"merge.methods: {name!r} would be a file outside of {files.folder / 'merge'}; rename it")

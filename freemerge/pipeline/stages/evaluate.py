@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
-
 from freemerge.evaluation import Report
 from freemerge.models import has_experts
 from freemerge.pipeline.context import RunContext
+from freemerge.pipeline.ranks import is_first
 from freemerge.pipeline.reporting import doubts_of, make_report
 
 
@@ -18,7 +17,7 @@ def evaluate(run: RunContext) -> Report:
     """
     model = run.files.free_model() if run.files.has_experts() or "experts" in run.stages else None
     report = make_report(run.files, run.measure, model)
-    if rank_zero_only.rank == 0:
+    if is_first():
         folder = run.folder / "free_model"
         if model is not None:
             model.save_pretrained(folder)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from functools import partial
 
 from freemerge.checkpoints import hash_tensors
 from freemerge.errors import NotFiniteError
@@ -10,6 +10,7 @@ from freemerge.experts import load_expert, save_expert
 from freemerge.merging import task_vector
 from freemerge.models import FreeModel
 from freemerge.pipeline.context import RunContext
+from freemerge.pipeline.ranks import is_first
 from freemerge.pipeline.store.stage_folder import StageFolder
 from freemerge.training import (
     ExpertTrainer,
@@ -40,7 +41,7 @@ def experts(run: RunContext) -> None:
         )
         data = run.suite.for_task(task, batch_size=settings.batch_size)
         fit = run.fit(stage, trainer_module, data, settings.trainer, resume, monitor="val/agreement")
-        if rank_zero_only.rank == 0:
+        if is_first():
             save_expert(run.files.expert_path(task), trainer_module.expert, settings.values)
         run.finish(stage, {"val/agreement": fit.value})
 
@@ -59,14 +60,14 @@ def _extract_experts(run: RunContext, stage: StageFolder) -> None:
     for scale in run.with_bar(run.settings.merge.scales, "experts: extracted"):
         scaled = {task: expert.scaled(scale) for task, expert in experts.items()}
         model = FreeModel(run.files.backbone(merged), heads, scaled)
-        if (score := run.mean_score(lambda m=model: run.measure.free(m, loaders, told="task"))) is None:
+        if (score := run.mean_score(partial(run.measure.free, model, loaders, told="task"))) is None:
             run.doubt(f"experts at scale {scale:g} compute NaN or infinite values, and are left out")
             continue
         search.append({"scale": scale, "mean_acc": score})
     if not search:
         raise NotFiniteError(f"experts compute NaN or infinite values at every scale: {run.settings.merge.scales}")
     best = max(search, key=lambda candidate: candidate["mean_acc"])
-    if rank_zero_only.rank == 0:
+    if is_first():
         for task, expert in experts.items():
             save_expert(run.files.extracted_path(task), expert.scaled(best["scale"]), settings.values)
     run.finish(stage, {"search": search, "best": best})

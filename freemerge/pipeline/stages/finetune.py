@@ -5,9 +5,9 @@ from __future__ import annotations
 import copy
 
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from freemerge.pipeline.context import Fit, RunContext
+from freemerge.pipeline.ranks import is_first
 from freemerge.training import (
     FineTuner,
 )
@@ -28,9 +28,9 @@ def finetune(run: RunContext) -> None:
         if run.settings.finetune.weights == "best" and fit.best:
             tuner.load_state_dict(torch.load(fit.best, map_location="cpu", weights_only=True)["state_dict"])
         run.write(stage.path / "backbone.safetensors", tuner.weights())
-        if head := tuner.head.state_dict():
+        if tuner.head is not None and (head := tuner.head.state_dict()):
             run.write(stage.path / "head.safetensors", head)
-        if rank_zero_only.rank == 0:
+        if is_first():
             tuner.save_adapter(stage.path / "adapter")
         run.finish(stage, {tuner.monitor: fit.value})
         _compare_with_base(run, task, tuner, fit)
@@ -39,9 +39,11 @@ def finetune(run: RunContext) -> None:
 def _compare_with_base(run: RunContext, task: str, tuner: FineTuner, fit: Fit) -> None:
     """Say so where fine-tuning has made a model worse, under the same head."""
     trainer = tuner.trainer
-    if fit.value is None or trainer.fast_dev_run or trainer.limit_val_batches != 1.0:
+    if fit.value is None or getattr(trainer, "fast_dev_run", False) or trainer.limit_val_batches != 1.0:
         return
     loader = {task: run.suite.for_task(task).val_dataloader()}
+    assert tuner.head is not None  # it has been fitted
+    assert tuner.objective is not None
     base = run.measure.shared(run.files.base_weights(), {task: copy.deepcopy(tuner.head)}, loader)[task]
     metric = tuner.objective.metric
     if (fit.value < base) if metric.higher_is_better else (fit.value > base):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from freemerge.errors import NotFiniteError
@@ -21,14 +22,14 @@ def merge_all(run: RunContext) -> None:
     candidates = Candidates(base, finetuned)
     individual = run.measure.individual(loaders)
     results: dict[str, Any] = {"individual": individual, "methods": {}}
-    for name, method in run.settings.merge.methods.items():
+    for name, method in run.settings.merge.lines.items():
         scalable = has_scale(method)
         scales = run.settings.merge.scales if scalable else [1.0]
         tried = candidates.over_scales(method, scales) if scalable else [candidates.merge(method)]
         search = []
         for scale, weights in zip(run.with_bar(scales, f"merge: {name}"), tried, strict=True):
             weights = run.measure.with_own_statistics(weights)
-            if (score := run.mean_score(lambda w=weights: run.measure.shared(w, heads, loaders))) is None:
+            if (score := run.mean_score(partial(run.measure.shared, weights, heads, loaders))) is None:
                 run.doubt(f"merge: {name} at scale {scale:g} computes NaN or infinite values, and is left out")
                 continue
             search.append({"scale": scale, "mean_acc": score})

@@ -5,10 +5,10 @@ from __future__ import annotations
 import copy
 
 import torch.distributed as dist
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from freemerge.checkpoints import expand
 from freemerge.pipeline.context import RunContext
+from freemerge.pipeline.ranks import is_first
 from freemerge.pipeline.store.cache import find, store
 from freemerge.pipeline.store.stage_folder import StageFolder, content, copy_file
 from freemerge.runtime.process_group import in_process_group
@@ -31,7 +31,7 @@ def pretrain(run: RunContext) -> None:
         )
     if not done and not _pretrained_before(run, stage):
         _pretrain(run, stage)
-    if rank_zero_only.rank == 0 and not (done and own.is_file()):
+    if is_first() and not (done and own.is_file()):
         copy_file(made, own)
     if in_process_group():
         dist.barrier()  # nobody reads it before it is there
@@ -46,7 +46,7 @@ def _pretrain(run: RunContext, stage: StageFolder) -> None:
     fit = run.fit(stage, tuner, data, settings.trainer, resume, monitor="val/acc")
     run.write(stage.path / "base.safetensors", tuner.backbone.weights())
     run.finish(stage, {"val/acc": fit.value})
-    if run.settings.pretrain.cache is not None and rank_zero_only.rank == 0:
+    if run.settings.pretrain.cache is not None and is_first():
         store(stage, expand(run.settings.pretrain.cache))
 
 
@@ -58,8 +58,10 @@ def _pretrained_before(run: RunContext, stage: StageFolder) -> bool:
     if kept is None:
         return False
     run.begin(stage)
-    if rank_zero_only.rank == 0:
+    if is_first():
         copy_file(kept.path / "base.safetensors", stage.path / "base.safetensors")
-    stage.finish(kept.finished()["results"])
+    record = kept.finished()
+    assert record is not None  # `find` gives finished stages alone
+    stage.finish(record["results"])
     run.console.print(f"{stage.name}: taken from {kept.path}", markup=False)
     return True

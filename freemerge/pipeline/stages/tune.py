@@ -20,16 +20,16 @@ import lightning as L
 import torch
 import yaml
 from filelock import FileLock
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from rich.console import Console
 from torch import Tensor
 
 import freemerge
 from freemerge.checkpoints import expand, hash_tensors, save_checkpoint
 from freemerge.evaluation import Report, Row, comparable, mean_score
-from freemerge.merging import Candidates, MergeMethod, describe_method, rescaled
+from freemerge.merging import Candidates, MergeMethod, describe_method, get_field, rescaled
 from freemerge.pipeline.measure import Measure
 from freemerge.pipeline.others import Others
+from freemerge.pipeline.ranks import is_first
 from freemerge.pipeline.reporting import title
 from freemerge.pipeline.settings import Settings
 from freemerge.pipeline.store.artifacts import Artifacts
@@ -45,7 +45,7 @@ def chosen_method(settings: Settings) -> tuple[str, MergeMethod]:
     """
     if settings.tune.method is not None:
         return type(settings.tune.method).__name__, settings.tune.method
-    methods = settings.merge.methods
+    methods = settings.merge.lines
     name = settings.tune.line or settings.merge.free
     if name not in methods:
         raise ValueError(f"tune.line: there is no method {name!r} in merge.methods: {', '.join(methods)}")
@@ -68,7 +68,7 @@ class Tuning:
         self.overwrite = overwrite
         self.measure = measure
         # The others of an srun or torchrun only search along; the first brings it to its end.
-        self.searches_only = self.settings.part == "search" or rank_zero_only.rank != 0
+        self.searches_only = self.settings.part == "search" or not is_first()
         self.console = Console(quiet=True) if self.searches_only else console
         self.models = expand(self.settings.models) if self.settings.models else None
         self.name, self.method = chosen_method(files.settings)
@@ -144,7 +144,7 @@ class Tuning:
         grid = self._grid_scale()
         if grid is not None and "scale" in self.space.ranges:
             bounds = self.space.ranges["scale"]
-            own = rescaled(self.method, grid).scale
+            own = get_field(rescaled(self.method, grid), "scale")
             names = [each.name for each in self.space.parameters if each.path == "scale"]
             values = own if isinstance(own, list) else [own] * len(names)
             if len(values) == len(names) and all(bounds.low <= value <= bounds.high for value in values):
@@ -200,7 +200,8 @@ class Tuning:
 
     def _individual(self, loaders: Mapping[str, Any]) -> dict[str, float]:
         """Each task's own fine-tuned model, under the head that it was fine-tuned with."""
-        scores, heads = {}, self.files.heads(shared=False, run=self.models)
+        scores: dict[str, float] = {}
+        heads = self.files.heads(shared=False, run=self.models)
         for task, weights in self.finetuned.items():
             scores |= self.measure.shared(weights, heads, {task: loaders[task]})
         return scores

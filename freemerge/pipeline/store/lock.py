@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+from freemerge.pipeline.ranks import is_first
 from freemerge.pipeline.store.stage_folder import from_rank_zero, make_writable, write_json
 
 _AFTER_A_KILL = 15.0
@@ -29,7 +29,7 @@ def only_run(folder: Path) -> Iterator[None]:
     lock = FileLock(folder / ".lock")
 
     def acquire() -> None:
-        if rank_zero_only.rank != 0:
+        if not is_first():
             return
         make_writable(folder, "run.folder")
         try:

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+from freemerge.pipeline.ranks import is_first
 from freemerge.pipeline.store.contents import content_hash
 from freemerge.runtime.process_group import in_process_group
 
@@ -162,7 +162,7 @@ class StageFolder:
         interrupted = (self.path / "started.json").exists()
         current = self._current()
         same = current is not None and current["key"] == self.key
-        if rank_zero_only.rank == 0:
+        if is_first():
             if self.path.exists() and not same:
                 if current is None and any(not path.name.endswith(".partial") for path in self.path.iterdir()):
                     raise ValueError(
@@ -195,7 +195,7 @@ class StageFolder:
             "results": dict(results),
             "inputs": self.inputs,
         }
-        if rank_zero_only.rank == 0:
+        if is_first():
             record["files"] = {path.name: _fingerprint(path) for path in sorted(self.path.glob("*.safetensors"))}
             write_json(self.path / "stage.json", record)
             (self.path / "started.json").unlink(missing_ok=True)
