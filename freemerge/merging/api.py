@@ -16,8 +16,9 @@ from freemerge.merging.engine.combiner import Combiner
 from freemerge.merging.engine.estimate import Estimate, estimate
 from freemerge.merging.engine.executor import Executor, Memory
 from freemerge.merging.engine.job import label_sources, prepare
-from freemerge.merging.engine.output import make_output
+from freemerge.merging.engine.output import OutputFormat, make_output
 from freemerge.merging.engine.writing import plan_files, write_merge
+from freemerge.merging.matching.vocabulary import Embeddings
 from freemerge.merging.methods.base import MergeMethod
 from freemerge.runtime.threads import one_thread
 
@@ -29,7 +30,7 @@ class _Selecting(TypedDict, total=False):
     include: Sequence[str] | None
     exclude: Sequence[str] | None
     dtype: torch.dtype | str | None
-    embeddings: str
+    embeddings: Embeddings
     device: torch.device | str | None
     progress: Callable[[int, int], None] | None
 
@@ -37,7 +38,7 @@ class _Selecting(TypedDict, total=False):
 class _Writing(TypedDict, total=False):
     """What concerns the writing of a merge; see `merge_to`."""
 
-    output_format: str
+    output_format: OutputFormat
     rank: int | None
     overwrite: bool
     resume: bool
@@ -90,7 +91,7 @@ def merge(
     include: Sequence[str] | None = None,
     exclude: Sequence[str] | None = None,
     dtype: torch.dtype | str | None = None,
-    embeddings: str = "error",
+    embeddings: Embeddings = "error",
     device: torch.device | str | None = None,
     progress: Callable[[int, int], None] | None = None,
     output: str | os.PathLike[str] | None = None,
@@ -165,7 +166,7 @@ def merge_to(
     method: MergeMethod,
     output: str | os.PathLike[str],
     *,
-    output_format: str = "model",
+    output_format: OutputFormat = "model",
     rank: int | None = None,
     overwrite: bool = False,
     resume: bool = False,
@@ -241,7 +242,7 @@ def plan_merge(
     include: Sequence[str] | None = None,
     exclude: Sequence[str] | None = None,
     dtype: torch.dtype | str | None = None,
-    embeddings: str = "error",
+    embeddings: Embeddings = "error",
     device: torch.device | str | None = None,
     progress: Callable[[int, int], None] | None = None,
     **writing: Unpack[_Writing],

@@ -27,6 +27,7 @@ from freemerge.merging.engine.reader import Reader
 from freemerge.merging.engine.record import make_record
 from freemerge.merging.folders.choice import Files, choose_files
 from freemerge.merging.folders.parts import describe_parts, look_around
+from freemerge.merging.matching.vocabulary import Embeddings
 from freemerge.merging.methods.base import MergeMethod
 from freemerge.merging.methods.per_pattern import with_overrides
 from freemerge.runtime.processes import Processes
@@ -95,7 +96,7 @@ def prepare(
     include: Sequence[str] | None = None,
     exclude: Sequence[str] | None = None,
     dtype: torch.dtype | str | None = None,
-    embeddings: str = "error",
+    embeddings: Embeddings = "error",
     device: torch.device | str | None = None,
     progress: Callable[[int, int], None] | None = None,
     distributed: bool = False,

@@ -6,11 +6,14 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from freemerge.checkpoints.opening import WEIGHT_FILES, Source
 from freemerge.checkpoints.places import expand, landing
 from freemerge.checkpoints.writing.folder import check_folder, parse_size
 from freemerge.errors import MergeError
+
+OutputFormat = Literal["model", "lora"]
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,7 @@ class Output:
     """
 
     path: Path
-    format: str
+    format: OutputFormat
     rank: int | None
     overwrite: bool
     resume: bool
@@ -57,7 +60,7 @@ def make_output(
     output: str | os.PathLike[str] | None,
     sources: Sequence[Source],
     *,
-    output_format: str = "model",
+    output_format: OutputFormat = "model",
     rank: int | None = None,
     overwrite: bool = False,
     resume: bool = False,
@@ -91,7 +94,7 @@ def make_output(
     return made
 
 
-def _check_format(output_format: str, rank: int | None, output: Path | None) -> None:
+def _check_format(output_format: OutputFormat, rank: int | None, output: Path | None) -> None:
     if output_format not in ("model", "lora"):
         raise MergeError(f"output_format must be 'model' or 'lora', got {output_format!r}")
     if (output_format == "lora") != (rank is not None):

@@ -21,7 +21,7 @@ from freemerge.merging.folders.parts import join_modules
 from freemerge.merging.matching.alignment import align
 from freemerge.merging.matching.misfits import Misfit, describe, find_misfits
 from freemerge.merging.matching.tied_weights import settle_ties
-from freemerge.merging.matching.vocabulary import match_rows
+from freemerge.merging.matching.vocabulary import Embeddings, match_rows
 from freemerge.tensors.patterns import select, unmatched
 
 
@@ -49,7 +49,7 @@ class Plan:
     kept: tuple[str, ...]
     tied: Mapping[str, str]
     dtype: torch.dtype | None
-    embeddings: str = "error"
+    embeddings: Embeddings = "error"
     rows: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     device: torch.device | None = None
     averaged: frozenset[str] = frozenset()
@@ -91,7 +91,7 @@ def make_plan(
     include: Sequence[str] | None = None,
     exclude: Sequence[str] | None = None,
     dtype: torch.dtype | None = None,
-    embeddings: str = "error",
+    embeddings: Embeddings = "error",
     device: torch.device | None = None,
     modules: Sequence[Sequence[str]] | None = None,
 ) -> Plan:

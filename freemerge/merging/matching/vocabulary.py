@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 from freemerge.checkpoints import Checkpoint
 from freemerge.checkpoints.vocabulary import moved_tokens, vocabulary_size
 from freemerge.errors import MergeError
 
-EMBEDDINGS = ("error", "base", "common")
+Embeddings = Literal["error", "base", "common"]
+EMBEDDINGS: tuple[Embeddings, ...] = ("error", "base", "common")
 
 # What architectures call their input and output embeddings.
 _NAMES = re.compile(
@@ -47,7 +49,7 @@ def is_vocabulary(name: str, base: Checkpoint, model: Checkpoint) -> bool:
 
 
 def match_rows(
-    base: Checkpoint, models: Sequence[Checkpoint], merged: Sequence[str], embeddings: str
+    base: Checkpoint, models: Sequence[Checkpoint], merged: Sequence[str], embeddings: Embeddings
 ) -> dict[str, tuple[int, ...]]:
     """How many rows of each model take part, for the tensors whose vocabularies differ.
 
