@@ -1,4 +1,4 @@
-"""Named tensors in, named tensors out: every format users have, read lazily, written atomically."""
+"""Checkpoints: named tensors, read lazily from every common format and written atomically."""
 
 from freemerge.checkpoints.base_hashes import find_prefix, hash_base
 from freemerge.checkpoints.checkpoint import Checkpoint, TensorSpec

@@ -1,9 +1,9 @@
-"""The model that a folder's `config.json` describes: its modules, and where each tensor of its files lies in them.
+"""The model that a folder's `config.json` describes: its modules, and the place of each stored tensor in them.
 
-transformers loads files whose names, and even whose tensors, are not those of the model: the experts of a layer are
-files' own and a module's one tensor. The model is built without memory (on torch's meta device), and transformers'
-own conversion, run on it, shows of which of its tensors each tensor of a file is a view. transformers is imported when
-this is asked for, and only then.
+transformers loads files whose names, and even whose tensors, differ from the model's: a file may hold a layer's experts
+separately where the module has one stacked tensor. The model is built without memory (on torch's meta device), and
+transformers' own conversion, run on it, shows of which of its tensors each tensor of a file is a view. transformers is
+imported only when a model is built.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ if TYPE_CHECKING:
 
 CONFIG = "config.json"
 
-_MOST_LAYERS = 4096  # of any part of a model
-# Settings of how a model computes or is stored: they need packages that reading names does not.
+_MOST_LAYERS = 4096  # bound on any size in a configuration
+# Settings of computation and storage: they would require packages that reading names does not need.
 _NOT_BUILT = ("quantization_config", "attn_implementation", "_attn_implementation", "_experts_implementation")
 
 
 class Place(NamedTuple):
-    """Where a tensor of a file lies in a model: a view of one of its tensors."""
+    """The place of a stored tensor in a model: a view of one of the model's tensors."""
 
-    tensor: str  # the model's name
+    tensor: str  # the tensor's name in the model
     shape: tuple[int, ...]
     stride: tuple[int, ...]
     offset: int
 
     def of(self, values: Tensor) -> Tensor:
-        """The view of the model's tensor, which is contiguous."""
+        """The view of the model's contiguous tensor."""
         return values.as_strided(self.shape, self.stride, self.offset)
 
 
@@ -49,9 +49,9 @@ class Architecture:
     """A model without values.
 
     Args:
-        path: of its `config.json`, for messages.
+        path: path of its `config.json`, for messages.
         model: the model, on the meta device.
-        places: the name in a file, as transformers saves it today → its place.
+        places: the name in a file, as the installed transformers saves it → its place.
     """
 
     path: Path
@@ -59,10 +59,10 @@ class Architecture:
     places: Mapping[str, Place] = field(repr=False)
 
     def locate(self, names: Iterable[str]) -> dict[str, Place]:
-        """Where tensors of files lie in the model; names of older files are understood, unknown ones left out.
+        """The places of stored tensors in the model; names of older files are recognized, unknown names are left out.
 
         Args:
-            names: of tensors in files.
+            names: names of tensors in files.
         """
         found: dict[str, Place] = {}
         for name in names:
@@ -78,7 +78,7 @@ class Architecture:
         return dict(self.model.state_dict())
 
     def _rename(self, name: str) -> str | None:
-        """The model's name of a tensor that an older file calls otherwise, as transformers finds it."""
+        """The model's name of a tensor that an older file names differently, as transformers resolves it."""
         if self._renamings is None:
             return None
         from transformers.core_model_loading import rename_source_key
@@ -92,13 +92,13 @@ class Architecture:
         try:
             from transformers.conversion_mapping import get_model_conversion_mapping
             from transformers.core_model_loading import WeightRenaming
-        except ImportError:  # until version 5 names of files were those of modules
+        except ImportError:  # before version 5, files used the names of modules
             return None
         return [one for one in get_model_conversion_mapping(self.model) if isinstance(one, WeightRenaming)]
 
 
 def read_architecture(folder: Path | None) -> Architecture | None:
-    """The model of a folder; None if it has no `config.json`, or one of a model that transformers does not know.
+    """The model of a folder; None if there is no `config.json` or transformers does not know the model.
 
     Raises:
         CheckpointError: the configuration is damaged.
@@ -107,7 +107,7 @@ def read_architecture(folder: Path | None) -> Architecture | None:
         return None
     path = folder / CONFIG
     settings = read_object(path)
-    if settings.get("auto_map"):  # code of its own, whose names are those of its modules
+    if settings.get("auto_map"):  # custom code, which uses the names of its modules
         return None
     _check_sizes(path, settings)
     kind = _find_class(settings)
@@ -120,17 +120,17 @@ def read_architecture(folder: Path | None) -> Architecture | None:
         config = CONFIG_MAPPING[settings["model_type"]].from_dict(plain)
         with torch.device("meta"):
             model = kind(config)
-    except Exception as error:  # each of some hundreds of models has errors of its own
+    except Exception as error:  # each of several hundred models raises different errors
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise CheckpointError(
-            f"{path}: transformers cannot make a {kind.__name__} of it ({type(error).__name__}: {reason}); download it "
-            "again"
+            f"{path}: transformers cannot build a {kind.__name__} from it ({type(error).__name__}: {reason}); download "
+            "it again"
         ) from None
     return Architecture(path, model, _find_places(model))
 
 
 def _find_class(settings: Mapping[str, Any]) -> type[PreTrainedModel] | None:
-    """The class of a model, by its name in transformers."""
+    """The class with this name in transformers."""
     import transformers
 
     names, model_type = settings.get("architectures"), settings.get("model_type")
@@ -142,7 +142,7 @@ def _find_class(settings: Mapping[str, Any]) -> type[PreTrainedModel] | None:
 
 
 def _check_sizes(path: Path, settings: Mapping[str, Any]) -> None:
-    """Refuse models that would take forever to build."""
+    """Refuse models that would take too long to build."""
     for key, value in settings.items():
         if isinstance(value, dict):
             _check_sizes(path, value)
@@ -152,7 +152,7 @@ def _check_sizes(path: Path, settings: Mapping[str, Any]) -> None:
 
 
 class _Views(TorchFunctionMode):
-    """Copies that only make a view contiguous are left out: the view is what is looked for."""
+    """Skip copies that only make a view contiguous, so that the view can be found."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function in (Tensor.contiguous, Tensor.clone, torch.clone):
@@ -161,7 +161,8 @@ class _Views(TorchFunctionMode):
 
 
 def _find_places(model: PreTrainedModel) -> dict[str, Place]:
-    """What transformers would save of a model: name → place; what is no view of one tensor is left out."""
+    """What transformers would save of a model: name → place; tensors that are not a view of a single tensor are left
+    out."""
     tensors = dict(model.state_dict())
     owners: dict[int, str] = {}
     for name, tensor in tensors.items():

@@ -1,4 +1,4 @@
-"""Which base a model was fine-tuned from: one hash, whatever file, precision or wrapper the base comes in."""
+"""A hash that identifies the base of a fine-tuned model, independent of file format, precision and wrapper."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from freemerge.checkpoints.hashing import hash_tensors
 
 
 def hash_base(base: Checkpoint, dtypes: Mapping[str, torch.dtype]) -> str:
-    """The hash (`hash_tensors`) of a module's weights when this base has just been loaded into it.
+    """The hash (`hash_tensors`) that a module's weights would have with this base loaded into it.
 
     Args:
-        base: the base; its tensors may be named relative to something inside the module.
-        dtypes: name → dtype of the module's tensors. What the base does not have does not count.
+        base: the base; its tensors may be named relative to a submodule.
+        dtypes: name → dtype of the module's tensors. Tensors that the base lacks are ignored.
 
     Returns:
         64 hexadecimal digits.
@@ -34,19 +34,19 @@ def hash_base(base: Checkpoint, dtypes: Mapping[str, torch.dtype]) -> str:
 
 
 def find_prefix(module_names: Iterable[str], file_names: Iterable[str]) -> str:
-    """The prefix under which a module has the tensors of a file.
+    """The prefix of a file's tensors in a module.
 
-    A file may name its tensors relative to something inside the module, as a Hugging Face folder does where the module
-    wraps a model of that library.
+    A file may name its tensors relative to a submodule, as a Hugging Face folder does if the module wraps a model of
+    that library.
 
     Args:
         module_names: the module's tensors.
         file_names: the file's tensors; some may have no counterpart.
 
     Returns:
-        The prefix that brings the most names into agreement, often "".
+        The prefix under which the most names agree, often "".
     """
-    unknown = TensorSpec((), torch.float32)  # names alone are asked for
+    unknown = TensorSpec((), torch.float32)  # only the names are used
     names = Checkpoint("", dict.fromkeys(module_names, unknown), lambda name, run: torch.empty(()))
     inside = names.relative_to(file_names)
     outside = set(inside.outside)

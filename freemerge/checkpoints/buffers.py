@@ -1,4 +1,4 @@
-"""Tensors of a file that are no weights: constants that follow from the configuration, and statistics of data."""
+"""Tensors of a file that are not weights: constants computed from the configuration, and statistics of data."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ _STATISTICS = re.compile(r"(?:.*\.)?(?:running_mean|running_var|num_batches_trac
 
 
 def is_constant(name: str, spec: TensorSpec) -> bool:
-    """Whether a tensor is computed from the configuration, never trained, and no matter if a file has it or not.
+    """Whether a tensor is a constant of the configuration: never trained, and optional in files.
 
     Args:
-        name: of the tensor.
-        spec: its shape and dtype; the causal mask of GPT-2's attention is called like a bias and is (1, 1, n, n).
+        name: name of the tensor. spec: its shape and dtype; they tell the causal mask of GPT-2's attention, (1, 1, n,
+            n), from a bias of the same name.
     """
     if _CONSTANTS.fullmatch(name):
         return True
@@ -28,5 +28,5 @@ def is_constant(name: str, spec: TensorSpec) -> bool:
 
 
 def is_statistic(name: str) -> bool:
-    """Whether a tensor is a statistic of the data that a batch norm has seen."""
+    """Whether a tensor is a running statistic of a batch norm."""
     return _STATISTICS.fullmatch(name) is not None

@@ -1,4 +1,4 @@
-"""A checkpoint: named tensors whose shapes are known at once and whose values are read when asked for.
+"""A checkpoint: named tensors whose shapes are known when it is opened and whose values are read on demand.
 
 - One class for every source: a format is a table of specs and a function that reads one tensor.
 - Also a `Mapping[str, Tensor]`, so whatever takes a state dict takes a checkpoint and streams it.
@@ -19,7 +19,7 @@ from freemerge.errors import CheckpointError
 
 
 class TensorSpec(NamedTuple):
-    """What is known of a tensor before it is read."""
+    """A tensor's shape and dtype, known before it is read."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -29,22 +29,22 @@ class Checkpoint(Mapping[str, Tensor]):
     """Named tensors, read one at a time.
 
     Args:
-        label: how messages call this model, for example its file name.
+        label: the model's name in messages, for example its file name.
         specs: shape and dtype of every tensor, in storage order.
-        read: returns the tensor of a given name or, given a run (start, stop) as well, these values of it in row-major
+        read: returns the tensor of a given name or, if a chunk (start, stop) is given, only these values in row-major
             order; must be safe to call from several threads.
-        tied: for each name that shares its storage with an earlier one, that earlier name. Tied names that a file
-            leaves out (safetensors stores a shared tensor once) need not appear in `specs`.
+        tied: for each name that shares its storage with an earlier one, that earlier name. Tied names that a file omits
+            (safetensors stores a shared tensor once) need not appear in `specs`.
         outside: names of the source that lie outside its prefix (heads, criteria) and are therefore not part of it.
         deltas: names of tensors that are differences to a base, not weights (an adapter's).
-        partial: whether tensors of the base that are not named here are unchanged, and not missing.
-        source: the tensors as stored, where these here are computed from them.
-        bind: for a model that cannot be told without its base (an adapter whose differences depend on the base's
-            values): returns the model's tensors, given the base. See `on`.
-        folder: where the files lie that describe this model (configuration, tokenizer), if there is such a folder.
-        metadata: what the file says of itself, for files that can.
+        partial: whether tensors of the base that are not named here are unchanged rather than missing.
+        source: the stored tensors, if these are computed from them.
+        bind: for a model that depends on its base (an adapter whose differences are computed from the base's values):
+            returns the model's tensors, given the base. See `on`.
+        folder: the folder of the files that describe this model (configuration, tokenizer), if there is one.
+        metadata: the file's own metadata, for formats that have it.
         buffers: names of tensors that are buffers of a module, not its parameters.
-        alone: names of an adapter's tensors that change one module, and no other that shares its weight.
+        alone: names of an adapter's tensors that change only one module and no other that shares its weight.
     """
 
     def __init__(
@@ -85,11 +85,11 @@ class Checkpoint(Mapping[str, Tensor]):
 
     @property
     def bound(self) -> bool:
-        """Whether all is known of the tensors; of some adapters it is not before `on` has been called."""
+        """Whether all tensors are known; some adapters must be bound to their base with `on` first."""
         return self._bind is None
 
     def has(self, name: str) -> bool:
-        """Whether there is such a tensor, listed or as the name of a tied one that is left out."""
+        """Whether there is a tensor of this name, listed or tied and omitted from the file."""
         return name in self._specs or name in self.tied
 
     def spec(self, name: str) -> TensorSpec:
@@ -103,7 +103,7 @@ class Checkpoint(Mapping[str, Tensor]):
     def tensor(self, name: str) -> Tensor:
         """Read a tensor, detached, in its stored dtype.
 
-        It is for reading only: with an in-memory source it shares memory with the caller's own tensor.
+        Treat it as read-only: with an in-memory source it shares memory with the caller's tensor.
 
         Raises:
             CheckpointError: there is no such tensor, or its bytes cannot be read.
@@ -111,7 +111,7 @@ class Checkpoint(Mapping[str, Tensor]):
         return self._read(self._stored(name), None)
 
     def read_range(self, name: str, start: int, stop: int) -> Tensor:
-        """Read the values `start` to `stop` of a tensor in row-major order, as (stop − start,), without the others.
+        """Read only the values `start` to `stop` of a tensor in row-major order, as (stop − start,).
 
         Raises:
             CheckpointError: see `tensor`.
@@ -129,15 +129,15 @@ class Checkpoint(Mapping[str, Tensor]):
         return self._changed(label=label)
 
     def with_folder(self, folder: Path) -> Checkpoint:
-        """The same tensors, described by the files of a folder."""
+        """The same tensors, with their descriptive files in another folder."""
         return self._changed(folder=folder)
 
     def without_metadata(self) -> Checkpoint:
-        """The same tensors, without what the file says of itself."""
+        """The same tensors without the file's metadata."""
         return self._changed(metadata={})
 
     def with_tied_names(self) -> Checkpoint:
-        """The same tensors by all their names: those too that a file leaves out because they are tied to others."""
+        """The same tensors under all their names, including tied names that the file omits."""
         names = dict.fromkeys((*self._specs, *self.tied))
         return self._changed(
             _specs={name: self.spec(name) for name in names},
@@ -145,10 +145,10 @@ class Checkpoint(Mapping[str, Tensor]):
         )
 
     def tying(self, tied: Mapping[str, str]) -> Checkpoint:
-        """The same tensors, of which more are known to be one.
+        """The same tensors, with more of them tied.
 
         Args:
-            tied: name → the name of the tensor that it is; see `tied` above.
+            tied: name → the name of the tensor that it is tied to; see `tied` above.
         """
         return self._changed(tied={**self.tied, **tied}, source=self.source)
 
@@ -162,7 +162,7 @@ class Checkpoint(Mapping[str, Tensor]):
         return self._changed(_read=read)
 
     def apart(self, names: Iterable[str]) -> Checkpoint:
-        """The same tensors, those of some names no longer tied: each is listed as a tensor of its own."""
+        """The same tensors with some names untied: each of these is listed as a separate tensor."""
         first = {name: self._stored(name) for name in names if name in self.tied}
 
         def read(name: str, run: tuple[int, int] | None) -> Tensor:
@@ -177,7 +177,7 @@ class Checkpoint(Mapping[str, Tensor]):
         )
 
     def as_deltas(self, names: Mapping[str, str], deltas: Iterable[str]) -> Checkpoint:
-        """The same tensors by other names, some of them differences to a base in which all else is unchanged.
+        """The same tensors under other names, some of them differences to a base that is otherwise unchanged.
 
         Args:
             names: old → new, for all names.
@@ -213,7 +213,7 @@ class Checkpoint(Mapping[str, Tensor]):
         return found
 
     def on(self, base: Checkpoint) -> Checkpoint:
-        """This model as a change of its base; it differs from the model alone only for adapters.
+        """This model bound to its base; only adapters change by it.
 
         Args:
             base: the model that this one was fine-tuned from, under this model's names (see `relative_to`).
@@ -224,7 +224,7 @@ class Checkpoint(Mapping[str, Tensor]):
         return self if self._bind is None else self._bind(base)._changed(label=self.label, folder=self.folder)
 
     def joined(self, other: Checkpoint) -> Checkpoint:
-        """These tensors and those of another part of the model, whose names are others."""
+        """These tensors together with those of another part of the model, which has different names."""
         found = self._changed(
             _specs={**self._specs, **other._specs},
             _read=lambda name, run: (other if name in other._specs else self)._read(name, run),
@@ -234,28 +234,28 @@ class Checkpoint(Mapping[str, Tensor]):
             alone=self.alone | other.alone,
         )
         if self.source is not self:
-            # Only its first mapping is ever written to, and this one is only read.
+            # A ChainMap writes only to its first mapping, and this one is only read.
             found.source = ChainMap({}, other.source, self.source)  # type: ignore[arg-type]
         return found
 
     def derived(self, origin: Checkpoint, bind: Callable[[Checkpoint], Checkpoint]) -> Checkpoint:
-        """These tensors as another view of an opened model: stored as that one's are, and bound to a base as that one.
+        """These tensors as another view of an opened model, with the same stored tensors and binding to a base.
 
         Args:
             origin: the model.
-            bind: returns the view of `origin` that this one is, given the base under the names of this one.
+            bind: returns this view of the bound `origin`, given the base under the names of this view.
         """
         return self._changed(source=origin.source, _bind=None if origin._bind is None else bind)
 
     def renamed(self, names: Mapping[str, str]) -> Checkpoint:
-        """Some of the tensors, by other names.
+        """A selection of the tensors under other names.
 
         Args:
             names: old → new.
         """
         old = {new: self._stored(name) for name, new in names.items()}
         tied = {names[name]: names[first] for name, first in self.tied.items() if name in names and first in names}
-        # A tied name that a file leaves out comes to be listed when the one it is tied to is not taken.
+        # A tied name that the file omits is listed if the tensor it is tied to is not selected.
         specs = {new: self._specs[old[new]] for name, new in names.items() if name in self._specs or new not in tied}
         return self._changed(
             _specs=specs,
@@ -274,10 +274,10 @@ class Checkpoint(Mapping[str, Tensor]):
         return changed
 
     def relative_to(self, reference: Iterable[str]) -> Checkpoint:
-        """Strip the prefix under which this checkpoint holds the tensors of a reference model.
+        """Strip the prefix under which this checkpoint holds a reference model's tensors.
 
-        A Lightning checkpoint calls `backbone.model.layer.weight` what its base calls `layer.weight`. The prefix that
-        brings the most names into agreement is taken; none if none agrees better.
+        A Lightning checkpoint has `backbone.model.layer.weight` for the base's `layer.weight`. The prefix under which
+        the most names agree is stripped; none if no prefix improves the agreement.
 
         Args:
             reference: the tensor names of the base.
@@ -288,7 +288,7 @@ class Checkpoint(Mapping[str, Tensor]):
         wanted = set(reference)
         candidates = {""}
         for name in self._specs:
-            # Every cut of the name at a dot is a candidate, so the search is linear in the names.
+            # Every dot of a name gives a candidate prefix, so the search is linear in the names.
             position = name.find(".")
             while position >= 0:
                 if name[position + 1 :] in wanted:

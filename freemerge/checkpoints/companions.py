@@ -1,9 +1,9 @@
-"""The files around a model's weights: what belongs to any model of its architecture, and what does not.
+"""The files around a model's weights: those that any model of its architecture can use, and those that it cannot.
 
-- Companions are configuration, tokenizer, code, licence: everything in the folder and below that is not left out.
-- Weights in a folder below that `open_checkpoint` can open (`2_Dense/model.safetensors`) are a part of the model.
-- Other files of weights (`colbert_linear.pt`) are companions, too, but belong to this model's weights alone.
-- Left out: this model's weights in whatever format, the state of a training, caches, and what is not a file.
+- Companions are configuration, tokenizer, code and licence: everything in and below the folder that is not left out.
+- Weights in a subfolder that `open_checkpoint` can open (`2_Dense/model.safetensors`) are a part of the model.
+- Other files of weights (`colbert_linear.pt`) are companions too, but fit only this model's weights.
+- Left out: this model's weights in any format, training state, caches, and anything that is not a file.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _WEIGHTS = re.compile(
     r"|pkl|pickle|nemo|pte|npz)"
 )
 _OWN = re.compile(r"(model|pytorch_model)([-._].*)?\.(safetensors|bin)(\.index(\..*)?\.json)?")
-# The same weights for other programs: where the model's own lie, names tell; everywhere, endings do.
+# The same weights for other programs: recognized by name beside the model's own weights, by extension everywhere.
 _COPIES = re.compile(r"(model|pytorch_model|tf_model|flax_model|consolidated)([-._].*)?\.(pt|pth|ckpt|safetensors)")
 _FOREIGN = re.compile(
     r".*\.(h5|keras|msgpack|ot|onnx|onnx_data|gguf|ggml|tflite|pb|mlmodel|engine|distcp|nemo|pte|index\.json)"
@@ -41,27 +41,27 @@ _FOLDERS = re.compile(
     r"|original|metal|onnx|openvino|coreml|.*\.ml(package|modelc)|tflite|gguf"
 )
 
-_DEEPEST = 32  # folders in one another
+_DEEPEST = 32  # depth of nested folders
 
 
 class Companions(NamedTuple):
-    """What lies around a model's weights."""
+    """The files and folders around a model's weights."""
 
-    files: dict[str, Path]  # name, with its folders → where it lies
-    weights: list[str]  # which of them are weights that cannot be merged
-    modules: list[str]  # folders below that hold weights which can be
-    left_out: list[str]  # files and folders that stay behind
+    files: dict[str, Path]  # relative path → full path
+    weights: list[str]  # those that are weights and cannot be merged
+    modules: list[str]  # subfolders with weights that can be merged
+    left_out: list[str]  # files and folders that are left out
 
 
 def find_companions(folder: Path, apart: Iterable[Path] = (), below: bool = True) -> Companions:
-    """What lies around the weights of a model folder, and below it.
+    """List the files around the weights of a model folder, and below it.
 
-    Links to files count as the files, links to folders are not followed.
+    Links to files are treated as the files; links to folders are not followed.
 
     Args:
         folder: the model's.
-        apart: files and folders of other models, which may lie inside this one.
-        below: look into the folders inside, too.
+        apart: files and folders of other models to skip, which may lie inside this one.
+        below: include subfolders.
 
     Raises:
         CheckpointError: a folder cannot be read.
@@ -93,13 +93,14 @@ def find_companions(folder: Path, apart: Iterable[Path] = (), below: bool = True
 
 
 def top_companions(folder: Path) -> Companions:
-    """What lies beside a file of weights that is one of many in its folder: no other weights, nothing below."""
+    """List the files beside a file of weights that shares its folder with others: no other weights, no subfolders."""
     found = find_companions(folder, below=False)
     return Companions({name: path for name, path in found.files.items() if name not in found.weights}, [], [], [])
 
 
 def _walk(folder: Path, apart: set[Path], deep: bool) -> list[tuple[str, Path | None]]:
-    """Name and path of every file, sorted; None for the path of what stays behind as it is: a folder, a pipe."""
+    """Name and path of every file, sorted; the path is None for entries that are left out, such as a folder or a
+    pipe."""
     found: list[tuple[str, Path | None]] = []
     below = [("", folder)]
     while below:

@@ -1,4 +1,4 @@
-"""One hash for a set of tensors, whatever file they lie in."""
+"""One hash for a set of tensors, independent of the file they are stored in."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name]
-        # Every part is length-prefixed or self-delimiting, so no two different sets feed the same bytes.
+        # Every part is length-prefixed or self-delimiting, so two different sets never hash the same bytes.
         digest.update(f"{len(name)}:{name}|{tensor.dtype}|{list(tensor.shape)}|".encode())
         digest.update(tensor_bytes(tensor))
     return digest.hexdigest()

@@ -1,4 +1,4 @@
-"""JSON files of a model's folder, which anybody may have written: read with bounds, refused in one line."""
+"""JSON files of a model folder, which are untrusted: read within bounds, rejected with a one-line error."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from typing import Any
 
 from freemerge.errors import CheckpointError
 
-_LARGEST = 1 << 28  # bytes; tokenizers of a quarter of a million tokens have some tens of millions
+_LARGEST = 1 << 28  # bytes; tokenizers with 250,000 tokens take tens of millions
 _DEEPEST = 100
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """The object that a JSON file holds.
+    """Read the object in a JSON file.
 
     Raises:
-        CheckpointError: it cannot be read, is too large, or holds something else.
+        CheckpointError: it cannot be read, is too large, or is not an object.
     """
     try:
         if (size := path.stat().st_size) > _LARGEST:
-            raise CheckpointError(f"{path}: has {size:,} bytes, which is no configuration; download it again")
+            raise CheckpointError(f"{path}: has {size:,} bytes, too many for a configuration; download it again")
         found = json.loads(path.read_text(encoding="utf-8"))
     except CheckpointError:
         raise
@@ -30,7 +30,7 @@ def read_object(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: is nested too deeply to be read; download it again") from None
     except ValueError as error:
         reason = str(error).splitlines()[0]
-        raise CheckpointError(f"{path}: is no JSON in UTF-8 ({reason}); download it again") from None
+        raise CheckpointError(f"{path}: is not JSON in UTF-8 ({reason}); download it again") from None
     if not isinstance(found, dict):
         raise CheckpointError(f"{path}: holds a {type(found).__name__}, expected an object; download it again")
     if _depth(found) > _DEEPEST:
@@ -39,7 +39,7 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def find_object(path: Path) -> dict[str, Any] | None:
-    """The object that a JSON file holds; None if there is no such file, or nothing to be understood."""
+    """Read the object in a JSON file; None if the file is missing or cannot be parsed."""
     try:
         return read_object(path) if path.is_file() else None
     except CheckpointError:
@@ -47,7 +47,7 @@ def find_object(path: Path) -> dict[str, Any] | None:
 
 
 def _depth(value: object) -> int:
-    """How many objects and lists lie in one another, at most; found without recursion."""
+    """The maximum nesting depth of objects and lists, computed without recursion."""
     depth = 0
     level: list[Any] = [value]
     while level and depth <= _DEEPEST:

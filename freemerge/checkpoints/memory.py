@@ -1,4 +1,4 @@
-"""State dicts and modules as checkpoints: no copies, ties seen."""
+"""State dicts and modules as checkpoints, without copies; ties are detected."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ _OPAQUE = ("torch.float4", "torch.bits")
 
 
 def from_tensors(tensors: Mapping[str, Tensor], label: str, buffers: Iterable[str] = ()) -> Checkpoint:
-    """A checkpoint over tensors in memory (or in a memory-mapped file); nothing is copied.
+    """Open tensors in memory (or in a memory-mapped file) as a checkpoint, without copying.
 
     Args:
         tensors: name → tensor, any shape and dtype, on any device.
-        label: how messages call this model.
-        buffers: which of them are known to be buffers of a module, not its parameters.
+        label: the model's name in messages.
+        buffers: names of tensors that are buffers of a module, not parameters.
 
     Raises:
-        CheckpointError: a value is no tensor, has no data (on the `meta` device, say), or does not have one value in
-            memory for each element (sparse, nested, quantized, sharded).
+        CheckpointError: a value is not a tensor, has no data (such as on the `meta` device), or does not store one
+            value for each element (sparse, nested, quantized, sharded).
     """
     specs = {}
     for name, tensor in tensors.items():
@@ -37,7 +37,7 @@ def from_tensors(tensors: Mapping[str, Tensor], label: str, buffers: Iterable[st
         specs[name] = TensorSpec(tuple(tensor.shape), tensor.dtype)
 
     def read(name: str, run: tuple[int, int] | None) -> Tensor:
-        # A conjugate or negative view is a mark on another tensor's memory, which bytes don't have.
+        # A conjugate or negative view is only a flag on another tensor's memory, so its bytes differ from its values.
         tensor = tensors[name].detach().resolve_conj().resolve_neg()
         return tensor if run is None else flat_range(tensor, *run)
 
@@ -45,7 +45,7 @@ def from_tensors(tensors: Mapping[str, Tensor], label: str, buffers: Iterable[st
 
 
 def _trouble(tensor: Tensor) -> str | None:
-    """Why a tensor's values cannot be read one by one, and what to do; None if they can be."""
+    """The reason why a tensor's values cannot be read, and what to do; None if they can be."""
     if is_lazy(tensor):
         return "has no shape yet, as its module has not run; run the model once first"
     if tensor.is_nested:
@@ -59,7 +59,7 @@ def _trouble(tensor: Tensor) -> str | None:
     if hasattr(tensor, "__tensor_flatten__"):
         return f"is a {type(tensor).__name__}, made of other tensors; pass it whole, dequantized or gathered"
     if str(tensor.dtype).startswith(_OPAQUE):
-        return f"has the dtype {tensor.dtype}, with which nothing can be computed; dequantize it first"
+        return f"has the dtype {tensor.dtype}, which supports no arithmetic; dequantize it first"
     storage = tensor.untyped_storage()
     if storage.device.type == "meta" or (tensor.numel() and not storage.nbytes()):
         return "has no data: it is fake, or its memory was freed; load or gather it first"
@@ -67,14 +67,14 @@ def _trouble(tensor: Tensor) -> str | None:
 
 
 def find_tied(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """For each name whose tensor is the very memory of an earlier one, that earlier name.
+    """For each name whose tensor has the same memory as an earlier one, that earlier name.
 
-    Views that merely overlap (a slice of a fused matrix) are not tied: each is a tensor of its own.
+    Views that only overlap (a slice of a fused matrix) are not tied; each is a separate tensor.
     """
     first: dict[tuple, str] = {}
     tied = {}
     for name, tensor in tensors.items():
-        if tensor.numel() == 0:  # empty tensors all live at address 0
+        if tensor.numel() == 0:  # all empty tensors have address 0
             continue
         view = (tuple(tensor.shape), tensor.stride(), tensor.is_conj(), tensor.is_neg())
         place = (tensor.device, tensor.data_ptr(), tensor.dtype, *view)
@@ -85,12 +85,12 @@ def find_tied(tensors: Mapping[str, Tensor]) -> dict[str, str]:
 
 
 def flat_range(tensor: Tensor, start: int, stop: int) -> Tensor:
-    """Values `start` to `stop` of a tensor in row-major order, without copying more of it than their rows.
+    """Values `start` to `stop` of a tensor in row-major order; copies no more than the rows that contain them.
 
     Args:
         tensor: any shape and strides.
-        start: first position.
-        stop: position after the last.
+        start: position of the first value.
+        stop: position after the last value.
 
     Returns:
         (stop − start,) in the tensor's dtype; a view where the strides allow it.

@@ -1,4 +1,4 @@
-"""Open whatever a user calls a model: a state dict, a module, a file, a Hugging Face folder."""
+"""Open a model from any source: a state dict, a module, a file, a Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from freemerge.errors import CheckpointError
 Source = Mapping[str, Tensor] | nn.Module | str | os.PathLike[str]
 
 _TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
-WEIGHT_FILES = (  # in the order in which transformers looks for them
+WEIGHT_FILES = (  # in the search order of transformers
     "model.safetensors",
     "model.safetensors.index.json",
     "pytorch_model.bin",
@@ -32,7 +32,7 @@ _ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 
 
 def open_checkpoint(source: Source, *, label: str | None = None, prefix: str | None = None) -> Checkpoint:
-    """Open a model's tensors; nothing but names, shapes and dtypes is read yet.
+    """Open a model's tensors lazily: only names, shapes and dtypes are read.
 
     Args:
         source: a state dict, a module, a checkpoint that is already open, or a path: a `.safetensors` file (a task file
@@ -42,12 +42,12 @@ def open_checkpoint(source: Source, *, label: str | None = None, prefix: str | N
             a distributed checkpoint (`.metadata` and `.distcp` files, as Lightning's ModelParallelStrategy and FSDP
             write it), or that of a LoRA, DoRA or (IA)³ adapter, whose tensors are then differences to a base (see
             `Checkpoint.deltas` and `Checkpoint.on`).
-        label: how messages call this model; by default its path, or its class.
+        label: the model's name in messages; by default its path, or its class.
         prefix: take only the tensors whose names start with it, and strip it (`backbone.model.`).
             `Checkpoint.relative_to` finds it.
 
     Raises:
-        CheckpointError: one line that names the file, what is wrong and what to do.
+        CheckpointError: the checkpoint cannot be opened; one line names the file, what is wrong and what to do.
         TypeError: `source` is none of the above.
     """
     return _open(source, label).with_prefix(prefix or "")
@@ -63,14 +63,13 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         name → tensor, in the stored shapes and dtypes.
 
     Raises:
-        CheckpointError: see `open_checkpoint`; or it is an adapter or a task vector, which are no model without a
-            base.
+        CheckpointError: see `open_checkpoint`; or it is an adapter or a task vector, which need a base.
     """
     checkpoint = open_checkpoint(path)
     if checkpoint.deltas:
         kind = "a task vector" if checkpoint.metadata else "an adapter"
         raise CheckpointError(f"{path}: is {kind}, not a model; merge it with its base")
-    # A clone frees the values from the file they may be mapped to.
+    # A clone does not depend on the file that the values may be mapped from.
     tensors = {name: checkpoint.tensor(name).clone() for name in checkpoint.names if name not in checkpoint.tied}
     return tensors | {name: tensors[first] for name, first in checkpoint.tied.items()}
 
@@ -107,16 +106,16 @@ def _open_path(path: Path, label: str) -> Checkpoint:
             return open_distributed(path, label)
         if any(path.glob("*.distcp")):
             raise CheckpointError(
-                f"{path}: a distributed checkpoint without its {METADATA}; copy the whole folder again"
+                f"{path}: a distributed checkpoint that lacks {METADATA}; copy the whole folder again"
             )
         if shards := sorted(path.glob("*-of-*.safetensors")):
             raise CheckpointError(
-                f"{path}: has shards ({shards[0].name}) and no model.safetensors{SUFFIX}, as an interrupted run leaves "
-                "them; write or download the model again"
+                f"{path}: has shards ({shards[0].name}) and no model.safetensors{SUFFIX}, as after an interrupted "
+                "run; write or download the model again"
             )
         if gone := [name for name in WEIGHT_FILES if (path / name).is_symlink()]:
             link = path / gone[0]
-            raise CheckpointError(f"{link}: is a link to {os.readlink(link)}, which is not there; download it again")
+            raise CheckpointError(f"{link}: is a link to {os.readlink(link)}, which does not exist; download it again")
         inside = [f"{folder.name}/" for folder in sorted(path.iterdir()) if (folder / "config.json").is_file()]
         hint = f", or give one of the folders inside: {', '.join(inside[:10])}" if inside else ""
         raise CheckpointError(f"{path}: no weights in this folder; expected one of {', '.join(WEIGHT_FILES)}{hint}")
@@ -136,7 +135,7 @@ def _open_path(path: Path, label: str) -> Checkpoint:
 
 
 def _check_alone(path: Path) -> None:
-    """Refuse to choose between a whole file and shards: one of them is stale, and which is loaded is chance."""
+    """Refuse a folder with both a whole file and shards: one of them is stale, and it is unknown which."""
     index = path.with_name(path.name + SUFFIX)
     if index.is_file() and path not in read_index(index).files.values():
         raise CheckpointError(

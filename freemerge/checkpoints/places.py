@@ -1,4 +1,4 @@
-"""Paths as people write them: `~` for the home folder, links, and the folders of the Hugging Face cache."""
+"""Paths as users write them: `~` for the home folder, links, and the folders of the Hugging Face cache."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def expand(path: str | os.PathLike[str]) -> Path:
     """A path whose leading `~` is the home folder, as in a shell.
 
     Raises:
-        CheckpointError: `~name` of a user who is not known.
+        CheckpointError: `~name` of an unknown user.
     """
     try:
         return Path(path).expanduser()
@@ -21,15 +21,15 @@ def expand(path: str | os.PathLike[str]) -> Path:
 
 
 def expand_name(name: str) -> str:
-    """What names a model, data set or tokenizer: the path of a folder, expanded, or a name on the Hub as it is."""
+    """The source of a model, data set or tokenizer: a folder's path, expanded, or an unchanged name on the Hub."""
     return str(expand(name)) if name.startswith("~") else name
 
 
 def landing(path: str | os.PathLike[str]) -> Path:
-    """Where something that is written to `path` belongs: where a link leads, so that the link stays a link.
+    """The real target of a write to `path`: links are followed, so that the link itself stays.
 
     Raises:
-        CheckpointError: the link leads to itself, or to something of another kind of name (a file of weights for a
+        CheckpointError: the link leads to itself, or to a target with another extension (a file of weights for a
             folder, or a folder for a file).
     """
     path = expand(path)
@@ -37,7 +37,7 @@ def landing(path: str | os.PathLike[str]) -> Path:
         return path
     try:
         place = path.resolve()
-    except (OSError, RuntimeError):  # the latter before Python 3.13
+    except (OSError, RuntimeError):  # RuntimeError before Python 3.13
         place = path
     if place.is_symlink():
         raise CheckpointError(f"{path}: is a link that leads to itself; remove it")
@@ -47,10 +47,10 @@ def landing(path: str | os.PathLike[str]) -> Path:
 
 
 def snapshot(path: Path) -> Path:
-    """The model's files, for a folder of the Hugging Face cache (`models--org--name`); any other path as it is.
+    """The snapshot of a folder of the Hugging Face cache (`models--org--name`); any other path unchanged.
 
     Raises:
-        CheckpointError: the cache holds no snapshot, or several of which none is the main one.
+        CheckpointError: the cache holds no snapshot, or several without a main one.
     """
     snapshots = path / "snapshots"
     if not path.name.startswith("models--") or not snapshots.is_dir():

@@ -1,7 +1,7 @@
-"""Which tensors of a model are one: its input and its output embedding, above all.
+"""Tied tensors of a model, most often its input and output embeddings.
 
-Hugging Face's files store such a tensor once, or twice, or by either name; `config.json` and the architecture's code in
-transformers tell what belongs together. They are asked only where names leave a doubt.
+Hugging Face's files store such a tensor once, twice, or under either name; `config.json` and the architecture's code in
+transformers define the ties. These are used only if the names are ambiguous.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ _EMBEDDING = re.compile(rf"(?:.*\.)?(?:{_INPUT}|{_OUTPUT})(?:\..*)?")
 _WEIGHTS = re.compile(rf"(?:.*\.)?(?:({_INPUT})|{_OUTPUT})\.weight")
 
 _KEY = "tie_word_embeddings"
-_RUN = 1 << 20  # values that are compared at a time
+_RUN = 1 << 20  # values compared at a time
 
 
 def may_be_tied(name: str) -> bool:
-    """Whether a tensor, or a part of an adapter, is called like one of an embedding."""
+    """Whether a tensor, or a part of an adapter, has the name of an embedding."""
     return _EMBEDDING.fullmatch(name) is not None
 
 
 def find_groups(folder: Path | None, names: Iterable[str]) -> list[tuple[str, ...]] | None:
-    """The tensors of a folder's model that are one, by their names in files; None if nobody knows the model.
+    """The tied tensors of a folder's model, by their names in files; None if the model is unknown.
 
     Args:
-        folder: where its `config.json` lies.
-        names: of the tensors in its files; some may be those of older versions.
+        folder: the folder of its `config.json`.
+        names: names of the tensors in its files; some may be those of older versions.
     """
     architecture = _architecture(folder)
     if architecture is None:
@@ -52,33 +52,34 @@ def find_groups(folder: Path | None, names: Iterable[str]) -> list[tuple[str, ..
 
 
 def guess_group(names: Iterable[str]) -> tuple[str, ...]:
-    """Names of input and output embeddings, which may be one where nobody knows the model; none without an input."""
+    """Names of input and output embeddings, which may be tied if the model is unknown; none without an input
+    embedding."""
     found = {name: match[1] for name in names if (match := _WEIGHTS.fullmatch(name))}
     return tuple(found) if len(found) > 1 and any(found.values()) else ()
 
 
 def obeys_untying(folder: Path | None) -> bool:
-    """Whether `tie_word_embeddings: false` in `config.json` unties this model and does nothing else.
+    """Whether `tie_word_embeddings: false` in `config.json` unties this model and has no other effect.
 
-    T5 ignores it for ties (it ties what is equal), and takes it as a sign of another scale of the outputs.
+    T5 ignores it for ties (it ties equal tensors), and changes the scale of its outputs instead.
     """
     architecture = _architecture(folder)
     if architecture is None:
         return True
-    config: Any = type(architecture.model.config)  # each model's has settings of its own
+    config: Any = type(architecture.model.config)  # each model type has its own settings
     return not config(tie_word_embeddings=False).tie_word_embeddings
 
 
 def find_left_out(folder: Path, missing: Iterable[str], held: Iterable[str]) -> dict[str, str]:
-    """Of names that an index lists and no shard holds, those that are tied to one that is held.
+    """Find names that an index lists and no shard holds because they are tied to a stored one.
 
     Args:
-        folder: of the model.
+        folder: the model's folder.
         missing: the names.
         held: the tensors in the shards.
 
     Returns:
-        Name → the held name.
+        Missing name → stored name.
     """
     wanted, present = [name for name in missing if may_be_tied(name)], set(held)
     groups = find_groups(folder, (*wanted, *present)) if wanted else None
@@ -90,7 +91,7 @@ def find_left_out(folder: Path, missing: Iterable[str], held: Iterable[str]) -> 
 
 
 def are_equal(checkpoint: Checkpoint, first: str, second: str) -> bool:
-    """Whether two tensors have the same values: bit for bit, or, of computed differences, up to rounding."""
+    """Whether two tensors have the same values: bit for bit or, for computed differences, up to rounding."""
     computed = first in checkpoint.deltas
     if checkpoint.spec(first) != checkpoint.spec(second) or computed != (second in checkpoint.deltas):
         return False
@@ -108,12 +109,12 @@ def are_equal(checkpoint: Checkpoint, first: str, second: str) -> bool:
 def _architecture(folder: Path | None) -> Architecture | None:
     try:
         return read_architecture(folder)
-    except CheckpointError:  # nothing but ties is asked, and names may do without
+    except CheckpointError:  # only the ties are needed, and names may suffice
         return None
 
 
 def separate(config: Mapping[str, object]) -> dict[str, object]:
-    """A configuration, `config.json`'s contents, of a model whose embeddings are not tied."""
+    """Change the contents of a `config.json` to untied embeddings."""
     result = {
         key: separate(value) if isinstance(value, dict) and ("vocab_size" in value or _KEY in value) else value
         for key, value in config.items()

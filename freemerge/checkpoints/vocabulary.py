@@ -1,4 +1,4 @@
-"""What the files beside a language model's weights say of its vocabulary: how many rows, and which token is which."""
+"""The vocabulary of a language model from the files beside its weights: number of rows and token ids."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _TOKENIZERS = ("tokenizer.json", "vocab.json", "vocab.txt")
 
 
 class Moved(NamedTuple):
-    """A token that two tokenizers give different ids."""
+    """A token with different ids in two tokenizers."""
 
     token: str
     first: int
@@ -22,15 +22,15 @@ class Moved(NamedTuple):
 
 
 def vocabulary_size(folder: Path | None) -> int | None:
-    """The number of rows of a model's embeddings as its `config.json` says it; None if it does not.
+    """The number of rows of a model's embeddings according to its `config.json`; None if it does not say.
 
     Args:
-        folder: where the model's configuration lies, see `Checkpoint.folder`.
+        folder: the folder of the model's configuration; see `Checkpoint.folder`.
     """
     config = _read_json(folder / "config.json") if folder else None
     if not isinstance(config, dict):
         return None
-    inner = config.get("text_config")  # of models that also see or hear
+    inner = config.get("text_config")  # in models with vision or audio inputs
     for table in (config, inner if isinstance(inner, dict) else {}):
         if isinstance(table.get("vocab_size"), int):
             return table["vocab_size"]
@@ -38,13 +38,13 @@ def vocabulary_size(folder: Path | None) -> int | None:
 
 
 def ties_embeddings(folder: Path | None, names: Iterable[str]) -> bool:
-    """Whether the model of a folder uses its input embedding as its output embedding too.
+    """Whether the model of a folder ties its output embedding to its input embedding.
 
-    Hugging Face's files do not say it: they leave the output embedding out, and `config.json` tells.
+    Hugging Face's files omit the tied output embedding, and `config.json` tells that it is tied.
 
     Args:
-        folder: where the model's configuration lies.
-        names: of the model's tensors.
+        folder: the folder of the model's configuration.
+        names: names of the model's tensors.
     """
     config = _read_json(folder / "config.json") if folder else None
     if not isinstance(config, dict) or any(_OUTPUT.fullmatch(name) for name in names):
@@ -55,13 +55,13 @@ def ties_embeddings(folder: Path | None, names: Iterable[str]) -> bool:
 
 
 def moved_tokens(first: Path | None, second: Path | None) -> list[Moved]:
-    """Tokens that both of two models have, with different ids; none if a tokenizer is not there or not understood.
+    """Tokens of two models with different ids; none if a tokenizer is missing or cannot be parsed.
 
-    A token that only one of them has (an added one, a reserved one that was renamed) is not moved.
+    A token that only one model has (added, or a renamed reserved one) is not reported.
 
     Args:
         first: a model's folder.
-        second: another one's.
+        second: another model's folder.
     """
     if first is None or second is None:
         return []

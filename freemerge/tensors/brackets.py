@@ -73,7 +73,7 @@ class Bracket:
                 self._count(bins, counts)
 
     def _see_on_device(self, values: Tensor) -> None:
-        """Count where the values are, of which nothing but the counts is copied."""
+        """Count the values on their device, copying only the counts."""
         within, below = _within_on_device(values, self.low, self.high)
         bits = (within + 0.0).view(torch.int32)
         bins = self._bins((bits ^ ((bits >> 31) & 0x7FFFFFFF)).long())

@@ -61,10 +61,10 @@ def read(folder):
         ({"trainable_token_indices": [-1]}, "trainable_token_indices is .*, expected a list of row numbers"),
         ("[1, 2]", "adapter_config.json: holds a list, expected an object"),
         ("null", "adapter_config.json: holds a NoneType, expected an object"),
-        ("{", "adapter_config.json: is no JSON in UTF-8"),
+        ("{", "adapter_config.json: is not JSON in UTF-8"),
         ("[" * 100_000, "adapter_config.json: is nested too deeply to be read"),
         ('{"lora_alpha": ' * 100_000, "adapter_config.json: is nested too deeply to be read"),
-        ('{"lora_alpha": ' + "1" * 5000 + "}", "adapter_config.json: is no JSON in UTF-8"),
+        ('{"lora_alpha": ' + "1" * 5000 + "}", "adapter_config.json: is not JSON in UTF-8"),
     ],
 )
 def test_wrong_types_and_sizes(tmp_path, config, message):
@@ -106,7 +106,7 @@ def test_tensors_that_are_no_adapter(tmp_path, tensors, config, message):
 def test_text_that_is_not_utf8(tmp_path):
     folder = write_adapter(tmp_path / "a", {})
     (folder / "adapter_config.json").write_bytes(b'{"peft_type": "\xff\xfe"}')
-    with pytest.raises(CheckpointError, match=r"adapter_config\.json: is no JSON in UTF-8"):
+    with pytest.raises(CheckpointError, match=r"adapter_config\.json: is not JSON in UTF-8"):
         read(folder)
 
 

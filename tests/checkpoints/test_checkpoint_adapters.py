@@ -161,5 +161,5 @@ def test_an_adapter_is_no_model(tmp_path):
     with pytest.raises(CheckpointError, match="is an adapter, not a model; merge it with its base"):
         load_checkpoint(folder)
     (folder / "adapter_config.json").write_text("{")
-    with pytest.raises(CheckpointError, match=r"adapter_config\.json: is no JSON in UTF-8"):
+    with pytest.raises(CheckpointError, match=r"adapter_config\.json: is not JSON in UTF-8"):
         open_checkpoint(folder)

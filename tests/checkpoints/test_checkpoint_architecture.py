@@ -96,11 +96,11 @@ def test_models_that_transformers_does_not_know(tmp_path, settings):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"hidden_size": "8"}, r"config\.json: transformers cannot make a LlamaForCausalLM of it"),
-        ({"hidden_size": None}, r"config\.json: transformers cannot make a LlamaForCausalLM of it"),
-        ({"vocab_size": 10**39}, r"config\.json: transformers cannot make a LlamaForCausalLM of it"),
+        ({"hidden_size": "8"}, r"config\.json: transformers cannot build a LlamaForCausalLM from it"),
+        ({"hidden_size": None}, r"config\.json: transformers cannot build a LlamaForCausalLM from it"),
+        ({"vocab_size": 10**39}, r"config\.json: transformers cannot build a LlamaForCausalLM from it"),
         ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000, expected at most 4096"),
-        ({"rope_parameters": [1]}, r"config\.json: transformers cannot make a LlamaForCausalLM of it"),
+        ({"rope_parameters": [1]}, r"config\.json: transformers cannot build a LlamaForCausalLM from it"),
     ],
 )
 def test_damaged_configurations(tmp_path, changes, message):

@@ -162,11 +162,11 @@ BAD_TABLES = [
     ({"a": ENTRY | {"shape": [2**40, 2**40]}}, 8, "another length than its shape"),
     ({"a": ENTRY | {"data_offsets": [0, 2**64]}}, 8, "another length than its shape"),
     ({"a": ENTRY | {"extra": 1}}, 8, "malformed at 'a': expected dtype, shape and data_offsets"),
-    ({"a": ENTRY, "__metadata__": {"x": 1}}, 8, "its metadata is no table of strings"),
+    ({"a": ENTRY, "__metadata__": {"x": 1}}, 8, "its metadata is not a table of strings"),
     (b'{"a":{"dtype":"F32","shape":[],"data_offsets":[0,4]},"a":{"dtype":"F32","shape":[],"data_offsets":[0,4]}}', 4,
      "has 'a' twice"),
-    (b"[" * 100_000, 0, "its header is no JSON"),
-    ("{}".encode("utf-16"), 0, "its header is no JSON"),
+    (b"[" * 100_000, 0, "its header is not JSON"),
+    ("{}".encode("utf-16"), 0, "its header is not JSON"),
 ]  # fmt: skip
 
 

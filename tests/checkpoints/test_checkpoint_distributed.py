@@ -147,7 +147,7 @@ def test_what_is_missing_or_short(folder):
     path.write_bytes(data)
     opened = open_checkpoint(folder)
     (folder / ".metadata").unlink()
-    with pytest.raises(CheckpointError, match=r"a distributed checkpoint without its \.metadata"):
+    with pytest.raises(CheckpointError, match=r"a distributed checkpoint that lacks \.metadata"):
         open_checkpoint(folder)
     path.unlink()
     with pytest.raises(CheckpointError, match="cannot be read: No such file"):

@@ -95,7 +95,7 @@ def test_without_resume_an_interrupted_draft_is_removed(tmp_path, draft):
 
 def test_nobody_else_writes_the_same_model(tmp_path, draft):
     draft.begin("key")
-    with pytest.raises(CheckpointError, match=r"m.safetensors: another process is writing it just now"):
+    with pytest.raises(CheckpointError, match=r"m.safetensors: another process is writing it now"):
         Draft(tmp_path / "m.safetensors", SHARDS).begin("key")
     draft.write("a", 0, A)  # unharmed
     draft.write("b", 0, B)

@@ -213,8 +213,8 @@ def header(path, table, data=b""):
 
 
 BROKEN_HEADERS = [
-    (b"{not json", "its header is no JSON"),
-    ([1, 2], "its header is no table"),
+    (b"{not json", "its header is not JSON"),
+    ([1, 2], "its header is not a table"),
     ({"w": {"dtype": "F32", "shape": [2]}}, "malformed"),
     ({"w": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}, "another length than its shape"),
     ({"w": {"dtype": "F4", "shape": [2], "data_offsets": [0, 1]}}, "dtype F4, which is not supported"),

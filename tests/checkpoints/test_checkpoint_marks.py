@@ -66,13 +66,13 @@ def test_names_that_would_be_the_same_without_marks_keep_them():
 )
 def test_unmerged_adapters_in_a_state_dict_are_called_by_their_name(name):
     base = {"q.weight": torch.zeros(2, 2)}
-    with pytest.raises(CheckpointError, match=r"holds a PEFT adapter that is not merged .* merge_and_unload"):
+    with pytest.raises(CheckpointError, match=r"holds an unmerged PEFT adapter .* merge_and_unload"):
         merge(base, [{"q.weight": torch.zeros(2, 2), name: torch.zeros(2, 2)}], TaskArithmetic(1.0))
 
 
 def test_a_file_with_factors_alone_is_an_adapter_unless_the_base_has_factors_too():
     base, factors = {"q.weight": torch.zeros(2, 2)}, {"q.lora_A.weight": torch.ones(2, 2)}
-    with pytest.raises(CheckpointError, match="holds a PEFT adapter that is not merged"):
+    with pytest.raises(CheckpointError, match="holds an unmerged PEFT adapter"):
         merge(base, [base | factors], TaskArithmetic())
     own = {"q.lora_A.weight": torch.zeros(2, 2)}
     assert torch.equal(merge(own, [factors], TaskArithmetic(1.0))["q.lora_A.weight"], torch.ones(2, 2))

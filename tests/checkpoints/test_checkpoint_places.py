@@ -68,7 +68,7 @@ def test_a_snapshot_whose_blob_is_gone_and_a_folder_of_models(tmp_path):
     folder = tmp_path / "snapshot"
     folder.mkdir()
     (folder / "model.safetensors").symlink_to("../blobs/0123")
-    with pytest.raises(CheckpointError, match=r"model.safetensors: is a link to ../blobs/0123, which is not there"):
+    with pytest.raises(CheckpointError, match=r"model.safetensors: is a link to ../blobs/0123, which does not exist"):
         open_checkpoint(folder)
     (folder / "model.safetensors").unlink()
     save_checkpoint(folder / "0_Transformer" / "model.safetensors", {"w": torch.ones(1)})

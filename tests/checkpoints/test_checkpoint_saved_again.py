@@ -126,7 +126,9 @@ def test_a_record_that_is_not_whole(change, tmp_path):
         metadata = {key: value for key, value in {**file.metadata(), **change}.items() if value is not None}
     save_file({"backbone.w": torch.ones(2)}, path, metadata)
     for read in (read_record, open_checkpoint):
-        with pytest.raises(CheckpointError, match=r"task\.safetensors: its metadata are not those of a whole") as error:
+        with pytest.raises(
+            CheckpointError, match=r"task\.safetensors: the metadata of this task file is incomplete or damaged"
+        ) as error:
             read(path)
         assert "\n" not in str(error.value)
 

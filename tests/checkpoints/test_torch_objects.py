@@ -130,7 +130,7 @@ def test_old_files_with_objects_are_refused(tmp_path):
     content = {"state_dict": {"w": STATE["w"]}, "x": pathlib.Path("/")}
     torch.save(content, tmp_path / "a.pt", _use_new_zipfile_serialization=False)
     with pytest.raises(
-        CheckpointError, match=r"holds Python objects besides tensors, in the format of before torch 1\.6"
+        CheckpointError, match=r"holds Python objects besides tensors, in the format used before torch 1\.6"
     ):
         open_checkpoint(tmp_path / "a.pt")
 

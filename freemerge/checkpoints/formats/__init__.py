@@ -1,1 +1,1 @@
-"""One file for each format in which tensors are stored."""
+"""Storage formats of tensors, one module each."""

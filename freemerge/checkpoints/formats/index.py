@@ -1,4 +1,4 @@
-"""The index of a sharded checkpoint: which tensor lies in which file."""
+"""The index of a sharded checkpoint: the file of each tensor."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ SUFFIX = ".index.json"
 
 
 class Index(NamedTuple):
-    """An index file and what it says."""
+    """An index file and its contents."""
 
     path: Path
     files: dict[str, Path]  # tensor name → file
 
     @property
     def shards(self) -> list[Path]:
-        """All files, each once, in the order in which the index names them."""
+        """All files, each once, in the order of the index."""
         return list(dict.fromkeys(self.files.values()))
 
     def check(self, held: Mapping[str, Path], tied: Iterable[str] = ()) -> None:
-        """Compare the index with what the shards hold.
+        """Compare the index with the contents of the shards.
 
         Args:
             held: tensor name → the file that holds it.
-            tied: names that the files leave out because they are tied to others.
+            tied: names that the files omit because they are tied to others.
 
         Raises:
-            CheckpointError: a tensor is not where the index says, or the index does not know it.
+            CheckpointError: a tensor is not in the file that the index names, or is not in the index.
         """
         left_out = set(tied)
         for name, file in self.files.items():
@@ -50,10 +50,10 @@ class Index(NamedTuple):
 
 
 def read_index(path: Path) -> Index:
-    """Read an index and see that its files are there.
+    """Read an index and check that its files exist.
 
     Raises:
-        CheckpointError: it is no index, names files elsewhere than beside it, or a file is missing.
+        CheckpointError: it is not an index, names files outside its folder, or a file is missing.
     """
     try:
         weight_map = read_object(path).get("weight_map")

@@ -1,8 +1,9 @@
-"""Unpickle tensors past objects of any class: only what makes a tensor is real, all else is an inert stand-in.
+"""Unpickle tensors beside objects of any class: only tensors become real, all other objects become inert placeholders.
 
-A Lightning checkpoint holds hyperparameters beside its weights: a path, a configuration node, a module. Nobody has to
-be able to import these to read the weights, and none of their code must run. So the names that a pickle gives are
-looked up in a fixed table; every other one is a class that does nothing, whatever it is called with.
+A Lightning checkpoint holds hyperparameters beside its weights: a path, a configuration node, a module. Reading the
+weights must not require these classes, and must not run their code. So the names in a pickle are looked up in a fixed
+table; every other name becomes a class that does nothing. torch's own `weights_only` loader refuses such files as a
+whole, so this loader stays our own.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 
 
 class Inert:
-    """Stands for an object of an unknown class; takes everything that a pickle does to it, and keeps nothing."""
+    """A placeholder for an object of an unknown class: accepts every pickle operation and stores nothing."""
 
     def __new__(cls, *_: object, **__: object) -> Inert:
         return super().__new__(cls)
@@ -34,7 +35,7 @@ class Inert:
         pass
 
     def append(self, _: object) -> None:
-        """What a pickle appends to a list of its own class."""
+        """Accepts the items that a pickle appends to a list subclass."""
 
     extend = add = append
 
@@ -45,8 +46,8 @@ _CALLED: dict[tuple[str, str], Any] = {
     ("torch", "Size"): torch.Size,
     **{("torch._utils", name): vars(torch._utils)[name] for name in _REBUILD},
 }
-# What is only named. torch's own loader knows the typed storages. Dtypes are not asked of `torch` by their names: it
-# imports the modules that it is asked for.
+# Names that are only referenced. torch's own loader knows the typed storages. Dtypes are not looked up with
+# `getattr(torch, name)`, which could import submodules.
 _NAMED: dict[tuple[str, str], Any] = {
     ("torch.storage", "UntypedStorage"): torch.UntypedStorage,
     **{("torch", name): value for name, value in vars(torch).items() if isinstance(value, torch.dtype)},
@@ -54,22 +55,22 @@ _NAMED: dict[tuple[str, str], Any] = {
 _REAL = _CALLED | _NAMED
 
 
-class Unpickler(pickle._Unpickler):  # of pure Python: its memo is not as large as a number in the file asks for
-    """Follows a pickle; see the head of this module."""
+class Unpickler(pickle._Unpickler):  # pure Python: a number in the file cannot make its memo huge
+    """Unpickles with a fixed table of names; see the module's docstring."""
 
     dispatch: ClassVar[dict[int, Callable]] = dict(pickle._Unpickler.dispatch)
-    stack: list[Any]  # these two are made by the base when it begins to load
+    stack: list[Any]  # set by the base class in `load`
     append: Callable[[Any], None]
 
     def find_class(self, module: str, name: str) -> Any:
-        """The few functions and classes that make a tensor; `Inert` for every other name. Nothing is imported."""
+        """The few functions and classes that build a tensor; `Inert` for every other name. Nothing is imported."""
         return _REAL.get((module, name), Inert)
 
     def _made(self, made_by: Any, arguments: tuple) -> Any:
         return made_by(*arguments) if any(made_by is each for each in _CALLED.values()) else Inert()
 
     def load_reduce(self) -> None:
-        """Call what is allowed to be called."""
+        """Call an allowed function."""
         arguments = self.stack.pop()
         self.stack[-1] = self._made(self.stack[-1], arguments)
 
@@ -77,7 +78,7 @@ class Unpickler(pickle._Unpickler):  # of pure Python: its memo is not as large 
     dispatch[pickle.NEWOBJ[0]] = load_reduce
 
     def load_newobj_ex(self) -> None:
-        """The same, with arguments by name."""
+        """The same with keyword arguments."""
         self.stack.pop()
         self.load_reduce()
 
@@ -92,5 +93,5 @@ Error = pickle.UnpicklingError
 
 
 def load(file: Any, **_: Any) -> Any:
-    """Only archives of torch ≥ 1.6 are read so; the older format would have torch look into tar files."""
-    raise Error("files of before torch 1.6 are not read past unknown objects")
+    """Only archives of torch ≥ 1.6 are supported; for the older format, torch would open tar files."""
+    raise Error("files older than torch 1.6 with unknown objects cannot be read")

@@ -1,8 +1,8 @@
 """Safetensors files, read and written tensor by tensor.
 
-- Plain reads into fresh memory instead of a memory map: what is read belongs to the reader, resident memory is what
-  is in use and no more, and several threads may read at once.
-- The header is checked in full when a file is opened: a truncated download and a damaged table fail at once.
+- Plain reads into fresh memory instead of a memory map (so not the safetensors library's reader): the caller owns the
+  tensors, only memory in use is resident, and several threads may read at once.
+- The header is checked in full when a file is opened: a truncated download or a damaged header fails at once.
 - Writing is atomic: a temporary sibling is written, synced, read back and renamed.
 """
 
@@ -31,8 +31,8 @@ from freemerge.errors import CheckpointError
 from freemerge.runtime.reading import read_bytes
 
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
-_TIED = "freemerge.tied"  # metadata: the left-out names, one a line, where they would be ambiguous
-_MAX_HEADER = 100_000_000  # the format's own limit
+_TIED = "freemerge.tied"  # metadata: the omitted names, one a line, where they would be ambiguous
+_MAX_HEADER = 100_000_000  # the format's limit
 
 
 class SafetensorsFile:
@@ -61,13 +61,14 @@ class SafetensorsFile:
         self._places = {name: (start + begin, start + stop) for name, (begin, stop) in header.places.items()}
         self.tied = self._read_tied()
         self._sums = read_sums(self.metadata.get(SUMS, ""), self.specs)
-        self._seen: dict[str, tuple[int, int]] = {}  # name → bytes read in order so far, and their sum
+        self._seen: dict[str, tuple[int, int]] = {}  # name → number of bytes read in order so far, and their sum
 
     def _read_tied(self) -> dict[str, str]:
-        """Left-out name → stored name, of tensors that share their memory.
+        """Omitted name → stored name, of tensors that share their memory.
 
-        safetensors' convention is an entry of the metadata for each left-out name. It cannot tell such an entry from
-        other metadata that happens to equal a tensor's name; files written here then list the left-out names as well.
+        safetensors' convention is a metadata entry for each omitted name. Such an entry cannot be distinguished from
+        other metadata that happens to equal a tensor's name; in that case, files written here also list the omitted
+        names.
         """
         tied = _look_tied(self.metadata, self.specs)
         if _TIED in self.metadata:
@@ -76,7 +77,7 @@ class SafetensorsFile:
         return tied
 
     def _read_header(self, file) -> tuple[bytes, int]:
-        """The header's text, and the length of the whole file."""
+        """The header's text and the size of the whole file."""
         size = os.fstat(file.fileno()).st_size
         head = file.read(8)
         length = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
@@ -94,12 +95,11 @@ class SafetensorsFile:
         return CheckpointError(f"{self.path}: truncated or not a safetensors file: {what}; copy or download it again")
 
     def read(self, name: str, run: tuple[int, int] | None = None) -> Tensor:
-        """Read a tensor, or a run of its values as a 1-D tensor, into fresh memory.
+        """Read a tensor, or a chunk of its values as a 1-D tensor, into fresh memory.
 
         Raises:
-            CheckpointError: the file vanished or got shorter since it was opened; or, where the file has their sum, the
-                bytes of a tensor, read whole or run by run from its beginning to its end, are not those that were
-                written.
+            CheckpointError: the file vanished or was truncated since it was opened; or the checksum of a tensor, read
+                whole or in consecutive chunks, does not match the file's.
         """
         spec, (first, last) = self.specs[name], self._places[name]
         begin, stop = first, last
@@ -111,13 +111,13 @@ class SafetensorsFile:
         return data.view(spec.dtype).view(spec.shape if run is None else -1)
 
     def _check(self, name: str, data: Tensor, begin: int, size: int) -> None:
-        """Compare the sum of a tensor's bytes once all of them have been read in order; else nothing is known.
+        """Verify the checksum of a tensor once all its bytes have been read in order; otherwise it is not checked.
 
         Args:
             name: of the tensor.
-            data: a run of its bytes.
-            begin: position of the first.
-            size: how many it has in all.
+            data: a chunk of its bytes.
+            begin: position of the first byte.
+            size: number of bytes of the tensor.
         """
         seen, total = self._seen.pop(name, (0, 0)) if begin else (0, 0)
         if begin != seen:
@@ -126,7 +126,7 @@ class SafetensorsFile:
         if begin + len(data) < size:
             self._seen[name] = (begin + len(data), total)
         elif total == self._sums.get(name, total):
-            self._sums.pop(name, None)  # once is enough
+            self._sums.pop(name, None)  # verified once per file
         else:
             raise CheckpointError(
                 f"{self.path}: the values of the tensor '{name}' are not those that were written (their sum is "
@@ -135,11 +135,11 @@ class SafetensorsFile:
 
 
 def open_safetensors(paths: Iterable[Path], label: str, index: Index | None = None) -> Checkpoint:
-    """One checkpoint over the tensors of one or several safetensors files.
+    """Open the tensors of one or several safetensors files as one checkpoint.
 
     Args:
         paths: the file, or all shards.
-        label: how messages call this model.
+        label: the model's name in messages.
         index: of the shards, to compare them with.
 
     Raises:
@@ -174,17 +174,18 @@ def write_safetensors(
 ) -> None:
     """Write a safetensors file from a stream of tensors, atomically.
 
-    Whatever stops it (an error in the stream, a full disk, a kill), `path` is the old file or the new one, whole.
+    If it is interrupted (an error in the stream, a full disk, a kill), `path` is still the complete old file or already
+    the complete new one.
 
     Args:
-        path: the file to write; its folder is created. An existing file is replaced, and of a link what it leads to.
+        path: the file to write; its folder is created. An existing file is replaced; for a link, its target is.
         specs: shape and dtype of every tensor to come.
         tensors: name and tensor for every entry of `specs`, in the order of `storage_order(specs)`.
         metadata: strings for the header.
-        tied: left-out name → stored name, of tensors that share their memory.
+        tied: omitted name → stored name, of tensors that share their memory.
 
     Raises:
-        CheckpointError: a dtype that the format does not have, or a file that cannot be written.
+        CheckpointError: a dtype that the format does not support, or a file that cannot be written.
         ValueError: the stream does not match `specs`.
     """
     path = landing(path)
@@ -208,8 +209,8 @@ def write_safetensors(
             file.flush()
             os.fsync(file.fileno())
         if SafetensorsFile(temporary).specs != dict(specs):
-            raise CheckpointError(f"{path}: what was written does not read back; is the disk full?")
-        make_public(temporary, 0o666)  # mkstemp makes private files
+            raise CheckpointError(f"{path}: the written file does not read back; is the disk full?")
+        make_public(temporary, 0o666)  # mkstemp creates private files
         os.replace(temporary, path)
         sync_folder(path.parent)
     except OSError as error:
@@ -221,11 +222,11 @@ def write_safetensors(
 
 
 class Layout(NamedTuple):
-    """Where everything lies in a safetensors file."""
+    """The layout of a safetensors file."""
 
-    head: bytes  # what precedes the data
-    places: dict[str, tuple[int, int]]  # name → its first byte in the file and the one after its last
-    sums: int  # where the sums of the tensors go, in the order of `places`; see `checksums.write_sums`
+    head: bytes  # the bytes before the data
+    places: dict[str, tuple[int, int]]  # name → position of its first byte in the file, and of the byte after its last
+    sums: int  # position of the checksums, in the order of `places`; see `checksums.write_sums`
 
     @property
     def size(self) -> int:
@@ -242,7 +243,7 @@ def lay_out(
     """Plan a file, so that its tensors can be written in any order; see `write_safetensors`.
 
     Raises:
-        CheckpointError: a dtype that the format does not have.
+        CheckpointError: a dtype that the format does not support.
     """
     order = storage_order(specs)
     notes = _notes(specs, metadata or {}, tied or {})
@@ -267,7 +268,7 @@ def lay_out(
 
 
 def make_public(path: str | os.PathLike[str], mode: int) -> None:
-    """Give a temporary file or folder the permissions that any new one would have had."""
+    """Give a temporary file or folder the default permissions of a new one."""
     mask = os.umask(0)
     os.umask(mask)
     os.chmod(path, mode & ~mask)
@@ -283,18 +284,18 @@ def _notes(specs: Mapping[str, TensorSpec], metadata: Mapping[str, str], tied: M
 
 
 def storage_order(specs: Mapping[str, TensorSpec]) -> list[str]:
-    """The order in which tensors lie in a file: widest dtype first, so that all stay aligned, else as given."""
+    """The order of tensors in a file: widest dtype first, so that all stay aligned, otherwise as given."""
     return sorted(specs, key=lambda name: -specs[name].dtype.itemsize)
 
 
 def tensor_bytes(tensor: Tensor):
-    """The bytes of a tensor, as a flat uint8 NumPy array in row-major order."""
+    """The bytes of a tensor in row-major order, as a flat uint8 NumPy array."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     return flat.view(torch.uint8).numpy()
 
 
 def sync_folder(folder: Path) -> None:
-    """Make a rename durable, where the platform can sync folders."""
+    """Make a rename durable, if the platform can sync folders."""
     with contextlib.suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
         try:

@@ -1,13 +1,13 @@
-"""The table at the head of a safetensors file, understood or refused.
+"""Parse and validate the header of a safetensors file.
 
-A header that is damaged must not become another table in silence. What the format asks for is checked in full: every
-entry has its three parts, sizes agree with shapes and dtypes, and the tensors fill the rest of the file without gaps
-and overlaps. Names, and dtypes of one width, are bare words that any damage leaves possible; files written here carry
-a digest of their table for that.
+A damaged header must not be read silently as a different one. The format's requirements are checked in full: every
+entry has its three fields, sizes agree with shapes and dtypes, and the tensors fill the rest of the file without gaps
+and overlaps. Damage to a name, or to a dtype of the same width, still gives a valid header; files written here carry a
+digest of the header to detect it.
 
-Other tools keep the metadata of a file that they change and save again, and with it a digest and sums that are no
-longer true. They write a header of their own, without the space behind its first brace by which ours are known: only in
-a header that has it the digest and the sums count.
+Other tools that change and re-save a file keep its metadata, including a digest and checksums that no longer match.
+Their headers lack the space after the first brace that marks ours, so the digest and the checksums are used only in a
+header that has this mark.
 """
 
 from __future__ import annotations
@@ -41,38 +41,39 @@ DTYPES = {
     "F64": torch.float64,
     "C64": torch.complex64,
 }
-DIGEST = "freemerge.table"  # metadata: the digest of the table
-MARK = b'{ "__metadata__":'  # how our own headers begin; to readers of JSON the space means nothing
+DIGEST = "freemerge.table"  # metadata: the digest of the header
+MARK = b'{ "__metadata__":'  # the start of our own headers; JSON readers ignore the space
 
 _LARGEST = 2**63 - 1  # bytes of a tensor, as torch counts them
 
 
 class Header(NamedTuple):
-    """What a safetensors file holds, in the order of the data."""
+    """The contents of a safetensors file, in the order of the data."""
 
     specs: dict[str, TensorSpec]
-    places: dict[str, tuple[int, int]]  # first byte and the one after the last, from the beginning of the data
+    # positions of the first byte and of the byte after the last, relative to the start of the data
+    places: dict[str, tuple[int, int]]
     metadata: dict[str, str]
 
 
 def parse_header(text: bytes, size: int) -> Header:
-    """Understand a header.
+    """Parse a header.
 
     Args:
         text: the JSON of the header.
-        size: bytes of data behind it in the file.
+        size: bytes of data after the header.
 
     Returns:
-        What it says; without digest and sums where somebody else wrote it.
+        The contents; without digest and checksums if another tool wrote the header.
 
     Raises:
-        ValueError: what is wrong with it; it begins with "truncated" if the data are too short, and nothing else is
-            wrong.
+        ValueError: the header is invalid. The message starts with "truncated" if the only fault is that data are
+            missing.
     """
     table = _load(text)
     metadata = table.pop("__metadata__", None) or {}
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise ValueError("its metadata is no table of strings")
+        raise ValueError("its metadata is not a table of strings")
     entries = {name: _parse_entry(name, entry) for name, entry in table.items()}
     ordered = sorted(entries, key=lambda name: entries[name][1])
     specs = {name: entries[name][0] for name in ordered}
@@ -97,8 +98,8 @@ def digest_table(specs: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -
     """A digest of names, dtypes and shapes in the order of the data, and of the metadata: 16 hexadecimal digits.
 
     Args:
-        specs: of the tensors, in the order of the data.
-        metadata: the strings of the header; its own entry and the data's sums do not count.
+        specs: shape and dtype of the tensors, in the order of the data.
+        metadata: the strings of the header; the digest's own entry and the checksums are excluded.
     """
     entries = [[name, str(spec.dtype), list(spec.shape)] for name, spec in specs.items()]
     notes = sorted((key, value) for key, value in metadata.items() if key not in (DIGEST, SUMS))
@@ -109,11 +110,11 @@ def _load(text: bytes) -> dict[str, Any]:
     try:
         table = json.loads(text.decode("utf-8"), object_pairs_hook=_without_repeats)
     except RecursionError:
-        raise ValueError("its header is no JSON") from None
+        raise ValueError("its header is not JSON") from None
     except ValueError as error:
-        raise ValueError(str(error) if "twice" in str(error) else "its header is no JSON") from None
+        raise ValueError(str(error) if "twice" in str(error) else "its header is not JSON") from None
     if not isinstance(table, dict):
-        raise ValueError("its header is no table")
+        raise ValueError("its header is not a table")
     return table
 
 
@@ -141,9 +142,9 @@ def _parse_entry(name: str, entry: object) -> tuple[TensorSpec, tuple[int, int]]
 
 
 def _bytes(shape: list[int], width: int) -> int | None:
-    """How many bytes a tensor has; None if more than can be counted, of however many axes.
+    """The number of bytes of a tensor; None if it is too large for torch to index.
 
-    An axis of size 0 leaves nothing to read, and still torch counts the steps along the others.
+    A tensor with an axis of size 0 has no bytes, but torch still computes strides along the other axes.
     """
     total = width
     for size in shape:

@@ -1,8 +1,8 @@
-"""Task files: what one fine-tuned task leaves for a later merge, in one safetensors file.
+"""Task files: the result of fine-tuning one task, kept for a later merge in one safetensors file.
 
-Tensors: `backbone.<name>` and `head.<name>`, so whatever merges checkpoints finds the backbone in it. Where only the
-task vector is kept, its tensors are called `backbone.<name>.task_vector`, so that nobody else takes them for weights.
-Metadata: kind, task, holds, base_hash, dtypes, seed, metrics; all strings, some of JSON.
+Tensors: `backbone.<name>` and `head.<name>`, so any tool that merges checkpoints finds the backbone in it. If only the
+task vector is kept, its tensors are named `backbone.<name>.task_vector`, so that other tools do not mistake them for
+weights. Metadata: kind, task, holds, base_hash, dtypes, seed, metrics; all strings, some of JSON.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ _SUFFIX = ".task_vector"
 
 @dataclass(frozen=True)
 class TaskRecord:
-    """What a task file says of itself.
+    """The metadata of a task file.
 
     Args:
         task: the task's name.
-        holds: "weights" of the fine-tuned backbone, or only its "task_vector".
+        holds: "weights" for the fine-tuned backbone, or "task_vector".
         base_hash: hash of the backbone's weights before fine-tuning (`hash_base`).
-        seed: of the run, where one was set.
-        metrics: the fit's last metrics.
-        dtypes: name → dtype of all tensors of the backbone as it was fine-tuned, which the hash is of.
+        seed: the seed of the run, if one was set.
+        metrics: the last metrics of the fit.
+        dtypes: name → dtype of all tensors of the backbone during fine-tuning; part of what the hash covers.
     """
 
     task: str
@@ -62,11 +62,11 @@ def write_task_file(
 
     Args:
         path: the file.
-        record: what it says of itself.
-        backbone: the fine-tuned backbone's tensors, or its task vector, as `record.holds` says.
+        record: the file's metadata.
+        backbone: the fine-tuned backbone's tensors, or its task vector, according to `record.holds`.
         head: the head's tensors, stored as they are.
-        dtype: of the backbone's floating-point tensors in the file; None for their own. A task vector in bfloat16 loses
-            less than weights in bfloat16: it is rounded relative to itself.
+        dtype: dtype of the backbone's floating-point tensors in the file; None keeps their own. A task vector loses
+            less in bfloat16 than weights do, because rounding is relative to its own, smaller values.
 
     Raises:
         CheckpointError: a value is too large for `dtype`, or the file cannot be written.
@@ -89,10 +89,10 @@ def write_task_file(
 
 
 def _rounded(path: Path, name: str, values: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """The values in a dtype, into which all that are finite must fit."""
+    """Convert values to a dtype; finite values that overflow it are an error."""
     if dtype is None or dtype == values.dtype:
         return values
-    wide = values if values.dtype == torch.float64 else values.float()  # fp8 can be converted, and not compared
+    wide = values if values.dtype == torch.float64 else values.float()  # fp8 supports conversion but no comparison
     if bool((torch.isfinite(wide) & (wide.abs() >= largest(dtype))).any()):
         raise CheckpointError(
             f"{path}: the tensor '{name}' has values that do not fit into {str(dtype).removeprefix('torch.')}; "
@@ -102,7 +102,7 @@ def _rounded(path: Path, name: str, values: Tensor, dtype: torch.dtype | None) -
 
 
 def read_record(path: str | Path) -> TaskRecord | None:
-    """What a task file says of itself; None for any other checkpoint.
+    """The metadata of a task file; None for any other checkpoint.
 
     Raises:
         CheckpointError: see `SafetensorsFile` and `parse_record`.
@@ -114,14 +114,14 @@ def read_record(path: str | Path) -> TaskRecord | None:
 
 
 def parse_record(metadata: Mapping[str, str], label: str) -> TaskRecord | None:
-    """The record in a file's metadata; None where there is none.
+    """Parse the record in a file's metadata; None if there is none.
 
     Args:
-        metadata: of the file.
-        label: how messages call it.
+        metadata: the file's metadata.
+        label: the file's name in messages.
 
     Raises:
-        CheckpointError: the metadata are those of a task file, and not whole.
+        CheckpointError: the metadata is that of a task file, but incomplete.
     """
     if metadata.get("kind") != KIND:
         return None
@@ -135,22 +135,22 @@ def parse_record(metadata: Mapping[str, str], label: str) -> TaskRecord | None:
     except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(
-            f"{label}: its metadata are not those of a whole task file ({reason}); save the task again"
+            f"{label}: the metadata of this task file is incomplete or damaged ({reason}); save the task again"
         ) from None
 
 
 def open_task_file(checkpoint: Checkpoint) -> Checkpoint:
-    """A task file as a model: a task vector's tensors are differences to the base, under the names of its tensors.
+    """A task file as a model: the tensors of a task vector become differences to the base, under the base's names.
 
     Args:
-        checkpoint: the file as it is. One that is no task file comes back unchanged.
+        checkpoint: the opened file. A checkpoint that is not a task file is returned unchanged.
 
     Raises:
-        CheckpointError: the file does not hold what its metadata say.
+        CheckpointError: the file's tensors do not match its metadata.
     """
     record = parse_record(checkpoint.metadata, checkpoint.label)
     has_vector = any(name.endswith(_SUFFIX) for name in checkpoint.names)
-    # Of a file that has been saved again without its metadata the names tell.
+    # The names identify a task vector that was re-saved without its metadata.
     says_vector = has_vector if record is None else record.holds == "task_vector"
     if not says_vector:
         return checkpoint

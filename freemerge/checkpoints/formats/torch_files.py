@@ -1,4 +1,4 @@
-"""Files of `torch.save`, read without running their code: state dicts (.pt, .pth, .bin) and Lightning's .ckpt."""
+"""Files of `torch.save`, read without running code in them: state dicts (.pt, .pth, .bin) and Lightning's .ckpt."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from freemerge.errors import CheckpointError
 
 _AT_A_TIME = 1 << 22  # bytes
 
-NESTED = ("state_dict", "model_state_dict", "model", "module")  # where training frameworks keep the weights
+NESTED = ("state_dict", "model_state_dict", "model", "module")  # keys under which training frameworks store the weights
 
 
 def open_torch(paths: list[Path], label: str, index: Index | None = None) -> Checkpoint:
-    """One checkpoint over the tensors of one or several `torch.save` files.
+    """Open the tensors of one or several `torch.save` files as one checkpoint.
 
-    The tensors stay in the file (memory-mapped) unless it has the format of before torch 1.6. Objects of other classes
-    beside the state dict (hyperparameters, callbacks) are passed over, see `inert`.
+    The tensors stay in the file (memory-mapped) unless it has the format used before torch 1.6. Objects of other
+    classes beside the state dict (hyperparameters, callbacks) are skipped; see `inert`.
 
     Args:
         paths: the file, or all shards.
-        label: how messages call this model.
+        label: the model's name in messages.
         index: of the shards, to compare them with.
 
     Raises:
@@ -56,7 +56,7 @@ def open_torch(paths: list[Path], label: str, index: Index | None = None) -> Che
 
 
 def _checked(checkpoint: Checkpoint, place: Mapping[str, Path]) -> Checkpoint:
-    """The same tensors; before the first value of a file is read, its sums are compared."""
+    """The same tensors; the checksums of a file are verified before its first value is read."""
     sums = {path: _Sums(path) for path in dict.fromkeys(place.values())}
 
     def check(name: str) -> None:
@@ -76,18 +76,18 @@ def _load(path: Path) -> object:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from None
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-    except Exception as error:  # what torch raises for a broken file depends on where it is broken
+    except Exception as error:  # torch raises different errors depending on where a file is broken
         if isinstance(error, pickle.UnpicklingError) and "weights" in str(error).lower():
             return _load_past_objects(path, zipped)
         raise _broken(path) from None
 
 
 def _load_past_objects(path: Path, zipped: bool) -> object:
-    """A file with objects beside its tensors; they become `Inert`."""
+    """Load a file with objects beside its tensors; they become `Inert`."""
     if not zipped:
         raise CheckpointError(
-            f"{path}: holds Python objects besides tensors, in the format of before torch 1.6, and loading them could "
-            "run code; save its state dict alone, best as .safetensors"
+            f"{path}: holds Python objects besides tensors, in the format used before torch 1.6, and loading them "
+            "could run code; save its state dict alone, best as .safetensors"
         )
     try:
         return torch.load(path, map_location="cpu", weights_only=False, pickle_module=inert, mmap=True)
@@ -100,7 +100,7 @@ def _broken(path: Path) -> CheckpointError:
 
 
 def _check_records(path: Path) -> None:
-    """Refuse an archive whose records would take more memory than they have bytes in the file.
+    """Refuse an archive with compressed records, which could need far more memory than the file has bytes.
 
     Raises:
         CheckpointError: a record is compressed, as `torch.save` never writes it, or the archive is broken.
@@ -108,7 +108,8 @@ def _check_records(path: Path) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             packed = next((info for info in archive.infolist() if info.compress_type != zipfile.ZIP_STORED), None)
-    except Exception:  # a broken archive fails where it is broken: as one, as a number, as a name that is no text
+    # a broken archive raises different errors: as an archive, for a number, or for an undecodable name
+    except Exception:
         raise _broken(path) from None
     if packed is not None:
         raise CheckpointError(
@@ -118,7 +119,7 @@ def _check_records(path: Path) -> None:
 
 
 class _Sums:
-    """The CRC-32 of the records of a torch file, compared once, when its first value is read.
+    """The CRC-32 checksums of a torch file's records, verified once, when its first value is read.
 
     Args:
         path: the file.
@@ -130,7 +131,7 @@ class _Sums:
         self._checked = False
 
     def check(self) -> None:
-        """Raise a CheckpointError if a record is damaged; files of before torch 1.6 have no sums."""
+        """Raise a CheckpointError if a record is damaged; files older than torch 1.6 have no checksums."""
         with self._lock:
             if not self._checked and zipfile.is_zipfile(self._path):
                 self._compare()
@@ -139,13 +140,13 @@ class _Sums:
     def _compare(self) -> None:
         with zipfile.ZipFile(self._path) as archive:
             for info in archive.infolist():
-                if info.CRC == 0:  # not computed: torch.serialization.set_crc32_options(False)
+                if info.CRC == 0:  # written without CRC-32: torch.serialization.set_crc32_options(False)
                     continue
                 try:
-                    with archive.open(info) as record:  # compares it when it is read to its end
+                    with archive.open(info) as record:  # zipfile verifies it when the record is read to its end
                         while record.read(_AT_A_TIME):
                             pass
-                except Exception:  # the sum, or what precedes the record
+                except Exception:  # the checksum, or the local header of the record
                     raise CheckpointError(
                         f"{self._path}: its record '{info.filename}' is damaged (its CRC-32 is another); copy or "
                         "download the file again"
@@ -155,14 +156,14 @@ class _Sums:
 def _state_dict(loaded: object, path: Path) -> dict[str, Tensor]:
     if isinstance(loaded, Mapping):
         table: Mapping[Any, Any] = next((loaded[key] for key in NESTED if isinstance(loaded.get(key), Mapping)), loaded)
-        # Modules may keep state of other kinds (`_extra_state`) beside their tensors; only tensors can be merged.
+        # Modules may store other kinds of state (`_extra_state`) beside their tensors; only tensors can be merged.
         tensors = {name: value for name, value in table.items() if isinstance(value, Tensor)}
         if tensors and all(isinstance(name, str) for name in tensors):
             for name, value in table.items():
                 if isinstance(value, Inert) and not str(name).endswith("_extra_state"):
                     raise CheckpointError(
                         f"{path}: holds Python objects besides tensors in its state dict ('{name}'), which may be "
-                        "weights, and making them could run code; save its state dict as plain tensors, best as "
+                        "weights, and loading them could run code; save its state dict as plain tensors, best as "
                         ".safetensors"
                     )
             return tensors

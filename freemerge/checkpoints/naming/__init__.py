@@ -1,1 +1,1 @@
-"""A model's tensors under the names of its files and under those of its modules, and the way between the two."""
+"""Conversion between the tensor names of a model's files and those of its modules."""

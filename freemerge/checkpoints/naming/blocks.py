@@ -1,4 +1,4 @@
-"""Where the values of one tensor lie in others: blocks, each an evenly spaced part of two tensors."""
+"""The location of one tensor's values in others: blocks, each a strided part of two tensors."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from torch import Tensor
 
 
 class Block(NamedTuple):
-    """Values that lie evenly spaced in a source and in a target, both seen as flat.
+    """Values with constant strides in a source and in a target, both flattened.
 
     Args:
         source: the source's name.
-        sizes: how many values there are along each of the block's own dimensions.
-        offset: of the first value in the source.
-        strides: from one value to the next in the source, along each dimension.
-        place: of the first value in the target.
-        steps: from one value to the next in the target, along each dimension; descending.
+        sizes: number of values along each dimension of the block.
+        offset: position of the first value in the source.
+        strides: distance of consecutive values in the source, along each dimension.
+        place: position of the first value in the target.
+        steps: distance of consecutive values in the target, along each dimension; descending.
     """
 
     source: str
@@ -32,7 +32,7 @@ class Block(NamedTuple):
     def make(
         source: str, sizes: Sequence[int], offset: int, strides: Sequence[int], place: int, steps: Sequence[int]
     ) -> Block:
-        """A block with as few dimensions as it takes, in the order of the target."""
+        """Make a block with the fewest possible dimensions, in the order of the target."""
         dims = sorted(zip(steps, sizes, strides, strict=True), key=lambda dim: -dim[0])
         merged: list[tuple[int, int, int]] = []
         for step, size, stride in dims:
@@ -47,15 +47,15 @@ class Block(NamedTuple):
         return Block(source, sizes, offset, strides, place, steps)
 
     def turned(self, target: str) -> Block:
-        """The same values, with the target of this name as the source, and the source as the target."""
+        """The same values with source and target exchanged; `target` is the new source's name."""
         return Block.make(target, self.sizes, self.place, self.steps, self.offset, self.strides)
 
     def within(self, start: int, stop: int) -> Block | None:
-        """A part that holds all values whose places are from `start` to `stop`, and few others; None for none."""
+        """A part with all values whose places are from `start` to `stop`, and few others; None if there are none."""
         place, offset, sizes = self.place, self.offset, list(self.sizes)
         for dim, (step, stride) in enumerate(zip(self.steps, self.strides, strict=True)):
             below = sum((size - 1) * each for size, each in zip(sizes[dim + 1 :], self.steps[dim + 1 :], strict=True))
-            # Row i has the places from place + i·step to place + i·step + below.
+            # Row i covers the places from place + i·step to place + i·step + below.
             first = max(0, -(-(start - below - place) // step))
             last = min(sizes[dim], -(-(stop - place) // step))
             if first >= last:
@@ -67,31 +67,32 @@ class Block(NamedTuple):
 
     @property
     def end(self) -> int:
-        """The place after the last one."""
+        """The position in the target after the last value."""
         return self.place + _reach(self.sizes, self.steps)
 
     def read(self, run: Callable[[str, int, int], Tensor]) -> Tensor:
-        """The values, in the block's dimensions.
+        """Read the values, in the block's dimensions.
 
         Args:
-            run: reads the values from one position of a source to another, flat.
+            run: reads the flat values between two positions of a source.
         """
         values = run(self.source, self.offset, self.offset + _reach(self.sizes, self.strides))
         return values.as_strided(self.sizes, [stride * values.stride(0) for stride in self.strides])
 
 
 def assemble(blocks: Sequence[Block], start: int, stop: int, read: Callable[[Block], Tensor]) -> Tensor:
-    """The values of a target from `start` to `stop`, flat; zero where no block has any.
+    """Read the flat values of a target from `start` to `stop`; zero where no block has any.
 
     Args:
-        blocks: of the target.
+        blocks: the blocks of the target.
         start: the first position, in row-major order.
         stop: the position after the last.
         read: reads a block's values, see `Block.read`.
     """
     parts = [part for block in blocks if (part := block.within(start, stop)) is not None]
     if len(parts) == 1 and parts[0].steps == (1,) and parts[0].place <= start and stop <= parts[0].end:
-        return read(parts[0])[start - parts[0].place : stop - parts[0].place]  # as it lies there, without a copy
+        # contiguous in the source, so no copy is needed
+        return read(parts[0])[start - parts[0].place : stop - parts[0].place]
     first = min((start, *(part.place for part in parts)))
     last = max((stop, *(part.end for part in parts)))
     result: Tensor | None = None
@@ -100,7 +101,7 @@ def assemble(blocks: Sequence[Block], start: int, stop: int, read: Callable[[Blo
         if result is None:
             result = torch.zeros(last - first, dtype=values.dtype, device=values.device)
         result.as_strided(part.sizes, part.steps, part.place - first).copy_(values)
-    if result is None:  # differences of which none is here: only the dtype is asked for
+    if result is None:  # differences that are all zero here: only the dtype is needed
         block = blocks[0]
         values = read(block._replace(sizes=(1,) * len(block.sizes)))
         result = torch.zeros(stop - start, dtype=values.dtype, device=values.device)

@@ -1,4 +1,4 @@
-"""Names of files and names of modules: the table of both for a checkpoint, from the model that its base describes."""
+"""The table between file names and module names of a checkpoint, from the model that its base describes."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from freemerge.errors import CheckpointError
 
 
 def to_modules(architecture: Architecture, checkpoint: Checkpoint) -> tuple[Checkpoint, Table]:
-    """A checkpoint under its own names without what wraps the model, and the table from there to the modules' names.
+    """A checkpoint under its own names without the wrapping prefix, and the table from these to the modules' names.
 
-    Its tensors may be called as in files of any age, or as in the model's modules, all under a prefix (`backbone.`).
+    Its tensors may have the names of files of any version or those of the model's modules, all under a prefix
+    (`backbone.`).
 
     Args:
         architecture: the model.
@@ -23,13 +24,13 @@ def to_modules(architecture: Architecture, checkpoint: Checkpoint) -> tuple[Chec
     """
     own = getattr(architecture.model, "base_model_prefix", "")
     known = {**architecture.places, **architecture.tensors}
-    # A model may be saved without its head, and then without the prefix of what lies below the head.
+    # A model saved without its head also lacks the prefix of its body.
     inner = (name.removeprefix(f"{own}.") for name in known)
     best: tuple[int, Checkpoint, Table] | None = None
     for reference in (known, dict.fromkeys(inner)):
         try:
             stripped = checkpoint.relative_to(reference)
-        except CheckpointError:  # under two prefixes alike
+        except CheckpointError:  # two prefixes match equally well
             continue
         table = find_table(architecture, stripped)
         count = sum(name in table.renamed or name in table.sources for name in stripped.names)
@@ -39,16 +40,16 @@ def to_modules(architecture: Architecture, checkpoint: Checkpoint) -> tuple[Chec
 
 
 def find_table(architecture: Architecture, checkpoint: Checkpoint) -> Table:
-    """The table from a checkpoint's names to those of the model's modules; it lacks names that the model has not.
+    """The table from a checkpoint's names to those of the model's modules, without names that the model lacks.
 
     Args:
         architecture: the model.
-        checkpoint: its names are those of a file, or of modules.
+        checkpoint: a checkpoint with the names of files or of modules.
     """
     names = tuple(dict.fromkeys((*checkpoint.names, *checkpoint.tied)))
     of_modules = sum(name in architecture.tensors and name not in architecture.places for name in names)
     of_files = sum(name in architecture.places and name not in architecture.tensors for name in names)
-    # Names that both have are of files in a model's folder, and of modules elsewhere.
+    # Names that fit both are taken as file names in a model's folder, and as module names elsewhere.
     by_modules = of_modules > of_files or (of_modules == of_files and checkpoint.folder is None)
     places = {} if by_modules else architecture.locate(names)
     if by_modules:
@@ -73,7 +74,7 @@ def _make_table(architecture: Architecture, names: Iterable[str], places: dict[s
             renamed[name] = place.tensor
         else:
             cut[name] = place
-    # Tensors that are tied have one place and several names.
+    # Tied tensors have one place and several names.
     taken: dict[str, str] = {}
     storages = {name: tensor.untyped_storage()._cdata for name, tensor in architecture.tensors.items()}
     tied: dict[int, list[str]] = {}

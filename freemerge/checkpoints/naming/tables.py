@@ -1,4 +1,4 @@
-"""The way from one naming of a model's tensors to another: names, and where tensors are cut or put together."""
+"""Conversion of a model's tensors from one naming to another: renamed, split and assembled tensors."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ class Table:
     """How tensors under one naming, the sources, make up those under another, the targets.
 
     Args:
-        renamed: source → target, of tensors that are the same but for their names.
-        assembled: target → where its values lie in the sources, of tensors that are cut out of others, put together or
-            turned.
-        sources: source → its shape, of those that `assembled` speaks of.
-        targets: target → its shape, of those in `assembled`.
+        renamed: source → target, for tensors that differ only in their names.
+        assembled: target → the location of its values in the sources, for tensors that are split, assembled or
+            transposed.
+        sources: source → its shape, for the sources in `assembled`.
+        targets: target → its shape, for the targets in `assembled`.
     """
 
     renamed: Mapping[str, str] = field(default_factory=dict)
@@ -34,7 +34,7 @@ class Table:
 
     @cached_property
     def inverse(self) -> Table:
-        """The way back."""
+        """The inverse table."""
         assembled: dict[str, list[Block]] = {source: [] for source in self.sources}
         for target, blocks in self.assembled.items():
             for block in blocks:
@@ -44,24 +44,24 @@ class Table:
 
     @property
     def changes(self) -> bool:
-        """Whether anything is called otherwise."""
+        """Whether any tensor changes."""
         return bool(self.assembled) or any(source != target for source, target in self.renamed.items())
 
     def parts(self, target: str) -> tuple[str, ...]:
-        """The sources of which an assembled target is made."""
+        """The sources of an assembled target."""
         return tuple(dict.fromkeys(block.source for block in self.assembled[target]))
 
     def translate(self, checkpoint: Checkpoint) -> Checkpoint:
-        """A checkpoint of sources as one of targets; nothing is read before it is asked for.
+        """Convert a checkpoint of sources to one of targets, lazily.
 
-        Tensors that the table does not know keep their names, and so do those of which a target has only some (of an
-        adapter, what is not there is unchanged).
+        Tensors that the table does not list keep their names, and so do the sources of an incomplete target (in an
+        adapter, missing sources are unchanged).
 
         Args:
-            checkpoint: its names are sources.
+            checkpoint: a checkpoint with the names of sources.
 
         Raises:
-            CheckpointError: a target would be in part a difference to the base, in part weights.
+            CheckpointError: a target would mix differences to the base with weights.
         """
         made = self._assemble(checkpoint)
         used = {source for target in made for source in self.parts(target)}
@@ -82,19 +82,19 @@ class Table:
         return found.derived(checkpoint, lambda base: self.translate(checkpoint.on(self.inverse.translate(base))))
 
     def _assemble(self, checkpoint: Checkpoint) -> dict[str, tuple[TensorSpec, bool]]:
-        """Targets that can be put together: what is known of each, and whether it is a difference."""
+        """The targets that can be assembled: the spec of each, and whether it is a difference."""
         made = {}
         for target in self.assembled:
             parts = self.parts(target)
             present = [name for name in parts if checkpoint.has(name)]
             if not present:
                 continue
-            # What shape an adapter's differences have is not told before it is bound to its base.
+            # The shapes of an adapter's differences are unknown until it is bound to its base.
             if checkpoint.bound and any(checkpoint.spec(name).shape != self.sources[name] for name in present):
                 continue
             differences = [name for name in present if name in checkpoint.deltas]
             if not (differences or (len(present) == len(parts) and self._is_full(target))):
-                continue  # weights of which some are not known; of differences the others are zero
+                continue  # some weights are missing; missing differences would be zero
             if differences and len(differences) < len(present):
                 whole = next(name for name in present if name not in checkpoint.deltas)
                 raise CheckpointError(

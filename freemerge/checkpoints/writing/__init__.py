@@ -1,1 +1,1 @@
-"""Writing tensors: drafts that appear whole or not at all, shards, checksums."""
+"""Writing tensors: atomic drafts, shards, checksums."""

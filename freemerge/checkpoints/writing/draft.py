@@ -1,10 +1,10 @@
-"""A model being written: a hidden folder beside its place, which it takes whole or not at all.
+"""A model being written: a hidden folder beside the output, moved into place atomically when it is complete.
 
-- Every value has its byte from the start, so values are written in any order, by any thread and any process.
-- Space is claimed first: a disk that is too small says so before the work.
-- What is safely on the disk is noted down from time to time. An interrupted draft can be taken up again from there.
-- In the end files are verified, synced, and moved to their place; an existing folder is swapped with the new one in a
-  single step where the platform can (Linux), so that even a kill leaves the old or the new.
+- Every value's position is fixed from the start, so any thread and process can write values in any order.
+- Disk space is allocated first, so that a full disk is reported before the work starts.
+- A journal records which tensors are safely on disk, so that an interrupted draft can be resumed.
+- Finally, files are verified, synced and moved into place; an existing folder is exchanged with the new one atomically
+  where the platform supports it (Linux), so that even a kill leaves either the old or the new one.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ _DONE = ".done-"
 
 
 class Draft:
-    """The files of a model that are being written.
+    """The files of a model that is being written.
 
     Args:
-        place: the file or folder that they will become; of a link what it leads to.
-        shards: file name → specs of its tensors; a single one, named as the place, if that is a file. A file in a
-            folder below (`2_Dense/model.safetensors`) stores its tensors without the folder's name before theirs.
-        tied: left-out name → stored name, of tensors that share their memory.
-        writer: the rank of this process among those that write; the first must have called `begin`.
+        place: the file or folder to create; a link is followed.
+        shards: file name → specs of its tensors; if `place` is a file, a single one with its name. A file in a
+            subfolder (`2_Dense/model.safetensors`) stores its tensors without the subfolder's name.
+        tied: omitted name → stored name, of tensors that share their memory.
+        writer: the rank of this process among the writers; the first must have called `begin`.
 
     Attributes:
         finished: names of the tensors that an earlier writer of this draft had finished.
@@ -73,28 +73,28 @@ class Draft:
         self._writer = writer
         self._handles: dict[str, int] = {}
         self._lock_handle: int | None = None
-        self._missing: dict[str, int] = {}  # values still to be written, of tensors that were begun
-        self._sums: dict[str, int] = {}  # of the bytes written so far, see `add_up`
+        self._missing: dict[str, int] = {}  # number of values still missing of partly written tensors
+        self._sums: dict[str, int] = {}  # checksums of the bytes written so far; see `add_up`
         self._unnoted: list[str] = []
         self._unnoted_bytes = 0
         self._lock = threading.Lock()
 
-    # -- by the first writer alone ------------------------------------------------------------------------------------
+    # -- by the first writer only -------------------------------------------------------------------------------------
 
     def begin(self, key: str, resume: bool = False) -> None:
-        """Make the folder and its files.
+        """Create the folder and its files.
 
         Args:
-            key: of all that the contents depend on.
-            resume: go on with an interrupted draft of the same key; else an interrupted one is removed.
+            key: identifies everything that the contents depend on.
+            resume: continue an interrupted draft with the same key; otherwise an interrupted draft is removed.
 
         Raises:
-            CheckpointError: there is no space, somebody else is writing this model, or the interrupted draft is of
+            CheckpointError: the disk is full, another process is writing this model, or the interrupted draft has
                 another key.
         """
         try:
             self.place.parent.mkdir(parents=True, exist_ok=True)
-            if self.folder.is_symlink():  # what it leads to is nobody's draft
+            if self.folder.is_symlink():  # a link does not lead to a draft of ours
                 self.folder.unlink()
             with contextlib.suppress(FileExistsError):
                 self.folder.mkdir()
@@ -103,7 +103,7 @@ class Draft:
             if resume and plan is not None and plan != key:
                 raise CheckpointError(
                     f"{self.folder}: an interrupted merge with other inputs or parameters, which these cannot resume; "
-                    "merge without resume to begin anew"
+                    "merge without resume to start again"
                 )
             if not (resume and plan == key):
                 self._clear()
@@ -114,18 +114,18 @@ class Draft:
         except OSError as error:
             self.discard()
             raise self._unwritable(error) from None
-        except CheckpointError:  # what is there is somebody's
+        except CheckpointError:  # the existing folder belongs to another process
             self.close()
             raise
 
     def copy(self, files: Mapping[str, Path]) -> None:
-        """Copy files to beside the weights; they are never whole in memory.
+        """Copy files beside the weights, without reading them into memory as a whole.
 
         Args:
             files: name in the folder, with `/` → the file.
 
         Raises:
-            CheckpointError: there is no space, or a file cannot be read.
+            CheckpointError: the disk is full, or a file cannot be read.
         """
         try:
             sizes = {source: source.stat().st_size for source in files.values()}
@@ -134,8 +134,8 @@ class Draft:
                 largest = max(sizes, key=sizes.__getitem__)
                 raise CheckpointError(
                     f"{self.place}: the files beside the base's weights take {sum(sizes.values()) / 1e9:,.1f} GB "
-                    f"({largest} {sizes[largest] / 1e9:,.1f} GB) and {free / 1e9:,.1f} GB are free; move away those "
-                    "that are not the model's, or choose another output"
+                    f"({largest} {sizes[largest] / 1e9:,.1f} GB) and {free / 1e9:,.1f} GB are free; move away files "
+                    "that do not belong to the model, or choose another output"
                 )
             for name, source in files.items():
                 _copy(source, self._beside(name))
@@ -143,13 +143,13 @@ class Draft:
             raise self._unwritable(error) from None
 
     def commit(self, files: Mapping[str, bytes] | None = None) -> None:
-        """Verify what all writers have finished, and move it to its place.
+        """Verify the files of all writers and move them into place.
 
         Args:
-            files: the small files of a folder, by name, with `/`; None for a single file.
+            files: contents of the folder's small files by relative path; None for a single file.
 
         Raises:
-            CheckpointError: what was written does not read back, or cannot be moved.
+            CheckpointError: the written files do not read back, or cannot be moved.
             ValueError: a tensor was not finished.
         """
         sums = self._noted()
@@ -166,7 +166,7 @@ class Draft:
                     weights.flush()
                     os.fsync(weights.fileno())
                 if SafetensorsFile(self.folder / file).specs != {_inside(file, n): spec for n, spec in specs.items()}:
-                    raise CheckpointError(f"{self.place}: what was written does not read back; is the disk full?")
+                    raise CheckpointError(f"{self.place}: the written file does not read back; is the disk full?")
             if files is None:
                 os.replace(self.folder / self.place.name, self.place)
             else:
@@ -193,11 +193,11 @@ class Draft:
     # -- by every writer ----------------------------------------------------------------------------------------------
 
     def open(self) -> None:
-        """Learn what is finished already."""
+        """Load the journal of finished tensors."""
         self.finished = set(self._noted())
 
     def write(self, name: str, start: int, values: Tensor) -> None:
-        """Write a run of a tensor's values; from any thread.
+        """Write a chunk of a tensor's values; may be called from any thread.
 
         Args:
             name: the tensor.
@@ -206,7 +206,7 @@ class Draft:
 
         Raises:
             CheckpointError: the file cannot be written.
-            ValueError: there is no such run of this tensor, or values of it were written twice.
+            ValueError: the chunk is not part of this tensor, or its values were written twice.
         """
         spec = self._shards[self._file_of[name]][name]
         total = torch.Size(spec.shape).numel()
@@ -235,14 +235,14 @@ class Draft:
             raise self._unwritable(error) from None
 
     def flush(self) -> None:
-        """Bring everything that this process wrote to the disk, and note it down."""
+        """Sync everything that this process wrote to disk, and record it in the journal."""
         try:
             self._note()
         except OSError as error:
             raise self._unwritable(error) from None
 
     def close(self) -> None:
-        """Let go of the files, and leave them."""
+        """Close the files without removing them."""
         self.close_files()
         if self._lock_handle is not None:
             os.close(self._lock_handle)
@@ -251,7 +251,7 @@ class Draft:
     # -----------------------------------------------------------------------------------------------------------------
 
     def _claim(self) -> None:
-        """Hold a lock on the folder for as long as this process lives."""
+        """Lock the folder until it is released or this process ends."""
         if os.name != "posix":
             return
         import fcntl
@@ -262,9 +262,9 @@ class Draft:
         except BlockingIOError:
             os.close(handle)
             raise CheckpointError(
-                f"{self.place}: another process is writing it just now; wait for it, or choose another output"
+                f"{self.place}: another process is writing it now; wait for it, or choose another output"
             ) from None
-        except OSError:  # a file system without locks
+        except OSError:  # the file system does not support locks
             os.close(handle)
             return
         self._lock_handle = handle
@@ -277,7 +277,7 @@ class Draft:
                 path.unlink()
 
     def _beside(self, name: str) -> Path:
-        """The path of a file in the folder or below it, whose parent is then there."""
+        """The path of a file in or below the folder; creates its parent."""
         path = self.folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
@@ -300,10 +300,10 @@ class Draft:
             return None
 
     def _noted(self) -> dict[str, int]:
-        """The finished tensors and the sums of their bytes."""
+        """The finished tensors and their checksums."""
         sums: dict[str, int] = {}
         for path in self.folder.glob(f"{_DONE}*"):
-            # A last line that a kill cut short does not count.
+            # A last line that was cut short by a kill is ignored.
             sums.update(json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1])
         return sums
 
@@ -325,7 +325,7 @@ class Draft:
             return self._handles[file]
 
     def close_files(self) -> None:
-        """Close the files of weights, before others move them."""
+        """Close the weight files before they are moved."""
         with self._lock:
             for handle in self._handles.values():
                 os.close(handle)
@@ -336,7 +336,7 @@ class Draft:
 
 
 def _inside(file: str, name: str) -> str:
-    """The name under which a file stores a tensor: a file in a folder below leaves out the folder's."""
+    """The name under which a file stores a tensor: a file in a subfolder omits the subfolder's name."""
     folder, slash, _ = file.rpartition("/")
     return name.removeprefix(folder + slash)
 
@@ -353,17 +353,17 @@ def _copy(source: Path, target: Path) -> None:
 
 
 def _write_at(handle: int, data: memoryview, position: int) -> None:
-    while data:  # one write takes at most 2 GiB
+    while data:  # a single write takes at most 2 GiB
         count = os.pwrite(handle, data, position)
         data, position = data[count:], position + count
 
 
 def _put(temporary: Path, path: Path) -> None:
-    """Move the new folder to its place; what was there, if anything, is then at `temporary`."""
+    """Move the new folder into place; an existing folder is then at `temporary`."""
     if not path.exists():
         temporary.rename(path)
     elif not _exchange(temporary, path):
-        # No platform call to swap two folders: for a moment there is neither, but both are still beside the place.
+        # The platform cannot exchange two folders: for a moment `place` is missing, but both folders exist beside it.
         old = temporary.with_suffix(".old")
         path.rename(old)
         temporary.rename(path)
@@ -371,7 +371,7 @@ def _put(temporary: Path, path: Path) -> None:
 
 
 def _exchange(first: Path, second: Path) -> bool:
-    """Swap two folders in one step; False where the system cannot."""
+    """Exchange two folders atomically; False if the system cannot."""
     at_working_directory, exchange = -100, 2
     with contextlib.suppress(OSError, AttributeError):
         call = ctypes.CDLL(None, use_errno=True).renameat2

@@ -14,7 +14,7 @@ from freemerge.checkpoints.checkpoint import TensorSpec
 from freemerge.checkpoints.formats.safetensors_files import storage_order
 from freemerge.errors import CheckpointError
 
-MARKER = "freemerge.json"  # what a folder holds that may be overwritten
+MARKER = "freemerge.json"  # the file that marks a folder as overwritable
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
@@ -23,7 +23,7 @@ def parse_size(size: int | str) -> int:
     """Bytes of a size such as 5000000 or "5GB".
 
     Raises:
-        CheckpointError: not a positive size.
+        CheckpointError: the size is invalid or not positive.
     """
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?B?)\s*", str(size), re.IGNORECASE)
     count = float(found[1]) * _UNITS.get(found[2].upper(), 0) if found else 0
@@ -35,16 +35,16 @@ def parse_size(size: int | str) -> int:
 def plan_shards(
     specs: Mapping[str, TensorSpec], shard_size: int, modules: Iterable[str] = ()
 ) -> dict[str, dict[str, TensorSpec]]:
-    """Divide tensors into files of at most `shard_size` bytes; a larger tensor gets a file of its own.
+    """Divide tensors into files of at most `shard_size` bytes; a larger tensor gets its own file.
 
     Args:
         specs: shape and dtype by name.
         shard_size: in bytes.
-        modules: folders inside the model's that have a file of weights of their own, whatever its size: `2_Dense` holds
-            the tensors whose names start with `2_Dense/`.
+        modules: subfolders of the model that have their own weight file, whatever its size: `2_Dense` holds the tensors
+            whose names start with `2_Dense/`.
 
     Returns:
-        file name → specs of its tensors, in the order in which they lie in it.
+        file name → specs of its tensors, in storage order.
     """
     parts = {module: {n: spec for n, spec in specs.items() if n.startswith(f"{module}/")} for module in modules}
     inside = {name for part in parts.values() for name in part}
@@ -67,7 +67,7 @@ def plan_shards(
 
 
 def check_folder(path: Path, overwrite: bool) -> None:
-    """Refuse to write a folder where something is that would be lost.
+    """Refuse to write a folder over something that would be lost.
 
     Raises:
         CheckpointError: `path` exists and `overwrite` is not given, or it is not a folder that freemerge wrote.
@@ -86,7 +86,7 @@ def check_folder(path: Path, overwrite: bool) -> None:
 
 
 def read_origin(path: Path) -> dict[str, Any]:
-    """Where the model in a folder that freemerge wrote comes from, as its `freemerge.json` says."""
+    """The origin of the model in a folder that freemerge wrote, according to its `freemerge.json`."""
     return json.loads((path / MARKER).read_text(encoding="utf-8"))
 
 
@@ -96,7 +96,7 @@ def make_index(shards: Mapping[str, Mapping[str, TensorSpec]]) -> dict[str, byte
     Args:
         shards: file name → specs of its tensors.
     """
-    shards = {file: specs for file, specs in shards.items() if "/" not in file}  # modules have no part in it
+    shards = {file: specs for file, specs in shards.items() if "/" not in file}  # modules are not in the index
     if len(shards) == 1:
         return {}
     specs = (spec for shard in shards.values() for spec in shard.values())

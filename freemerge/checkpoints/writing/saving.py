@@ -14,11 +14,12 @@ from freemerge.checkpoints.memory import from_tensors
 def save_checkpoint(
     path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write a safetensors file atomically: `path` is the old file or the whole new one, whatever happens.
+    """Write a safetensors file atomically: after an interruption, `path` is either the old file or the complete new
+    one.
 
     Tied tensors are stored once, under the first of their names; the header's metadata maps the others to it, as
-    safetensors itself does it, and `load_checkpoint` ties them again. Views and non-contiguous tensors are stored as
-    tensors of their own.
+    safetensors itself does, and `load_checkpoint` ties them again. Views and non-contiguous tensors are stored as
+    separate tensors.
 
     Args:
         path: the file to write; its folder is created.
@@ -26,7 +27,7 @@ def save_checkpoint(
         metadata: strings to keep in the header.
 
     Raises:
-        CheckpointError: a value is no tensor, its dtype has no place in the format, or the file cannot be written.
+        CheckpointError: a value is not a tensor, the format does not support its dtype, or the file cannot be written.
     """
     checkpoint = from_tensors(tensors, str(path))
     tied = checkpoint.tied

@@ -212,8 +212,8 @@ def test_inner_configurations_have_the_dtype(tmp_path):
     ("content", "message"),
     [
         (b"[]", "config.json: holds a list, expected an object; download it again"),
-        (b"{", "config.json: is no JSON in UTF-8"),
-        (b'{"a": "\xe9"}', "config.json: is no JSON in UTF-8"),
+        (b"{", "config.json: is not JSON in UTF-8"),
+        (b'{"a": "\xe9"}', "config.json: is not JSON in UTF-8"),
         (b'{"a": ' * 200 + b"1" + b"}" * 200, "config.json: is nested too deeply"),
         (b"[" * 100_000, "config.json: is nested too deeply"),
     ],

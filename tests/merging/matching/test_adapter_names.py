@@ -338,7 +338,7 @@ def test_tensors_of_no_module(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"hidden_size": [8]}, r"config\.json: transformers cannot make a GPTNeoXForCausalLM of it"),
+        ({"hidden_size": [8]}, r"config\.json: transformers cannot build a GPTNeoXForCausalLM from it"),
         ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000, expected at most"),
         ({"vocab_size": 17}, r"'embed_out\.weight' has changed and is no part of the model"),
     ],
