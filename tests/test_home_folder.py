@@ -104,4 +104,4 @@ def test_callbacks(home) -> None:
     make_trainer(home, again).fit(Plain(), make_loader(0))
     assert load_checkpoint(home / "n.safetensors").keys() == make_backbone().state_dict().keys()
     preview = MergePreview(WeightAverage(), base="~/base.safetensors", others=["~/n.safetensors"], loaders={})
-    assert preview.base == home / "base.safetensors"
+    assert preview.base.path == home / "base.safetensors"
