@@ -6,8 +6,9 @@
 
 Weights and experts are random; the router runs, but each batch is dealt out evenly. Every figure is a ratio within one
 run: plain and FREE passes alternate, and the median of their ratios counts. `held` is what a model keeps in memory
-between passes; `peak` compares the largest resident sets of two processes, which load a model and run a batch of 8,
-each without what its imports take; on a GPU it is what torch has allocated there, with the batch itself.
+between passes; the changed weights that small models keep (`FreeModel.cache_bytes`) are listed apart. `peak` compares
+the largest resident sets of two processes, which load a model and run a batch of 8, each without what its imports take;
+on a GPU it is what torch has allocated there, with the batch itself.
 """
 
 from __future__ import annotations
@@ -81,6 +82,8 @@ def make_model(arguments: argparse.Namespace, folder: Path, dtype: str) -> FreeM
         router = EarlyRouter(len(experts), "embeddings", width)
     heads = {task: nn.Linear(backbone.feature_dim, 10) for task in experts}
     model = FreeModel(backbone, heads, experts, router)
+    if arguments.cache_bytes is not None:
+        model.cache_bytes = arguments.cache_bytes
     if arguments.apart:
         model._one_pass = False
     model.to(arguments.device, backbone.model.dtype).eval()
@@ -135,6 +138,7 @@ def throughput(arguments: argparse.Namespace, folder: Path, dtype: str) -> None:
         f"  memory held                  {1 + (model.expert_bytes + router) / backbone:6.3f} × plain "
         f"(experts {model.expert_bytes / 2**20:.2f} MiB, router {router / 2**20:.2f} MiB)"
     )
+    print(f"  changed weights kept         {model.cached_bytes / 2**20:6.2f} MiB of {model.cache_bytes / 2**20:.0f}")
 
 
 @torch.no_grad()
@@ -184,6 +188,9 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=20)
     parser.add_argument("--kinds", nargs="*", choices=KINDS, default=list(KINDS))
     parser.add_argument("--apart", action="store_true", help="run low-rank experts group by group, not in one pass")
+    parser.add_argument(
+        "--cache_bytes", type=int, help="of changed weights kept between passes, instead of the default"
+    )
     parser.add_argument("--peak", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.peak:

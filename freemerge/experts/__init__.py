@@ -10,6 +10,7 @@ from freemerge.experts.kinds.sparse import SparseExpert
 from freemerge.experts.mixing import mix, mixable
 from freemerge.experts.packed import PackedExpert
 from freemerge.experts.running.groups import run_groups
+from freemerge.experts.running.kept import KeptWeights
 from freemerge.experts.running.layerwise import substituted
 from freemerge.experts.running.locks import exclusive
 from freemerge.experts.running.mixture import Mixture
@@ -22,6 +23,7 @@ __all__ = [
     "Encoding",
     "Expert",
     "ExpertSwitch",
+    "KeptWeights",
     "LowRankExpert",
     "MaskedExpert",
     "Mixture",

@@ -1,10 +1,10 @@
 """Run a batch whose groups of samples have experts of their own.
 
 Low-rank experts run side by side in one pass, where the module allows it (`one_pass`). Other experts run group by
-group, each layer with changed tensors of its own while it computes (`layerwise`). All of this happens in a twin of the
-module (`twins`), so that the module stays as it is and threads compute at the same time. A module that can have no
-twin is used itself, by one thread at a time; sparse experts are then written into its weights and out again
-(`switch`).
+group, each layer with changed tensors of its own while it computes (`layerwise`); of a small model these are kept for
+the next pass (`kept`). All of this happens in a twin of the module (`twins`), so that the module stays as it is and
+threads compute at the same time. A module that can have no twin is used itself, by one thread at a time; sparse experts
+are then written into its weights and out again (`switch`).
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from freemerge.experts.base import Expert
 from freemerge.experts.kinds.low_rank import LowRankExpert
 from freemerge.experts.kinds.sparse import SparseExpert
 from freemerge.experts.packed import PackedExpert
+from freemerge.experts.running.kept import KeptWeights, bound, places_of
 from freemerge.experts.running.layerwise import LayersIdle, exchanged
 from freemerge.experts.running.mixture import Mixture
 from freemerge.experts.running.one_pass import Answers, all_see_samples, each_with_its_own
@@ -33,7 +34,12 @@ Group = tuple[AnyExpert | None, int]
 
 
 def run_groups(
-    run: nn.Module, module: nn.Module, inputs: Inputs, groups: Sequence[Group], one_pass: bool = True
+    run: nn.Module,
+    module: nn.Module,
+    inputs: Inputs,
+    groups: Sequence[Group],
+    one_pass: bool = True,
+    kept: KeptWeights | None = None,
 ) -> Tensor:
     """What a module gives for a batch, each group of samples with an expert added to its weights.
 
@@ -43,6 +49,7 @@ def run_groups(
         inputs: B ≥ 1 samples, group by group.
         groups: experts and numbers of samples, which add up to B.
         one_pass: whether low-rank experts may run side by side.
+        kept: where packed experts' changed weights are kept for the next pass; they are not if it is left out.
 
     Returns:
         (B, …).
@@ -62,10 +69,17 @@ def run_groups(
             with each_with_its_own(own[module], thin, own.plans if own.is_twin else None):
                 return own[run](inputs)
         outputs, start = [], 0
+        compared: set[str] = set()
         for expert, count in groups:
             part = inputs if len(groups) == 1 else select(inputs, slice(start, start + count))
-            outputs.append(_run_one(own, run, module, part, expert, known))
             start += count
+            if kept is not None and own.is_twin and isinstance(expert, PackedExpert):
+                places = places_of(own[module], expert.shapes, own.plans)
+                if (changed := kept.changed(expert, places, compared)) is not None:
+                    with bound(places, changed):
+                        outputs.append(own[run](part))
+                    continue
+            outputs.append(_run_one(own, run, module, part, expert, known))
     return outputs[0] if len(groups) == 1 else torch.cat(outputs)
 
 
