@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 CONFIG = "config.json"
 
-_MOST_LAYERS = 4096  # bound on any size in a configuration
+_MOST_LAYERS = 4096  # bound on the number of layers of any part of a model
 # Settings of computation and storage: they would require packages that reading names does not need.
 _NOT_BUILT = ("quantization_config", "attn_implementation", "_attn_implementation", "_experts_implementation")
 

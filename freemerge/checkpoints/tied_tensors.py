@@ -114,7 +114,7 @@ def _architecture(folder: Path | None) -> Architecture | None:
 
 
 def separate(config: Mapping[str, object]) -> dict[str, object]:
-    """Change the contents of a `config.json` to untied embeddings."""
+    """The contents of a `config.json`, changed to untied embeddings."""
     result = {
         key: separate(value) if isinstance(value, dict) and ("vocab_size" in value or _KEY in value) else value
         for key, value in config.items()

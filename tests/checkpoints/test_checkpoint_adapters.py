@@ -117,13 +117,21 @@ def test_torch_files(tmp_path):
 @pytest.mark.parametrize(
     ("tensors", "config", "message"),
     [
-        ({}, {"peft_type": "PREFIX_TUNING"}, "is a PREFIX_TUNING adapter, of which no difference to the base is known"),
+        (
+            {},
+            {"peft_type": "PREFIX_TUNING"},
+            "is a PREFIX_TUNING adapter, whose difference to the base cannot be computed here",
+        ),
         ({}, {"peft_type": "LOHA"}, "holds no tensor of a LOHA adapter"),
         ({}, {"use_qalora": True}, "is a LoRA adapter with use_qalora"),
         ({}, {"alora_invocation_tokens": [1]}, "is a LoRA adapter with alora_invocation_tokens"),
-        ({}, {"init_lora_weights": "pissa_niter_4"}, "is 'pissa_niter_4', so its factors do not differ from the base"),
-        ({"q.lora_magnitude_vector": torch.ones(1)}, {}, "which belongs to no LoRA known here"),
-        ({"q.lora_arrow": torch.ones(1)}, {}, "which belongs to no LoRA known here"),
+        (
+            {},
+            {"init_lora_weights": "pissa_niter_4"},
+            "is 'pissa_niter_4', so its factors are not relative to the published base",
+        ),
+        ({"q.lora_magnitude_vector": torch.ones(1)}, {}, "which is not part of a supported LoRA"),
+        ({"q.lora_arrow": torch.ones(1)}, {}, "which is not part of a supported LoRA"),
         (
             PAIR | {"q.lora_magnitude_vector": torch.ones(6)},
             {},
@@ -133,12 +141,12 @@ def test_torch_files(tmp_path):
         (
             {"q.lora_A.weight": torch.ones(4, 6, 1, 1), "q.lora_B.weight": torch.ones(6, 2, 1, 1)},
             {},
-            "are no two factors of a matrix; is it of a convolution in groups",
+            "are not the factors of one matrix; is it a grouped convolution",
         ),
         (
             PAIR | {"q.bias": torch.ones(6), "q.lora_B.bias": torch.ones(6)},
             {},
-            "holds the tensor 'q.bias' and changes it",
+            "stores the tensor 'q.bias' and changes it",
         ),
         (
             {"e.trainable_tokens_delta": torch.ones(2, 3)},

@@ -1,9 +1,9 @@
-"""Checkpoints of torch.distributed.checkpoint: a folder with `.metadata` and the chunks that each process wrote.
+"""Checkpoints of torch.distributed.checkpoint: a folder with `.metadata` and one file or more from each process.
 
-- Lightning writes them with ModelParallelStrategy and with FSDP; `torch.distributed.checkpoint.save` is underneath.
-- Read without processes, tensor by tensor or run by run: `.metadata` tells in which file which block of a tensor lies.
-- `.metadata` is a pickle. It is read with an unpickler that knows the few classes of torch's that such a file names,
-  and makes plain records of them: nothing in it is ever called.
+- Lightning writes them with ModelParallelStrategy and FSDP, through `torch.distributed.checkpoint.save`.
+- Read without a process group, by tensor or chunk: `.metadata` gives the file of each block of a tensor.
+- `.metadata` is a pickle. It is read with an unpickler that turns torch's few metadata classes into plain records and
+  calls nothing. torch's own reader unpickles it without restriction, so this reader stays our own.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from freemerge.runtime.reading import read_bytes
 METADATA = ".metadata"
 
 _AT_A_TIME = 1 << 22  # bytes
-_COMPARED = 256  # blocks that are compared with all others at a time
+_COMPARED = 256  # blocks compared with all others at a time
 _AGAIN = "save it again, or copy the whole folder again"
 
 
-# The classes that `.metadata` names, and those of a `torch.save` of one tensor. All come back as plain records.
+# The classes in `.metadata` and in a `torch.save` of one tensor. All are read as plain records.
 _CLASSES = {
     "torch.distributed.checkpoint.metadata": (
         "Metadata", "TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata", "TensorProperties",
@@ -47,33 +47,33 @@ _CLASSES = {
 
 
 class _Block(NamedTuple):
-    """A block of a tensor and where it lies."""
+    """A block of a tensor and its location in a file."""
 
-    offsets: tuple[int, ...]  # its first index in the tensor
+    offsets: tuple[int, ...]  # indices of its first value in the tensor
     sizes: tuple[int, ...]
     path: Path
-    begin: int  # of the saved block in the file
+    begin: int  # position of the saved block in the file
     length: int
 
 
 class _Values(NamedTuple):
-    """The values of a block in its file."""
+    """The location of a block's values in its file."""
 
-    begin: int  # of the first value
-    stop: int  # of the storage
+    begin: int  # position of the first value
+    stop: int  # position after the storage
     strides: tuple[int, ...]
 
 
 def open_distributed(folder: Path, label: str) -> Checkpoint:
-    """A checkpoint over the model's tensors in a distributed checkpoint; optimizer states are not part of it.
+    """Open the model's tensors in a distributed checkpoint; optimizer states are not part of it.
 
     Args:
-        folder: holds `.metadata`.
-        label: how messages call this model.
+        folder: the folder with `.metadata`.
+        label: the model's name in messages.
 
     Raises:
-        CheckpointError: a file is missing or too short, `.metadata` is broken or holds code, or the blocks of a tensor
-            do not make it up.
+        CheckpointError: a file is missing or too short, `.metadata` is damaged or contains code, or the blocks of a
+            tensor do not cover it.
     """
     path = folder / METADATA
     try:
@@ -83,7 +83,7 @@ def open_distributed(folder: Path, label: str) -> Checkpoint:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from None
     except CheckpointError:
         raise
-    except Exception as error:  # tables that are none of torch's can be wrong anywhere
+    except Exception as error:  # tables that torch did not write can fail anywhere
         what = " ".join(str(error).split())
         raise CheckpointError(f"{path}: not the metadata of a distributed checkpoint ({what}); {_AGAIN}") from None
     if not specs:
@@ -91,14 +91,14 @@ def open_distributed(folder: Path, label: str) -> Checkpoint:
     for name, spec in specs.items():
         if not _tiles(spec.shape, blocks[name]):
             raise CheckpointError(
-                f"{path}: the blocks of the tensor '{name}' do not make up its shape {list(spec.shape)}; did every "
+                f"{path}: the blocks of the tensor '{name}' do not cover its shape {list(spec.shape)}; did every "
                 f"process write its own? {_AGAIN}"
             )
     found: dict[_Block, _Values] = {}
 
     def values(name: str, block: _Block, start: int, stop: int) -> Tensor:
-        """A run of a block's values; where they lie in the file is looked up once."""
-        if block not in found:  # two threads may both look: they find the same
+        """A chunk of a block's values; their location in the file is looked up once."""
+        if block not in found:  # two threads may both look it up, with the same result
             found[block] = _find_values(name, block, specs[name].dtype)
         return _read_values(name, block, found[block], specs[name].dtype, start, stop)
 
@@ -125,7 +125,7 @@ def open_distributed(folder: Path, label: str) -> Checkpoint:
 
 
 class _Record:
-    """What an object of a pickle becomes: what it was made from, and no behaviour."""
+    """A placeholder for an object in a pickle: its constructor arguments and state, without behaviour."""
 
     arguments: tuple[object, ...]
     state: Any
@@ -139,8 +139,8 @@ class _Record:
         self.state = state
 
 
-class _Unpickler(pickle._Unpickler):  # of pure Python: its memo is not as large as a number in the file asks for
-    """Reads the pickles of a distributed checkpoint; whatever else a pickle names is refused, and nothing is called."""
+class _Unpickler(pickle._Unpickler):  # pure Python: a number in the file cannot make its memo huge
+    """Reads the pickles of a distributed checkpoint; any other name in a pickle is refused, and nothing is called."""
 
     def __init__(self, data: bytes, path: Path) -> None:
         super().__init__(io.BytesIO(data))
@@ -153,17 +153,17 @@ class _Unpickler(pickle._Unpickler):  # of pure Python: its memo is not as large
             return tuple
         if (module, name) == ("collections", "OrderedDict"):
             return dict
-        if module == "torch" and isinstance(vars(torch).get(name), torch.dtype):  # getattr would import modules
+        if module == "torch" and isinstance(vars(torch).get(name), torch.dtype):  # getattr could import modules
             return vars(torch)[name]
         if module == "torch" and name.endswith("Storage"):
             return name
         raise CheckpointError(
-            f"{self.path}: names {module}.{name}, which no checkpoint of tensors holds, and loading it could run code; "
+            f"{self.path}: names {module}.{name}, which no checkpoint of tensors needs, and loading it could run code; "
             "do not trust this file"
         )
 
     def persistent_load(self, pid: Any) -> Any:
-        return pid  # what `torch.save` puts in the place of a storage
+        return pid  # the persistent id that `torch.save` writes for a storage
 
 
 def _unpickle(data: bytes, path: Path) -> Any:
@@ -195,13 +195,13 @@ def _read_tables(metadata: Any, folder: Path) -> tuple[dict[str, TensorSpec], di
             place = places[key, offsets]
             if place.get("transform_descriptors"):
                 raise CheckpointError(
-                    f"{folder}: the tensor '{name}' went through {place['transform_descriptors'][0]} when it was "
-                    "saved, which is not read here; save it without"
+                    f"{folder}: the tensor '{name}' was transformed by {place['transform_descriptors'][0]} when it "
+                    "was saved, which is not supported; save it without"
                 )
             path = folder / place["relative_path"]
             if folder.resolve() not in path.resolve().parents:
                 raise CheckpointError(
-                    f"{folder / METADATA}: looks for the tensor '{name}' in {path}, outside of the folder; do not "
+                    f"{folder / METADATA}: looks for the tensor '{name}' in {path}, outside the folder; do not "
                     "trust this file"
                 )
             begin, length = _indices((place["offset"], place["length"]))
@@ -211,16 +211,16 @@ def _read_tables(metadata: Any, folder: Path) -> tuple[dict[str, TensorSpec], di
 
 def _indices(values: Sequence[int]) -> tuple[int, ...]:
     if not all(type(value) is int and value >= 0 for value in values):
-        raise ValueError(f"{values!r} are no sizes")
+        raise ValueError(f"{values!r} are not sizes")
     return tuple(values)
 
 
 def _model_names(tensors: Mapping[str, Any], paths: Mapping[str, tuple]) -> dict[str, str]:
-    """Name in the model → name in the checkpoint, of the tensors that are the model's.
+    """Name in the model → name in the checkpoint, for the model's tensors.
 
     Args:
         tensors: the checkpoint's tensors.
-        paths: for names that were flattened from nested dicts, the keys on their way.
+        paths: for names flattened from nested dicts, the path of keys.
     """
     split = {name: tuple(str(key) for key in paths.get(name, (name,))) for name in tensors}
     for outer in NESTED:
@@ -242,7 +242,7 @@ def _check_files(blocks: Mapping[str, list[_Block]]) -> None:
 
 
 def _tiles(shape: tuple[int, ...], blocks: Sequence[_Block]) -> bool:
-    """Whether blocks cover a tensor, each of its entries once."""
+    """Whether blocks cover every entry of a tensor exactly once."""
     if any(len(block.offsets) != len(shape) or len(block.sizes) != len(shape) for block in blocks):
         return False
     total = sum(torch.Size(block.sizes).numel() for block in blocks)
@@ -252,7 +252,7 @@ def _tiles(shape: tuple[int, ...], blocks: Sequence[_Block]) -> bool:
     ends = offsets + torch.tensor([block.sizes for block in blocks], dtype=torch.int64).view(len(blocks), len(shape))
     if bool((ends > torch.tensor(shape, dtype=torch.int64)).any()):
         return False
-    # Two blocks share an entry if they overlap in every dimension; blocks without entries share none.
+    # Two blocks share an entry if they overlap in every dimension; empty blocks share none.
     shared = 0
     for some, their_ends in zip(offsets.split(_COMPARED), ends.split(_COMPARED), strict=True):
         low, high = torch.maximum(some[:, None], offsets), torch.minimum(their_ends[:, None], ends)
@@ -261,7 +261,7 @@ def _tiles(shape: tuple[int, ...], blocks: Sequence[_Block]) -> bool:
 
 
 class _Window(io.RawIOBase):
-    """A part of a file as a file of its own."""
+    """A part of a file as a separate file object."""
 
     def __init__(self, path: Path, begin: int, length: int) -> None:
         self._file = path.open("rb")
@@ -293,7 +293,7 @@ class _Window(io.RawIOBase):
 
 
 def _find_values(name: str, block: _Block, dtype: torch.dtype) -> _Values:
-    """Look up where the values of a block lie: it is the zip archive of a `torch.save` of one tensor."""
+    """Locate the values of a block, which is the zip archive of a `torch.save` of one tensor."""
     try:
         with _Window(block.path, block.begin, block.length) as window, zipfile.ZipFile(window) as archive:
             files = {info.filename.split("/", 1)[-1]: info for info in archive.infolist()}
@@ -304,12 +304,12 @@ def _find_values(name: str, block: _Block, dtype: torch.dtype) -> _Values:
                 raise ValueError("it was written on a big-endian machine")
             (_, _, key, *_), offset, sizes, strides, *_ = record.arguments
             values = files[f"data/{key}"]
-            if values.CRC != 0:  # or it was not computed
-                with archive.open(values) as stored:  # compares it when it is read to its end
+            if values.CRC != 0:  # a missing CRC-32 is zero
+                with archive.open(values) as stored:  # zipfile verifies it when the record is read to its end
                     while stored.read(_AT_A_TIME):
                         pass
             window.seek(values.header_offset)
-            header = window.read(30)  # the lengths of the name and of the padding after it are its last two numbers
+            header = window.read(30)  # its last two numbers are the lengths of the name and of the padding
             begin = values.header_offset + 30 + int.from_bytes(header[26:28], "little")
             begin += int.from_bytes(header[28:30], "little")
         if tuple(sizes) != block.sizes:
@@ -323,10 +323,10 @@ def _find_values(name: str, block: _Block, dtype: torch.dtype) -> _Values:
         raise
     except OSError as error:
         raise CheckpointError(f"{block.path}: cannot be read: {error.strerror or error}") from None
-    except Exception as error:  # a broken archive, or a pickle of something else than a tensor
+    except Exception as error:  # a damaged archive, or a pickle of something other than a tensor
         what = " ".join(str(error).split())
         raise CheckpointError(
-            f"{block.path}: broken where the tensor '{name}' should be, at byte {block.begin:,} ({what}); {_AGAIN}"
+            f"{block.path}: damaged where the tensor '{name}' should be, at byte {block.begin:,} ({what}); {_AGAIN}"
         ) from None
     first = block.begin + begin + offset * dtype.itemsize
     return _Values(first, first + last * dtype.itemsize, strides)
@@ -344,7 +344,7 @@ def _read_values(name: str, block: _Block, values: _Values, dtype: torch.dtype, 
 def _is_row_major(sizes: Sequence[int], strides: Sequence[int]) -> bool:
     step = 1
     for size, stride in zip(reversed(sizes), reversed(strides), strict=True):
-        if size != 1 and stride != step:  # the stride of a single row says nothing
+        if size != 1 and stride != step:  # the stride of a single row is arbitrary
             return False
         step *= size
     return True

@@ -1,4 +1,4 @@
-"""Adapters of PEFT, read as what they are: exact differences to a base, one tensor at a time."""
+"""PEFT adapters, read as exact differences to a base, one tensor at a time."""
 
 from freemerge.checkpoints.formats.adapters.opening import open_adapter
 

@@ -1,7 +1,7 @@
-"""What an adapter does to one tensor of its base: a difference in float32, whole or a run of its values.
+"""The change of one base tensor by an adapter: a float32 difference, whole or a chunk of its values.
 
-Some differences follow from the adapter alone (B·A), some from the base's values as well (a scaled row). A change that
-needs the base is given a function that reads it, so that the whole of neither is ever in memory.
+Some differences depend only on the adapter (B·A), some also on the base's values (a scaled row). A change that needs
+the base receives a function that reads it, so that neither is ever in memory as a whole.
 """
 
 from __future__ import annotations
@@ -18,54 +18,55 @@ from freemerge.checkpoints.checkpoint import Checkpoint
 from freemerge.checkpoints.memory import flat_range
 
 Run = tuple[int, int] | None
-BaseReader = Callable[[Run], Tensor]  # the base's values of a tensor, or of a run of it, in float32
+BaseReader = Callable[[Run], Tensor]  # reads the base's values of a tensor, or of a chunk of it, in float32
 
 
 class Change(ABC):
-    """What an adapter does to one tensor."""
+    """The change of one tensor by an adapter."""
 
     needs_base = False
-    optional = False  # where the base has no such tensor, there is no change of it
+    optional = False  # whether the base may lack the tensor; then there is no change
 
     @property
     def turned(self) -> bool:
-        """Whether the base holds the weight as (inputs, outputs)."""
+        """Whether the base stores the weight transposed, as (inputs, outputs)."""
         return False
 
     @abstractmethod
     def shape(self, base: tuple[int, ...] | None) -> tuple[int, ...]:
-        """The shape of the difference; as far as it is known, if the base's is not given."""
+        """The shape of the difference; as far as it is known without the base's shape."""
 
     @abstractmethod
     def read(self, shape: tuple[int, ...], run: Run, base: BaseReader) -> Tensor:
-        """The difference, (*shape) float32, or a run (start, stop) of it in row-major order, (stop − start,)."""
+        """The difference, (*shape) float32, or a chunk (start, stop) of it in row-major order, (stop − start,)."""
 
     def orientations(self, base: tuple[int, ...]) -> tuple[bool, ...]:
-        """What `turned` may be for the change to fit the base; both, if the base's tensor is square, or nothing."""
+        """The values of `turned` with which the change fits the base: one, both if the base's tensor is square, or
+        none."""
         return (self.turned,)
 
     def turn(self, turned: bool) -> Change:
-        """The same change for a base that holds the weight so."""
+        """The same change for a base with this orientation of the weight."""
         return self
 
 
 class Modules(Protocol):
-    """Modules of an adapter of which only the base tells what is done to which of its tensors."""
+    """Modules of an adapter whose changes can only be assigned to tensors with the base."""
 
     def changes(self, base: Checkpoint | None) -> Mapping[str, Change]:
-        """The changes by the names of the base's tensors; without a base, as far as they are known."""
+        """The changes by the base's tensor names; without a base, as far as they are known."""
 
 
 @dataclass(frozen=True)
 class Scaled(Change):
-    """(IA)³: every row, or every column, of a weight is multiplied by a number: ΔW = (l − 1) ⊙ W.
+    """(IA)³: every row, or every column, of a weight is multiplied by a factor: ΔW = (l − 1) ⊙ W.
 
     Liu et al., NeurIPS 2022, arXiv 2205.05638.
 
     Args:
         weights: the adapter's file.
-        stored: the name of the vector l in it.
-        inputs: whether l scales the inputs of a layer (feed-forward), and not its outputs.
+        stored: the name of the vector l in the file.
+        inputs: whether l scales the inputs of a layer (feed-forward) rather than its outputs.
         turned: see `Change`.
         optional: see `Change`.
     """
@@ -82,7 +83,7 @@ class Scaled(Change):
 
     def orientations(self, base: tuple[int, ...]) -> tuple[bool, ...]:
         length = torch.Size(self.weights.spec(self.stored).shape).numel()
-        if len(base) != 2:  # a convolution has one orientation, and so has a bias
+        if len(base) != 2:  # convolutions and biases have only one orientation
             return (False,)
         return tuple(turned for turned in (False, True) if base[self._axis(base, turned)] == length)
 
@@ -105,8 +106,8 @@ class Rows(Change):
 
     Args:
         weights: the adapter's file.
-        stored: the name of the new rows in it, (n, d).
-        indices: which rows they replace.
+        stored: the name of the new rows in the file, (n, d).
+        indices: the rows that they replace.
     """
 
     weights: Checkpoint
@@ -132,11 +133,11 @@ class Rows(Change):
 
 @dataclass(frozen=True)
 class ScaledVector(Change):
-    """A vector that is a difference itself, up to a scale: s · v.
+    """A vector that is a difference up to a scale: s · v.
 
     Args:
         weights: the adapter's file.
-        stored: the name of v in it.
+        stored: the name of v in the file.
         scale: s.
     """
 

@@ -1,4 +1,4 @@
-"""What `adapter_config.json` says, checked before it is used: right types, and sizes that can be computed with."""
+"""The settings of `adapter_config.json`, checked for types and feasible sizes before they are used."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ CONFIG = "adapter_config.json"
 _Item = TypeVar("_Item")
 
 _LARGEST_NUMBER = torch.finfo(torch.float32).max
-# Ways to begin a LoRA that take its beginning out of the base's weight: its factors differ from another base.
+# Initializations that subtract the initial LoRA from the base's weight: the factors differ from a modified base.
 _CHANGES_BASE = re.compile(r"pissa|olora|corda|loftq|lora_ga", re.IGNORECASE)
-# Settings called like variants of LoRA that do not change what the factors mean.
+# Settings named like LoRA variants that do not change the meaning of the factors.
 _HARMLESS = {
     "use_rslora", "use_dora", "eva_config", "loftq_config", "corda_config", "lora_ga_config", "runtime_config",
     "megatron_config",
@@ -36,9 +36,9 @@ class AdapterConfig:
     """The settings of an adapter.
 
     Args:
-        path: of the file, for messages.
+        path: path of the file, for messages.
         kind: PEFT's name for the method, such as "LORA".
-        values: all settings as the file has them; those that the properties give are checked by `read_config`.
+        values: all settings of the file; `read_config` checks those that the properties return.
     """
 
     path: Path
@@ -46,22 +46,23 @@ class AdapterConfig:
     values: Mapping[str, Any] = field(repr=False)
 
     def scale(self, module: str, rank: int) -> float:
-        """s = α/r, or α/√r with rsLoRA; α may be set for modules by patterns of the end of their names.
+        """s = α/r, or α/√r with rsLoRA; `alpha_pattern` may set α for modules, by patterns that match the end of their
+        names.
 
         Args:
             module: the module's name.
-            rank: r, the factors' own, whatever the configuration says.
+            rank: r, of the stored factors, whatever the configuration says.
         """
         pattern = self._alphas.find(module)
         alpha = self.values.get("lora_alpha", 8) if pattern is None else self.values["alpha_pattern"][pattern]
         return alpha / (math.sqrt(rank) if self.flag("use_rslora") else rank)
 
     def flag(self, key: str) -> bool:
-        """Whether a setting is on."""
+        """Whether a setting is enabled."""
         return bool(self.values.get(key))
 
     def is_feedforward(self, module: str) -> bool:
-        """Whether (IA)³ scales the inputs of a module, and not its outputs."""
+        """Whether (IA)³ scales the inputs of a module rather than its outputs."""
         patterns = self.values.get("feedforward_modules") or ()
         if isinstance(patterns, str):
             return self._feedforward.find(module) is not None
@@ -75,22 +76,22 @@ class AdapterConfig:
         return any(f".{module}".endswith(f".{target}") for target in targets)
 
     def is_saved(self, module: str) -> bool:
-        """Whether `modules_to_save` names a module: it was trained as a whole."""
+        """Whether `modules_to_save` names a module, which was then trained as a whole."""
         names = self.values.get("modules_to_save")
         return isinstance(names, list) and any(f".{module}".endswith(f".{name}") for name in names)
 
     def parameters(self, module: str) -> tuple[str, ...]:
-        """The parameters of a module that `target_parameters` names, by the ends of their names."""
+        """The parameters of a module that `target_parameters` matches by the ends of their names."""
         found: dict[str, None] = {}
         for target in self.values.get("target_parameters") or ():
             owner, _, parameter = target.rpartition(".")
-            # A target without a module's name would be one of every module, those with factors of their own as well.
+            # A target without a module name would match every module, including those with their own factors.
             if f".{module}.{parameter}".endswith(f".{target}") and (owner or not self.is_target(module)):
                 found[parameter] = None
         return tuple(found)
 
     def token_indices(self, module: str) -> tuple[int, ...]:
-        """The rows of an embedding that were trained."""
+        """The trained rows of an embedding."""
         indices = self.values.get("trainable_token_indices") or self.values.get("token_indices") or ()
         if isinstance(indices, Mapping):
             indices = next((own for key, own in indices.items() if f".{module}".endswith(f".{key}")), ())
@@ -98,7 +99,7 @@ class AdapterConfig:
 
     @property
     def variant(self) -> str | None:
-        """The setting that makes of LoRA something that is not known here, today's variants and those to come."""
+        """The setting that selects an unsupported variant of LoRA, including variants added in the future."""
         return next((key for key, value in self.values.items() if value and _is_variant(key)), None)
 
     @cached_property
@@ -118,8 +119,8 @@ def read_config(folder: Path) -> AdapterConfig:
     """Read and check the configuration of an adapter's folder.
 
     Raises:
-        CheckpointError: it cannot be read, a setting has a type or a size that no adapter has, or the factors differ
-            from a base other than the published one.
+        CheckpointError: it cannot be read, a setting has an invalid type or size, or the factors are relative to a base
+            other than the published one.
     """
     path = folder / CONFIG
     values = read_object(path)
@@ -127,14 +128,14 @@ def read_config(folder: Path) -> AdapterConfig:
     start = values.get("init_lora_weights")
     if isinstance(start, str) and _CHANGES_BASE.match(start):
         raise CheckpointError(
-            f"{path}: init_lora_weights is '{start}', so its factors do not differ from the base as published; save it "
-            "again with save_pretrained(..., path_initial_model_for_weight_conversion=...)"
+            f"{path}: init_lora_weights is '{start}', so its factors are not relative to the published base; save "
+            "it again with save_pretrained(..., path_initial_model_for_weight_conversion=...)"
         )
     return AdapterConfig(path, values["peft_type"], values)
 
 
 def _check(path: Path, values: Mapping[str, Any]) -> None:
-    """Check the settings that are used, one rule for each kind of value."""
+    """Check the settings that are used, with one rule for each type of value."""
 
     def expect(right: bool, key: str, expected: str) -> None:
         if not right:
@@ -160,7 +161,7 @@ def _check(path: Path, values: Mapping[str, Any]) -> None:
 
 
 def _is_number(value: object) -> bool:
-    """Whether a value is a number that float32 can hold; JSON's own may be larger, infinite or none."""
+    """Whether a value is a number that float32 can represent; numbers in JSON may be larger, infinite or NaN."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
     return -_LARGEST_NUMBER <= value <= _LARGEST_NUMBER
@@ -177,7 +178,7 @@ def _is_indices(value: object) -> bool:
 
 
 def shown(value: object) -> str:
-    """A value as JSON has it, shortened."""
+    """A value as shortened JSON."""
     try:
         text = json.dumps(value)
     except (RecursionError, ValueError):

@@ -1,4 +1,4 @@
-"""What kind of layer a tensor is the weight of, and which way round its matrix lies."""
+"""The kind of layer that a weight belongs to, and the orientation of its matrix."""
 
 from __future__ import annotations
 
@@ -7,33 +7,33 @@ from enum import Enum
 
 from freemerge.checkpoints.checkpoint import Checkpoint
 
-# Output embeddings are linear layers.
+# Output embeddings count as linear layers.
 _EMBEDDING = re.compile(r"(?:.*\.)?(?!embed_out|output_emb)(?:\w*emb\w*|w[tp]e|shared|relative_attention_bias)")
-# The layers of GPT-2 and its kin that hold their weight as (inputs, outputs); they always have a bias.
+# The layers of GPT-2 and related models that store their weight as (inputs, outputs); they always have a bias.
 _TURNED = re.compile(r"(?:.*\.)?(?:c_attn|c_proj|c_fc|q_attn)")
 
 
 class Layer(Enum):
-    """Kinds of layers, by what PEFT does with the factors."""
+    """Kinds of layers, by how PEFT applies the factors."""
 
     LINEAR = "linear"  # ΔW = B·A
-    TURNED = "turned"  # a linear layer whose weight lies as (inputs, outputs): ΔW = (B·A)ᵀ
-    EMBEDDING = "embedding"  # ΔW = (B·A)ᵀ, under names of their own
+    TURNED = "turned"  # a linear layer whose weight is stored as (inputs, outputs): ΔW = (B·A)ᵀ
+    EMBEDDING = "embedding"  # ΔW = (B·A)ᵀ, under different names
     CONVOLUTION = "convolution"  # ΔW = B·A over the outputs × everything else
-    PARAMETER = "parameter"  # of a module that is no layer: ΔW = B·A, or ΔW_e = B_e·A_e for each e of a stack
-    PARAMETER_TURNED = "parameter, turned"  # a stack whose matrices lie as (inputs, outputs)
+    PARAMETER = "parameter"  # of a module that is not a layer: ΔW = B·A, or ΔW_e = B_e·A_e for each e of a stack
+    PARAMETER_TURNED = "parameter, turned"  # a stack whose matrices are stored as (inputs, outputs)
 
     @property
     def is_parameter(self) -> bool:
-        """Whether PEFT knows it as a parameter (`target_parameters`), and not as a module."""
+        """Whether PEFT adapts it as a parameter (`target_parameters`) rather than as a module."""
         return self in (Layer.PARAMETER, Layer.PARAMETER_TURNED)
 
 
 def find_layer(base: Checkpoint, name: str) -> Layer | None:
-    """What kind of layer a tensor is the weight of; None if LoRA has no way to change it.
+    """The kind of layer that a weight belongs to; None if LoRA cannot change it.
 
-    Tensors alone do not say it. The length of the bias tells how a matrix lies; names tell embeddings, and of square
-    matrices how they lie if others of their name lie so.
+    The tensor alone does not determine it. The length of the bias gives the orientation of a matrix; names identify
+    embeddings, and a square matrix takes the orientation of other matrices with the same kind of name.
 
     Args:
         base: the pretrained model.
@@ -52,7 +52,7 @@ def find_layer(base: Checkpoint, name: str) -> Layer | None:
 
 
 def is_turned(base: Checkpoint, name: str) -> bool | None:
-    """Whether a matrix lies as (inputs, outputs); None if nothing tells.
+    """Whether a matrix is stored as (inputs, outputs); None if this is unknown.
 
     Args:
         base: the pretrained model.

@@ -1,7 +1,7 @@
-"""The model that an adapter changes, by the names that PEFT knows: those of its modules, not those of its files.
+"""The model that an adapter changes, under the names that PEFT uses: those of its modules, not of its files.
 
-Where the base's folder describes a model of transformers, its modules are looked up; otherwise the names of the tensors
-are taken for those of the modules, and what kind of layer each is of is told by names and shapes.
+If the base's folder describes a transformers model, its modules are looked up; otherwise the tensors' names are taken
+as module names, and names and shapes give the kind of each layer.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from freemerge.checkpoints.architecture import Architecture, Place, read_archite
 from freemerge.checkpoints.checkpoint import Checkpoint
 from freemerge.checkpoints.formats.adapters.layers import Layer, find_layer
 
-# Of models with stacked experts, PEFT takes modules called so for the experts of older files.
+# In models with stacked experts, PEFT takes modules with these names for the experts of older files.
 _EXPERTS_ONCE = {"gate", "w1", "w2", "w3", "gate_proj", "up_proj", "down_proj"}
 # Modules of these models that PEFT refuses to adapt.
 _REFUSED_IN = {"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"}
 _REFUSED = {"out_proj", "conv1d"}
-# Tasks whose heads PEFT saves whole, by the ends of the names of architectures, with the ends of the heads' names.
+# Tasks whose heads PEFT saves whole: suffixes of architecture names, with the suffixes of the heads' names.
 _HEADS = {
     "ForSequenceClassification": ("SEQ_CLS", ("classifier", "score")),
     "ForTokenClassification": ("TOKEN_CLS", ("classifier", "score")),
@@ -35,10 +35,10 @@ class Target:
     """A tensor of the model.
 
     Args:
-        name: in the model.
-        shape: of it.
-        layer: how an adapter can change it by factors; None if it can only hold it whole.
-        parts: the names of the files' tensors that it consists of, and where they lie in it.
+        name: its name in the model.
+        shape: its shape.
+        layer: how an adapter can change it by factors; None if it can only store it whole.
+        parts: the stored tensors that it consists of, and their places in it.
     """
 
     name: str
@@ -48,21 +48,21 @@ class Target:
 
     @property
     def module(self) -> str:
-        """The name of the module that it belongs to."""
+        """The name of its module."""
         return self.name.rpartition(".")[0]
 
     @property
     def is_plain(self) -> bool:
-        """Whether it is one tensor of the files, as it is."""
+        """Whether it is exactly one stored tensor."""
         return len(self.parts) == 1 and self.parts[0][1] == _whole(self.name, self.shape)
 
     def assemble(self, values: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device) -> Tensor:
-        """The model's tensor from those of files; zero where one is not given.
+        """Assemble the model's tensor from stored ones; missing ones are zero.
 
         Args:
             values: name in the files → tensor.
-            dtype: of the result.
-            device: of the result.
+            dtype: dtype of the result.
+            device: device of the result.
         """
         if self.is_plain and self.parts[0][0] in values:
             return values[self.parts[0][0]].to(device, dtype)
@@ -78,11 +78,11 @@ class Layout:
     """The tensors and modules of a model.
 
     Args:
-        targets: name in the model → the tensor, of all that the files hold.
-        modules: the names of all modules, those without tensors as well; None if they are not known.
-        kept: modules of which an adapter holds all tensors as soon as one of them changes.
+        targets: name in the model → tensor, for everything that the files hold.
+        modules: the names of all modules, including those without tensors; None if unknown.
+        kept: modules that an adapter stores whole as soon as one of their tensors changes.
         task: PEFT's name of the model's task, if it has one.
-        model_class: the module and the name of the model's class, if it is known.
+        model_class: the Python module and the name of the model's class, if known.
         needs: modules that PEFT saves whole for this task.
     """
 
@@ -95,22 +95,22 @@ class Layout:
 
     @cached_property
     def by_part(self) -> dict[str, Target]:
-        """The model's tensors by the names of the files' tensors."""
+        """The model's tensors by the names of the stored tensors."""
         return {name: target for target in self.targets.values() for name, _ in target.parts}
 
     def inside(self, module: str) -> list[Target]:
-        """All tensors of a module and of the modules in it."""
+        """All tensors of a module and its submodules."""
         return [target for name, target in self.targets.items() if name.startswith(f"{module}.")]
 
     def keeper(self, target: Target) -> str:
-        """The module that an adapter holds whole if it holds this tensor whole."""
+        """The module that an adapter stores whole if it stores this tensor whole."""
         path = target.name.split(".")[:-1]
         outer = (".".join(path[:length]) for length in range(1, len(path) + 1))
         return next((module for module in outer if module in self.kept), target.module)
 
 
 def read_layout(base: Checkpoint) -> Layout:
-    """The layout of a base: from its `config.json` if transformers knows the model, otherwise from its tensors' names.
+    """Read the layout of a base from its `config.json` if transformers knows the model, otherwise from tensor names.
 
     Raises:
         CheckpointError: the configuration is damaged.
@@ -154,7 +154,7 @@ def _of_architecture(architecture: Architecture, places: Mapping[str, Place]) ->
         for name, target in targets.items():
             if target.module.rpartition(".")[2] in _REFUSED:
                 targets[name] = replace(target, layer=None)
-    # The model's own order of the parameters of a module is the order in which PEFT wraps it.
+    # PEFT wraps the parameters of a module in the model's own order.
     ordered = {name: targets[name] for name in architecture.tensors if name in targets}
     names = [name for name in modules if name]
     task, heads = _find_task(architecture)
@@ -165,7 +165,7 @@ def _of_architecture(architecture: Architecture, places: Mapping[str, Place]) ->
 
 
 def _find_kind(owner: nn.Module, name: str) -> Layer | None:
-    """How PEFT can change a tensor of a module by factors."""
+    """The kind of layer as which PEFT can adapt a tensor of a module."""
     from transformers.pytorch_utils import Conv1D
 
     last = name.rpartition(".")[2]
@@ -178,7 +178,7 @@ def _find_kind(owner: nn.Module, name: str) -> Layer | None:
         if isinstance(owner, Conv1D):
             return Layer.TURNED
         if isinstance(owner, nn.Embedding):
-            # Positions that are shifted, say, are looked up otherwise than PEFT would.
+            # Subclasses may look rows up differently than PEFT would, such as shifted positions.
             plain = type(owner).forward is nn.Embedding.forward or hasattr(owner, "embed_scale")
             return Layer.EMBEDDING if plain else None
         if isinstance(owner, nn.Conv1d | nn.Conv2d | nn.Conv3d):
@@ -187,7 +187,7 @@ def _find_kind(owner: nn.Module, name: str) -> Layer | None:
         return None
     turned = tensor.dim() == 3 and bool(getattr(owner, "is_transposed", False))
     if turned and tensor.shape[0] == 1:
-        return None  # PEFT takes a single expert for a plain matrix
+        return None  # PEFT treats a single expert as a plain matrix
     return Layer.PARAMETER_TURNED if turned else Layer.PARAMETER
 
 
@@ -196,8 +196,8 @@ def _inner(module: nn.Module) -> Iterator[nn.Parameter]:
 
 
 def _mixed_modules(modules: Mapping[str, nn.Module]) -> list[str]:
-    """Modules with parameters of their own beside inner modules, the embeddings of a vision model: PEFT can only keep
-    them whole. Those with linear layers inside are no such modules: the layers are better changed by factors.
+    """Modules with direct parameters beside submodules, such as the embeddings of a vision model: PEFT can only store
+    them whole. Modules that contain linear layers are excluded, because those layers are better changed by factors.
     """
     found = []
     for name, module in modules.items():
@@ -205,14 +205,14 @@ def _mixed_modules(modules: Mapping[str, nn.Module]) -> list[str]:
         if not name or not own or next(_inner(module), None) is None:
             continue
         inside = [inner for inner in modules if inner.startswith(f"{name}.")]
-        # PEFT takes the name for the end of names: what is inside must not end so.
+        # PEFT matches the ends of names, so no submodule's name may end with it.
         if not any(isinstance(modules[inner], nn.Linear | nn.ModuleList) or inner.endswith(name) for inner in inside):
             found.append(name)
     return found
 
 
 def _find_task(architecture: Architecture) -> tuple[str | None, tuple[str, ...]]:
-    """PEFT's name of a model's task, and the ends of the names of the heads that PEFT saves for it."""
+    """PEFT's name of a model's task, and the suffixes of the head names that PEFT saves for it."""
     name = type(architecture.model).__name__
     for ending, (task, heads) in _HEADS.items():
         if name.endswith(ending):

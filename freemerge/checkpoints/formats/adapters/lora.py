@@ -1,4 +1,4 @@
-"""LoRA and DoRA: a matrix is changed by the product of two small ones.
+"""LoRA and DoRA: a matrix is changed by the product of two small matrices.
 
 Factors are never merged with each other: the product of sums is not the sum of products.
 """
@@ -14,7 +14,7 @@ from freemerge.checkpoints.checkpoint import Checkpoint
 from freemerge.checkpoints.formats.adapters.changes import BaseReader, Change, Run
 from freemerge.checkpoints.memory import flat_range
 
-_BLOCK = 1 << 20  # values of the base that are read at a time to find the norms of DoRA
+_BLOCK = 1 << 20  # values of the base that are read at a time to compute the norms of DoRA
 
 
 @dataclass(frozen=True)
@@ -23,12 +23,12 @@ class LowRank(Change):
 
     Args:
         weights: the adapter's file.
-        left: the name of B in it, (m, r) or (m, r, 1, …).
-        right: the name of A in it, (r, n) or (r, n, …).
+        left: the name of B in the file, (m, r) or (m, r, 1, …).
+        right: the name of A in the file, (r, n) or (r, n, …).
         scale: s.
-        recent: where the factors that were read last are kept, for the next run of their tensor.
-        turned: whether the base holds the transpose, (n, m).
-        fixed: whether `turned` is known whatever the base's shape is.
+        recent: cache of the factors that were read last, for the next chunk of their tensor.
+        turned: whether the base stores the transpose, (n, m).
+        fixed: whether `turned` is known independently of the base's shape.
     """
 
     weights: Checkpoint
@@ -51,7 +51,7 @@ class LowRank(Change):
         return replace(self, turned=turned)
 
     def read(self, shape: tuple[int, ...], run: Run, base: BaseReader) -> Tensor:
-        """s · left @ right, or the values of a run of it, computed from no more rows than it has."""
+        """s · left @ right, or a chunk of its values, computed from only the rows that it contains."""
         columns = torch.Size(shape[1:]).numel()
         start, stop = run or (0, shape[0] * columns)
         first, last = start // columns, -(-stop // columns)
@@ -85,11 +85,11 @@ class LowRank(Change):
 class Decomposed(Change):
     """DoRA: W + ΔW = m / ‖W + s·B·A‖ ⊙ (W + s·B·A) (Liu et al., ICML 2024, arXiv 2402.09353).
 
-    The norm is over the inputs of each output: over the rows of a matrix, and of a transposed one over its columns.
+    The norm is taken over the inputs of each output: along each row of a matrix, along each column of a transposed one.
 
     Args:
         low_rank: s·B·A.
-        stored: the name of m in its file, one number for each output.
+        stored: the name of m in the adapter's file, one number for each output.
     """
 
     low_rank: LowRank
@@ -111,7 +111,7 @@ class Decomposed(Change):
         return replace(self, low_rank=self.low_rank.turn(turned))
 
     def read(self, shape: tuple[int, ...], run: Run, base: BaseReader) -> Tensor:
-        if not self._gains:  # two threads may both look: they find the same
+        if not self._gains:  # two threads may both compute it, with the same result
             self._gains.append(self._find_gains(shape, base))
         axis = int(self.turned)
         gains = self._gains[0].view([-1 if dim == axis else 1 for dim in range(len(shape))]).expand(shape)
@@ -120,7 +120,7 @@ class Decomposed(Change):
         return after.mul_(gains if run is None else flat_range(gains, *run)).sub_(before)
 
     def _find_gains(self, shape: tuple[int, ...], base: BaseReader) -> Tensor:
-        """m / ‖W + s·B·A‖ for each output, in one pass over the base's values, block of rows by block of rows."""
+        """m / ‖W + s·B·A‖ for each output, in one pass over the base's values, in blocks of rows."""
         columns = torch.Size(shape[1:]).numel()
         height = max(1, _BLOCK // max(columns, 1))
         squares = torch.zeros(shape[1] if self.turned else shape[0], dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""Open the folder of an adapter: what its configuration says, and what each of its tensors does to the base."""
+"""Open the folder of an adapter: its configuration, and the change of the base by each of its tensors."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ _KINDS = {"LORA": "LoRA", "IA3": "(IA)³", "TRAINABLE_TOKENS": "trainable tokens
 
 
 def open_adapter(folder: Path, label: str, weights: Checkpoint) -> Checkpoint:
-    """A checkpoint over an adapter: `deltas` names the tensors that are differences to the base.
+    """Open an adapter as a checkpoint whose `deltas` names the tensors that are differences to the base.
 
     LoRA, DoRA, (IA)³ and trained tokens are computed here, other kinds by PEFT.
 
-    Tensors that the adapter holds whole (modules_to_save, biases) are given as they are; tensors of the base that it
-    does not name are unchanged. Differences that depend on the base's values can be read after `Checkpoint.on`.
+    Tensors that the adapter stores whole (modules_to_save, biases) are returned unchanged; base tensors that it does
+    not name are unchanged. Differences that depend on the base's values can be read after `Checkpoint.on`.
 
     Args:
-        folder: holds `adapter_config.json`.
-        label: how messages call this model.
+        folder: the folder with `adapter_config.json`.
+        label: the model's name in messages.
         weights: the opened `adapter_model.safetensors` or `.bin` of this folder.
 
     Raises:
-        CheckpointError: the configuration is broken, or the adapter does something that is not known here.
+        CheckpointError: the configuration is invalid, or the adapter has an unsupported kind of change.
     """
     config = read_config(folder)
     names = tuple(dict.fromkeys((*weights.names, *weights.tied)))
@@ -48,7 +48,7 @@ def open_adapter(folder: Path, label: str, weights: Checkpoint) -> Checkpoint:
             raise CheckpointError(f"{folder}: the adapter changes the tensor '{twice[0]}' in two ways")
         changed |= found.keys()
     if both := sorted(changed & whole.keys()):
-        raise CheckpointError(f"{folder}: the adapter holds the tensor '{both[0]}' and changes it as well")
+        raise CheckpointError(f"{folder}: the adapter stores the tensor '{both[0]}' and changes it as well")
     if not changed and not (config.kind == "LN_TUNING" and whole):
         raise CheckpointError(f"{folder}: holds no LoRA factors and no (IA)³ vectors; is it a whole model?")
     return _Adapter(config, label, weights, changes, modules, whole).checkpoint(None)
@@ -57,7 +57,7 @@ def open_adapter(folder: Path, label: str, weights: Checkpoint) -> Checkpoint:
 def _read_changes(
     config: AdapterConfig, weights: Checkpoint, names: Sequence[str]
 ) -> tuple[Mapping[str, Change], Sequence[Modules], Sequence[str]]:
-    """The changes of single tensors, those of modules that need the base to be told, and the names of the rest."""
+    """The changes of single tensors, those of modules that need the base to be assigned, and the names of the rest."""
     if config.kind in _KINDS and config.variant is None:
         parser = Parser(config.path.parent, config, weights)
         return parser.parse(names)
@@ -66,17 +66,18 @@ def _read_changes(
         return {}, [modules], [name for name in names if name not in modules.stored]
     what = f"a LoRA adapter with {config.variant}" if config.kind in _KINDS else f"a {config.kind} adapter"
     raise CheckpointError(
-        f"{config.path.parent}: is {what}, of which no difference to the base is known; merge it into its base model "
+        f"{config.path.parent}: is {what}, whose difference to the base cannot be computed here; merge it into its "
+        "base model "
         "with PEFT, if that can, or train a LoRA"
     )
 
 
 def _find_whole(names: Iterable[str]) -> dict[str, str]:
-    """Tensors that an adapter holds whole: name in the base → name in the file."""
+    """Tensors that an adapter stores whole: name in the base → name in the file."""
     whole: dict[str, str] = {}
     for name, inner, _ in split_names(names):
-        # Of a layer inside its wrapper the bias may be trained, but the weight is the base's own; and with bias="all"
-        # PEFT saves the biases of a module to save three times, the untrained ones as well.
+        # In a wrapped layer the bias may be trained, but the weight is the base's own. With bias="all", PEFT saves the
+        # biases of a module in modules_to_save three times, including the untrained ones.
         if ".original_module." not in name and (".base_layer." not in name or inner.endswith(".bias")):
             whole[_WRAPPERS.sub(".", inner)] = name
     return whole
@@ -84,7 +85,7 @@ def _find_whole(names: Iterable[str]) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class _Adapter:
-    """What an adapter does, by the names of the base's tensors."""
+    """The changes of an adapter by the base's tensor names."""
 
     config: AdapterConfig
     label: str
@@ -94,7 +95,7 @@ class _Adapter:
     whole: Mapping[str, str]  # name → name in the file
 
     def checkpoint(self, base: Checkpoint | None) -> Checkpoint:
-        """The adapter alone, or as a change of its base."""
+        """The adapter alone, or bound to its base."""
         changes = dict(self.changes) if base is None else self._oriented(base)
         for module in self.modules:
             changes |= module.changes(base)
@@ -105,7 +106,7 @@ class _Adapter:
 
         def read(name: str, run: Run) -> Tensor:
             def of_base(part: Run) -> Tensor:
-                assert base is not None  # a change that needs it is refused below
+                assert base is not None  # changes that need the base are refused below
                 return _read(base, name, part).float()
 
             if name in self.whole:
@@ -129,19 +130,19 @@ class _Adapter:
         )
 
     def _find_alone(self, changes: Mapping[str, Change]) -> list[str]:
-        """What PEFT changes in one module and in no other that shares its weight.
+        """The changes that PEFT applies to one module and to no other that shares its weight.
 
-        Trained tokens are those of tied modules too. Whole embeddings are saved as trained modules, or because they
-        have other rows than the base's, which then are the head's too.
+        Trained tokens also apply to tied modules. Whole embeddings are saved as trained modules, or because their rows
+        differ from the base's; the latter also apply to the head.
         """
         trained = [name for name in self.whole if self.config.is_saved(name.rpartition(".")[0])]
         return [*trained, *(name for name, change in changes.items() if not isinstance(change, Rows))]
 
     def _oriented(self, base: Checkpoint) -> dict[str, Change]:
-        """The changes of layers, each in the orientation in which the base holds its weight.
+        """The changes of layers, each in the orientation of the base's weight.
 
-        PEFT saves one `fan_in_fan_out` for all modules, and in models that have layers of both orientations (GPT-2 and
-        its head) it is that of the last one. Shapes tell, but for square weights.
+        PEFT saves one `fan_in_fan_out` for all modules; in models with layers of both orientations (GPT-2 and its head)
+        it is that of the last one. Shapes determine the orientation, except for square weights.
         """
         changes = self.changes
         shapes = {name: base.spec(name).shape for name in changes if base.has(name)}
@@ -151,7 +152,7 @@ class _Adapter:
         for name, fit in fits.items():
             if len(fit) == 1:
                 turned[name] = fit[0]
-            elif not fit and changes[name].needs_base:  # whoever compares shapes will see the others
+            elif not fit and changes[name].needs_base:  # other misfits are found when shapes are compared
                 shape = list(changes[name].shape(shapes[name]))
                 raise CheckpointError(
                     f"{self.label}: its change of the tensor '{name}' has shape {shape}, expected "
@@ -161,8 +162,8 @@ class _Adapter:
                 told = is_turned(base, name)
                 if told is None:
                     raise CheckpointError(
-                        f"{self.config.path}: fan_in_fan_out does not hold for '{contradicted}', so it cannot be "
-                        f"told whether '{name}', which is square, is transposed; merge the adapter into its base model "
+                        f"{self.config.path}: fan_in_fan_out does not hold for '{contradicted}', so it is unknown "
+                        f"whether '{name}', which is square, is transposed; merge the adapter into its base model "
                         "with PEFT first"
                     )
                 turned[name] = told

@@ -1,4 +1,4 @@
-"""What an adapter says of its base: which model it changes, for which task, so that others find and load it."""
+"""An adapter's reference to its base: model, revision and task, so that PEFT can find and load the base."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from freemerge.errors import CheckpointError
 
 _ID = re.compile(r"(?:[A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*")
 _CACHED = re.compile(r"models--(.+)")
-_PLAIN_TASKS = ("CAUSAL_LM", "SEQ_2_SEQ_LM", "FEATURE_EXTRACTION")  # for which PEFT saves no head
+_PLAIN_TASKS = ("CAUSAL_LM", "SEQ_2_SEQ_LM", "FEATURE_EXTRACTION")  # tasks for which PEFT saves no head
 
 
 def find_base_id(base: Checkpoint, models: Sequence[Checkpoint]) -> tuple[str | None, str | None]:
-    """The base's name on the Hub and its revision, as far as they are known.
+    """The base's name on the Hub and its revision, as far as known.
 
-    Adapters name the model that they were trained on; they count if they agree. A folder of the Hub's cache has the
-    name in its path.
+    Adapters name the model that they were trained on; the name is used if all agree. A folder of the Hub's cache has
+    the name in its path.
 
     Args:
         base: the pretrained model.
@@ -41,12 +41,12 @@ def find_base_id(base: Checkpoint, models: Sequence[Checkpoint]) -> tuple[str | 
 
 
 def find_origin(base: Checkpoint, models: Sequence[Checkpoint], layout: Layout) -> dict[str, Any]:
-    """The settings of an adapter by which PEFT finds its base and the class that loads it.
+    """The adapter settings by which PEFT finds the base and the class that loads it.
 
     Args:
         base: the pretrained model.
         models: the fine-tuned ones.
-        layout: of the base.
+        layout: the layout of the base.
     """
     identity, revision = find_base_id(base, models)
     place = base.folder
@@ -79,7 +79,7 @@ def _adapter_settings(model: Checkpoint) -> dict[str, Any] | None:
 
 
 def _as_id(name: object) -> str | None:
-    """A name of the Hub; None for a path."""
+    """A name on the Hub; None for a path."""
     if not isinstance(name, str) or not _ID.fullmatch(name) or len(name) > 200 or Path(name).exists():
         return None
     return name

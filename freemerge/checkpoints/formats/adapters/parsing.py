@@ -1,4 +1,4 @@
-"""The tensors of an adapter's file, by their names: of which change of which tensor of the base each is a part."""
+"""Parse the tensor names of an adapter's file: which change of which base tensor each belongs to."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from freemerge.errors import CheckpointError
 PREFIX = "base_model.model."  # PEFT's two wrappers around the model
 
 _MAGNITUDES = ("lora_magnitude_vector", "lora_magnitude_vector.weight")
-_MOST_PARAMETERS = 6  # of one module; their assignment is tried out
+_MOST_PARAMETERS = 6  # parameters of one module with factors; all assignments are tried
 _WRAPPED = re.compile(r"(?:\.base_layer)+\.")
 _TUNED = re.compile(r"(.+?)\.(lora_.+|ia3_l|(?:token_adapter\.)?trainable_tokens_delta)")
 
 
 def split_names(names: Iterable[str]) -> Iterator[tuple[str, str, str | None]]:
-    """Each stored name, its module and what of it it is: `base_model.model.layer.q.lora_A.weight` → `layer.q`,
-    `lora_A.weight`. Of whole tensors their name in the base, and None.
+    """Each stored name with its module and its role in the module: `base_model.model.layer.q.lora_A.weight` →
+    `layer.q`, `lora_A.weight`. For whole tensors, their name in the base and None.
     """
     for name in names:
         inner = _WRAPPED.sub(".", name.removeprefix(PREFIX))
@@ -37,7 +37,7 @@ def split_names(names: Iterable[str]) -> Iterator[tuple[str, str, str | None]]:
 
 @dataclass(frozen=True)
 class Parser:
-    """Understands the tensors of an adapter's file, one by one."""
+    """Parses the tensors of an adapter's file, one by one."""
 
     folder: Path
     config: AdapterConfig
@@ -45,7 +45,7 @@ class Parser:
     recent: dict[str, Tensor] = field(default_factory=dict)
 
     def parse(self, names: Iterable[str]) -> tuple[dict[str, Change], list[StackedModule], list[str]]:
-        """What is done to single tensors, to modules whose parameters have factors, and the names of the rest."""
+        """The changes of single tensors, the modules whose parameters have factors, and the names of the rest."""
         parts = list(split_names(names))
         stacked = self._stacked(parts)
         of_parameters = {name for module in stacked for level in module.levels for name in level}
@@ -69,7 +69,7 @@ class Parser:
         return changes, stacked, rest
 
     def _changes(self, name: str, module: str, kind: str) -> dict[str, Change]:
-        """What one stored tensor does to which tensors of the base; two factors are found by the first, A."""
+        """The changes of base tensors by one stored tensor; a pair of factors is handled at A."""
         weight, bias = f"{module}.weight", f"{module}.bias"
         shape, dtype = self.weights.spec(name)
         if not dtype.is_floating_point:
@@ -94,13 +94,14 @@ class Parser:
         known = kind in ("lora_B.weight", "lora_embedding_B", *_MAGNITUDES)
         if not known or (not self.weights.has(factor) and not self.weights.has(stem + "lora_embedding_A")):
             raise CheckpointError(
-                f"{self.folder}: holds '{name}', which belongs to no LoRA known here; merge the adapter into its base "
+                f"{self.folder}: holds '{name}', which is not part of a supported LoRA; merge the adapter into its "
+                "base "
                 "model with PEFT first"
             )
         return {}
 
     def _stacked(self, names: Iterable[tuple[str, str, str | None]]) -> list[StackedModule]:
-        """The modules some of whose parameters have factors, as `target_parameters` names them.
+        """The modules with factors of parameters that `target_parameters` names.
 
         Args:
             names: see `split_names`.
@@ -145,14 +146,14 @@ class Parser:
         return Decomposed(pair, magnitude)
 
     def _check_pair(self, name: str, other: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """The shapes of B and A, which can be multiplied."""
+        """The shapes of B and A, checked to be multipliable."""
         if not self.weights.has(other):
             raise CheckpointError(f"{self.folder}: the adapter has '{name}' and no '{other}'; save it again")
         right, left = self.weights.spec(name).shape, self.weights.spec(other).shape
         if len(left) != len(right) or len(left) < 2 or left[1] != right[0] or any(size != 1 for size in left[2:]):
             raise CheckpointError(
-                f"{self.folder}: '{name}' {list(right)} and '{other}' {list(left)} are no two factors of a matrix; is "
-                "it of a convolution in groups? Merge the adapter into its base model with PEFT first"
+                f"{self.folder}: '{name}' {list(right)} and '{other}' {list(left)} are not the factors of one "
+                "matrix; is it a grouped convolution? Merge the adapter into its base model with PEFT first"
             )
         if right[0] == 0:
             raise CheckpointError(

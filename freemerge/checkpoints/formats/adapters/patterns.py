@@ -1,7 +1,7 @@
-"""Patterns of module names, as PEFT matches them, in bounded time.
+"""Module name patterns, matched like PEFT in bounded time.
 
-An adapter's configuration may hold regular expressions, and one that backtracks without end would hang whoever reads
-it. Those that cannot repeat anything are matched as they are; the others by a matcher that stops.
+An adapter's configuration may hold regular expressions, and one with catastrophic backtracking would hang the reader.
+Patterns without repetition are matched by `re`, all others by a matcher with a time limit.
 """
 
 from __future__ import annotations
@@ -12,21 +12,21 @@ from collections.abc import Callable, Iterable
 
 from freemerge.errors import CheckpointError
 
-_SECONDS = 5.0  # for all modules of an adapter; what is sane takes microseconds
-_LONGEST = 100_000  # characters of a pattern
+_SECONDS = 5.0  # seconds for all modules of an adapter; ordinary patterns take microseconds
+_LONGEST = 100_000  # length limit of a pattern, in characters
 _REPEATS = re.compile(r"[*+?{(\\]")
 
 
 class PatternMatcher:
-    """Finds the first of some patterns that fits a module's name.
+    """Finds the first pattern that matches a module's name.
 
     Args:
-        patterns: regular expressions, in their order.
-        what: where they come from, for messages.
-        whole: whether a pattern has to fit the whole name; otherwise, as PEFT does it, the end of the name from a dot.
+        patterns: regular expressions, in order.
+        what: their origin, for messages.
+        whole: whether a pattern has to match the whole name; otherwise, as in PEFT, the end of the name from a dot on.
 
     Raises:
-        CheckpointError: a pattern is no regular expression.
+        CheckpointError: a pattern is not a valid regular expression.
     """
 
     def __init__(self, patterns: Iterable[str], what: str, whole: bool = False) -> None:
@@ -35,7 +35,7 @@ class PatternMatcher:
         self._patterns = {pattern: self._compile(pattern, whole) for pattern in patterns}
 
     def find(self, name: str) -> str | None:
-        """The first pattern that fits, or None.
+        """The first pattern that matches, or None.
 
         Raises:
             CheckpointError: matching takes too long.
@@ -65,7 +65,7 @@ class PatternMatcher:
             raise self._broken(pattern, error) from None
         if not _REPEATS.search(pattern):
             return lambda name, seconds: compiled.match(name)
-        import regex  # comes with transformers; the standard library's matcher cannot be stopped
+        import regex  # installed with transformers; the standard library's matcher has no time limit
 
         try:
             bounded = regex.compile(expression)
@@ -75,7 +75,9 @@ class PatternMatcher:
 
     def _broken(self, pattern: str, error: Exception) -> CheckpointError:
         reason = getattr(error, "msg", None) or str(error) or type(error).__name__
-        return CheckpointError(f"{self._what}: '{_shortened(pattern)}' is no regular expression ({reason}); correct it")
+        return CheckpointError(
+            f"{self._what}: '{_shortened(pattern)}' is not a regular expression ({reason}); correct it"
+        )
 
 
 def _shortened(pattern: str) -> str:

@@ -1,8 +1,7 @@
-"""Adapters that PEFT itself computes: LoHa, LoKr, VeRA, OFT, AdaLoRA and others, where PEFT is installed.
+"""Adapters that PEFT computes, if it is installed: LoHa, LoKr, VeRA, OFT, AdaLoRA and others.
 
-For each tensor a layer like the base's is built, alone, and adapted by PEFT as the configuration says; what it adds to
-the layer's weight, or makes of it, is the difference. So no more than a layer of the base is ever in memory, and what
-is computed is what PEFT computes.
+For each tensor a single layer like the base's is built and adapted by PEFT according to the configuration; the change
+of the layer's weight is the difference. So at most one layer of the base is in memory, and the result is PEFT's own.
 """
 
 from __future__ import annotations
@@ -28,31 +27,31 @@ from freemerge.errors import CheckpointError
 
 _Answer = TypeVar("_Answer")
 
-# What the names of a module's tensors begin with, by the kind of the adapter.
+# Prefixes of a module's tensor names, by the kind of adapter.
 _PREFIXES = {
     "ADALORA": "lora_", "BOFT": "boft_", "C3A": "c3a_", "DELORA": "delora_", "FOURIERFT": "fourierft_",
     "GRALORA": "gralora_", "HIRA": "hira_", "HRA": "hra_", "LOHA": "hada_", "LOKR": "lokr_", "LORA": "lora_",
     "MISS": "miss_", "OFT": "oft_", "RANDLORA": "randlora_", "ROAD": "road_", "SHIRA": "shira_", "VBLORA": "vblora_",
     "VERA": "vera_lambda_", "WAVEFT": "waveft_",
 }  # fmt: skip
-# Their layers share tensors, whose sizes depend on all of them.
+# Their layers share tensors, whose sizes depend on all layers.
 _SHARING = {"RANDLORA", "VBLORA", "VERA"}
-# Their differences do not depend on the base's values, and PEFT gives them as they are.
+# Their differences do not depend on the base's values, and PEFT returns them directly.
 _ADDED = {"ADALORA", "C3A", "FOURIERFT", "LOHA", "LOKR", "RANDLORA", "VBLORA", "VERA", "WAVEFT"}
-# PEFT cuts the ranks that training has dropped from what it made, before it looks at the file.
+# Before PEFT reads the file, it removes the ranks that training has dropped.
 _SIZED_LATER = {"ADALORA"}
 _CHANGE_BIASES = {"ROAD"}
-# Variants of LoRA that cannot be merged, or change which layers a model has.
+# Variants of LoRA that cannot be merged, or that change the layers of a model.
 _NO_DIFFERENCE = {"alora_invocation_tokens", "arrow_config", "layer_replication", "use_qalora"}
-# Settings that choose layers, or say what else is trained: the file's names tell both.
+# Settings that select layers or other trained parts; the names in the file give both.
 _CHOICES = ("layers_to_transform", "layers_pattern", "exclude_modules", "modules_to_save", "trainable_token_indices")
-_MOST = 1 << 16  # ranks, vectors and blocks; PEFT makes some tensors of these sizes before it looks at the file
+_MOST = 1 << 16  # bound on ranks, vectors and blocks: PEFT allocates tensors of these sizes before it reads the file
 _SIZES = re.compile(r"r|init_r|target_r|l|num_vectors|vector_length|\w*block_size|\w*block_num|\w+_k")
-_KEPT = 2  # modules whose differences are kept, while the runs of their tensors are read
+_KEPT = 2  # modules whose differences are cached while the chunks of their tensors are read
 
 
 def can_compute(config: AdapterConfig) -> bool:
-    """Whether an adapter is of a kind that PEFT is asked for."""
+    """Whether PEFT computes this kind of adapter."""
     return config.kind in _PREFIXES and config.variant not in _NO_DIFFERENCE
 
 
@@ -64,7 +63,7 @@ class PeftModules:
         config: the adapter's configuration.
         weights: its file.
         modules: module → names of its tensors in the file.
-        shared: names of the tensors that all modules use.
+        shared: names of the tensors that all modules share.
     """
 
     config: AdapterConfig
@@ -74,14 +73,14 @@ class PeftModules:
 
     @cached_property
     def stored(self) -> frozenset[str]:
-        """Names of all these tensors in the file."""
+        """The names of all these tensors in the file."""
         return frozenset((*self.shared, *(name for own in self.modules.values() for name in own)))
 
     def changes(self, base: Checkpoint | None) -> dict[str, Change]:
-        """What the adapter does to the base, by the names of its tensors.
+        """The changes of the base by its tensor names.
 
         Raises:
-            CheckpointError: PEFT cannot adapt such a layer, or is not installed.
+            CheckpointError: PEFT cannot adapt the layer, or is not installed.
         """
         layers = None
         if base is not None:
@@ -101,11 +100,11 @@ def find_modules(config: AdapterConfig, weights: Checkpoint, names: Iterable[str
     Args:
         config: the adapter's configuration, see `can_compute`.
         weights: its file.
-        names: of the tensors in it.
-        root: what names of modules begin with.
+        names: names of the tensors in the file.
+        root: prefix of the module names.
 
     Raises:
-        CheckpointError: PEFT is not installed, or there is no tensor of such an adapter.
+        CheckpointError: PEFT is not installed, or the file has no tensor of such an adapter.
     """
     folder = config.path.parent
     if importlib.util.find_spec("peft") is None:
@@ -139,7 +138,7 @@ class _Computed(Change):
         return base or (0,)
 
     def read(self, shape: tuple[int, ...], run: Run, base: BaseReader) -> Tensor:
-        assert self.layers is not None  # values are only read of an adapter that is bound to its base
+        assert self.layers is not None  # values are only read after the adapter is bound to its base
         whole = self.layers.difference(self.module, self.name)
         return whole.clone() if run is None else flat_range(whole, *run)
 
@@ -150,16 +149,17 @@ class _Layers:
 
     adapter: PeftModules
     base: Checkpoint
-    lock: threading.Lock = field(default_factory=threading.Lock)  # PEFT draws numbers, and layers are put in and out
+    # PEFT draws random numbers, and layers are inserted and removed
+    lock: threading.Lock = field(default_factory=threading.Lock)
     recent: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     models: dict[str, nn.Module] = field(default_factory=dict)
 
     def check(self) -> None:
-        """Refuse settings that PEFT cannot take, before anything is read."""
+        """Refuse settings that PEFT does not accept, before anything is read."""
         self._asking(next(iter(self.adapter.modules)), lambda: self._settings(tuple(self.adapter.modules)[:1]))
 
     def difference(self, module: str, name: str) -> Tensor:
-        """What the adapter does to a tensor, (*shape) float32."""
+        """The change of a tensor, (*shape) float32."""
         with self.lock:
             if module not in self.recent:
                 found = self._compute(module)
@@ -173,7 +173,7 @@ class _Layers:
             return self._asking(module, lambda: self._ask(module))
 
     def _ask(self, module: str) -> dict[str, Tensor]:
-        """What PEFT does to the tensors of a module, (*shape) float32 each, by their names."""
+        """The changes of a module's tensors by PEFT, (*shape) float32 each, by name."""
         kind = self.adapter.config.kind
         if kind in _SHARING:
             if not self.models:
@@ -192,7 +192,7 @@ class _Layers:
         return {f"{module}.{key}": after[key].detach().float() - before[key] for key in before}
 
     def _asking(self, module: str, ask: Callable[[], _Answer]) -> _Answer:
-        """The answer of PEFT; it says in many ways that it has none."""
+        """Call PEFT; its many kinds of errors become a CheckpointError."""
         config = self.adapter.config
         try:
             return ask()
@@ -206,7 +206,7 @@ class _Layers:
             ) from None
 
     def _adapt(self, modules: tuple[str, ...]) -> nn.Module:
-        """Layers like the base's, alone, with the adapter's tensors in them."""
+        """Build layers like the base's, without the rest of the model, with the adapter's tensors in them."""
         from peft import PeftModel
         from peft.utils import set_peft_model_state_dict
 
@@ -230,7 +230,7 @@ class _Layers:
         return model.eval()
 
     def _layer(self, module: str) -> nn.Module:
-        """A layer like the base's, with its values, or none where they are not needed."""
+        """Build a layer like the base's, with its values, or without values where they are not needed."""
         weight, bias = f"{module}.weight", f"{module}.bias"
         if not self.base.has(weight):
             raise CheckpointError(
@@ -243,7 +243,7 @@ class _Layers:
             if kind is Layer.EMBEDDING:
                 layer: nn.Module = nn.Embedding(shape[0], shape[1])
             elif kind is Layer.TURNED:
-                from transformers.pytorch_utils import Conv1D  # PEFT knows such layers by this class
+                from transformers.pytorch_utils import Conv1D  # PEFT recognizes such layers by this class
 
                 layer = Conv1D(shape[1], shape[0])
             elif kind is Layer.CONVOLUTION:
@@ -253,8 +253,8 @@ class _Layers:
                 layer = nn.Linear(shape[1], shape[0], bias=biased)
             else:
                 raise CheckpointError(
-                    f"{self.adapter.config.path.parent}: adapts '{module}', whose weight {list(shape)} is of no layer "
-                    "known here; merge the adapter into its base model with PEFT first"
+                    f"{self.adapter.config.path.parent}: adapts '{module}', whose weight {list(shape)} does not "
+                    "belong to a supported layer; merge the adapter into its base model with PEFT first"
                 )
         if self.adapter.config.kind in _ADDED:
             values = {name: torch.zeros(()).expand(tensor.shape) for name, tensor in layer.named_parameters()}
@@ -267,7 +267,7 @@ class _Layers:
         return layer
 
     def _settings(self, modules: tuple[str, ...]) -> Any:
-        """PEFT's configuration of these modules: their names, and of patterns what they mean for them."""
+        """PEFT's configuration of these modules: their names, and the values that patterns give them."""
         from peft import PeftType
         from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
@@ -293,7 +293,7 @@ class _Layers:
         return kind.from_peft_type(**values)
 
     def _meaning(self, key: str, patterns: Mapping[str, Any], modules: tuple[str, ...]) -> dict[str, Any]:
-        if self.adapter.config.kind == "ADALORA":  # names of tensors, and which ranks they keep
+        if self.adapter.config.kind == "ADALORA":  # tensor names, and the ranks that they keep
             return {name: kept for name, kept in patterns.items() if any(f".{m}." in f".{name}" for m in modules)}
         matcher = PatternMatcher(patterns, f"{self.adapter.config.path}: {key}")
         found = {module: matcher.find(module) for module in modules}
@@ -301,7 +301,7 @@ class _Layers:
 
 
 def _put(holder: nn.Module, name: str, layer: nn.Module) -> None:
-    """Put a layer where its dotted name says, with empty modules on the way."""
+    """Insert a layer at its dotted name, creating empty parent modules."""
     *path, last = name.split(".")
     for part in path:
         if part not in dict(holder.named_children()):

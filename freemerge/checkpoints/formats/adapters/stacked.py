@@ -1,9 +1,9 @@
-"""LoRA of parameters, PEFT's `target_parameters`: the experts of a layer, stacked in one tensor, above all.
+"""LoRA of parameters (PEFT's `target_parameters`), mostly the stacked experts of a layer.
 
-Where several parameters of a module have factors, PEFT wraps the module as often, and the file does not say which
-wrapper belongs to which parameter. Shapes tell: the base's are needed for it.
+If several parameters of a module have factors, PEFT wraps the module once for each, and the file does not say which
+wrapper belongs to which parameter. The shapes in the base determine it.
 
-Notation: E experts, of r ranks each; m outputs, n inputs.
+Notation: E experts of rank r; m outputs, n inputs.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from freemerge.checkpoints.formats.adapters.changes import BaseReader, Change, R
 from freemerge.checkpoints.formats.adapters.config import AdapterConfig
 from freemerge.errors import CheckpointError
 
-_SWAPPED = (0, 19)  # from this version on PEFT takes (E, m, n) for what it is, unless the module says otherwise
+_SWAPPED = (0, 19)  # from this version on, PEFT reads (E, m, n) as outputs × inputs unless the module says otherwise
 
 
 @dataclass(frozen=True)
 class StackedLowRank(Change):
-    """ΔW_e = s · B_e·A_e for each expert e; of a matrix, that has no experts, ΔW = s · B·A.
+    """ΔW_e = s · B_e·A_e for each expert e; for a matrix without experts, ΔW = s · B·A.
 
     Args:
         weights: the adapter's file.
-        left: the name of B in it, (m, r·E), the experts side by side in each rank.
-        right: the name of A in it, (r·E, n), the ranks of one expert after those of another.
-        config: the adapter's configuration, which has s.
+        left: the name of B in the file, (m, r·E), the experts side by side in each rank.
+        right: the name of A in the file, (r·E, n), expert after expert.
+        config: the adapter's configuration, which gives s.
         target: the name of the parameter.
-        recent: where factors that were read last are kept, for the next run of their tensor.
-        turned: whether the base holds (E, n, m), and not (E, m, n).
+        recent: cache of the factors that were read last, for the next chunk of their tensor.
+        turned: whether the base stores (E, n, m) rather than (E, m, n).
     """
 
     weights: Checkpoint
@@ -74,7 +74,7 @@ class StackedLowRank(Change):
         left = self._factor(self.left).view(-1, rank, experts)  # (m, r, E)
         right = self._factor(self.right).view(experts, rank, -1)  # (E, r, n)
         start, stop = run or (0, experts * height * width)
-        first, last = start // width, -(-stop // width)  # rows of all experts, one after the other
+        first, last = start // width, -(-stop // width)  # the rows of all experts in sequence
         rows = torch.empty(last - first, width)
         for expert in range(first // height, -(-last // height)):
             top, bottom = max(first, expert * height), min(last, (expert + 1) * height)
@@ -103,8 +103,8 @@ class StackedModule:
 
     Args:
         module: its name.
-        parameters: what of it the configuration names, without the module's name.
-        levels: the names of B and A in the adapter's file, a pair for each of PEFT's wrappers, the outermost first.
+        parameters: its parameters that the configuration names, without the module's name.
+        levels: the names of B and A in the adapter's file, one pair for each PEFT wrapper, the outermost first.
         weights: the adapter's file.
         config: the adapter's configuration.
         recent: see `StackedLowRank`.
@@ -118,10 +118,10 @@ class StackedModule:
     recent: dict[str, Tensor] = field(repr=False)
 
     def changes(self, base: Checkpoint | None) -> dict[str, StackedLowRank]:
-        """The changes of the parameters by the names of the base's tensors; without a base they are not told apart.
+        """The changes of the parameters by the base's tensor names; without a base their assignment is arbitrary.
 
         Raises:
-            CheckpointError: the base's shapes do not tell which factors are whose, or which way round they lie.
+            CheckpointError: the base's shapes do not determine the assignment or the orientation of the factors.
         """
         if base is None or not any(base.has(f"{self.module}.{name}") for name in self.parameters):
             return dict(map(self._change, self.parameters, self.levels))
@@ -145,8 +145,8 @@ class StackedModule:
     def _told_by_model(
         self, base: Checkpoint, ways: list[dict[str, StackedLowRank]]
     ) -> list[dict[str, StackedLowRank]]:
-        """Those of several ways that PEFT would take: it looks at the module itself, whose class says how its experts
-        lie, and wraps its parameters in their order.
+        """Keep the assignments that PEFT would choose: it takes the orientation from the module's class, and wraps the
+        parameters in the module's order.
         """
         architecture = read_architecture(base.folder)
         module = dict(architecture.model.named_modules()).get(self.module) if architecture else None
@@ -166,10 +166,10 @@ class StackedModule:
         return target, StackedLowRank(self.weights, *level, self.config, target, self.recent)
 
     def _ways_round(self, fits: Sequence[tuple[bool, ...]], stacked: Sequence[bool]) -> list[tuple[bool, ...]]:
-        """Which orientations all parameters can have together: a module's experts all lie one way."""
+        """The possible joint orientations of all parameters: a module's experts all have the same one."""
         ways = list(product(*fits))
         ways = [way for way in ways if len({turned for turned, deep in zip(way, stacked, strict=True) if deep}) < 2]
-        # Until then PEFT took the first side of an expert for its inputs, whichever it was.
+        # Earlier versions of PEFT always took the first dimension of an expert as its inputs.
         early = [way for way in ways if all(turned for turned, deep in zip(way, stacked, strict=True) if deep)]
         return early if len(ways) > 1 and early and self._version() < _SWAPPED else ways
 
@@ -183,7 +183,7 @@ class StackedModule:
             for left, right in self.levels
         ]
         held = ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items())
-        reason = "could be of them in more than one way" if several else "do not fit them"
+        reason = "fit them in more than one way" if several else "do not fit them"
         return (
             f"{self.config.path.parent}: the factors of '{self.module}' ({', '.join(factors)}) {reason}, the base has "
             f"{held}; merge the adapter into its base model with PEFT first"

@@ -1,6 +1,6 @@
 """Write a LoRA adapter as PEFT reads it: `adapter_config.json` and `adapter_model.safetensors`.
 
-What PEFT calls the factors, and which way round they lie, depends on the kind of layer: see `Layer`.
+PEFT's names and orientation of the factors depend on the kind of layer; see `Layer`.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from freemerge.checkpoints.writing.folder import check_folder
 
 WEIGHTS = "adapter_model.safetensors"
 
-_VERSION = "0.19.1"  # of PEFT, whose layout of stacked experts this is
+_VERSION = "0.19.1"  # the version of PEFT that introduced this layout of stacked experts
 
 
 def pack_factors(stem: str, layer: Layer, shape: tuple[int, ...], left: Tensor, right: Tensor) -> dict[str, Tensor]:
     """The factors of one difference as PEFT stores them.
 
     Args:
-        stem: what their names begin with: that of the module, see `stems`.
-        layer: its kind.
-        shape: of the difference.
-        left: (m, r), where ΔW as a matrix (dim 0 × the rest) is left @ right; of a stack (E, m, r), where the matrices
-            of ΔW are.
+        stem: prefix of their names, that of the module; see `stems`.
+        layer: the kind of the layer.
+        shape: shape of the difference.
+        left: (m, r), where ΔW as a matrix (dim 0 × the rest) is left @ right; for a stack (E, m, r), where each matrix
+            of ΔW is.
         right: (r, n), or (E, r, n).
 
     Returns:
@@ -52,12 +52,12 @@ def pack_factors(stem: str, layer: Layer, shape: tuple[int, ...], left: Tensor, 
 
 
 def stems(targets: Iterable[tuple[str, Layer]]) -> dict[str, str]:
-    """What the names of each tensor's factors begin with.
+    """The prefix of the names of each tensor's factors.
 
     PEFT wraps a module once for each of its parameters that has factors, the first of them innermost.
 
     Args:
-        targets: name and kind of every tensor that has factors, those of a module in the model's order.
+        targets: name and kind of every tensor with factors, those of a module in the model's order.
     """
     found: dict[str, str] = {}
     wrapped: dict[str, list[str]] = {}
@@ -78,11 +78,11 @@ def make_config(
     """The adapter's `adapter_config.json`, with a scale of 1.
 
     Args:
-        rank: of all factors.
-        targets: name and kind of every tensor that has factors.
+        rank: the rank of all factors.
+        targets: name and kind of every tensor with factors.
         biases: whether biases of the targets are stored.
         whole: the modules that are stored whole.
-        origin: what the adapter says of its base and its task, see `find_origin`.
+        origin: the reference to the base and its task; see `find_origin`.
     """
     targets = list(targets)
     modules = sorted(name.rpartition(".")[0] for name, layer in targets if not layer.is_parameter)
@@ -98,7 +98,7 @@ def make_config(
         "use_rslora": False,
         "fan_in_fan_out": any(layer is Layer.TURNED for _, layer in targets),
         "bias": "lora_only" if biases else "none",
-        # One expression for whole names: in a list PEFT takes each for the end of a name.
+        # A single expression matches whole names; PEFT matches the entries of a list with the ends of names.
         "target_modules": "|".join(map(re.escape, modules)) if modules else [],
         "target_parameters": parameters or None,
         "modules_to_save": sorted(whole) or None,
@@ -118,7 +118,7 @@ def write_adapter_folder(
         path: the folder; its parent is created.
         config: see `make_config`.
         tensors: stored name → tensor.
-        files: the other files, by name.
+        files: contents of the other files, by name.
         overwrite: replace a folder that freemerge wrote.
 
     Raises:
