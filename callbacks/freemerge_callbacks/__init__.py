@@ -1,4 +1,4 @@
-"""Lightning callbacks that merge what your own Trainer fine-tunes, and measure the result on every task."""
+"""Lightning callbacks that merge the models your own Trainer fine-tunes and evaluate the result on every task."""
 
 from freemerge_callbacks._weights import save_base
 from freemerge_callbacks.merge_at_fit_end import MergeAtFitEnd

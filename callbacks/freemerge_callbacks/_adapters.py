@@ -1,6 +1,6 @@
-"""Adapters of PEFT in somebody else's module: what is merged is the model that they make, under its own names.
+"""PEFT adapters in a user's module: they are fused into the weights first, and the fused weights are merged.
 
-Factors are never merged with each other: the product of sums is not the sum of products.
+Low-rank factors are never merged with each other, because the product of sums is not the sum of products.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ from torch import Tensor, nn
 
 
 def has_adapters(module: nn.Module) -> bool:
-    """Whether layers of a module are wrapped by PEFT."""
+    """Whether PEFT wraps any layer of a module."""
     if "peft" not in sys.modules:
         return False
     return any(_is_wrapper(part) for part in module.modules())
 
 
 def fused_weights(module: nn.Module) -> dict[str, Tensor]:
-    """The weights of a module with its adapters merged in, under the names that it has without them."""
+    """The weights of a module with its adapters fused in, under the names that they have without adapters."""
     from freemerge.training import fused_weights as fuse
 
     return fuse(module)
 
 
 def plain_names(module: nn.Module) -> dict[str, str]:
-    """For each tensor of a module as it is named without adapters, its name in the module's state dict."""
+    """Name of each tensor without adapters → its name in the module's state dict."""
     from freemerge.training import plain_names as names
 
     return names(module)
@@ -37,7 +37,7 @@ def plain_names(module: nn.Module) -> dict[str, str]:
 
 @contextmanager
 def without_adapters(module: nn.Module) -> Iterator[None]:
-    """For the duration of a block, a module computes without its adapters: with weights that they are merged into."""
+    """Disable a module's adapters inside the block, for weights that the adapters are already fused into."""
     if not has_adapters(module):
         yield
         return
@@ -50,13 +50,13 @@ def without_adapters(module: nn.Module) -> Iterator[None]:
     finally:
         for part in wrappers:
             part.enable_adapters(True)
-        for parameter, requires_grad in trained:  # PEFT marks what it enables as trained
+        for parameter, requires_grad in trained:  # enabling an adapter makes PEFT set requires_grad on it
             parameter.requires_grad_(requires_grad)
 
 
 @contextmanager
 def loaded(module: nn.Module, state: Mapping[str, Tensor]) -> Iterator[None]:
-    """For the duration of a block, a module has other values of its tensors.
+    """Give a module's tensors other values inside the block.
 
     Args:
         module: the module.

@@ -1,8 +1,8 @@
 """The base of a fit: a given checkpoint, or the weights that the module starts with.
 
-- The start is kept in a hidden file, because a fit that is interrupted and resumed does not see it again.
-- Its hash goes into the callback's state, so that a resumed fit takes no other file for it.
-- The hash is that of the backbone with the base loaded, so a given checkpoint and a kept start can be compared.
+- The initial weights are saved in a hidden file, because a resumed fit no longer has them in the module.
+- Their hash is part of the callback's state, so a resumed fit notices if the file was replaced.
+- The hash covers the backbone with the base loaded, so a given checkpoint and saved initial weights compare equal.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from freemerge.checkpoints import Checkpoint, expand, hash_base, hash_tensors, o
 from freemerge_callbacks._ranks import on_rank_zero
 from freemerge_callbacks._weights import part_of
 
-_OF_TUNERS = (".lr_find_", ".scale_batch_size_")  # what LearningRateFinder and BatchSizeFinder write
-_WAY_OUT = "give the pretrained model with base=..."
+_TUNER_FILES = (".lr_find_", ".scale_batch_size_")  # written by LearningRateFinder and BatchSizeFinder
+_ADVICE = "pass the pretrained model as base=..."
 
 
 class FitBase:
-    """What a fit's task vector is relative to.
+    """The base that a fit's task vector is computed from.
 
     Args:
-        given: path of the pretrained model; None for the weights that the module starts with.
-        output: what the callback will write; the start is kept beside it.
-        who: what messages begin with.
+        given: path of the pretrained model; None for the module's initial weights.
+        output: the file that the callback will write; the initial weights are saved beside it.
+        who: name of the callback, for error messages.
 
     Attributes:
-        hash: of the backbone's weights with the base loaded; None until it is known.
+        hash: hash of the backbone's weights with the base loaded; None until it is known.
     """
 
     def __init__(self, given: str | None, output: Path, who: str) -> None:
@@ -47,17 +47,17 @@ class FitBase:
         return self.given or self.kept
 
     def open(self) -> Checkpoint:
-        """The base, its tensors named as the backbone's."""
+        """The base, with its tensors under the backbone's names."""
         base = open_base(self.path)
         return part_of(base, self._part) if self._part else base
 
     @property
     def is_folder(self) -> bool:
-        """Whether the base is the folder of a model, whose other files belong to it."""
+        """Whether the base is a model folder, which also holds a configuration and a tokenizer."""
         return self.path.is_dir() and not self._part
 
     def find(self, trainer: L.Trainer, backbone: str, weights: Mapping[str, Tensor]) -> None:
-        """Find out whether a given base is a checkpoint of the whole module; every rank must call this.
+        """Detect whether a given base is a checkpoint of the whole module; every rank must call this.
 
         Args:
             trainer: the Trainer.
@@ -72,13 +72,13 @@ class FitBase:
     def begin(
         self, trainer: L.Trainer, weights: Mapping[str, Tensor], *, keep: bool = True, digest: bool = True
     ) -> None:
-        """At the start of a fit: keep what it starts from.
+        """Save and hash the initial weights at the start of a fit, or hash the given base.
 
         Args:
             trainer: the Trainer; every rank must call this.
             weights: the backbone's tensors.
-            keep: whether the values will be needed again.
-            digest: whether the hash of a given base is needed; it takes reading all of it.
+            keep: whether the initial values will be needed again.
+            digest: whether the hash of a given base is needed; computing it reads the whole base.
         """
         if self.given is not None:
             if digest:
@@ -87,21 +87,21 @@ class FitBase:
             self.hash = on_rank_zero(trainer, lambda: self._keep(weights, keep))
 
     def resume(self, trainer: L.Trainer, *, keep: bool = True) -> None:
-        """Once a checkpoint has been restored, if there is one: check that what was kept is still there.
+        """Check, in a resumed fit, that the saved initial weights are unchanged; call it after the restore.
 
         Raises:
-            ValueError: on rank 0, it is gone, or holds something else.
+            ValueError: on rank 0, the file is missing or holds other weights.
         """
         if self.given is None and is_resumed(trainer):
             on_rank_zero(trainer, lambda: self._check(keep))
 
     def restore(self, hash: str | None) -> None:
-        """Take over the hash from a callback's state."""
+        """Set the hash from a callback's saved state."""
         if self.given is None:
             self.hash = hash
 
     def discard(self) -> None:
-        """Remove the kept file; on rank 0."""
+        """Remove the file with the initial weights; call it on rank 0."""
         self.kept.unlink(missing_ok=True)
 
     def _keep(self, weights: Mapping[str, Tensor], keep: bool) -> str:
@@ -111,27 +111,27 @@ class FitBase:
 
     def _check(self, keep: bool) -> None:
         if self.hash is None:
-            raise ValueError(f"{self.who}: the checkpoint to resume from was saved without this callback; {_WAY_OUT}")
+            raise ValueError(f"{self.who}: the checkpoint to resume from was saved without this callback; {_ADVICE}")
         if not keep:
             return
         if not self.kept.exists():
-            raise ValueError(f"{self.who}: {self.kept}, what the resumed fit started from, is gone; {_WAY_OUT}")
+            raise ValueError(f"{self.who}: {self.kept} is missing: it held the fit's initial weights; {_ADVICE}")
         if hash_tensors(open_base(self.kept)) != self.hash:
-            raise ValueError(f"{self.who}: {self.kept} is not what the resumed fit started from; {_WAY_OUT}")
+            raise ValueError(f"{self.who}: {self.kept} does not hold the fit's initial weights; {_ADVICE}")
 
 
 def open_base(path: Path) -> Checkpoint:
-    """A base by all names of its tensors, so that a merge ties in its result what is tied in the base."""
+    """Open a base with all names of its tied tensors, so that the merged result ties the same tensors."""
     return open_checkpoint(path).with_tied_names()
 
 
 def part_inside(base: Checkpoint, part: str, names: Iterable[str]) -> str:
-    """The part of the module that a base is to be cut to: `part` where it is a checkpoint of the module, else none.
+    """The prefix to select from a base: `part` if the base is a checkpoint of the whole module, else "".
 
     Args:
-        base: the base as its file names it.
+        base: the base, with the names in its file.
         part: dotted path of the backbone.
-        names: the backbone's tensors, relative to it.
+        names: names of the backbone's tensors, relative to it.
     """
     own = set(names)
     inside = part_of(base, part) if part else base
@@ -139,12 +139,12 @@ def part_inside(base: Checkpoint, part: str, names: Iterable[str]) -> str:
 
 
 def is_resumed(trainer: L.Trainer) -> bool:
-    """Whether a fit goes on from a checkpoint. Lightning's tuners restore one of their own: the fit's start."""
-    return trainer.ckpt_path is not None and not Path(str(trainer.ckpt_path)).name.startswith(_OF_TUNERS)
+    """Whether a fit resumes from a checkpoint. The one that a Lightning tuner restores is the start of the fit."""
+    return trainer.ckpt_path is not None and not Path(str(trainer.ckpt_path)).name.startswith(_TUNER_FILES)
 
 
 def open_finetuned(path: Path) -> Checkpoint:
-    """A fine-tuned model; the callbacks have held it to their base already, before the training."""
+    """Open a fine-tuned model without its record; the callbacks compared its base with theirs before training."""
     return open_checkpoint(path).without_metadata()
 
 

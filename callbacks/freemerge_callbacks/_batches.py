@@ -1,4 +1,4 @@
-"""Read inputs and labels out of the batches that somebody else's loaders yield."""
+"""Read inputs and labels from the batches of a user's loaders."""
 
 from __future__ import annotations
 
@@ -13,19 +13,27 @@ Key = str | int
 Adapt = Callable[[Any], tuple[Any, Any]]
 """Batch → (inputs, labels)."""
 
-_LABELS = ("label", "target", "targets", "mask", "y", "class", "classes")  # what projects call labels, for advice
+_LABELS = (
+    "label",
+    "target",
+    "targets",
+    "mask",
+    "y",
+    "class",
+    "classes",
+)  # common names of labels, suggested in messages
 
 
 @dataclass(frozen=True)
 class BatchFormat:
-    """Where a batch has its inputs and its labels.
+    """Where a batch keeps its inputs and its labels.
 
     Args:
-        who: what messages begin with.
-        inputs: a key of the batch, whose value is the inputs; or keys, whose values are passed on as a dict (those of
-            positions as a tuple). None: of a pair the first; of a dict everything but the labels.
-        labels: the key of the labels. None: of a pair the second; of a dict `labels`.
-        adapt: batch → (inputs, labels), instead of keys.
+        who: name of the callback, for error messages.
+        inputs: the key of the inputs; or several keys, whose values are passed on as a dict (as a tuple if the keys are
+            positions). None: the first entry of a pair, or everything in a dict except the labels.
+        labels: the key of the labels. None: the second entry of a pair, or `labels` in a dict.
+        adapt: batch → (inputs, labels); replaces the keys.
     """
 
     who: str
@@ -35,19 +43,19 @@ class BatchFormat:
 
     def __post_init__(self) -> None:
         if self.adapt is not None and (self.inputs is not None or self.labels is not None):
-            raise ValueError(f"{self.who}: give either adapt, or inputs and labels")
+            raise ValueError(f"{self.who}: pass either adapt, or inputs and labels")
 
     def read(self, batch: Any, task: str, keeps_labels: bool = False) -> tuple[Any, Any]:
         """The inputs and the labels of a batch.
 
         Args:
-            batch: what a loader yields.
-            task: its name, for messages.
-            keeps_labels: whether the labels of a dict stay among its inputs, where the inputs are not named: the
-                decoder of a seq2seq model reads them, too.
+            batch: one batch of a loader.
+            task: the task's name, for messages.
+            keeps_labels: whether the labels of a dict stay among its inputs if `inputs` is None: the decoder of a
+                seq2seq model needs them too.
 
         Raises:
-            ValueError: they are not where they were said to be.
+            ValueError: the batch has no such inputs or labels.
         """
         if self.adapt is not None:
             found = self.adapt(batch)
@@ -75,7 +83,7 @@ class BatchFormat:
         return self._named_inputs(batch, task), labels
 
     def inputs_of(self, batch: Any, task: str) -> Any:
-        """The inputs of a batch that needs no labels: of a pair the first, of a dict all but the labels, or itself."""
+        """The inputs of a batch that may have no labels: the first entry, a dict without its labels, or the batch."""
         if self.adapt is not None:
             return self.adapt(batch)[0]
         if self.inputs is not None:
@@ -107,12 +115,12 @@ class BatchFormat:
 
 
 class Pairs:
-    """A loader seen as pairs (inputs, labels).
+    """Iterate over a loader as pairs (inputs, labels).
 
     Args:
         loader: the loader.
-        task: its name, for messages.
-        format: where its batches have inputs and labels.
+        task: the task's name, for messages.
+        format: where its batches keep inputs and labels.
         kind: of the task: labels of a "classification" are checked, and may be (B, 1) or whole floats; those of
             "mean_iou" are checked; a "seq2seq" model reads its labels, too. None for a metric that is given labels as
             they are.
@@ -130,7 +138,7 @@ class Pairs:
         """Yield the pairs.
 
         Raises:
-            ValueError: the loader yields something else, or a label that is no class.
+            ValueError: a batch has another format, or a label is not a class.
         """
         for batch in self.loader:
             inputs, labels = self.format.read(batch, self.task, keeps_labels=self.kind == "seq2seq")
@@ -141,32 +149,32 @@ class Pairs:
             yield inputs, labels
 
     def _classes_of(self, labels: Any) -> Tensor:
-        """Labels (B,) int64 of labels (B,) or (B, 1), whole numbers of any dtype."""
+        """Convert labels (B,) or (B, 1), whole numbers of any dtype, to (B,) int64."""
         try:
             labels = torch.as_tensor(labels)
         except (TypeError, ValueError, RuntimeError):
             raise ValueError(
                 f"{self.format.who}: expected one class for each sample of '{self.task}', got {_describe(labels)}; "
-                "give a metric of torchmetrics for what they are, or leave the task out"
+                "pass a torchmetrics metric for such labels, or leave the task out"
             ) from None
         if labels.ndim == 2 and labels.shape[1] == 1:
             labels = labels[:, 0]
         whole = labels.long()
         if labels.ndim != 1 or (labels.is_floating_point() and not torch.equal(labels, whole.to(labels.dtype))):
             shape = f"{str(labels.dtype).removeprefix('torch.')} {list(labels.shape)}"
-            advice = f"metrics={{'{self.task}': 'mean_iou'}}" if labels.ndim > 2 else "a metric of torchmetrics"
+            advice = f"metrics={{'{self.task}': 'mean_iou'}}" if labels.ndim > 2 else "a torchmetrics metric"
             raise ValueError(
-                f"{self.format.who}: expected one class for each sample of '{self.task}', got labels {shape}; give "
-                f"{advice} for what they are"
+                f"{self.format.who}: expected one class for each sample of '{self.task}', got labels {shape}; pass "
+                f"{advice} for such labels"
             )
         self.check_classes(whole)
         return whole
 
     def check_classes(self, labels: Tensor) -> None:
-        """Require labels (B, …) that are classes, once their number is known.
+        """Check that labels (B, …) are classes, if the number of classes is known.
 
         Raises:
-            ValueError: one is not.
+            ValueError: a label is not a class.
         """
         if not self.classes or not isinstance(labels, Tensor):
             return
@@ -175,7 +183,7 @@ class Pairs:
             label, advice = int(wrong[0]), ""
             if self.kind == "mean_iou":
                 metric = f"JaccardIndex('multiclass', num_classes={self.classes}, ignore_index={label})"
-                advice = f"; if nothing is to count there, give metrics={{'{self.task}': {metric}}}"
+                advice = f"; to ignore this label, pass metrics={{'{self.task}': {metric}}}"
             raise ValueError(
                 f"{self.format.who}: the loader of '{self.task}' yields the label {label}, and the model gives "
                 f"logits of {self.classes} classes: labels are 0 to {self.classes - 1}{advice}"

@@ -14,10 +14,10 @@ from freemerge_callbacks._weights import is_a, part_of
 
 
 def best_checkpoint(trainer: L.Trainer, who: str) -> ModelCheckpoint:
-    """The Trainer's first ModelCheckpoint that knows which of its checkpoints is the best.
+    """The Trainer's first ModelCheckpoint that tracks a best checkpoint.
 
     Raises:
-        ValueError: there is none.
+        ValueError: no ModelCheckpoint has a `monitor`.
     """
     found: list[Any] = [callback for callback in trainer.checkpoint_callbacks if is_a(callback, "ModelCheckpoint")]
     for callback in found:  # of the class by its name: of this Lightning or of pytorch_lightning
@@ -25,15 +25,15 @@ def best_checkpoint(trainer: L.Trainer, who: str) -> ModelCheckpoint:
             return callback
     raise ValueError(
         f"{who}: weights='best' needs a ModelCheckpoint with a `monitor` (and save_top_k ≠ 0) among the Trainer's "
-        "callbacks; add one, or take weights='last'"
+        "callbacks; add one, or use weights='last'"
     )
 
 
 def best_state(path: str, backbone: str, who: str) -> Checkpoint:
-    """The state dict in a Lightning checkpoint, a file or a folder of shards, read without running its code.
+    """Open the state dict in a Lightning checkpoint, a file or a folder of shards, without executing pickled code.
 
     Raises:
-        ValueError: no checkpoint was written, or it holds no such backbone.
+        ValueError: no checkpoint was written, or it does not hold the backbone.
     """
     if not path:
         raise ValueError(f"{who}: weights='best', but ModelCheckpoint has saved nothing; was its metric logged?")
@@ -44,30 +44,30 @@ def best_state(path: str, backbone: str, who: str) -> Checkpoint:
 
 
 def left_out(state: Checkpoint, module: nn.Module, backbone: str, who: str) -> list[str]:
-    """Names of the module's tensors that a checkpoint of it leaves out because they are not trained.
+    """Names of the frozen tensors of a module that its checkpoint leaves out.
 
-    Projects with a large frozen part save only what they train.
+    Projects with a large frozen part often save only the trained tensors.
 
     Args:
-        state: the checkpoint; every name in it is one of the module's.
+        state: the checkpoint; every name in it is a name in the module.
         module: the module.
-        backbone: dotted path of the part that is wanted.
-        who: what messages begin with.
+        backbone: dotted path of the backbone.
+        who: name of the callback, for error messages.
 
     Raises:
-        ValueError: the checkpoint leaves out something of the part that is trained.
+        ValueError: the checkpoint leaves out a trained tensor of the backbone.
     """
     prefix = f"{backbone}." if backbone else ""
     trained = {name for name, value in module.named_parameters() if value.requires_grad}
     missing = [name for name, value in module.state_dict().items() if isinstance(value, Tensor) and name not in state]
     if lost := [name for name in missing if name in trained and name.startswith(prefix)]:
         raise ValueError(
-            f"{who}: {state.label} leaves out '{lost[0]}', which was trained; keep it in on_save_checkpoint, or take "
+            f"{who}: {state.label} leaves out '{lost[0]}', which was trained; keep it in on_save_checkpoint, or use "
             "weights='last'"
         )
     return missing
 
 
 def completed(state: Checkpoint, module: nn.Module, own: Mapping[str, Any], backbone: str, who: str) -> dict[str, Any]:
-    """A checkpoint's tensors with those of the module's own state that it leaves out; see `left_out`."""
+    """A checkpoint's tensors, and from the module's own state the tensors that it leaves out; see `left_out`."""
     return {**{name: own[name] for name in left_out(state, module, backbone, who)}, **state}

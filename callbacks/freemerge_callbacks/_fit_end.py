@@ -1,8 +1,8 @@
-"""FitEndCallback: what MergeAtFitEnd and TaskCheckpoint have in common.
+"""FitEndCallback: the common base class of MergeAtFitEnd and TaskCheckpoint.
 
-Both know the base of a fit from its first step on, through an interruption too, and take the fit's weights at its end.
-What can be wrong is found before training begins: `setup` checks what was asked for, `on_fit_start` what the module is,
-`on_train_start` what was resumed. A `fast_dev_run` is left alone.
+Both remember the base of a fit, also across an interruption, and read the fit's weights at its end.
+Errors are raised before training begins: `setup` checks the arguments, `on_fit_start` checks the module and
+`on_train_start` checks the restored state. Under `fast_dev_run` the callbacks do nothing.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from freemerge_callbacks._weights import is_dev_run, part_weights, refuse_placeh
 
 
 class FitEndCallback(Callback, ABC):
-    """A callback that knows a fit's base and writes something of its weights when the fit ends.
+    """A callback that remembers a fit's base and writes a file made from the weights when the fit ends.
 
     Args:
-        output: what it writes.
-        base: the pretrained model's path; None for the weights that the module starts with.
-        keep: the file beside which the start is kept where no base is given.
+        output: the file or folder to write.
+        base: the pretrained model's path; None for the module's initial weights.
+        keep: the initial weights are saved beside this file if `base` is None.
         backbone: dotted path of the module's attribute that holds the backbone; "" for the module itself.
-        weights: "last", as they are when the fit ends, or "best", from the Trainer's ModelCheckpoint.
-        dtype: of what is written; None for that of the origin.
-        overwrite: whether an existing output is replaced.
+        weights: "last", the weights at the end of the fit, or "best", from the Trainer's ModelCheckpoint.
+        dtype: dtype of the written tensors; None keeps their own.
+        overwrite: whether to replace an existing output.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class FitEndCallback(Callback, ABC):
 
     @property
     def who(self) -> str:
-        """What messages begin with."""
+        """The callback's name, for error messages."""
         return type(self).__name__
 
     @property
@@ -100,7 +100,7 @@ class FitEndCallback(Callback, ABC):
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if is_dev_run(trainer):
             return
-        if not self._began:  # resumed from a checkpoint after which there was nothing left to train
+        if not self._began:  # the checkpoint was at the end of training, so `on_train_start` was never called
             self._check_base(trainer)
         self.finish(trainer, pl_module)
 
@@ -120,50 +120,50 @@ class FitEndCallback(Callback, ABC):
         return True
 
     def best_path(self, trainer: L.Trainer) -> str | None:
-        """The checkpoint that holds the wanted weights; None where these are the module's own."""
+        """The best checkpoint if `weights` is "best"; None if the module's own weights are used."""
         return best_checkpoint(trainer, self.who).best_model_path if self.weights == "best" else None
 
     def task_record(
         self, trainer: L.Trainer, task: str, holds: Literal["weights", "task_vector"], weights: Mapping[str, Tensor]
     ) -> TaskRecord:
-        """What a file of this fit's weights says of itself.
+        """The record for a file with this fit's weights.
 
-        Its metrics are those of the weights: all of the last epoch's, or the score that chose the best checkpoint.
+        Its metrics belong to these weights: all metrics of the last epoch, or the best checkpoint's monitored score.
         """
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
         if self.weights == "best":
             checkpoint = best_checkpoint(trainer, self.who)
             score = checkpoint.best_model_score
             metrics = {} if score is None else {str(checkpoint.monitor): float(score)}
-        seed = os.environ.get("PL_GLOBAL_SEED")  # where `seed_everything` keeps it
-        assert self.base.hash is not None  # known since the fit began
+        seed = os.environ.get("PL_GLOBAL_SEED")  # set by `seed_everything`
+        assert self.base.hash is not None  # set when the fit began
         return TaskRecord(task, holds, self.base.hash, None if seed is None else int(seed), metrics, dtypes_of(weights))
 
     def refuse_existing(self) -> None:
-        """Require that the output may be written.
+        """Check that the output may be written.
 
         Raises:
-            ValueError: it exists, and is not to be replaced.
+            ValueError: it exists and `overwrite` is False.
         """
         if self.output.exists() and not self.overwrite:
-            raise ValueError(f"{self.who}: {self.output} exists already; choose another, or set overwrite=True")
+            raise ValueError(f"{self.who}: {self.output} exists already; choose another path, or set overwrite=True")
 
     @abstractmethod
     def check_arguments(self, trainer: L.Trainer) -> None:
-        """When a fit is set up: check what the Trainer and the files can tell."""
+        """Check the arguments against the Trainer and the files; called in `setup`."""
 
     def check_module(self, trainer: L.Trainer, module: L.LightningModule, weights: Mapping[str, Tensor]) -> None:
-        """As soon as the module is complete: check it; by default nothing more than that the backbone is there.
+        """Check the module in `on_fit_start`, when it is complete; by default nothing beyond the backbone's existence.
 
         Args:
-            trainer: the Trainer; every rank gets here.
+            trainer: the Trainer; every rank calls this.
             module: the module.
-            weights: the backbone's tensors; whole on rank 0.
+            weights: the backbone's tensors; complete on rank 0.
         """
 
     def check_base(self, trainer: L.Trainer) -> None:
-        """Once `base.hash` is known for a resumed fit, too: compare it; by default with nothing."""
+        """Compare `base.hash` with other records, once it is known for a resumed fit too; by default does nothing."""
 
     @abstractmethod
     def finish(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        """When the fit ends: write."""
+        """Write the output; called in `on_fit_end`."""

@@ -1,9 +1,9 @@
-"""Batches of somebody else's loaders as a validation of the Trainer would give them, without a trace in the loaders.
+"""Iterate over a user's loaders as the Trainer's validation would, and leave the loaders unchanged.
 
-- A batch goes through the same hooks (`on_after_batch_transfer` and its like) as in the Trainer's own validation: there
-  projects normalise, crop and augment.
-- Each pass has an iterator of its own: the Trainer may be in the middle of the same loader.
-- Generators that a loader draws from are put back: the training loader may draw from the same ones.
+- A batch passes through the same hooks (such as `on_after_batch_transfer`) as in the Trainer's own validation, because
+  projects normalise, crop and augment there.
+- Each pass uses a new iterator, because the Trainer may be in the middle of the same loader.
+- The state of a loader's generators is restored, because the training loader may share them.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ class Source:
 
     Args:
         loader: the loader.
-        data: the data module that it belongs to; None for a loader that was given as such.
+        data: the data module that it belongs to; None for a plain loader.
     """
 
     loader: Iterable
     data: Any = None
 
     def batches(self, trainer: L.Trainer) -> Iterator[Any]:
-        """The batches after the hooks of the data module (of the Trainer's for a plain loader), else of the module."""
+        """The batches after the hooks of the data module (for a plain loader, the Trainer's), or else the module's."""
         before, move, after = (_hook(name, trainer, self.data) for name in _HOOKS)
         for batch in _twin(self.loader):
             batch = before(batch, 0) if before else batch
@@ -45,10 +45,10 @@ class Source:
 
 
 def open_source(trainer: L.Trainer, value: Any, split: str, who: str, task: str) -> Source:
-    """The loader of one task, taken out of its data module if that was given.
+    """The loader of one task, from its data module if one was given.
 
     Raises:
-        ValueError: there are several loaders.
+        ValueError: the data module has several loaders.
     """
     loader, data = (loaders_of(trainer, value, split), value) if is_data_module(value) else (combined(value), None)
     if data is not None and isinstance(loader, (list, tuple)) and len(loader) == 1:
@@ -59,14 +59,14 @@ def open_source(trainer: L.Trainer, value: Any, split: str, who: str, task: str)
         names = f" ({', '.join(map(repr, loader))})" if isinstance(loader, Mapping) else ""
         found = found if isinstance(found, str) else f"a {type(found).__name__}"
         raise ValueError(
-            f"{who}: expected one loader for '{task}', and got the {len(loader)} of {found}{names}; give each a task "
-            "of its own: loaders={'task': loader}"
+            f"{who}: expected one loader for '{task}', found {len(loader)} in {found}{names}; name a task for each: "
+            "loaders={'task': loader}"
         )
     return Source(loader, data)
 
 
 def loaders_of(trainer: L.Trainer, data: Any, split: str) -> Any:
-    """What a data module gives for the split, prepared as by a Trainer; of a CombinedLoader, what it combines."""
+    """A data module's loaders for a split, prepared as a Trainer would; a CombinedLoader is unpacked."""
     if getattr(data, "trainer", None) is None:
         data.trainer = trainer
     on_rank_zero(trainer, data.prepare_data)
@@ -75,20 +75,20 @@ def loaders_of(trainer: L.Trainer, data: Any, split: str) -> Any:
 
 
 def combined(loaders: Any) -> Any:
-    """The loaders in a CombinedLoader, of `lightning` or of `pytorch_lightning`; anything else as it is."""
+    """The loaders in a CombinedLoader of `lightning` or `pytorch_lightning`; anything else is returned unchanged."""
     return loaders.iterables if type(loaders).__name__ == "CombinedLoader" else loaders
 
 
 def is_data_module(value: Any) -> bool:
-    """Whether it is a data module, of `lightning` or of `pytorch_lightning`."""
+    """Whether a value is a data module of `lightning` or `pytorch_lightning`."""
     return all(hasattr(value, name) for name in ("prepare_data", "setup", "val_dataloader"))
 
 
 @contextmanager
 def as_in_validation(trainer: L.Trainer, split: str, loaders: Iterable[Any]) -> Iterator[None]:
-    """For the duration of a block the Trainer says that it validates (or tests); then generators are put back.
+    """Set the Trainer's stage to validating (or testing) inside the block, and restore the generators afterwards.
 
-    Hooks and modules ask `trainer.training` whether to augment.
+    Hooks and modules look at `trainer.training` to decide whether to augment.
     """
     states = [(generator, generator.get_state()) for loader in loaders for generator in _generators(loader)]
     stage, function = trainer.state.stage, trainer.state.fn
@@ -106,7 +106,7 @@ def as_in_validation(trainer: L.Trainer, split: str, loaders: Iterable[Any]) -> 
 
 
 def _hook(name: str, trainer: L.Trainer, data: Any) -> Any:
-    """The project's own hook, if there is one; Lightning's moves tensors to the device, as evaluation does anyway."""
+    """The project's own hook, or None: Lightning's default only moves tensors to the device, as evaluation does."""
     owners = (data if data is not None else getattr(trainer, "datamodule", None), trainer.lightning_module)
     hooks = (getattr(owner, name, None) for owner in owners)
     return next((hook for hook in hooks if hook is not None and not _is_lightning(hook)), None)
@@ -117,7 +117,7 @@ def _is_lightning(hook: Any) -> bool:
 
 
 def _twin(loader: Iterable) -> Iterable:
-    """The same loader with an iterator of its own, also where workers persist."""
+    """A copy of a loader with its own iterator, also with persistent workers."""
     if not isinstance(loader, DataLoader):
         return loader
     twin = copy.copy(loader)

@@ -1,4 +1,4 @@
-"""What each task is judged by: names of metrics, metrics of torchmetrics, and what a suite says."""
+"""The metric of each task: given by name, given as a torchmetrics object, or defined by a suite."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torchmetrics import Metric
 
 from freemerge.data import TaskSuite
 
-if TYPE_CHECKING:  # slow to import, and wanted when the first fit begins
+if TYPE_CHECKING:  # slow to import, and not needed before the first fit
     from freemerge.evaluation import TaskMetric
 
 MEAN_IOU = "mean_iou"
@@ -20,35 +20,41 @@ MEAN_IOU = "mean_iou"
 def open_metrics(
     given: Mapping[str, str | Metric] | None, tasks: Iterable[str], suite: Any, who: str
 ) -> dict[str, TaskMetric | Metric | str]:
-    """Task → metric: what is given, else what a suite says, else accuracy. MEAN_IOU stays a name: its number of classes
-    is not known yet.
+    """Task → metric: the given one, else the suite's, else accuracy.
+
+    MEAN_IOU stays a name, because the number of classes is not known yet.
 
     Raises:
-        ValueError: there is no such task or metric.
+        ValueError: a task or a metric is unknown.
     """
     from freemerge.evaluation import TaskMetric
 
     given = dict(given or {})
     if unknown := [task for task in given if task not in tasks]:
-        raise ValueError(f"{who}: a metric for '{unknown[0]}', a task without a loader")
+        raise ValueError(f"{who}: `metrics` names '{unknown[0]}', a task without a loader")
     metrics: dict[str, TaskMetric | Metric | str] = dict.fromkeys(tasks, TaskMetric())
     if isinstance(suite, TaskSuite):
         metrics |= {name: TaskMetric.of(suite.task(name)) for name in suite.names}
     for task, metric in given.items():
         if not isinstance(metric, (str, Metric, TaskMetric)):
             raise ValueError(
-                f"{who}: the metric of '{task}' is a {type(metric).__name__}; give the name of a metric, or one metric "
-                "of torchmetrics"
+                f"{who}: the metric of '{task}' is a {type(metric).__name__}; pass the name of a metric, or one "
+                "torchmetrics metric"
             )
         metrics[task] = TaskMetric.parse(metric) if isinstance(metric, str) and metric != MEAN_IOU else metric
     return metrics
 
 
 def mean_iou(output: Any, who: str, task: str) -> Metric:
-    """The mean over the classes of intersection ÷ union, for logits of as many classes as an output has.
+    """The mean intersection over union of the classes, with as many classes as the output has.
+
+    Args:
+        output: logits (B, C, …).
+        who: name of the callback, for error messages.
+        task: the task's name, for messages.
 
     Raises:
-        ValueError: the output is no dense prediction.
+        ValueError: the output is not a dense prediction.
     """
     from torchmetrics import JaccardIndex
 
@@ -61,28 +67,28 @@ def mean_iou(output: Any, who: str, task: str) -> Metric:
 
 
 def check_value(metric: Metric, who: str, task: str) -> None:
-    """Require that a metric that has seen one batch gives one number.
+    """Check that a metric, updated with one batch, computes one number; then reset it.
 
     Raises:
-        ValueError: it gives something else.
+        ValueError: it computes something else.
     """
     try:
         value = metric.compute()
-    except Exception:  # one batch may be too few for it
+    except Exception:  # one batch may be too little data
         return
     finally:
         metric.reset()
     if (isinstance(value, Tensor) and value.numel() != 1) or isinstance(value, (Mapping, tuple, list)):
         raise ValueError(
-            f"{who}: {type(metric).__name__}, the metric of '{task}', gives {shape_of(value)}, and one number is needed"
+            f"{who}: {type(metric).__name__}, the metric of '{task}', must give one number, got {shape_of(value)}"
         )
 
 
 def label_of(metric: Any) -> str:
-    """What a metric is called where it is logged."""
+    """The name under which a metric is logged."""
     return getattr(metric, "label", type(metric).__name__)
 
 
 def shape_of(value: Any) -> str:
-    """What a value is, for messages."""
+    """A value's shape or type, for messages."""
     return f"shape {list(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"

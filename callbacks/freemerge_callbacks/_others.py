@@ -1,4 +1,4 @@
-"""The finished checkpoints of the other tasks: paths and globs in, existing files and folders out."""
+"""Find the finished checkpoints of the other tasks from paths and globs."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from freemerge.checkpoints import expand, read_record
 
 
 def find_others(patterns: Sequence[str], start: Path, own: Collection[Path], who: str) -> dict[str, Path]:
-    """Resolve paths and globs, in the given order; what a glob matches is sorted.
+    """Resolve paths and globs in the given order; the matches of a glob are sorted.
 
     Args:
         patterns: paths of files or folders, and globs (`runs/*/backbone.safetensors`, `**` for any depth).
-        start: the folder to which relative ones belong.
-        own: files of the merge itself (its base, its output): a glob passes over them, and to name one is an error.
-        who: what messages begin with.
+        start: the folder that relative paths start from.
+        own: files of the merge itself (its base, its output). A glob skips them; naming one is an error.
+        who: name of the callback, for error messages.
 
     Returns:
-        Label → absolute path of what exists, each once. The label is the path as it was given or matched.
+        Label → absolute path, each file once. The label is the path as it was given or matched.
 
     Raises:
-        ValueError: nothing given, a path that does not exist or a glob that matches nothing.
+        ValueError: `patterns` is empty, a path does not exist, or a glob matches nothing.
     """
     if isinstance(patterns, str):
         raise ValueError(f"{who}: `others` takes a list of paths; write [{patterns!r}]")
@@ -46,25 +46,25 @@ def find_others(patterns: Sequence[str], start: Path, own: Collection[Path], who
 
 
 def base_hashes(paths: Iterable[Path]) -> dict[Path, str]:
-    """The base that each checkpoint was fine-tuned from, for those that keep record of it."""
+    """Path → hash of the base that a checkpoint was fine-tuned from, for the checkpoints that have a record."""
     records = {path: read_record(path) for path in paths}
     return {path: record.base_hash for path, record in records.items() if record is not None}
 
 
 def check_base_hashes(paths: Iterable[Path], expected: str | None, who: str) -> None:
-    """Require that all checkpoints that keep record of their base were fine-tuned from this one.
+    """Check that all checkpoints with a record were fine-tuned from this base.
 
     Args:
         paths: the other tasks' checkpoints.
         expected: hash of this fit's base.
-        who: what messages begin with.
+        who: name of the callback, for error messages.
 
     Raises:
-        ValueError: one was fine-tuned from another base.
+        ValueError: a checkpoint was fine-tuned from another base.
     """
     for path, found in base_hashes(paths).items():
         if found != expected:
             raise ValueError(
                 f"{who}: {path} was fine-tuned from another base than this fit (hash {found[:12]}…, here "
-                f"{str(expected)[:12]}…), so a merge of both means nothing; fine-tune it again, or leave it out"
+                f"{str(expected)[:12]}…), so their merge would be meaningless; fine-tune it again, or leave it out"
             )

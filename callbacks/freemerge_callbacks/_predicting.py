@@ -1,4 +1,4 @@
-"""Run somebody else's module on many tasks without leaving a trace in it."""
+"""Run a user's module on several tasks and leave the module unchanged."""
 
 from __future__ import annotations
 
@@ -27,9 +27,10 @@ Features = str | Callable[[Any], Tensor] | None
 
 @contextmanager
 def evaluating(modules: Sequence[nn.Module], device: torch.device) -> Iterator[None]:
-    """Modules in evaluation mode, without gradients, on `device`; then everything as it was, random numbers included.
+    """Put modules into evaluation mode on `device`, without gradients, inside the block.
 
-    Every submodule gets its own mode back: some may have been frozen in evaluation mode.
+    Afterwards modes, devices and random number generators are restored. The mode is restored for each submodule,
+    because some may have been frozen in evaluation mode.
     """
     modes = [(part, part.training) for module in modules for part in module.modules()]
     homes = [(module, next((tensor.device for tensor in module.parameters()), device)) for module in modules]
@@ -55,7 +56,7 @@ def merged_into(module: nn.Module, backbone: str, merged: str | Path | Mapping[s
         merged: tensors by name, or any file that `open_checkpoint` reads.
 
     Raises:
-        ValueError: it is another model's.
+        ValueError: `merged` belongs to another model.
     """
     start = f"{backbone}." if backbone else ""
     tensors = {name: value for name, value in module.state_dict().items() if isinstance(value, Tensor)}
@@ -66,7 +67,8 @@ def merged_into(module: nn.Module, backbone: str, merged: str | Path | Mapping[s
     placed = {by_name[prefix + name]: name for name in checkpoint.names if prefix + name in by_name}
     parameters = {name for name, _ in module.named_parameters()}
     bare = {full for full in by_name.values() if full in parameters and full not in placed}
-    # What a merge excludes may be only in the module (its head) or only in the file (the base's head), never both.
+    # Tensors excluded from a merge may be only in the module (its head) or only in the file (the base's head), but not
+    # both.
     if not placed or (bare and len(placed) < len(checkpoint)):
         raise ValueError(
             f"{checkpoint.label}: its tensors are not those of the backbone '{backbone}' of {type(module).__name__}"
@@ -75,7 +77,7 @@ def merged_into(module: nn.Module, backbone: str, merged: str | Path | Mapping[s
 
 
 def own_names(module: nn.Module, backbone: str) -> dict[str, str]:
-    """For each tensor of the backbone as callbacks name it, its name in the module; see `part_weights`."""
+    """Name of each backbone tensor as `part_weights` gives it → its name in the module."""
     start = f"{backbone}." if backbone else ""
     body = module.get_submodule(backbone)
     if has_adapters(body):
@@ -87,14 +89,14 @@ def own_names(module: nn.Module, backbone: str) -> dict[str, str]:
 def own_heads(
     module: nn.Module, backbone: str, head: str, include: Sequence[str] | None, exclude: Sequence[str] | None
 ) -> set[str]:
-    """The module's tensors that a merge leaves out because they are its head's.
+    """Names of the module's tensors that a merge leaves out because they belong to a head.
 
-    A merged file has the base's values of what was left out. For a part of the backbone these are meant; but where a
-    head is inside of what is merged, the base's is untrained, and the module's own is meant.
+    For excluded tensors a merged file holds the base's values. These are right for a part of the backbone. For a head
+    inside the backbone they are untrained, so the module's own head is used instead.
 
     Args:
         module: the module.
-        backbone: dotted path of what is merged; "" for the module itself.
+        backbone: dotted path of the merged part; "" for the module itself.
         head: dotted path of the module's head.
         include: see `merge`.
         exclude: see `merge`.
@@ -117,17 +119,17 @@ def predictor(
     weights: Mapping[str, Tensor],
     features: Features = None,
 ) -> Predict:
-    """(inputs, task) → what the model gives, with the Trainer's precision.
+    """A function (inputs, task) → output that runs the model at the Trainer's precision.
 
     Args:
-        trainer: gives the precision.
+        trainer: the Trainer, for its precision.
         module: the module; without `heads` its own forward returns logits.
         backbone: dotted path of the backbone; with `heads` it returns features.
-        heads: task → head, features to logits.
-        features: what of the backbone's output the heads are given; see `find_features`.
-        weights: tensors to use instead of the module's own, under the module's names. The module keeps its own.
+        heads: task → head, from features to logits.
+        features: how to read the features from the backbone's output; see `find_features`.
+        weights: tensors to use instead of the module's own, under the module's names; the module is not changed.
     """
-    # `functional_call` needs the module itself, not what `torch.compile` made of it.
+    # `functional_call` needs the original module, not the wrapper of `torch.compile`.
     body, weights = evaluated_part(module, "" if heads is None else backbone, weights)
     precision = trainer.precision_plugin
 
@@ -141,7 +143,7 @@ def predictor(
 
 
 def evaluated_part(module: nn.Module, part: str, weights: Mapping[str, Tensor]) -> tuple[nn.Module, dict[str, Tensor]]:
-    """A part of a module as it was before `torch.compile`, and some of the module's tensors under the part's names."""
+    """A part of a module without its `torch.compile` wrapper, and the given tensors under the part's names."""
     body = module.get_submodule(part)
     body = getattr(body, "_orig_mod", body)
     start = len(part) + 1 if part else 0
@@ -149,8 +151,11 @@ def evaluated_part(module: nn.Module, part: str, weights: Mapping[str, Tensor]) 
 
 
 def arguments(body: nn.Module, inputs: Any) -> tuple[tuple, dict[str, Any]]:
-    """How a module is called with a batch's inputs: the values of a dict by their names, and those of a tuple one by
-    one, where its `forward` takes them so; else all as one."""
+    """Positional and keyword arguments with which to call a module on a batch's inputs.
+
+    A dict becomes keyword arguments and a tuple positional ones if `forward` accepts them; otherwise the inputs are one
+    argument.
+    """
     positional = tuple(inputs) if isinstance(inputs, (tuple, list)) else ()
     named = dict(inputs) if isinstance(inputs, Mapping) else {}
     if not positional and not named:
@@ -163,15 +168,15 @@ def arguments(body: nn.Module, inputs: Any) -> tuple[tuple, dict[str, Any]]:
 
 
 def find_features(output: Any, features: Features = None) -> Tensor:
-    """The features (B, F) in what a backbone returns.
+    """The features (B, F) in a backbone's output.
 
     Args:
         output: a tensor, or a dict such as transformers' models return.
-        features: the key of the features in a dict, or a function that takes them out of any output. None: its
-            `pooler_output`, or the only tensor (B, F) in it.
+        features: the key of the features in a dict, or a function output → features. None: `pooler_output`, or the
+            only tensor (B, F) in the dict.
 
     Raises:
-        ValueError: they cannot be found.
+        ValueError: no features are found.
     """
     if callable(features):
         return features(output)
@@ -188,13 +193,13 @@ def find_features(output: Any, features: Features = None) -> Tensor:
         return tensors[key]
     found = ", ".join(f"{key} {list(value.shape)}" for key, value in tensors.items()) or f"a {type(output).__name__}"
     raise ValueError(
-        f"the backbone returns {found}; say what the heads are given: features='key', or features=a function of the "
-        "output"
+        f"cannot find the features in the backbone's output ({found}); pass features='key', or features=a function of "
+        "the output"
     )
 
 
 def _logits(output: Any) -> Any:
-    """The logits in what a model of transformers or torchvision returns; anything else as it is."""
+    """The logits in the output of a transformers or torchvision model; anything else is returned unchanged."""
     for key in ("logits", "out"):
         if isinstance(output, Mapping) and key in output:
             return output[key]
@@ -202,13 +207,13 @@ def _logits(output: Any) -> Any:
 
 
 class Reweighted(nn.Module):
-    """The part of a module that is evaluated, run with other weights: what batch-norm statistics are measured on.
+    """The evaluated part of a module with other weights, on which batch-norm statistics are measured.
 
     Args:
-        trainer: gives the precision.
+        trainer: the Trainer, for its precision.
         module: the module.
-        backbone: dotted path of the backbone, whose statistics are wanted.
-        part: dotted path of what is run: the backbone, or "" where the module's own forward is.
+        backbone: dotted path of the backbone, whose statistics are measured.
+        part: dotted path of the part to run: the backbone, or "" to run the module's own forward.
         weights: tensors to use instead of the module's own, under the module's names.
     """
 
@@ -228,25 +233,25 @@ class Reweighted(nn.Module):
             return functional_call(self.body, self._weights, *arguments(self.body, inputs))
 
     def named(self, statistics: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The backbone's statistics, measured on this, under the module's names."""
+        """Rename statistics of this wrapper's tensors to the module's names; only the backbone's are returned."""
         found = {self._part + name.removeprefix("body."): value for name, value in statistics.items()}
         return {name: value for name, value in found.items() if name.startswith(self._backbone)}
 
 
 def linear_head(path: str, who: str) -> nn.Linear:
-    """The linear head in a task file, or in a file of nothing but its `weight` (C, F) and, perhaps, `bias` (C,).
+    """Read a linear head from a task file, or from a file with only `weight` (C, F) and optionally `bias` (C,).
 
     Raises:
         ValueError: the file holds something else.
     """
     checkpoint = open_checkpoint(path)
-    # Of a task file the head; names tell it from the backbone also where its metadata have been left out.
+    # A task file is recognised by its record, or by its names if it was saved again without metadata.
     if read_record(path) or any(name.startswith("backbone.") for name in checkpoint.names):
         checkpoint = open_checkpoint(path, prefix="head.")
     if set(checkpoint.names) not in ({"weight"}, {"weight", "bias"}) or len(checkpoint.spec("weight").shape) != 2:
         raise ValueError(
-            f"{who}: {path}: expected a linear head, `weight` (C, F) and `bias`, and found "
-            f"{', '.join(checkpoint.names)}; give a head of another kind as a module"
+            f"{who}: {path}: expected a linear head, `weight` (C, F) and `bias`, found "
+            f"{', '.join(checkpoint.names)}; pass a head of another kind as a module"
         )
     classes, features = checkpoint.spec("weight").shape
     head = nn.Linear(features, classes, bias="bias" in checkpoint, dtype=checkpoint.spec("weight").dtype)
@@ -255,10 +260,10 @@ def linear_head(path: str, who: str) -> nn.Linear:
 
 
 def check_loaders(trainer: L.Trainer, loaders: Mapping[str, Iterable], who: str) -> None:
-    """Require loaders over which the ranks can share the work exactly: every rank sees the same batches in one order.
+    """Check that every rank sees the same batches in the same order, so that the ranks can divide them exactly.
 
     Raises:
-        ValueError: there is none, one belongs to a part of the ranks or shuffles, or the strategy shards the module.
+        ValueError: there is no loader, a loader shuffles or is distributed already, or the strategy shards the module.
     """
     from torch.utils.data import DistributedSampler, RandomSampler
 
@@ -266,12 +271,14 @@ def check_loaders(trainer: L.Trainer, loaders: Mapping[str, Iterable], who: str)
         raise ValueError(f"{who}: there is no task to evaluate on; name at least one loader")
     if is_sharded(trainer.strategy):
         raise ValueError(
-            f"{who}: {type(trainer.strategy).__name__} shards the module, and its ranks cannot evaluate batches of "
-            "their own; remove this callback and evaluate the merged file afterwards, on one device"
+            f"{who}: {type(trainer.strategy).__name__} shards the module, so its ranks cannot evaluate different "
+            "batches; remove this callback and evaluate the merged file afterwards, on one device"
         )
     for task, loader in loaders.items():
         sampler = getattr(loader, "sampler", None)
         if isinstance(sampler, DistributedSampler):
-            raise ValueError(f"{who}: the loader of '{task}' has a DistributedSampler; give the plain loader")
+            raise ValueError(f"{who}: the loader of '{task}' has a DistributedSampler; pass the plain loader")
         if trainer.world_size > 1 and isinstance(sampler, RandomSampler):
-            raise ValueError(f"{who}: the loader of '{task}' shuffles, differently on every rank; use shuffle=False")
+            raise ValueError(
+                f"{who}: the loader of '{task}' shuffles, in another order on every rank; use shuffle=False"
+            )

@@ -1,4 +1,4 @@
-"""Work that rank 0 does for all: nobody goes on before it is done, and its error is everybody's."""
+"""Work that only rank 0 does: the other ranks wait for it, and an error on rank 0 is raised on every rank."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ def on_rank_zero(trainer: L.Trainer, work: Callable[[], Any]) -> Any:
     """Run `work` on rank 0 while the others wait.
 
     Args:
-        trainer: whose ranks; all of them must call this.
-        work: takes nothing and returns something that can be pickled.
+        trainer: the Trainer; all of its ranks must call this.
+        work: a function without arguments whose result can be pickled.
 
     Returns:
-        What `work` returned, on every rank.
+        The result of `work`, on every rank.
 
     Raises:
-        Exception: what `work` raised, on rank 0.
-        RuntimeError: that error's message, on the others, which would otherwise wait for rank 0 until they time out.
+        Exception: on rank 0, the error that `work` raised.
+        RuntimeError: on the other ranks, with that error's message; without it they would wait until they time out.
     """
     result, failure = None, None
     if trainer.is_global_zero:
@@ -41,12 +41,12 @@ def on_rank_zero(trainer: L.Trainer, work: Callable[[], Any]) -> Any:
 
 
 def all_reach(trainer: L.Trainer, inputs: Iterable[Path], output: Path) -> bool:
-    """Whether every rank sees all files of a merge and the folder it writes to, so that the ranks can share the work.
+    """Whether every rank can access a merge's input files and output folder, so that the ranks can divide the work.
 
     Args:
-        trainer: whose ranks; all of them must call this.
-        inputs: what is read.
-        output: what will be written.
+        trainer: the Trainer; all of its ranks must call this.
+        inputs: the files to read.
+        output: the file or folder to write.
     """
     if trainer.world_size == 1:
         return False
@@ -67,7 +67,7 @@ def all_reach(trainer: L.Trainer, inputs: Iterable[Path], output: Path) -> bool:
 
 
 def log_metrics(trainer: L.Trainer, metrics: Mapping[str, float]) -> None:
-    """Hand numbers to the trainer's loggers, in the hooks in which `self.log` is not allowed."""
+    """Send metrics to the Trainer's loggers, in hooks where `self.log` is not allowed."""
     if trainer.is_global_zero:
         for logger in trainer.loggers:
             logger.log_metrics(dict(metrics), step=trainer.global_step)

@@ -1,9 +1,9 @@
-"""A folder that several jobs share, so that the last of them to finish merges what all of them have trained.
+"""A folder shared by several jobs: the last job to finish merges the models of all jobs.
 
-- A job registers its task by writing `<task>.safetensors`, a task file, whole or not at all.
-- It does so under a lock, and keeps it while it merges: one job merges, and nobody replaces what it reads.
-- The lock is the operating system's, so a job that dies gives it back at once; its task is simply not there yet.
-- The merge takes the tasks in one order whoever is last, so that its result is the same file.
+- A job registers its task by writing the task file `<task>.safetensors` atomically.
+- It holds a lock while it registers and merges, so one job merges and no other job replaces the files that it reads.
+- The operating system releases the lock when a job dies; that job's task is then not registered.
+- The order of the tasks does not depend on which job is last, so the result is always the same file.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ class Registry:
     Args:
         folder: the shared folder.
         task: this job's task.
-        tasks: all tasks, in the order in which they are merged, or how many they are; then the names are sorted.
-        who: what messages begin with.
+        tasks: all tasks in the order of the merge; or their number, in which case they are merged in sorted order.
+        who: name of the callback, for error messages.
     """
 
     def __init__(self, folder: str, task: str, tasks: Sequence[str] | int, who: str) -> None:
@@ -43,7 +43,7 @@ class Registry:
         return self.folder / f"{self.task}.safetensors"
 
     def registered(self) -> dict[str, Path]:
-        """Task → file of those that have finished, in the order of the merge."""
+        """Finished task → its file, in the order of the merge."""
         if isinstance(self.tasks, int):
             files = sorted(self.folder.glob("*.safetensors"))
             records = {path: read_record(path) for path in files}
@@ -52,24 +52,24 @@ class Registry:
         return {task: path for task, path in expected.items() if path.exists()}
 
     def labels(self) -> list[str]:
-        """What the models of the merge are called, as far as it is known."""
+        """Labels of the models in the merge; placeholders if only their number is known."""
         return [f"task {index}" for index in range(self.tasks)] if isinstance(self.tasks, int) else list(self.tasks)
 
     def missing(self) -> str:
-        """What has not finished yet, in words; "" if all has."""
+        """A description of the tasks that have not finished yet; "" if all have."""
         found = self.registered()
         if isinstance(self.tasks, int):
             return f"{self.tasks - len(found)} more" if len(found) < self.tasks else ""
         return ", ".join(task for task in self.tasks if task not in found)
 
     def check(self) -> None:
-        """Before a fit: require that its task is expected.
+        """Check, before a fit, that the registry expects its task.
 
         Raises:
-            ValueError: an argument makes no sense.
+            ValueError: `task` or `tasks` is invalid.
         """
         if not self.task or Path(self.task).name != self.task:
-            raise ValueError(f"{self.who}: `task` must be a name that a file can have, got {self.task!r}")
+            raise ValueError(f"{self.who}: `task` must be a valid file name, got {self.task!r}")
         if isinstance(self.tasks, int):
             if self.tasks < 1:
                 raise ValueError(f"{self.who}: `tasks` must be at least 1, got {self.tasks}")
@@ -77,7 +77,7 @@ class Registry:
             if len(others) >= self.tasks:
                 raise ValueError(
                     f"{self.who}: {self.folder} already holds {len(others)} tasks ({', '.join(others)}) of the "
-                    f"{self.tasks} expected; raise `tasks`, or take another folder"
+                    f"{self.tasks} expected; raise `tasks`, or use another folder"
                 )
         elif len(set(self.tasks)) < len(self.tasks):
             raise ValueError(f"{self.who}: `tasks` names one task twice: {', '.join(self.tasks)}")
@@ -85,26 +85,26 @@ class Registry:
             raise ValueError(f"{self.who}: the task '{self.task}' is not among `tasks`: {', '.join(self.tasks)}")
 
     def refuse_registered(self, replace: bool) -> None:
-        """Before a fit: require that its task can be registered.
+        """Check, before a fit, that its task can be registered.
 
         Args:
             replace: whether this job may replace its task's file.
 
         Raises:
-            ValueError: the task is registered already.
+            ValueError: the task is already registered.
         """
         if self.path.exists() and not replace:
             raise ValueError(
-                f"{self.who}: the task '{self.task}' is registered already ({self.path}); set overwrite=True to "
+                f"{self.who}: the task '{self.task}' is already registered ({self.path}); set overwrite=True to "
                 "replace it"
             )
 
     @contextmanager
     def turn(self, trainer: L.Trainer) -> Iterator[None]:
-        """Keep all other jobs out; every rank must enter and leave.
+        """Hold the registry's lock inside the block; every rank must enter and leave.
 
         Raises:
-            RuntimeError: another job has been merging for half an hour.
+            RuntimeError: another job has held the lock for half an hour.
         """
         from filelock import FileLock, Timeout
 
@@ -117,7 +117,7 @@ class Registry:
             except Timeout:
                 raise RuntimeError(
                     f"{self.who}: another job has held {lock.lock_file} for {_LONGEST_WAIT / 60:.0f} minutes; end it "
-                    "if it hangs, then fit again from the last checkpoint, which registers this task and merges"
+                    "if it hangs, then resume this fit from its last checkpoint, to register this task and merge"
                 ) from None
 
         on_rank_zero(trainer, acquire)
@@ -130,9 +130,9 @@ class Registry:
         """Write this job's task file; inside `turn`, on rank 0.
 
         Args:
-            record: what the file says of itself.
+            record: the record to write into the file.
             weights: the fine-tuned backbone's tensors.
-            replace: whether it may replace another one. The same weights are never written twice.
+            replace: whether to replace a file with other weights. A file with the same weights is not written again.
 
         Raises:
             ValueError: another job has registered this task in the meantime.
@@ -144,6 +144,6 @@ class Registry:
             if not replace:
                 raise ValueError(
                     f"{self.who}: another job has registered the task '{self.task}' in {self.folder} since this fit "
-                    "began; give each job a task of its own"
+                    "began; use a different task name for each job"
                 )
         write_task_file(self.path, record, weights, {})

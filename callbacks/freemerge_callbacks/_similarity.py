@@ -1,6 +1,6 @@
-"""How task vectors relate: norms, cosines, agreement of signs; and how much of one a high-pass filter would remove.
+"""Similarity of task vectors: norms, cosines and sign agreement, and the fraction that a high-pass filter removes.
 
-Notation: v_0 the task vector of interest, v_1 … v_{K−1} those that it is compared with; sums run over all D entries.
+Notation: v_0 is the current task vector, v_1 … v_{K−1} are the others; sums run over all D entries.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from freemerge.merging import Filter, Vectors
 
 @dataclass(frozen=True)
 class Similarity:
-    """The first task vector against each of the others.
+    """The first task vector compared with each of the others.
 
     Args:
         norm: ‖v_0‖.
         cosine: v_0·v_k / (‖v_0‖·‖v_k‖) for k = 1 … K−1; 0 where a norm is 0.
-        sign_agreement: for k = 1 … K−1, the share of equal signs among the entries in which neither v_0 nor v_k is 0;
-            0 where there is none. Random vectors agree in half of them.
-        low_frequency_energy: 1 − Σ‖G(v_0)‖² / Σ‖v_0‖² over the weights that a filter G acts on (two dimensions or
-            more): the share of energy below its cutoff; 0 where there is none.
+        sign_agreement: for k = 1 … K−1, the fraction of equal signs among the entries in which neither v_0 nor v_k is
+            0; 0 if there are none. For random vectors it is 0.5.
+        low_frequency_energy: 1 − Σ‖G(v_0)‖² / Σ‖v_0‖² over the weights with two or more dimensions, which a filter G
+            acts on: the fraction of the energy below its cutoff; 0 if the energy is 0.
     """
 
     norm: float
@@ -32,11 +32,14 @@ class Similarity:
 
 
 def similarity(vectors: Vectors, filter: Filter) -> Similarity:
-    """Compare the first of K task vectors with the others, in one pass and float64 sums.
+    """Compare the first of K task vectors with the others in one pass, with float64 sums.
 
     Args:
         vectors: K task vectors, read tensor by tensor.
-        filter: the high-pass filter.
+        filter: the high-pass filter G.
+
+    Returns:
+        The similarities.
     """
     count = len(vectors.labels)
     dots, squares, equal, nonzero = (torch.zeros(count, dtype=torch.float64) for _ in range(4))

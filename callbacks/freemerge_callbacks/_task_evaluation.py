@@ -1,4 +1,4 @@
-"""What MultiTaskEvaluation and MergePreview have in common: loaders, heads, metrics, and one number for each task."""
+"""TaskEvaluation evaluates a module on several tasks, for MultiTaskEvaluation and MergePreview."""
 
 from __future__ import annotations
 
@@ -36,16 +36,17 @@ class TaskEvaluation:
     """Evaluates a module on several tasks.
 
     Args:
-        who: what messages begin with.
-        loaders: task → loader of batches, or a data module; or a suite or data module of all tasks.
-        heads: task → module or file; None where the module's forward gives logits.
-        metrics: task → metric; accuracy, or the suite's own, for those left out.
+        who: name of the callback, for error messages.
+        loaders: task → loader or data module; or one suite or data module for all tasks.
+        heads: task → module or file; None if the module's forward returns logits.
+        metrics: task → metric; tasks left out use the suite's metric, or accuracy.
         backbone: dotted path of the backbone.
         head: dotted path of the module's own head.
-        split: which part of a suite's data.
-        batch_norm: task → loader, or how many batches of a suite's training data, to measure batch norm on.
-        format: where batches have their inputs and labels.
-        features: what of the backbone's output the heads are given; see `find_features`.
+        split: the split to evaluate, "val" or "test".
+        batch_norm: task → loader of training data, or a number of batches of a suite's training data, on which
+            batch-norm statistics are measured.
+        format: where batches keep their inputs and labels.
+        features: how to read the features from the backbone's output; see `find_features`.
     """
 
     def __init__(
@@ -78,12 +79,12 @@ class TaskEvaluation:
 
     @property
     def tasks(self) -> tuple[str, ...]:
-        """The tasks' names, in order; once opened."""
+        """The tasks' names, in order; empty before `open`."""
         return tuple(self._sources)
 
     @property
     def own_task(self) -> str | None:
-        """The task that `heads` leaves to the module's own head, if there is one; once opened."""
+        """The task that uses the module's own head because `heads` leaves it out; None if there is none."""
         missing = [task for task in self._sources if self.heads is not None and task not in self.heads]
         return missing[0] if missing else None
 
@@ -91,13 +92,13 @@ class TaskEvaluation:
         """Build the loaders, read the heads' files and look up the metrics.
 
         Raises:
-            ValueError: something is missing or would make the result inexact.
+            ValueError: a loader, head or metric is missing or invalid, or the evaluation would be inexact.
         """
         if self.split not in ("val", "test"):
             raise ValueError(f"{self.who}: `split` must be 'val' or 'test', got {self.split!r}")
         if isinstance(self.batch_norm, int) and not (isinstance(self.loaders, TaskSuite) and self.batch_norm > 0):
             raise ValueError(
-                f"{self.who}: `batch_norm` must be a dict of loaders or, where `loaders` is a suite, a positive number "
+                f"{self.who}: `batch_norm` must be a dict of loaders or, if `loaders` is a suite, a positive number "
                 f"of batches; got {self.batch_norm}"
             )
         refuse_placeholders(trainer.strategy, self.who)
@@ -108,10 +109,10 @@ class TaskEvaluation:
         self._classes = {}
 
     def check(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        """Require that the module has the parts that were named, and can be evaluated on a sample of each task.
+        """Check that the module has the named parts and can be evaluated on a batch of each task.
 
         Raises:
-            ValueError: one line that names the task.
+            ValueError: the evaluation of a task fails; the message names the task.
         """
         get_part(module, self.backbone, self.who)
         heads, device = self._heads_of(module), trainer.strategy.root_device
@@ -121,21 +122,19 @@ class TaskEvaluation:
                 self._try(task, pairs, predict, device)
 
     def _try(self, task: str, pairs: Pairs, predict: Predict, device: torch.device) -> None:
-        """Evaluate one sample of a task, and find out how many classes it has."""
+        """Evaluate one batch of a task, and detect its number of classes."""
         from freemerge.evaluation import LabelSpace, MultiTaskMetrics
 
         batch = next(iter(pairs), None)
         if batch is None:
-            raise ValueError(
-                f"{self.who}: the loader of '{task}' must yield pairs (inputs, labels), and yields nothing"
-            )
+            raise ValueError(f"{self.who}: the loader of '{task}' must yield pairs (inputs, labels), but it is empty")
         batch = to_device(batch, device)
-        one = self._output(predict, _first_sample(batch), task)  # messages name the shapes of one sample
+        one = self._output(predict, _first_sample(batch), task)  # one sample, so that messages show its shapes
         if isinstance(self._metrics[task], str):
             self._metrics[task] = mean_iou(one, self.who, task)
         kind = self._kind(task)
         if kind == "classification" and not (isinstance(one, Tensor) and one.ndim == 2):
-            advice = f"give metrics={{'{task}': 'mean_iou'}}" if getattr(one, "ndim", 0) > 2 else ""
+            advice = f"pass metrics={{'{task}': 'mean_iou'}}" if getattr(one, "ndim", 0) > 2 else ""
             raise ValueError(
                 f"{self.who}: expected logits (B, C) for '{task}', got {shape_of(one)}; "
                 f"{advice or 'does it need heads={...}?'}"
@@ -175,12 +174,12 @@ class TaskEvaluation:
         return as_in_validation(trainer, self.split, loaders)
 
     def _kind(self, task: str) -> str | None:
-        """The kind of a task; None if its metric is given outputs and labels as they are."""
+        """The kind of a task; None if its metric takes outputs and labels unchanged."""
         metric = self._metrics[task]
         return MEAN_IOU if isinstance(metric, str) or label_of(metric) == MEAN_IOU else getattr(metric, "kind", None)
 
     def _binary_as_two(self, predict: Predict) -> Predict:
-        """A classification by one logit z, (B, 1), as one of two classes with the logits 0 and z."""
+        """Turn a classification with one logit z, (B, 1), into one of two classes with the logits 0 and z, (B, 2)."""
 
         def predict_classes(inputs: Any, task: str) -> Any:
             output = predict(inputs, task)
@@ -197,20 +196,23 @@ class TaskEvaluation:
         tasks: Iterable[str] | None = None,
         merged: bool = True,
     ) -> dict[str, float]:
-        """Task → value of its metric. Every rank must call this, and all get the result.
+        """Evaluate the module on each task. Every rank must call this, and every rank gets the result.
 
         Args:
             trainer: the Trainer.
             module: the module.
             weights: tensors to use instead of the module's own, under the module's names, on any device.
-            tasks: which; None for all.
-            merged: whether the weights, where there are any, are those of a merge, for which batch norm is measured
-                anew if that was asked for.
+            tasks: the tasks to evaluate; None for all.
+            merged: whether `weights` come from a merge; for these the batch-norm statistics are measured again if
+                `batch_norm` is given.
+
+        Returns:
+            Task → value of its metric.
         """
         from freemerge.evaluation import LabelSpace, evaluate
 
         heads, device = self._heads_of(module), trainer.strategy.root_device
-        # Other weights are those that adapters have been merged into.
+        # The given weights include the adapters already.
         plain = without_adapters(module) if weights else nullcontext()
         with evaluating([module, *(heads or {}).values()], device), plain, self._as_in_validation(trainer):
             weights = {name: tensor.to(device) for name, tensor in weights.items()}
@@ -223,10 +225,10 @@ class TaskEvaluation:
             return evaluate(predict, chosen, space, device, self._metrics)
 
     def named(self, results: Mapping[str, float], prefix: str) -> dict[str, float]:
-        """Names under which results are logged: `<prefix>/<task>/<metric>` for each task, and their mean.
+        """Results under their logged names: `<prefix>/<task>/<metric>` for each task, and their mean.
 
-        The mean is called `<prefix>/mean_acc`, or `<prefix>/mean_score` if not all are accuracies. There is none where
-        less is better for one of them.
+        The mean is called `<prefix>/mean_acc`, or `<prefix>/mean_score` if not all metrics are accuracies. It is left
+        out if lower is better for any task.
         """
         found = {f"{prefix}/{task}/{label_of(self._metrics[task])}": value for task, value in results.items()}
         if all(self.higher_is_better(task) for task in results):
@@ -235,15 +237,15 @@ class TaskEvaluation:
 
     @property
     def mean_label(self) -> str:
-        """What a mean over the tasks is a mean of."""
+        """The name of the mean over tasks: "acc" if all metrics are accuracies, else "score"."""
         return "acc" if set(map(label_of, self._metrics.values())) == {"acc"} else "score"
 
     def higher_is_better(self, task: str) -> bool:
-        """Whether more is better in a task's metric."""
+        """Whether higher values of a task's metric are better."""
         return self._metrics[task].higher_is_better is not False
 
     def _measured(self, trainer: L.Trainer, module: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The statistics of the backbone's batch norms with these weights, under the module's names."""
+        """Measure the backbone's batch-norm statistics with these weights; returned under the module's names."""
         from freemerge.models import reestimate_batch_norm
 
         streams: list[Iterable[Any]]
@@ -270,8 +272,8 @@ class TaskEvaluation:
         if not isinstance(loaders, Mapping):
             found = "" if whole is None else f"{type(whole).__name__}.{self.split}_dataloader() must return "
             raise ValueError(
-                f"{self.who}: {found or '`loaders` must be '}a dict, task → loader, and "
-                f"{'is' if whole is None else 'returns'} a {type(loaders).__name__}; or give "
+                f"{self.who}: {found or '`loaders` must be '}a dict, task → loader, but "
+                f"{'is' if whole is None else 'returns'} a {type(loaders).__name__}; or pass "
                 "loaders={'task': data_module}"
             )
         sources = {task: open_source(trainer, loader, self.split, self.who, task) for task, loader in loaders.items()}
@@ -281,7 +283,7 @@ class TaskEvaluation:
         if self.heads is None:
             return
         if unknown := [task for task in self.heads if task not in self._sources]:
-            raise ValueError(f"{self.who}: a head for '{unknown[0]}', a task without a loader")
+            raise ValueError(f"{self.who}: `heads` names '{unknown[0]}', a task without a loader")
         missing = [task for task in self._sources if task not in self.heads]
         if len(missing) > 1:
             raise ValueError(f"{self.who}: no heads for {', '.join(missing)}; only one task may use the module's own")
@@ -301,5 +303,5 @@ class TaskEvaluation:
 def _first_sample(batch: tuple[Any, Any]) -> tuple[Any, Any]:
     try:
         return select(batch, slice(1))
-    except (IndexError, KeyError, TypeError):  # something in it has no samples
+    except (IndexError, KeyError, TypeError):  # part of the batch has no sample dimension
         return batch

@@ -1,8 +1,8 @@
-"""The weights of a backbone in somebody else's LightningModule, whatever the strategy does with them.
+"""Read the weights of a backbone in a user's LightningModule under any supported strategy.
 
 A part (the backbone, the head) is named by the dotted path of the attribute that holds it (`backbone`,
-`model.encoder`), "" for the whole module. Its tensors are named relative to it, as if `torch.compile`
-had never been there.
+`model.encoder`), or "" for the whole module. Its tensors are named relative to it, without the prefix of
+`torch.compile`.
 """
 
 from __future__ import annotations
@@ -21,21 +21,25 @@ from freemerge.checkpoints import Checkpoint, expand, hash_tensors, open_checkpo
 from freemerge_callbacks._adapters import fused_weights, has_adapters, loaded, plain_names
 from freemerge_callbacks._ranks import on_rank_zero
 
-_COMPILED = "_orig_mod."  # what `torch.compile` puts into the names of a module's tensors
+_COMPILED = "_orig_mod."  # the prefix that `torch.compile` adds to the names of a module's tensors
 
 
 def is_dev_run(trainer: L.Trainer) -> bool:
-    """Whether the Trainer tries out whether everything runs, and no more: `fast_dev_run`, which its types leave out."""
+    """Whether the Trainer runs a trial, `fast_dev_run`; Lightning's type annotations lack this attribute."""
     return bool(getattr(trainer, "fast_dev_run", False))
 
 
 def callbacks_of(trainer: L.Trainer) -> list[L.Callback]:
-    """The Trainer's callbacks, in their order; its types leave them out, as a connector sets them."""
+    """The Trainer's callbacks, in their order; Lightning's type annotations lack this attribute."""
     return trainer.callbacks  # type: ignore[attr-defined]
 
 
 def refuse_placeholders(strategy: Strategy, who: str) -> None:
-    """Raise a ValueError for DeepSpeed ZeRO-3, under which a module holds placeholders instead of weights."""
+    """Refuse DeepSpeed ZeRO-3, under which a module holds placeholders instead of weights.
+
+    Raises:
+        ValueError: the strategy is DeepSpeed ZeRO-3.
+    """
     if is_a(strategy, "DeepSpeedStrategy") and getattr(strategy, "zero_stage_3", False):
         raise ValueError(
             f"{who}: under DeepSpeed ZeRO-3 the module holds placeholders instead of weights; use stage 2, or FSDP, or "
@@ -44,12 +48,12 @@ def refuse_placeholders(strategy: Strategy, who: str) -> None:
 
 
 def is_sharded(strategy: Strategy) -> bool:
-    """Whether each rank holds only its part of the weights."""
+    """Whether the strategy shards the weights between the ranks."""
     return is_a(strategy, "FSDPStrategy") or is_a(strategy, "ModelParallelStrategy")
 
 
 def is_a(value: object, name: str) -> bool:
-    """Whether an object is of a class of Lightning, or derived from it: of `lightning` or of `pytorch_lightning`."""
+    """Whether an object is an instance of the named class of `lightning` or `pytorch_lightning`, or of a subclass."""
     return any(
         kind.__name__ == name and kind.__module__.startswith(("lightning.", "pytorch_lightning."))
         for kind in type(value).__mro__
@@ -60,13 +64,13 @@ def get_part(module: nn.Module, path: str, who: str, argument: str = "backbone")
     """The submodule at a dotted path.
 
     Args:
-        module: the whole.
-        path: for example `model.encoder`; "" for the whole.
-        who: what messages begin with.
-        argument: the argument that gave the path.
+        module: the module.
+        path: for example `model.encoder`; "" for the module itself.
+        who: name of the callback, for error messages.
+        argument: the name of the argument that holds the path, for messages.
 
     Raises:
-        ValueError: there is none; the message names those that there are.
+        ValueError: there is no such submodule; the message lists those that exist.
     """
     try:
         return module.get_submodule(path)
@@ -80,30 +84,30 @@ def get_part(module: nn.Module, path: str, who: str, argument: str = "backbone")
 
 
 def part_weights(trainer: L.Trainer, module: L.LightningModule, part: str, who: str) -> dict[str, Tensor]:
-    """The tensors of a part of the module by name, tied ones tied; whole on rank 0, perhaps empty elsewhere.
+    """The tensors of a part of the module by name, with ties kept; complete on rank 0, possibly empty elsewhere.
 
-    Every rank must call it. Without sharding the tensors share memory with the module. Adapters of PEFT in the part are
-    merged in, and the tensors named as if they had never been there.
+    Every rank must call it. Without sharding the tensors share memory with the module. PEFT adapters in the part are
+    fused into the weights, which keep the names that they have without adapters.
 
     Raises:
         ValueError: there is no such part, or its adapters are sharded.
     """
     if has_adapters(get_part(module, part, who)) and is_sharded(trainer.strategy):
         raise ValueError(
-            f"{who}: '{part}' has adapters of PEFT, which {type(trainer.strategy).__name__} shards, and their "
-            "difference cannot be formed of shards; train with ddp, or save the adapter with save_pretrained and merge "
-            "it afterwards: python -m freemerge merge"
+            f"{who}: '{part}' has PEFT adapters, which {type(trainer.strategy).__name__} shards, and sharded adapters "
+            "cannot be fused into the weights; train with ddp, or save the adapter with save_pretrained and merge it "
+            "afterwards: python -m freemerge merge"
         )
     return weights_of(module, part, whole_state(trainer, module))
 
 
 def weights_of(module: nn.Module, part: str, state: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The tensors of a part in a state of the module, named relative to the part, adapters of PEFT merged in.
+    """The tensors of a part in a state dict of the module, named relative to the part, with PEFT adapters fused in.
 
     Args:
-        module: the module, which knows its adapters' settings; it stays as it is.
+        module: the module, for its adapters' settings; it is not changed.
         part: dotted path of the part.
-        state: name in the module's state dict → tensor, of any moment of the fit.
+        state: name in the module's state dict → tensor, from any step of the fit.
     """
     body = module.get_submodule(part)
     if not has_adapters(body):
@@ -113,28 +117,28 @@ def weights_of(module: nn.Module, part: str, state: Mapping[str, Any]) -> dict[s
 
 
 def save_base(module: nn.Module, path: str | Path, backbone: str = "backbone") -> Path:
-    """Keep the weights that a module starts with, as the base of later merges and previews.
+    """Save a module's initial weights as the base of later merges and previews.
 
         save_base(module, "base.safetensors")  # before the fit
         MergePreview(method, base="base.safetensors", …)
 
     Args:
-        module: the module, not trained yet.
-        path: the `.safetensors` file. One with the same weights stays as it is.
+        module: the module, before training.
+        path: the `.safetensors` file to write. A file with the same weights is not written again.
         backbone: dotted path of the module's attribute that holds the backbone; "" for the module itself.
 
     Returns:
-        The file.
+        The file's path.
 
     Raises:
-        ValueError: there is no such submodule, or the file holds other weights.
+        ValueError: there is no such submodule, or the file exists and holds other weights.
     """
     path = expand(path)
     get_part(module, backbone, "save_base")
     weights = weights_of(module, backbone, module.state_dict())
     if path.exists():
         if hash_tensors(open_checkpoint(path)) != hash_tensors(weights):
-            raise ValueError(f"save_base: {path} holds other weights; choose another file, or remove it")
+            raise ValueError(f"save_base: {path} holds other weights; choose another path, or remove the file")
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
     save_checkpoint(path, weights)
@@ -145,7 +149,7 @@ def save_base(module: nn.Module, path: str | Path, backbone: str = "backbone") -
 def final_weights(
     trainer: L.Trainer, module: L.LightningModule, part: str, who: str, file: Path
 ) -> Iterator[Mapping[str, Tensor] | Path]:
-    """The tensors of a part of the module as every rank can have them: rank 0's, by name, or in a file while it lasts.
+    """Give every rank the same tensors of a part of the module: by name, or as a file if the strategy shards them.
 
     Every rank must enter and leave.
 
@@ -153,8 +157,8 @@ def final_weights(
         trainer: the Trainer.
         module: the module.
         part: dotted path of the part.
-        who: what messages begin with.
-        file: where rank 0 may write them, if the strategy gathers them there.
+        who: name of the callback, for error messages.
+        file: the temporary file that rank 0 writes if the strategy shards the weights.
     """
     weights = part_weights(trainer, module, part, who)
     if trainer.world_size == 1:
@@ -163,7 +167,7 @@ def final_weights(
         with while_in_file(trainer, lambda: weights, file):
             yield file
     else:
-        # Parameters are the same on all ranks. Buffers (batch-norm statistics) are each rank's own.
+        # Parameters are equal on all ranks. Buffers (batch-norm statistics) differ, so rank 0's are broadcast.
         body = module.get_submodule(part)
         buffers = {name for name, _ in body.named_buffers(remove_duplicate=False)}
         names = plain_names(body) if has_adapters(body) else dict(zip(map(_plain, buffers), buffers, strict=True))
@@ -173,7 +177,7 @@ def final_weights(
 
 @contextmanager
 def while_in_file(trainer: L.Trainer, weights: Callable[[], Mapping[str, Tensor]], file: Path) -> Iterator[Path]:
-    """Rank 0's weights in a file that all ranks may read, while it lasts; every rank must enter and leave."""
+    """Write rank 0's weights to a file that exists inside the block; every rank must enter and leave."""
     on_rank_zero(trainer, lambda: save_checkpoint(file, weights()))
     try:
         yield file
@@ -192,7 +196,7 @@ def whole_state(trainer: L.Trainer, module: L.LightningModule) -> dict[str, Any]
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     assert trainer.strategy.model is not None  # a fit has set the strategy up
     state = get_model_state_dict(trainer.strategy.model, options=options)
-    # Gathered tensors are tensors of their own, also where the module's are tied.
+    # Gathered tensors are separate copies, even where the module ties them.
     tied = {name: first for name, first in _shared(module).items() if name in state and first in state}
     return state | {name: state[first] for name, first in tied.items()}
 
@@ -214,18 +218,18 @@ def part_of(checkpoint: Checkpoint, part: str) -> Checkpoint:
 
 
 def in_memory(checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """A model's tensors by all their names, tied ones tied; of tensors in memory nothing is copied."""
+    """A model's tensors by all their names, with ties kept; tensors that are in memory already are not copied."""
     tensors = {name: checkpoint.tensor(name) for name in checkpoint.names if name not in checkpoint.tied}
     return tensors | {name: tensors[first] for name, first in checkpoint.tied.items()}
 
 
 def _plain(name: str) -> str:
-    """A tensor's name as if `torch.compile` had never been there."""
+    """A tensor's name without the prefix of `torch.compile`."""
     return name.replace(_COMPILED, "")
 
 
 def _shared(module: nn.Module) -> dict[str, str]:
-    """For each name of a tensor that has an earlier name too, that name."""
+    """Later name of a tied tensor → its first name."""
     first: dict[int, str] = {}
     shared = {}
     everything = chain(module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False))

@@ -1,4 +1,4 @@
-"""MergeAtFitEnd: merge the backbone that a fit has just trained with those that other fits have trained."""
+"""MergeAtFitEnd: merge the backbone of a fit that has just ended with the backbones of other fits."""
 
 from __future__ import annotations
 
@@ -38,42 +38,45 @@ _NO_FOLDERS = (".pt", ".pth", ".bin", ".ckpt", ".gguf")
 
 
 class MergeAtFitEnd(FitEndCallback):
-    """When a fit ends, merges its backbone with the other tasks' finished ones.
+    """Merges a fit's backbone with the other tasks' fine-tuned backbones when the fit ends.
 
-    The others are named (`others`), or several jobs share a folder (`registry`) in which each leaves its weights when
-    it finishes, and the last one merges them all; when two finish at the same time, one waits for the other.
+    Either `others` names the other models, or several jobs share a folder (`registry`): each job saves its weights
+    there when it finishes, and the last one merges them all. If two jobs finish at the same time, one waits.
 
-    What can be wrong is found before training begins: missing files when the fit is set up, tensors that do not fit and
-    another base (of which a TaskCheckpoint keeps record) as soon as the module is complete.
+    Errors are raised before training begins: missing files when the fit is set up; tensors that do not fit, and a
+    different base in a TaskCheckpoint file's record, as soon as the module is complete.
 
     Args:
-        method: how to merge; where it takes one number per model, this fit's comes first, then those of `others`. With
-            a registry: those of its tasks in their order, then those of `others`.
+        method: the merging method. If it takes one number per model, this fit's number comes first, then those of
+            `others`; with a registry, those of its tasks in their order come first.
         others: the other tasks' fine-tuned models: paths or globs of TaskCheckpoint's files, other .safetensors files,
             Lightning or torch checkpoints and Hugging Face folders. They may hold more than the backbone.
-        output: what to write: a .safetensors file, or a folder for Hugging Face's `from_pretrained`, which takes its
-            configuration and tokenizer from the folder of `base`.
-        base: the pretrained model from which all of them were fine-tuned. None: the weights that this module starts
-            with, which are kept in a hidden file beside `output` until the merge is written.
+        output: the path to write: a .safetensors file, or a folder for Hugging Face's `from_pretrained`, with the
+            configuration and tokenizer of the folder `base`.
+        base: path of the pretrained model from which all models were fine-tuned. None: this module's initial weights,
+            which are saved in a hidden file beside `output` until the merge is written.
         backbone: dotted path of the module's attribute that holds the backbone; "" for the module itself.
-        weights: "last", as they are when the fit ends, or "best", from the best checkpoint of the Trainer's
+        weights: "last", the weights at the end of the fit, or "best", those of the best checkpoint of the Trainer's
             ModelCheckpoint.
         include: names of the tensors to merge, relative to the backbone: globs, or regular expressions after "re:".
             None for all.
-        exclude: names of the tensors to leave as in the base, and of heads that only fine-tuned models have.
-        dtype: of the merged floating-point tensors, for example "bfloat16". None for the base's own.
-        overwrite: replace an existing `output`, and this task's file in the registry.
+        exclude: names of the tensors that keep the base's values, and of heads that only fine-tuned models have.
+        dtype: dtype of the merged floating-point tensors, for example "bfloat16". None for the base's own.
+        overwrite: whether to replace an existing `output`, and this task's file in the registry.
         registry: a folder that several jobs share.
         task: this fit's name in the registry.
-        tasks: the names of all tasks that the registry waits for, in the order of the merge, or how many they are; then
-            the order is that of their sorted names.
-        hash_inputs: whether the report holds the hashes of all models, which takes a pass over them.
+        tasks: the names of all tasks that the registry waits for, in the order of the merge; or their number, in which
+            case they are merged in the order of their sorted names.
+        hash_inputs: whether the report holds the hashes of all models, which takes one pass over them.
 
     Attributes:
-        merged_path: what was written; None before, and for a job that was not the last to finish.
-        report: where the merge comes from and what it took: `method`, `base`, `finetuned`, `tensors`, `versions` and so
-            on, as in a merged folder's freemerge.json, and `output`, `hash` (of its tensors), `weights`, `ranks` (that
-            shared the work) and `seconds`; empty before.
+        merged_path: the path written; None before, and for a job that was not the last to finish.
+        report: the record of the merge: `method`, `base`, `finetuned`, `tensors`, `versions` and so on, as in a merged
+            folder's freemerge.json, and `output`, `hash` (of the merged tensors), `weights`, `ranks` (the number of
+            processes that merged) and `seconds`; empty before.
+
+    Raises:
+        ValueError: an argument is invalid.
     """
 
     def __init__(
@@ -155,7 +158,7 @@ class MergeAtFitEnd(FitEndCallback):
     def _own(
         self, trainer: L.Trainer, module: L.LightningModule
     ) -> AbstractContextManager[Mapping[str, Tensor] | Path]:
-        """This fit's weights as every rank that sees the files can have them."""
+        """This fit's weights: by name, or as a file that every rank can read."""
         best = self.best_path(trainer)
         file = self.output.with_name(f".{self.output.stem}.own.safetensors")  # hidden: no glob finds it
         if best is not None:
@@ -174,19 +177,19 @@ class MergeAtFitEnd(FitEndCallback):
         return final_weights(trainer, module, self.backbone, "MergeAtFitEnd", file)
 
     def _is_partial(self, trainer: L.Trainer, module: L.LightningModule, best: str) -> bool:
-        """Whether the best checkpoint lacks what is not trained of the backbone."""
+        """Whether the best checkpoint leaves out frozen tensors of the backbone."""
         state, prefix = best_state(best, self.backbone, "MergeAtFitEnd"), f"{self.backbone}." if self.backbone else ""
         if is_sharded(trainer.strategy):
             return False
         return any(name.startswith(prefix) for name in left_out(state, module, self.backbone, "MergeAtFitEnd"))
 
     def _replaces(self, trainer: L.Trainer) -> bool:
-        """Whether this fit may replace its task in the registry: also if it goes on after it has registered it once."""
+        """Whether this fit may replace its task in the registry; a resumed fit may have registered it before."""
         return self.overwrite or is_resumed(trainer)
 
     @property
     def _options(self) -> dict[str, Any]:
-        """What a merge's plan depends on besides its models, as `merge` and `make_plan` take it."""
+        """Keyword arguments shared by `merge` and `make_plan`."""
         return {"include": self.include, "exclude": self.exclude, "dtype": parse_dtype(self.dtype)}
 
     def _check_output(self) -> None:
@@ -198,7 +201,7 @@ class MergeAtFitEnd(FitEndCallback):
             check_folder(self.output, self.overwrite)
 
     def _all_others(self) -> list[Path]:
-        """The other tasks' checkpoints as far as they have finished, once each."""
+        """The finished checkpoints of the other tasks, each once."""
         if self.registry is None:
             return list(self._found.values())
         return [
@@ -230,7 +233,7 @@ class MergeAtFitEnd(FitEndCallback):
         files = [self.base.path, *(model for model in models.values() if isinstance(model, Path))]
         shared = all_reach(trainer, files, self.output)
         if shared:
-            self._write(models, distributed=True)  # every rank merges its share of the tensors
+            self._write(models, distributed=True)  # every rank merges its part of the tensors
         else:
             on_rank_zero(trainer, lambda: self._write(models))
         report = on_rank_zero(trainer, lambda: self._record(models))
@@ -245,7 +248,7 @@ class MergeAtFitEnd(FitEndCallback):
         rank_zero_info(f"MergeAtFitEnd: merged {count} models into {self.merged_path}")
 
     def _open(self, model: Path | Mapping[str, Tensor]) -> Checkpoint:
-        """One of the models, this fit's among them."""
+        """Open one of the merge's models, which may be this fit's own."""
         if model == self._best:
             return part_of(best_state(str(model), self.backbone, "MergeAtFitEnd"), self.backbone)
         return open_finetuned(model) if isinstance(model, Path) else open_checkpoint(model)
@@ -264,7 +267,7 @@ class MergeAtFitEnd(FitEndCallback):
         )
 
     def _record(self, models: Mapping[str, Path | Mapping[str, Tensor]]) -> dict[str, Any]:
-        """Where the written result comes from; then the kept start is not needed any more."""
+        """The record of the written merge; also removes the saved initial weights, which are no longer needed."""
         if self.output.is_dir():  # the merge has written it there
             record = read_origin(self.output)
         else:

@@ -1,4 +1,4 @@
-"""MergePreview: while a task is fine-tuned, what would a merge of it now be worth?"""
+"""MergePreview: evaluate, during fine-tuning, a merge of the current weights with the other tasks' models."""
 
 from __future__ import annotations
 
@@ -30,46 +30,49 @@ from freemerge_callbacks.merge_at_fit_end import OWN_LABEL
 
 
 class MergePreview(Callback):
-    """After each validation, merges the current backbone with the other tasks' in memory, and evaluates the result.
+    """Merges the current backbone with the other tasks' models after each validation, in memory, and evaluates it.
 
     Logs `<prefix>/<task>/acc`, `<prefix>/mean_acc` and `<prefix>/mean_normalized_acc`, which ModelCheckpoint and
     EarlyStopping can monitor, so that a task is trained until its merge is best; MergeAtFitEnd with weights="best" then
-    merges that. Logs, too, how the task vectors relate: `task_vector/norm`, for each other model
+    merges that checkpoint. Also logs the similarity of the task vectors: `task_vector/norm`, for each other model
     `task_vector/cosine/<name>` and `task_vector/sign_agreement/<name>` (random vectors: 0 and 0.5), and
-    `task_vector/low_frequency_energy`, the share of its energy that FR-Merging's filter (or the method's own) would
-    remove. The training does not change by a bit.
+    `task_vector/low_frequency_energy`, the fraction of its energy that FR-Merging's filter (or the method's own) would
+    remove. The trained weights are the same, bit for bit, as without this callback.
 
     Args:
-        method: how to merge; where it takes one number per model, this fit's comes first, then those of `others`.
-        base: the pretrained model from which all of them were fine-tuned.
+        method: the merging method. If it takes one number per model, this fit's comes first, then those of `others`.
+        base: path of the pretrained model from which all models were fine-tuned.
         others: the other tasks' fine-tuned models, as in MergeAtFitEnd. They are read again for each preview.
-        loaders: task → loader or data module; or a suite or data module of all. As in MultiTaskEvaluation.
+        loaders: task → loader or data module; or one suite or data module for all tasks. As in MultiTaskEvaluation.
         heads: task → head, as in MultiTaskEvaluation.
-        every_n_epochs: merge whenever so many epochs of training have ended; 1 if something monitors the result. The
-            task vectors are compared after each validation.
+        every_n_epochs: merge after every n-th training epoch; use 1 if a callback monitors the result. The task vectors
+            are compared after each validation.
         backbone: dotted path of the module's attribute that holds the backbone; "" for the module itself.
         head: dotted path of the module's own head, for the task that `heads` leaves out.
         include: names of the tensors to merge, relative to the backbone: globs, or regular expressions after "re:".
             None for all.
-        exclude: names of the tensors to leave as in the base, and of heads that only fine-tuned models have.
-        split: which part of a suite's data; what chooses a checkpoint should not be "test".
-        prefix: what the logged results' names begin with.
-        metrics: task → what it is judged by, as in MultiTaskEvaluation.
-        batch_norm: training data on which merged batch-norm layers' statistics are measured anew, as in
+        exclude: names of the tensors that keep the base's values, and of heads that only fine-tuned models have.
+        split: the split of a suite to evaluate; a checkpoint should not be chosen on "test".
+        prefix: prefix of the logged results' names.
+        metrics: task → metric, as in MultiTaskEvaluation.
+        batch_norm: training data on which the statistics of merged batch-norm layers are measured again, as in
             MultiTaskEvaluation.
-        individual: task → what its own fine-tuned model reaches, to which the results are normalized. For tasks left
-            out: measured once with the model among `others` that has the task's name (TaskCheckpoint's files do), and
-            for the task being trained each time with the current weights, so that for choosing a checkpoint, give this
-            one or monitor `mean_acc`: early weights may merge without a loss because there is little to lose.
+        individual: task → metric of its own fine-tuned model, by which the results are normalized. A task left out is
+            measured once, with the model among `others` that has the task's name (TaskCheckpoint's files record it).
+            The task being trained is measured each time with the current weights. To choose a checkpoint, give its
+            value here or monitor `mean_acc`: early weights merge without a loss only because they have learnt little.
         inputs: the key of a batch's inputs, as in MultiTaskEvaluation.
         labels: the key of a batch's labels, as in MultiTaskEvaluation.
         adapt: batch → (inputs, labels), as in MultiTaskEvaluation.
-        features: what the heads are given of a backbone's output, as in MultiTaskEvaluation.
+        features: how to read the features from a backbone's output, as in MultiTaskEvaluation.
 
     Attributes:
         results: task → value of its metric in the latest preview, accuracies in [0, 1].
-        individual: task → what the results are normalized to, as far as it is known.
-        similarity: the latest comparison of the task vectors.
+        individual: task → the value by which its result is normalized, for the tasks for which it is known.
+        similarity: the latest comparison of the task vectors; None before.
+
+    Raises:
+        ValueError: an argument is invalid.
     """
 
     def __init__(
@@ -112,7 +115,7 @@ class MergePreview(Callback):
         self._given = frozenset(self.individual)
         self.similarity: Similarity | None = None
         self._found: dict[str, Path] = {}
-        self._logged: dict[str, float] | None = None  # what the validation that runs is to log
+        self._logged: dict[str, float] | None = None  # metrics of the current validation, logged at its end
         self._warned = False
 
     @property
@@ -131,9 +134,7 @@ class MergePreview(Callback):
         if self.every_n_epochs < 1:
             raise ValueError(f"MergePreview: every_n_epochs must be at least 1, got {self.every_n_epochs}")
         if not trainer.enable_validation:
-            raise ValueError(
-                "MergePreview: it works after each validation, and this fit has none; give validation data"
-            )
+            raise ValueError("MergePreview: it runs after each validation, but this fit has none; add validation data")
         compile_patterns(self.include, "include")
         compile_patterns(self.exclude, "exclude")
         open_checkpoint(self.base.path)
@@ -164,17 +165,17 @@ class MergePreview(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        # After the first batch: by now every callback that exchanges the weights for the validation (a moving average)
-        # has done so, wherever it stands in the list, and DDP has given all ranks the buffers of rank 0.
+        # By the first batch, every callback that swaps the weights for the validation (a moving average) has done so,
+        # whatever the callbacks' order, and DDP has broadcast the buffers of rank 0.
         self._preview(trainer, pl_module)
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._preview(trainer, pl_module)  # where a rank had no batch; the others may wait for it
+        self._preview(trainer, pl_module)  # for a rank without batches, because the others wait for it
         if self._logged:
             pl_module.log_dict(self._logged, sync_dist=True)
 
     def _preview(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Merge and evaluate, once in each validation of a fit."""
+        """Merge and evaluate once in each validation of a fit."""
         idle = is_dev_run(trainer) or trainer.sanity_checking or trainer.state.fn != "fit"
         if idle or self._logged is not None:
             return
@@ -190,13 +191,13 @@ class MergePreview(Callback):
             self._logged |= self.evaluation.named(self.results, self.prefix) | self._normalized()
 
     def _placed(self, module: L.LightningModule, merged: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Merged weights under the module's names; of a head among them the module's own stays."""
+        """Merged weights under the module's names, without those of a head: the module keeps its own."""
         own = own_heads(module, self.backbone, self.evaluation.head, self.include, self.exclude)
         weights = merged_into(module, self.backbone, merged)
         return {name: tensor for name, tensor in weights.items() if name not in own}
 
     def _measure_individual(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        """Bring `individual` up to date: the others' once, this fit's task each time."""
+        """Update `individual`: the other tasks once, this fit's task each time."""
         others = dict(zip(distinct_names(list(self._found.values())), self._found.values(), strict=True))
         for task in self.evaluation.tasks:
             if task in others and task not in self.individual:
@@ -210,25 +211,25 @@ class MergePreview(Callback):
         if unknown and not self._warned:
             self._warned = True
             rank_zero_warn(
-                f"MergePreview: {self.prefix}/mean_normalized_{self.evaluation.mean_label} is not logged: it is not "
-                f"known what the individual models of {', '.join(unknown)} reach; give individual={{...}}, or `others` "
-                "that TaskCheckpoint has written"
+                f"MergePreview: {self.prefix}/mean_normalized_{self.evaluation.mean_label} is not logged, because the "
+                f"individual results of {', '.join(unknown)} are unknown; pass individual={{...}}, or `others` that "
+                "TaskCheckpoint has written"
             )
 
     def _normalized(self) -> dict[str, float]:
-        """The mean over the tasks of merged ÷ individual (of individual ÷ merged where less is better)."""
+        """The mean over the tasks of merged ÷ individual (individual ÷ merged if lower is better)."""
         if any(task not in self.individual for task in self.results):
             return {}
-        shares = []
+        ratios = []
         for task, merged in self.results.items():
             above, below = merged, self.individual[task]
             if not self.evaluation.higher_is_better(task):
                 above, below = below, above
-            shares.append(above / below if below else 0.0)
-        return {f"{self.prefix}/mean_normalized_{self.evaluation.mean_label}": sum(shares) / len(shares)}
+            ratios.append(above / below if below else 0.0)
+        return {f"{self.prefix}/mean_normalized_{self.evaluation.mean_label}": sum(ratios) / len(ratios)}
 
     def _finetuned(self, path: Path) -> Mapping[str, Tensor]:
-        """The weights of one of the others, under the base's names."""
+        """The weights of another task's model, under the base's names."""
         base = self.base.open()
         model = open_finetuned(path).relative_to(base.names)
         return merge(base, [model], TaskArithmetic(1.0)) if model.deltas else model
@@ -250,7 +251,7 @@ class MergePreview(Callback):
 
 
 def similarity_metrics(found: Similarity, names: Sequence[str]) -> dict[str, float]:
-    """The names under which a comparison with models of these names is logged."""
+    """Logged name → value, for a comparison with models of the given names."""
     metrics = {"task_vector/norm": found.norm, "task_vector/low_frequency_energy": found.low_frequency_energy}
     for name, cosine, agreement in zip(names, found.cosine, found.sign_agreement, strict=True):
         metrics |= {f"task_vector/cosine/{name}": cosine, f"task_vector/sign_agreement/{name}": agreement}
@@ -258,7 +259,7 @@ def similarity_metrics(found: Similarity, names: Sequence[str]) -> dict[str, flo
 
 
 def distinct_names(paths: Sequence[Path]) -> list[str]:
-    """A short name for each checkpoint: its recorded task or the file's name, or the folder's where these are equal."""
+    """A short, unique name for each checkpoint: its recorded task or file name, or its folder's name if these clash."""
     records = [read_record(path) for path in paths]
     names = [path.stem if record is None else record.task for path, record in zip(paths, records, strict=True)]
     counts = Counter(names)

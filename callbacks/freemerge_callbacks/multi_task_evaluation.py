@@ -1,4 +1,4 @@
-"""MultiTaskEvaluation: how good one backbone is on every task, while it is trained and after it was merged."""
+"""MultiTaskEvaluation: evaluate one backbone on every task, during training and after a merge."""
 
 from __future__ import annotations
 
@@ -26,43 +26,46 @@ from freemerge_callbacks.merge_at_fit_end import MergeAtFitEnd
 class MultiTaskEvaluation(Callback):
     """Evaluates the backbone on every task, not only on the one that it is being fine-tuned on.
 
-    Logs `<prefix>/<task>/acc` for each task and `<prefix>/mean_acc`; under another metric's name and `mean_score` where
-    tasks are judged by something else. Exact on any number of ranks: no sample is left out or counted twice. It leaves
-    no trace in the training: modes, devices and random numbers are put back.
+    Logs `<prefix>/<task>/acc` for each task and their mean, `<prefix>/mean_acc`. Other metrics are logged under their
+    own names, and the mean is then `<prefix>/mean_score`. The evaluation is exact on any number of ranks: every sample
+    counts once. It does not affect the training: modes, devices and random number generators are restored.
 
     Args:
-        loaders: task → loader, not shuffled, of (inputs, labels) or of dicts with `labels`, or a data module that has
-            one; or a suite, or a data module whose loaders are such a dict. Inputs are what the backbone (without
-            `heads`: the module) is called with: a tensor; or a dict or tuple, whose values are arguments of its forward
-            if it takes these. They may be nested. See `inputs`, `labels` and `adapt` for other batches.
-        heads: task → head, from the backbone's features to logits: a module, TaskCheckpoint's file, or a
+        loaders: task → loader, or a data module with one loader; or one suite, or one data module whose loaders are
+            such a dict. Loaders must not shuffle; batches are (inputs, labels), or dicts with `labels`. The inputs are
+            passed to the backbone (to the module, if there are no `heads`): a tensor, or a dict or tuple, whose values
+            are passed as arguments if its forward accepts them. They may be nested. See `inputs`, `labels` and `adapt`
+            for other batches.
+        heads: task → head, from the backbone's features to logits: a module, a file of TaskCheckpoint, or a
             .safetensors file with a linear head's `weight` and `bias`. One task may be left out: the one being trained,
-            whose head is the module's own. None: the module's forward gives the logits of every task.
-        every_n_epochs: evaluate the current weights whenever so many epochs of training have ended, besides the
-            evaluation at the end. None: only at the end.
+            which uses the module's own head. None: the module's forward returns the logits of every task.
+        every_n_epochs: evaluate the current weights after every n-th training epoch, in addition to the evaluation at
+            the end. None: only at the end.
         backbone: dotted path of the module's attribute that holds the backbone; "" for the module itself.
         head: dotted path of the module's own head, for the task that `heads` leaves out.
-        merged: what to evaluate when the fit ends: the merged backbone of a MergeAtFitEnd, or in a file. "auto": that
-            of the Trainer's MergeAtFitEnd, if it has one. None: the current weights.
-        split: which part of a suite's data.
-        prefix: what the logged names begin with; it keeps several of these callbacks apart.
-        metrics: task → what it is judged by: accuracy, f1_macro, matthews, recall@5 (or another number), pearson,
-            spearman, exact_match, perplexity, mean_iou of dense predictions, or a metric of torchmetrics, which gets
-            outputs and labels in the shapes that it compares: (B, 1) becomes (B,), and (B, L, C) beside labels (B, L)
-            becomes (B, C, L).
-            For tasks left out: accuracy, or what a suite says. perplexity is that of a causal model whose labels are
-            its inputs; for labels in step with the logits write seq2seq:perplexity.
-        batch_norm: training data of all tasks, on which merged batch-norm layers' statistics are measured anew: task →
-            loader, or how many batches of a suite's tasks. None: as they were merged.
-        inputs: the key of a batch's inputs, or keys of those that are passed on as a dict (positions: as a tuple).
-            None: of a pair the first; of a dict all but the labels.
-        labels: the key of a batch's labels. None: of a pair the second; of a dict `labels`.
-        adapt: batch → (inputs, labels), instead of `inputs` and `labels`.
-        features: what the heads are given of a backbone that returns a dict: its key, or a function of the output.
+        merged: the weights to evaluate when the fit ends: those that a MergeAtFitEnd has merged, or those in a file.
+            "auto": those of the Trainer's MergeAtFitEnd, if it has one. None: the current weights.
+        split: the split of a suite to evaluate.
+        prefix: prefix of the logged names, which must differ between several of these callbacks.
+        metrics: task → metric: accuracy, f1_macro, matthews, recall@5 (or another number), pearson, spearman,
+            exact_match, perplexity, mean_iou for dense predictions, or a torchmetrics metric, which gets outputs and
+            labels in comparable shapes: (B, 1) becomes (B,), and (B, L, C) with labels (B, L) becomes (B, C, L).
+            Tasks left out use the suite's metric, or accuracy. perplexity is for a causal model whose labels are its
+            inputs; if the labels are aligned with the logits, use seq2seq:perplexity.
+        batch_norm: training data of all tasks, on which the statistics of merged batch-norm layers are measured again:
+            task → loader, or a number of batches for each task of a suite. None: the merged statistics are used.
+        inputs: the key of a batch's inputs, or several keys, whose values are passed on as a dict (as a tuple if the
+            keys are positions). None: the first entry of a pair, or everything in a dict except the labels.
+        labels: the key of a batch's labels. None: the second entry of a pair, or `labels` in a dict.
+        adapt: batch → (inputs, labels); replaces `inputs` and `labels`.
+        features: how to read the features from a backbone that returns a dict: their key, or a function of the output.
             None: `pooler_output`, or the only tensor (B, F).
 
     Attributes:
-        results: task → value of its metric, accuracies in [0, 1], of the latest evaluation.
+        results: task → value of its metric in the latest evaluation, accuracies in [0, 1].
+
+    Raises:
+        ValueError: an argument is invalid.
     """
 
     def __init__(
@@ -146,11 +149,13 @@ class MultiTaskEvaluation(Callback):
             return self.merged
         found = [callback for callback in callbacks_of(trainer) if isinstance(callback, MergeAtFitEnd)]
         if len(found) > 1:
-            raise ValueError("MultiTaskEvaluation: the Trainer has several MergeAtFitEnd; name one with merged=...")
+            raise ValueError(
+                "MultiTaskEvaluation: the Trainer has several MergeAtFitEnd callbacks; choose one with merged=..."
+            )
         return found[0] if found else None
 
     def _check_order(self, trainer: L.Trainer) -> None:
         merge = self._merge(trainer)
         callbacks = callbacks_of(trainer)
         if isinstance(merge, MergeAtFitEnd) and merge not in callbacks[: callbacks.index(self)]:
-            raise ValueError("MultiTaskEvaluation: put its MergeAtFitEnd before it in the Trainer's callbacks")
+            raise ValueError("MultiTaskEvaluation: put its MergeAtFitEnd before it in the Trainer's list of callbacks")

@@ -1,4 +1,4 @@
-"""TaskCheckpoint: keep of a fit what a later merge needs."""
+"""TaskCheckpoint: save a fit's backbone, head and record for a later merge."""
 
 from __future__ import annotations
 
@@ -19,23 +19,24 @@ from freemerge_callbacks._weights import get_part, weights_of, whole_state
 
 
 class TaskCheckpoint(FitEndCallback):
-    """When a fit ends, writes its backbone (or only the task vector) and its head, and a record of their origin.
+    """Writes a fit's backbone (or only its task vector) and head, with a record of their origin, when the fit ends.
 
     The file's metadata hold the task, the hash of the base, the seed and the last metrics. MergeAtFitEnd and
-    MergePreview take such files as `others` and refuse one of another base; MultiTaskEvaluation takes them as `heads`.
+    MergePreview accept such files as `others` and refuse those with another base; MultiTaskEvaluation accepts them as
+    `heads`.
 
     Args:
         output: the .safetensors file to write.
         task: the task's name.
-        save: "weights" of the fine-tuned backbone, which everything reads, or only its "task_vector", which keeps its
-            precision in a narrow `dtype` and which the callbacks of this package add to the base again.
-        base: the pretrained model, for its hash and for the task vector. None: the weights that the module starts with.
+        save: "weights", the fine-tuned backbone, which any tool can read; or "task_vector", which loses less precision
+            in a narrow `dtype`, and which freemerge adds to the base when it reads the file.
+        base: path of the pretrained model, for its hash and the task vector. None: the module's initial weights.
         backbone: dotted path of the module's attribute that holds the backbone; "" for the module itself.
-        head: dotted path of the head to keep beside the backbone. None for no head.
-        weights: "last", as they are when the fit ends, or "best", from the best checkpoint of the Trainer's
+        head: dotted path of the head to save with the backbone. None for no head.
+        weights: "last", the weights at the end of the fit, or "best", those of the best checkpoint of the Trainer's
             ModelCheckpoint.
-        dtype: of the backbone's floating-point tensors in the file, for example "bfloat16". None for the module's.
-        overwrite: replace an existing `output`.
+        dtype: dtype of the backbone's floating-point tensors in the file, for example "bfloat16". None: the module's.
+        overwrite: whether to replace an existing `output`.
 
     Attributes:
         saved_path: the file written; None before.

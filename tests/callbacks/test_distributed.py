@@ -106,7 +106,9 @@ def test_an_error_of_rank_zero_is_everybodys():
 def test_what_would_make_several_ranks_inexact_is_refused():
     trainer = SimpleNamespace(strategy=None, world_size=2)
     shuffled = DataLoader(make_loader(0).dataset, batch_size=8, shuffle=True)
-    with pytest.raises(ValueError, match="the loader of 'b' shuffles, differently on every rank; use shuffle=False"):
+    with pytest.raises(
+        ValueError, match="the loader of 'b' shuffles, in another order on every rank; use shuffle=False"
+    ):
         check_loaders(trainer, {"a": make_loader(0), "b": shuffled}, "Somebody")
     trainer.world_size = 1
     check_loaders(trainer, {"b": shuffled}, "Somebody")

@@ -146,11 +146,11 @@ def test_a_combined_loader_is_its_loaders(tmp_path):
     [
         (
             {"a": Several([make_loader(0), make_loader(1)])},
-            r"got the 2 of Several.val_dataloader\(\); give each a task",
+            r"found 2 in Several.val_dataloader\(\); name a task for each",
         ),
-        ({"a": [make_loader(0), make_loader(1)]}, r"expected one loader for 'a', and got the 2 of a list"),
-        ({"a": CombinedLoader({"x": make_loader(0)})}, r"got the 1 of a CombinedLoader \('x'\)"),
-        (make_loader(0), r"`loaders` must be a dict, task → loader, and is a DataLoader"),
+        ({"a": [make_loader(0), make_loader(1)]}, r"expected one loader for 'a', found 2 in a list"),
+        ({"a": CombinedLoader({"x": make_loader(0)})}, r"found 1 in a CombinedLoader \('x'\)"),
+        (make_loader(0), r"`loaders` must be a dict, task → loader, but is a DataLoader"),
     ],
 )
 def test_several_loaders_for_one_task_are_refused(tmp_path, loaders, message):
@@ -282,26 +282,26 @@ def late(value, count=20):
             lambda: Segments(3),
             (IMAGES, torch.where(IMAGES[:, 0] > 2, 255, IMAGES.argmax(1))),
             {"a": "mean_iou"},
-            r"the label 255, .* labels are 0 to 2; if nothing is to count there, give metrics=\{'a': Jaccard"
+            r"the label 255, .* labels are 0 to 2; to ignore this label, pass metrics=\{'a': Jaccard"
             r"Index\('multiclass', num_classes=3, ignore_index=255\)\}",
         ),
         (
             Plain,
             (X, [{"boxes": X}]),
             None,
-            r"expected one class for each sample of 'a', got a list of 1; give a metric",
+            r"expected one class for each sample of 'a', got a list of 1; pass a torchmetrics metric",
         ),
         (
             Plain,
             (X, Y),
             {"a": MetricCollection([Accuracy("multiclass", num_classes=2)])},
-            "the metric of 'a' is a MetricCollection; give the name of a metric, or one metric of torchmetrics",
+            "the metric of 'a' is a MetricCollection; pass the name of a metric, or one torchmetrics metric",
         ),
         (
             Plain,
             (X, Y),
             {"a": ConfusionMatrix("multiclass", num_classes=2)},
-            r"MulticlassConfusionMatrix, the metric of 'a', gives shape \[2, 2\], and one number is needed",
+            r"MulticlassConfusionMatrix, the metric of 'a', must give one number, got shape \[2, 2\]",
         ),
     ],
 )

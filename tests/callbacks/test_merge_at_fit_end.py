@@ -227,10 +227,12 @@ def test_a_resumed_fit_merges_against_what_it_first_started_from(tmp_path, other
 def test_a_resumed_fit_whose_base_is_gone_is_refused(tmp_path, other):
     last, first = interrupted(tmp_path, other)
     save_checkpoint(first.base.kept, {name: value + 1 for name, value in load_checkpoint(first.base.kept).items()})
-    with pytest.raises(ValueError, match="is not what the resumed fit started from"):
+    with pytest.raises(ValueError, match="does not hold the fit's initial weights"):
         fit(tmp_path, MergeAtFitEnd(WeightAverage(), [str(other)], str(tmp_path / "m.safetensors")), ckpt_path=last)
     first.base.kept.unlink()
-    with pytest.raises(ValueError, match="is gone; give the pretrained model with base="):
+    with pytest.raises(
+        ValueError, match="is missing: it held the fit's initial weights; pass the pretrained model as base="
+    ):
         fit(tmp_path, MergeAtFitEnd(WeightAverage(), [str(other)], str(tmp_path / "m.safetensors")), ckpt_path=last)
     save_checkpoint(tmp_path / "base.safetensors", make_backbone().state_dict())
     merge = MergeAtFitEnd(
@@ -247,7 +249,9 @@ def test_a_finished_fit_that_is_resumed_with_nothing_left_to_train(tmp_path, oth
     last = tmp_path / "ckpt" / "last.ckpt"
     again = MergeAtFitEnd(WeightAverage(), [str(other)], str(tmp_path / "n.safetensors"))
     again._generate_state_key = lambda **_: first.state_key
-    with pytest.raises(ValueError, match="is gone; give the pretrained model with base="):
+    with pytest.raises(
+        ValueError, match="is missing: it held the fit's initial weights; pass the pretrained model as base="
+    ):
         fit(tmp_path, again, ckpt_path=last)
     save_checkpoint(tmp_path / "base.safetensors", make_backbone().state_dict())
     base = str(tmp_path / "base.safetensors")

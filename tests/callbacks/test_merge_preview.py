@@ -122,11 +122,11 @@ def test_given_individual_results_are_not_measured(tmp_path, base, other):
     assert float(row["merged/mean_normalized_acc"]) == pytest.approx(expected)
 
 
-def test_unknown_individual_results_are_said_once(tmp_path, base, other):
+def test_unknown_individual_results_give_one_warning(tmp_path, base, other):
     preview = MergePreview(WeightAverage(), base, [str(other)], LOADERS)
-    with pytest.warns(UserWarning, match="what the individual models of a, b reach; give individual=") as found:
+    with pytest.warns(UserWarning, match="the individual results of a, b are unknown; pass individual=") as found:
         fit(tmp_path, [preview], epochs=3)
-    assert sum("individual models" in str(each.message) for each in found) == 1
+    assert sum("the individual results" in str(each.message) for each in found) == 1
     assert preview.results
 
 
@@ -207,7 +207,7 @@ def test_mistakes_are_found_before_training(tmp_path, base, other, change, messa
 
 
 def test_it_needs_a_validation(tmp_path, base, other):
-    with pytest.raises(ValueError, match="this fit has none; give validation data"):
+    with pytest.raises(ValueError, match="this fit has none; add validation data"):
         make_trainer(tmp_path, MergePreview(WeightAverage(), base, [str(other)], LOADERS)).fit(Plain(), make_loader(0))
 
 

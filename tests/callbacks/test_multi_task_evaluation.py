@@ -188,14 +188,14 @@ SHUFFLED = DataLoader(make_data(0), batch_size=8, sampler=DistributedSampler(mak
     [
         ({"loaders": {}}, "no task to evaluate on"),
         ({"loaders": {"a": SHUFFLED}}, "has a DistributedSampler"),
-        ({"heads": {"c": nn.Linear(8, 2)}}, "a head for 'c'"),
+        ({"heads": {"c": nn.Linear(8, 2)}}, "`heads` names 'c'"),
         ({"heads": {}}, "no heads for a, b"),
         ({"heads": {"a": nn.Linear(8, 2)}, "head": "classifier"}, "no submodule 'classifier'"),
         ({"heads": {"a": nn.Linear(8, 2), "b": "{}/other.safetensors"}}, "expected a linear head"),
         ({"heads": {"a": nn.Linear(8, 2), "b": "{}/no.safetensors"}}, "does not exist"),
         ({"backbone": "body"}, "no submodule 'body'"),
         ({"every_n_epochs": 0}, "at least 1, got 0"),
-        ({"metrics": {"c": "accuracy"}}, "a metric for 'c'"),
+        ({"metrics": {"c": "accuracy"}}, "`metrics` names 'c'"),
         ({"metrics": {"a": "f1"}}, "there is no metric 'f1'; choose one of accuracy"),
         ({"batch_norm": 3}, "must be a dict of loaders"),
     ],
@@ -356,7 +356,7 @@ def test_a_merged_file_of_another_model(tmp_path):
     ("loader", "message"),
     [
         ([torch.zeros(4, 6)], "must yield pairs .* yields a Tensor"),
-        ([], "yields nothing"),
+        ([], "but it is empty"),
     ],
 )
 def test_loaders_of_another_kind(tmp_path, loader, message):

@@ -131,7 +131,7 @@ def test_a_job_that_died_after_it_registered_goes_on_from_its_checkpoint(tmp_pat
         fit(tmp_path, last, 1, checkpoint, enable_checkpointing=True)
     assert (tmp_path / "shared" / "b.safetensors").exists()
     fresh = job(tmp_path, "b", ("a", "b"), WeightAverage())
-    with pytest.raises(ValueError, match=r"'b' is registered already .*; set overwrite=True"):
+    with pytest.raises(ValueError, match=r"'b' is already registered .*; set overwrite=True"):
         fit(tmp_path, fresh)
     fit(tmp_path, fresh, 1, ckpt_path=tmp_path / "ckpt" / "last.ckpt")
     assert fresh.merged_path.exists()
@@ -161,7 +161,7 @@ def test_one_task_trained_by_two_jobs_at_once(tmp_path):
     ("arguments", "message"),
     [
         ({"task": "d"}, "the task 'd' is not among `tasks`: a, b, c"),
-        ({"task": "x/y"}, "a name that a file can have"),
+        ({"task": "x/y"}, "a valid file name"),
         ({"tasks": 0}, "at least 1"),
         ({"tasks": ("a", "a")}, "names one task twice"),
         ({"tasks": 1, "task": "z"}, r"already holds 1 tasks \(a\) of the 1 expected"),
