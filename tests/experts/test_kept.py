@@ -33,7 +33,9 @@ def make_experts(module: nn.Module, kind: str = "sparse", count: int = 3) -> lis
         residuals.append({name: 0.1 * torch.rand(t.shape, generator=generator) for name, t in floats.items()})
     if kind == "masked":
         return list(emr_experts({str(index): residual for index, residual in enumerate(residuals)})[1].values())
-    return [extract(r, 0.9) if kind == "sparse" else extract_low_rank(r, rank=2) for r in residuals]
+    if kind == "sparse":
+        return [extract(residual, 0.9, exclude=None) for residual in residuals]
+    return [extract_low_rank(residual, rank=2, exclude=None) for residual in residuals]
 
 
 def expected_of(module: nn.Module, expert: Expert, inputs: Tensor) -> Tensor:
@@ -200,6 +202,19 @@ def test_a_pass_that_writes_to_its_tensors_does_not_change_the_next_one() -> Non
     for _ in range(2):
         assert torch.equal(run(module, [expert], inputs, kept), first)
     assert not module.sum.any()
+
+
+@torch.no_grad()
+def test_statistics_that_a_pass_measures_are_its_own() -> None:
+    """Another thread may compute with the kept ones at the same time."""
+    module, kept = make_module().train(), KeptWeights(MIB)
+    expert = PackedExpert(make_experts(module)[0])
+    run(module, [expert], torch.randn(2, 6), kept)
+    changed = kept._entries[expert].changed["1.running_mean"]
+    mean = changed.clone()
+    run(module, [expert], torch.randn(2, 6), kept)
+    assert kept._entries[expert].changed["1.running_mean"] is changed
+    assert torch.equal(changed, mean)
 
 
 @torch.no_grad()
