@@ -65,8 +65,9 @@ def run_groups(
         kinds = {kind_in(expert) for expert, _ in groups if expert is not None}
         may = one_pass and kinds == {LowRankExpert}
         thin = [(one, count) for one, count in groups if one is None or isinstance(one, (LowRankExpert, PackedExpert))]
-        if may and all_see_samples(own[module], own[run], thin, inputs, known.answers):
-            with each_with_its_own(own[module], thin, own.plans if own.is_twin else None):
+        plans = own.plans if own.is_twin else None
+        if may and all_see_samples(own[module], own[run], thin, inputs, known.answers, plans):
+            with each_with_its_own(own[module], thin, plans):
                 return own[run](inputs)
         outputs, start = [], 0
         compared: set[str] = set()

@@ -51,14 +51,7 @@ def each_with_its_own(module: nn.Module, groups: Groups, plans: dict[Any, Any] |
             (None if expert is None else _Changes.of(module, _unpacked_if_small(expert), plans), count)
             for expert, count in groups
         ]
-        key = ("owners", *(None if change is None else change.signature for change, _ in changes))
-        if plans is None or key not in plans:
-            found = _owners(module, [change for change, _ in changes if change is not None])
-            if plans is not None:
-                plans[key] = found
-        else:
-            found = plans[key]
-        linear, others = found
+        linear, others = _planned_owners(module, [change for change, _ in changes], plans)
         for owner, names in (linear | others).items():
             layer = _Layer(module, owner, names, changes)
             run = layer.run_linear if owner in linear else layer.run_by_groups
@@ -92,10 +85,19 @@ Answers = dict[tuple[frozenset[str], frozenset[str]], bool]
 
 @torch.no_grad()
 def all_see_samples(
-    module: nn.Module, run: Callable[[Inputs], Any], groups: Groups, inputs: Inputs, known: Answers
+    module: nn.Module,
+    run: Callable[[Inputs], Any],
+    groups: Groups,
+    inputs: Inputs,
+    known: Answers,
+    plans: dict[Any, Any] | None = None,
 ) -> bool:
-    """`runs_side_by_side` in a module that is the caller's alone; `known` has the answers so far."""
-    linear, others = _owners(module, [_Changes.of(module, expert) for expert, _ in groups if expert is not None])
+    """`runs_side_by_side` in a module that is the caller's alone.
+
+    `known` has the answers so far; `plans` are a twin's, kept for the next time.
+    """
+    changes = [None if expert is None else _Changes.of(module, expert, plans) for expert, _ in groups]
+    linear, others = _planned_owners(module, changes, plans)
     key = (frozenset(linear), frozenset(others))
     if key not in known:
         owners = linear.keys() | others.keys()
@@ -195,6 +197,19 @@ def _changed(module: nn.Module, names: Sequence[str], changes: _Changes | None) 
     finally:
         for owner, leaf, own in kept:
             exchange(owner, leaf, own)
+
+
+def _planned_owners(
+    module: nn.Module, changes: Sequence[_Changes | None], plans: dict[Any, Any] | None
+) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
+    """`_owners`, looked up where the plans have it."""
+    key = ("owners", *(None if change is None else change.signature for change in changes))
+    if plans is not None and key in plans:
+        return plans[key]
+    found = _owners(module, [change for change in changes if change is not None])
+    if plans is not None:
+        plans[key] = found
+    return found
 
 
 def _owners(module: nn.Module, changes: Sequence[_Changes]) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
