@@ -1,4 +1,4 @@
-"""The merging algorithms and the engine that runs them: task vectors in, one merged model out."""
+"""The merging algorithms, and the engine that merges task vectors into one model."""
 
 from freemerge.errors import MergeError, MergeWarning
 from freemerge.merging.algebra import apply_task_vector, merge_task_vectors, task_vector

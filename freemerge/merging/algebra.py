@@ -1,4 +1,4 @@
-"""The algebra of task vectors in memory, τ = θ_ft − θ_base: made, merged, and added to a base."""
+"""The algebra of task vectors in memory, τ = θ_ft − θ_base: compute, merge, and add to a base."""
 
 from __future__ import annotations
 
@@ -25,8 +25,7 @@ def task_vector(base: Mapping[str, Tensor], finetuned: Mapping[str, Tensor]) -> 
         finetuned: the fine-tuned model's tensors; names that the base does not have are ignored.
 
     Returns:
-        name → float32 tensor of the base's shape, in memory of its own. Names that are one tensor in both models are
-        one tensor.
+        name → float32 tensor of the base's shape, in new memory. Names that are tied in both models stay tied.
 
     Raises:
         MergeError: a tensor is missing from `finetuned` or has another shape.
@@ -57,7 +56,7 @@ def apply_task_vector(
 ) -> dict[str, Tensor]:
     """θ = θ_base + scale · τ, in float32 and returned in the base's dtypes.
 
-    Statistics of batch norms lie between the base's and the vector's: for them λ counts as 0 at least and 1 at most.
+    Batch-norm statistics are interpolated between the base's and the fine-tuned ones: for them, λ is clamped to [0, 1].
 
     Args:
         base: the pretrained model's tensors.
@@ -65,11 +64,11 @@ def apply_task_vector(
         scale: λ.
 
     Returns:
-        All tensors of the base, in memory of their own.
+        All tensors of the base, in new memory.
 
     Raises:
         MergeError: `vector` names a tensor that the base does not have, or has another shape; or a value is NaN or
-            infinite, or would be in the base's dtype.
+            infinite, or overflows the base's dtype.
     """
     for name, delta in vector.items():
         if name not in base:
@@ -96,7 +95,7 @@ def merge_task_vectors(vectors: Sequence[Mapping[str, Tensor]], method: MergeMet
         method: how to merge.
 
     Returns:
-        name → merged task vector, float32, in memory of its own.
+        name → merged task vector, float32, in new memory.
 
     Raises:
         MergeError: no vectors, names or shapes that differ, or a value of the result is NaN or infinite.

@@ -1,4 +1,4 @@
-"""The three ways to merge: `merge` returns tensors, `merge_to` writes, `plan_merge` says what would be done."""
+"""The three ways to merge: `merge` returns tensors, `merge_to` writes files, `plan_merge` only checks and plans."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from freemerge.runtime.threads import one_thread
 
 
 class _Selecting(TypedDict, total=False):
-    """What concerns what is merged, and where; see `merge`."""
+    """Options that select what is merged and where; see `merge`."""
 
     overrides: Sequence[Mapping[str, Any]] | None
     include: Sequence[str] | None
@@ -36,7 +36,7 @@ class _Selecting(TypedDict, total=False):
 
 
 class _Writing(TypedDict, total=False):
-    """What concerns the writing of a merge; see `merge_to`."""
+    """Options for writing a merge; see `merge_to`."""
 
     output_format: OutputFormat
     rank: int | None
@@ -101,7 +101,7 @@ def merge(
     """Merge fine-tuned models of one base, in memory.
 
     All arithmetic is in float32, whatever the storage dtype (fp8 too), and rounded once, to nearest even; a value that
-    does not fit into the result's dtype is an error, never infinite and never cut off. Integer and boolean tensors, and
+    overflows the result's dtype is an error and is never made infinite or clamped. Integer and boolean tensors, and
     those that the patterns leave out, keep the base's values; tied tensors stay tied. The inputs are never modified.
 
     Args:
@@ -112,28 +112,28 @@ def merge(
         overrides: other parameters for some of the tensors, `[{"match": "*.mlp.*", "scale": 0.4}]`; see
             `with_overrides`.
         include: names of the tensors to merge: globs, or regular expressions after `re:`. None for all.
-        exclude: names of the tensors to leave as in the base, and of the heads that only fine-tuned models have.
-        dtype: of the result's floating-point tensors, for example "bfloat16"; None for the base's own.
-        embeddings: what to do where a fine-tuned model has other rows of the vocabulary than the base (added tokens,
-            padding): "error", or merge by rows, in which row i is token i of every model and the result has the
-            base's rows, configuration and tokenizer. "base": every row that the base has; a model that lacks it
-            counts as one that did not change it, and rows beyond the base's are dropped. "common": only the rows that
-            the base and all models have; the others stay as in the base.
+        exclude: names of the tensors to keep from the base, and of heads that only the fine-tuned models have.
+        dtype: dtype of the result's floating-point tensors, for example "bfloat16"; None for the base's own.
+        embeddings: what to do if a fine-tuned model has other vocabulary rows than the base (added tokens, padding):
+            "error", or merge by rows, in which row i is token i of every model and the result has the base's rows,
+            configuration and tokenizer. "base": every row that the base has; a model that lacks a row is treated as not
+            having changed it, and rows beyond the base's are dropped. "common": only the rows that the base and all
+            models have; the others stay as in the base.
         device: where to compute, for example "cuda"; None for where the tensors are. Files are read and written by
             threads, each with a stream of its own, so that copies and arithmetic overlap.
-        progress: called with the bytes read so far by this process and in all that it will read, now and then, from
-            any thread.
-        output: what to write instead of returning tensors: then this is `merge_to`.
-        dry_run: check and plan alone: then this is `plan_merge`.
+        progress: called from any thread, now and then, with the bytes that this process has read so far and the bytes
+            that it will read in total.
+        output: the file or folder to write instead of returning tensors, as `merge_to` does.
+        dry_run: only check and plan, as `plan_merge` does.
         writing: see `merge_to`.
 
     Returns:
-        All tensors of the base by name, in memory of their own, on the base's device; or what `merge_to` or
-        `plan_merge` returns.
+        All tensors of the base by name, in new memory on the base's device; or the result of `merge_to` or
+        `plan_merge`.
 
     Raises:
-        MergeError: the models do not fit the base, were fine-tuned from another (where a task file says so), a value
-            is NaN or infinite, or does not fit into the result's dtype.
+        MergeError: the models do not fit the base, were fine-tuned from another (where a task file says so), a value is
+            NaN or infinite, or overflows the result's dtype.
         CheckpointError: a file cannot be read.
     """
     selecting: _Selecting = {
@@ -181,27 +181,26 @@ def merge_to(
     No model is ever whole in memory.
 
     Args:
-        base: see `merge`; so are `finetuned`, `method` and all options that are not named here.
+        base: see `merge`, also for `finetuned`, `method` and all options that are not listed here.
         finetuned: the fine-tuned models.
         method: how to merge.
         output: what to write: a `.safetensors` file, or a folder for Hugging Face's `from_pretrained`, with the files
             around the base's weights (configuration, tokenizer, code, licence; see `checkpoints.companions`), a model
-            card and `freemerge.json`. It appears whole or not at all. Of a link, what it leads to is written.
+            card and `freemerge.json`. It is written atomically. A link is followed.
         output_format: "model", or "lora" for the folder of a LoRA adapter of the base, which PEFT loads: each merged
-            difference cut to `rank`, with the error of the cut in `freemerge.json` and the model card.
-        rank: of the adapter's factors; the same for all tensors.
-        overwrite: replace an existing `output`; of folders only those that freemerge wrote.
-        resume: go on with what an interrupted merge into this output had finished, if the inputs (by their hashes,
-            unless those are left out: then by their names) and all parameters are the same; and keep what is finished
-            if this one fails.
+            difference is truncated to `rank`; `freemerge.json` and the model card state the truncation error.
+        rank: rank of the adapter's factors, the same for all tensors.
+        overwrite: replace an existing `output`; folders only if freemerge wrote them.
+        resume: continue an interrupted merge into this output if the inputs (by their hashes or, if these are disabled,
+            by their names) and all parameters are the same; and keep the finished part if this merge fails.
         shard_size: largest file of weights in a folder, in bytes or such as "500MB".
         hash_inputs: record hashes of all inputs in the folder's `freemerge.json`, which takes a pass over them.
-        companions_from: whose files a folder takes: the name or path of a fine-tuned model, for its configuration,
-            tokenizer and chat template, with the base's where it has none; "base"; or None for the base's and a
-            `MergeWarning` of what all fine-tuned models have otherwise.
+        companions_from: the model whose files a folder takes: the name or path of a fine-tuned model, for its
+            configuration, tokenizer and chat template, with the base's where it has none; "base"; or None for the
+            base's files, with a `MergeWarning` about what all fine-tuned models have in common but the base has not.
         distributed: share the work with all processes of torch.distributed's default group. Each must make this same
             call, reach the inputs, and see the same output folder; the files are the same as from one process.
-        options: what `merge` takes as well.
+        options: the other options of `merge`.
 
     Returns:
         The path written.
@@ -247,17 +246,17 @@ def plan_merge(
     progress: Callable[[int, int], None] | None = None,
     **writing: Unpack[_Writing],
 ) -> Estimate:
-    """Check everything of a merge that can be told without reading values, and say what would be done.
+    """Check a merge as far as possible without reading values, and report what it would do.
 
     Args:
-        base: see `merge`; so are all options that are named here.
+        base: see `merge`, also for all other options listed here.
         finetuned: the fine-tuned models.
         method: how to merge.
-        output: what would be written; None if tensors would be returned.
+        output: the file or folder that would be written; None if tensors would be returned.
         writing: see `merge_to`.
 
     Returns:
-        The tensors that take part, and about how much is read, written and held in memory.
+        The tensors that take part, and estimates of the bytes read, written and held in memory.
 
     Raises:
         MergeError: see `merge`.

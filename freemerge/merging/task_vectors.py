@@ -24,22 +24,22 @@ from freemerge.tensors.order_statistics import Scan
 _Value = TypeVar("_Value")
 
 _SAMPLE_RUNS = 1024
-_SAMPLE_RUN = 128  # neighbours cost next to nothing to read, and tell less than their number
-_RUNS_OF_TENSOR, _RUN_OF_TENSOR = 32, 1024  # every run costs as much as many values
-_UNSAMPLED = 1 << 18  # values of a tensor that are rather taken all
+_SAMPLE_RUN = 128  # values per sampled chunk: neighbours are cheap to read, but correlated
+_RUNS_OF_TENSOR, _RUN_OF_TENSOR = 32, 1024  # reading a chunk costs as much as many values
+_UNSAMPLED = 1 << 18  # tensors of at most this size are sampled completely
 
 
 class Vectors:
-    """The task vectors of K models, one tensor or one chunk at a time; iterating again reads again.
+    """The task vectors of K models, one tensor or one chunk at a time; every iteration reads the models again.
 
     Args:
         labels: the names of the K models.
         shapes: name → shape of each merged tensor, in the order of iteration.
-        read: returns the task vectors of one tensor, (K, *shape) float32, in memory of their own. Called in a thread.
-        read_chunk: returns those of a run of a tensor's values, (K, n) float32, in memory that the same thread's next
-            call may use again; by default the tensor is read and cut.
-        processes: those that share the passes; None for this one alone.
-        chunk: bound of K × the length of a chunk; None for the default.
+        read: returns the task vectors of one tensor, (K, *shape) float32, in new memory. Called in a thread.
+        read_chunk: returns those of a chunk, (K, n) float32, in memory that the same thread's next call may reuse; by
+            default the tensor is read and split.
+        processes: the processes that share the passes; None for only this one.
+        chunk: upper bound of K × the length of a chunk; None for the default.
     """
 
     def __init__(
@@ -68,22 +68,22 @@ class Vectors:
         return self._read(name)
 
     def read_chunk(self, chunk: Chunk) -> Tensor:
-        """The task vectors of a run of a tensor's values, (K, n) float32."""
+        """The task vectors of a chunk of a tensor's values, (K, n) float32."""
         if self._read_chunk is None:
             return flat(self._read(chunk.name))[:, chunk.start : chunk.stop]
         return self._read_chunk(chunk)
 
     def scan(self, see: Callable[[Tensor], None]) -> None:
-        """One pass over all entries, by all threads and, each its share, all processes.
+        """Make one pass over all entries, with all threads; each process scans its part.
 
         Args:
             see: called with every chunk, (K, n) float32, in any order and from several threads at once. It may
-                overwrite it, and must not keep it: its memory is used again. What it gathers must not depend on the
-                order; see `gather`.
+                overwrite the chunk but must not keep it, because its memory is reused. What it collects must not depend
+                on the order; see `gather`.
         """
         shapes = {name: self.shapes[name] for name in self._processes.share(self.shapes)}
 
-        def look(name: str) -> None:  # a function, so that nothing of a tensor is held while the next one is read
+        def look(name: str) -> None:  # a function, so that no tensor is held while the next one is read
             each(see, blocks(flat(self._read(name))))
 
         def work(jobs: Iterator[str | Chunk]) -> None:
@@ -102,19 +102,19 @@ class Vectors:
         self._processes.together(scan)
 
     def gather(self, value: _Value) -> list[_Value]:
-        """What each process made of its share of a scan, by rank; every process gets all."""
+        """Collect the result of each process's part of a scan, by rank; every process gets all results."""
         return self._processes.gather(value)
 
     def by_tensor(self, measure: Callable[[int, Scan, Tensor], _Value]) -> dict[str, _Value]:
-        """Measure something of every tensor by itself, each in one of the threads of one of the processes.
+        """Compute a statistic of each tensor, each in one thread of one process.
 
         Args:
             measure: called with the number of values n that each model has in the tensor, a function that makes a pass
-                over them, and a sample of them, (K, m) with m ≤ n, which may be empty. A pass calls what it is given
-                with chunks, (K, ≤ n) float32, that it may overwrite and must not keep.
+                over them, and a sample of them, (K, m) with m ≤ n, which may be empty. A pass calls its argument with
+                chunks, (K, ≤ n) float32, which the argument may overwrite but must not keep.
 
         Returns:
-            Name → what was measured, in every process.
+            Name → the statistic, in every process.
         """
         found: dict[str, _Value] = {}
 
@@ -138,13 +138,13 @@ class Vectors:
         return self._gathered(found)
 
     def map(self, function: Callable[[str, Tensor], _Value]) -> dict[str, _Value]:
-        """Compute something of every whole tensor, each in one of the threads of one of the processes.
+        """Apply a function to each whole tensor, each in one thread of one process.
 
         Args:
             function: called with the name and (K, *shape) float32, which it may overwrite.
 
         Returns:
-            Name → what was computed, in every process.
+            Name → the result, in every process.
         """
         found: dict[str, _Value] = {}
 
@@ -156,37 +156,38 @@ class Vectors:
         return self._gathered(found)
 
     def _gathered(self, found: dict[str, _Value]) -> dict[str, _Value]:
-        """What all processes have found, by tensor."""
+        """Merge the results of all processes, by tensor."""
         everything = {name: value for part in self._processes.gather(found) for name, value in part.items()}
         return {name: everything[name] for name in self.shapes}
 
     def _run_over(self, work: Callable[[Iterator[str]], None], names: Sequence[str]) -> None:
-        """Run on tensors that are read in chunks where they can be."""
+        """Run jobs on tensors, read in chunks where possible."""
         if self._read_chunk is None:
             self._run_over_whole(work, names)
         else:
-            run(work, names, returned=5 * CHUNK)  # brackets live longer than chunks, and would scatter over the heap
+            run(work, names, returned=5 * CHUNK)  # brackets live longer than chunks, and would fragment the heap
 
     def _run_over_whole(self, work: Callable[[Iterator[str]], None], names: Sequence[str]) -> None:
-        """Run on whole tensors, on no more at a time than memory allows."""
-        copies = len(self.labels) + 4  # what is read, and what filters hold
+        """Run jobs on whole tensors, only as many at a time as memory allows."""
+        copies = len(self.labels) + 4  # the tensor that is read, and a filter's temporaries
         sizes = {name: copies * self.shapes[name].numel() for name in names}
         run(work, names, cost=sizes.__getitem__, budget=max(sizes.values(), default=0))
 
     def chunks(self) -> Iterator[Tensor]:
         """All values in chunks of bounded size: (K, n) float32, in the order of the tensors.
 
-        For statistics that depend on the order; others are faster by `scan`.
+        For statistics that depend on the order; `scan` is faster for all others.
         """
         if self._read_chunk is None:
             return (flat(deltas) for _, deltas in self)
         return read_ahead(self._read_chunk, chunks(self.shapes, len(self.labels), self._chunk))
 
     def sample(self) -> Tensor:
-        """Some of the entries, the same for all models: (K, n) float32, with n about 2¹⁷ to 2¹⁸.
+        """A sample of the entries, the same for all models: (K, n) float32, with n about 2¹⁷ to 2¹⁸.
 
-        Short runs at seeded positions, one in each of equal shares of the model, so that every tensor is represented
-        by its size. The same call gives the same sample. It is empty where tensors can only be read whole.
+        It consists of short chunks at seeded positions, one in each of equal parts of the model, so that every tensor
+        is represented according to its size. The same call gives the same sample. It is empty if tensors can only be
+        read whole.
         """
         if self._read_chunk is None:
             return torch.zeros(len(self.labels), 0)
@@ -196,7 +197,7 @@ class Vectors:
         return self._sample(self.shapes, runs, _SAMPLE_RUN)
 
     def _sample(self, shapes: Mapping[str, torch.Size], runs: int, length: int) -> Tensor:
-        """So many runs of this length, (K, n) float32; none where tensors can only be read whole."""
+        """Read `count` chunks of this length, (K, n) float32; none if tensors can only be read whole."""
         if self._read_chunk is None or not runs:
             return torch.zeros(len(self.labels), 0)
         share = sum(shape.numel() for shape in shapes.values()) / runs
@@ -214,22 +215,22 @@ class Vectors:
         return torch.cat(found, dim=1)
 
     def subset(self, names: Iterable[str]) -> Vectors:
-        """The same models' vectors of some of the tensors."""
+        """The task vectors of a selection of the tensors."""
         return self._changed({name: self.shapes[name] for name in names}, self._read, self._read_chunk)
 
     def regrouped(self, shapes: Mapping[str, Sequence[int]], read: Callable[[str], Tensor]) -> Vectors:
-        """Other tensors of the same models, computed from these.
+        """Task vectors of other tensors, computed from these.
 
         Args:
             shapes: name → shape.
-            read: returns what `map` is to see of one of them, in memory of its own.
+            read: returns the tensor that `map` passes on, in new memory.
         """
         return self._changed({name: torch.Size(shape) for name, shape in shapes.items()}, read, None)
 
     def through(
         self, change: Callable[[str, Tensor], Tensor], change_chunk: Callable[[Chunk, Tensor], Tensor] | None = None
     ) -> Vectors:
-        """The vectors after a change that depends on nothing but the tensor.
+        """The vectors after a change that depends only on the tensor.
 
         Args:
             change: (name, (K, *shape) float32) → the same, perhaps in place.

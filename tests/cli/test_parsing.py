@@ -179,7 +179,10 @@ def test_overrides_on_the_command_line_and_in_a_file(tmp_path, monkeypatch, caps
     for wrong, message in (
         ("[{match: b, scal: 1}]", "overrides[0]: TaskArithmetic has no parameter 'scal'; did you mean 'scale'?"),
         ("[{scale: 1}]", "overrides[0]: needs a pattern of tensor names, match: '*.mlp.*'"),
-        ("[{match: 'c.*', scale: 1}]", "overrides: the pattern 'c.*' matches no tensor that is left to it"),
+        (
+            "[{match: 'c.*', scale: 1}]",
+            "overrides: the pattern 'c.*' matches no tensor that is left by earlier patterns",
+        ),
     ):
         capsys.readouterr()
         assert main([*arguments, "--overrides", wrong, "--output", "3.safetensors"]) == 2

@@ -1,1 +1,1 @@
-"""What inputs must satisfy before they are merged."""
+"""Requirements on the inputs of a merge."""

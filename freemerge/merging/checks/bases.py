@@ -1,4 +1,4 @@
-"""A merge makes sense for models of one base only; those that keep record of theirs are held to it."""
+"""Check that all models have the same base, for models that record a hash of theirs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from freemerge.errors import MergeError
 
 
 def check_bases(base: Checkpoint, models: Sequence[Checkpoint]) -> None:
-    """Require that the models that say what base they were fine-tuned from (task files) were so from this one.
+    """Require that models that record their base (task files) were fine-tuned from this one.
 
     It takes a pass over the base if there are such models.
 
@@ -33,13 +33,14 @@ def check_bases(base: Checkpoint, models: Sequence[Checkpoint]) -> None:
         if found[key] != record.base_hash and _covers(base, record.dtypes):
             raise MergeError(
                 f"{model.label}: the task '{record.task}' was fine-tuned from another base than {base.label} (hash "
-                f"{record.base_hash[:12]}…, here {found[key][:12]}…), so a merge means nothing; give its own base, or "
+                f"{record.base_hash[:12]}…, here {found[key][:12]}…), so the merge would be meaningless; pass its "
+                "own base, or "
                 "fine-tune it again"
             )
 
 
 def _covers(base: Checkpoint, module_names: Collection[str]) -> bool:
-    """Whether a base has all tensors of a module; where it lacks some, the hash may be of those, too."""
+    """Whether a base has all tensors of a module; if it lacks some, the hash may also cover those."""
     names = base.with_tied_names().names
     prefix = find_prefix(module_names, names)
     return {prefix + name for name in names} >= set(module_names)

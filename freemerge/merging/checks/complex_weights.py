@@ -1,4 +1,5 @@
-"""Complex tensors: no method merges them, so the base's are kept, and trained ones would be lost unsaid."""
+"""Complex tensors: no method merges them, so the base's are kept; changed ones are an error instead of a silent
+loss."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from freemerge.errors import MergeError
 
 
 def check_complex(base: Checkpoint, models: Sequence[Checkpoint], selected: Iterable[str]) -> None:
-    """Refuse to merge where a fine-tuned model has changed a complex tensor. Nothing else is read.
+    """Refuse a merge if a fine-tuned model has changed a complex tensor. Only complex tensors are read.
 
     Args:
         base: the pretrained model.
@@ -27,7 +28,8 @@ def check_complex(base: Checkpoint, models: Sequence[Checkpoint], selected: Iter
             for model in models:
                 if model.has(name) and not _same(base, model, name):
                     raise MergeError(
-                        f"{model.label}: the tensor '{name}' is complex and not the base's, and no method merges "
+                        f"{model.label}: the tensor '{name}' is complex and differs from the base's, and no method "
+                        "merges "
                         "complex numbers; save it in all models as real and imaginary parts (torch.view_as_real)"
                     )
 

@@ -1,8 +1,8 @@
-"""Quantized models: numbers that mean nothing without the scales beside them, so they are refused.
+"""Quantized models: their values are meaningless without separate scales, so they are refused.
 
-- By their configuration, whatever the method: none of them is understood here.
-- By the layout of their tensors, as a file without a configuration has it: codes, which are integers or of one byte a
-  value, and beside them scales, zero points or codebooks; or integers by the name of weights.
+- By their configuration, whatever the quantization method: none is supported. - By the layout of their tensors, for
+  files without a configuration: codes, which are integers or one-byte values, with scales, zero points or codebooks
+  beside them; or integers with the name of weights.
 """
 
 from __future__ import annotations
@@ -19,15 +19,16 @@ from freemerge.checkpoints import Checkpoint
 from freemerge.checkpoints.json_files import find_object
 from freemerge.errors import MergeError
 
-_ENTRIES = ("quantization_config", "compression_config", "quantization")  # the last is MLX's
+_ENTRIES = ("quantization_config", "compression_config", "quantization")  # the last one is MLX's
 _BESIDE = ("quantize_config.json", "quant_config.json", "hf_quant_config.json", "quantization_config.json")
 _INNER = re.compile(r".*_config")
 
-# Words of the names of what codes need: `weight_scale_inv`, `SCB`, `qzeros`, `weight.absmax`, `centroids.weight`.
+# Words in the names of tensors that codes need: `weight_scale_inv`, `SCB`, `qzeros`, `weight.absmax`,
+# `centroids.weight`.
 _SCALES = {"scale", "scales", "scb", "absmax", "zero", "zeros", "qzeros", "zp", "codebook", "codebooks", "centroids"}
 _SCALES |= {"tables", "biases", "qmap", "quant"}
-_OTHER_SCALES = re.compile(r"(.*\.)?(logit_scale|.*layer_?scale.*)")  # that every model may have
-# Integers that every model may have: positions, indices, masks, counters.
+_OTHER_SCALES = re.compile(r"(.*\.)?(logit_scale|.*layer_?scale.*)")  # words that every model may have
+# Names of integer tensors that every model may have: positions, indices, masks, counters.
 _BUFFER = re.compile(r"(.*_)?(ids?|index|indexes|mask|masks|buckets?|bias|tracked|step|steps|count|counts)")
 _WEIGHTS = re.compile(r".*weights?|W_q|codes|.*(packed|qdata|blocks)|B|Qidxs|trellis")
 
@@ -35,11 +36,11 @@ _WEIGHTS = re.compile(r".*weights?|W_q|codes|.*(packed|qdata|blocks)|B|Qidxs|tre
 def check_quantized(checkpoint: Checkpoint, selected: Collection[str]) -> None:
     """Refuse a quantized model.
 
-    Weights stored in fp8 without scales are plain numbers.
+    Weights stored in fp8 without scales are accepted as plain numbers.
 
     Args:
         checkpoint: a model.
-        selected: the tensors to look at; others are left out of the merge.
+        selected: the tensors to check; others are left out of the merge.
 
     Raises:
         MergeError: it is quantized, or its configuration says so.
@@ -52,7 +53,7 @@ def check_quantized(checkpoint: Checkpoint, selected: Collection[str]) -> None:
                 f"{checkpoint.label}: the tensor '{code}' is quantized{scaled}; dequantize the model first (load it "
                 "with transformers in bfloat16 and save it)"
             )
-    # An adapter may lie beside the configuration of the quantized model that it was trained on.
+    # An adapter's folder may contain the configuration of the quantized model that it was trained on.
     if checkpoint.folder is not None and not checkpoint.partial and (found := _find_entry(checkpoint.folder)):
         file, method = found
         what = (
@@ -65,7 +66,7 @@ def check_quantized(checkpoint: Checkpoint, selected: Collection[str]) -> None:
 
 
 def _find_entry(folder: Path) -> tuple[Path, str] | None:
-    """The file that says how a model is quantized, and the method; None if none does."""
+    """The file that declares a model as quantized, and the method; None if there is none."""
     config = find_object(folder / "config.json") or {}
     inner = [value for key, value in config.items() if _INNER.fullmatch(key) and isinstance(value, dict)]
     for table in (config, *inner):
@@ -79,7 +80,7 @@ def _find_entry(folder: Path) -> tuple[Path, str] | None:
 
 
 def _method(entry: Any) -> str | None:
-    """What a table of a quantization calls its method."""
+    """The method that a quantization configuration names."""
     if not isinstance(entry, dict):
         return None
     named = (entry.get(key) for key in ("quant_method", "quant_algo", "quant_type", "format", "mode"))
@@ -87,7 +88,7 @@ def _method(entry: Any) -> str | None:
 
 
 def _is_code(checkpoint: Checkpoint, name: str) -> bool:
-    """Whether a tensor may hold codes: of one byte a value, or integers in two dimensions that are no buffer."""
+    """Whether a tensor may hold codes: one byte per value, or integers in two dimensions that are not a buffer."""
     shape, dtype = checkpoint.spec(name)
     if dtype.is_floating_point:
         return dtype.itemsize == 1
@@ -95,10 +96,10 @@ def _is_code(checkpoint: Checkpoint, name: str) -> bool:
 
 
 def _pair(checkpoint: Checkpoint, codes: Iterable[str]) -> Iterable[tuple[str, str | None]]:
-    """Codes, and beside each the tensor that they need; None for integers by the name of weights."""
+    """Code tensors, each with the tensor that they need; None for integers with the name of weights."""
     if not codes:
         return
-    beside: dict[str, list[str]] = defaultdict(list)  # module → names of what may be scales
+    beside: dict[str, list[str]] = defaultdict(list)  # module → names of possible scales
     for name in (*checkpoint.names, *checkpoint.tied):
         if _SCALES.intersection(re.split(r"[._]", name.lower())) and not _OTHER_SCALES.fullmatch(name):
             module = name.rpartition(".")[0]
@@ -108,7 +109,7 @@ def _pair(checkpoint: Checkpoint, codes: Iterable[str]) -> Iterable[tuple[str, s
         module, _, last = code.rpartition(".")
         dtype = checkpoint.spec(code).dtype
         for name in beside.get(module, ()):
-            # A model that was cast to fp8 as a whole has scales of its own, which are fp8 too.
+            # In a model that was cast to fp8 as a whole, scale parameters are fp8 too.
             if name != code and not (dtype.is_floating_point and checkpoint.spec(name).dtype == dtype):
                 yield code, name
                 break

@@ -1,1 +1,1 @@
-"""One file for each merging method; `base` says what a method is."""
+"""One module for each merging method; `base` defines the interface."""

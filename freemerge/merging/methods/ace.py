@@ -1,4 +1,4 @@
-"""ACE-Merging: merge by covariances that the task vectors themselves give (Xu et al., CVPR 2026, arXiv 2603.02945)."""
+"""ACE-Merging: merge by input covariances estimated from the task vectors (Xu et al., CVPR 2026, arXiv 2603.02945)."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ _RIDGE = {"normalized": 0.1, "released": 1e-2}
 class ACEMerging(MatrixMethod):
     """Weigh each task's directions by the covariance of its inputs, estimated from its own task vector. One pass.
 
-    The matrix that is nearest to all tasks' outputs is (Σ_k v_k C_k)(Σ_k C_k)⁻¹, with C_k the covariance of task k's
-    inputs. Fine-tuning moves rows within the span of the inputs, so that the rows of v_k tell C_k. Matrices are
-    (outputs, inputs), as torch's linear layers have them. With v̄_k the mean of the rows and c_k = v_k − v̄_k:
+    The matrix whose outputs are nearest to those of all tasks is (Σ_k v_k C_k)(Σ_k C_k)⁻¹, with C_k the covariance of
+    task k's inputs. Fine-tuning moves rows within the span of the inputs, so C_k can be estimated from the rows of v_k.
+    Matrices are (outputs, inputs), as torch's linear layers have them. With v̄_k the mean of the rows and c_k = v_k −
+    v̄_k:
 
     - form "normalized": C_k = c_kᵀc_k/‖c_k‖² + (ridge/n)·1, every task with the same weight, whatever its norm:
       τ = scale · (Σ_k v_k C_k)(Σ_k C_k)⁻¹.
@@ -32,7 +33,7 @@ class ACEMerging(MatrixMethod):
       τ₀ = (Σ_k c_k C_k)(Σ_k C_k + 1aᵀ)⁻¹. If norms differ, the ⌊0.3·min(m, n)⌋ largest components U diag(σ) Vᵀ of
       τ₀ + Σ_k v_k (C_k − ridge − Mean_j C_j) are added with a flat spectrum: τ = scale · (τ₀ + mean(σ)·U Vᵀ).
 
-    Embeddings and what is no matrix are averaged.
+    Embeddings and tensors that are not matrices are averaged.
 
     Args:
         scale: multiplies the result.
@@ -68,7 +69,7 @@ def _merge_normalized(matrices: Tensor, ridge: float) -> Tensor:
     means = _center_(matrices)
     traces = _squared_norms(matrices)
     weights = [1 / trace if trace > 0 else 0.0 for trace in traces]
-    active = [float(trace > 0) for trace in traces]  # a model that did not change has no say
+    active = [float(trace > 0) for trace in traces]  # a model that did not change has no weight
     if not any(active):
         return means[0].expand(matrices.shape[1:]).clone()
     ridge /= matrices.shape[2]

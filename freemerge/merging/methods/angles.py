@@ -1,4 +1,4 @@
-"""What the methods share that look at nothing but the norms of a tensor's task vectors and the angles between them."""
+"""Base class of methods that use only the norms of a tensor's task vectors and the angles between them."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def inner_products(deltas: Tensor) -> Tensor:
 
 
 def normalized(products: Tensor) -> tuple[Tensor, Tensor]:
-    """Norms, (K,), and cosines, (K, K), of inner products; the cosines with a vector of zeros are 0."""
+    """Norms, (K,), and cosines, (K, K), from inner products; the cosines with a vector of zeros are 0."""
     norms = products.diagonal().sqrt()
     inverse = inverse_of(norms)
     return norms, (products * inverse * inverse[:, None]).clamp(-1, 1)
@@ -60,16 +60,16 @@ def inverse_of(norms: Tensor) -> Tensor:
 
 
 def shares(coefficients: list[float] | None, models: int) -> Tensor:
-    """Weights that sum to one, (K,) float64; equal ones for None."""
+    """Weights that sum to one, (K,) float64; equal weights for None."""
     weights = torch.tensor([1.0] * models if coefficients is None else coefficients, dtype=torch.float64)
     return weights / weights.sum()
 
 
 def require_weights(method: object, coefficients: list[float] | None) -> None:
-    """Require weights that are not negative and not all zero, or None."""
+    """Require nonnegative weights that are not all zero, or None."""
     if coefficients is None:
         return
     require(isinstance(coefficients, (list, tuple)), method, f"`coefficients` must be a list, got {coefficients!r}")
     require_number(method, "coefficients", coefficients)
     valid = min(coefficients) >= 0 and max(coefficients) > 0
-    require(valid, method, f"`coefficients` must be at least 0, and one above, got {coefficients}")
+    require(valid, method, f"`coefficients` must be at least 0 and not all 0, got {coefficients}")

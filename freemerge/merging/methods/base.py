@@ -1,10 +1,10 @@
-"""What a merging method is: two verbs, `collect_statistics` and `combine`.
+"""The interface of merging methods: `collect_statistics` and `combine`.
 
-- `collect_statistics` looks at all task vectors, as often as it needs, and returns what the whole model has to say.
+- `collect_statistics` makes statistics passes over all task vectors and returns statistics of the whole model.
 - `combine` merges one tensor.
-- Statistics are handed from the one to the other and never stored in the method: methods stay plain, immutable values.
-- `statistics_key` says what the statistics depend on: methods that agree in it share a survey, so that a search over
-  `scale` surveys once.
+- Statistics are passed from one to the other and never stored in the method: methods are plain, immutable values.
+- `statistics_key` identifies what the statistics depend on: methods with equal keys share statistics, so that a search
+  over `scale` collects them only once.
 """
 
 from __future__ import annotations
@@ -26,49 +26,49 @@ class MergeMethod(ABC):
     """A way to merge task vectors; subclasses are frozen dataclasses whose fields are the method's parameters.
 
     A new method is one file: fields, their check in `__post_init__`, `combine`, and `collect_statistics` if it needs
-    to know the whole model.
+    statistics of the whole model.
     """
 
-    if TYPE_CHECKING:  # true of every subclass, and not of this class, which is no dataclass itself
+    if TYPE_CHECKING:  # true for every subclass, but not for this class, which is not a dataclass itself
         __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
 
     statistics_fields: ClassVar[tuple[str, ...] | None] = None
     """The fields that the statistics depend on; None for all. A method that names them makes searches faster."""
 
     linear_in_scale: ClassVar[bool] = False
-    """Whether the result is proportional to `scale`, or to all scales of a list at once. A search then merges once for
-    all scales; else it merges anew for each. A class says it for itself alone, not for its subclasses."""
+    """Whether the result is proportional to `scale`, or to all scales of a list together. A search then merges once for
+    all scales, otherwise once for each. The value applies only to the class that sets it, not to its subclasses."""
 
     @property
     def statistics_key(self) -> Hashable:
-        """What the statistics of `collect_statistics` depend on, beside the vectors: equal keys, equal statistics."""
+        """Identifies what the statistics depend on besides the vectors: equal keys, equal statistics."""
         names = self.statistics_fields
         if names is None and not dataclasses.is_dataclass(self):
-            return object()  # nobody knows, so it is like no other
+            return object()  # unknown, so the key is unique
         names = tuple(field.name for field in dataclasses.fields(self)) if names is None else names
         return (type(self), *((name, _key(getattr(self, name))) for name in names))
 
     @property
     def elementwise(self) -> bool:
-        """Whether `combine` treats each entry by itself, given the statistics.
+        """Whether `combine` processes each entry independently, given the statistics.
 
-        The engine then hands it chunks of bounded size, (K, n) → (n,), instead of whole tensors.
+        The engine then passes chunks of bounded size, (K, n) → (n,), instead of whole tensors.
         """
         return False
 
     @property
     def finishes(self) -> bool:
-        """Whether an elementwise method's chunks, joined to a whole tensor, still have to go through `finish`."""
+        """Whether an elementwise method's chunks, joined to a whole tensor, still have to be passed to `finish`."""
         return False
 
     @property
     def duplicates(self) -> bool:
-        """Whether whole tensors of all models are held twice."""
+        """Whether the method needs a second copy of the whole tensors of all models."""
         return False
 
     @property
     def passes(self) -> int:
-        """How many times the models are read, the merge itself included, unless a sample misleads."""
+        """The number of passes over the models, with the merge itself. More if the sampled bounds miss a quantile."""
         return 1
 
     def check(self, labels: Sequence[str]) -> None:
@@ -88,11 +88,11 @@ class MergeMethod(ABC):
                 )
 
     def collect_statistics(self, vectors: Vectors) -> Any:
-        """Gather what `combine` has to know of all tensors; by default nothing, without a pass.
+        """Collect the statistics of all tensors that `combine` needs; by default none, without a pass.
 
         Args:
-            vectors: iterating yields (name, deltas) with deltas (K, *shape) float32; `vectors.scan` shows chunks (K, n)
-                in any order, and shares the work between threads and processes. Each can be done again, and costs a
+            vectors: iterating yields (name, deltas) with deltas (K, *shape) float32; `vectors.scan` passes chunks (K,
+                n) in any order, and divides the work between threads and processes. Each may be repeated, and costs a
                 pass over the models.
 
         Returns:
@@ -114,13 +114,13 @@ class MergeMethod(ABC):
         """
 
     def combine_chunk(self, name: str, start: int, deltas: Tensor, statistics: Any) -> Tensor:
-        """Merge a run of one tensor's values; for `elementwise` methods only.
+        """Merge a chunk of one tensor's values; only for `elementwise` methods.
 
         The default is `combine`; a method overrides it if an entry's result depends on the entry's position.
 
         Args:
             name: the tensor's name.
-            start: position of the first value of the run in the tensor, in row-major order.
+            start: position of the chunk's first value in the tensor, in row-major order.
             deltas: (K, n) float32; may be overwritten.
             statistics: what `collect_statistics` returned.
 
@@ -130,11 +130,11 @@ class MergeMethod(ABC):
         return self.combine(name, deltas, statistics)
 
     def finish(self, name: str, merged: Tensor) -> Tensor:
-        """What becomes of a whole tensor that was merged by chunks; for methods with `finishes` only.
+        """Finish a whole tensor that was merged in chunks; only for methods with `finishes`.
 
         Args:
             name: the tensor's name.
-            merged: its chunks from `combine_chunk`, (*shape) float32; may be overwritten.
+            merged: the joined results of `combine_chunk`, (*shape) float32; may be overwritten.
 
         Returns:
             The merged task vector, (*shape) float32.
@@ -190,5 +190,5 @@ def require_number(method: object, name: str, value: object) -> None:
 
 
 def require_scope(method: object, scope: object) -> None:
-    """Require the name of what fractions of the entries count over."""
+    """Require a valid scope for fractions of the entries."""
     require(scope in ("model", "tensor"), method, f'`scope` must be "model" or "tensor", got {scope!r}')

@@ -18,14 +18,14 @@ from freemerge.tensors.differences import flat
 class Breadcrumbs(MergeMethod):
     """τ = Σ_k λ_k · m_k ⊙ v_k, where m_k removes both tails of the magnitudes.
 
-    Of n entries the ⌊bottom·n⌋ smallest and the ⌊top·n⌋ largest magnitudes are set to zero (equals of the last one
-    kept stay). The defaults are the paper's β = 85 %, γ = 99.3 %, α = 0.3. Two passes.
+    Of n entries the ⌊bottom·n⌋ smallest and the ⌊top·n⌋ largest magnitudes are set to zero (ties with the last one kept
+    stay). The defaults are the paper's β = 85 %, γ = 99.3 %, α = 0.3. Two passes.
 
     Args:
         bottom: fraction of the smallest entries to remove, in [0, 1).
         top: fraction of the largest entries to remove, in [0, 1 − bottom).
         scale: λ, one number for all models or one per model.
-        scope: over what the fractions count: each "tensor" by itself, as in the paper, or the whole "model".
+        scope: where the fractions apply: to each "tensor" separately, as in the paper, or to the whole "model".
         elect: instead of the sum, TIES' election: of λ_k · m_k ⊙ v_k the mean of the entries whose sign is the sum's
             (mergekit's `breadcrumbs_ties`).
     """
@@ -59,7 +59,7 @@ class Breadcrumbs(MergeMethod):
         return 2
 
     def collect_statistics(self, vectors: Vectors) -> Tensor | dict[str, Tensor] | None:
-        """The least and the greatest magnitude that each model keeps, (K, 2) float32, by name with scope "tensor"."""
+        """The smallest and the largest magnitude that each model keeps, (K, 2) float32; by name with scope "tensor"."""
         if vectors.numel == 0:
             return None
         if self.scope == "tensor":
@@ -71,7 +71,7 @@ class Breadcrumbs(MergeMethod):
         if values.shape[1] == 0:
             return deltas[0].clone()
         bounds = statistics[name] if isinstance(statistics, dict) else statistics
-        assert bounds is not None  # it is only for a model without values
+        assert bounds is not None  # only a model without values has none
         for row, (low, high) in zip(values, bounds.tolist(), strict=True):
             sizes = row.abs()
             row.masked_fill_((sizes < low) | (sizes > high), 0.0)
@@ -84,6 +84,6 @@ class Breadcrumbs(MergeMethod):
         return elected_mean_(values).mul_(self.scale).reshape(deltas.shape[1:])
 
     def _ranks(self, total: int) -> list[int]:
-        """Zero-based ascending ranks of the least and the greatest of the magnitudes that are kept."""
+        """Zero-based ascending ranks of the smallest and the largest magnitude that is kept."""
         first = int(total * self.bottom)
         return [first, max(total - 1 - int(total * self.top), first)]

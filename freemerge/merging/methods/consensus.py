@@ -1,4 +1,4 @@
-"""Consensus merging: keep what several tasks use, by TALL masks (Wang et al., ICML 2024, arXiv 2405.07813)."""
+"""Consensus merging: keep entries that several tasks use, by TALL masks (Wang et al., ICML 2024, arXiv 2405.07813)."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ class Consensus(MethodWrapper):
     With τ the result of the method inside, the multi-task vector:
 
     1. Task k uses the entries where |v_k| > threshold·|τ − v_k| (its TALL mask).
-    2. Those that fewer than `tasks` tasks use are set to zero: with 1 what no task uses ("catastrophic"), with 2 also
-       what a single task uses ("selfish").
+    2. Entries that fewer than `tasks` tasks use are set to zero: with 1, entries that no task uses ("catastrophic");
+       with 2, also entries that a single task uses ("selfish").
     3. The rest is multiplied by the scale.
 
     As many passes as the method inside.
 
     Args:
         method: gives the multi-task vector; `TaskArithmetic(1.0)` for Consensus TA, `Ties()` for Consensus TIES. Its
-            own scale decides over the masks, the scale below does not.
+            own scale affects the masks; the scale below does not.
         scale: α, multiplies the result.
-        threshold: λ; the larger, the fewer entries a task counts as using. The authors search 0.2 to 0.6 by task.
+        threshold: λ; with a larger value, a task uses fewer entries. The authors search 0.2 to 0.6 by task.
         tasks: how many tasks must use an entry.
     """
 
@@ -63,8 +63,8 @@ class Consensus(MethodWrapper):
         super().check(labels)
         if self.tasks > len(labels):
             raise MergeError(
-                f"Consensus: no entry is used by {self.tasks} of {len(labels)} tasks, and the base would come back; "
-                "give `tasks` at most the number of models"
+                f"Consensus: no entry is used by {self.tasks} of {len(labels)} tasks, and the result would be the "
+                "base; set `tasks` to at most the number of models"
             )
 
     def combine(self, name: str, deltas: Tensor, statistics: Any) -> Tensor:

@@ -18,19 +18,19 @@ from freemerge.tensors.spectra import components, left_basis, rounding
 
 @dataclass(frozen=True)
 class CoreSpace(MethodWrapper):
-    """Let another method merge small core matrices, which hold all that the task vectors hold.
+    """Let another method merge small core matrices, which contain all information of the task vectors.
 
-    For each matrix, v_k = B_k A_k, from its singular value decomposition with the roots of the singular values in both.
-    With U the left singular vectors of [B_1 … B_K] and V the right ones of A_1 … A_K one above the other, without what
-    is mere rounding, M_k = Uᵀ v_k V is the core, of at most Σ_k rank_k rows and columns: no information is lost,
-    v_k = U M_k Vᵀ. The method inside merges the cores to M; τ = scale · U M Vᵀ. Made for LoRA. The paper takes B_k and
-    A_k from the adapters, which have the same spans.
+    For each matrix, v_k = B_k A_k, from its singular value decomposition with the square roots of the singular values
+    in both. With U the left singular vectors of [B_1 … B_K] and V the right ones of the stacked A_1 … A_K, without
+    directions that are only rounding, M_k = Uᵀ v_k V is the core, with at most Σ_k rank_k rows and columns: no
+    information is lost, v_k = U M_k Vᵀ. The method inside merges the cores to M; τ = scale · U M Vᵀ. Made for LoRA. The
+    paper takes B_k and A_k from the adapters, which have the same spans.
 
-    The method inside sees one core at a time: what it ranks over a model, it ranks over this. What is no matrix is
-    merged by it as it is. One pass.
+    The inner method sees one core at a time: statistics over a model are taken over this core. It merges tensors that
+    are not matrices directly. One pass.
 
     Args:
-        method: what merges the cores; `PCBMerging` there balances components instead of entries.
+        method: merges the cores; `PCBMerging` there balances components instead of entries.
         scale: multiplies the result.
     """
 
@@ -44,7 +44,7 @@ class CoreSpace(MethodWrapper):
         return 1
 
     def collect_statistics(self, vectors: Vectors) -> None:
-        """Nothing is to be known of the whole model."""
+        """No statistics of the whole model are needed."""
 
     def combine(self, name: str, deltas: Tensor, statistics: Any) -> Tensor:
         return merge_in_subspaces(self.method, name, deltas, self._merge).mul_(self.scale)

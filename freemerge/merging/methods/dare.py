@@ -15,11 +15,11 @@ from freemerge.merging.methods.base import MergeMethod, require, require_number
 from freemerge.merging.task_vectors import Vectors
 from freemerge.tensors.chunks import Chunk
 
-_PER_COUNTER = 16  # 16-bit numbers that Philox draws at once
+_PER_COUNTER = 16  # 16-bit numbers in one Philox block
 
 
 class DareStatistics(NamedTuple):
-    """Whose masks to draw, and what the method behind needs."""
+    """The models whose masks are drawn, and the statistics of the inner method."""
 
     labels: tuple[str, ...]
     inner: Any
@@ -27,16 +27,17 @@ class DareStatistics(NamedTuple):
 
 @dataclass(frozen=True)
 class Dare(MergeMethod):
-    """Before any other method: v_k ← m_k ⊙ v_k / (1 − drop), with entries of m_k zero with probability `drop`.
+    """Preprocess for another method: v_k ← m_k ⊙ v_k / (1 − drop), where entries of m_k are zero with probability
+    `drop`.
 
-    The expectation of each entry stays what it was. A mask depends on the seed, the model's name and the tensor's name
-    alone: not on the order of the models, nor on which other tensors are merged. As many passes as the method behind.
+    The expectation of each entry is unchanged. A mask depends only on the seed, the model's name and the tensor's name:
+    not on the order of the models, nor on which other tensors are merged. As many passes as the inner method.
 
     Args:
-        method: what merges the thinned task vectors.
+        method: merges the thinned task vectors.
         drop: probability of dropping an entry, in [0, 1).
         scale: multiplies the result.
-        seed: of the masks.
+        seed: seed of the masks.
     """
 
     statistics_fields: ClassVar = ("method", "drop", "seed")
@@ -71,7 +72,7 @@ class Dare(MergeMethod):
         return self.method.passes
 
     def collect_statistics(self, vectors: Vectors) -> DareStatistics:
-        """Let the method behind survey the thinned vectors."""
+        """Collect the inner method's statistics on the thinned vectors."""
 
         def thin(name: str, deltas: Tensor) -> Tensor:
             return self._thin(name, 0, deltas, vectors.labels)
@@ -93,12 +94,12 @@ class Dare(MergeMethod):
         return self.method.finish(name, merged) * self.scale
 
     def _thin(self, name: str, start: int, deltas: Tensor, labels: Sequence[str]) -> Tensor:
-        """(K, *shape) or (K, n) from position `start` on → the same, thinned in place."""
+        """Thin (K, *shape), or (K, n) from position `start` on, in place."""
         for delta, label in zip(deltas, labels, strict=True):
             kept = draw_mask(f"{self.seed}|{len(label)}|{label}|{name}", start, delta.numel(), 1 - self.drop)
             kept = kept.view(delta.shape)
             if delta.device.type == "cpu":
-                np.multiply(delta.numpy(), kept.numpy(), out=delta.numpy())  # torch would widen the mask first
+                np.multiply(delta.numpy(), kept.numpy(), out=delta.numpy())  # torch would convert the mask first
             else:
                 delta.mul_(kept.to(delta.device))
             delta.div_(1 - self.drop)
@@ -108,12 +109,12 @@ class Dare(MergeMethod):
 def draw_mask(text: str, start: int, count: int, keep: float) -> Tensor:
     """The values `start` to `start + count` of an endless random mask that belongs to a text.
 
-    Philox is a function of key and counter: any run of the mask can be drawn by itself, on any machine, and NumPy
-    keeps the stream the same from version to version. 16 bits decide over a value, and where they leave it open, once
-    in 2¹⁶ times, 64 bits of another stream do.
+    Philox is a function of key and counter: any chunk of the mask can be drawn separately, on any machine, and NumPy
+    keeps the stream stable across versions. 16 bits decide about each value; if they are a tie, once in 2¹⁶ times, 64
+    bits of another stream decide.
 
     Args:
-        text: what the mask belongs to.
+        text: identifies the mask.
         start: position of the first value.
         count: number of values.
         keep: probability of a True.
@@ -142,7 +143,7 @@ def draw_uniform(text: str, start: int, count: int) -> Tensor:
     As `draw_mask`, with 32 bits for each.
 
     Args:
-        text: what the numbers belong to.
+        text: identifies the stream.
         start: position of the first value.
         count: number of values.
 

@@ -15,25 +15,25 @@ from freemerge.merging.methods.ties import Ties
 from freemerge.merging.methods.wrapper import MethodWrapper
 from freemerge.merging.task_vectors import Vectors
 
-_BLOCK = 1 << 18  # values that are ranked at a time
+_BLOCK = 1 << 18  # values ranked at a time
 
 
 @dataclass(frozen=True)
 class Della(MethodWrapper):
-    """Before any other method, MagPrune: an entry is dropped the likelier, the smaller it is within its row.
+    """Preprocess for another method by MagPrune: smaller entries of a row are dropped with higher probability.
 
-    Of a row of n entries, the one whose magnitude is the r-th largest, r from 0 on, is dropped with the probability
-    p_r = drop − epsilon/2 + epsilon·r/n, or else divided by 1 − p_r: the expectation of each entry stays what it was. A
-    tensor of one dimension is one row, one of more has dim 0 × the rest. As with DARE, what is dropped depends on the
-    seed, the model's name and the tensor's name alone. As many passes as the method inside, over whole tensors.
+    Of a row of n entries, the one whose magnitude is the r-th largest, r from 0 on, is dropped with the probability p_r
+    = drop − epsilon/2 + epsilon·r/n, or else divided by 1 − p_r: the expectation of each entry is unchanged. A tensor
+    of one dimension is one row, one of more has dim 0 × the rest. As with DARE, the dropped entries depend only on the
+    seed, the model's name and the tensor's name. As many passes as the inner method, over whole tensors.
 
     Args:
-        method: what merges the thinned task vectors; by default TIES' election and mean without its trimming, as in the
+        method: merges the thinned task vectors; by default TIES' election and mean without its trimming, as in the
             paper.
         scale: λ, multiplies the result.
         drop: p, the mean probability of dropping an entry, in [0, 1).
         epsilon: ε, the width of the probabilities; p ± ε/2 must lie in [0, 1).
-        seed: of what is dropped.
+        seed: seed of the random numbers.
     """
 
     statistics_fields: ClassVar = ("method", "drop", "epsilon", "seed")
@@ -55,7 +55,7 @@ class Della(MethodWrapper):
         require(isinstance(self.seed, int), self, f"`seed` must be an integer, got {self.seed!r}")
 
     def collect_statistics(self, vectors: Vectors) -> DareStatistics:
-        """Let the method inside look at the thinned vectors."""
+        """Collect the inner method's statistics on the thinned vectors."""
         thinned = vectors.through(lambda name, deltas: self._thin_(name, deltas, vectors.labels))
         return DareStatistics(vectors.labels, self.method.collect_statistics(thinned))
 
@@ -79,7 +79,7 @@ class Della(MethodWrapper):
         return deltas
 
     def _thin_rows_(self, rows: Tensor, draws: Tensor) -> None:
-        """(R, n) float32 in place, by (R, n) float64 numbers in [0, 1)."""
+        """Thin (R, n) float32 in place, by (R, n) float64 random numbers in [0, 1)."""
         order = rows.abs().argsort(dim=1, descending=True, stable=True)
         steps = torch.arange(rows.shape[1], dtype=torch.float64, device=rows.device) * (self.epsilon / rows.shape[1])
         drop = torch.empty_like(draws).scatter_(1, order, (self.drop - self.epsilon / 2 + steps).expand(rows.shape))

@@ -1,6 +1,7 @@
 """EMR-Merging: elect a unified task vector; masks and rescalers bring each task back (arXiv 2405.17461).
 
-Huang et al., NeurIPS 2024. The unified vector is the merge; `emr_task_vector` is what a task makes of it at inference.
+Huang et al., NeurIPS 2024. The unified vector is the merge; `emr_task_vector` computes each task's vector from it at
+inference.
 """
 
 from __future__ import annotations
@@ -41,14 +42,14 @@ class EMRMerging(MergeMethod):
 
     def combine(self, name: str, deltas: Tensor, statistics: Any) -> Tensor:
         elected = deltas.sum(0).sign_()
-        # v·γ is |v| for those who agree and not positive for the others.
+        # v·γ is |v| where the sign agrees, and not positive elsewhere.
         return deltas.mul_(elected).amax(0).clamp_(min=0).mul_(elected).mul_(self.scale)
 
 
 def emr_task_vector(
     unified: Mapping[str, Tensor], vector: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], float]:
-    """What one task makes of the unified vector: λ_k · M_k ⊙ τ.
+    """One task's vector from the unified vector: λ_k · M_k ⊙ τ.
 
     M_k keeps the entries whose sign is the task's own, M_k = [v_k ⊙ τ > 0], and λ_k = Σ|v_k| / Σ|M_k ⊙ τ| restores
     the task's mean magnitude.

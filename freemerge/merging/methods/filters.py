@@ -1,11 +1,10 @@
-"""High-pass filters for task vectors: each weight is an image, and fine-tuning's knowledge of one task its fine detail.
+"""High-pass filters for task vectors: each weight is treated as an image whose fine detail is task-specific.
 
 - A weight with ≥ 2 dimensions is a matrix (dim 0 × the rest), filtered in the 2-D Fourier domain; 1-D tensors pass.
-- Real input, real arithmetic: the real part of the inverse transform with an asymmetric mask M is the inverse with
+- Real arithmetic for real input: the real part of the inverse transform with an asymmetric mask M is the inverse with
   (M(k) + M(−k))/2, so half of the spectrum is enough.
-- The second transform is only taken of the lines whose gains vary. A line that is wholly kept or wholly removed needs
-  none.
-- Where all but a few lines are kept, as in a square matrix under `NyquistDisc(0.7)`, these few are taken out one by one
+- The second transform is only applied to lines whose gains vary. A line that is kept or removed completely needs none.
+- Where all but a few lines are kept, as in a square matrix with `NyquistDisc(0.7)`, these few are subtracted one by one
   and nothing else is transformed.
 - Filters are linear: G(Σ_k λ_k·v_k) = Σ_k λ_k·G(v_k).
 
@@ -26,8 +25,8 @@ from freemerge.merging.methods.base import require, require_number
 from freemerge.runtime.threads import scratch
 from freemerge.tensors.chunks import at_a_time
 
-_FEW_LINES = 24  # two thin matrix products are faster than two transforms up to about here
-_BLOCK = 1 << 16  # values transformed at a time: they fit in the cache
+_FEW_LINES = 24  # number of lines up to which two thin matrix products are faster than two transforms
+_BLOCK = 1 << 16  # values transformed at a time; they fit in the cache
 
 
 class Filter(ABC):
@@ -51,7 +50,7 @@ class Filter(ABC):
         """Filter a tensor as a matrix (dim 0 × the rest).
 
         Args:
-            tensor: any shape, float32. With fewer than two dimensions it passes unfiltered.
+            tensor: any shape, float32. A tensor with fewer than two dimensions is returned unfiltered.
 
         Returns:
             The real part of the filtered tensor, same shape and dtype, in new memory.
@@ -70,9 +69,9 @@ class Filter(ABC):
 class NyquistDisc(Filter):
     """Keep the disc around the highest frequencies: √((k_y − ⌊H/2⌋)² + (k_x − ⌊W/2⌋)²) ≤ radius · min(H, W).
 
-    The filter of FREE-Merging's released code, without its fault of counting the bins of an inner circle twice. It acts
-    on the unshifted spectrum, so how much it removes depends on the aspect ratio: 0.02 % of the bins of 768 × 768,
-    58 % of 2304 × 768.
+    The filter of FREE-Merging's released code, without its error of counting the bins of an inner circle twice. It acts
+    on the unshifted spectrum, so the removed fraction depends on the aspect ratio: 0.02 % of the bins of 768 × 768, 58
+    % of 2304 × 768.
 
     Args:
         radius: in units of the shorter side.
@@ -110,7 +109,8 @@ class HighPass(Filter):
 
 @dataclass(frozen=True)
 class Butterworth(Filter):
-    """Smooth high-pass 1/(1 + (cutoff/f)^(2·order)): no ringing; the higher the order, the nearer to `HighPass`.
+    """Smooth high-pass 1/(1 + (cutoff/f)^(2·order)), without the ringing of `HighPass`, which it approaches for high
+    orders.
 
     Args:
         cutoff: the frequency of gain ½, in (0, √½]; see `HighPass` for the unit.
@@ -132,7 +132,7 @@ class Butterworth(Filter):
 
 @dataclass(frozen=True)
 class Gaussian(Filter):
-    """Smooth high-pass 1 − exp(−f²/(2·cutoff²)): no ringing at all.
+    """Smooth high-pass 1 − exp(−f²/(2·cutoff²)), without any ringing.
 
     Args:
         cutoff: the standard deviation of the complementary low-pass, in (0, √½]; see `HighPass` for the unit.
@@ -162,23 +162,23 @@ def _frequency(rows: Tensor, columns: Tensor, height: int, width: int) -> Tensor
 
 
 class _Plan(NamedTuple):
-    """What to do with the lines of a half spectrum (real transform along `axis`, lines across it)."""
+    """The operations on the lines of a half spectrum (real transform along `axis`, lines across it)."""
 
     axis: int
     removed: Tensor  # indices of lines of gain 0
     varying: Tensor  # indices of lines that need the second transform
     gains: Tensor  # (len(varying), length of a line) float32
-    taken: _Taken | None  # where the lines that are not kept are so few that they are taken out one by one
+    taken: _Taken | None  # set if so few lines are not kept that they are subtracted one by one
 
 
 class _Taken(NamedTuple):
-    """L lines of a half spectrum that are taken out, each by its wave."""
+    """L lines of a half spectrum to subtract, each as a wave."""
 
     waves: Tensor  # (length of the axis, 2·L): cosines and negative sines
-    losses: Tensor  # (length of a line, L): what is to be taken from the lines, (1 − gain)·(weight of the line)
+    losses: Tensor  # (length of a line, L): factors of the subtracted lines, (1 − gain)·(weight of the line)
 
 
-@lru_cache(maxsize=4)  # a model has few shapes, and they come in turns
+@lru_cache(maxsize=4)  # a model has few shapes, which alternate
 def _plan(filter_: Filter, height: int, width: int) -> _Plan:
     axis = 0 if height > width else 1  # lines across the longer side are short, and fewer of them vary
     along, across = (height, width) if axis == 0 else (width, height)
@@ -226,7 +226,7 @@ def _filter_(matrix: Tensor, plan: _Plan) -> None:
 
 
 def _take_lines(rows: Tensor, taken: _Taken) -> None:
-    """Take a few lines of the spectrum out, each by its wave: two thin matrix products instead of two transforms."""
+    """Subtract a few lines of the spectrum, each as a wave: two thin matrix products instead of two transforms."""
     waves, losses = taken.waves.to(rows.device), taken.losses.to(rows.device)
     parts = rows @ waves  # (length of a line, 2·L): real and imaginary parts
     spectrum = torch.complex(*(part.contiguous() for part in parts.chunk(2, dim=1)))
@@ -235,11 +235,11 @@ def _take_lines(rows: Tensor, taken: _Taken) -> None:
 
 
 def _transform(rows: Tensor, plan: _Plan) -> None:
-    """Transform some rows at a time; their spectrum takes their own place, as far as it fits in.
+    """Transform a few rows at a time; their spectrum overwrites them as far as it fits.
 
     Args:
-        rows: (length of a line, length of the axis) float32, contiguous; overwritten.
-        plan: what to do.
+        rows: (length of a line, length of the axis) float32, contiguous; overwritten. plan: the operations on the
+            lines.
     """
     length = rows.shape[1]
     stays = torch.ones(length // 2 + 1, dtype=torch.bool).index_fill_(0, plan.removed, False).nonzero()[:, 0].tolist()
@@ -249,7 +249,7 @@ def _transform(rows: Tensor, plan: _Plan) -> None:
     first, last = stays[0], stays[-1] + 1
     if length % 2 or rows.storage_offset() % 2:
         held = [(first, scratch("filter spectrum", (len(rows), last - first), torch.complex64, rows.device))]
-    else:  # a whole spectrum has one line too many
+    else:  # a whole spectrum needs one line more than there is room for
         end = min(last, first + length // 2)
         inside = rows.view(torch.complex64)[:, : end - first]
         held = [(first, inside), (end, inside.new_empty(len(rows), last - end))]

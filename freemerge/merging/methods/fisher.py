@@ -1,4 +1,4 @@
-"""Fisher merging: average by how much each model's loss depends on an entry (Matena & Raffel, arXiv 2111.09832)."""
+"""Fisher merging: average weighted by the Fisher information of each entry (Matena & Raffel, arXiv 2111.09832)."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class FisherMerging(MeasuredMethod):
     Args:
         statistics: see `MeasuredMethod`; F_k, of the weight's own shape.
         scale: multiplies the result.
-        least: added to every F_k, in units of the mean of a weight's F over the models, so that entries on which no
-            loss depends are averaged.
+        least: added to every F_k, as a multiple of the mean of a weight's F over the models, so that entries that
+            affect no loss are averaged.
     """
 
     statistics_fields: ClassVar = ("statistics",)
@@ -44,7 +44,7 @@ class FisherMerging(MeasuredMethod):
         if not statistics[0].has(name) or deltas[0].numel() == 0:
             return weighted_sum(deltas, self.scale / len(deltas))
         least = self.least * sum(self._mean(file, name) for file in statistics) / len(statistics)
-        if least == 0:  # nothing depends on the weight
+        if least == 0:  # no loss depends on the weight
             return weighted_sum(deltas, self.scale / len(deltas))
         weights = deltas.new_zeros(deltas.shape[1:])
         total = torch.zeros_like(weights)
@@ -58,5 +58,5 @@ class FisherMerging(MeasuredMethod):
     def _mean(file: Checkpoint, name: str) -> float:
         values = read_values(file, file.tensor(name), name)
         if float(values.min()) < 0:
-            raise MergeError(f"{file.label}: the statistics of '{name}' are negative, and a mean of squares is not")
+            raise MergeError(f"{file.label}: the statistics of '{name}' are negative, but a mean of squares cannot be")
         return float(values.mean(dtype=torch.float64))

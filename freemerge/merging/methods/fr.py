@@ -1,4 +1,4 @@
-"""FR-Merging: merge what is left of the task vectors above a cutoff frequency (FREE-Merging, arXiv 2411.16815)."""
+"""FR-Merging: merge the task vectors' components above a cutoff frequency (FREE-Merging, arXiv 2411.16815)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from freemerge.tensors.chunks import at_a_time
 
 _NAMED = ("align", "mean", "uniform")
 _EIGHT = 8
-_BLOCK = 1 << 16  # values of which a copy fits in the cache
+_BLOCK = 1 << 16  # values whose copy fits in the cache
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class FRMerging(MergeMethod):
 
     @property
     def elementwise(self) -> bool:
-        return self.coefficients != "align"  # the sum is; its filter finishes it
+        return self.coefficients != "align"  # the sum is elementwise; `finish` filters it
 
     @property
     def finishes(self) -> bool:
@@ -71,7 +71,8 @@ class FRMerging(MergeMethod):
         if self.coefficients != "mean":
             return None
         parts: list[list[float]] = [[0.0] * len(vectors.labels)]
-        vectors.scan(lambda deltas: parts.append(_magnitudes_(deltas).tolist()))  # `fsum` is exact: no order counts
+        # `fsum` is exact, so the order does not matter
+        vectors.scan(lambda deltas: parts.append(_magnitudes_(deltas).tolist()))
         gathered = [row for part in vectors.gather(parts) for row in part]
         totals = torch.tensor([math.fsum(column) for column in zip(*gathered, strict=True)], dtype=torch.float64)
         return totals / totals.sum().clamp(min=torch.finfo(torch.float64).tiny)
@@ -106,7 +107,7 @@ class FRMerging(MergeMethod):
 def alignment(after: Tensor, before: Tensor) -> Tensor:
     """λ_k = max_j E|G(v_j)| / E|G(v_k)|, for one tensor.
 
-    A vector of which the filter leaves nothing but rounding gets 0: there is nothing to bring up.
+    A vector that is only rounding after the filter gets 0, so that rounding is not amplified.
 
     Args:
         after: E|G(v_k)|, (K,) float64.
@@ -123,8 +124,8 @@ def alignment(after: Tensor, before: Tensor) -> Tensor:
 def _magnitudes_(deltas: Tensor) -> Tensor:
     """Σ|v_k| over a chunk, (K, n) float32, which is overwritten: (K,) float64.
 
-    In float64 there is no drift over billions of entries. It costs ten times what float32 does, which is good enough to
-    add up eight values first.
+    float64 avoids drift over billions of entries, but costs ten times as much as float32, so groups of eight values are
+    first added in float32.
     """
     magnitudes = deltas.abs_()
     even = magnitudes.shape[1] // _EIGHT * _EIGHT
@@ -133,7 +134,7 @@ def _magnitudes_(deltas: Tensor) -> Tensor:
 
 
 def magnitude(delta: Tensor) -> float:
-    """E|v|. torch's own norm adds up in float32 without care, which is off by 3e-4 in a large weight, and is slower."""
+    """E|v|. torch's own norm accumulates in float32, which has an error of 3e-4 in a large weight, and is slower."""
     run = delta.reshape(-1)
     parts = run.split(at_a_time(_BLOCK, delta.device))
     return math.fsum(float(block.abs().sum()) for block in parts) / max(len(run), 1)

@@ -16,11 +16,11 @@ from freemerge.tensors.spectra import to_nearest_isometry_
 
 @dataclass(frozen=True)
 class IsoC(MatrixMethod):
-    """Flatten the spectrum of the summed task vectors, so that no task's directions rule. One pass.
+    """Flatten the spectrum of the summed task vectors, so that no task's directions dominate. One pass.
 
-    For a matrix, with Σ_k v_k = U diag(σ) Vᵀ: τ = scale · mean(σ) · U Vᵀ. Directions in which the sum has nothing but
-    rounding (σ ≤ ε·max(m, n)·σ_max) have no U and V to speak of and are left out, of the mean too. What is no matrix is
-    averaged; the released code averages convolutions and stacked experts too.
+    For a matrix, with Σ_k v_k = U diag(σ) Vᵀ: τ = scale · mean(σ) · U Vᵀ. Directions in which the sum is only rounding
+    (σ ≤ ε·max(m, n)·σ_max) have no meaningful U and V and are left out, also of the mean. Tensors that are not matrices
+    are averaged; the released code averages convolutions and stacked experts too.
 
     Args:
         scale: multiplies the result.
@@ -32,14 +32,14 @@ class IsoC(MatrixMethod):
 
     @property
     def elementwise(self) -> bool:
-        return not self.align  # the sum is; `finish` is not
+        return not self.align  # the sum is elementwise; `finish` is not
 
     @property
     def finishes(self) -> bool:
         return self.elementwise
 
     def collect_statistics(self, vectors: Vectors) -> frozenset[str]:
-        """Names of what is summed as a matrix or a stack of them."""
+        """Names of the tensors that are treated as a matrix or a stack of matrices."""
         return frozenset(name for name, shape in vectors.shapes.items() if stack_shape(name, shape) is not None)
 
     def combine(self, name: str, deltas: Tensor, statistics: frozenset[str]) -> Tensor:
@@ -55,7 +55,7 @@ class IsoC(MatrixMethod):
         if shape is None or merged.numel() == 0:
             return merged
         for matrix in merged.view(shape):
-            if self.filter is not None:  # it is linear: the filtered sum is the sum of what is filtered
+            if self.filter is not None:  # the filter is linear: filtering the sum equals summing the filtered vectors
                 self.filter.apply_(matrix)
             flatten_spectrum_(matrix).mul_(self.scale)
         return merged

@@ -16,18 +16,19 @@ from freemerge.tensors.spectra import leading_components, left_spectrum, roundin
 
 @dataclass(frozen=True)
 class IsoCTS(MatrixMethod):
-    """Replace the least directions of the summed task vectors by the tasks' own, and flatten the spectrum. One pass.
+    """Replace the weakest directions of the summed task vectors by task-specific ones, and flatten the spectrum. One
+    pass.
 
-    For a matrix of shape (m, n), r = min(m, n), and K tasks, each of which gets t = round((r − ⌊common·r⌋)/K)
-    directions of its own:
+    For a matrix of shape (m, n), r = min(m, n), and K tasks, each with t = round((r − ⌊common·r⌋)/K) task-specific
+    directions:
 
     1. Σ_k v_k = U diag(σ) Vᵀ; its r − K·t largest components are the common ones, U_c, σ_c, V_c.
-    2. v_k − U_c U_cᵀ v_k, what each task has outside of them: its t largest components U_k, σ_k, V_k.
+    2. v_k − U_c U_cᵀ v_k, each task's part outside of them: its t largest components U_k, σ_k, V_k.
     3. U = [U_1 … U_K, U_c] and V likewise are replaced by the nearest matrices with orthonormal columns, U⊥ and V⊥.
     4. τ = scale · mean(σ_1 … σ_K, σ_c) · U⊥ V⊥ᵀ.
 
-    Directions with nothing but rounding are left out, of the mean too. What is no matrix is averaged; the released code
-    averages convolutions and stacked experts too.
+    Directions that are only rounding are left out, also of the mean. Tensors that are not matrices are averaged; the
+    released code averages convolutions and stacked experts too.
 
     Args:
         scale: multiplies the result.
@@ -53,10 +54,10 @@ class IsoCTS(MatrixMethod):
 
 
 def _merge_wide(matrices: Tensor, common: int, own: int) -> Tensor:
-    """Merge (K, m, n) with m ≤ n. What lies outside of U_c is looked at in its own few coordinates."""
+    """Merge (K, m, n) with m ≤ n. The part outside of U_c is represented in its own few coordinates."""
     tolerance = rounding(*matrices.shape[1:])
     total = weighted_sum(matrices, 1.0)
-    directions, values = left_spectrum(total, -1.0)  # of all m directions
+    directions, values = left_spectrum(total, -1.0)  # relative to all m directions
     common = min(common, int((values > tolerance * values[:1]).sum()))
     if not len(values):  # the tasks cancel out
         directions = torch.eye(len(total), dtype=torch.float64, device=total.device)
@@ -87,13 +88,14 @@ def _merge_tall(matrices: Tensor, common: int, own: int) -> Tensor:
 
 
 def _floor(tolerance: float, matrix: Tensor, rest: Tensor) -> float:
-    """The tolerance for what is left of a matrix: the rounding of the whole is no direction of the rest."""
+    """The tolerance for the rest of a matrix: rounding of the whole matrix must not count as a direction of the
+    rest."""
     whole, left = (float(torch.linalg.vector_norm(part)) for part in (matrix, rest))
     return tolerance * max(1.0, whole / left) if left else tolerance
 
 
 def _joined(components: list[tuple[Tensor, Tensor, Tensor]], like: Tensor) -> Tensor:
-    """Components side by side, made orthogonal, with a flat spectrum."""
+    """Components side by side, orthogonalized, with a flat spectrum."""
     sides, spectra, longs = zip(*components, strict=True)
     short, spectrum, long = torch.cat(sides, dim=1), torch.cat(spectra), torch.cat(longs)
     if not len(spectrum):

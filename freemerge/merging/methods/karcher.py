@@ -1,4 +1,4 @@
-"""Karcher mean: the direction with the least squared angles to all models', at the mean norm (Karcher, 1977)."""
+"""Karcher mean: the direction with the smallest squared angles to all models, at the mean norm (Karcher, 1977)."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ _SMALL = 1e-8  # radians; of the mean direction's length
 class KarcherMean(AngleMethod):
     """τ = n · m for each tensor: m on the unit sphere minimizes Σ_k w_k · θ(m, v_k)², n = Σ_k w_k · ‖v_k‖. One pass.
 
-    From the mean direction on, m moves along the arc of Σ_k w_k · θ_k/sin θ_k · (v_k/‖v_k‖ − cos θ_k · m) until that is
-    shorter than the tolerance. All of it is done with the vectors' inner products. For two models it is SLERP at
-    equal norms. The sphere lies about the base.
+    Starting at the mean direction, m moves along the arc of Σ_k w_k · θ_k/sin θ_k · (v_k/‖v_k‖ − cos θ_k · m) until
+    that is shorter than the tolerance. Only the vectors' inner products are used. For two models it is SLERP at equal
+    norms. The sphere is centred on the base.
 
     Args:
         scale: multiplies the result.
         coefficients: w, one number per model, divided by their sum; None for equal ones.
-        iterations: at most so many.
-        tolerance: in radians.
+        iterations: maximum number of iterations.
+        tolerance: length of the last step, in radians.
     """
 
     linear_in_scale: ClassVar = True

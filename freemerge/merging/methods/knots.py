@@ -1,4 +1,4 @@
-"""KnOTS: merge low-rank updates in one basis of all of them (Stoica et al., ICLR 2025, arXiv 2410.19735)."""
+"""KnOTS: merge low-rank updates in a common basis (Stoica et al., ICLR 2025, arXiv 2410.19735)."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ class KnOTS(MethodWrapper):
     """Let another method merge the tasks' components along common directions, instead of entries of the matrices.
 
     For each matrix, [v_1 … v_K] = U Σ [V_1 … V_K] by one singular value decomposition of the task vectors side by side,
-    without what is mere rounding. The method inside merges V_1 … V_K, each (R, n), to V; τ = scale · U Σ V. Made for
-    LoRA, where R ≤ Σ_k rank_k is small; of full-rank models R is m.
+    without directions that are only rounding. The inner method merges V_1 … V_K, each (R, n), to V; τ = scale · U Σ V.
+    Made for LoRA, where R ≤ Σ_k rank_k is small; for full-rank models R is m.
 
-    The method inside sees one matrix's components at a time: what it ranks over a model, it ranks over these. What is
-    no matrix is merged by it as it is. One pass.
+    The inner method sees one matrix's components at a time: statistics over a model are taken over these. It merges
+    tensors that are not matrices directly. One pass.
 
     Args:
-        method: what merges the components; by default TIES, as in the paper.
+        method: merges the components; by default TIES, as in the paper.
         scale: multiplies the result.
     """
 
@@ -42,7 +42,7 @@ class KnOTS(MethodWrapper):
         return 1
 
     def collect_statistics(self, vectors: Vectors) -> None:
-        """Nothing is to be known of the whole model."""
+        """No statistics of the whole model are needed."""
 
     def combine(self, name: str, deltas: Tensor, statistics: Any) -> Tensor:
         return merge_in_subspaces(self.method, name, deltas, self._merge).mul_(self.scale)

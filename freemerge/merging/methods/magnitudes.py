@@ -29,7 +29,7 @@ def model_magnitudes(vectors: Vectors, ranks: Sequence[int]) -> Tensor:
 
 
 def tensor_magnitudes(vectors: Vectors, ranks: Callable[[int], Sequence[int]]) -> dict[str, Tensor]:
-    """Ascending order statistics of each model's magnitudes |v| in every tensor by itself.
+    """Ascending order statistics of each model's magnitudes |v| in each tensor separately.
 
     Args:
         vectors: the task vectors of K models.

@@ -1,7 +1,8 @@
-"""What the methods for matrices share: which tensors are matrices, and an optional high-pass filter before the merge.
+"""Base class of methods for matrices: selects matrix tensors, and optionally applies a high-pass filter before the
+merge.
 
 - Linear layers and embeddings, (m, n), are matrices; so are convolutions, as dim 0 × the rest.
-- Stacked experts, (E, m, n), are E matrices, each merged by itself; their biases, (E, n), are E vectors.
+- Stacked experts, (E, m, n), are E matrices, each merged separately; their biases, (E, n), are E vectors.
 - Everything else is averaged.
 """
 
@@ -23,7 +24,7 @@ from freemerge.runtime.threads import each
 
 # Modules of stacked experts: `mlp.experts.down_proj` (Mixtral, Qwen, gpt-oss), `block_sparse_moe.input_linear`.
 _EXPERTS = re.compile(r"(^|[._])(experts?|moe)([._]|$)")
-# Tables of vectors of which each input takes one row: what multiplies them is no covariance of inputs.
+# Lookup tables, whose inputs select one row each, so that input covariances do not apply.
 _EMBEDDINGS = re.compile(
     r"(^|\.)(embeddings?|\w*embed_tokens|embed_positions|(?!patch)\w+_embeddings?|wte|wpe|shared|relative_attention_bias)"
     r"(\.weight)?$"
@@ -32,9 +33,9 @@ _EMBEDDINGS = re.compile(
 
 @dataclass(frozen=True)
 class MatrixMethod(MergeMethod):
-    """A method that merges matrices; what is no matrix is averaged.
+    """A method that merges matrices and averages other tensors.
 
-    A subclass says how K matrices become one, in `combine_matrix`.
+    A subclass defines in `combine_matrix` how K matrices are merged.
 
     Args:
         scale: multiplies the result.
@@ -68,7 +69,7 @@ class MatrixMethod(MergeMethod):
         return merged.reshape(deltas.shape[1:])
 
     def is_merged(self, name: str) -> bool:
-        """Whether a matrix of this name is merged as such; if not, it is averaged."""
+        """Whether a matrix of this name is merged as a matrix; otherwise it is averaged."""
         return True
 
     @abstractmethod
@@ -100,14 +101,14 @@ class MatrixMethod(MergeMethod):
 
 
 def stack_shape(name: str, shape: torch.Size) -> tuple[int, int, int] | None:
-    """How a tensor is seen as a stack of matrices.
+    """The shape of a tensor as a stack of matrices.
 
     Args:
-        name: of the tensor; stacked experts are told from convolutions by it.
-        shape: of the tensor.
+        name: name of the tensor, which distinguishes stacked experts from convolutions.
+        shape: shape of the tensor.
 
     Returns:
-        (E, m, n), with E = 1 for a single matrix; None if the tensor is no matrix.
+        (E, m, n), with E = 1 for a single matrix; None if the tensor is not a matrix.
     """
     if len(shape) < 2:
         return None

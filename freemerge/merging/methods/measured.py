@@ -1,4 +1,4 @@
-"""What the methods share that weigh task vectors by statistics of data, which were measured for each model."""
+"""Base class of methods that weight task vectors by data statistics measured for each model."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class MeasuredMethod(MergeMethod):
 
     Args:
         statistics: the files' paths, in the order of the models: checkpoints of any kind that freemerge reads, with a
-            tensor under the name of the weight that it belongs to. A weight that none of them names is averaged.
+            tensor under the name of the weight that it belongs to. A weight without statistics is averaged.
         scale: multiplies the result.
     """
 
@@ -49,17 +49,18 @@ class MeasuredMethod(MergeMethod):
         """Open the files, and check names and shapes; values are read tensor by tensor.
 
         Raises:
-            MergeError: files that name different weights of the models, none of them, or have another shape.
+            MergeError: the files name different weights, or none of the model's, or have another shape.
         """
         files = [open_checkpoint(expand(path)) for path in self.statistics]
         named = [{name for name in vectors.shapes if file.has(name)} for file in files]
         every = set().union(*named)
         if vectors.shapes and not every:
-            raise MergeError(f"{files[0].label}: has no statistics of any weight that is merged")
+            raise MergeError(f"{files[0].label}: has no statistics of any merged weight")
         for file, names in zip(files, named, strict=True):
             if missing := sorted(every - names):
                 raise MergeError(
-                    f"{file.label}: has no statistics of '{missing[0]}', which another model's has; measure all alike"
+                    f"{file.label}: has no statistics of '{missing[0]}', which another model's file has; measure "
+                    "the same weights for all models"
                 )
             for name in names:
                 expected, found = self.measured_shape(vectors.shapes[name]), file.spec(name).shape
@@ -73,12 +74,12 @@ class MeasuredMethod(MergeMethod):
 
 
 def read_values(file: Checkpoint, values: Tensor, name: str) -> Tensor:
-    """Statistics as they were read, in float32, if all are finite.
+    """Convert statistics to float32 and check that all are finite.
 
     Args:
-        file: where they are from, for messages.
-        values: as stored.
-        name: of the weight.
+        file: their file, for messages.
+        values: the stored values.
+        name: name of the weight.
     """
     values = values.to(torch.float32)
     if not bool(torch.isfinite(values).all()):

@@ -1,4 +1,4 @@
-"""Model Stock: how far towards the mean to go, from the angles between models (Jang et al., arXiv 2403.19522)."""
+"""Model Stock: interpolate towards the mean by the angles between models (Jang et al., arXiv 2403.19522)."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from freemerge.merging.methods.angles import AngleMethod, normalized
 class ModelStock(AngleMethod):
     """τ = scale · t · (1/K) · Σ_k v_k for each tensor, t = K·cos θ/(1 + (K − 1)·cos θ). One pass.
 
-    θ is the angle between task vectors, cos θ the mean over all pairs, as in mergekit; a negative mean counts as 0, and
-    the base stays. It suits several trainings of one task, at least two.
+    θ is the angle between task vectors, cos θ the mean over all pairs, as in mergekit; a negative mean counts as 0,
+    which gives the base. It suits at least two training runs of the same task.
 
     Args:
         scale: multiplies the result.

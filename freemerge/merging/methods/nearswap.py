@@ -1,4 +1,5 @@
-"""NearSwap: take over what another model has nearly the same, at most t of the rest (alchemonaut, 2024)."""
+"""NearSwap: adopt another model's entries where they are close to the base's, and at most t of larger changes
+(alchemonaut, 2024)."""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ from freemerge.merging.methods.base import MergeMethod, require, require_number
 class NearSwap(MergeMethod):
     """τ = w · v with w = min(t/|v|, 1): each entry moves from the base to the other model, by at most t. One pass.
 
-    So τ is v, cut off at ± t. For exactly one model beside the base.
+    So τ is v clamped to ± t. For exactly one model besides the base.
 
     Args:
         t: the largest change of an entry, above 0.

@@ -1,4 +1,5 @@
-"""A method's parameters by name, those of its parts by dotted path: `scale`, `filter.cutoff`, `method.density`."""
+"""Access to a method's parameters by name, and to those of its parts by dotted path: `scale`, `filter.cutoff`,
+`method.density`."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from freemerge.errors import MergeError
 
 
 class _Dataclass(Protocol):
-    """An instance of a dataclass, as `dataclasses.replace` takes it."""
+    """A dataclass instance, as `dataclasses.replace` accepts it."""
 
     __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
 

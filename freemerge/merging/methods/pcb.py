@@ -21,11 +21,11 @@ _LINEAR = np.float32(3e-4)  # x − tanh x ≈ x³/3 is less than half a unit in
 
 
 class PCBStatistics(NamedTuple):
-    """What PCB-Merging has to know of the whole model; each (K, 1) float32."""
+    """PCB-Merging's statistics of the whole model; each (K, 1) float32."""
 
     low: Tensor  # magnitudes are clamped to [low, high]
     high: Tensor
-    threshold: Tensor  # scores from here on take part
+    threshold: Tensor  # the smallest score that takes part
     maximum: Tensor  # the largest score
 
 
@@ -44,8 +44,8 @@ class PCBMerging(MergeMethod):
     Where all magnitudes of a task are equal, n_k = 0; where all scores that take part are equal, w_k is 1 for those
     above zero (the formulas divide zero by zero there).
 
-    Three passes: one for the clamp, one for the scores, one to merge. With a filter five, as no sample brackets the
-    ranks. With scope "tensor" one.
+    Three passes: one for the clamp, one for the scores, one to merge. Five with a filter, because no sample brackets
+    the ranks. One with scope "tensor".
 
     Args:
         ratio: fraction of each task vector's entries that take part, in (0, 1].
@@ -55,8 +55,8 @@ class PCBMerging(MergeMethod):
             tanh(s_k·Σ_j s_j) with s = sign(v)·n, the released vision code. "pairwise": Σ_j tanh(s_k·s_j), the
             released evolutionary search.
         filter: a high-pass filter for the task vectors' matrices, before anything else (FR-Merging with balancing).
-        scope: over what ranks, minima and maxima are taken: the whole "model", as the authors do, or each "tensor" by
-            itself.
+        scope: where ranks, minima and maxima are taken: over the whole "model", as the authors do, or in each "tensor"
+            separately.
     """
 
     statistics_fields: ClassVar = ("ratio", "clip", "inter", "filter", "scope")
@@ -117,13 +117,13 @@ class PCBMerging(MergeMethod):
         return torch.cat(each(lambda block: self._balanced(block, statistics), parts)).reshape(deltas.shape[1:])
 
     def combine_chunk(self, name: str, start: int, deltas: Tensor, statistics: PCBStatistics) -> Tensor:
-        # One block after the other: every thread has a run of its own.
+        # One block after the other, because every thread already processes its own chunk.
         return torch.cat([self._balanced(block, statistics) for block in blocks(deltas)])
 
     def _statistics(
         self, scan: Scan, sample: Tensor, total: int, gather: Gather = lambda value: [value]
     ) -> PCBStatistics:
-        """What is to be known of `total` entries of each task vector; see `order_statistics` for the arguments."""
+        """Compute the statistics of `total` entries of each task vector; see `order_statistics` for the arguments."""
         first = int(total * self.clip)
         clamp = [first, max(int(total * (1 - self.clip) - 1), first)]
         take = [min(int(total * (1 - self.ratio)), total - 1), total - 1]
@@ -136,7 +136,7 @@ class PCBMerging(MergeMethod):
             scan(lambda deltas: see(self._scores(deltas, low, high)))
 
         low, high = order_statistics(magnitudes, clamp, shape, sample.abs(), gather).split(1, dim=1)
-        sample = self._scores(sample, low, high)  # in the place of the other, which takes as much memory
+        sample = self._scores(sample, low, high)  # overwrites an array of the same size
         range_ = order_statistics(scores, take, shape, sample, gather)
         return PCBStatistics(low, high, *range_.split(1, dim=1))
 
@@ -176,7 +176,7 @@ class PCBMerging(MergeMethod):
 
 def _clamped(values: Tensor, low: Tensor, high: Tensor) -> Tensor:
     """Magnitudes of (K, n) clamped to the rows' bounds, (K, 1); in new memory."""
-    magnitudes = values.abs()  # one after the other: clamp_ with bounds in tensors takes six times as long
+    magnitudes = values.abs()  # in two steps: `clamp_` with tensor bounds takes six times as long
     torch.maximum(magnitudes, low, out=magnitudes)
     return torch.minimum(magnitudes, high, out=magnitudes)
 
@@ -188,7 +188,7 @@ def _tanh_(values: Tensor) -> Tensor:
     if values.numel() == 0:
         return values
     least, most = values.aminmax()
-    if max(-least, most) < _LINEAR:  # of most chunks all values are small
+    if max(-least, most) < _LINEAR:  # in most chunks all values are small
         return values
     far = np.flatnonzero(values.abs().numpy() >= _LINEAR)
     if 8 * len(far) > values.numel():

@@ -17,7 +17,7 @@ from freemerge.tensors.patterns import compile_patterns
 
 
 class PatternStatistics(NamedTuple):
-    """What each method has to know of the tensors that are its own."""
+    """The statistics of each method for its own tensors."""
 
     inner: tuple[Any, ...]
 
@@ -26,13 +26,13 @@ class PatternStatistics(NamedTuple):
 class PerPattern(MergeMethod):
     """Merge a tensor with the method of the first pattern that matches its name, or else with the default.
 
-    A global method (PCB, TIES) counts its own tensors only, and makes its passes over them; methods that differ in
-    nothing that their survey looks at (in λ, most often) count all their tensors together.
+    The statistics of a global method (PCB, TIES) cover only its own tensors; methods with equal `statistics_key` (they
+    often differ only in λ) share statistics over all their tensors.
 
     Args:
-        default: what merges the tensors that no pattern matches.
-        overrides: pattern → method. Globs, or regular expressions after `re:`, for whole names; the first match counts.
-        scale: multiplies the result.
+        default: merges the tensors that no pattern matches.
+        overrides: pattern → method. Globs, or regular expressions after `re:`, for whole names; the first match is
+            used. scale: multiplies the result.
     """
 
     statistics_fields: ClassVar = ("default", "overrides")
@@ -74,7 +74,7 @@ class PerPattern(MergeMethod):
             method.check(labels)
 
     def collect_statistics(self, vectors: Vectors) -> PatternStatistics:
-        """Let each method survey the tensors that are its own.
+        """Collect each method's statistics over its own tensors.
 
         Raises:
             MergeError: a pattern matches none of the merged tensors.
@@ -84,7 +84,9 @@ class PerPattern(MergeMethod):
             own[self._index(name)].append(name)
         for pattern, names in zip(self.overrides, own, strict=False):
             if vectors.shapes and not names:
-                raise MergeError(f"overrides: the pattern '{pattern}' matches no tensor that is left to it")
+                raise MergeError(
+                    f"overrides: the pattern '{pattern}' matches no tensor that is left by earlier patterns"
+                )
         shared: dict[Hashable, set[str]] = {}
         keys = [method.statistics_key for method in self._methods]
         for key, names in zip(keys, own, strict=True):
@@ -109,7 +111,7 @@ class PerPattern(MergeMethod):
         return self._methods[self._index(name)].finish(name, merged) * self.scale
 
     def _index(self, name: str) -> int:
-        """The position among `_methods` of the one that merges a tensor."""
+        """The index in `_methods` of the method that merges a tensor."""
         matches = (index for index, pattern in enumerate(self._patterns) if pattern.fullmatch(name))
         return next(matches, len(self._patterns))
 
@@ -121,8 +123,8 @@ def with_overrides(method: MergeMethod, overrides: Sequence[Mapping[str, Any]] |
         method: how to merge.
         overrides: one mapping for each pattern: `match`, the pattern (a glob, or a regular expression after `re:`), and
             parameters of the method, those of its parts by dotted path: `{"match": "*.mlp.*", "scale": 0.4,
-            "filter.cutoff": 0.2}`. The first match counts. A survey of the whole model stays one, unless its own
-            parameters differ.
+            "filter.cutoff": 0.2}`. The first match is used. Statistics of the whole model stay shared, unless
+            parameters that they depend on differ.
 
     Returns:
         A `PerPattern`, or the method itself where there are no overrides.

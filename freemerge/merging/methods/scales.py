@@ -1,4 +1,4 @@
-"""A method at other scales: what a search over λ needs to know of it."""
+"""Methods at other scales, for a search over λ."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def rescaled(method: MergeMethod, factor: float) -> MergeMethod:
 
     Args:
         method: one that has a scale.
-        factor: the new scale. Of a method with a scale for each model, what each of them is multiplied by: their
-            ratios stay.
+        factor: the new scale. For a method with one scale per model, the factor that multiplies each of them, so that
+            their ratios stay.
     """
     scale = get_field(method, "scale")
     each = isinstance(scale, (list, tuple))
@@ -32,6 +32,6 @@ def rescaled(method: MergeMethod, factor: float) -> MergeMethod:
 def is_linear(method: MergeMethod) -> bool:
     """Whether the method's class says that its results are proportional to its scale; see `linear_in_scale`.
 
-    What a class says does not count for its subclasses, which may do something else with the result.
+    A class's value does not apply to its subclasses, which may process the result differently.
     """
     return vars(type(method)).get("linear_in_scale", False) is True

@@ -15,11 +15,11 @@ from freemerge.merging.task_vectors import blocks, flat
 
 @dataclass(frozen=True)
 class SCE(MergeMethod):
-    """Weigh the task vectors of each tensor by their squares, where they differ most and agree in sign. One pass.
+    """Weight the task vectors of each tensor by their squares, where they differ most and agree in sign. One pass.
 
     1. Select: of the entries at which the task vectors differ at all, the ⌊select·count⌋ with the largest variance over
-       the models stay (equals of the last are kept too); the others are set to zero.
-    2. Calculate: η_k = Σ v_k²/Σ_j Σ v_j², over what is left of the tensor.
+       the models stay (ties with the last are kept too); the others are set to zero.
+    2. Calculate: η_k = Σ v_k²/Σ_j Σ v_j², over the remaining entries of the tensor.
     3. Erase: entries whose sign is not that of Σ_k v_k have no weight.
     4. τ = scale · Σ_k η_k v_k/Σ_k η_k, over the entries that have a weight; zero where none has.
 
@@ -44,7 +44,7 @@ class SCE(MergeMethod):
         if self.select < 1 and values.shape[1]:
             _select_(values, self.select)
         squares = torch.stack([row.square().sum(dtype=torch.float64) for row in values])
-        # Weights only count against each other.
+        # Only the ratios of the weights matter.
         weights = (squares / squares.max().clamp(min=torch.finfo(torch.float64).tiny)).to(values.dtype)[:, None]
         merged = [_merge(block, weights) for block in blocks(values)]
         return torch.cat(merged).mul_(self.scale).reshape(deltas.shape[1:])

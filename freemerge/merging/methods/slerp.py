@@ -14,15 +14,15 @@ from freemerge.errors import MergeError
 from freemerge.merging.methods.angles import AngleMethod, normalized
 from freemerge.merging.methods.base import require, require_number
 
-_PARALLEL = 0.9995  # of a cosine: from here on the arc is the chord
+_PARALLEL = 0.9995  # cosine from which on the arc is treated as the chord
 
 
 @dataclass(frozen=True)
 class Slerp(AngleMethod):
     """τ = sin((1 − t)·θ)/sin θ · v_1 + sin(t·θ)/sin θ · v_2, θ the angle between a tensor's task vectors. One pass.
 
-    It goes along the arc from v_1 to v_2, so that the result is about as long as they are, and not shorter as their
-    mean is. Where |cos θ| > 0.9995, or one of them is zero, τ = (1 − t)·v_1 + t·v_2. The arc lies about the base, as in
+    The result lies on the arc from v_1 to v_2, so its norm is about theirs, and not smaller as that of their mean.
+    Where |cos θ| > 0.9995, or one of them is zero, τ = (1 − t)·v_1 + t·v_2. The arc is centred on the base, as in
     mergekit's `nuslerp` with a base model. For exactly two models; see `KarcherMean` for more.
 
     Args:

@@ -1,4 +1,4 @@
-"""Merging matrices in other coordinates than their entries."""
+"""Merging matrices in other coordinates."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ Merge = Callable[[Tensor], Tensor]
 def merge_in_subspaces(
     method: MergeMethod, name: str, deltas: Tensor, change: Callable[[Tensor, Merge], Tensor]
 ) -> Tensor:
-    """Merge a tensor matrix by matrix, in coordinates that are found for each.
+    """Merge a tensor matrix by matrix, in coordinates computed for each matrix.
 
     Args:
-        method: merges the coordinates, and what is no matrix.
-        name: of the tensor.
+        method: merges the coordinates, and tensors that are not matrices.
+        name: name of the tensor.
         deltas: (K, *shape) float32; may be overwritten.
         change: merges (K, m, n) to (m, n), given how to merge coordinates, (K, R, S) → (R, S).
 

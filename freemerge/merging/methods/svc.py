@@ -1,4 +1,4 @@
-"""Singular value calibration: undo what shared directions add up to (Li et al., ICML 2026, arXiv 2602.05536)."""
+"""Singular value calibration: correct over-counted shared directions (Li et al., ICML 2026, arXiv 2602.05536)."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from freemerge.tensors.spectra import leading_components, rounding
 
 @dataclass(frozen=True)
 class SVC(MethodWrapper):
-    """Rescale the singular values of another method's merged matrices, each by how often its direction was counted.
+    """Rescale the singular values of another method's merged matrices where the tasks share directions.
 
-    For each matrix of the result, τ = U diag(σ) Vᵀ, and each of its directions u_r, task k answers with a_rk = u_rᵀv_k
-    and the merge with a_r = σ_r v_rᵀ. s_rk = ⟨a_r, a_rk⟩/‖a_rk‖² is above 1 where the merge has more of task k's answer
-    than the task itself has. Then σ_r becomes
+    For each matrix of the result, τ = U diag(σ) Vᵀ, and each of its directions u_r, the response of task k is a_rk =
+    u_rᵀv_k and that of the merge is a_r = σ_r v_rᵀ. s_rk = ⟨a_r, a_rk⟩/‖a_rk‖² is above 1 where the merge contains more
+    of task k's response than the task vector itself. Then σ_r becomes
 
     - form "paper": σ_r · K/Σ_k max(alpha, s_rk);
     - form "released", the authors' code: σ_r/max(alpha, mean_k s_rk) if all s_rk > 0, else σ_r.
 
-    Stacked experts are matrices one by one, convolutions are dim 0 × the rest; what is no matrix stays as the method
-    merged it. As many passes as the method inside.
+    Stacked experts are matrices one by one, convolutions are dim 0 × the rest; tensors that are not matrices stay as
+    the inner method merged them. As many passes as the inner method.
 
     Args:
         method: the method whose result is calibrated.
         scale: multiplies the result.
-        alpha: the least that a direction counts as.
-        form: of the equations, see above.
+        alpha: lower bound of the weight of a direction.
+        form: the equations to use, see above.
     """
 
     statistics_fields: ClassVar = ("method",)
@@ -77,5 +77,5 @@ class SVC(MethodWrapper):
 
 
 def _ratio(products: Tensor, squares: Tensor) -> Tensor:
-    """⟨a_r, a_rk⟩/‖a_rk‖², 0 where task k has no answer."""
+    """⟨a_r, a_rk⟩/‖a_rk‖², 0 where task k has no response."""
     return torch.where(squares > 0, products / squares.clamp(min=torch.finfo(squares.dtype).tiny), 0.0)

@@ -1,4 +1,4 @@
-"""TIES-Merging: trim, elect a sign, average those who agree (Yadav et al., NeurIPS 2023, arXiv 2306.01708)."""
+"""TIES-Merging: trim, elect a sign, average the entries that agree (Yadav et al., NeurIPS 2023, arXiv 2306.01708)."""
 
 from __future__ import annotations
 
@@ -18,16 +18,17 @@ from freemerge.tensors.differences import flat
 class Ties(MergeMethod):
     """Keep each model's largest entries, elect a sign per entry, average the entries of that sign.
 
-    1. Trim: v_k keeps its entries with |v| ≥ t_k, its ⌊density·D⌋-th largest magnitude (equals of t_k are kept too).
+    1. Trim: v_k keeps its entries with |v| ≥ t_k, its ⌊density·D⌋-th largest magnitude (ties with t_k are kept too).
     2. Elect: γ = sign(Σ_k v_k).
     3. Disjoint mean: τ = scale · mean of {v_k : sign(v_k) = γ}; zero where no entry is left.
 
-    Two passes, one of them to find t_k exactly, from a bracket that a sample gives; one if nothing is trimmed.
+    Two passes, the first to find t_k exactly within a bracket from a sample; one pass if nothing is trimmed. More if
+    the sampled bounds miss t_k.
 
     Args:
         density: fraction of the entries to keep, in (0, 1].
         scale: λ, multiplies the result.
-        scope: over what the density counts: the whole "model", as in the paper, or each "tensor" by itself.
+        scope: where the density applies: to the whole "model", as in the paper, or to each "tensor" separately.
     """
 
     statistics_fields: ClassVar = ("density", "scope")
@@ -52,7 +53,7 @@ class Ties(MergeMethod):
         return 2 if self.density < 1 else 1
 
     def collect_statistics(self, vectors: Vectors) -> Tensor | dict[str, Tensor] | None:
-        """Find t_k, (K, 1) float32, over the whole model or, by name, of each tensor; None if nothing is trimmed."""
+        """Find t_k, (K, 1) float32, over the whole model or, by name, for each tensor; None if nothing is trimmed."""
         if self.density == 1 or vectors.numel == 0:
             return None
         if self.scope == "tensor":
@@ -68,7 +69,7 @@ class Ties(MergeMethod):
         return elected_mean_(values).mul_(self.scale).reshape(deltas.shape[1:])
 
     def _rank(self, total: int) -> int:
-        """Zero-based ascending rank of the least of the magnitudes that are kept."""
+        """Zero-based ascending rank of the smallest magnitude that is kept."""
         return total - max(1, int(total * self.density))
 
 
@@ -83,7 +84,7 @@ def elected_mean_(values: Tensor) -> Tensor:
 
 def _trim(values: Tensor, thresholds: Tensor) -> None:
     """Set the entries of (K, n) whose magnitudes lie below their row's threshold, (K,), to zero."""
-    # hardshrink zeroes what is at most its bound, which is therefore the next smaller number.
+    # hardshrink zeroes values up to and including its bound, so the bound is the next smaller number.
     bounds = torch.nextafter(thresholds, torch.full_like(thresholds, -torch.inf)).tolist()
     for row, bound in zip(values, bounds, strict=True):
         torch.hardshrink(row, bound, out=row)

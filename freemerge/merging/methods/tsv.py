@@ -15,17 +15,17 @@ from freemerge.tensors.spectra import leading_components, rounding, to_nearest_i
 
 @dataclass(frozen=True)
 class TSVMerge(MatrixMethod):
-    """Give each task its share of the singular directions of a matrix, and make the shares orthogonal. One pass.
+    """Give each task an equal part of a matrix's singular directions, and orthogonalize the parts. One pass.
 
     For a matrix of shape (m, n) and K tasks:
 
-    1. v_k = U_k Σ_k V_kᵀ, of which the ⌊min(m, n)/K⌋ largest components (at least one) are kept, but
-       nothing that is mere rounding (σ ≤ ε·(√m + √n)·σ_max).
+    1. v_k = U_k Σ_k V_kᵀ, of which the ⌊min(m, n)/K⌋ largest components (at least one) are kept, except those that are
+       only rounding (σ ≤ ε·(√m + √n)·σ_max).
     2. U = [U_1 … U_K] and V = [V_1 … V_K] are replaced by the nearest matrices with orthonormal columns: with the
        singular value decomposition U = P D Qᵀ, U⊥ = P Qᵀ (orthogonal Procrustes).
     3. τ = scale · U⊥ diag(Σ_1 … Σ_K) V⊥ᵀ.
 
-    What is no matrix is averaged. The released code averages convolutions and stacked experts too.
+    Tensors that are not matrices are averaged. The released code averages convolutions and stacked experts too.
 
     Args:
         scale: multiplies the result.
@@ -50,12 +50,12 @@ class TSVMerge(MatrixMethod):
 def _leading(matrices: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     """The leading components of K wide matrices, side by side: R ≤ K · rank in all.
 
-    They are laid into the memory of the matrices: components of a model take no more room than the model itself.
+    They are stored in the memory of the matrices, as the components of a model take no more memory than the model.
 
     Args:
         matrices: (K, s, l) float32 with s ≤ l; overwritten.
-        rank: of each, at most. What has no directions of its own, a vector of zeros or one of low rank, has fewer, and
-            must not turn those of the others.
+        rank: upper bound of the rank of each. A zero or low-rank matrix has fewer directions, and must not affect those
+            of the others.
 
     Returns:
         U (s, R) and Σ (R,) in new memory, and Vᵀ (R, l) in that of the matrices, all float32.
@@ -70,7 +70,7 @@ def _leading(matrices: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
 
     sides, spectra = zip(*each(decompose, range(len(matrices))), strict=True)
     length, found, run = matrices.shape[2], 0, memory.view(-1)
-    for own, values in zip(memory, spectra, strict=True):  # close the gaps, from the first on
+    for own, values in zip(memory, spectra, strict=True):  # close the gaps, starting at the first
         size = len(values) * length
         run[found : found + size] = own[:size]
         found += size
@@ -79,7 +79,7 @@ def _leading(matrices: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def to_nearest_orthonormal_(matrix: Tensor) -> None:
-    """Make a matrix into the nearest one with orthonormal columns (or rows, if it is wide): P Qᵀ of its P D Qᵀ.
+    """Replace a matrix P D Qᵀ by P Qᵀ, the nearest one with orthonormal columns (or rows, if it is wide).
 
     Args:
         matrix: (m, n) float32; overwritten.

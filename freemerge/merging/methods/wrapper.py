@@ -1,4 +1,4 @@
-"""What the methods share that change what another method sees, or what it returns."""
+"""Base class of methods that change the input or the result of another method."""
 
 from __future__ import annotations
 
@@ -38,16 +38,16 @@ class MethodWrapper(MergeMethod):
         self.method.check(labels)
 
     def collect_statistics(self, vectors: Vectors) -> Any:
-        """Those of the method inside, of the vectors as they are."""
+        """Collect the inner method's statistics on the unchanged vectors."""
         return self.method.collect_statistics(vectors)
 
 
 def merge_alone(method: MergeMethod, name: str, deltas: Tensor) -> Tensor:
-    """Merge a tensor that the models' files do not have, by a method that sees nothing else.
+    """Merge a computed tensor, which is not in the models' files, by a method that sees only this tensor.
 
     Args:
-        method: how to merge; what it ranks over the whole model, it ranks over this tensor.
-        name: for the method.
+        method: how to merge; statistics over the whole model are taken over this tensor.
+        name: its name for the method.
         deltas: (K, *shape) float32; may be overwritten.
 
     Returns:

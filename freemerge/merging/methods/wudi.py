@@ -12,7 +12,7 @@ from freemerge.merging.methods.base import require, require_number, weighted_sum
 from freemerge.merging.methods.matrices import MatrixMethod, is_embedding
 from freemerge.tensors.covariances import pseudo_inverse, sum_both
 
-_BETAS, _EPSILON = (0.9, 0.999), 1e-8  # Adam's own defaults, which the released code uses
+_BETAS, _EPSILON = (0.9, 0.999), 1e-8  # Adam's defaults, which the released code uses
 
 
 @dataclass(frozen=True)
@@ -22,20 +22,20 @@ class WUDIMerging(MatrixMethod):
     L(τ) = Σ_k ‖(τ − v_k) v_kᵀ‖²/‖v_k‖² for each matrix of a linear layer, (outputs, inputs). It is quadratic: with
     S = Σ_k v_kᵀv_k/‖v_k‖² and B = Σ_k v_k v_kᵀv_k/‖v_k‖² its gradient is 2(τ S − B).
 
-    - solver "adam", the released code: `steps` of Adam from Σ_k v_k. It stops early, and where it stops depends on the
-      learning rate against the size of the task vectors.
+    - solver "adam", the released code: `steps` of Adam from Σ_k v_k. It stops before convergence, at a point that
+      depends on the ratio of the learning rate to the size of the task vectors.
     - solver "exact": the minimum τ = B S⁺ itself, which depends on neither.
 
-    Embeddings and what is no matrix are averaged. The released code for CLIP leaves them as in the base; `exclude` them
-    for that.
+    Embeddings and tensors that are not matrices are averaged. The released code for CLIP keeps the base's; `exclude`
+    them for that.
 
     Args:
         scale: multiplies the result.
         filter: see `MatrixMethod`.
         align: see `MatrixMethod`.
         solver: "adam" or "exact".
-        steps: of Adam.
-        learning_rate: of Adam.
+        steps: number of Adam steps.
+        learning_rate: learning rate of Adam.
     """
 
     linear_in_scale: ClassVar = True
@@ -64,7 +64,7 @@ class WUDIMerging(MatrixMethod):
         return self._descend(weighted_sum(matrices, 1.0), products, covariance)
 
     def _descend(self, merged: Tensor, products: Tensor, covariance: Tensor) -> Tensor:
-        """Adam from `merged`, which is overwritten."""
+        """Run Adam from `merged`, which is overwritten."""
         first, second = torch.zeros_like(merged), torch.zeros_like(merged)
         gradient = torch.empty_like(merged)
         fast, slow = _BETAS

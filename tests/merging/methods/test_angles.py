@@ -113,8 +113,8 @@ class TestMeansOnTheSphere:
 
     def test_wrong_parameters(self):
         for build, message in [
-            (lambda: KarcherMean(coefficients=[1.0, -1.0]), "`coefficients` must be at least 0, and one above"),
-            (lambda: MultiSlerp(coefficients=[0.0, 0.0]), "`coefficients` must be at least 0, and one above"),
+            (lambda: KarcherMean(coefficients=[1.0, -1.0]), "`coefficients` must be at least 0 and not all 0"),
+            (lambda: MultiSlerp(coefficients=[0.0, 0.0]), "`coefficients` must be at least 0 and not all 0"),
             (lambda: KarcherMean(iterations=-1), "`iterations` must be an integer of at least 0, got -1"),
         ]:
             with pytest.raises(ValueError, match=message):

@@ -77,7 +77,7 @@ def test_errors_say_which_file_and_which_tensor(tmp_path, models):
     good = {"fc.weight": torch.eye(8)}
     for tables, method, message in [
         ([good, good], RegMean, "RegMean has 2 files in `statistics` for 3 fine-tuned models"),
-        ([{"other": torch.eye(8)}] * 3, RegMean, "0.safetensors: has no statistics of any weight that is merged"),
+        ([{"other": torch.eye(8)}] * 3, RegMean, "0.safetensors: has no statistics of any merged weight"),
         ([good, good, {"x": torch.eye(2)}], RegMean, "2.safetensors: has no statistics of 'fc.weight'"),
         ([good, good, {"fc.weight": torch.eye(5)}], RegMean, r"'fc.weight' have shape \[5, 5\], expected \[8, 8\]"),
         ([{"fc.bias": torch.eye(5)}] * 3, RegMean, r"'fc.bias' have shape \[5, 5\], expected none for RegMean"),

@@ -50,7 +50,9 @@ def test_pieces_only_if_every_method_takes_them():
 
 def test_errors(base, models):
     method = PerPattern(WeightAverage(), {"*.weight": Ties(), "conv.weight": Ties()})
-    with pytest.raises(MergeError, match=r"overrides: the pattern 'conv\.weight' matches no tensor that is left to it"):
+    with pytest.raises(
+        MergeError, match=r"overrides: the pattern 'conv\.weight' matches no tensor that is left by earlier patterns"
+    ):
         merge(base, models, method)
     with pytest.raises(MergeError, match="TaskArithmetic has 2 values in `scale` for 3 fine-tuned models"):
         merge(base, models, PerPattern(WeightAverage(), {"*.weight": TaskArithmetic([1, 2])}))
