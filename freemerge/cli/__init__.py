@@ -1,11 +1,11 @@
 """The command line, `python -m freemerge`: `fit`, `validate`, `test`, `predict` and `tune` for a suite, and `merge`.
 
-- `commands`, `remembered`: what can be said before anything large is imported: the help, the version, unknown options.
-- `names`: the right name for a wrong one.
-- `suite`: Lightning's CLI with a suite's pipeline behind it.
+- `commands`, `remembered`: answer help, version and unknown options before large packages are imported.
+- `names`: suggest the right name for a wrong one.
+- `suite`: Lightning's CLI, which runs a suite's pipeline.
 - `merge`, `run_merge`: the merge of finished checkpoints, which starts without Lightning and transformers.
-- `parsing`, `words`, `yaml_text`: what both share: options as people type them, files as they have them, help.
-- `problems`, `syntax`, `printing`, `ending`: errors are one line, suggest the right name, and speak of options.
+- `parsing`, `words`, `yaml_text`: parse options, configuration files and help, for all commands.
+- `problems`, `syntax`, `printing`, `ending`: print errors as one line, with suggestions in terms of options.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ def main(args: list[str] | None = None) -> int:
     """Run the command line.
 
     Args:
-        args: the arguments; those of the process if None.
+        args: the arguments; None for those of the process.
 
     Returns:
-        The exit code: 0; 2 after an error, which is then one line on stderr; 130 after Ctrl-C.
+        The exit code: 0; 2 after an error, which is printed as one line on stderr; 130 after Ctrl-C, 143 after SIGTERM.
     """
     escape_what_cannot_be_printed()
     arguments = sys.argv[1:] if args is None else list(args)
@@ -76,7 +76,7 @@ def _merge(arguments: list[str]) -> int:
 
     if {"-h", "--help"} & set(arguments):
         _show(merge.said().help)
-    if option := merge.said().unknown(arguments):  # without torch, which takes its time to import
+    if option := merge.said().unknown(arguments):  # without torch, whose import takes seconds
         fail(unknown_option(option, merge.said().keys))
     with ended_by_sigterm():
         parser = merge.build_parser()
@@ -86,7 +86,7 @@ def _merge(arguments: list[str]) -> int:
 
 
 def _show(text: str) -> None:
-    """Print what was asked for, and exit."""
+    """Print a text and exit with code 0."""
     sys.stdout.write(text)
     sys.stdout.flush()
     sys.exit(0)

@@ -1,4 +1,4 @@
-"""What can be said of the command line before anything large is imported: its commands, its help, its version."""
+"""The commands, help and version of the command line, available before large packages are imported."""
 
 from __future__ import annotations
 
@@ -45,9 +45,9 @@ def overview() -> str:
 
 
 def methods() -> dict[str, str]:
-    """The merging methods: name of the class → what it is and where it is from, the first line of its module.
+    """Class name of each merging method → its description, the first line of its module.
 
-    They are read from the sources, since the classes themselves need torch, which takes seconds to import.
+    They are parsed from the source files, because importing the classes needs torch, which takes seconds.
     """
     homes: dict[str, str] = {}
     for node in _parsed(_MERGING).body:

@@ -1,6 +1,6 @@
-"""How a command ends that is stopped from outside: by a signal, by a reader that is gone, by a disk that is full.
+"""End a command cleanly after a signal, a closed pipe or a full disk.
 
-Each is one line on stderr, and the exit code that a shell gives to the same end: 128 + the number of the signal.
+Each prints one line on stderr. After a signal the exit code is the shell's own: 128 + the signal's number.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ class Terminated(KeyboardInterrupt):
 
 
 def run_to_end(command: Callable[[], int]) -> int:
-    """Run a command, whatever its end.
+    """Run a command and turn signals and unwritable output into exit codes.
 
     Args:
-        command: prints its own errors, those of an interruption too if it has more to say than that there was one.
+        command: prints its own errors and returns its exit code.
 
     Returns:
-        The exit code: the command's own; 130 after Ctrl-C, 143 after SIGTERM, 2 where its output cannot be written.
+        The exit code: the command's own; 130 after Ctrl-C, 143 after SIGTERM, 2 if its output cannot be written.
     """
     try:
         code = command()
@@ -51,8 +51,8 @@ def run_to_end(command: Callable[[], int]) -> int:
 
 @contextmanager
 def ended_by_sigterm() -> Iterator[None]:
-    """Within it, SIGTERM ends what runs as Ctrl-C does: cleanly."""
-    if threading.current_thread() is not threading.main_thread():  # which alone may say what signals do
+    """Inside the block, SIGTERM ends the command as cleanly as Ctrl-C does."""
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may set signal handlers
         yield
         return
 
@@ -75,7 +75,7 @@ def _is_broken(stream: Any) -> bool:
 
 
 def _is_our_own(error: OSError) -> bool:
-    """Whether the command line itself wrote what could not be written; an unbuffered stdout is not broken later on."""
+    """Whether freemerge.cli raised the error; if stdout is unbuffered, flushing it later does not fail again."""
     return raised_in(error).startswith("freemerge.cli")
 
 
@@ -88,5 +88,5 @@ def raised_in(error: BaseException) -> str:
 
 
 def _give_up_stdout() -> None:
-    """Let Python's own last flush at exit succeed."""
+    """Redirect stdout to the null device, so that Python's flush at exit succeeds."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

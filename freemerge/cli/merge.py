@@ -21,29 +21,29 @@ example:
 on several GPUs or machines, which share the tensors and write the same files:
   torchrun --nproc-per-node 4 -m freemerge merge --device cuda …
 
-environment variables count below files and options: FREEMERGE_MERGE__DTYPE=bfloat16 sets --dtype."""
+files and options override environment variables: FREEMERGE_MERGE__DTYPE=bfloat16 sets --dtype."""
 
 
 def build_parser() -> OneLineErrors:
-    """The parser of `merge`; methods are named by class (`FRMerging`) or import path, with their parameters as options.
+    """Build the parser of `merge`. Methods are given by class name or import path; their parameters are options.
 
     Returns:
-        A parser whose `parse_args` result is what `run` takes.
+        A parser; pass the result of its `parse_args` to `run`.
     """
-    from freemerge.merging import MergeMethod  # only here: --help comes without torch
+    from freemerge.merging import MergeMethod  # imported here so that --help does not import torch
 
     return _make_parser(MergeMethod)
 
 
 def run(config: jsonargparse.Namespace) -> int:
-    """Merge as a parsed configuration says; returns the exit code, see `run_merge.run`."""
-    from freemerge.cli import run_merge  # with torch, again
+    """Merge according to a parsed configuration; returns the exit code, see `run_merge.run`."""
+    from freemerge.cli import run_merge  # imports torch
 
     return run_merge.run(config)
 
 
 def said() -> Said:
-    """The help and the options of `merge`, for which torch is not imported."""
+    """The help and the options of `merge`, without importing torch."""
     parser = _make_parser(str)
     parser.add_argument("--method.help", metavar="CLASS", help="Explain the parameters of a method and exit.")
     parser.add_argument("--version", action="version", version=version(), help="Show freemerge's version and exit.")
@@ -59,7 +59,9 @@ def _make_parser(method: type) -> OneLineErrors:
         epilog=_EPILOG.format(methods="\n".join(lines)),
         env_prefix=f"{ENV_PREFIX}_MERGE_",
     )
-    parser.add_argument("--config", action="config", help="A YAML file with any of the options below; later ones win.")
+    parser.add_argument(
+        "--config", action="config", help="A YAML file with any of the options below; the last value wins."
+    )
     models = parser.add_argument_group("models")
     models.add_argument(
         "--base", type=str, required=True, help="The pretrained model: a file or a Hugging Face folder."
@@ -76,7 +78,7 @@ def _make_parser(method: type) -> OneLineErrors:
         "--overrides",
         type=list[dict[str, Any]] | None,
         default=None,
-        help="Other parameters for some tensors: [{match: '*.mlp.*', scale: 0.4}]; the first match counts.",
+        help="Other parameters for some tensors: [{match: '*.mlp.*', scale: 0.4}]; the first match applies.",
     )
     how.add_argument(
         "--include",
@@ -88,14 +90,14 @@ def _make_parser(method: type) -> OneLineErrors:
         "--exclude",
         type=list[str] | None,
         default=None,
-        help="Names of the tensors to leave as in the base, and of heads that only fine-tuned models have.",
+        help="Names of the tensors that keep the base's values, and of heads that only fine-tuned models have.",
     )
     how.add_argument(
         "--embeddings",
         type=Literal["error", "base", "common"],
         default="error",
-        help="Where a model has other rows of the vocabulary than the base: an error, or merge all rows of the base, "
-        "or only those that all have.",
+        help="If a model has other vocabulary rows than the base: an error, or merge all rows of the base, or only the "
+        "rows that all models have.",
     )
     result = parser.add_argument_group("output")
     result.add_argument("--output", type=str, required=True, help="The .safetensors file or the folder to write.")
@@ -103,27 +105,27 @@ def _make_parser(method: type) -> OneLineErrors:
         "--output_format",
         type=Literal["model", "lora"],
         default="model",
-        help="A whole model, or a LoRA adapter of the base of the given rank.",
+        help="A whole model, or a LoRA adapter for the base, of the given rank.",
     )
-    result.add_argument("--rank", type=int | None, default=None, help="Of the adapter's factors.")
+    result.add_argument("--rank", type=int | None, default=None, help="Rank of the adapter's factors.")
     result.add_argument("--overwrite", type=bool, default=False, help="Replace an existing output.")
+    result.add_argument("--resume", type=bool, default=False, help="Continue the same merge after an interruption.")
     result.add_argument(
-        "--resume", type=bool, default=False, help="Go on with what the same merge, interrupted, had finished."
+        "--dtype", type=str | None, default=None, help="Dtype of the merged tensors. Default: the base's own."
     )
-    result.add_argument(
-        "--dtype", type=str | None, default=None, help="Of the merged tensors. Default: the base's own."
-    )
-    result.add_argument("--shard_size", type=str, default="5GB", help="Largest file of weights in a folder.")
+    result.add_argument("--shard_size", type=str, default="5GB", help="Largest size of a weights file in a folder.")
     result.add_argument("--hash_inputs", type=bool, default=True, help="Record the hashes of all inputs in a folder.")
     result.add_argument(
         "--companions_from",
         type=str | None,
         default=None,
-        help="Whose configuration, tokenizer and chat template a folder takes: a fine-tuned model's, by its name or "
-        "path. Default: the base's.",
+        help="The fine-tuned model, by its name or path, whose configuration, tokenizer and chat template the folder "
+        "gets. Default: the base's.",
     )
-    result.add_argument("--dry_run", type=bool, default=False, help="Check everything, and print what would be done.")
     result.add_argument(
-        "--device", type=str | None, default=None, help="Where to compute, for example cuda. Default: the processor."
+        "--dry_run", type=bool, default=False, help="Check everything and print the plan, without merging."
+    )
+    result.add_argument(
+        "--device", type=str | None, default=None, help="Device to compute on, for example cuda. Default: cpu."
     )
     return parser

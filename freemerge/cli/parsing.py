@@ -1,6 +1,6 @@
-"""What the parsers of all commands share: one-line errors, environment variables, and a help that can be read.
+"""Base classes of all commands' parsers: one-line errors, environment variables, and readable help.
 
-Options come from three places, later ones win: the environment (`FREEMERGE_FIT__TRAINER__MAX_EPOCHS=3` sets
+Options come from three places, and the last value wins: the environment (`FREEMERGE_FIT__TRAINER__MAX_EPOCHS=3` sets
 `fit`'s `--trainer.max_epochs`), then `--config` files and options in the order in which they are given.
 """
 
@@ -30,7 +30,7 @@ ENV_PREFIX = "FREEMERGE"
 
 
 class HelpFormatter(DefaultHelpFormatter, RawDescriptionHelpFormatter):
-    """No line for each option's environment variable, classes by their short names; descriptions keep their lines."""
+    """Help without the options' environment variables and with short class names; line breaks are kept."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{**kwargs, "max_help_position": 30})
@@ -48,10 +48,10 @@ class HelpFormatter(DefaultHelpFormatter, RawDescriptionHelpFormatter):
 
 
 class OneLineErrors(ArgumentParser):
-    """A parser whose errors are one line; a base to be mixed into others.
+    """A mix-in for parsers that prints each error as one line.
 
-    Args:
-        as `jsonargparse.ArgumentParser`. Options cannot be abbreviated, and are read from the environment as well.
+    Takes the arguments of `jsonargparse.ArgumentParser`. Options cannot be abbreviated, and are also read from the
+    environment.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -62,7 +62,7 @@ class OneLineErrors(ArgumentParser):
     def parse_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, *more: Any, **kwargs: Any
     ) -> Namespace:
-        """Parse; a class that replaces another starts from its own defaults."""
+        """Parse arguments; a class that replaces another one starts from its own defaults."""
         words = list(sys.argv[1:] if args is None else args)
         command = subcommands(self).get(words[0]) if words else None
         try:
@@ -73,7 +73,7 @@ class OneLineErrors(ArgumentParser):
             return super().parse_args(words, *more, **kwargs)
 
     def parse_path(self, cfg_path: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Namespace:
-        """Parse a configuration file, in any Unicode encoding whatever the locale's is."""
+        """Parse a configuration file in any Unicode encoding, regardless of the locale."""
         if os.fspath(cfg_path) == "-":
             return super().parse_path(cfg_path, *args, **kwargs)
         path = Path(cfg_path).expanduser()
@@ -85,10 +85,10 @@ class OneLineErrors(ArgumentParser):
             return self.parse_string(text, path.name, *args, **kwargs)
 
     def check_environment(self, subcommand: str | None = None) -> None:
-        """Exit with an error if a variable with this parser's prefix names no option.
+        """Exit with an error if an environment variable with this parser's prefix names no option.
 
         Args:
-            subcommand: the one that is run; other commands' variables are theirs.
+            subcommand: the command that is run; variables of other commands are ignored.
         """
         parser = self if subcommand is None else subcommands(self)[subcommand]
         prefix = f"{parser.env_prefix}_".upper()
@@ -98,24 +98,24 @@ class OneLineErrors(ArgumentParser):
                 fail(f"the environment variable {name} names no option{closest(name, known)}")
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Say in one line what is wrong, and exit with code 2."""
+        """Print an error as one line and exit with code 2."""
         if not self.exit_on_error:
             super().error(message, ex)
         fail(explain(message, getattr(ex, "subcommand_parser", None) or self))
 
 
 def said_by(parser: ArgumentParser) -> Said:
-    """The help and the options of a parser that has no commands."""
+    """The help and the options of a parser without subcommands."""
     names = {name.strip("-+") for action in parser._actions for name in action.option_strings}
     return Said(parser.format_help(), options(parser), sorted(names))
 
 
 @contextmanager
 def _fresh_arguments() -> Iterator[None]:
-    """Within it, a class that replaces another takes over none of its arguments.
+    """Inside the block, a class that replaces another one inherits none of its arguments.
 
-    jsonargparse keeps those that the new class knows too: the learning rate of the AdamW of one configuration file
-    would silently become that of the SGD which a later one, or the command line, puts in its place.
+    jsonargparse keeps the arguments that the new class has too: if an SGD replaced the AdamW of an earlier file, it
+    would silently get AdamW's learning rate.
     """
     original = _typehints.discard_init_args_on_class_path_change
 

@@ -1,8 +1,8 @@
-"""What is wrong with a configuration, in one line that suggests the right name.
+"""Turn jsonargparse's errors about a configuration into one line that suggests the right name.
 
-jsonargparse reports a value that does not fit as an indented tree of everything that was tried. Of this tree `explain`
-takes the deepest branch that says what is wrong, follows the names of keys and classes down to it, and looks up what
-would have been right.
+jsonargparse reports an invalid value as an indented tree of everything that it tried. `explain` picks the deepest
+branch that names the fault, follows the keys and classes that lead to it, and looks up the names that would be valid.
+This stays our own code because jsonargparse offers no structured errors.
 """
 
 from __future__ import annotations
@@ -20,19 +20,18 @@ from freemerge.cli.names import closest, combination, unknown_option
 
 
 def explain(message: str, parser: ArgumentParser) -> str:
-    """One line for an error of jsonargparse.
+    """Explain an error of jsonargparse in one line.
 
     Args:
-        message: what jsonargparse says.
-        parser: the parser that was at work, of a subcommand if it was one's.
+        message: jsonargparse's message.
+        parser: the parser that failed; a subcommand's own, if it failed there.
 
     Returns:
-        What is wrong, with a suggestion where a known name is close. A message of which nothing is known is returned
-        as it is.
+        The fault, with a suggestion if a known name is close. Unknown messages are returned unchanged.
     """
     try:
         return _explain(message, parser)
-    except Exception:  # looking up what was meant imports what the user named, and that may do anything
+    except Exception:  # the lookup imports modules that the user named, and these may raise anything
         return message
 
 
@@ -62,13 +61,13 @@ def _explain(message: str, parser: ArgumentParser) -> str:
 
 
 def refusal(message: str) -> str:
-    """What a class said when it refused its arguments, out of what jsonargparse makes of it for an optional class."""
+    """The message of a class that refused its arguments, extracted from jsonargparse's tree of errors."""
     said = [leaf.text for leaf in _leaves(message.splitlines()) if not leaf.text.startswith("Expected a")]
     return " ".join(said) or message
 
 
 def options(parser: ArgumentParser) -> list[str]:
-    """The keys of a parser's options, such as `trainer.max_epochs`, of the groups they are in, and of its commands'."""
+    """The keys of the options of a parser and its subcommands, such as `trainer.max_epochs`, and of their groups."""
     keys: dict[str, None] = {}
     for action in (action for each in (parser, *subcommands(parser).values()) for action in each._actions):
         if action.dest != SUPPRESS and not action.dest.endswith(".help"):
@@ -77,7 +76,7 @@ def options(parser: ArgumentParser) -> list[str]:
 
 
 def subcommands(parser: ArgumentParser) -> dict[str, ArgumentParser]:
-    """The parsers of a parser's commands, by name."""
+    """Name → parser, for a parser's subcommands."""
     return parser._subcommands_action._name_parser_map if parser._subcommands_action else {}
 
 
@@ -89,7 +88,7 @@ def _unknown_argument(text: str, parser: ArgumentParser) -> str:
 
 
 class _Leaf(NamedTuple):
-    """One thing that jsonargparse says is wrong, with where it is."""
+    """One fault that jsonargparse reports, with its place in the configuration."""
 
     weight: int
     depth: int
@@ -162,7 +161,7 @@ def _wrong_value(lines: list[str], parser: ArgumentParser) -> str:
 
 
 def _leaves(lines: Iterable[str]) -> Iterator[_Leaf]:
-    """The tree's leaves; every line is one that opens no branch and is not jsonargparse's own wording."""
+    """The tree's leaves: lines that open no branch and are not boilerplate."""
     branches: list[tuple[int, str | None, str | None]] = []  # indent, key, class path
     for line in lines:
         text = line.lstrip(" -")
@@ -186,7 +185,7 @@ def _leaves(lines: Iterable[str]) -> Iterator[_Leaf]:
 
 
 def _no_class(key: str, text: str, value: str | None) -> str:
-    """A mapping was given for a class, and it is not one of class_path and init_args."""
+    """The message for a mapping that describes a class but is not `class_path` and `init_args`."""
     found = re.search(r"Not a valid subclass of (\w+)", text)
     wanted = found[1] if found else "class"
     known = ("class_path", "init_args", "dict_kwargs")
@@ -199,7 +198,7 @@ def _no_class(key: str, text: str, value: str | None) -> str:
 
 
 def _classes(leaf: _Leaf, parser: ArgumentParser) -> list[type]:
-    """The classes that may stand where a leaf is: all loaded subclasses of what its key is annotated with."""
+    """The classes that are valid for a leaf's key: all loaded subclasses of the key's annotation."""
     hint: Any = None
     if leaf.class_path and leaf.keys:
         hint = _annotation(_load(leaf.class_path), leaf.keys[-1])
@@ -235,7 +234,7 @@ def _annotation(kind: type | None, name: str) -> Any:
 
 
 def _parameters(kind: Any) -> list[str]:
-    """What a class can be told, its ancestors' arguments included where it hands them on."""
+    """Names of a class's parameters, including its ancestors' if it accepts `**kwargs`."""
     names: dict[str, None] = {}
     for each in getattr(kind, "__mro__", (kind,)):
         if each is object or each is None:

@@ -1,8 +1,8 @@
-"""The help and the options of a command on Lightning's CLI, remembered from the last time its parser was built.
+"""A cache of the help and the options of the commands on Lightning's CLI.
 
-Building the parser takes seconds, as it imports PyTorch, Lightning and all classes that can be configured. What it says
-depends on installed code alone, so it is kept in the user's cache, under a fingerprint of that code. With any other
-fingerprint, and in a process that has imported classes of its own, the parser is built anew.
+Building such a parser takes seconds, because it imports PyTorch, Lightning and all configurable classes. Its help
+depends only on the installed code, so it is kept in the user's cache with a fingerprint of that code. If the
+fingerprint differs, or the process has imported classes of its own, the parser is built again.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ _SHOWN_BY = ("NO_COLOR", "FORCE_COLOR", "PYTHON_COLORS", "TERM", "COLUMNS")
 
 
 class Said(NamedTuple):
-    """A command's help, and the options that it has.
+    """A command's help and options.
 
     Args:
         help: the text of `--help`.
-        keys: the keys of its options, and of the groups that they are in.
+        keys: the keys of its options and of their groups.
         options: the names of its options, without dashes.
     """
 
@@ -35,9 +35,9 @@ class Said(NamedTuple):
     options: list[str]
 
     def unknown(self, words: Sequence[str]) -> str | None:
-        """The first option among the words that the parser does not know; None if there is none.
+        """The first unknown option among the words; None if all are known.
 
-        A class's own arguments (`--model.backbone`, where there is `--model`) are left to the parser.
+        Arguments of a configurable class (`--model.backbone`, given `--model`) are left to the parser.
         """
         groups = {name.rpartition(".")[0] for name in self.options if not name.endswith(".help")}
         classes = tuple(f"{name}." for name in self.options if name not in groups)
@@ -49,23 +49,30 @@ class Said(NamedTuple):
 
 
 def is_fresh() -> bool:
-    """Whether this process can only have the classes that are installed, and takes no settings from its environment."""
+    """Whether the cache may be used: no custom classes are imported, and no FREEMERGE_ variable is set."""
     return "lightning" not in sys.modules and not any(name.startswith("FREEMERGE_") for name in os.environ)
 
 
 def recall(command: str) -> Said | None:
-    """What is remembered of a command; None if nothing is, or other code is installed now."""
+    """The cached help and options of a command; None if there are none, or the installed code has changed."""
     try:
         kept = json.loads(_path(command).read_text(encoding="utf-8"))
         if kept.pop("fingerprint") != _fingerprint():
             return None
         return Said(**kept)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError):  # not there, or not ours
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        RuntimeError,
+    ):  # missing, unreadable, or of another format
         return None
 
 
 def remember(command: str, said: Said) -> None:
-    """Keep what a command's parser says; where the cache cannot be written, nothing is kept."""
+    """Cache a command's help and options; does nothing if the cache cannot be written."""
     with suppress(OSError, RuntimeError):
         path = _path(command)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -80,7 +87,7 @@ def _path(command: str) -> Path:
 
 
 def _fingerprint() -> str:
-    """Of the code that is installed, and of what else a help's layout depends on."""
+    """A hash of the installed code and of everything that the layout of a help depends on."""
     installed = sorted(path.name for folder in sys.path for path in Path(folder).glob("*.dist-info"))
     sources = []
     for package in ("freemerge", "freemerge_callbacks"):

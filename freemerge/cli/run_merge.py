@@ -1,4 +1,4 @@
-"""What `python -m freemerge merge` does once its options are known."""
+"""Run `python -m freemerge merge` with parsed options."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from freemerge.runtime import own_process
 
 
 def run(config: jsonargparse.Namespace) -> int:
-    """Merge as a parsed configuration says.
+    """Merge according to a parsed configuration.
 
     Args:
-        config: what `build_parser().parse_args()` returned; its method may still be a description of a class.
+        config: the result of `build_parser().parse_args()`; its method may still be a description of a class.
 
     Returns:
-        The exit code: 0, or 2 after an error, which is then one line on stderr.
+        The exit code: 0, or 2 after an error, which is printed as one line on stderr.
     """
     own_process()
     rank, shared = _join()
@@ -73,7 +73,7 @@ def run(config: jsonargparse.Namespace) -> int:
 
 
 def _said(error: Exception) -> str:
-    """What an error says, in the command line's syntax."""
+    """An error's message, in the command line's syntax."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return f"there is not enough memory: {str(error).split('. ')[0]}"
     if isinstance(error, UnicodeEncodeError):
@@ -88,16 +88,16 @@ def _in_options(message: str) -> str:
 
 
 def _left(config: jsonargparse.Namespace) -> str:
-    """What is left of a merge that was interrupted."""
+    """The message after an interruption, with the way to continue."""
     if config.dry_run:
         return "interrupted"
     if config.resume:
-        return "interrupted; what was finished is kept beside the output: the same command goes on with it"
-    return "interrupted; nothing was written (with --resume, what was finished would have been kept)"
+        return "interrupted; the finished part is kept beside the output, and the same command continues from it"
+    return "interrupted; nothing was written (--resume keeps the finished part, so that a merge can continue)"
 
 
 def _truncation(path: Path, output_format: str) -> str:
-    """What is to be said of the rank of an adapter that was written."""
+    """A note on the error that the rank of a written adapter causes; "" for other formats."""
     if output_format != "lora":
         return ""
     record = json.loads((path / "freemerge.json").read_text(encoding="utf-8"))
@@ -106,7 +106,7 @@ def _truncation(path: Path, output_format: str) -> str:
 
 
 def _join() -> tuple[int, bool]:
-    """The rank of this process among those that torchrun started, and whether there are others."""
+    """The rank of this process among those that torchrun started, and whether there are several."""
     if int(os.environ.get("WORLD_SIZE", "1")) < 2 or "RANK" not in os.environ:
         return 0, False
     torch.distributed.init_process_group("gloo")
@@ -114,13 +114,13 @@ def _join() -> tuple[int, bool]:
 
 
 def _own_device(device: str | None) -> str | None:
-    """Of several processes on one machine each computes on a GPU of its own."""
+    """The device of this process: each process on a machine uses its own GPU."""
     return f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" and "LOCAL_RANK" in os.environ else device
 
 
 @contextmanager
 def _notes() -> Iterator[None]:
-    """What there is to know of a merge, in lines as its errors are; other warnings as ever."""
+    """Inside the block, print a merge's warnings as one-line notes; other warnings are shown as usual."""
     with warnings.catch_warnings():
         warnings.simplefilter("always", MergeWarning)
         show = warnings.showwarning
@@ -137,7 +137,7 @@ def _notes() -> Iterator[None]:
 
 @contextmanager
 def _bar(visible: bool) -> Iterator[Callable[[int, int], None] | None]:
-    """A bar of the bytes read, with the time that is left, where somebody looks."""
+    """A progress bar of the bytes read, with the remaining time; None if it is not visible."""
     if not visible:
         yield None
         return
@@ -151,7 +151,7 @@ def _bar(visible: bool) -> Iterator[Callable[[int, int], None] | None]:
 
 
 def _instantiated(method: MergeMethod, overrides: Sequence[Mapping[str, Any]] | None) -> list[dict[str, Any]] | None:
-    """Overrides with objects where a configuration describes classes, such as another filter."""
+    """Overrides in which class descriptions, such as another filter, are replaced by objects."""
     if overrides is None:
         return None
     hints = get_type_hints(type(method)) if dataclasses.is_dataclass(method) else {}

@@ -1,9 +1,9 @@
-"""The commands that need a suite of tasks, on Lightning's CLI, all of whose flags keep their meaning.
+"""The commands that need a suite of tasks, built on Lightning's CLI, whose flags all keep their meaning.
 
     python -m freemerge fit --config configs/quickstart.yaml
 
-`fit` runs a suite's pipeline (`freemerge.pipeline`), `tune` searches for a merging method's parameters on what `fit`
-left behind; `validate`, `test` and `predict` run the finished FREE model.
+`fit` runs a suite's pipeline (`freemerge.pipeline`); `tune` searches for a merging method's parameters with the results
+of `fit`; `validate`, `test` and `predict` run the finished FREE model.
 """
 
 from __future__ import annotations
@@ -73,9 +73,9 @@ _STAGE_SETTINGS = {
 
 
 _COMMANDS = {name: about for name, about in COMMANDS.items() if name != "merge"}
-_EPILOG = """Every option may also stand in a YAML file for --config; files layer, and later ones and options win.
-Environment variables count below files and options: FREEMERGE_{command}__TRAINER__MAX_EPOCHS=3.
---print_config shows all settings; --model.help CLASS, --data.help CLASS, … explain a class's own."""
+_EPILOG = """Every option can also be set in a YAML file for --config; the last value wins, in files and in options.
+Files and options override environment variables: FREEMERGE_{command}__TRAINER__MAX_EPOCHS=3.
+--print_config shows all settings; --model.help CLASS, --data.help CLASS, … show a class's settings."""
 
 
 class _Parser(OneLineErrors, LightningArgumentParser):
@@ -83,11 +83,11 @@ class _Parser(OneLineErrors, LightningArgumentParser):
 
 
 class FreemergeCLI(LightningCLI):
-    """Lightning's CLI with a suite's pipeline behind `fit`.
+    """Lightning's CLI whose `fit` runs a suite's pipeline.
 
     Args:
-        args: the arguments; those of the process if None.
-        remembers: keep what the command's parser says, for `--help` without it.
+        args: the arguments; None for those of the process.
+        remembers: whether to cache the command's help and options, see `freemerge.cli.remembered`.
     """
 
     def __init__(self, args: list[str] | None = None, remembers: bool = False) -> None:
@@ -99,7 +99,7 @@ class FreemergeCLI(LightningCLI):
             TaskSuite,
             subclass_mode_model=True,
             subclass_mode_data=True,
-            save_config_callback=None,  # one run is many fits: `fit` keeps the configuration once, in the run's folder
+            save_config_callback=None,  # a run has many fits; `fit` saves the configuration once, in its folder
             seed_everything_default=0,
             auto_configure_optimizers=False,
             parser_class=_Parser,
@@ -115,7 +115,7 @@ class FreemergeCLI(LightningCLI):
         self._subcommand_parsers = {}
         commands = parser.add_subcommands()
         asked = self._arguments[0] if self._arguments else None
-        for name in (asked,) if asked in _COMMANDS else _COMMANDS:  # a parser of everything takes its time to build
+        for name in (asked,) if asked in _COMMANDS else _COMMANDS:  # building a parser takes seconds
             about = _COMMANDS[name]
             subparser = self._prepare_subcommand_parser(
                 self.trainer_class,
@@ -128,13 +128,13 @@ class FreemergeCLI(LightningCLI):
             commands.add_subcommand(name, subparser, help=about)
         if asked in _COMMANDS:
             return
-        # For `--help` alone: `main` hands `merge` on before a parser with models and data is built.
+        # Only for `--help`: `main` runs `merge` before a parser with models and data is built.
         commands.add_subcommand("merge", merge_command.build_parser(), help=COMMANDS["merge"])
 
     def _prepare_subcommand_parser(self, klass: Any, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         if subcommand != "tune":
             return super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
-        parser = self.init_parser(**kwargs)  # no method of the Trainer's stands behind it
+        parser = self.init_parser(**kwargs)  # the Trainer has no method `tune`
         self._add_arguments(parser)
         self._subcommand_method_arguments[subcommand] = []
         return parser
@@ -149,11 +149,11 @@ class FreemergeCLI(LightningCLI):
             parser.add_class_arguments(settings, key)
 
     def before_instantiate_classes(self) -> None:
-        """Let modules remember what the configuration made them of, so that a folder can say it."""
+        """Let modules remember their class and arguments, so that a saved folder can record them."""
         self.parser.add_instantiator(make_and_remember, torch.nn.Module)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        """Parse; unlike Lightning's own, without a warning where `main` is called with arguments from Python."""
+        """Parse the arguments, without Lightning's warning when `main` is called from Python."""
         if self._remembers:
             for command, each in self._subcommand_parsers.items():
                 remember(command, said_by(each))
@@ -163,13 +163,13 @@ class FreemergeCLI(LightningCLI):
         parser.check_environment(self.config.subcommand)
 
     def _parse_ckpt_path(self) -> None:
-        """Say where a checkpoint's hyperparameters differ; Lightning's own would let them win, without a word."""
+        """Warn if a checkpoint's hyperparameters differ; Lightning's own method would silently use them."""
         command = self.config.subcommand
         path = self.config[command].get("ckpt_path")
         if not path:
             return
         if not expand(path).exists():
-            keyword = "; an interrupted run goes on by itself" if path in ("last", "best", "hpc") else ""
+            keyword = "; an interrupted run resumes without this option" if path in ("last", "best", "hpc") else ""
             raise ValueError(f"--ckpt_path: there is no file or folder {path}{keyword}")
         if not expand(path).is_file():
             return
@@ -178,11 +178,11 @@ class FreemergeCLI(LightningCLI):
         for name, value in saved.items():
             if name in configured and configured[name] != value and not hasattr(value, "keys"):
                 rank_zero_warn(
-                    f"{path}: was made with {name}={value!r}, the configuration says {configured[name]!r}, which counts"
+                    f"{path}: was made with {name}={value!r}; using the configured value {configured[name]!r}"
                 )
 
     def instantiate_classes(self) -> None:
-        """Make everything but the loggers of fits, which each fit makes: a mere copy of one of W&B's begins a run."""
+        """Instantiate all classes except loggers: each fit makes its own, because copying a W&B logger starts a run."""
         trainer = self.config[self.config.subcommand].trainer
         configured = trainer.logger
         if self.config.subcommand in ("fit", "tune"):
@@ -193,7 +193,7 @@ class FreemergeCLI(LightningCLI):
             trainer.logger = configured
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
-        """Lightning's own Trainer puts its default callbacks into the list that it is given: not into the fits'."""
+        """Pass the Trainer a copy of the callbacks: Lightning adds its default callbacks to the list that it gets."""
         given = config.get("callbacks") or []
         own = list(given) if isinstance(given, list) else [given]
         return super()._instantiate_trainer({**config, "callbacks": own}, callbacks)
@@ -203,7 +203,7 @@ class FreemergeCLI(LightningCLI):
     def fit(self, model: FineTuner, datamodule: TaskSuite, ckpt_path: str | None = None, **_: Any) -> None:
         """Run the suite's stages."""
         settings = self._get(self.config_init, "run")
-        if self._started_from_outside:  # these ranks are there before the first fit, and must not run ahead of rank 0
+        if self._started_from_outside:  # these ranks exist before the first fit, and must not run ahead of rank 0
             self.trainer.strategy.setup_environment()
         if self._is_dev_run:
             self._dev_run(model, datamodule, settings.stages)
@@ -216,16 +216,16 @@ class FreemergeCLI(LightningCLI):
 
     @property
     def _is_dev_run(self) -> bool:
-        """Whether this is to try out whether everything runs, and no more: Lightning's `fast_dev_run`."""
+        """Whether this run is only a trial: Lightning's `fast_dev_run`."""
         trainers = [self._get(self.config_init, "trainer")]
         settings = [self._get(self.config_init, key) for key in _STAGE_SETTINGS]
         trainers += [each.trainer for each in settings if hasattr(each, "trainer")]
         return any(each.get("fast_dev_run") for each in trainers)
 
     def _dev_run(self, model: FineTuner, datamodule: TaskSuite, stages: list[str]) -> None:
-        """Run the stages in a folder that is removed at the end, so that no finished run is touched."""
+        """Run the stages in a temporary folder, so that no finished run is changed."""
         rank_zero = getattr(rank_zero_only, "rank", 0) == 0
-        # Processes that a fit launches run this command anew, and have to find rank 0's folder.
+        # Processes that a fit launches run this command again, and must find rank 0's folder.
         folder = os.environ.get(_DEV_FOLDER) or (tempfile.mkdtemp(prefix="freemerge-") if rank_zero else None)
         folder = from_rank_zero(lambda: folder)
         os.environ[_DEV_FOLDER] = folder
@@ -236,10 +236,10 @@ class FreemergeCLI(LightningCLI):
             if rank_zero:
                 shutil.rmtree(folder, ignore_errors=True)
         if rank_zero:
-            print("fast_dev_run: all of it ran; nothing is kept, and the numbers mean nothing")
+            print("fast_dev_run: every stage ran; nothing was saved, and the numbers are meaningless")
 
     def tune(self, model: FineTuner, datamodule: TaskSuite, **_: Any) -> None:
-        """Search for a merging method's parameters; on several devices, with a process for each."""
+        """Search for a merging method's parameters, with one process for each device."""
         alone = self._started_from_outside or self._get(self.config_init, "tune").part == "search"
         commands = [
             [*self._arguments, "--tune.part", "search", "--trainer.strategy", "auto", "--trainer.num_nodes", "1",
@@ -254,7 +254,7 @@ class FreemergeCLI(LightningCLI):
     def _started_from_outside(self) -> bool:
         """Whether srun, torchrun or the like started a process for each device, so that Lightning will start none."""
         environment = getattr(self.trainer.strategy, "cluster_environment", None)
-        if environment is None or isinstance(environment, LightningEnvironment):  # which `ddp` itself starts with
+        if environment is None or isinstance(environment, LightningEnvironment):  # the default of `ddp`
             return False
         return environment.creates_processes_externally
 
@@ -275,7 +275,10 @@ class FreemergeCLI(LightningCLI):
             model,
             suite,
             folder,
-            {**self._get(self.config_init, "trainer"), "logger": logger},  # which is made anew for each fit
+            {
+                **self._get(self.config_init, "trainer"),
+                "logger": logger,
+            },  # a description: each fit makes its own logger
             settings,
             trainer_class=self.trainer_class,
             seed=self._get(self.config, "seed_everything"),
@@ -309,11 +312,11 @@ class FreemergeCLI(LightningCLI):
             Console().print(table)
 
     def predict(self, model: FineTuner, datamodule: TaskSuite, ckpt_path: str | None = None, **_: Any) -> None:
-        """Run the FREE model; write one line per sample: its file or row, its routed task, and what is said of it."""
+        """Run the FREE model, and write one row per sample: its file or row, its routed task, and its prediction."""
         evaluator = self._evaluator(model, datamodule, ckpt_path)
         predictions: Any = self.trainer.predict(evaluator, datamodule=datamodule)
         if getattr(self.trainer, "fast_dev_run", False):
-            print("fast_dev_run: the predictions were made; nothing is written")
+            print("fast_dev_run: the predictions were computed; nothing was written")
             return
         per_loader = predictions if len(datamodule.names) > 1 else [predictions]
         path = expand(self._get(self.config_init, "run").folder) / f"predictions{self._rank_suffix()}.csv"
@@ -331,19 +334,19 @@ class FreemergeCLI(LightningCLI):
         suite.prepare_data()
         tasks = {name: suite.task(name) for name in suite.names}
         metrics = {name: TaskMetric.of(task) for name, task in tasks.items()}
-        # The folder may not import classes of the user's own; the configuration has built them already.
+        # The folder may not import custom classes; the configuration has instantiated them already.
         backbone = None if names_own_backbone(folder) else model.backbone
         heads = {name: model.make_head(task.num_outputs) for name, task in tasks.items()}
         loaded = FreeModel.from_pretrained(folder, backbone, heads=heads if model.makes_own_heads else None)
         return MultiTaskEvaluator(loaded, suite.names, metrics=metrics)
 
 
-_OF_PLACES = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOSPC, errno.EDQUOT, errno.ENAMETOOLONG)
-"""Errors that say something of a file's place, and nothing of who asked for it."""
+_PATH_ERRORS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOSPC, errno.EDQUOT, errno.ENAMETOOLONG)
+"""Errors caused by a path or its file system, not by a bug."""
 
 
 def quieten() -> None:
-    """Keep Lightning's per-Trainer chatter out of a run of many fits; warnings that matter stay."""
+    """Silence Lightning's repeated messages in a run of many fits; relevant warnings are kept."""
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
         logging.getLogger(name).setLevel(logging.WARNING)
     harmless = (
@@ -351,8 +354,8 @@ def quieten() -> None:
         "Checkpoint directory .* exists",
         "is smaller than the logging",
         "`tensorboardX` has been removed",
-        "in eval mode at the start of training",  # ExpertTrainer keeps its frozen backbone there on purpose
-        "`isinstance\\(treespec, LeafSpec\\)` is deprecated",  # Lightning's own affair with torch ≥ 2.10
+        "in eval mode at the start of training",  # ExpertTrainer keeps its frozen backbone in eval mode on purpose
+        "`isinstance\\(treespec, LeafSpec\\)` is deprecated",  # raised inside Lightning with torch ≥ 2.10
     )
     for message in harmless:
         warnings.filterwarnings("ignore", message=f".*{message}")
@@ -378,11 +381,11 @@ def run(args: list[str], remembers: bool = False) -> int:
     except (ValueError, MisconfigurationException) as error:
         origin = _origin(error)
         if origin not in ("freemerge", "freemerge_callbacks", "lightning", "jsonargparse"):
-            raise  # somebody else's: the traceback will be needed
+            raise  # not raised by these packages, so the user needs the traceback
         print_error(refusal(str(error)) if origin == "jsonargparse" else error)
         return 2
     except OSError as error:
-        if error.errno not in _OF_PLACES or error.filename is None:
+        if error.errno not in _PATH_ERRORS or error.filename is None:
             raise
         print_error(f"{error.filename}: cannot be read or written ({error.strerror})")
         return 2
@@ -391,7 +394,7 @@ def run(args: list[str], remembers: bool = False) -> int:
         print(f"interrupted{rest}", file=sys.stderr)
         return 130
     finally:
-        # Lightning leaves gloo's threads to the end of the process, which they abort if they still free a tensor then.
+        # Lightning leaves gloo's threads running; they abort the process if they free a tensor while it exits.
         if in_process_group() and not guest:
             torch.distributed.destroy_process_group()
     return 0

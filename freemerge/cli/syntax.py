@@ -1,7 +1,7 @@
-"""Advice in the syntax of where it is read.
+"""Translate advice in error messages from Python's syntax to the command line's.
 
-The library says what to do in Python, `exclude=['head.*']`. On the command line the same advice is an option,
-`--exclude '[head.*]'`: one sentence in the library, translated here.
+The library's messages name keyword arguments, `exclude=['head.*']`. On the command line the same advice is the option
+`--exclude '[head.*]'`.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ _VALUE = rf"\[…\]|\[(?:(?:{_STRING})(?:, )?)+(?:, …)?\]|{_STRING}|True|False
 
 
 def as_options(message: str, names: Iterable[str]) -> str:
-    """A message with options for keyword arguments.
+    """Replace keyword arguments in a message with command-line options.
 
     Args:
-        message: of the library.
-        names: of the keyword arguments that are options of the command; others stay as they are.
+        message: a message of the library.
+        names: the keyword arguments that are options of the command; others are left unchanged.
 
     Returns:
-        The message, with `overwrite=True` as `--overwrite` and `exclude=['a', 'b']` as `--exclude '[a, b]'`.
+        The message, with `--overwrite` for `overwrite=True` and `--exclude '[a, b]'` for `exclude=['a', 'b']`.
     """
     known = "|".join(map(re.escape, names))
     return re.sub(rf"(?<![\w.'\"/=-])({known})=({_VALUE})", lambda found: _option(found[1], found[2]), message)

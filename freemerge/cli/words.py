@@ -1,8 +1,8 @@
-"""Options as people type them, turned into those that the parser reads.
+"""Rewrite options in their usual shell forms into the forms that jsonargparse parses.
 
-- `--overwrite` alone means `--overwrite true`; `--overwrite false` stays what it is.
-- `--finetuned a b`, and `--finetuned a --finetuned b`, mean `--finetuned '[a, b]'`; a list in brackets or a mapping
-  stays what it is, and replaces what an earlier one said.
+- `--overwrite` alone becomes `--overwrite true`; `--overwrite false` is left unchanged.
+- `--finetuned a b`, and `--finetuned a --finetuned b`, become `--finetuned '[a, b]'`. A list in brackets or a mapping
+  is left unchanged, and replaces earlier values.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from freemerge.cli.yaml_text import check_names, in_brackets
 
 
 def spell_out(words: Sequence[str], parser: ArgumentParser) -> list[str]:
-    """The words of a command line with one value for each option.
+    """Rewrite a command line so that each option has one value.
 
     Args:
-        words: as they were typed, without the command.
-        parser: the command's; the types of its options say what they take.
+        words: the words as typed, without the command.
+        parser: the command's parser; the types of its options tell flags and lists apart.
 
     Returns:
         The same options, each flag with a value, each list in brackets.
 
     Raises:
-        ValueError: a list in brackets is not what YAML takes for a list of names.
+        ValueError: YAML does not read a list in brackets as a list of names.
     """
     kinds = {
         option: kind
@@ -39,7 +39,7 @@ def spell_out(words: Sequence[str], parser: ArgumentParser) -> list[str]:
         if not option.endswith("+")
     }
     result: list[list[str]] = []
-    places: dict[str, int] = {}  # option → where in `result` its list stands
+    places: dict[str, int] = {}  # option → index of its list in `result`
     names: dict[str, list[str]] = {}  # option → its values so far
     index = 0
     while index < len(words):
@@ -71,7 +71,7 @@ def spell_out(words: Sequence[str], parser: ArgumentParser) -> list[str]:
 
 
 def kind_of(action: Action) -> str | None:
-    """What an option takes: `flag`, `names` (a list of strings), `values` (a list of numbers); None for all else."""
+    """The kind of an option: `flag`, `names` (a list of strings), `values` (a list of numbers), or None."""
     hint = getattr(action, "_typehint", action.type)
     choices = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
     if bool in choices:
@@ -89,7 +89,7 @@ def _is_option(word: str) -> bool:
 
 
 def _as_one_value(values: Sequence[str], option: str, kind: str) -> str | None:
-    """The text of a list, a mapping or null that was typed as such; None for names that stand for themselves."""
+    """The text of a list, a mapping or null, if the values were typed as one; None if they are single names."""
     if not values:
         return None
     first, last = values[0], values[-1]
@@ -104,15 +104,15 @@ def _as_one_value(values: Sequence[str], option: str, kind: str) -> str | None:
 
 
 def _is_name(text: str) -> bool:
-    """Whether a word is no null and no number."""
+    """Whether YAML reads a word as text, not as null or a number."""
     try:
         return text != "" and isinstance(yaml.safe_load(text), (str, dict, list))
-    except (yaml.YAMLError, ValueError):  # the latter for the 31st of February
+    except (yaml.YAMLError, ValueError):  # ValueError: an impossible date such as the 31st of February
         return True
 
 
 def _items(word: str) -> list[str]:
-    """The names in one word of several: itself, or those of a list in brackets."""
+    """The names in a word: the word itself, or the items of a list in brackets."""
     if word.startswith("[") and word.endswith("]"):
         try:
             found = yaml.safe_load(word)

@@ -1,6 +1,6 @@
-"""YAML as people have it: files of any Unicode encoding, and the characters that mean something else than they seem to.
+"""Read YAML files of any Unicode encoding, and explain syntax errors that special characters cause.
 
-Whatever cannot be read is one line that names the file, the place, and how it is written right.
+Each error is one line that names the file, the place, and the right notation.
 """
 
 from __future__ import annotations
@@ -14,27 +14,27 @@ from pathlib import Path
 
 import yaml
 
-_MARKS = (  # UTF-32's mark begins with that of UTF-16
+_MARKS = (  # UTF-32 first, because its mark begins with that of UTF-16
     (codecs.BOM_UTF8, "utf-8-sig"),
     (codecs.BOM_UTF32_LE, "utf-32"),
     (codecs.BOM_UTF32_BE, "utf-32"),
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
-_SPECIAL = "*&!%@`|>"  # a word that begins with one of these is not text to YAML
+_SPECIAL = "*&!%@`|>"  # YAML does not read a word that begins with one of these as text
 
 
 def read_configuration(path: Path) -> str:
-    """The text of a configuration file, checked to be a mapping in YAML.
+    """Read the text of a configuration file, and check that it is a YAML mapping.
 
     Args:
-        path: of a file in UTF-8, or in UTF-16 or UTF-32 with a byte order mark.
+        path: a file in UTF-8, or in UTF-16 or UTF-32 with a byte order mark.
 
     Returns:
-        The text; of an empty file, that of an empty mapping.
+        The text; "{}" for an empty file.
 
     Raises:
-        ValueError: it cannot be read, is of another encoding, is not YAML, is no mapping, or has a key twice.
+        ValueError: the file cannot be read, has another encoding, is not YAML or not a mapping, or repeats a key.
     """
     try:
         data = path.read_bytes()
@@ -52,13 +52,13 @@ def read_configuration(path: Path) -> str:
         root = loader.get_single_node()
         if root is None:
             return "{}"
-        repeated = list(_repeated(root))  # first: to construct it copies what `<<` merges into the mapping itself
-        with contextlib.suppress(ValueError):  # 31 February, which the parser that comes later takes for text
-            loader.construct_document(root)  # unknown tags
+        repeated = list(_repeated(root))  # before construction, which copies merged keys (`<<`) into the mapping
+        with contextlib.suppress(ValueError):  # impossible dates, which the parser reads as text later
+            loader.construct_document(root)  # raises for unknown tags
         if not isinstance(root, yaml.MappingNode):
             raise ValueError(f"{path}: is not a mapping of options to values, such as 'output: merged.safetensors'")
         for key, first, second in repeated:
-            raise ValueError(f"{path}: the key '{key}' stands in line {first} and again in line {second}")
+            raise ValueError(f"{path}: the key '{key}' is in line {first} and again in line {second}; remove one")
     except yaml.YAMLError as error:
         raise ValueError(f"{path}: is not valid YAML: {explain_yaml(error, text)}") from None
     except RecursionError:
@@ -67,7 +67,7 @@ def read_configuration(path: Path) -> str:
 
 
 def explain_yaml(error: yaml.YAMLError, text: str) -> str:
-    """What YAML says, where, and how it would be right if a character with a meaning of its own is the cause."""
+    """YAML's reason and its place, with the right notation if a special character is the cause."""
     reason = " ".join(str(error).split())
     reason = re.sub(r'in "<[\w ]+>", ', "at ", reason)
     reason = reason[: reason.index(" The above exception")] if " The above exception" in reason else reason
@@ -86,11 +86,14 @@ def explain_yaml(error: yaml.YAMLError, text: str) -> str:
 
 
 def check_names(text: str, option: str) -> None:
-    """Raise a ValueError if a list of names, or a mapping to names, is to YAML not what it seems to be.
+    """Check that YAML reads a list of names, or a mapping to names, as such.
 
     Args:
         text: `[…]` or `{…}`.
-        option: that it was given for, such as `--include`.
+        option: the option, such as `--include`.
+
+    Raises:
+        ValueError: YAML reads it as something else; the message suggests quotes.
     """
     problem = None
     try:
@@ -98,12 +101,12 @@ def check_names(text: str, option: str) -> None:
         items = list(found.values()) if isinstance(found, dict) else found
         wrong = next((item for item in items if isinstance(item, dict)), None)
         if wrong:
-            problem = f"to YAML {'what has a colon and a space in it'} is a mapping, not a name"
+            problem = "YAML reads text with a colon and a space in it as a mapping, not as a name"
         elif any(item is None for item in items):
-            problem = "to YAML one of these is nothing"
+            problem = "YAML reads one of these as null"
     except (yaml.YAMLError, ValueError) as error:
         word = next(_special_words(text), None)
-        problem = f"to YAML {word[0]} at the beginning of a word is not text" if word else "is not a list in YAML"
+        problem = f"YAML reads {word[0]} at the beginning of a word as syntax" if word else "is not a list in YAML"
         if not word and isinstance(error, yaml.YAMLError):
             problem = f"is not YAML: {getattr(error, 'problem', None) or 'it cannot be read'}"
     if problem is None:
@@ -112,12 +115,12 @@ def check_names(text: str, option: str) -> None:
     if text.startswith("{"):
         raise ValueError(f"{option} '{text}': {problem}; put the values in double quotes")
     bare = " ".join(f"'{name}'" for name in names)
-    raise ValueError(f"{option} '{text}': {problem}; quote it, {option} '{in_brackets(names)}', or leave the brackets "
-                     f"away, {option} {bare}")  # fmt: skip
+    raise ValueError(f"{option} '{text}': {problem}; quote it, {option} '{in_brackets(names)}', or omit the brackets, "
+                     f"{option} {bare}")  # fmt: skip
 
 
 def in_brackets(names: Sequence[str]) -> str:
-    """A list of names as YAML reads it, each in double quotes only where it must be."""
+    """A YAML list of names, in double quotes only where needed."""
     return f"[{', '.join(map(_quoted, names))}]"
 
 
@@ -125,19 +128,19 @@ def _quoted(name: str) -> str:
     with contextlib.suppress(yaml.YAMLError, ValueError):
         if yaml.safe_load(f"[{name}]") == [name] and not re.fullmatch(r"[-+.\d]+([eE][-+]?\d+)?", name):  # 1e3
             return name
-    # Bytes of a file name that no encoding explains reach YAML as escapes only.
+    # Undecodable bytes of a file name can be written in YAML only as escapes.
     return json.dumps(name, ensure_ascii=not name.isprintable())
 
 
 def _special_words(line: str) -> Iterator[str]:
-    """The words of a line that begin with a character that means something to YAML, as far as they were meant to go."""
+    """The words of a line that begin with a character that is special in YAML."""
     for found in re.finditer(rf"(?:^|[\[,:{{-])\s*([{re.escape(_SPECIAL)}][^,\]}}\s#]*)", line):
         if len(found[1]) > 1:
             yield found[1]
 
 
 def _repeated(node: yaml.Node, seen: set[int] | None = None) -> Iterator[tuple[str, int, int]]:
-    """The keys that a mapping has twice, of which YAML would keep the last without a word, with their lines."""
+    """Repeated keys of mappings with both line numbers; YAML would silently keep the last one."""
     seen = set() if seen is None else seen
     if id(node) in seen:  # an alias
         return

@@ -60,7 +60,7 @@ def test_an_interrupted_merge_is_one_line_and_goes_on(number, code, models) -> N
     words = ["--output", "out.safetensors", "--resume"]
     ended = _merge(models, *words, env={"STOP_BY": str(int(number))})
     assert ended.returncode == code
-    assert ended.stderr.startswith("error: interrupted; what was finished is kept beside the output")
+    assert ended.stderr.startswith("error: interrupted; the finished part is kept beside the output")
     assert ended.stderr.count("\n") == 1
     assert not (models / "out.safetensors").exists()
     assert _merge(models, *words).returncode == 0

@@ -256,7 +256,7 @@ def test_a_checkpoints_hyperparameters_do_not_beat_the_configuration(run: Path, 
     torch.save(checkpoint, tmp_path / "mine.ckpt")
     folder = tmp_path / "run"
     arguments = ["fit", "--config", TINY, "--run.folder", str(folder), "--ckpt_path", str(tmp_path / "mine.ckpt")]
-    with pytest.warns(match=r"mine.ckpt: was made with label_smoothing=0.3, the configuration says 0.2, which counts"):
+    with pytest.warns(match=r"mine.ckpt: was made with label_smoothing=0.3; using the configured value 0.2"):
         assert main([*arguments, "--model.label_smoothing", "0.2"]) == 2  # it does not say which fit to resume
     saved = yaml.safe_load((folder / "config.yaml").read_text())["model"]["init_args"]
     assert (saved["label_smoothing"], saved["warmup"]) == (0.2, 0.1)
@@ -299,7 +299,7 @@ def test_a_checkpoint_that_is_not_there_is_one_line_before_anything_is_built(tmp
     for command, path, more in (
         ("fit", "nowhere.ckpt", ""),
         ("test", "nowhere", ""),
-        ("fit", "last", "; an interrupted run goes on by itself"),
+        ("fit", "last", "; an interrupted run resumes without this option"),
     ):
         options = ["--run.folder", str(tmp_path / "run"), "--ckpt_path", path, "--data.tasks", "[no such task]"]
         assert main([command, "--config", TINY, *options]) == 2
@@ -310,5 +310,5 @@ def test_a_checkpoint_that_is_not_there_is_one_line_before_anything_is_built(tmp
 def test_predict_writes_nothing_in_a_trial(run: Path, capsys) -> None:
     before = sorted(run.rglob("*"))
     assert main(["predict", "--config", TINY, "--run.folder", str(run), "--trainer.fast_dev_run", "true"]) == 0
-    assert "fast_dev_run: the predictions were made; nothing is written" in capsys.readouterr().out
+    assert "fast_dev_run: the predictions were computed; nothing was written" in capsys.readouterr().out
     assert sorted(run.rglob("*")) == before

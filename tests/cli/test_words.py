@@ -69,15 +69,15 @@ def test_flags(option, value, expected) -> None:
     ("words", "message"),
     [
         (["--include", "[*_proj.weight]"],
-         "--include '[*_proj.weight]': to YAML * at the beginning of a word is not text; quote it, "
-         "--include '[\"*_proj.weight\"]', or leave the brackets away, --include '*_proj.weight'"),
-        (["--exclude", "[a, !b]"], "! at the beginning of a word is not text; quote it, --exclude '[a, \"!b\"]'"),
+         "--include '[*_proj.weight]': YAML reads * at the beginning of a word as syntax; quote it, "
+         "--include '[\"*_proj.weight\"]', or omit the brackets, --include '*_proj.weight'"),
+        (["--exclude", "[a, !b]"], "! at the beginning of a word as syntax; quote it, --exclude '[a, \"!b\"]'"),
         (["--exclude", "[%b]"], "--exclude '%b'"),
         (["--exclude", "[@b]"], "--exclude '@b'"),
-        (["--exclude", "[&b]"], "--exclude '[&b]': to YAML one of these is nothing; quote it, --exclude '[\"&b\"]'"),
-        (["--exclude", "[re:a: b]"], "to YAML what has a colon and a space in it is a mapping, not a name; quote it"),
+        (["--exclude", "[&b]"], "--exclude '[&b]': YAML reads one of these as null; quote it, --exclude '[\"&b\"]'"),
+        (["--exclude", "[re:a: b]"], "text with a colon and a space in it as a mapping, not as a name; quote it"),
         (["--exclude", "[a, #b]"], "is not YAML: expected the node content, but found '<stream end>'; quote it, "),
-        (["--finetuned", "{a: *b}"], "* at the beginning of a word is not text; put the values in double quotes"),
+        (["--finetuned", "{a: *b}"], "* at the beginning of a word as syntax; put the values in double quotes"),
         (["--overwrite", "o.safetensors"], "overwrite: expected bool, got 'o.safetensors'"),
         (["--finetuned"], "finetuned"),
         (["left", "right"], "unexpected argument 'left'"),
@@ -97,7 +97,7 @@ def test_what_cannot_be_meant_is_one_line(words, message, capsys) -> None:
     [
         ("dare_ties", "did you mean --method Dare --method.method Ties? In a file: method: {class_path: Dare, "),
         ("dare-linear", "did you mean --method Dare --method.method TaskArithmetic?"),
-        ("breadcrumbs_ties", "there is no class 'breadcrumbs_ties'; Breadcrumbs and Ties are methods of their own"),
+        ("breadcrumbs_ties", "there is no class 'breadcrumbs_ties'; Breadcrumbs and Ties are two separate methods"),
         ("task_arithmetic", "did you mean 'TaskArithmetic'?"),
         ("slerp", "there is no class 'slerp'; known: Breadcrumbs, "),
     ],

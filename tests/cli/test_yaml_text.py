@@ -45,7 +45,7 @@ def test_both_byte_orders(data, tmp_path) -> None:
         (b"method:\n\tclass_path: Ties", "indent with spaces, not with tabs"),
         (b"a: [1\nb: 2", "is not valid YAML: "),
         (b"a: !!python/object/apply:os.getcwd []", "could not determine a constructor for the tag"),
-        (b"finetuned:\n  cars: a\n  cars: b\n", "the key 'cars' stands in line 2 and again in line 3"),
+        (b"finetuned:\n  cars: a\n  cars: b\n", "the key 'cars' is in line 2 and again in line 3"),
         (b"[a, b]", "is not a mapping of options to values"),
         (b"base", "is not a mapping of options to values"),
         (b"a: " + b"[" * 50_000, "is nested too deeply"),
@@ -74,7 +74,7 @@ def test_a_merge_key_is_overridden_by_what_stands_beside_it(tmp_path) -> None:
     file.write_text("a: &a\n  path: x\n  text: y\nb: {<<: *a, path: z}\n", encoding="utf-8")
     assert yaml.safe_load(read_configuration(file))["b"] == {"path": "z", "text": "y"}
     file.write_text("a: &a\n  path: x\nb: {<<: *a, path: z, path: w}\n", encoding="utf-8")
-    with pytest.raises(ValueError, match="the key 'path' stands in line 3 and again in line 3"):
+    with pytest.raises(ValueError, match="the key 'path' is in line 3 and again in line 3"):
         read_configuration(file)
 
 
