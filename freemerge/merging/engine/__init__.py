@@ -1,1 +1,1 @@
-"""From inputs to a merged model: the plan, the executor, the search, the estimate, the record."""
+"""The merge engine, from inputs to a merged model: plan, executor, search, estimate, record."""

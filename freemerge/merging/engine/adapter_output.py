@@ -1,11 +1,11 @@
-"""A merged model as a LoRA adapter of its base: the merged difference of each matrix, cut to a rank.
+"""A merged model as a LoRA adapter of its base: the merged difference of each matrix, truncated to a rank.
 
 - Matrices, embeddings, convolutions and stacked experts get two factors each, from a truncated singular value
-  decomposition: what files hold apart and the model in one tensor is put together first.
-- Biases of those layers, and other small tensors (norms), are stored whole: the first as PEFT's `bias`, the others as
-  its `modules_to_save`. What neither can hold is an error that names the tensor.
-- The error of the cut, in the Frobenius norm and relative to the difference, is measured after rounding to the stored
-  dtype. It is zero up to rounding if the inputs are adapters whose ranks together are no more than the output's.
+  decomposition: tensors that files store separately and the model holds as one are assembled first.
+- Biases of those layers, and other small tensors (norms), are stored whole: biases as PEFT's `bias`, the others as its
+  `modules_to_save`. A tensor that neither can store is an error that names it.
+- The truncation error, in the Frobenius norm and relative to the difference, is measured after rounding to the stored
+  dtype. It is zero up to rounding if the inputs are adapters whose ranks sum to at most the output's.
 """
 
 from __future__ import annotations
@@ -37,32 +37,32 @@ from freemerge.tensors.rounding import round_to
 
 
 class Part(NamedTuple):
-    """What an adapter holds of one tensor's difference: two factors of it, or the whole."""
+    """The stored form of one tensor's difference: two factors, or the whole."""
 
     layer: Layer | None  # the kind of layer whose factors these are
     values: tuple[Tensor, ...]  # (n, r) and (r, m), or (*shape)
-    lost: float  # the square of what the cut loses, in the Frobenius norm
-    square: float  # that of the whole difference
+    lost: float  # the squared truncation error, in the Frobenius norm
+    square: float  # the squared norm of the whole difference
 
 
 class Truncation(NamedTuple):
-    """What a cut to a rank loses, relative to the whole difference, in the Frobenius norm."""
+    """The truncation error relative to the whole difference, in the Frobenius norm."""
 
     overall: float
     tensors: dict[str, float]
 
 
 def by_target(path: Path, vectors: Vectors, layout: Layout, combine: Callable[[str, Tensor], Tensor]) -> Vectors:
-    """The merged differences of the model's tensors, put together from those of the files' tensors.
+    """The merged differences of the model's tensors, assembled from those of the stored tensors.
 
     Args:
         path: the folder to write, for messages.
-        vectors: the task vectors of the files' tensors.
-        layout: of the base.
+        vectors: the task vectors of the stored tensors.
+        layout: the layout of the base.
         combine: (name, (K, *shape)) → (*shape), the merged difference of one of them.
 
     Raises:
-        MergeError: when it is read, a tensor that is of no module of the model and has changed.
+        MergeError: while reading, if a changed tensor belongs to no module of the model.
     """
 
     def read(name: str) -> Tensor:
@@ -70,9 +70,9 @@ def by_target(path: Path, vectors: Vectors, layout: Layout, combine: Callable[[s
             delta = combine(name, vectors.read(name))
             if bool(delta.any()):
                 raise MergeError(
-                    f"{path}: the tensor '{name}' has changed and is no part of the model, by what the base's "
-                    "config.json says, so no adapter can change it; write output_format='model', or keep the base's: "
-                    f"exclude=['{name}']"
+                    f"{path}: the tensor '{name}' has changed and is not part of the model that the base's "
+                    "config.json describes, so no adapter can change it; write output_format='model', or keep the "
+                    f"base's: exclude=['{name}']"
                 )
             return delta
         target = layout.targets[name]
@@ -86,7 +86,7 @@ def by_target(path: Path, vectors: Vectors, layout: Layout, combine: Callable[[s
             if whole is None:
                 whole = torch.zeros(target.shape, device=delta.device)
             place.of(whole).copy_(delta)
-        assert whole is not None  # a target is only asked for if one of its parts has a task vector
+        assert whole is not None  # a target is only read if one of its parts has a task vector
         return whole
 
     shapes: dict[str, Sequence[int]] = {}
@@ -99,19 +99,20 @@ def by_target(path: Path, vectors: Vectors, layout: Layout, combine: Callable[[s
 def cut(
     path: Path, base: Checkpoint, layout: Layout, name: str, delta: Tensor, rank: int, dtype: torch.dtype | None
 ) -> Part | None:
-    """Cut the merged difference of one tensor of the model to a rank; None if there is none.
+    """Truncate the merged difference of one tensor of the model to a rank; None if there is no difference.
 
     Args:
         path: the folder to write, for messages.
         base: the pretrained model.
-        layout: of the base.
-        name: of the tensor.
+        layout: the layout of the base.
+        name: name of the tensor.
         delta: its merged difference, float32.
-        rank: of the factors, at least 1; zeros fill those of matrices that are smaller, so that one rank holds for all.
-        dtype: of the factors; None for float32.
+        rank: rank of the factors, at least 1; factors of smaller matrices are padded with zeros, so that all have the
+            same rank.
+        dtype: dtype of the factors; None for float32.
 
     Raises:
-        MergeError: an adapter cannot hold it, or it has values that are no numbers.
+        MergeError: an adapter cannot store it, or it has NaN or infinite values.
     """
     square = float(delta.square().sum(dtype=torch.float64))
     if square == 0:
@@ -121,7 +122,7 @@ def cut(
     target = layout.targets[name]
     held = layout.keeper(target) in layout.kept
     if target.layer is None or held:
-        if not held and delta.dim() > 1 and not name.endswith(".weight"):  # too much to keep whole
+        if not held and delta.dim() > 1 and not name.endswith(".weight"):  # too large to store whole
             raise MergeError(_cannot_hold(path, target))
         return Part(None, (delta.to("cpu", copy=True),), 0.0, square)
     if any(_is_tied(base, part) for part, _ in target.parts):
@@ -147,7 +148,7 @@ def _is_tied(base: Checkpoint, name: str) -> bool:
 
 
 def _factors(matrix: Tensor, rank: int, dtype: torch.dtype | None, name: str) -> tuple[Tensor, Tensor, float]:
-    """(m, r) and (r, n), rounded and filled with zeros, and the square of what they lose."""
+    """(m, r) and (r, n), rounded and padded with zeros, and their squared error."""
     left, right = (round_to(factor.cpu(), dtype or torch.float32, name) for factor in factorize(matrix, rank))
     lost = squared_error(matrix.cpu(), left, right)
     missing = rank - right.shape[0]
@@ -172,26 +173,27 @@ def write_adapter(
         path: the folder to write.
         base: the pretrained model.
         models: the fine-tuned ones.
-        layout: of the base.
+        layout: the layout of the base.
         parts: the merged task vector by the model's tensors, see `cut`.
-        rank: of the factors.
-        record: what `freemerge.json` says of the merge, see `make_record`.
-        dtype: of the factors; None for float32. Tensors that are stored whole have it too, or else the base's.
+        rank: rank of the factors.
+        record: the record of the merge for `freemerge.json`, see `make_record`.
+        dtype: dtype of the factors; None for float32. Tensors that are stored whole have it too; with None, they have
+            the base's.
         overwrite: replace a folder that freemerge wrote.
 
     Returns:
-        The error of the truncation, which is in `freemerge.json` and the model card as well.
+        The truncation error, which `freemerge.json` and the model card also state.
 
     Raises:
         MergeError: a tensor has changed that an adapter cannot change.
         CheckpointError: the folder cannot be written.
     """
-    # In the model's order, which is PEFT's of the parameters of a module.
+    # In the model's order, in which PEFT wraps the parameters of a module.
     changed = {name: part for name in layout.targets if (part := parts.get(name)) is not None}
     factored = {name: (part.layer, part.values) for name, part in changed.items() if part.layer is not None}
     whole = {name: part.values[0] for name, part in changed.items() if part.layer is None}
     if not factored:
-        raise MergeError(f"{path}: no matrix has changed, so there is nothing for a LoRA adapter to hold")
+        raise MergeError(f"{path}: no matrix has changed, so there is nothing to store in a LoRA adapter")
     targets = [(name, layer) for name, (layer, _) in factored.items()]
     beginnings = stems(targets)
     stored: dict[str, Tensor] = {}
@@ -234,7 +236,7 @@ def _place_whole(
         if not module or module in layers or (inner and module not in layout.kept):
             raise MergeError(_cannot_hold(path, target))
         modules[module] = None
-    # PEFT takes each name for the end of a name, a dot before it or not: "norm" is "input_layernorm" as well.
+    # PEFT matches the ends of names, even without a dot before: "norm" also matches "input_layernorm".
     for name in layout.modules:
         if name not in modules and name.endswith(tuple(modules)) and not any(name.startswith(f"{m}.") for m in modules):
             if any(other == name or other.startswith(f"{name}.") for other in layers) or not layout.inside(name):

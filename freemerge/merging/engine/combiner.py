@@ -1,4 +1,4 @@
-"""The one place where a method merges: whatever a merge is for, its values and its errors come from here."""
+"""The only place that calls a method, so that all kinds of merges have the same values and errors."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from freemerge.tensors.rounding import to_stored
 
 
 class Combiner:
-    """A method with the statistics that it has collected.
+    """A method with its collected statistics.
 
     Args:
         method: how to merge.
-        statistics: what the method's `collect_statistics` returned.
-        averaged: names of the tensors of which the mean is taken, whatever the method: statistics of batch norms.
+        statistics: the result of the method's `collect_statistics`.
+        averaged: names of the tensors that are averaged by every method: batch-norm statistics.
     """
 
     def __init__(self, method: MergeMethod, statistics: Any, averaged: Collection[str] = frozenset()) -> None:
@@ -30,12 +30,12 @@ class Combiner:
 
     @classmethod
     def of(cls, method: MergeMethod, vectors: Vectors, averaged: Collection[str] = frozenset()) -> Combiner:
-        """Collect the method's statistics of these vectors, without the averaged ones, which methods are not shown."""
+        """Collect the method's statistics of these vectors, except the averaged ones, which methods do not see."""
         shown = vectors.subset(name for name in vectors.shapes if name not in averaged)
         return cls(method, method.collect_statistics(shown if averaged else vectors), averaged)
 
     def of_method(self, method: MergeMethod) -> Combiner:
-        """Another method with these statistics, whose `statistics_key` is the same."""
+        """Another method with the same `statistics_key`, using these statistics."""
         return Combiner(method, self._statistics, self._averaged)
 
     def whole(self, name: str, deltas: Tensor) -> Tensor:
@@ -46,19 +46,19 @@ class Combiner:
         return self._checked(name, self.method.combine(name, deltas, self._statistics), shape)
 
     def chunk(self, name: str, start: int, deltas: Tensor) -> Tensor:
-        """Merge a run of a tensor's values, from `start` on, for elementwise methods: (K, n) float32 → (n,)."""
+        """Merge a chunk of a tensor's values, from `start` on, for elementwise methods: (K, n) float32 → (n,)."""
         if name in self._averaged:
             return deltas.mean(dim=0)
         shape = deltas.shape[1:]
         return self._checked(name, self.method.combine_chunk(name, start, deltas, self._statistics), shape)
 
     def finish(self, name: str, merged: Tensor) -> Tensor:
-        """Finish a whole tensor that was merged by chunks: (*shape) float32 → (*shape)."""
+        """Finish a whole tensor that was merged in chunks: (*shape) float32 → (*shape)."""
         shape = merged.shape
         return self._checked(name, self.method.finish(name, merged), shape)
 
     def difference(self, name: str, deltas: Tensor) -> Tensor:
-        """`whole`, and every value is finite: for results that are not added to a base at once."""
+        """Like `whole`, but check that every value is finite: for results that are not added to a base directly."""
         return to_stored(self.whole(name, deltas), torch.float32, name, self.method)
 
     def _checked(self, name: str, merged: Tensor, shape: torch.Size) -> Tensor:

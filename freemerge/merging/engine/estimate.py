@@ -1,4 +1,4 @@
-"""What a merge would do, without doing it: told from names, shapes and dtypes, and the method's own account."""
+"""Estimates of what a merge would do, from names, shapes, dtypes and the method's properties."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ class Estimate:
 
     Args:
         merged: names of the tensors to merge.
-        kept: names of those that stay as in the base.
+        kept: names of those that keep the base's values.
         tied: name → the name it is tied to.
         parameters: number of merged values.
-        passes: how many times the models are read.
+        passes: number of passes over the models.
         read: bytes read in all passes, without the hashing of the inputs.
-        memory: bytes of working memory beyond the imported libraries', and beyond the result where that is in memory;
-            an approximate upper bound.
-        files: file name → bytes of its tensors, of what would be written.
+        memory: approximate upper bound of the bytes of working memory, without the imported libraries and a result in
+            memory.
+        files: file name → bytes of its tensors, for the files that would be written.
     """
 
     merged: tuple[str, ...]
@@ -54,13 +54,13 @@ class Estimate:
 def estimate(
     reader: Reader, method: MergeMethod, shards: Mapping[str, Mapping[str, TensorSpec]], read: int
 ) -> Estimate:
-    """What a merge would do.
+    """Estimate a merge.
 
     Args:
-        reader: reads what the plan of the merge says.
+        reader: reads the tensors of the merge's plan.
         method: its method.
-        shards: file name → specs of its tensors, of what would be written.
-        read: bytes it would read.
+        shards: file name → specs of its tensors, for the files that would be written.
+        read: bytes that it would read.
     """
     plan = reader.plan
     sizes = [shape.numel() for shape in plan.shapes.values()]

@@ -1,9 +1,10 @@
-"""The executor of all merges: every tensor of the result is computed once and handed to where it belongs.
+"""The executor of all merges: computes every tensor of the result once and passes it to a sink.
 
-Memory, files, a search: they differ in the reader and the sink alone.
+Merges in memory, to files and in a search differ only in the reader and the sink.
 
-- Elementwise methods see chunks that fit into the processor's cache, one in each thread.
-- Other methods see whole tensors, as many at a time as a fixed number of copies of the largest one allows.
+- Elementwise methods get chunks that fit into the CPU's cache, one in each thread.
+- Other methods get whole tensors, as many at a time as fit into the memory of a fixed number of copies of the largest
+  one.
 """
 
 from __future__ import annotations
@@ -27,12 +28,13 @@ from freemerge.tensors.chunks import CHUNK, Chunk, chunks
 from freemerge.tensors.differences import add_wide, working_dtype
 from freemerge.tensors.rounding import round_to, to_stored
 
-MERGED_BY_CHUNKS = 8  # float32 copies of a chunk of all models that a thread has at a time, about
-_RUN = 1 << 17  # values of a whole tensor that are rounded and written at a time
+MERGED_BY_CHUNKS = 8  # approximate number of float32 copies of a chunk of all models in each thread
+_RUN = 1 << 17  # values of a whole tensor rounded and written at a time
 
 
 def copies_of_largest(method: MergeMethod, models: int) -> int:
-    """How many float32 copies of the largest tensor a merge may hold at a time; 0 if none is ever whole in memory.
+    """The number of float32 copies of the largest tensor that a merge may hold at a time; 0 if no tensor is ever whole
+    in memory.
 
     Args:
         method: how to merge.
@@ -44,10 +46,10 @@ def copies_of_largest(method: MergeMethod, models: int) -> int:
 
 
 class Sink(Protocol):
-    """Where the values of a result go."""
+    """The destination of a result's values."""
 
     def write(self, name: str, start: int, values: Tensor) -> None:
-        """Take a run of a tensor's values; from any thread."""
+        """Accept a chunk of a tensor's values; may be called from any thread."""
 
 
 class Memory(dict[str, Tensor]):
@@ -63,7 +65,7 @@ class Memory(dict[str, Tensor]):
         self._lock = threading.Lock()
 
     def write(self, name: str, start: int, values: Tensor) -> None:
-        """Take a run of a tensor's values; the first decides where the tensor lives."""
+        """Accept a chunk of a tensor's values; the first chunk determines the tensor's device."""
         with self._lock:
             if name not in self:
                 shape, dtype = self._specs[name]
@@ -75,13 +77,13 @@ class Executor:
     """Merges tensors of a plan.
 
     Args:
-        reader: reads what the plan says.
+        reader: reads the tensors of the plan.
         combiner: the method with its statistics.
-        sink: where the result goes.
-        meter: counts what is read; None for nobody.
-        onto_base: whether what is merged is added to the base and rounded to the result's dtype; else the sink gets the
-            float32 differences.
-        advice: what to do about values that do not fit into the result's dtype, see `round_to`.
+        sink: the destination of the result.
+        meter: counts the bytes read; None for no count.
+        onto_base: whether merged differences are added to the base and rounded to the result's dtype; otherwise the
+            sink gets the float32 differences.
+        advice: what messages suggest if values overflow the result's dtype; see `round_to`.
     """
 
     def __init__(
@@ -104,7 +106,7 @@ class Executor:
         self._advice = advice
         self._shapes = {name: torch.Size(spec.shape) for name, spec in plan.specs.items()}
         self._merged = set(plan.merged)
-        # With one model the sum is the model's own vector, which is better seen as a whole (see `_merge`).
+        # With one model the sum is the model's own vector, which is better processed whole (see `_merge`).
         self._finishes = method.finishes and len(plan.models) > 1
         self._whole = copies_of_largest(method, len(plan.models)) > 0
         self._kept = set(plan.kept)
@@ -112,19 +114,18 @@ class Executor:
         self._copies = 5 if self._finishes else copies_of_largest(method, len(plan.models)) - 1
 
     def run(self, names: Sequence[str]) -> None:
-        """Merge tensors, by all threads.
+        """Merge tensors with all threads.
 
         Args:
-            names: of the result, none of them tied to another.
+            names: tensors of the result, none of them tied to another.
 
         Raises:
-            MergeError: a value is NaN or infinite or does not fit into the result's dtype, or a method returns another
-                shape than it should.
+            MergeError: a value is NaN or infinite or overflows the result's dtype, or a method returns a wrong shape.
         """
         largest = max((self._shapes[name].numel() for name in names if self._takes_whole(name)), default=0)
         budget = copies_of_largest(self._combiner.method, len(self._plan.models)) * largest
         self._pool = Pool(4 * len(self._plan.models) * largest)
-        # What finishes works on chunks as well, so their memory is to be used again, and whole tensors' is not.
+        # Finishing methods also work on chunks, whose memory is reused; memory of whole tensors is not.
         returned = 5 * CHUNK if largest and self._finishes else None
         run(self._work, self._jobs(names), cost=self._cost if largest else None, budget=budget, returned=returned)
 
@@ -167,7 +168,7 @@ class Executor:
         self._hand_on(name, start, values)
 
     def _merge_by_chunks(self, name: str) -> None:
-        """Merge a tensor by chunks that are finished as a whole: no more than the sum is ever whole in memory."""
+        """Merge a tensor in chunks and finish it as a whole: only the sum is ever whole in memory."""
         shape = self._shapes[name]
         with self._lent(shape.numel()) as memory:
             merged = memory[: shape.numel()]
@@ -180,13 +181,14 @@ class Executor:
                 self._put(name, chunk.start, part, self._reader.read_base(chunk) if self._onto_base else None)
 
     def _merge_whole(self, name: str) -> None:
-        """Merge a tensor that the method has to see whole."""
+        """Merge a tensor that the method needs as a whole."""
         with self._lent(len(self._plan.models) * self._shapes[name].numel()) as memory:
             self._merge(name, self._reader.read(name, memory))
 
     @contextmanager
     def _lent(self, values: int) -> Iterator[Tensor]:
-        """Memory for at least so many values, (n,) float32 with arbitrary contents; torch pools a GPU's own."""
+        """Memory for at least `size` values, (n,) float32 with arbitrary contents; on a GPU, torch's allocator pools
+        it."""
         if self._reader.place.type != "cpu":
             yield fresh((values,), torch.float32, self._reader.place)
             return
@@ -204,13 +206,14 @@ class Executor:
             self._merge_single(name, base, deltas, single, start)
             return
         on_cpu, values = base.device.type == "cpu", base.numel()
-        again = start is None and on_cpu and values > _RUN  # a whole tensor is rather read twice than kept
+        # reading a whole tensor twice takes less memory than keeping it
+        again = start is None and on_cpu and values > _RUN
         if again or not self._onto_base:
             del base
         merged = self._combine(name, start, deltas).reshape(-1)
-        del deltas  # K tensors, perhaps
+        del deltas  # may be K tensors
         step = _RUN if on_cpu else max(1, values)
-        for first in range(0, max(1, values), step):  # neither sums nor rounded values are ever whole
+        for first in range(0, max(1, values), step):  # sums and rounded values are never whole in memory
             stop = min(first + step, values)
             own = None
             if self._onto_base:
@@ -218,11 +221,11 @@ class Executor:
             self._put(name, (start or 0) + first, merged[first:stop], own)
 
     def _merge_single(self, name: str, base: Tensor, deltas: Tensor, single: Tensor, start: int | None) -> None:
-        """Merge a single model: where its entry comes through unchanged, the result is the model's own value.
+        """Merge a single model: where an entry of its vector is unchanged, the result is the model's own value.
 
-        base + (model − base) is meant to be that, and in floating point it is not always.
+        In floating point, base + (model − base) does not always equal it.
         """
-        before = deltas[0].clone()  # a method may overwrite what it is given
+        before = deltas[0].clone()  # a method may overwrite its argument
         merged = self._combine(name, start, deltas)
         result = add_wide(base, merged)
         self._store(name, start or 0, torch.where(merged == before, single.to(result.device, result.dtype), result))
@@ -231,14 +234,14 @@ class Executor:
         return self._combiner.whole(name, deltas) if start is None else self._combiner.chunk(name, start, deltas)
 
     def _put(self, name: str, start: int, merged: Tensor, base: Tensor | None) -> None:
-        """Hand on a run of merged differences, (n,) float32: on the base's values, or as they are."""
+        """Pass a chunk of merged differences, (n,) float32, to the sink: added to the base's values, or unchanged."""
         if base is None:
             self._hand_on(name, start, to_stored(merged, torch.float32, name, self._combiner.method))
         else:
             self._store(name, start, add_wide(base, merged))
 
     def _store(self, name: str, start: int, result: Tensor) -> None:
-        """Round what is merged, (*shape) or (n,) float32 or float64, and hand it on if it is finite."""
+        """Round merged values, (*shape) or (n,) float32 or float64, and pass them to the sink if they are finite."""
         dtype, method = self._plan.output_dtype(name), self._combiner.method
         self._hand_on(name, start, to_stored(result, dtype, name, method, self._advice))
 

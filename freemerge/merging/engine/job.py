@@ -1,4 +1,4 @@
-"""A merge whose inputs are opened, checked and planned, and of which no value has been read yet."""
+"""A merge whose inputs are opened, checked and planned, but whose values have not been read yet."""
 
 from __future__ import annotations
 
@@ -33,22 +33,22 @@ from freemerge.merging.methods.per_pattern import with_overrides
 from freemerge.runtime.processes import Processes
 
 _log = logging.getLogger(__name__)
-_NAMED = 10  # tensors that a message names
+_NAMED = 10  # number of tensors that a message names
 
 
 @dataclass(frozen=True)
 class Job:
-    """A merge that can begin.
+    """A merge that is ready to start.
 
     Args:
         method: how to merge, overrides included.
-        reader: reads what the plan says.
-        meter: counts what is read.
-        processes: those that share the work.
-        include: the patterns that were given, for the record.
+        reader: reads the tensors of the plan.
+        meter: counts the bytes read.
+        processes: the processes that share the work.
+        include: the given patterns, for the record.
         exclude: likewise.
-        beside: the files beside the weights, of a model's folder.
-        layout: how the base's modules are laid out, of an adapter.
+        beside: the files beside the weights, for a model folder.
+        layout: the layout of the base's modules, for an adapter.
     """
 
     method: MergeMethod
@@ -62,7 +62,7 @@ class Job:
 
     @property
     def plan(self) -> Plan:
-        """What becomes of every tensor."""
+        """The plan for every tensor."""
         return self.reader.plan
 
     def describe(self, hash_inputs: bool) -> dict[str, Any]:
@@ -75,10 +75,10 @@ class Job:
 
 def label_sources(finetuned: Sequence[Source] | Mapping[str, Source]) -> list[tuple[str | None, Source]]:
     if isinstance(finetuned, (str, os.PathLike)):
-        raise MergeError(f"the fine-tuned models come in a list or a dict; write [{str(finetuned)!r}]")
+        raise MergeError(f"the fine-tuned models must be a list or a dict; write [{str(finetuned)!r}]")
     if isinstance(finetuned, Mapping):
         if any(isinstance(value, Tensor) for value in finetuned.values()):
-            raise MergeError("the fine-tuned models come in a list or a dict of models; this is one state dict")
+            raise MergeError("the fine-tuned models must be a list or a dict of models; this is one state dict")
         return list(finetuned.items())
     return [
         (None if isinstance(source, (str, os.PathLike, Checkpoint)) else f"model {index}", source)
@@ -152,7 +152,7 @@ def prepare(
 
 
 def _read_layout(plan: Plan, output: Output) -> Layout:
-    """How the base's modules are laid out, if an adapter can hold the result."""
+    """The layout of the base's modules, if an adapter can store the result."""
     if plan.untied:
         name, first = next(iter(plan.untied.items()))
         raise MergeError(
@@ -163,9 +163,9 @@ def _read_layout(plan: Plan, output: Output) -> Layout:
 
 
 def _say_left_out(plan: Plan) -> None:
-    """Name the tensors of the models that have no part in the merge."""
+    """Warn about tensors of the models that are left out of the merge."""
     for model in plan.models:
-        # Constants and integers are nothing that was trained.
+        # Constants and integers are not trained.
         specs = {name: model.spec(name) for name in model.names}
         names = [name for name in plan.left_out(model) if name not in specs or _is_trained(name, specs[name])]
         if names:
@@ -180,7 +180,7 @@ def _is_trained(name: str, spec: TensorSpec) -> bool:
 
 @contextmanager
 def _collector_paused() -> Iterator[None]:
-    """No garbage collection: tables of many tensors are no garbage, and it would walk them again and again."""
+    """Pause garbage collection, which would traverse large tables of tensors repeatedly without freeing anything."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -217,7 +217,7 @@ def parse_device(device: torch.device | str | None) -> torch.device | None:
         if found.type == "cuda" and found.index is None:
             found = torch.device("cuda", torch.cuda.current_device())
         torch.empty(1, device=found).item()
-    except (RuntimeError, AssertionError) as error:  # the latter where torch was built without CUDA
+    except (RuntimeError, AssertionError) as error:  # AssertionError if torch was built without CUDA
         reason = str(error).splitlines()[0].split(". ")[0]
         raise MergeError(f"cannot compute on the device '{device}': {reason}") from None
     return found

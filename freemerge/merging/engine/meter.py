@@ -1,4 +1,4 @@
-"""How much a merge has read, and how much it will."""
+"""The progress of a merge: bytes read so far, and in total."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ class Meter:
     """Counts the bytes that a merge reads, and reports them.
 
     Args:
-        reader: reads what the plan says.
-        method: its method, which knows how many passes it makes.
-        report: called with the bytes read so far and in all; None for nobody.
-        processes: how many share the reading.
+        reader: reads the tensors of the plan.
+        method: the method, which states its number of passes.
+        report: called with the bytes read so far and in total; None for no reports.
+        processes: the number of processes that share the reading.
     """
 
     def __init__(
@@ -37,7 +37,7 @@ class Meter:
         self._done = self._reported = 0
 
     def vectors(self, processes: Processes) -> Vectors:
-        """The models' task vectors, whose reading counts; see `Reader.vectors`."""
+        """The models' task vectors, whose reading is counted; see `Reader.vectors`."""
         vectors = self._reader.vectors(processes)
         if self._report is None:
             return vectors
@@ -49,7 +49,7 @@ class Meter:
         return vectors.through(count, count)
 
     def count(self, what: str | Chunk) -> None:
-        """A tensor, or a chunk of one, was read of all models."""
+        """Count a tensor, or a chunk of one, that was read from all models."""
         if self._report is None:
             return
         with self._lock:

@@ -1,4 +1,4 @@
-"""Where a merge is written, and how; checked before anything is opened."""
+"""The output options of a merge, checked before anything is opened."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ OutputFormat = Literal["model", "lora"]
 
 @dataclass(frozen=True)
 class Output:
-    """What a merge writes, see `merge_to`.
+    """The output of a merge, see `merge_to`.
 
     Args:
-        path: of the file or folder.
+        path: path of the file or folder.
         format: "model" or "lora".
-        rank: of an adapter's factors.
-        overwrite: replace what is there.
-        resume: go on with an interrupted merge, and keep what is finished of one that fails.
-        shard_bytes: of the largest file of weights in a folder.
+        rank: rank of an adapter's factors.
+        overwrite: replace an existing output.
+        resume: continue an interrupted merge, and keep the finished part of one that fails.
+        shard_bytes: maximum size of a weight file in a folder.
         hash_inputs: record hashes of all inputs.
         companions_from: whose files a folder takes.
     """
@@ -42,7 +42,7 @@ class Output:
 
     @property
     def is_file(self) -> bool:
-        """Whether it is one file of weights and nothing beside it."""
+        """Whether it is a single file of weights."""
         return self.path.suffix == ".safetensors"
 
     @property
@@ -69,15 +69,15 @@ def make_output(
     companions_from: str | None = None,
     distributed: bool = False,
 ) -> Output | None:
-    """Check what `merge_to` is asked to write; None if nothing is to be written.
+    """Check the output options of `merge_to`; None if nothing is written.
 
     Args:
-        output: the path; None if there is none, and then nothing else may concern the writing.
+        output: the path; if None, no other output option may be given.
         sources: the inputs, which must not be lost.
 
     Raises:
-        MergeError: options that don't fit each other, or an output that would destroy an input or something else.
-        CheckpointError: an output that exists already.
+        MergeError: the options conflict, or the output would destroy an input or something else.
+        CheckpointError: the output exists already.
     """
     path = None if output is None else _check_output(expand(output), overwrite, sources)
     _check_format(output_format, rank, path)
@@ -114,7 +114,7 @@ def _check_output(output: Path, overwrite: bool, sources: Sequence[Source]) -> P
     paths = [expand(source).resolve() for source in sources if isinstance(source, (str, os.PathLike))]
     if any(path in place.parents and path.is_dir() for path in paths):
         raise MergeError(f"{output}: lies in the folder of an input, which it would change; choose another output")
-    for path in paths:  # its own weights may be replaced
+    for path in paths:  # its weights may be replaced
         if place in path.parents and (path.parent != place or path.name not in WEIGHT_FILES):
             raise MergeError(f"{output}: holds the input {path}, which would be lost; choose another output")
     if output.suffix in (".pt", ".pth", ".bin", ".ckpt", ".gguf"):

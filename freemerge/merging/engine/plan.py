@@ -1,7 +1,7 @@
-"""What a merge will do with every tensor, decided and checked from names, shapes and dtypes before any value is read.
+"""The plan of a merge: what happens to every tensor, decided and checked from names, shapes and dtypes alone.
 
 Each tensor of the base is merged, kept, or tied to another; each tensor of a fine-tuned model takes part, is excluded,
-or is an error. None is dropped in silence.
+or is an error. No tensor is dropped silently.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ class Plan:
         base: the pretrained model.
         models: the fine-tuned models.
         merged: names of the tensors to merge.
-        kept: names of the tensors that stay as in the base (excluded, not of floating point, or constants).
+        kept: names of the tensors that keep the base's values (excluded, not floating-point, or constants).
         tied: name → the name earlier in the base whose memory it shares, in the base and in every model.
-        dtype: of the merged model's floating-point tensors; None for the base's own.
-        embeddings: what became of vocabularies that differ, see `match_rows`.
-        rows: of tensors whose vocabularies differ: how many leading rows of each model take part.
+        dtype: dtype of the merged model's floating-point tensors; None for the base's own.
+        embeddings: the handling of vocabularies that differ, see `match_rows`.
+        rows: for tensors whose vocabularies differ: the number of leading rows of each model that take part.
         device: where to compute; None for where the tensors are.
-        untied: name → the one that it is tied to in the base and no longer in the result.
-        averaged: which of the merged ones are statistics, of which the mean is taken, whatever the method.
+        untied: name → the name that it is tied to in the base but not in the result.
+        averaged: names of the merged tensors that are statistics, which every method averages.
     """
 
     base: Checkpoint
@@ -57,7 +57,7 @@ class Plan:
 
     @property
     def specs(self) -> dict[str, TensorSpec]:
-        """Shape and dtype of every tensor of the result but the tied ones, in the base's order."""
+        """Shape and dtype of every tensor of the result except the tied ones, in the base's order."""
         return {
             name: TensorSpec(self.base.spec(name).shape, self.output_dtype(name))
             for name in self.base.names
@@ -76,11 +76,11 @@ class Plan:
 
     @property
     def weights(self) -> tuple[str, ...]:
-        """The tensors that methods merge: all of the merged ones but the averaged statistics."""
+        """The tensors that methods merge: all merged ones except the averaged statistics."""
         return tuple(name for name in self.merged if name not in self.averaged)
 
     def left_out(self, model: Checkpoint) -> list[str]:
-        """Tensors of a fine-tuned model that have no part in the merge because the base has no such ones."""
+        """Tensors of a fine-tuned model that are left out of the merge because the base lacks them."""
         inside = (name for name in model.names if name not in self.base and model.tied.get(name) not in self.base)
         return [*model.outside, *inside]
 
@@ -95,23 +95,23 @@ def make_plan(
     device: torch.device | None = None,
     modules: Sequence[Sequence[str]] | None = None,
 ) -> Plan:
-    """Check that the models fit the base and decide what becomes of every tensor.
+    """Check that the models fit the base, and decide what happens to every tensor.
 
-    Fine-tuned models may call their tensors otherwise than the base: see `align`.
+    Fine-tuned models may name their tensors differently from the base: see `align`.
 
     Args:
         base: the pretrained model.
         models: the fine-tuned models.
         include: patterns of the tensors to merge; None for all. See `patterns.select`.
-        exclude: patterns of the tensors to keep as in the base.
-        dtype: of the result's floating-point tensors; None for the base's own.
+        exclude: patterns of the tensors to keep from the base.
+        dtype: dtype of the result's floating-point tensors; None for the base's own.
         embeddings: what to do with vocabularies that differ, see `merge`.
         device: where to compute; None for where the tensors are.
-        modules: for the base, then for each model: folders in its own that hold parts of it, see `join_modules`.
+        modules: for the base and then for each model: subfolders that hold parts of it, see `join_modules`.
 
     Raises:
-        MergeError: nothing to merge, a pattern that matches nothing, a tensor that is missing, extra or of another
-            shape, a vocabulary that differs.
+        MergeError: there is nothing to merge, a pattern matches nothing, a tensor is missing, extra or has another
+            shape, or a vocabulary differs.
     """
     if not models:
         raise MergeError("there is no fine-tuned model to merge; name at least one")
@@ -125,7 +125,7 @@ def make_plan(
         check_merged(checkpoint, base.names)
 
     def choose(models: Sequence[Checkpoint]) -> tuple[set[str], dict[str, str], tuple[str, ...]]:
-        """What the patterns select, what is tied, and what is merged."""
+        """The selected, the tied and the merged tensors."""
         names = (name for model in models for name in (*model.names, *model.outside))
         selected = set(select(dict.fromkeys((*base.names, *names)), include, exclude))
         tied = {name: first for name, first in base.tied.items() if name in base}

@@ -1,4 +1,4 @@
-"""Reads what a plan says, to where it is computed with: the base's values, and what the fine-tuned models add."""
+"""Reads the tensors of a plan to the compute device: the base's values and the models' differences."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from freemerge.runtime.threads import each, scratch
 from freemerge.tensors.chunks import CHUNK, Chunk, at_a_time
 from freemerge.tensors.differences import subtract, widened
 
-_COLUMNS = 1 << 17  # of a whole tensor read at a time: of what is computed from it, no copy is ever whole
+_COLUMNS = 1 << 17  # values of a whole tensor read at a time, so that temporaries are never whole
 
 
 class Operands(NamedTuple):
-    """What is read of a tensor, or of a chunk of one (n values), to merge it."""
+    """The data of a tensor, or of a chunk of one (n values), for a merge."""
 
     base: Tensor  # (*shape) or (n,), as stored
-    deltas: Tensor  # (K, *shape) or (K, n) float32, in memory of their own
+    deltas: Tensor  # (K, *shape) or (K, n) float32, in new memory
     single: Tensor | None  # the model's own values as stored, if there is one model
-    start: int | None  # position of the first value, if it is a chunk
+    start: int | None  # position of a chunk's first value
 
 
 class Reader:
-    """Reads the tensors of a plan from its checkpoints, each time anew.
+    """Reads the tensors of a plan from its checkpoints, without caching.
 
     Args:
         plan: the merge.
@@ -44,17 +44,17 @@ class Reader:
 
     @cached_property
     def home(self) -> torch.device:
-        """Where the base's tensors are."""
+        """The device of the base's tensors."""
         return self.plan.base.read_range(self.plan.merged[0], 0, 0).device
 
     @cached_property
     def place(self) -> torch.device:
-        """Where the merge is computed."""
+        """The device of the computation."""
         return self.home if self.plan.device is None else self.plan.device
 
     @property
     def resident(self) -> bool:
-        """Whether the base is on the GPU that computes, so that nothing else has work to do."""
+        """Whether the base is on the computing GPU, so that the CPU and copies have no work."""
         return self.place.type == "cuda" and self.transfer is None
 
     @cached_property
@@ -65,14 +65,14 @@ class Reader:
 
     @property
     def chunk(self) -> int | None:
-        """Values of all models together in one chunk; None for what suits a processor's cache."""
+        """Values of all models together in one chunk; None for the default, which suits a CPU's cache."""
         return None if self.place.type == "cpu" else at_a_time(CHUNK, self.place)
 
     def vectors(self, processes: Processes | None = None) -> Vectors:
-        """The models' task vectors, read whenever they are asked for.
+        """The models' task vectors, read on demand.
 
         Args:
-            processes: those that share the passes.
+            processes: the processes that share the passes.
         """
         return Vectors(
             [model.label for model in self.plan.models],
@@ -88,11 +88,11 @@ class Reader:
         return self._placed(_read(self.plan.base, what))
 
     def read(self, what: str | Chunk, memory: Tensor | None = None) -> Operands:
-        """Read the base's values of a tensor, or of a chunk of one, and what the models add to them.
+        """Read the base's values of a tensor, or of a chunk of one, and the models' differences to them.
 
         Args:
             what: name of the tensor, or the chunk.
-            memory: (K·n or more,) float32, to put the latter in; fresh memory if None, or on another device.
+            memory: (K·n or more,) float32, for the differences; new memory if None or on another device.
 
         Raises:
             MergeError: a value is NaN or infinite.
@@ -106,12 +106,12 @@ class Reader:
             deltas = memory[: shape.numel()].view(shape)
         whole = not isinstance(what, Chunk)
         by_runs = whole and name not in self.plan.rows and len(self.plan.models) > 1 and base.device.type == "cpu"
-        reference = base if by_runs else widened(base)  # once, not once per model
+        reference = base if by_runs else widened(base)  # converted once for all models
 
         def read_delta(index: int) -> Tensor | None:
-            """Write a model's difference, and return its own values, if it has such."""
+            """Write a model's difference, and return its own values, if it stores any."""
             model, row = self.plan.models[index], deltas[index]
-            if not model.has(name):  # an adapter that leaves this tensor as it is
+            if not model.has(name):  # an adapter that does not change this tensor
                 row.zero_()
                 return None
             if name in self.plan.rows:
@@ -128,7 +128,7 @@ class Reader:
 
         indices = range(len(self.plan.models))
         own = each(read_delta, indices) if whole else [read_delta(index) for index in indices]
-        # One sum finds any NaN or infinity; only when it does (or overflows) is it worth asking where.
+        # One sum detects any NaN or infinity; only if it does (or overflows) the values are checked one by one.
         if not bool(torch.isfinite(deltas.sum())):
             for checkpoint in (self.plan.base, *self.plan.models):
                 if name in checkpoint:
@@ -137,12 +137,12 @@ class Reader:
         return Operands(base, deltas, single, what.start if isinstance(what, Chunk) else None)
 
     def read_again(self, chunk: Chunk) -> Operands:
-        """`read`, into memory that the next call in the same of our threads uses again."""
+        """Like `read`, into memory that the next call in the same worker thread reuses."""
         size = len(self.plan.models) * (chunk.stop - chunk.start)
         return self.read(chunk, scratch("differences", (size,), torch.float32, torch.device("cpu")))
 
     def _placed(self, values: Tensor) -> Tensor:
-        """Values where they are computed with."""
+        """Move values to the compute device."""
         if values.device == self.place:
             return values
         if self.transfer is None or values.device.type != "cpu":
@@ -150,14 +150,14 @@ class Reader:
         return self.transfer.inward(values)
 
     def returned(self, values: Tensor) -> Tensor:
-        """Values of the result where the base's are."""
+        """Move values of the result to the base's device."""
         if values.device == self.home:
             return values
         return values.to(self.home) if self.transfer is None else self.transfer.outward(values)
 
 
 class KeptReader(Reader):
-    """Reads the tensors to merge once and keeps them, for those who merge them again and again.
+    """Reads the tensors to merge once and caches them, for repeated merges.
 
     Args:
         plan: the merge.
@@ -187,7 +187,7 @@ class KeptReader(Reader):
             start, stop = what.start, what.stop
             base, rows = flat_range(base, start, stop), [flat_range(row, start, stop) for row in rows]
             own = None if own is None else flat_range(own, start, stop)
-        # A copy: methods may overwrite what they are given.
+        # A copy, because methods may overwrite their arguments.
         shape = torch.Size((len(rows), *rows[0].shape))
         if memory is None or memory.device != deltas.device:
             copied = fresh(shape, torch.float32, deltas.device)
@@ -203,13 +203,13 @@ def _read(checkpoint: Checkpoint, what: str | Chunk) -> Tensor:
 
 
 def _read_runs(model: Checkpoint, name: str, base: Tensor, delta: Tensor) -> None:
-    """Read a model's difference to the base in runs: its own values are never whole in memory.
+    """Read a model's difference to the base in chunks: its own values are never whole in memory.
 
     Args:
         model: the fine-tuned model.
-        name: of the tensor.
-        base: the base's, (*shape) as stored.
-        delta: where the difference is written, (*shape) float32.
+        name: name of the tensor.
+        base: the base's tensor, (*shape) as stored.
+        delta: output for the difference, (*shape) float32.
     """
     base, delta = base.reshape(-1), delta.view(-1)
     for start in range(0, len(base), _COLUMNS):
@@ -219,7 +219,7 @@ def _read_runs(model: Checkpoint, name: str, base: Tensor, delta: Tensor) -> Non
 
 
 def _read_rows(model: Checkpoint, what: str | Chunk, rows: int, reference: Tensor, delta: Tensor) -> Tensor | None:
-    """Read what takes part of a model whose vocabulary is not the base's.
+    """Read the rows that take part from a model whose vocabulary differs from the base's.
 
     Args:
         model: the fine-tuned model.

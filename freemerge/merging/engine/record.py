@@ -1,4 +1,4 @@
-"""Where a merged model comes from: `freemerge.json` for programs, the model card for people."""
+"""The origin of a merged model: `freemerge.json` for programs, the model card for people."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ _PACKAGE = "freemerge.merging"
 
 
 def describe_method(method: object) -> dict[str, Any]:
-    """A method and its parameters in plain values: class path and arguments, as a configuration file writes them.
+    """A method and its parameters as plain values: class path and arguments, as in a configuration file.
 
     Args:
         method: a dataclass; its fields may be dataclasses themselves (filters, methods behind methods).
     """
     kind = type(method)
-    # Our own methods under their public name: in which file of the package they live may change.
+    # Our own methods under their public name, because their module may change.
     home = _PACKAGE if kind.__module__.startswith(f"{_PACKAGE}.") else kind.__module__
     described: dict[str, Any] = {"class_path": f"{home}.{kind.__qualname__}"}
     if dataclasses.is_dataclass(method):
@@ -50,7 +50,7 @@ def make_record(
     exclude: Sequence[str] | None,
     hash_inputs: bool,
 ) -> dict[str, Any]:
-    """Everything needed to make the merge again, and to tell whether a model is the one it was made from.
+    """Everything needed to reproduce the merge and to verify its inputs.
 
     Args:
         plan: the merge.
@@ -89,7 +89,7 @@ def make_record(
 
 
 def make_files(record: Mapping[str, Any], title: str) -> dict[str, bytes]:
-    """What a merged model's folder says of the merge: `freemerge.json` and the model card `README.md`.
+    """The description of a merge in a model's folder: `freemerge.json` and the model card `README.md`.
 
     Args:
         record: see `make_record`, with what is in the folder (`Files.record`).

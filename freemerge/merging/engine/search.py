@@ -1,7 +1,7 @@
-"""Merge the same models by one candidate method after the other, as a search does.
+"""Merge the same models by many candidate methods in turn, as a search does.
 
-Task vectors are kept in memory where they fit, and statistics are collected once for all candidates that agree in what
-these depend on: what is left of a merge is one pass of `combine` over tensors that are there already.
+Task vectors are kept in memory if they fit, and statistics are collected once for all candidates with the same
+`statistics_key`: each further merge is one pass of `combine` over tensors in memory.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from freemerge.tensors.rounding import IN_MEMORY
 
 
 class Candidates:
-    """Fine-tuned models of one base, to be merged again and again.
+    """Fine-tuned models of one base for repeated merges.
 
     Args:
         base: the pretrained model: a state dict, a module or a path, as for `merge`.
         finetuned: name → fine-tuned model.
         include: see `merge`.
         exclude: see `merge`.
-        memory: bytes that the task vectors may take, 4 · K · D; if they need more, they are read anew for each pass.
-            None for half of what is free.
+        memory: bytes that the task vectors may take, 4 · K · D; if they need more, they are read again for each pass.
+            None for half of the free memory.
 
     Raises:
         MergeError: the models do not fit the base, or a value is NaN or infinite.
@@ -71,28 +71,29 @@ class Candidates:
             method: how to merge.
 
         Returns:
-            All tensors of the base by name, merged in the base's dtypes. Those that are not merged are the base's own.
+            All tensors of the base by name, merged in the base's dtypes. Tensors that are not merged are the base's
+            own.
 
         Raises:
-            MergeError: the method cannot merge these models, or a value of the result is NaN or infinite, or would be
-                in the base's dtype.
+            MergeError: the method cannot merge these models, or a value of the result is NaN or infinite, or overflows
+                the base's dtype.
         """
         return self._complete(self._run(method, self._plan.merged))
 
     def over_scales(self, method: MergeMethod, factors: Iterable[float]) -> Iterator[dict[str, Tensor]]:
-        """Merge at one scale after the other: methods that are linear in it merge once.
+        """Merge at several scales in turn: methods that are linear in the scale merge once.
 
         Args:
             method: how to merge; it has a scale.
             factors: the scales to try, see `rescaled`.
 
         Returns:
-            For each of them the merged model, as `merge` makes it of the method at that scale.
+            For each scale, the merged model as `merge` returns it for the method at that scale.
 
         Raises:
             MergeError: see `merge`.
         """
-        # A single model's own values come through as they are, which no multiple of a difference can say.
+        # A single model's own values are passed through, which scaling a difference cannot reproduce.
         if not is_linear(method) or len(self.labels) == 1:
             for factor in factors:
                 yield self.merge(rescaled(method, factor))
@@ -115,13 +116,13 @@ class Candidates:
         return found
 
     def _complete(self, merged: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """All tensors of the base: those that were merged, and the base's own."""
+        """All tensors of the base: the merged ones, and the base's own."""
         return {name: merged.get(self._plan.tied.get(name, name), self._base[name]) for name in self._plan.base.names}
 
     def _combiner(self, method: MergeMethod) -> Combiner:
         key = method.statistics_key
         if key not in self._combiners:
-            # A search moves on: of what it has left behind, little comes back.
+            # A search rarely returns to earlier statistics.
             while len(self._combiners) >= 8:
                 del self._combiners[next(iter(self._combiners))]
             self._combiners[key] = Combiner.of(method, self._vectors, self._plan.averaged)
@@ -130,7 +131,7 @@ class Candidates:
 
 
 def _free_memory() -> int:
-    """Bytes of memory that are free, as the system counts them; without a count, as many as it takes."""
+    """Bytes of free memory according to the system; unlimited if unknown."""
     try:
         lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
     except OSError:

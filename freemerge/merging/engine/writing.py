@@ -37,7 +37,7 @@ def write_merge(job: Job, output: Output) -> None:
 
 
 def plan_files(job: Job, output: Output | None) -> dict[str, dict[str, TensorSpec]]:
-    """What is written: file name → specs of its tensors."""
+    """The files to write: file name → specs of its tensors."""
     if output is None:
         return {}
     if output.is_file:
@@ -48,14 +48,14 @@ def plan_files(job: Job, output: Output | None) -> dict[str, dict[str, TensorSpe
 def _write_adapter(job: Job, output: Output) -> None:
     """Write the folder of an adapter; the processes share the model's tensors."""
     plan, layout = job.plan, job.layout
-    assert layout is not None  # as of every output that is an adapter; so has it a rank
+    assert layout is not None  # set for every adapter output, like the rank
     assert output.rank is not None
     vectors = job.meter.vectors(job.processes)
     combiner = Combiner.of(job.method, vectors, plan.averaged)
 
     def combine(name: str, deltas: Tensor) -> Tensor:
         merged = combiner.difference(name, deltas)
-        if plan.base.spec(name).dtype.itemsize < 4:  # who merges the adapter rounds as a merge into files does
+        if plan.base.spec(name).dtype.itemsize < 4:  # an overflow check: PEFT will round like this
             add(name, job.reader.read_base(name), merged, job.method)
         return merged
 
@@ -116,6 +116,6 @@ def _write_model(job: Job, output: Output) -> None:
 
 
 def _key(record: Mapping[str, Any], shards: Mapping[str, Mapping[str, TensorSpec]]) -> str:
-    """Of all that the weights of an output depend on."""
+    """A hash of everything that the weights of an output depend on."""
     text = json.dumps([record, {file: list(map(str, specs.items())) for file, specs in shards.items()}])
     return hashlib.sha256(text.encode()).hexdigest()

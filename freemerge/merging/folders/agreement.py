@@ -1,7 +1,8 @@
-"""What fine-tuned models have otherwise than the base in the files around their weights: a chat template, an end token.
+"""Differences between the base and the fine-tuned models in the files around the weights: a chat template, an end
+token.
 
-The result takes the base's files, so whatever all fine-tuned models share and the base has not would be lost unsaid.
-What says nothing of how a model is used (names, dtypes, dropout, labels of a head) is passed over.
+The result takes the base's files, so differences that all fine-tuned models share would be lost silently. Settings that
+do not affect the use of a model (names, dtypes, dropout, labels of a head) are ignored.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from freemerge.checkpoints.json_files import find_object
 _TOKENIZER = "tokenizer_config.json"
 _ADDED = ("tokenizer.json", "added_tokens.json", _TOKENIZER)
 _TEMPLATES = ("chat_template.jinja", "chat_template.json")
-_TEMPLATE = "chat template"  # wherever it is kept
+_TEMPLATE = "chat template"  # the pseudo-file of a chat template, wherever it is stored
 _SHOWN = 10  # differences in one message
 _LONGEST = 60  # characters of a value in a message
 
@@ -27,15 +28,16 @@ _PASSED_OVER = re.compile(
     r"|use_cache|.*(output|return)_[a-z_]+|finetuning_task|gradient_checkpointing|vocab_size|unsloth.*|.*drop(out|_path).*"
     r"|.*dropout|processor_class|.*_type|name_or_path|cache_implementation)(\..*)?"
 )
-_ROPE = re.compile(r"((.*\.)?)rope_(?:parameters|scaling)\.(.*)")  # where versions of transformers keep the same
+# files in which different versions of transformers store the same settings
+_ROPE = re.compile(r"((.*\.)?)rope_(?:parameters|scaling)\.(.*)")
 
 
 def describe_differences(base: Companions, models: Mapping[str, Companions]) -> str | None:
-    """One line on what the fine-tuned models have otherwise than the base; None if there is nothing.
+    """One line about differences between the base and the fine-tuned models; None if there are none.
 
     Args:
-        base: what lies around the base.
-        models: label → what lies around the fine-tuned model.
+        base: the files around the base.
+        models: label → the files around the fine-tuned model.
     """
     own = _read_traits(base)
     others = [traits for traits in map(_read_traits, models.values()) if traits]
@@ -59,7 +61,9 @@ def describe_differences(base: Companions, models: Mapping[str, Companions]) -> 
     said = []
     if shared:
         more = f", and {len(shared) - _SHOWN} more" if len(shared) > _SHOWN else ""
-        said.append(f"the fine-tuned models agree on what the base has otherwise: {', '.join(shared[:_SHOWN])}{more}")
+        said.append(
+            f"the fine-tuned models agree on settings that differ from the base's: {', '.join(shared[:_SHOWN])}{more}"
+        )
     if split:
         said.append("every fine-tuned model has another chat template, and none has the base's")
     if not said:
@@ -69,7 +73,7 @@ def describe_differences(base: Companions, models: Mapping[str, Companions]) -> 
 
 
 def differing_weights(base: Companions, models: Mapping[str, Companions]) -> tuple[str, str] | None:
-    """A model and a file of weights, not to be merged, that it has otherwise than the base; None if none has."""
+    """A model and an unmerged weight file of it that differs from the base's; None if there is none."""
     for label, model in models.items():
         for name in base.weights:
             if name in model.files and not filecmp.cmp(base.files[name], model.files[name], shallow=False):
@@ -78,7 +82,7 @@ def differing_weights(base: Companions, models: Mapping[str, Companions]) -> tup
 
 
 def _read_traits(around: Companions) -> dict[str, dict[str, Any]]:
-    """File → key → value, of what the files around a model say of its use."""
+    """File → key → value, for the settings around a model that affect its use."""
     traits: dict[str, dict[str, Any]] = {}
     for name, path in around.files.items():
         if name in ("config.json", "generation_config.json") or re.fullmatch(r"(\w*processor)_config\.json", name):
@@ -103,7 +107,7 @@ def _read_template(around: Companions, tokenizer: Mapping[str, Any]) -> Any:
 
 
 def _flat(table: Mapping[str, Any], above: str = "") -> dict[str, Any]:
-    """Inner tables by the names of their keys with dots between, in one table."""
+    """Flatten nested tables, joining keys with dots."""
     flat: dict[str, Any] = {}
     for key, value in table.items():
         name = above + key
@@ -115,7 +119,7 @@ def _flat(table: Mapping[str, Any], above: str = "") -> dict[str, Any]:
 
 
 def _counts(kind: str, key: str, value: Any, ours: Any) -> bool:
-    """Whether a difference is worth a word; versions of transformers write more keys or fewer with the same meaning."""
+    """Whether a difference is significant; versions of transformers write different keys with the same meaning."""
     last = key.rpartition(".")[2]
     if last.startswith("rope_"):
         return ours is not None or (key.count("rope_") == 1 and not (last == "rope_theta" and value == 10_000))
@@ -125,9 +129,9 @@ def _counts(kind: str, key: str, value: Any, ours: Any) -> bool:
 
 
 def _added_tokens(base: Companions, model: Companions) -> list[str] | None:
-    """Tokens that a model has added to the base's vocabulary; None if nothing tells."""
+    """Tokens that a model has added to the base's vocabulary; None if unknown."""
     paths = [(base.files.get(name), model.files.get(name)) for name in _ADDED]
-    # Tokenizers may be large: those of one size are the same.
+    # Tokenizers may be large, so files of the same size are taken as equal.
     if not any(theirs and (not ours or ours.stat().st_size != theirs.stat().st_size) for ours, theirs in paths):
         return None
     before = _read_tokens(base, vocabulary=True)
@@ -135,7 +139,7 @@ def _added_tokens(base: Companions, model: Companions) -> list[str] | None:
 
 
 def _read_tokens(around: Companions, vocabulary: bool = False) -> set[str]:
-    """The tokens that were added to a tokenizer, and those of its own vocabulary if asked for."""
+    """The tokens added to a tokenizer and, optionally, those of its own vocabulary."""
     found: set[str] = set()
     for name in _ADDED:
         table = (find_object(around.files[name]) if name in around.files else None) or {}
@@ -162,11 +166,11 @@ def _short(value: Any) -> str:
 
 
 def _shared_files(base: Companions, models: Sequence[Companions]) -> Iterator[str]:
-    """Files that all models which have a folder share to the byte, and the base has not."""
+    """Files that are identical in all models with a folder and differ from the base's."""
     around = [model for model in models if model.files]
     first = around[0].files if around else {}
     parts = tuple(f"{module}/" for model in around for module in model.modules if module not in base.modules)
-    known = ("config.json", "generation_config.json", *_ADDED, *_TEMPLATES)  # told by their contents
+    known = ("config.json", "generation_config.json", *_ADDED, *_TEMPLATES)  # compared by their contents
     for name, path in first.items():
         if name in base.files or name in known or name.startswith(parts):
             continue

@@ -30,15 +30,15 @@ _TOKENIZER = re.compile(
 class Files(NamedTuple):
     """The files of a merged model's folder beside its weights."""
 
-    copied: dict[str, Path]  # name, with its folders → where it lies
-    made: dict[str, bytes]  # name → contents, of those that are not copied as they are
-    modules: list[str]  # folders that hold weights of their own
-    left_out: list[str]  # files and folders of the base that stay behind
-    origin: str  # the model that they are from: "base", or a fine-tuned model's name
-    note: str | None = None  # what fine-tuned models have otherwise
+    copied: dict[str, Path]  # relative path → full path
+    made: dict[str, bytes]  # name → contents, for files that are not copied unchanged
+    modules: list[str]  # subfolders with their own weights
+    left_out: list[str]  # files and folders of the base that are left out
+    origin: str  # the model that the files come from: "base", or a fine-tuned model's name
+    note: str | None = None  # differences between the base and the fine-tuned models
 
     def record(self) -> dict[str, Any]:
-        """What `freemerge.json` says of them."""
+        """Their entry in `freemerge.json`."""
         return {
             "from": self.origin,
             "copied": sorted(self.copied),
@@ -49,18 +49,18 @@ class Files(NamedTuple):
 
 
 def choose_files(around: Sequence[Companions], plan: Plan, origin: str | None = None) -> Files:
-    """The files that the result takes: the base's, or a fine-tuned model's with the base's where it has none.
+    """Choose the files of the result: the base's, or a fine-tuned model's with the base's where it has none.
 
     Args:
-        around: what lies around the base and around each model, see `look_around`.
+        around: the files around the base and around each model, see `look_around`.
         plan: the merge.
         origin: name, path or last part of the path of the fine-tuned model whose files to take; "base" for the base's
-            without a word about those of the others; None for the base's.
+            without a warning; None for the base's with a warning about differences.
 
     Raises:
-        MergeError: there is no such model, its files do not fit the result, or a file of weights beside the base's own
-            differs in a model and it is not said which to take.
-        CheckpointError: `config.json` cannot be read, and has to be changed.
+        MergeError: there is no such model, its files do not fit the result, or an unmerged weight file beside the
+            base's differs in a model and `origin` is None. CheckpointError: `config.json` has to be changed but cannot
+            be read.
     """
     base, *others = around
     named = dict(zip((model.label for model in plan.models), others, strict=True))
@@ -73,8 +73,9 @@ def choose_files(around: Sequence[Companions], plan: Plan, origin: str | None = 
             raise CheckpointError(f"{error.filename}: cannot be read: {error.strerror or error}") from None
         if found:
             raise MergeError(
-                f"{found[0]}: {found[1]} holds weights other than the base's, and cannot be merged as it is no model's "
-                f"folder; companions_from='base' takes the base's, companions_from={found[0]!r} that model's"
+                f"{found[0]}: {found[1]} holds weights other than the base's, and cannot be merged because it "
+                f"is not a model folder; companions_from='base' takes the base's, "
+                f"companions_from={found[0]!r} that model's"
             )
     files = base.files if label is None else _replaced(base, named[label], label, plan)
     made = {}
@@ -89,7 +90,7 @@ def choose_files(around: Sequence[Companions], plan: Plan, origin: str | None = 
 
 
 def _find_label(named: Mapping[str, Companions], origin: str) -> str:
-    """The one fine-tuned model that is called so."""
+    """The only fine-tuned model with this name."""
     exact = [label for label in named if label == origin]
     if len(found := exact or [label for label in named if Path(label).name == Path(origin).name]) == 1:
         return found[0]
@@ -100,7 +101,7 @@ def _find_label(named: Mapping[str, Companions], origin: str) -> str:
 
 
 def _replaced(base: Companions, model: Companions, label: str, plan: Plan) -> dict[str, Path]:
-    """The base's files, those of a model in their place, and no mixture of two tokenizers."""
+    """The base's files, replaced by those of a model, without mixing two tokenizers."""
     if not model.files:
         raise MergeError(f"companions_from: {label} has no configuration beside its weights; name another model")
     index = [each.label for each in plan.models].index(label)

@@ -10,18 +10,18 @@ import torch
 
 _DTYPES = ("dtype", "torch_dtype")
 _OF_WEIGHTS = {*_DTYPES, "architectures", "auto_map", "vocab_size", "tie_word_embeddings"}
-_OF_WEIGHTS |= {"id2label", "label2id", "num_labels", "problem_type"}  # of the head, which is the base's
+_OF_WEIGHTS |= {"id2label", "label2id", "num_labels", "problem_type"}  # keys of the head, which is the base's
 
 
 def with_dtype(config: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
-    """A configuration of a model whose weights have another dtype, its inner configurations (`text_config`) too.
+    """Set the dtype of a configuration and its inner configurations (`text_config`).
 
-    transformers cannot make a model of one byte a value; weights that are stored so are named bfloat16, which holds
-    every one of their values, and are widened when they are loaded.
+    transformers cannot build a model with one-byte values; such weights are declared as bfloat16, which represents all
+    their values, and are widened when they are loaded.
 
     Args:
         config: the contents of `config.json`.
-        dtype: of all floating-point weights.
+        dtype: dtype of all floating-point weights.
     """
     name = str(dtype if dtype.itemsize > 1 else torch.bfloat16).removeprefix("torch.")
     own = {key: name for key in _DTYPES if key in config} or {"dtype": name}
@@ -29,11 +29,11 @@ def with_dtype(config: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
 
 
 def with_weights_of(config: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Any]:
-    """A fine-tuned model's configuration for weights that are named, typed and tied like the base's.
+    """Adapt a fine-tuned model's configuration to weights with the names, dtypes and ties of the base.
 
     Args:
         config: the contents of the fine-tuned model's `config.json`.
-        base: those of the base's.
+        base: the contents of the base's.
     """
     own = {key: value for key, value in base.items() if key in _OF_WEIGHTS}
     changed = {**{key: value for key, value in config.items() if key not in _OF_WEIGHTS}, **own}
@@ -42,7 +42,7 @@ def with_weights_of(config: Mapping[str, Any], base: Mapping[str, Any]) -> dict[
 
 
 def _changed(config: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """The same with every entry of a dtype changed."""
+    """Replace every dtype entry."""
     result: dict[str, Any] = {}
     for key, value in config.items():
         if key in _DTYPES and isinstance(value, str):
@@ -55,5 +55,5 @@ def _changed(config: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 
 def to_json(table: Mapping[str, Any]) -> bytes:
-    """As transformers writes its files."""
+    """Format a JSON file as transformers does."""
     return (json.dumps(table, indent=2) + "\n").encode()

@@ -1,4 +1,4 @@
-"""What lies around the weights of the models, and the parts of them that have weights of their own."""
+"""The files around the weights of the models, and the parts of models with separate weights."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ _NONE = Companions({}, [], [], [])
 
 
 def look_around(sources: Sequence[Source], checkpoints: Sequence[Checkpoint]) -> list[Companions]:
-    """What lies around the weights of each model that has a configuration beside them.
+    """List the files around the weights of each model that has a configuration.
 
     Args:
-        sources: the models as they were named; those that are paths may lie inside one another.
-        checkpoints: the same, opened.
+        sources: the models as given; paths may lie inside one another.
+        checkpoints: the same models, opened.
 
     Raises:
         CheckpointError: a folder cannot be read.
@@ -38,14 +38,14 @@ def look_around(sources: Sequence[Source], checkpoints: Sequence[Checkpoint]) ->
 def join_modules(
     base: Checkpoint, models: Sequence[Checkpoint], modules: Sequence[Sequence[str]]
 ) -> tuple[Checkpoint, tuple[Checkpoint, ...]]:
-    """The models with their parts that have weights of their own, whose tensors are called `2_Dense/linear.weight`.
+    """Join the models with their parts that have separate weights, whose tensors are named `2_Dense/linear.weight`.
 
-    A fine-tuned model without a part that the base has counts as one that did not change it.
+    A fine-tuned model without a part that the base has is treated as not having changed it.
 
     Args:
         base: the pretrained model.
         models: the fine-tuned models.
-        modules: for the base, then for each model: the folders in its own that hold a part.
+        modules: for the base and then for each model: the subfolders that hold a part.
 
     Raises:
         CheckpointError: the weights of a part cannot be opened.
@@ -70,13 +70,13 @@ def join_modules(
 
 
 def describe_parts(models: Sequence[Companions]) -> str | None:
-    """One line on the parts of fine-tuned models that only a folder can hold; None if they have none."""
+    """One line about parts of fine-tuned models that only a folder can store; None if there are none."""
     names = list(dict.fromkeys(f"{module}/" for model in models for module in model.modules))
     if not names:
         return None
-    return f"the weights in {', '.join(names[:10])} are no part of the result; write a folder to have them merged"
+    return f"the weights in {', '.join(names[:10])} are not part of the result; write a folder to merge them"
 
 
 def _open_part(checkpoint: Checkpoint, name: str) -> Checkpoint:
-    assert checkpoint.folder is not None  # its parts were found in it
+    assert checkpoint.folder is not None  # its parts were listed with it
     return open_checkpoint(checkpoint.folder / name, label=f"{checkpoint.label}/{name}").under(f"{name}/")

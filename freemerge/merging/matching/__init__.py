@@ -1,1 +1,1 @@
-"""Which tensor of a fine-tuned model belongs to which of the base."""
+"""Matching the tensors of fine-tuned models to those of the base."""

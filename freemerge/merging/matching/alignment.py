@@ -1,7 +1,7 @@
-"""Fine-tuned models brought to the names of their base, whatever each of them calls its tensors.
+"""Conversion of fine-tuned models to the tensor names of their base.
 
-Most have the base's own names, or have them under a prefix. Where that does not fit, base and model are brought to the
-names of the modules that a `config.json` describes, and from there to the base's.
+Most models have the base's names, possibly under a prefix. Otherwise, base and model are converted to the names of the
+modules that a `config.json` describes, and from these to the base's.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ Read = Callable[[Path | None], Architecture | None]
 
 
 class Aligned(NamedTuple):
-    """Fine-tuned models under the base's names; adapters are not yet bound to the base."""
+    """Fine-tuned models under the base's names; adapters are not bound to the base yet."""
 
     models: tuple[Checkpoint, ...]
-    possible: Set[str] = frozenset()  # tensors that the base's model has, whether or not its files do, as far as known
-    problem: str | None = None  # why names of modules could not be told, if they were asked for
+    possible: Set[str] = frozenset()  # tensors of the base's model, even if its files lack them, as far as known
+    problem: str | None = None  # why module names could not be determined, if they were needed
 
 
 def align(base: Checkpoint, models: Sequence[Checkpoint], misfits: Find) -> Aligned:
-    """Bring models to the base's names.
+    """Convert models to the base's names.
 
     Args:
         base: the pretrained model.
         models: the fine-tuned models.
-        misfits: the tensors of a model that do not fit the base.
+        misfits: returns the tensors of a model that do not fit the base.
 
     Raises:
         CheckpointError: see `Checkpoint.relative_to`.
@@ -65,14 +65,14 @@ def align(base: Checkpoint, models: Sequence[Checkpoint], misfits: Find) -> Alig
 
 
 def _count(misfits: Find, model: Checkpoint) -> tuple[int, int]:
-    """How many tensors do not fit, and how many of them cannot even be read because they lie beside a prefix."""
-    # How a difference lies in the base's tensor is not known before the adapter is bound to it.
+    """The number of tensors that do not fit, and of those that cannot be read because they lie outside the prefix."""
+    # The orientation of a difference is unknown until the adapter is bound to the base.
     found = [misfit for misfit in misfits(model) if not (model.partial and misfit.kind == "shape")]
     return len(found), sum(misfit.kind == "outside" for misfit in found)
 
 
 def _may_lose(base: Checkpoint, model: Checkpoint) -> bool:
-    """Whether what lies beside a model's prefix may be of the base's model, which has a head of its own."""
+    """Whether tensors outside a model's prefix may belong to the base's model, which has its own head."""
     if not model.outside or base.folder is None or not (base.folder / CONFIG).is_file():
         return False
     names = read_object(base.folder / CONFIG).get("architectures")
@@ -80,7 +80,7 @@ def _may_lose(base: Checkpoint, model: Checkpoint) -> bool:
 
 
 def _has_more(architecture: Architecture, base: Checkpoint, best: Checkpoint, found: Checkpoint) -> bool:
-    """Whether what lies beside a prefix in one view of a model is a part of the base's model in another."""
+    """Whether tensors outside the prefix in one view of a model are part of the base's model in another."""
     return bool(best.outside) and any(
         name in architecture.tensors and name not in base and found.tied.get(name) not in base for name in found.names
     )
@@ -93,7 +93,7 @@ def _architectures(base: Checkpoint, model: Checkpoint, read: Read) -> Iterator[
 
 
 def _through_modules(architecture: Architecture, base: Checkpoint, model: Checkpoint) -> Checkpoint:
-    """A model under the base's names, found by way of those of the modules."""
+    """A model under the base's names, matched by module names."""
     stripped, back = to_modules(architecture, base)
     own, table = to_modules(architecture, model)
     found = back.inverse.translate(table.translate(own))

@@ -1,4 +1,4 @@
-"""What keeps a fine-tuned model from being merged into a base: which tensors, and what to do."""
+"""Tensors that prevent a merge of a fine-tuned model into a base, and advice for each."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from freemerge.checkpoints.formats.task_files import parse_record
 from freemerge.merging.matching.alignment import Aligned
 from freemerge.merging.matching.vocabulary import is_embedding, is_vocabulary
 
-_SHOWN = 10  # tensors of a kind that a message names
+_SHOWN = 10  # number of tensors that a message names
 
-# What architectures call what they add to a model for one task.
+# Names of task heads in architectures.
 _HEADS = re.compile(
     r"(?:.*\.)?(?:heads?|classifier|classification_head|lm_head|embed_out|score|qa_outputs|regressor|prototypes|"
     r"criterion|loss|[a-z]+_(?:head|classifier|predictor))(?:\..+|$)"
 )
-# What is also the name of a layer in the blocks of a model's body, which are numbered.
+# Head names that are also names of layers in the numbered blocks of a model's body.
 _OUTSIDE_BLOCKS = re.compile(
     r"(?:[^\W\d]\w*\.)*(?:pooler|cls|fc|fc_norm|linear_head|out_proj|output_layer|logits_proj|projection)(?:\..+|$)"
 )
@@ -34,7 +34,7 @@ class Misfit(NamedTuple):
 
 
 def is_head(name: str) -> bool:
-    """Whether a tensor is called like one of a head."""
+    """Whether a tensor has the name of a head."""
     return any(pattern.fullmatch(name) for pattern in (_HEADS, _OUTSIDE_BLOCKS))
 
 
@@ -45,10 +45,10 @@ def find_misfits(base: Checkpoint, model: Checkpoint, merged: Iterable[str], sel
         base: the base.
         model: a fine-tuned model, under the base's names.
         merged: names of the base's tensors that are to be merged.
-        selected: names of all tensors that the patterns do not leave out.
+        selected: names of all tensors that the patterns select.
 
-    Heads beside the prefix under which a model has the base's tensors are left out, and so is all that lies there in a
-    checkpoint of training; anything else there is a misfit.
+    Heads outside the prefix of the base's tensors in a model are left out, and so are all other tensors there in a
+    training checkpoint; anything else there is a misfit.
     """
     found = []
     for name in merged:
@@ -70,12 +70,12 @@ def find_misfits(base: Checkpoint, model: Checkpoint, merged: Iterable[str], sel
 
 
 def describe(base: Checkpoint, misfits: Sequence[Misfit], aligned: Aligned) -> str:
-    """One line that says of the first misfit what to do, and names the next ones.
+    """One line that gives advice on the first misfit and names the next ones.
 
     Args:
         base: the base.
         misfits: at least one.
-        aligned: how names were matched.
+        aligned: the result of matching the names.
     """
     first, *others = misfits
     alike = [misfit for misfit in misfits if misfit.model is first.model]
@@ -102,7 +102,7 @@ _SHORT = {
 
 
 def _sentence(base: Checkpoint, misfit: Misfit, alike: Sequence[Misfit], aligned: Aligned) -> str:
-    """What is wrong with a tensor, and what to do about it."""
+    """The problem with a tensor, and what to do about it."""
     model, kind, name = misfit
     if kind == "missing":
         lost = next((each for each in alike if each.kind in ("extra", "outside") and not is_head(each.name)), None)

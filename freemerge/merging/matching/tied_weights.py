@@ -1,9 +1,10 @@
-"""Tied weights across models: stored once in one file and twice in another, or changed under one of their names alone.
+"""Tied weights across models: stored once in one file and twice in another, or changed under only one of their names.
 
-- Where all models agree that the tensors are one, they are merged once, and equal copies are dropped.
-- Where an adapter changes them apart (PEFT changes the embedding and not the head that shares its weight), they are
-  untied: every model has all of them, and so has the result.
-- Tied tensors in memory stay tied, as in PEFT's `merge_and_unload`, with a warning: the user's module can hold but one.
+- If all models agree that the tensors are tied, they are merged once, and equal copies are dropped.
+- If an adapter changes them separately (PEFT changes the embedding but not the head that shares its weight), they are
+  untied: every model and the result have all of them.
+- Tied tensors in memory stay tied, as in PEFT's `merge_and_unload`, with a warning: the user's module can store only
+  one.
 - Values are compared only where a model has more than one of them.
 """
 
@@ -19,19 +20,19 @@ from freemerge.errors import MergeWarning
 
 
 class Settled(NamedTuple):
-    """Models that agree in what is tied."""
+    """Models with the same ties."""
 
     base: Checkpoint
     models: tuple[Checkpoint, ...]
-    untied: dict[str, str]  # name → the one that it is no longer tied to
+    untied: dict[str, str]  # name → the name that it is no longer tied to
 
 
 def settle_ties(base: Checkpoint, models: Sequence[Checkpoint]) -> Settled:
-    """Make base and models agree in what is tied, and adapters changes of the base.
+    """Give base and models the same ties, and bind adapters to the base.
 
     Args:
         base: the pretrained model.
-        models: the fine-tuned models by the base's names; adapters not yet on their base, see `Checkpoint.on`.
+        models: the fine-tuned models by the base's names; adapters not yet bound to their base, see `Checkpoint.on`.
 
     Raises:
         CheckpointError: an adapter does not fit the base, or a file cannot be read.
@@ -43,7 +44,7 @@ def settle_ties(base: Checkpoint, models: Sequence[Checkpoint]) -> Settled:
     for leader, group in groups.items():
         kept[leader] = others = [name for name in group if name != leader and _tied(base, leader, name)]
         base = base.tying(dict.fromkeys(others, leader))
-    alone: dict[str, list[str]] = {}  # leader → the models that have not all of the group's tensors equal
+    alone: dict[str, list[str]] = {}  # leader → the models in which the group's tensors are not all equal
     settled = []
     for model in models:
         model = model.on(base)
@@ -56,11 +57,11 @@ def settle_ties(base: Checkpoint, models: Sequence[Checkpoint]) -> Settled:
                     f"{', '.join(map(repr, group))}: all of them change; merge into a folder to have them untied"
                 )
                 model, agrees = _spread(model, name, leader, group), True
-            if not agrees and model.partial:  # whole models with a head of their own are misfits, see `find_misfits`
+            if not agrees and model.partial:  # whole models with a separate head are misfits, see `find_misfits`
                 alone.setdefault(leader, []).append(model.label)
         settled.append(model)
     untied: dict[str, str] = {}
-    for leader in groups if any(kept[leader] for leader in alone) else ():  # one setting is for all of a model's ties
+    for leader in groups if any(kept[leader] for leader in alone) else ():  # one setting covers all ties of a model
         own = kept[leader]
         base, settled = base.apart(own), [model.apart(own) for model in settled]
         untied |= dict.fromkeys(own, leader)
@@ -78,20 +79,20 @@ def _warn(message: str) -> None:
 
 
 def _only_change(model: Checkpoint, group: Sequence[str]) -> str | None:
-    """The one tensor of a group that an adapter changes, where it changes but one."""
+    """The tensor of a group that an adapter changes, if it changes only one."""
     changed = [name for name in group if name in model.names] if model.partial else []
     return changed[0] if len(changed) == 1 else None
 
 
 def _spread(model: Checkpoint, name: str, leader: str, group: Sequence[str]) -> Checkpoint:
-    """An adapter whose change of one tensor is that of the whole group."""
+    """An adapter whose change of one tensor applies to the whole group."""
     if name != leader:
         model = model.renamed({other: leader if other == name else other for other in model.names})
     return model.tying({other: leader for other in group if other != leader})
 
 
 def _in_doubt(base: Checkpoint, models: Sequence[Checkpoint]) -> bool:
-    """Whether models have not the same embeddings, or an adapter changes one."""
+    """Whether models have different embeddings, or an adapter changes one."""
     own = _embeddings((*base.names, *base.tied))
     for model in models:
         stored = (*model.names, *model.tied, *model.outside, *(model.source if model.partial else ()))
@@ -106,13 +107,13 @@ def _embeddings(names: Iterable[str]) -> set[str]:
 
 
 def _find_groups(base: Checkpoint, models: Sequence[Checkpoint]) -> dict[str, tuple[str, ...]]:
-    """Groups of names that are one tensor in the base, by the first of them that the base has."""
+    """Groups of names that are tied in the base, by the first of them that the base has."""
     names = dict.fromkeys(name for model in (base, *models) for name in (*model.names, *model.tied))
     found: dict[str, list[str]] = {}
     for name, first in base.tied.items():
         found.setdefault(first, [first]).append(name)
     known = find_groups(base.folder, names)
-    if known is None:  # of a file without a configuration, a fine-tuned model's folder may tell
+    if known is None:  # for a base file without a configuration, a fine-tuned model's folder may define the ties
         folders = (model.folder for model in models if not model.partial and model.folder is not None)
         known = next((groups for folder in folders if (groups := find_groups(folder, names)) is not None), None)
     if known is None:
@@ -126,7 +127,7 @@ def _find_groups(base: Checkpoint, models: Sequence[Checkpoint]) -> dict[str, tu
 
 
 def _equal_where_all_are(group: Sequence[str], models: Sequence[Checkpoint]) -> bool:
-    """Whether some model has several of a group's tensors, and all that have several have them equal."""
+    """Whether some model has several of a group's tensors, and they are equal in all models that do."""
     whole = [model for model in models if not model.partial]
     several = [(model, own) for model in whole if len(own := [name for name in group if name in model.names]) > 1]
     return bool(several) and all(are_equal(model, own[0], name) for model, own in several for name in own[1:])
@@ -141,14 +142,15 @@ def _agree(model: Checkpoint, leader: str, group: Sequence[str]) -> tuple[Checkp
     stored = [name for name in group if name in model.names and model.tied.get(name) not in group]
     if not stored:
         return model, True
-    if leader not in stored:  # stored by another of its names
+    if leader not in stored:  # stored under another of its names
         model = model.renamed({name: leader if name == stored[0] else name for name in (*model.names, *model.tied)})
     different = [name for name in stored[leader not in stored :] if name != leader and not _tied(model, leader, name)]
     return model.tying({name: leader for name in group if name != leader and name not in different}), not different
 
 
 def _agree_adapter(model: Checkpoint, leader: str, group: Sequence[str]) -> tuple[Checkpoint, bool]:
-    """An adapter that changes all of a group's tensors in the same way, or none; and else itself, and False."""
+    """An adapter that changes all of a group's tensors equally, or none, with True; otherwise the adapter itself and
+    False."""
     changed = [name for name in group if name in model.names]
     if not changed:
         return model, True

@@ -1,7 +1,7 @@
-"""Embeddings whose models have different vocabularies: which of their rows are merged.
+"""Embeddings of models with different vocabularies: the rows that are merged.
 
 A fine-tuned model may have added tokens, a base may have padding rows. Row i is token i in all of them, so the rows
-that they share can be merged; of those that only some have there is nothing to compare.
+that they share can be merged; rows that only some models have cannot be compared.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from freemerge.errors import MergeError
 Embeddings = Literal["error", "base", "common"]
 EMBEDDINGS: tuple[Embeddings, ...] = ("error", "base", "common")
 
-# What architectures call their input and output embeddings.
+# Names of input and output embeddings in architectures.
 _NAMES = re.compile(
     r"(?:.*\.)?(?:embed_tokens|tok_embeddings|token_embeddings?|word_embeddings|wte|embed_in|embed_out|shared|"
     r"output_embeddings|lm_head|lm_head\.(?:decoder|linear)|generator_lm_head|vocab_projector|"
@@ -26,14 +26,14 @@ _NAMES = re.compile(
 
 
 def is_embedding(name: str) -> bool:
-    """Whether a tensor is called like an embedding of tokens, of the input or the output."""
+    """Whether a tensor has the name of an input or output token embedding."""
     return _NAMES.fullmatch(name) is not None
 
 
 def is_vocabulary(name: str, base: Checkpoint, model: Checkpoint) -> bool:
     """Whether a tensor has a row for each token, and the rows of base and model can be matched.
 
-    Known names tell, or the base's `config.json`: its `vocab_size` is the tensor's number of rows.
+    This follows from known names, or from the base's `config.json` if its `vocab_size` is the tensor's number of rows.
 
     Args:
         name: a tensor that both have.
@@ -51,7 +51,7 @@ def is_vocabulary(name: str, base: Checkpoint, model: Checkpoint) -> bool:
 def match_rows(
     base: Checkpoint, models: Sequence[Checkpoint], merged: Sequence[str], embeddings: Embeddings
 ) -> dict[str, tuple[int, ...]]:
-    """How many rows of each model take part, for the tensors whose vocabularies differ.
+    """The number of rows of each model that take part, for tensors whose vocabularies differ.
 
     Args:
         base: the pretrained model.
@@ -60,18 +60,18 @@ def match_rows(
         embeddings: "error", "base" or "common"; see `merge`.
 
     Returns:
-        name → for each model its number of leading rows whose values count; a model's other rows count as the base's.
+        name → for each model, its number of leading rows that are used; its other rows are treated as the base's.
 
     Raises:
-        MergeError: vocabularies differ, and `embeddings` is "error"; it is none of the three; or a token has another
-            row in a model than in the base.
+        MergeError: vocabularies differ, and `embeddings` is "error"; it has another value; or a token has another row
+            in a model than in the base.
     """
     if embeddings not in EMBEDDINGS:
         raise MergeError(f"embeddings must be one of {', '.join(EMBEDDINGS)}, got {embeddings!r}")
     rows: dict[str, tuple[int, ...]] = {}
     for name in merged:
         own = base.spec(name).shape[0] if base.spec(name).shape else 0
-        # A model that has not this tensor leaves all rows of the base as they are.
+        # A model without this tensor leaves all rows of the base unchanged.
         counts = [model.spec(name).shape[0] if _differs(name, base, model) else own for model in models]
         if any(count != own for count in counts):
             shared = min(own, *counts)
@@ -100,7 +100,7 @@ def _misfit(name: str, rows: int, counts: Mapping[str, int]) -> str:
 
 
 def _compare_tokens(base: Checkpoint, models: Sequence[Checkpoint], merged: Sequence[str]) -> None:
-    """Refuse to merge rows of which the tokenizers say that they are of different tokens."""
+    """Refuse to merge rows that belong to different tokens according to the tokenizers."""
     for model in models:
         embedded = next((n for n in merged if is_embedding(n) and model.has(n) and is_vocabulary(n, base, model)), None)
         if embedded and (moved := moved_tokens(base.folder, model.folder)):

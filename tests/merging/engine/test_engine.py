@@ -224,7 +224,7 @@ def test_large_finite_values_are_not_mistaken_for_infinities(base):
 def test_calls_that_make_no_sense(tmp_path, base, models):
     for finetuned, message in [
         ([], "there is no fine-tuned model to merge; name at least one"),
-        ("model.safetensors", r"come in a list or a dict; write \['model.safetensors'\]"),
+        ("model.safetensors", r"must be a list or a dict; write \['model.safetensors'\]"),
         (models[0], "this is one state dict"),
         ([tmp_path / "x.pt", tmp_path / "x.pt"], "x.pt"),
     ]:

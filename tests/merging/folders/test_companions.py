@@ -59,7 +59,8 @@ def test_what_all_models_have_otherwise_is_said(tmp_path):
     }
     models = [write(tmp_path / name, files, rope_theta=1e6) for name in "ab"]
     assert note_of(tmp_path, base, models) == (
-        "the fine-tuned models agree on what the base has otherwise: rope_theta 1000000.0 of config.json (the base: "
+        "the fine-tuned models agree on settings that differ from the base's: rope_theta 1000000.0 of config.json (the "
+        "base: "
         '10000.0), eos_token_id [2, 7] of generation_config.json (the base: 2), eos_token "<|eot|>" of '
         "tokenizer_config.json (the base: none), a chat template (the base: none), custom_generate/generate.py (the "
         f"base: none); the result has the base's, companions_from='{models[0]}' takes that model's"
@@ -172,7 +173,7 @@ def test_the_command_says_it_and_takes_it(tmp_path, capsys):
     assert run(build_parser().parse_args(arguments)) == 0
     said = capsys.readouterr().err
     assert said.startswith(
-        "note: the fine-tuned models agree on what the base has otherwise: a chat template (the base"
+        "note: the fine-tuned models agree on settings that differ from the base's: a chat template (the base"
     )
     assert said.count("\n") == 1
     assert run(build_parser().parse_args([*arguments, "--companions_from", "a"])) == 0

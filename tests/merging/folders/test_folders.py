@@ -120,7 +120,7 @@ def test_a_part_may_be_left_out_or_untouched(tmp_path):
 def test_a_part_that_the_result_cannot_hold_is_said(tmp_path):
     base, model = write(tmp_path / "base", dense=1.0), write(tmp_path / "a", value=1.0, dense=2.0)
     for output in (None, tmp_path / "o.safetensors"):
-        with pytest.warns(MergeWarning, match=r"the weights in 2_Dense/ are no part of the result; write a folder"):
+        with pytest.warns(MergeWarning, match=r"the weights in 2_Dense/ are not part of the result; write a folder"):
             merge(base, [model], WeightAverage(), output=output)
 
 

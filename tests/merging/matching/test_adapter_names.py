@@ -328,7 +328,7 @@ def test_tensors_of_no_module(tmp_path):
         strange = {"gpt_neox.layers.0.attention.masked_bias": torch.ones(4), "mystery": torch.full((4,), mystery)}
         save_file(tensors | strange, file, metadata={"format": "pt"})
     arguments = {"output": tmp_path / "a", "output_format": "lora", "rank": 8}
-    with pytest.raises(MergeError, match=r"'mystery' has changed and is no part of the model"):
+    with pytest.raises(MergeError, match=r"'mystery' has changed and is not part of the model"):
         merge(tmp_path / "base", paths, WeightAverage(), **arguments)
     assert not (tmp_path / "a").exists()
     merge(tmp_path / "base", paths, WeightAverage(), exclude=["mystery"], **arguments)
@@ -340,7 +340,7 @@ def test_tensors_of_no_module(tmp_path):
     [
         ({"hidden_size": [8]}, r"config\.json: transformers cannot build a GPTNeoXForCausalLM from it"),
         ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000, expected at most"),
-        ({"vocab_size": 17}, r"'embed_out\.weight' has changed and is no part of the model"),
+        ({"vocab_size": 17}, r"'embed_out\.weight' has changed and is not part of the model"),
     ],
 )
 def test_a_damaged_configuration_of_the_base(tmp_path, changes, message):
