@@ -1,5 +1,4 @@
-"""freemerge: fine-tune one backbone on several tasks, merge the task vectors, and recover what the merge loses with
-lightweight experts.
+"""freemerge: fine-tune one backbone on several tasks, merge the task vectors, restore losses with lightweight experts.
 
 The public names are loaded when they are first used, so that `import freemerge` and a merge of checkpoints start
 without Lightning and transformers.

@@ -143,8 +143,7 @@ def _new_name(name: str) -> str | None:
 
 
 def names_that_moved(room: str) -> Callable[[str], Any]:
-    """A package's `__getattr__`, which looks up names that the package once exported in the packages that export them
-    now."""
+    """A package's `__getattr__`, which finds names that the package once exported where they are exported now."""
 
     def find(name: str) -> Any:
         home = _MOVED_NAMES.get((room, name))

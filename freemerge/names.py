@@ -27,8 +27,7 @@ def check_task_name(who: str, name: str) -> None:
 
 
 def class_name(kind: Any) -> str:
-    """The name of a class in files and keys: the bare class name for freemerge's own classes, else
-    `package.module.Class`.
+    """The name of a class in files and keys: the bare name for freemerge's own, otherwise `package.module.Class`.
 
     So freemerge's modules can move without changing files and keys.
     """

@@ -161,8 +161,7 @@ class _Views(TorchFunctionMode):
 
 
 def _find_places(model: PreTrainedModel) -> dict[str, Place]:
-    """What transformers would save of a model: name → place; tensors that are not a view of a single tensor are left
-    out."""
+    """The tensors that transformers would save of a model, name → place; only views of a single tensor are included."""
     tensors = dict(model.state_dict())
     owners: dict[int, str] = {}
     for name, tensor in tensors.items():

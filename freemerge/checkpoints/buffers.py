@@ -19,8 +19,8 @@ def is_constant(name: str, spec: TensorSpec) -> bool:
     """Whether a tensor is a constant of the configuration: never trained, and optional in files.
 
     Args:
-        name: name of the tensor. spec: its shape and dtype; they tell the causal mask of GPT-2's attention, (1, 1, n,
-            n), from a bias of the same name.
+        name: name of the tensor.
+        spec: its shape and dtype; they distinguish GPT-2's causal mask, (1, 1, n, n), from a bias of the same name.
     """
     if _CONSTANTS.fullmatch(name):
         return True

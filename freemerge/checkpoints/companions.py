@@ -99,8 +99,7 @@ def top_companions(folder: Path) -> Companions:
 
 
 def _walk(folder: Path, apart: set[Path], deep: bool) -> list[tuple[str, Path | None]]:
-    """Name and path of every file, sorted; the path is None for entries that are left out, such as a folder or a
-    pipe."""
+    """Name and path of every file, sorted; the path is None for entries that are left out, such as folders or pipes."""
     found: list[tuple[str, Path | None]] = []
     below = [("", folder)]
     while below:

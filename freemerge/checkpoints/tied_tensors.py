@@ -52,8 +52,7 @@ def find_groups(folder: Path | None, names: Iterable[str]) -> list[tuple[str, ..
 
 
 def guess_group(names: Iterable[str]) -> tuple[str, ...]:
-    """Names of input and output embeddings, which may be tied if the model is unknown; none without an input
-    embedding."""
+    """Names of input and output embeddings, possibly tied if the model is unknown; none without an input embedding."""
     found = {name: match[1] for name in names if (match := _WEIGHTS.fullmatch(name))}
     return tuple(found) if len(found) > 1 and any(found.values()) else ()
 

@@ -50,8 +50,7 @@ class Processes:
             self._group = None
 
     def share(self, shapes: Mapping[str, Sequence[int]]) -> list[str]:
-        """The tensors assigned to this process, in the given order; every process gets about the same number of
-        values."""
+        """The tensors assigned to this process, in the given order; all processes get about as many values."""
         if self.size == 1:
             return list(shapes)
         sizes = {name: torch.Size(shape).numel() for name, shape in shapes.items()}

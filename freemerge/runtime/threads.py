@@ -145,8 +145,7 @@ def scratch(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch
 
 
 def load_linalg(device: torch.device) -> None:
-    """Load `torch.linalg` for a device, before threads use it: torch loads the GPU part on the first call, and fails if
-    several threads make that call."""
+    """Load `torch.linalg` for a device before threads use it, because the first call on a GPU is not thread-safe."""
     if device.type == "cpu":
         return
     with _loading:

@@ -1,5 +1,4 @@
-"""Mathematics on tensors, independent of files: chunks, order statistics, spectra, low rank, rounding, name
-patterns."""
+"""Mathematics on tensors, without files: chunks, order statistics, spectra, low rank, rounding, name patterns."""
 
 from freemerge.tensors.patterns import compile_patterns, select
 

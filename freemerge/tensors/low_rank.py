@@ -24,8 +24,7 @@ _ITERATIONS = 24
 
 
 class Factors(NamedTuple):
-    """Factors whose product left @ right approximates a matrix; both contain the square roots of the singular
-    values."""
+    """Factors whose product left @ right approximates a matrix; both contain the singular values' square roots."""
 
     left: Tensor  # (m, r) float32
     right: Tensor  # (r, n) float32

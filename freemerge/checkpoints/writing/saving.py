@@ -14,8 +14,7 @@ from freemerge.checkpoints.memory import from_tensors
 def save_checkpoint(
     path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write a safetensors file atomically: after an interruption, `path` is either the old file or the complete new
-    one.
+    """Write a safetensors file atomically: an interruption leaves either the old file or the complete new one.
 
     Tied tensors are stored once, under the first of their names; the header's metadata maps the others to it, as
     safetensors itself does, and `load_checkpoint` ties them again. Views and non-contiguous tensors are stored as

@@ -1,5 +1,4 @@
-"""Complex tensors: no method merges them, so the base's are kept; changed ones are an error instead of a silent
-loss."""
+"""Complex tensors: no method merges them, so the base's are kept; changed ones are an error, not a silent loss."""
 
 from __future__ import annotations
 

@@ -33,8 +33,7 @@ _RUN = 1 << 17  # values of a whole tensor rounded and written at a time
 
 
 def copies_of_largest(method: MergeMethod, models: int) -> int:
-    """The number of float32 copies of the largest tensor that a merge may hold at a time; 0 if no tensor is ever whole
-    in memory.
+    """The number of float32 copies of the largest tensor that a merge may hold; 0 if no tensor is ever whole in memory.
 
     Args:
         method: how to merge.
@@ -187,8 +186,7 @@ class Executor:
 
     @contextmanager
     def _lent(self, values: int) -> Iterator[Tensor]:
-        """Memory for at least `size` values, (n,) float32 with arbitrary contents; on a GPU, torch's allocator pools
-        it."""
+        """Memory for at least `size` values, (n,) float32 with arbitrary contents; torch's allocator pools a GPU's."""
         if self._reader.place.type != "cpu":
             yield fresh((values,), torch.float32, self._reader.place)
             return

@@ -1,5 +1,4 @@
-"""Differences between the base and the fine-tuned models in the files around the weights: a chat template, an end
-token.
+"""Differences between base and fine-tuned models in the files around the weights, such as a chat template.
 
 The result takes the base's files, so differences that all fine-tuned models share would be lost silently. Settings that
 do not affect the use of a model (names, dtypes, dropout, labels of a head) are ignored.
@@ -65,7 +64,7 @@ def describe_differences(base: Companions, models: Mapping[str, Companions]) -> 
             f"the fine-tuned models agree on settings that differ from the base's: {', '.join(shared[:_SHOWN])}{more}"
         )
     if split:
-        said.append("every fine-tuned model has another chat template, and none has the base's")
+        said.append("every fine-tuned model has a different chat template, and none has the base's")
     if not said:
         return None
     first = next(label for label, around in models.items() if around.files)

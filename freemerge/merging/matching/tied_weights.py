@@ -149,8 +149,7 @@ def _agree(model: Checkpoint, leader: str, group: Sequence[str]) -> tuple[Checkp
 
 
 def _agree_adapter(model: Checkpoint, leader: str, group: Sequence[str]) -> tuple[Checkpoint, bool]:
-    """An adapter that changes all of a group's tensors equally, or none, with True; otherwise the adapter itself and
-    False."""
+    """An adapter that changes all of a group's tensors equally, or none, and True; otherwise the adapter and False."""
     changed = [name for name in group if name in model.names]
     if not changed:
         return model, True

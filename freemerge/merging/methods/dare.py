@@ -27,8 +27,7 @@ class DareStatistics(NamedTuple):
 
 @dataclass(frozen=True)
 class Dare(MergeMethod):
-    """Preprocess for another method: v_k ← m_k ⊙ v_k / (1 − drop), where entries of m_k are zero with probability
-    `drop`.
+    """Thin vectors for another method: v_k ← m_k ⊙ v_k / (1 − drop), entries of m_k are zero with probability `drop`.
 
     The expectation of each entry is unchanged. A mask depends only on the seed, the model's name and the tensor's name:
     not on the order of the models, nor on which other tensors are merged. As many passes as the inner method.

@@ -109,8 +109,7 @@ class HighPass(Filter):
 
 @dataclass(frozen=True)
 class Butterworth(Filter):
-    """Smooth high-pass 1/(1 + (cutoff/f)^(2·order)), without the ringing of `HighPass`, which it approaches for high
-    orders.
+    """Smooth high-pass 1/(1 + (cutoff/f)^(2·order)), without ringing; it approaches `HighPass` for high orders.
 
     Args:
         cutoff: the frequency of gain ½, in (0, √½]; see `HighPass` for the unit.
@@ -238,8 +237,8 @@ def _transform(rows: Tensor, plan: _Plan) -> None:
     """Transform a few rows at a time; their spectrum overwrites them as far as it fits.
 
     Args:
-        rows: (length of a line, length of the axis) float32, contiguous; overwritten. plan: the operations on the
-            lines.
+        rows: (length of a line, length of the axis) float32, contiguous; overwritten.
+        plan: the operations on the lines.
     """
     length = rows.shape[1]
     stays = torch.ones(length // 2 + 1, dtype=torch.bool).index_fill_(0, plan.removed, False).nonzero()[:, 0].tolist()

@@ -16,8 +16,7 @@ from freemerge.tensors.spectra import leading_components, left_spectrum, roundin
 
 @dataclass(frozen=True)
 class IsoCTS(MatrixMethod):
-    """Replace the weakest directions of the summed task vectors by task-specific ones, and flatten the spectrum. One
-    pass.
+    """Replace the weakest directions of the summed task vectors by task-specific ones, flatten the spectrum. One pass.
 
     For a matrix of shape (m, n), r = min(m, n), and K tasks, each with t = round((r − ⌊common·r⌋)/K) task-specific
     directions:
@@ -88,8 +87,7 @@ def _merge_tall(matrices: Tensor, common: int, own: int) -> Tensor:
 
 
 def _floor(tolerance: float, matrix: Tensor, rest: Tensor) -> float:
-    """The tolerance for the rest of a matrix: rounding of the whole matrix must not count as a direction of the
-    rest."""
+    """The tolerance for the rest of a matrix: the whole matrix's rounding must not count as a direction of the rest."""
     whole, left = (float(torch.linalg.vector_norm(part)) for part in (matrix, rest))
     return tolerance * max(1.0, whole / left) if left else tolerance
 

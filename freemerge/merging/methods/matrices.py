@@ -1,5 +1,4 @@
-"""Base class of methods for matrices: selects matrix tensors, and optionally applies a high-pass filter before the
-merge.
+"""Base class of methods for matrices: selects matrix tensors, and optionally filters them before the merge.
 
 - Linear layers and embeddings, (m, n), are matrices; so are convolutions, as dim 0 × the rest.
 - Stacked experts, (E, m, n), are E matrices, each merged separately; their biases, (E, n), are E vectors.

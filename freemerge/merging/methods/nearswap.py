@@ -1,5 +1,4 @@
-"""NearSwap: adopt another model's entries where they are close to the base's, and at most t of larger changes
-(alchemonaut, 2024)."""
+"""NearSwap: adopt another model's changes where they are small, and at most t of larger ones (alchemonaut, 2024)."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Access to a method's parameters by name, and to those of its parts by dotted path: `scale`, `filter.cutoff`,
-`method.density`."""
+"""Access to the parameters of a method and its parts by dotted path: `scale`, `filter.cutoff`, `method.density`."""
 
 from __future__ import annotations
 

@@ -32,7 +32,8 @@ class PerPattern(MergeMethod):
     Args:
         default: merges the tensors that no pattern matches.
         overrides: pattern → method. Globs, or regular expressions after `re:`, for whole names; the first match is
-            used. scale: multiplies the result.
+            used.
+        scale: multiplies the result.
     """
 
     statistics_fields: ClassVar = ("default", "overrides")

@@ -103,7 +103,9 @@ def test_added_tokens_are_said(tmp_path):
 def test_templates_that_differ_from_each_other_are_said(tmp_path):
     base = write(tmp_path / "base")
     models = [write(tmp_path / name, {"tokenizer_config.json": {"chat_template": name}}) for name in "ab"]
-    assert note_of(tmp_path, base, models).startswith("every fine-tuned model has another chat template, and none has")
+    assert note_of(tmp_path, base, models).startswith(
+        "every fine-tuned model has a different chat template, and none has"
+    )
 
 
 def test_the_files_of_a_model_are_taken(tmp_path):

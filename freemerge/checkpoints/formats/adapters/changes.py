@@ -41,8 +41,7 @@ class Change(ABC):
         """The difference, (*shape) float32, or a chunk (start, stop) of it in row-major order, (stop − start,)."""
 
     def orientations(self, base: tuple[int, ...]) -> tuple[bool, ...]:
-        """The values of `turned` with which the change fits the base: one, both if the base's tensor is square, or
-        none."""
+        """The values of `turned` with which the change fits the base: none, one, or both if the base's is square."""
         return (self.turned,)
 
     def turn(self, turned: bool) -> Change:

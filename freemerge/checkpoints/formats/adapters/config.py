@@ -46,8 +46,7 @@ class AdapterConfig:
     values: Mapping[str, Any] = field(repr=False)
 
     def scale(self, module: str, rank: int) -> float:
-        """s = α/r, or α/√r with rsLoRA; `alpha_pattern` may set α for modules, by patterns that match the end of their
-        names.
+        """s = α/r, or α/√r with rsLoRA; `alpha_pattern` may set α for modules whose names end with a pattern.
 
         Args:
             module: the module's name.

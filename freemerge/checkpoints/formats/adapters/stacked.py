@@ -145,9 +145,7 @@ class StackedModule:
     def _told_by_model(
         self, base: Checkpoint, ways: list[dict[str, StackedLowRank]]
     ) -> list[dict[str, StackedLowRank]]:
-        """Keep the assignments that PEFT would choose: it takes the orientation from the module's class, and wraps the
-        parameters in the module's order.
-        """
+        """Keep the assignments that PEFT would choose, by the module's class and the order of its parameters."""
         architecture = read_architecture(base.folder)
         module = dict(architecture.model.named_modules()).get(self.module) if architecture else None
         if module is None:
