@@ -82,7 +82,9 @@ def _merge(arguments: list[str]) -> int:
         parser = merge.build_parser()
         config = parser.parse_args(arguments)
         parser.check_environment()
-        return merge.run(config)
+        from freemerge.cli import run_merge  # with torch
+
+        return run_merge.run(config)
 
 
 def _show(text: str) -> None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-import jsonargparse
-
 from freemerge.cli.commands import methods, version
 from freemerge.cli.parsing import ENV_PREFIX, OneLineErrors, said_by
 from freemerge.cli.remembered import Said
@@ -28,18 +26,11 @@ def build_parser() -> OneLineErrors:
     """Build the parser of `merge`. Methods are given by class name or import path; their parameters are options.
 
     Returns:
-        A parser; pass the result of its `parse_args` to `run`.
+        A parser; pass the result of its `parse_args` to `run_merge.run`.
     """
     from freemerge.merging import MergeMethod  # imported here so that --help does not import torch
 
     return _make_parser(MergeMethod)
-
-
-def run(config: jsonargparse.Namespace) -> int:
-    """Merge according to a parsed configuration; returns the exit code, see `run_merge.run`."""
-    from freemerge.cli import run_merge  # imports torch
-
-    return run_merge.run(config)
 
 
 def said() -> Said:

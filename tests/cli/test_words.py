@@ -99,7 +99,8 @@ def test_what_cannot_be_meant_is_one_line(words, message, capsys) -> None:
         ("dare-linear", "did you mean --method Dare --method.method TaskArithmetic?"),
         ("breadcrumbs_ties", "there is no class 'breadcrumbs_ties'; Breadcrumbs and Ties are two separate methods"),
         ("task_arithmetic", "did you mean 'TaskArithmetic'?"),
-        ("slerp", "there is no class 'slerp'; known: Breadcrumbs, "),
+        ("slerp", "did you mean 'Slerp'?"),
+        ("passthrough", "there is no class 'passthrough'; known: ACEMerging, "),
     ],
 )  # fmt: skip
 def test_other_tools_names_of_methods(name, message, capsys) -> None:

@@ -8,7 +8,8 @@ import torch
 import yaml
 
 from freemerge.checkpoints import load_checkpoint, save_checkpoint
-from freemerge.cli.merge import build_parser, run
+from freemerge.cli.merge import build_parser
+from freemerge.cli.run_merge import run
 from freemerge.merging import Dare, FRMerging, Gaussian, HighPass, PCBMerging, PerPattern, Ties, WeightAverage, merge
 
 

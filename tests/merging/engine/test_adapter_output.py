@@ -10,7 +10,8 @@ from peft import LoraConfig, PeftModel
 
 from freemerge.checkpoints import CheckpointError, load_checkpoint, open_checkpoint, save_checkpoint
 from freemerge.checkpoints.formats.adapters.layers import Layer, find_layer
-from freemerge.cli.merge import build_parser, run
+from freemerge.cli.merge import build_parser
+from freemerge.cli.run_merge import run
 from freemerge.merging import FRMerging, Gaussian, MergeError, TaskArithmetic, Ties, WeightAverage, merge
 from tests.merging.test_merging_peft import Vision, bert, gpt2, llama, write
 

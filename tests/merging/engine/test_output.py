@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from freemerge.checkpoints import CheckpointError, hash_tensors, load_checkpoint, save_checkpoint
-from freemerge.cli.merge import build_parser, run
+from freemerge.cli.merge import build_parser
+from freemerge.cli.run_merge import run
 from freemerge.merging import FRMerging, Gaussian, PCBMerging, TaskArithmetic, WeightAverage, merge
 from freemerge.merging.engine.record import describe_method
 from tests.merging.merging_models import METHODS

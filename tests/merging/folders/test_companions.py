@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from freemerge.checkpoints import save_checkpoint
-from freemerge.cli.merge import build_parser, run
+from freemerge.cli.merge import build_parser
+from freemerge.cli.run_merge import run
 from freemerge.merging import MergeError, MergeWarning, WeightAverage, merge
 
 CONFIG = {

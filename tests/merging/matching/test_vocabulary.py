@@ -9,7 +9,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from freemerge.checkpoints import open_checkpoint, save_checkpoint
 from freemerge.checkpoints.vocabulary import moved_tokens, vocabulary_size
-from freemerge.cli.merge import build_parser, run
+from freemerge.cli.merge import build_parser
+from freemerge.cli.run_merge import run
 from freemerge.merging import FRMerging, MergeError, PCBMerging, TaskArithmetic, WeightAverage, merge
 from tests.merging.merging_models import METHODS
 
