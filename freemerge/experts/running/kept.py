@@ -35,7 +35,10 @@ class Place(NamedTuple):
     @property
     def tensor(self) -> Tensor:
         """What is there now."""
-        return (self.owner._parameters if self.leaf in self.owner._parameters else self.owner._buffers)[self.leaf]
+        owned = self.owner._parameters if self.leaf in self.owner._parameters else self.owner._buffers
+        tensor = owned[self.leaf]
+        assert tensor is not None  # an expert changes what is there
+        return tensor
 
 
 def places_of(twin: nn.Module, names: Mapping[str, Any], plans: dict[Any, Any]) -> list[Place]:
