@@ -86,12 +86,12 @@ class Measure:
     def free(
         self, model: FreeModel, loaders: Mapping[str, Any], told: Literal["task", "head", "nothing"]
     ) -> dict[str, float]:
-        """A FREE model that is told each sample's task, only which head is to answer, or finds both by itself."""
+        """Scores of a FREE model that is given each sample's task, or only the head to use, or neither."""
         model = model.eval().to(self.device)
         return self._evaluate(
             lambda inputs, task: model(inputs) if told == "nothing" else model(inputs, **{told: task}), loaders
         )
 
     def routing(self, model: FreeModel, loaders: Mapping[str, Any]) -> Routing:
-        """Which tasks' samples a FREE model takes for which tasks', and where it abstains."""
+        """Router confusion matrix of a FREE model, with the number of abstentions for each task."""
         return evaluate_routing(model.eval().to(self.device), loaders, self.device)

@@ -2,10 +2,9 @@
 
     pretrain → finetune (each task) → merge (each method) → experts (each task) → router → evaluate
 
-Every stage has its folder under the run's, is skipped when it is done, and goes on where it was interrupted
-(`StageFolder`). What is finished is replaced only where that is asked for (`make_plan`), and one process at a time
-works in a run's folder (`only_run`). Every fit has a fresh Trainer, so all of Lightning's flags keep their meaning in
-each.
+Every stage has its own folder in the run's, is skipped if it is done, and resumes where it was interrupted
+(`StageFolder`). Finished results are replaced only with `overwrite` (`make_plan`), and only one process at a time works
+in a run's folder (`only_run`). Every fit has a new Trainer, so all of Lightning's flags keep their meaning.
 
     <run>/pretrain/               base.safetensors           pretrained here, or copied from the cache
     <run>/finetune/<task>/        backbone.safetensors, head.safetensors
@@ -44,19 +43,19 @@ class SuiteRun(RunContext):
     """All stages over one suite.
 
     Args:
-        tuner: the template that is fine-tuned on each task; its backbone is the base, or, where the suite has
-            pretraining data, what is pretrained to become the base.
+        tuner: the template that is fine-tuned on each task; its backbone is the base or, if the suite has pretraining
+            data, is pretrained to become the base.
         suite: the tasks.
         folder: the run's folder.
-        trainer: arguments of the Trainer, a fresh one for each fit; Lightning's defaults if not given.
+        trainer: arguments of the Trainer, of which each fit makes a new one; by default Lightning's own.
         settings: the stages' settings.
-        seed: every stage's randomness derives from it and the stage's name, so that skipping one changes no other.
-        ckpt_path: checkpoint to resume from, where the stages to run consist of exactly one fit.
-        overwrite: do stages again whose settings or inputs changed since they finished; a ValueError names them if not.
-        config_text: kept as `config.yaml` in the run's folder.
-        checkpoint_steps: write what an interrupted fit goes on from every so many steps within an epoch, too.
-        checkpoint_minutes: likewise when so many minutes have passed; None writes it once an epoch.
-        trainer_class: the class of the Trainer, or what makes one.
+        seed: seed of the run; each stage's seed derives from it and the stage's name, so skipping one changes no other.
+        ckpt_path: checkpoint to resume from, if the stages to run have exactly one fit.
+        overwrite: run stages again whose settings or inputs have changed; otherwise a ValueError names these stages.
+        config_text: text to save as `config.yaml` in the run's folder.
+        checkpoint_steps: write the checkpoint for resuming every so many steps, in addition to once per epoch.
+        checkpoint_minutes: also write it whenever so many minutes have passed; None turns this off.
+        trainer_class: the class of the Trainer, or a function that makes one.
 
     Raises:
         ValueError: if the Trainer has no such argument.

@@ -1,4 +1,4 @@
-"""What the stages of a run can be told: one dataclass per stage, one key in the configuration for each."""
+"""The settings of a run's stages: one dataclass and one configuration key for each stage."""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ def check_trainer(where: str, overrides: dict[str, Any]) -> None:
 
 @dataclass
 class FitSettings:
-    """What every stage that fits something can be told.
+    """Settings of every stage that fits a model.
 
     Args:
-        trainer: Trainer arguments for this stage, over those of `trainer`.
-        batch_size: training batch size; the suite's if not given.
-        optimizer: makes the optimizer; AdamW if not given.
+        trainer: Trainer arguments for this stage, which override those of `trainer`.
+        batch_size: training batch size; by default the suite's.
+        optimizer: function that makes the optimizer; by default AdamW.
         schedule: how the learning rate falls after warm-up.
-        warmup: share of the steps over which the learning rate rises.
+        warmup: fraction of the steps over which the learning rate rises.
     """
 
     trainer: TrainerArguments = field(default_factory=dict)
@@ -63,7 +63,7 @@ class FitSettings:
 
     @property
     def optimization(self) -> dict[str, Any]:
-        """The arguments that every trainer's optimizer set-up takes."""
+        """The optimizer arguments that all training modules share."""
         return {"optimizer": self.optimizer, "schedule": self.schedule, "warmup": self.warmup}
 
 
@@ -72,7 +72,7 @@ class PretrainSettings(FitSettings):
     """The stage that pretrains the backbone on the suite's own pretraining data; skipped by suites that have none.
 
     Args:
-        cache: folder where pretrained backbones are kept by the hash of what they depend on, for other runs to copy.
+        cache: folder of pretrained backbones, keyed by the hash of their settings and data, which other runs reuse.
     """
 
     cache: str | None = None
@@ -80,11 +80,11 @@ class PretrainSettings(FitSettings):
 
 @dataclass
 class FinetuneSettings:
-    """The stage that fine-tunes the base on each task; how is said by `model` and `trainer`.
+    """The stage that fine-tunes the base on each task. Configured by `model` and `trainer`.
 
     Args:
-        trainer: Trainer arguments for this stage, over those of `trainer`.
-        weights: which weights make the task vector: those at the end of the fit, or those with the best val/acc.
+        trainer: Trainer arguments for this stage, which override those of `trainer`.
+        weights: the weights of the task vector: those at the end of the fit (`last`), or those with the best val/acc.
     """
 
     trainer: TrainerArguments = field(default_factory=dict)
@@ -95,7 +95,7 @@ class FinetuneSettings:
 
 
 def default_methods() -> dict[str, MergeMethod]:
-    """The methods of the report, by the name of their line."""
+    """Line of the report → merging method, by default."""
     return {
         "average": WeightAverage(),
         "task arithmetic": TaskArithmetic(),
@@ -107,7 +107,7 @@ def default_methods() -> dict[str, MergeMethod]:
 
 @dataclass
 class MergeSettings:
-    """The stage that merges the task vectors, by every method, each at the scale that does best on validation data.
+    """The stage that merges the task vectors with every method, each at its best scale on validation data.
 
     Args:
         methods: line of the report → merging method; if not given, plain averaging, task arithmetic, TIES, PCB and FR.
@@ -141,11 +141,11 @@ class MergeSettings:
 
 @dataclass
 class ExpertsSettings(FitSettings):
-    """The stage that makes each task's expert: extract it from the residual, then train it against the teacher.
+    """The stage that extracts each task's expert from the residual, then trains it against the fine-tuned teacher.
 
     Args:
         kind: `sparse` experts hold the largest entries of the residual, `low_rank` ones its leading directions.
-        density: share d of the backbone's parameters that an expert holds as values.
+        density: fraction d of the backbone's parameters that an expert holds as values.
         scope: where a sparse expert's entries are ranked: over the whole model, in each tensor, or in each row.
         vectors: norms and biases are `ranked` like all others, kept `whole` as far as half the density goes, or left
             out (`none`).
@@ -155,7 +155,7 @@ class ExpertsSettings(FitSettings):
         feature_weight: weight of the features' loss.
         feature_loss: `mse` or `cosine`.
         logit_weight: weight of the logits' loss.
-        temperature: of the softened logits.
+        temperature: temperature of the softened logits.
         cache_teacher: compute the teacher's features of each input once and keep them: for data without augmentation.
         mixup: largest share of another input that is blended into each, for teacher and student alike; for images, and
             not with `cache_teacher`. Few data then go a longer way, in more epochs.
@@ -195,7 +195,7 @@ class ExpertsSettings(FitSettings):
 
     @property
     def training(self) -> dict[str, Any]:
-        """The arguments of `ExpertTrainer` beside models and data."""
+        """The arguments of `ExpertTrainer` except models and data."""
         names = ("feature_weight", "logit_weight", "temperature", "feature_loss", "cache_teacher", "mixup")
         return self.optimization | {name: getattr(self, name) for name in names} | {"encoding": self.values}
 
@@ -205,16 +205,16 @@ class RouterSettings(FitSettings):
     """The stage that trains the router on a balanced mixture of all tasks.
 
     Args:
-        kind: `conv` is a small network over images; `early` looks at what the merged backbone makes of any input at an
-            early point.
+        kind: `conv` is a small network on images; `early` uses features from an early point of the merged backbone, for
+            any inputs.
         width: channels of a `conv` router's first convolution.
-        point: the submodule of the backbone's model whose output an `early` router looks at.
+        point: the submodule of the backbone's model whose output an `early` router uses.
         hidden: width of the router's hidden layer; 0 makes it linear.
         directions: how many directions of the router's features are looked at to tell inputs like none of the tasks';
             0 leaves that out.
         share: share of validation samples that must be routed; those the router is least sure of, the least familiar,
             and what is as strange to it, get the plain merged backbone. 1 routes everything.
-        top_n: how many of the most likely tasks' experts are mixed.
+        top_n: number of experts, of the most likely tasks, that are mixed.
     """
 
     kind: Literal["conv", "early"] = "conv"
@@ -241,18 +241,19 @@ class RouterSettings(FitSettings):
 
 @dataclass
 class TuneSettings:
-    """The search for one method's parameters on validation data, by the command `tune`.
+    """The command `tune`: a search for one method's parameters on validation data.
 
     Args:
-        line: which of `merge.methods` to tune; `merge.free` if not given.
-        method: a method to tune instead, with the values from which the search sets out.
-        space: parameter (`scale`, `ratio`, `filter.cutoff`, …) → its range; λ of each task if not given.
-        trials: how many points to try in all; a later command with more goes on.
-        seconds: how long a command may search; a trial that has begun is finished.
+        line: the name in `merge.methods` of the method to tune; by default `merge.free`.
+        method: a method to tune instead, with the initial values of the search.
+        space: parameter (`scale`, `ratio`, `filter.cutoff`, …) → its range; by default λ of each task.
+        trials: total number of points to try; a later command with a larger number continues the search.
+        seconds: time limit of one command; a trial that has begun is finished.
         sampler: `cmaes`, the evolutionary search of PCB-Merging, or Optuna's `tpe`, or `random`.
-        goal: the mean accuracy over the tasks, that of accuracy ÷ individual model (`normalized`), or its `worst`.
-        models: run folder whose fine-tuned models to take as they are, instead of this run's own.
-        part: `search` only takes part in the search of another process, which brings it to its end.
+        goal: the mean accuracy over the tasks (`mean`), the mean of accuracy ÷ individual accuracy (`normalized`), or
+            the lowest such ratio (`worst`).
+        models: another run's folder, whose fine-tuned models are used instead of this run's own.
+        part: `search` only joins the search of another process, which finishes it.
     """
 
     line: str | None = None
@@ -274,15 +275,15 @@ class TuneSettings:
 
 @dataclass
 class RunSettings:
-    """Where a run keeps its results, and what of it to do.
+    """The run's folder, its stages, and how often it writes checkpoints.
 
     Args:
-        folder: the run's folder; a second run with the same configuration goes on there.
-        stages: which stages to run, of pretrain, finetune, merge, experts, router, evaluate.
-        overwrite: do again what was finished with other settings, or from other files; if not set, this is an error
-            that names the stages and says what differs.
-        checkpoint_steps: write what an interrupted fit goes on from every so many steps within an epoch, too.
-        checkpoint_minutes: likewise when so many minutes have passed; null writes it once an epoch.
+        folder: the run's folder; a second run with the same configuration continues there.
+        stages: the stages to run, out of pretrain, finetune, merge, experts, router, evaluate.
+        overwrite: replace results that were made with other settings or from other files; otherwise they are an error
+            that names the stages and the differences.
+        checkpoint_steps: write the checkpoint for resuming every so many steps, in addition to once per epoch.
+        checkpoint_minutes: also write it whenever so many minutes have passed; null turns this off.
     """
 
     folder: str = "runs/freemerge"

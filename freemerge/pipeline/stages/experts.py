@@ -1,4 +1,4 @@
-"""The stage `experts`: cut out of the residuals, then trained against the fine-tuned models."""
+"""The stage `experts`: extract experts from the residuals, then train them against the fine-tuned models."""
 
 from __future__ import annotations
 

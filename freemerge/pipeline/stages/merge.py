@@ -1,4 +1,4 @@
-"""The stage `merge`: the task vectors by every method, each at the scale that does best on validation data."""
+"""The stage `merge`: merge the task vectors with every method, each at its best scale on validation data."""
 
 from __future__ import annotations
 

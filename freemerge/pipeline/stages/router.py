@@ -1,4 +1,4 @@
-"""The stage `router`: trained on a mixture of all tasks."""
+"""The stage `router`: train the router on a mixture of all tasks."""
 
 from __future__ import annotations
 

@@ -2,9 +2,9 @@
 
     <run>/tune/<method>/   study.journal, merged.safetensors, merge.yaml, report.json
 
-A trial costs an evaluation: the task vectors stay in memory, and surveys are shared (`merging.candidates`). Several
-processes may search together, each on a device of its own; the one that brings the search to its end evaluates the
-chosen point on test data, once, beside the method as it was configured.
+A trial costs one evaluation: the task vectors stay in memory, and trials share the statistics (`merging.candidates`).
+Several processes may search together, each on its own device. The process that finishes the search evaluates the chosen
+point once on test data, beside the method as configured.
 """
 
 from __future__ import annotations
