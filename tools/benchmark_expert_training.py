@@ -1,10 +1,10 @@
-"""What training an expert takes: all summed weights at once (`functional_call`), or one layer's at a time, as is done.
+"""Time and memory of expert training: all summed weights at once (`functional_call`), or one layer's at a time (ours).
 
     python tools/benchmark_expert_training.py            # ViT-B/32, batch 2: some minutes
 
-A random ViT with random experts takes a few training steps in a process of its own per line. `memory` is by how much
-the largest resident set grows from the loaded backbone to the last step, in multiples of the backbone; `time` is a
-step's, in multiples of the first line's.
+For each line, a separate process trains random experts of a random ViT for a few steps. `memory` is the growth of the
+largest resident set from the loaded backbone to the last step, in multiples of the backbone; `time` is the time per
+step, in multiples of the first line's.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""What routing and switching cost: a FREE model on mixed batches of many tasks, against one plain model on the same.
+"""The cost of routing and switching: a FREE model on mixed batches of many tasks, compared with one plain model.
 
     python tools/benchmark_free_model.py                           # the quickstart's ViT, 8 tasks, batch 256: a minute
     python tools/benchmark_free_model.py --shape vit-b32 --repeat 3
     python tools/benchmark_free_model.py --shape vit-b32 --device cuda --dtype float32 bfloat16
 
 Weights and experts are random; the router runs, but each batch is dealt out evenly. Every figure is a ratio within one
-run: plain and FREE passes alternate, and the median of their ratios counts. `held` is what a model keeps in memory
+run: plain and FREE passes alternate, and the median of their ratios is used. `held` is what a model keeps in memory
 between passes; the changed weights that small models keep (`FreeModel.cache_bytes`) are listed apart. `peak` compares
 the largest resident sets of two processes, which load a model and run a batch of 8, each without what its imports take;
 on a GPU it is what torch has allocated there, with the batch itself.

@@ -1,4 +1,4 @@
-"""How long a merge takes and how much memory, against the least that any merge has to do.
+"""Time and memory of a merge, compared with the minimum that any merge needs.
 
     python tools/benchmark_merge.py                        # both cases, all parts: about a quarter of an hour
     python tools/benchmark_merge.py --case vit --methods Ties PCB --repeat 5

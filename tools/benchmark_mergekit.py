@@ -1,4 +1,4 @@
-"""The same merges by mergekit and by freemerge: time, memory, and whether they agree.
+"""Compare mergekit and freemerge on the same merges: time, memory, and agreement of the results.
 
     python tools/benchmark_mergekit.py                            # Llama of 0.35 B, four models: about half an hour
     python tools/benchmark_mergekit.py --small --repeat 1         # tries it out

@@ -1,4 +1,4 @@
-"""Does a router know what it does not know? Its accuracy, and how often it abstains, in and out of the suite.
+"""A router's accuracy, and how often it abstains, on inputs of the suite's tasks and on out-of-distribution inputs.
 
     python -m freemerge fit --config configs/vision8.yaml --data.folder DATA --model.backbone.weights WEIGHTS \\
         --run.folder runs/vision8/0

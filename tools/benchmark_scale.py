@@ -1,4 +1,4 @@
-"""That memory does not grow with the model, and time grows linearly: merges of 1, 2, 4 and 7 B parameters.
+"""Memory and time against model size: merges of 1, 2, 4 and 7 B parameters.
 
     python tools/benchmark_scale.py                              # 17 GB of disk at most; about half an hour
     python tools/benchmark_scale.py --sizes 1 2 --methods Ties

@@ -1,11 +1,11 @@
-"""Fits, callbacks and merges under every strategy, on whatever devices there are.
+"""Run fits, callbacks and merges under every strategy, on the available devices.
 
     python tools/check_gpu.py                        # everything; rows that need a GPU are skipped where there is none
     python tools/check_gpu.py --only cpu-ddp gpu-ddp
 
-Every case is a process of its own (with one more per further rank): a small network is fine-tuned with all callbacks
-that its strategy allows, and what they wrote is compared with what one process makes of the same weights. Prints a
-table; the exit code is 1 if anything failed.
+Every case runs in its own process (plus one for each further rank): it fine-tunes a small network with all callbacks
+that its strategy allows, and compares their files with the result of one process on the same weights. Prints a table;
+the exit code is 1 if a case failed.
 """
 
 from __future__ import annotations
