@@ -47,6 +47,12 @@ class HelpFormatter(DefaultHelpFormatter, RawDescriptionHelpFormatter):
         return f"{text}, one of {re.sub('[a-zA-Z_][a-zA-Z0-9_.]*[.]', '', known)}" if found else text
 
 
+def instantiate(parser: jsonargparse.ArgumentParser, config: jsonargparse.Namespace) -> jsonargparse.Namespace:
+    """Objects in place of the classes that a configuration describes, by the name that this jsonargparse has for it."""
+    made: jsonargparse.Namespace = getattr(parser, "instantiate", parser.instantiate_classes)(config)
+    return made
+
+
 class OneLineErrors(ArgumentParser):
     """A mix-in for parsers that prints each error as one line.
 

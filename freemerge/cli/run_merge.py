@@ -18,7 +18,7 @@ import torch
 
 from freemerge.checkpoints import CheckpointError
 from freemerge.cli.merge import build_parser
-from freemerge.cli.parsing import ENV_PREFIX, OneLineErrors
+from freemerge.cli.parsing import ENV_PREFIX, OneLineErrors, instantiate
 from freemerge.cli.printing import print_error
 from freemerge.cli.problems import options
 from freemerge.cli.syntax import as_options
@@ -40,7 +40,7 @@ def run(config: jsonargparse.Namespace) -> int:
     try:
         method = config.method
         if not isinstance(method, MergeMethod):
-            method = build_parser().instantiate_classes(jsonargparse.Namespace(method=method)).method
+            method = instantiate(build_parser(), jsonargparse.Namespace(method=method)).method
         with _notes(), _bar(sys.stderr.isatty() and rank == 0) as progress:
             names = {
                 **signature(merge).parameters,
@@ -164,4 +164,4 @@ def _object(hint: Any, key: str, value: Any) -> Any:
     parser = OneLineErrors(env_prefix=f"{ENV_PREFIX}_MERGE_", default_env=False)
     parser.add_argument(f"--overrides.{key}", type=hint)
     config = parser.parse_object({"overrides": {key: value}})
-    return parser.instantiate_classes(config).overrides[key]
+    return instantiate(parser, config).overrides[key]

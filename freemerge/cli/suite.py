@@ -350,6 +350,7 @@ def quieten() -> None:
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
         logging.getLogger(name).setLevel(logging.WARNING)
     harmless = (
+        "was deprecated in v4.49.0",  # jsonargparse's instantiate_classes, which LightningCLI calls
         "does not have many workers",
         "Checkpoint directory .* exists",
         "is smaller than the logging",

@@ -8,6 +8,7 @@ that the smallest models are never starved by Python.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +18,7 @@ from torch.utils.data import Dataset
 from freemerge.data.batches import StackedBatch
 from freemerge.data.transforms import batched
 
-Augmentation = Callable[[Tensor], Tensor]
+Augmentation = Callable[[Tensor], Any]  # it returns a tensor; newer jsonargparse would ask for a Tensor's subclass
 """Batched: float32 images (B, C, H, W) in [0, 1] → the same; randomness comes from torch's global generator.
 
 A transform of `torchvision.transforms.v2` is one too: it is applied to each image apart."""

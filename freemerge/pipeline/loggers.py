@@ -64,7 +64,9 @@ def _make(spec: LoggerSpec, folder: Path, name: str) -> Logger:
             given = config.logger.init_args.get(called)
             is_default = given is None or given == parameters[called].default
             config.logger.init_args[called] = name if is_default else f"{given}/{name}"
-        return _parser().instantiate_classes(config).logger
+        parser = _parser()
+        # Its name since jsonargparse 4.49; the older one is deprecated.
+        return getattr(parser, "instantiate", parser.instantiate_classes)(config).logger
     return copy.deepcopy(spec) if isinstance(spec, Logger) else spec(name)
 
 
