@@ -220,7 +220,7 @@ def test_the_help_of_fit_has_a_group_for_each_part(capsys) -> None:
         main(["fit", "--help"])
     out = capsys.readouterr().out
     assert out.startswith("usage: python -m freemerge fit --config FILE [options]\n\nFine-tune on every task")
-    for title in ("Where a run keeps its results", "The stage that merges", "The stage that trains the router"):
+    for title in ("The run's folder, its stages", "The stage that merges", "The stage that trains the router"):
         assert f"\n{title}" in out
     assert "FREEMERGE_FIT__TRAINER__MAX_EPOCHS=3" in out
 
