@@ -21,6 +21,9 @@ from freemerge.errors import MergeError
 from freemerge.merging.task_vectors import Vectors
 from freemerge.runtime.pages import fresh
 
+# A method that still has one of the old names would merge without its statistics.
+_RENAMED = {"survey": "collect_statistics", "survey_fields": "statistics_fields", "combine_run": "combine_chunk"}
+
 
 class MergeMethod(ABC):
     """A way to merge task vectors; subclasses are frozen dataclasses whose fields are the method's parameters.
@@ -38,6 +41,12 @@ class MergeMethod(ABC):
     linear_in_scale: ClassVar[bool] = False
     """Whether the result is proportional to `scale`, or to all scales of a list together. A search then merges once for
     all scales, otherwise once for each. The value applies only to the class that sets it, not to its subclasses."""
+
+    def __init_subclass__(cls, **arguments: Any) -> None:
+        super().__init_subclass__(**arguments)
+        for old, new in _RENAMED.items():
+            if old in vars(cls):
+                raise TypeError(f"{cls.__name__}.{old}: this is called {new} now; rename it")
 
     @property
     def statistics_key(self) -> Hashable:

@@ -350,3 +350,12 @@ def test_errors_of_the_algebra(base, models):
         merge_task_vectors([{"a": torch.zeros(1)}, {"a": torch.zeros(1), "b": torch.zeros(1)}], WeightAverage())
     with pytest.raises(MergeError, match=r"'a' has shape \[2\] in task vector 1 and \[1\] in task vector 0"):
         merge_task_vectors([{"a": torch.zeros(1)}, {"a": torch.zeros(2)}], WeightAverage())
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [("survey", "collect_statistics"), ("survey_fields", "statistics_fields"), ("combine_run", "combine_chunk")],
+)
+def test_a_method_with_an_old_name_is_refused_when_it_is_defined(old, new):
+    with pytest.raises(TypeError, match=f"Mine.{old}: this is called {new}"):
+        type("Mine", (TaskArithmetic,), {old: None})
