@@ -29,7 +29,7 @@ def evaluate(
     device: torch.device | str = "cpu",
     metrics: Mapping[str, TaskMetric | str | Metric] | None = None,
 ) -> dict[str, float]:
-    """One number of a model on every task: its accuracy, or what else the task is judged by.
+    """Evaluate one metric of a model on every task: accuracy, or the task's own metric.
 
     Under several ranks each evaluates every world-th batch: no sample is padded in or counted twice, so the result is
     exact for any size. All ranks must call it, with loaders that are not sharded themselves, and all get the result.
@@ -50,7 +50,7 @@ def evaluate(
     """
     rank, world = rank_and_world()
     counting = MultiTaskMetrics(label_space, metrics).to(device)
-    bad = torch.zeros(len(loaders), dtype=torch.int, device=device)  # batches whose outputs are no numbers, by task
+    bad = torch.zeros(len(loaders), dtype=torch.int, device=device)  # batches with NaN or infinite outputs, by task
     for index, (task, loader) in enumerate(loaders.items()):
         for inputs, labels in islice(loader, rank, None, world):
             labels = labels.to(device) if isinstance(labels, Tensor) else labels

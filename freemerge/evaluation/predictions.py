@@ -1,4 +1,4 @@
-"""Predictions as a table: what each sample is called, and what a FREE model says of it."""
+"""Predictions as a table: the name of each sample and the model's prediction for it."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ _MOST_BARS = 8  # tasks; of more, bars are too thin to be told apart
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the report.
+    """One row of the report.
 
     Args:
         name: what was evaluated.
@@ -47,10 +47,10 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """All lines, measured on one split.
+    """All rows, measured on one split.
 
     Args:
-        title: what this is a report of.
+        title: the heading.
         rows: the lines; the one named `reference` holds each task's own fine-tuned model.
         search: method → every candidate that was tried on validation data, with its mean accuracy.
         settings: what else is needed to reproduce the numbers (seed, sizes, versions).

@@ -1,4 +1,4 @@
-"""What a router does by itself: which task's samples it takes for which task's, and where it abstains."""
+"""Router confusion matrix: how many samples of each task are routed to each task, and how many are abstained on."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Routing:
     Args:
         tasks: the K tasks.
         counts: (K, K) int64, samples of each task (row) by the task they were routed to (column), abstained or not.
-        abstained: (K,) int64, of these those that the router abstained on.
+        abstained: (K,) int64, the samples of each task that the router abstained on.
     """
 
     tasks: tuple[str, ...]
@@ -32,7 +32,7 @@ class Routing:
 
     @property
     def accuracy(self) -> dict[str, float]:
-        """Task → share of its samples that were routed to it."""
+        """Task → fraction of its samples that were routed to it."""
         shares = self.counts.diag() / self.counts.sum(dim=1).clamp(min=1)
         return dict(zip(self.tasks, shares.tolist(), strict=True))
 

@@ -41,7 +41,7 @@ from freemerge.training import (
 
 
 class Fit(NamedTuple):
-    """What came of a fit.
+    """The result of a fit.
 
     Args:
         best: the checkpoint of the best weights; empty if none was written.
@@ -96,7 +96,7 @@ class RunContext:
         return Measure(self.files, self.make_trainer.bare().strategy.root_device)
 
     def done(self, stage: StageFolder) -> bool:
-        """Whether a stage is finished already; says so."""
+        """Whether a stage is finished already; prints a line if so."""
         record = stage.record() if self.ckpt_path is None else None  # a checkpoint to go on from means: go on
         if record is not None:
             self.progress.done(stage.name, record["seconds"])
@@ -104,9 +104,9 @@ class RunContext:
         return record is not None
 
     def begin(self, stage: StageFolder) -> Path | None:
-        """Make the stage's folder ready; refuse to empty what came to be out of date since the run began.
+        """Make the stage's folder ready; refuse to empty finished results that went out of date since the run began.
 
-        What was made from a file that is gone is such a case: nobody can tell beforehand whether it comes out the same.
+        Results made from a deleted file are such a case: whether they would come out the same is not known beforehand.
         """
 
         def check() -> None:
@@ -119,7 +119,7 @@ class RunContext:
         return stage.begin(self.ckpt_path)
 
     def finish(self, stage: StageFolder, results: Mapping[str, Any]) -> None:
-        """Record what came of a stage, and say it."""
+        """Record and print the results of a stage."""
         record = stage.finish(results)
         self.progress.done(stage.name, record["seconds"])
         numbers = ", ".join(f"{key} {value:.3f}" for key, value in results.items() if isinstance(value, float))
@@ -195,7 +195,7 @@ class RunContext:
         return Fit(best_of(trainer), last.metrics.get(monitor) if value is None else float(value))
 
     def _configuration(self, stage: StageFolder) -> dict[str, Any]:
-        """What a fit's loggers are told: what its result depends on, less the hashes of files."""
+        """The configuration that a fit's loggers record: everything its result depends on, without hashes of files."""
         said = ("seed", "freemerge", "task", "tasks", "batch_size", "model", "trainer", *STAGES)
         merged = {"free": self.settings.merge.free} if "merged" in stage.inputs else {}
         return {"stage": stage.name} | {key: stage.inputs[key] for key in said if key in stage.inputs} | merged
@@ -211,11 +211,11 @@ class RunContext:
         L.seed_everything(int.from_bytes(digest[:4], "big"), workers=True, verbose=False)
 
     def doubt(self, message: str) -> None:
-        """Say what is worth knowing and stops nothing."""
+        """Print a note: something unusual that does not stop the run."""
         self.console.print(f"[yellow]note:[/yellow] {escape(message)}", soft_wrap=True)
 
     def mean_score(self, scores: Callable[[], Mapping[str, float]]) -> float | None:
-        """What a candidate is chosen by; None if its outputs are no numbers."""
+        """The mean score by which a candidate is chosen; None if its outputs are NaN or infinite."""
         try:
             return mean_score(scores(), self.measure.metrics)
         except NotFiniteError:

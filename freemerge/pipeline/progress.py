@@ -1,4 +1,4 @@
-"""Where a run is, and about how long the rest takes."""
+"""The position of a run in its stages, and an estimate of the time left."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A loss that is no number ends a fit at once, and no checkpoint keeps weights that are none."""
+"""A NaN or infinite loss ends a fit at once, and no checkpoint keeps NaN or infinite weights."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from freemerge.errors import NotFiniteError
 from freemerge.inputs import tensors_of
 
-_EVERY = 16  # steps between two looks, where a look would wait for an accelerator or for other ranks
+_EVERY = 16  # steps between two checks, where a check waits for an accelerator or for other ranks
 
 
 class FiniteModule(L.LightningModule):
@@ -21,8 +21,8 @@ class FiniteModule(L.LightningModule):
     is about to be saved.
     """
 
-    _first: Tensor | None = None  # the first step whose loss was no number; −1 if there was none
-    _outputs: Tensor | None = None  # whether an output in validation or test was no number
+    _first: Tensor | None = None  # the first step whose loss was NaN or infinite; −1 if there was none
+    _outputs: Tensor | None = None  # whether an output in validation or test was NaN or infinite
     _steps = 0
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -57,7 +57,7 @@ class FiniteModule(L.LightningModule):
         self._outputs = is_bad if self._outputs is None else self._outputs | is_bad
 
     def check_outputs(self, split: str) -> None:
-        """Raise a NotFiniteError if an output that was seen since the last time is no number."""
+        """Raise a NotFiniteError if an output since the last call was NaN or infinite."""
         is_bad, self._outputs = self._outputs, None
         if not self._any_rank(torch.tensor(False) if is_bad is None else is_bad):
             return

@@ -1,4 +1,4 @@
-"""What a task asks, as a loss and metrics: one objective for each kind of task."""
+"""The loss and the metrics of each kind of task."""
 
 from __future__ import annotations
 

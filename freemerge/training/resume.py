@@ -1,4 +1,4 @@
-"""What a fit that was interrupted goes on from: the same bits as those of a fit that was not.
+"""Checkpoints from which an interrupted fit resumes with the same bits as an undisturbed one.
 
 `ResumeCheckpoint` writes `last.ckpt` at the start of every epoch but the first, in between every so many steps or
 minutes, and at the end. `BestCheckpoint` keeps the best weights, in a folder that may be moved.
@@ -27,7 +27,7 @@ _LOADERS = "freemerge_loaders"
 
 
 class Interrupted(Exception):
-    """The fit was asked to stop, and has written what it goes on from."""
+    """The fit was asked to stop and has written its checkpoint."""
 
 
 class ResumeCheckpoint(Checkpoint):
@@ -260,9 +260,9 @@ def stopped_by_ctrl_c(checkpoint: ResumeCheckpoint, say: Callable[[str], None]) 
 
     Args:
         checkpoint: what is told to stop.
-        say: how the user is told.
+        say: prints a message.
     """
-    if threading.current_thread() is not threading.main_thread():  # where Python lets nobody handle signals
+    if threading.current_thread() is not threading.main_thread():  # Python handles signals in the main thread only
         yield
         return
     before = signal.getsignal(signal.SIGINT)

@@ -52,17 +52,17 @@ class RouterTrainer(OptimizedModule):
         return self.router(inputs, self.backbone)
 
     def judge(self, loader: Iterable) -> tuple[Tensor, Tensor]:
-        """Task logits (N, K) and familiarity (N,) of all inputs of a loader, on the CPU."""
+        """Task logits (N, K) and out-of-distribution scores (N,) of all inputs of a loader, on the CPU."""
         logits, familiarity, _ = self._over(loader, self.router.judge)
         return logits.float(), familiarity
 
     def calibrate(self, train: Iterable, val: Iterable, share: float = 0.99) -> float:
-        """After training: round the router, learn what is familiar, and choose below what it abstains.
+        """After training: round the router, fit the out-of-distribution score, and choose the thresholds.
 
         Args:
             train: batches of (inputs, task index) that the router was trained on.
             val: such batches that it was not trained on.
-            share: share of the latter that must be routed.
+            share: fraction of the validation samples that must be routed.
 
         Returns:
             The threshold of the confidence; that of the familiarity is kept in the router.

@@ -18,7 +18,7 @@ from freemerge.models import Backbone
 
 
 class Teacher:
-    """Runs a backbone with the fine-tuned weights, and may keep what comes out.
+    """Runs a backbone with the fine-tuned weights, and caches the features if asked to.
 
     Args:
         weights: of the fine-tuned backbone, named as in `backbone.weights()`; any float dtype. Narrower ones than the
@@ -44,7 +44,7 @@ class Teacher:
         return {"keys": torch.tensor(list(self._seen)), "features": features}
 
     def load_seen(self, seen: Mapping[str, Tensor], device: torch.device) -> None:
-        """Keep what `seen` gave; batches of other samples would differ from it in the last bits."""
+        """Cache the features of `seen`; batches of other samples would differ in the last bits."""
         if seen:
             keys = map(tuple, seen["keys"].tolist())
             self._seen = dict(zip(keys, seen["features"].to(device), strict=True))

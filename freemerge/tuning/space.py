@@ -33,7 +33,7 @@ class Range:
 
 
 class Parameter(NamedTuple):
-    """One number to be found."""
+    """One searched number."""
 
     name: str  # `ratio`, or `scale/digits` where each task has its own
     path: str  # of the method's field

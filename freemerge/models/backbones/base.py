@@ -66,16 +66,16 @@ class Backbone(nn.Module):
     # -- as a folder --------------------------------------------------------------------------------------------------
 
     def recipe(self) -> dict[str, Any] | None:
-        """The constructor's arguments with which `load_backbone` builds it again; None if that cannot be said."""
+        """The constructor's arguments with which `load_backbone` builds it again; None if there are none."""
         return None
 
     @classmethod
     def resolve(cls, arguments: dict[str, Any], where: str, trust: bool) -> dict[str, Any]:
-        """A recipe's arguments with objects in place of what only names them; there is nothing such by default.
+        """Replace names in a recipe's arguments by objects; by default there are none to replace.
 
         Args:
             arguments: what `recipe` said.
-            where: the folder, for messages.
+            where: the folder, for error messages.
             trust: whether classes from outside freemerge may be imported.
         """
         return arguments
@@ -135,9 +135,7 @@ def load_backbone(directory: str | Path, trust_remote_code: bool = False) -> Bac
 
     path = expand(directory) / RECIPE
     if not path.is_file():
-        raise CheckpointError(
-            f"{directory}: no {RECIPE}, so how to build the backbone is not known; pass backbone=…, built"
-        )
+        raise CheckpointError(f"{directory}: no {RECIPE}. Cannot rebuild the backbone; pass `backbone=`")
     recipe = json.loads(path.read_text(encoding="utf-8"))
     name, give = str(recipe.get("class")), "pass backbone=…"
     if is_own(name):

@@ -85,7 +85,7 @@ def _count_prefix_tokens(model: nn.Module) -> int:
 
 
 def _count_positions(model: nn.Module) -> int | None:
-    """How many tokens of a text have a learned position; None where positions are computed, or the inputs no texts."""
+    """How many tokens of a text have a learned position; None if positions are computed or the inputs are not texts."""
     for name, module in model.named_modules():
         if name.endswith("embeddings.position_embeddings") and isinstance(module, nn.Embedding):
             # RoBERTa's positions begin after the padding token's.

@@ -34,7 +34,7 @@ class HuggingFaceBackbone(Backbone):
         return build(pretrained=str(directory), **arguments)
 
     def load_folder(self, directory: str | Path) -> None:
-        """Load the weights of a Hugging Face folder, whatever its files call them."""
+        """Load the weights of a Hugging Face folder under any names that transformers knows."""
         with without_progress_bars():
             weights = (
                 type(self.model).from_pretrained(directory, dtype=next(self.model.parameters()).dtype).state_dict()
@@ -54,7 +54,7 @@ def load_model(
     """A model of transformers in training mode, from a hub id or folder, or a configuration.
 
     Args:
-        who: what messages begin with.
+        who: the beginning of error messages.
         auto_class: one of transformers' Auto classes, or a function of the model's configuration that chooses one.
         pretrained: hub id or local folder.
         config: configuration, `model_type` included.
