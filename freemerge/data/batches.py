@@ -32,7 +32,7 @@ class StackedBatch(Sequence[tuple[_Inputs, Tensor]], Generic[_Inputs]):
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, index: int) -> tuple[_Inputs, Tensor]:  # type: ignore[override] # nobody takes slices
+    def __getitem__(self, index: int) -> tuple[_Inputs, Tensor]:  # type: ignore[override] # slices are never used
         return select(self.inputs, index), self.labels[index]
 
     def __iter__(self) -> Iterator[tuple[_Inputs, Tensor]]:

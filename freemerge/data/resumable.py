@@ -54,7 +54,7 @@ class ResumableLoader(DataLoader):
     _taken = 0
     _resume: dict[str, Any] | None = None
 
-    # torch promises its own iterators, of which nothing but batches is ever asked.
+    # torch declares its own iterator class; callers only ask it for batches.
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         # A generator: nothing happens before the first batch is asked for, by when Lightning has told the epoch, and a
         # checkpoint has told where to go on.

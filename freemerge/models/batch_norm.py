@@ -1,8 +1,8 @@
-"""Batch normalisation after a merge: its running statistics are measured anew.
+"""Batch normalisation after a merge: its running statistics are measured again.
 
-The running mean and variance of a fine-tuned model describe that model's activations. Averaging them over models
-describes nobody's: a merged model with batch norm is far below its worth until they are measured on its own (REPAIR,
-arXiv 2211.08403).
+The running mean and variance of a fine-tuned model describe that model's activations. Their average over models does
+not describe the merged model's, which is why a merged model with batch norm performs far below its potential until its
+own statistics are measured (REPAIR, arXiv 2211.08403).
 """
 
 from __future__ import annotations

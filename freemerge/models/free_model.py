@@ -10,7 +10,7 @@
 - What a sample gets depends on the sample alone, never on its neighbours in the batch.
 - Computing changes nothing in the model, so threads may share it, and models may share a backbone, at the same time.
   Only a backbone that is compiled has to be changed itself, by one thread at a time.
-- A sample of which the router is not sure enough, or which is like none that it knows, gets the plain merged backbone.
+- A sample with too low a confidence of the router, or an out-of-distribution one, gets the plain merged backbone.
 """
 
 from __future__ import annotations
@@ -59,10 +59,10 @@ class FreeOutput:
             the caller named a task or head.
         logits: (B, C) of that task's head, where C is the largest number of classes; −inf past a head's own classes.
             (B, L, V) of a language model, which has its own head.
-        router_logits: (B, K) what the router said, or None where the caller named the task.
+        router_logits: (B, K), or None if the caller named the task.
         tasks: the K task names.
-        abstained: (B,) bool, where the router was not sure enough or the input too strange: no expert was used, and
-            `task` is only its best guess. None where the caller named the task.
+        abstained: (B,) bool, where the router's confidence was too low or the input out-of-distribution: no expert
+            was used, and `task` is only the best guess. None if the caller named the task.
     """
 
     task: Tensor

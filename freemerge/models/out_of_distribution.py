@@ -1,8 +1,8 @@
-"""How much an input is like those that a router has seen: what the router's confidence cannot tell.
+"""The out-of-distribution score of a router's inputs, called familiarity in names and files: high is close to the data.
 
-A router that is sure of an input may still never have seen one like it: softmax only compares the tasks. What its last
-layer takes in is therefore modelled too, by a Gaussian per task over a few leading directions (after Lee et al., arXiv
-1807.03888, who have one covariance for all classes and take all features).
+A confident router may never have seen an input like this one, since softmax only compares the tasks. The input of its
+last layer is therefore modelled by one Gaussian per task over a few leading directions (after Lee et al., arXiv
+1807.03888, who share one covariance between all classes and use all features).
 """
 
 from __future__ import annotations
@@ -10,21 +10,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-_SHRINKAGE = 0.01  # share of the mean variance that is added to every direction's
+_SHRINKAGE = 0.01  # fraction of the mean variance that is added to each direction's variance
 
 
 class Familiarity(nn.Module):
     """Log density, up to a constant, of features under the likeliest of K Gaussians.
 
-    Everything is a buffer: `fit` estimates it, nothing is trained. Until then, all inputs are equally familiar.
+    All values are buffers that `fit` estimates; nothing is trained. Before `fit`, all inputs have the same score.
 
     Args:
         num_tasks: number of tasks K.
         width: number of features F.
-        directions: how many leading directions r of the features are looked at, at most F.
+        directions: number r of leading directions of the features that are used, at most F.
 
     Attributes:
-        least: (), inputs less familiar than this are strange; −∞ at first. Its owner chooses it.
+        least: (), inputs with a lower score are out-of-distribution; −∞ until the router's training sets it.
     """
 
     mean: Tensor

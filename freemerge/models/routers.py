@@ -61,7 +61,7 @@ class Router(nn.Module):
         return self.head(self.seen(inputs, backbone))
 
     def judge(self, inputs: Inputs, backbone: Backbone | None = None) -> tuple[Tensor, Tensor]:
-        """Task logits (B, K) of a batch, and how familiar each input is, (B,) float32."""
+        """Task logits (B, K) of a batch, and the out-of-distribution score of each input, (B,) float32."""
         seen = self.seen(inputs, backbone)
         return self.head(seen), self.familiarity(seen)
 
@@ -250,14 +250,14 @@ def feature_width(inputs: Inputs, backbone: Backbone, point: str) -> int:
 
 
 def choose_thresholds(logits: Tensor, familiarity: Tensor, share: float = 0.99) -> tuple[float, float]:
-    """The confidence and the familiarity below which a router abstains, from validation data.
+    """Choose the confidence and the out-of-distribution score below which a router abstains, on validation data.
 
-    Both thresholds lie at the same quantile: as many samples are not sure enough as are not familiar enough.
+    Both thresholds lie at the same quantile, so each of them excludes the same number of samples.
 
     Args:
         logits: (N, K), of samples of the suite that the router was not trained on.
-        familiarity: (N,), of the same.
-        share: share of these that must stay above both thresholds.
+        familiarity: (N,), their out-of-distribution scores.
+        share: fraction of these samples that must stay above both thresholds.
 
     Returns:
         The largest such thresholds, of the most likely task's probability and of the familiarity; 0 and −∞ for a share

@@ -65,7 +65,7 @@ class HuggingFaceSource(TaskSource):
                 self._load(split)  # into the cache of `datasets`
 
     def open(self, seed: int) -> dict[str, Any]:
-        """Split → dataset with `features`, of which indices and columns can be asked.
+        """Split → dataset with `features` that supports indices and column names.
 
         Raises:
             ValueError: if `datasets` is not installed, or it cannot load this.

@@ -77,7 +77,7 @@ class _Entry(NamedTuple):
     """What is kept for an expert."""
 
     changed: dict[str, Tensor]
-    versions: list[int]  # of these, which nobody may write to
+    versions: list[int]  # of these tensors, which must not be written to
     made_from: list[Tensor]  # copies of the expert's own tensors
     setting: tuple[Any, ...]
 
@@ -165,7 +165,7 @@ class KeptWeights:
         if needed > self.limit:
             return False
         while self.num_bytes + needed > self.limit:
-            if not self._entries:  # the model's own tensors take the room, of which others were changed
+            if not self._entries:  # tensors of the model that other experts changed take the room
                 self.clear()
                 return self._make_room(live, source)
             oldest = min(self._entries, key=self._last.__getitem__)

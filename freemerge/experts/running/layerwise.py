@@ -1,4 +1,4 @@
-"""Run a model with other weights, of which one layer's exist at a time.
+"""Run a model with other weights, which exist for one layer at a time.
 
 A low-rank or masked expert changes every entry of its tensors. Writing them all would take a second copy of the model
 to come back from; here each layer gets its changed tensors when it begins and drops them when it ends. Its own tensors

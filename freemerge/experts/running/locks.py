@@ -30,7 +30,7 @@ class ModuleLock:
 
     @contextmanager
     def shared(self) -> Iterator[None]:
-        """While a block runs, nobody changes the module."""
+        """No thread changes the module while the block runs."""
         me = get_ident()
         with self._changed:
             if self._writer != me and me not in self._readers:

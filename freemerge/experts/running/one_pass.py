@@ -66,8 +66,8 @@ def each_with_its_own(module: nn.Module, groups: Groups, plans: dict[Any, Any] |
 def runs_side_by_side(module: nn.Module, run: Callable[[Inputs], Any], groups: Groups, inputs: Inputs) -> bool:
     """Whether every layer that the experts change sees samples in its first dimension.
 
-    Two samples and three tell: what has two rows and then three has one for each of them, what has one row both times
-    is the same for all. The answer is kept.
+    The module is run with 2 samples and with 3. If an output has 2 rows for 2 samples and 3 for 3, its first dimension
+    is the batch; if it has one row both times, all samples share it. The answer is cached.
 
     Args:
         module: the module.

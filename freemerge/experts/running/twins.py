@@ -140,8 +140,8 @@ def _items(container: dict | list) -> Iterable[Any]:
 def private(module: nn.Module) -> Iterator[Private]:
     """For the duration of a block, a module to exchange layers and tensors in.
 
-    Nobody writes to the original's tensors meanwhile. Other threads compute with it at the same time if it can have a
-    twin, else they wait.
+    The original's tensors are not written to meanwhile. If the module can have a twin, other threads compute with it at
+    the same time; otherwise they wait.
     """
     lock = exclusive(module)
     with lock.shared():
