@@ -14,10 +14,13 @@ import shutil
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
+from importlib.machinery import PathFinder
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
+# The packages whose classes and options a help shows
+_DESCRIBED = ("jsonargparse", "lightning", "torch", "torchmetrics", "torchvision", "transformers")
 _SHOWN_BY = ("NO_COLOR", "FORCE_COLOR", "PYTHON_COLORS", "TERM", "COLUMNS")
 
 
@@ -88,7 +91,10 @@ def _path(command: str) -> Path:
 
 def _fingerprint() -> str:
     """A hash of the installed code and of everything that the layout of a help depends on."""
-    installed = sorted(path.name for folder in sys.path for path in Path(folder).glob("*.dist-info"))
+    # All of sys.path would be too much: setuptools, for one, adds a folder to it when it is imported.
+    specs = [spec for name in _DESCRIBED if (spec := PathFinder.find_spec(name)) is not None]
+    folders = {Path(folder).parent for spec in specs for folder in spec.submodule_search_locations or ()}
+    installed = sorted(str(path) for folder in folders for path in folder.glob("*.dist-info"))
     sources = []
     for package in ("freemerge", "freemerge_callbacks"):
         spec = find_spec(package)

@@ -32,7 +32,15 @@ def cache(tmp_path, monkeypatch) -> Path:
 
 
 def in_another_process(*arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-c", SCRIPT, *arguments], capture_output=True, text=True, encoding="utf-8")
+    # without the setting that names the environment of `.ci/run`: a FREEMERGE_ variable may set an option
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("FREEMERGE_")}
+    return subprocess.run(
+        [sys.executable, "-c", SCRIPT, *arguments],
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        env=environment,
+    )
 
 
 def test_the_second_help_is_the_first_one_and_imports_nothing_large(cache, capsys) -> None:
@@ -58,12 +66,21 @@ def test_other_code_another_width_and_a_damaged_file_are_not_what_was_remembered
     monkeypatch.setenv("COLUMNS", "90")
     installed = cache / "site"
     (installed / "lightning-9.0.dist-info").mkdir(parents=True)
+    (installed / "lightning").mkdir()
+    (installed / "lightning" / "__init__.py").write_text("")
     monkeypatch.syspath_prepend(installed)
     assert remembered.recall("fit") is None
     monkeypatch.undo()
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
     (cache / "freemerge" / "help" / "fit.json").write_text("[")
     assert remembered.recall("fit") is None
+
+
+def test_a_folder_that_a_package_adds_to_the_path_is_no_other_code(cache, monkeypatch) -> None:
+    before = remembered._fingerprint()
+    (cache / "_vendor" / "tomli-2.0.dist-info").mkdir(parents=True)
+    monkeypatch.setattr(sys, "path", [*sys.path, str(cache / "_vendor")])  # importing setuptools does this
+    assert remembered._fingerprint() == before
 
 
 def test_a_changed_source_file_is_other_code(cache, monkeypatch) -> None:
@@ -89,6 +106,7 @@ def test_a_cache_that_cannot_be_written_is_no_error(cache, monkeypatch) -> None:
 
 def test_a_process_with_settings_in_its_environment_or_own_classes_is_not_fresh(monkeypatch) -> None:
     monkeypatch.delitem(sys.modules, "lightning", raising=False)
+    monkeypatch.delenv("FREEMERGE_CI_VENV", raising=False)
     assert remembered.is_fresh()
     monkeypatch.setenv("FREEMERGE_FIT__TRAINER__MAX_EPOCHS", "3")
     assert not remembered.is_fresh()
