@@ -132,7 +132,7 @@ def _provenance(files: Artifacts, backbone_bytes: int) -> dict[str, Any]:
         "suite": files.suite.identity(),
         "split": {"chosen_on": "val", "reported_on": "test"},
         "backbone_bytes": backbone_bytes,
-        "density": files.settings.experts.density,
+        "density": files.settings.experts.extraction.get("density"),
         "free_on": files.settings.merge.free,
         "versions": {"freemerge": freemerge.__version__, "torch": torch.__version__, "lightning": L.__version__},
     }

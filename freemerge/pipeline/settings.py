@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, get_type_hints
@@ -12,7 +12,7 @@ import lightning as L
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 
-from freemerge.experts import Encoding, Expert, extract, extract_low_rank
+from freemerge.experts import Encoding, Expert, extract, extract_low_rank, kind_of
 from freemerge.merging import FRMerging, MergeMethod, PCBMerging, TaskArithmetic, Ties, WeightAverage
 from freemerge.pipeline.loggers import check_loggers
 from freemerge.training import Schedule, check_mixup
@@ -144,7 +144,10 @@ class ExpertsSettings(FitSettings):
     """The stage that extracts each task's expert from the residual, then trains it against the fine-tuned teacher.
 
     Args:
-        kind: `sparse` experts hold the largest entries of the residual, `low_rank` ones its leading directions.
+        kind: `sparse` experts hold the largest entries of the residual, `low_rank` ones its leading directions. The
+            import path of a class of your own, derived from `freemerge.experts.Expert`, is a kind too: its `extract`
+            receives those of `density`, `scope`, `vectors` and `rescale` that it has parameters for.
+        arguments: further arguments of the class's `extract`.
         density: fraction d of the backbone's parameters that an expert holds as values.
         scope: where a sparse expert's entries are ranked: over the whole model, in each tensor, or in each row.
         vectors: norms and biases are `ranked` like all others, kept `whole` as far as half the density goes, or left
@@ -161,7 +164,8 @@ class ExpertsSettings(FitSettings):
             not with `cache_teacher`. Few data then go a longer way, in more epochs.
     """
 
-    kind: Literal["sparse", "low_rank"] = "sparse"
+    kind: Literal["sparse", "low_rank"] | type[Expert] = "sparse"
+    arguments: dict[str, Any] = field(default_factory=dict)
     density: float = 0.01
     scope: Literal["model", "tensor", "row"] = "model"
     vectors: Literal["whole", "ranked", "none"] = "ranked"
@@ -179,19 +183,39 @@ class ExpertsSettings(FitSettings):
         check_mixup(self.mixup, self.cache_teacher)
         if not 0.0 < self.density <= 1.0:
             raise ValueError(f"experts.density: must be in (0, 1], got {self.density}")
+        self._check_kind()
 
     def cut(self, residual: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> Expert:
         """An expert of this kind and size from a task's residual against the merged backbone, before training."""
-        if self.kind == "low_rank":
-            return extract_low_rank(residual, density=self.density, vectors=self.vectors, metadata=metadata)
-        return extract(
-            residual,
-            self.density,
-            scope=self.scope,
-            vectors=self.vectors,
-            rescale=self.rescale,
-            metadata=metadata,
-        )
+        return self._extraction(residual, **self.extraction).tagged(**(metadata or {}))
+
+    @property
+    def extraction(self) -> dict[str, Any]:
+        """The arguments that this kind of expert is extracted with."""
+        given = {name: getattr(self, name) for name in ("density", "scope", "vectors", "rescale")}
+        known = inspect.signature(self._extraction).parameters
+        return {name: value for name, value in given.items() if name in known} | self.arguments
+
+    @property
+    def _extraction(self) -> Callable[..., Expert]:
+        """The function that extracts an expert of this kind."""
+        named: dict[str, Callable[..., Expert]] = {"sparse": extract, "low_rank": extract_low_rank}
+        return named[self.kind] if isinstance(self.kind, str) else self.kind.extract
+
+    def _check_kind(self) -> None:
+        """Raise a ValueError if files could not name the class, or if its `extract` does not take the arguments."""
+        if not isinstance(self.kind, str):
+            try:
+                kind_of(self.kind)
+            except ValueError as error:
+                raise ValueError(f"experts.kind: {error}") from error
+            if self.kind.extract.__func__ is Expert.extract.__func__:  # type: ignore[attr-defined]
+                raise ValueError(f"experts.kind: {self.kind.__qualname__} has no class method `extract`; add one")
+        try:
+            inspect.signature(self._extraction).bind({}, **self.extraction)
+        except TypeError as error:
+            name = self.kind if isinstance(self.kind, str) else self.kind.__qualname__
+            raise ValueError(f"experts.arguments: extracting a {name} expert: {error}") from error
 
     @property
     def training(self) -> dict[str, Any]:

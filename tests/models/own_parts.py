@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -73,6 +74,11 @@ class ShiftExpert(Expert):
     metadata: dict[str, str] = field(default_factory=dict)
 
     KIND: ClassVar[str] = "shift"
+
+    @classmethod
+    def extract(cls, residual: Mapping[str, Tensor], factor: float = 1.0) -> ShiftExpert:
+        shapes = {name: tuple(tensor.shape) for name, tensor in residual.items() if tensor.is_floating_point()}
+        return cls({name: factor * residual[name].float().mean().view(1) for name in shapes}, shapes)
 
     def parts(self) -> dict[str, Tensor]:
         return self.shifts

@@ -15,6 +15,7 @@ from torch import nn
 from freemerge.checkpoints import CheckpointError
 from freemerge.cli import main
 from freemerge.models import FreeModel
+from tests.models.own_parts import ShiftExpert
 from tests.pipeline.own_classes import CosineHead, OwnBackbone, OwnNet
 from tests.tiny import TinySuite
 
@@ -24,11 +25,11 @@ MODULE = {"class_path": f"{OWN}.OwnNet", "init_args": {"slope": 0.5}}
 NET = {"class_path": "ModuleBackbone", "init_args": {"module": MODULE, "pretrained": True}}
 
 
-def run_all(folder: Path, tuner: str, base: dict, capsys, **given) -> FreeModel:
+def run_all(folder: Path, tuner: str, base: dict, capsys, settings: dict | None = None, **given) -> FreeModel:
     """`fit`, `test` and `predict`; the model that a folder gives, whose scores must be the report's."""
     config = yaml.safe_load(TINY.read_text())
     config["model"] = {"class_path": tuner, "init_args": {"backbone": base, "head": "linear"}}
-    config |= {"merge": {"scales": [1.0]}, "trainer": {**config["trainer"], "max_steps": 3}}
+    config |= {"merge": {"scales": [1.0]}, "trainer": {**config["trainer"], "max_steps": 3}, **(settings or {})}
     (folder / "own.yaml").write_text(yaml.safe_dump(config))
     arguments = ["--config", str(folder / "own.yaml"), "--run.folder", str(folder / "run")]
     assert main(["fit", *arguments]) == 0
@@ -75,3 +76,10 @@ def test_heads_of_a_class_of_ones_own(tmp_path: Path, capsys) -> None:
         heads={"corners": CosineHead(8, 4), "bars": CosineHead(8, 2)},
     )
     assert given.tasks == model.tasks
+
+
+def test_an_expert_kind_of_ones_own(tmp_path: Path, capsys) -> None:
+    net = {"class_path": f"{OWN}.OwnBackbone"}
+    experts = {"kind": "tests.models.own_parts.ShiftExpert", "arguments": {"factor": 0.5}, "values": "float32"}
+    model = run_all(tmp_path, "FineTuner", net, capsys, settings={"experts": experts}, backbone=OwnBackbone())
+    assert type(model.experts["bars"]) is ShiftExpert

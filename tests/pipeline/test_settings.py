@@ -1,8 +1,11 @@
 """Settings refuse what they cannot mean, before any work."""
 
 import pytest
+import torch
 
+from freemerge.experts import Expert, LowRankExpert, MaskedExpert
 from freemerge.pipeline import ExpertsSettings, MergeSettings, PretrainSettings
+from tests.models.own_parts import ShiftExpert
 
 
 def test_a_misspelt_trainer_argument_is_named_with_the_right_one() -> None:
@@ -20,6 +23,36 @@ def test_merge_settings_need_scales_and_a_known_method() -> None:
         MergeSettings(free="FRR")
 
 
-def test_density_is_a_share() -> None:
+def test_density_is_a_fraction() -> None:
     with pytest.raises(ValueError, match=r"experts\.density: must be in \(0, 1\], got 1\.5"):
         ExpertsSettings(density=1.5)
+
+
+def test_an_expert_kind_of_ones_own_receives_its_arguments() -> None:
+    residual = {"weight": torch.tensor([[1.0, 3.0]])}
+    expert = ExpertsSettings(kind=ShiftExpert, arguments={"factor": 0.5}).cut(residual, {"task": "a"})
+    assert isinstance(expert, ShiftExpert)
+    assert expert.metadata == {"task": "a"}
+    torch.testing.assert_close(expert.dense()["weight"], torch.tensor([[1.0, 1.0]]))
+    ranks = ExpertsSettings(kind="low_rank", arguments={"density": None, "rank": 2}).cut({"weight": torch.eye(9)})
+    assert isinstance(ranks, LowRankExpert)
+    assert ranks.left["weight"].shape == (9, 2)
+
+
+def test_arguments_that_the_kind_does_not_take_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"experts\.arguments: extracting a ShiftExpert expert: .*'facto'"):
+        ExpertsSettings(kind=ShiftExpert, arguments={"facto": 0.5})
+    with pytest.raises(ValueError, match=r"experts\.arguments: extracting a sparse expert: .*'factor'"):
+        ExpertsSettings(arguments={"factor": 0.5})
+
+
+def test_a_kind_that_cannot_be_extracted_or_found_again_is_refused() -> None:
+    class Nameless(ShiftExpert):
+        pass
+
+    with pytest.raises(ValueError, match=r"experts\.kind: .*Nameless has no KIND of its own"):
+        ExpertsSettings(kind=Nameless)
+    with pytest.raises(ValueError, match=r"experts\.kind: Expert .*KIND"):
+        ExpertsSettings(kind=Expert)
+    with pytest.raises(ValueError, match=r"experts\.kind: MaskedExpert has no class method `extract`"):
+        ExpertsSettings(kind=MaskedExpert)

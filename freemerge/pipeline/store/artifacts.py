@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import freemerge
 from freemerge.checkpoints import hash_tensors, load_checkpoint
 from freemerge.data import TaskSuite
-from freemerge.experts import PackedExpert, load_expert
+from freemerge.experts import PackedExpert, class_path, load_expert
 from freemerge.models import Backbone, ConvRouter, EarlyRouter, FreeModel, Router, feature_width
 from freemerge.pipeline.settings import Settings
 from freemerge.pipeline.store.stage_folder import StageFolder, content
@@ -245,11 +245,8 @@ class Artifacts:
             "base": self._base_content(),
             "merged": self._merged_content(),
             "scales": self.settings.merge.scales,
-            "kind": settings.kind,
-            "density": settings.density,
-            "scope": settings.scope,
-            "vectors": settings.vectors,
-            "rescale": settings.rescale,
+            "kind": settings.kind if isinstance(settings.kind, str) else class_path(settings.kind),
+            "extraction": settings.extraction,
             "values": settings.values,
         }  # fmt: skip
         return StageFolder(self.folder / "extracted", "experts extracted", inputs, ("merge",))
