@@ -77,7 +77,7 @@ def test_the_python_program_of_readme_runs(tmp_path, monkeypatch, capsys) -> Non
     """On a tiny model and tiny pictures, which take the place of what it names; twice, as a folder goes on."""
     monkeypatch.chdir(tmp_path)
     for task in ("birds", "planes"):
-        tiny_files.write_picture_folders(tmp_path / "data" / task)
+        tiny_files.write_image_folders(tmp_path / "data" / task)
     TransformersBackbone(config=VIT).save_pretrained("tiny")
     program = next(block for block in blocks("python") if "SuiteRun(" in block)
     for large, small in (

@@ -1,4 +1,4 @@
-"""Tasks and task suites."""
+"""Tasks, task suites, and the sources that tasks are read from."""
 
 from freemerge.data.arrays import ArrayDataset, Augmentation, Preprocessing
 from freemerge.data.augment import Compose, GaussianNoise, RandomAffine, RandomContrast, RandomFlip

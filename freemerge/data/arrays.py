@@ -1,8 +1,8 @@
-"""Labelled images in memory, and how images become what a model takes.
+"""Labelled images in memory, and the preprocessing that turns images into model inputs.
 
-`ArrayDataset` keeps a small task in memory as uint8 and serves a batch with one gather, one augmentation and one
-normalisation; with `collate` a `DataLoader` without workers delivers tens of thousands of 32×32 images per second, so
-that the smallest models are never starved by Python.
+`ArrayDataset` keeps a small task in memory as uint8 and fetches a batch with one gather, one augmentation and one
+normalisation. With `collate`, a `DataLoader` without workers then delivers tens of thousands of 32×32 images per
+second, so that data loading does not slow down the training of small models.
 """
 
 from __future__ import annotations
@@ -18,27 +18,28 @@ from torch.utils.data import Dataset
 from freemerge.data.batches import StackedBatch
 from freemerge.data.transforms import batched
 
-Augmentation = Callable[[Tensor], Any]  # it returns a tensor; newer jsonargparse would ask for a Tensor's subclass
-"""Batched: float32 images (B, C, H, W) in [0, 1] → the same; randomness comes from torch's global generator.
+Augmentation = Callable[[Tensor], Any]  # returns a Tensor; typed so, recent jsonargparse would want a Tensor subclass
+"""A function of a batch of float32 images (B, C, H, W) in [0, 1] that returns images of the same kind.
 
-A transform of `torchvision.transforms.v2` is one too: it is applied to each image apart."""
+It draws random numbers from torch's global generator. A transform of `torchvision.transforms.v2` is an augmentation
+too; it is applied to each image separately."""
 
 
 class Preprocessing:
-    """What is done to a batch of images on its way to the model.
+    """Turns a batch of uint8 images into model inputs: scale to [0, 1], augment, resize, normalise.
 
-    (image / 255, augmented, resized, in as many channels as asked for) − mean, divided by std.
+    The result is (image − mean) / std, where image is in [0, 1], augmented, resized and converted to `channels`.
 
     Args:
-        mean: One number for all channels, or one per channel, on the scale [0, 1].
-        std: Likewise; above zero.
-        augment: Applied to whole batches in [0, 1], or, if it is a transform of torchvision, to each image; give it to
-            a training set only.
-        size: Height and width of what comes out, whatever came in (bilinear, antialiased); None changes nothing.
-        channels: 3 repeats grey, 1 makes grey of colour (ITU-R 601 luma); None changes nothing.
+        mean: one number for all channels, or one per channel, on the scale [0, 1].
+        std: standard deviation, likewise; positive.
+        augment: applied to whole batches in [0, 1], or to each image if it is a transform of torchvision; for training
+            sets only.
+        size: height and width of the output in pixels (bilinear, antialiased); None keeps the input size.
+        channels: 3 repeats grey images, 1 converts colour to grey (ITU-R 601 luma); None keeps the channels.
 
     Raises:
-        ValueError: If `std` is not positive, or a size makes no sense.
+        ValueError: if `std` is not positive, or `size` or `channels` is not a possible value.
     """
 
     def __init__(
@@ -62,14 +63,28 @@ class Preprocessing:
         self.channels = channels
 
     def check(self, channels: int) -> None:
-        """Raise a ValueError if images of so many channels cannot be normalised."""
+        """Check that `mean` and `std` fit images with this many channels.
+
+        Args:
+            channels: the number of channels of the input images.
+
+        Raises:
+            ValueError: if `mean` or `std` has neither one number nor one per channel.
+        """
         channels = self.channels or channels
         for what, numbers in (("mean", self._mean), ("std", self._std)):
             if len(numbers) not in (1, channels):
                 raise ValueError(f"{what} must be one number or one per channel ({channels}), got {len(numbers)}")
 
     def __call__(self, images: Tensor) -> Tensor:
-        """uint8 (B, C, H, W) → float32 (B, C', H', W')."""
+        """Preprocess a batch.
+
+        Args:
+            images: uint8 (B, C, H, W).
+
+        Returns:
+            float32 (B, C', H', W'): C' is `channels` and H' = W' = `size`, where they are set.
+        """
         images = images.float().div_(255)
         if self.augment is not None:
             images = self.augment(images)
@@ -84,20 +99,21 @@ class Preprocessing:
 
 
 class ArrayDataset(Dataset):
-    """Labelled images in memory.
+    """A dataset of labelled images in memory.
 
-    An image comes out as (image / 255 − mean) / std, augmented before the normalisation if `augment` is given.
+    A sample is ((image / 255 − mean) / std, label); the image is augmented before the normalisation if `augment` is
+    given.
 
     Args:
         images: uint8 (N, C, H, W).
         labels: int64 (N,), or float32 (N,) for regression.
-        mean: One number for all channels, or one per channel, on the scale [0, 1].
-        std: Likewise; above zero.
-        augment: Applied to whole batches in [0, 1]; give it to a training set only.
-        preprocessing: All of these and more in one, instead of them.
+        mean: one number for all channels, or one per channel, on the scale [0, 1].
+        std: standard deviation, likewise; positive.
+        augment: applied to whole batches in [0, 1]; for training sets only.
+        preprocessing: replaces `mean`, `std` and `augment`; it can also resize images and convert their channels.
 
     Raises:
-        ValueError: If the tensors do not have these dtypes and shapes, or `std` is not positive.
+        ValueError: if the tensors do not have these dtypes and shapes, or `std` is not positive.
     """
 
     def __init__(
@@ -116,7 +132,7 @@ class ArrayDataset(Dataset):
                 f"labels must be int64 or float32 ({len(images)},), got {labels.dtype} {tuple(labels.shape)}"
             )
         self.images = images
-        self.sample_names: Sequence[str] | None = None  # for predictions; a source that knows sets them
+        self.sample_names: Sequence[str] | None = None  # for prediction files; a source sets them if it knows them
         self.labels = labels
         self.preprocessing = preprocessing or Preprocessing(mean, std, augment)
         self.preprocessing.check(images.shape[1])
@@ -129,6 +145,6 @@ class ArrayDataset(Dataset):
         return batch.inputs[0], batch.labels[0]
 
     def __getitems__(self, indices: Sequence[int]) -> StackedBatch[Tensor]:
-        """Fetches a batch at once; `DataLoader` prefers this over B calls of `__getitem__`."""
+        """Fetch a batch at once; `DataLoader` prefers this to B calls of `__getitem__`."""
         index = torch.as_tensor(indices)
         return StackedBatch(self.preprocessing(self.images[index]), self.labels[index])

@@ -1,11 +1,12 @@
-"""Random transformations of whole batches, on the CPU, in a few tensor operations.
+"""Random augmentations of whole batches, on the CPU, in a few tensor operations.
 
-Each is a callable float32 (B, C, H, W) in [0, 1] → the same. The random numbers come from `generator`, or from torch's
-global generator when it is None: training is then reproducible under `seed_everything`, and `DataLoader` workers, which
-torch seeds apart, draw apart. The quickstart suite uses the same classes with its own generator to make its images.
+Each is a callable of float32 images (B, C, H, W) in [0, 1] that returns images of the same shape and range. Random
+numbers come from `generator`, or from torch's global generator if it is None: training is then reproducible under
+`seed_everything`, and each `DataLoader` worker draws numbers of its own, because torch seeds workers differently.
 
-Any transform of `torchvision.transforms.v2` will do besides them (`freemerge.data.transforms`); these here take a batch
-in a few operations, those one image at a time.
+Transforms of `torchvision.transforms.v2` can be used as well (`freemerge.data.transforms`). These classes stay because
+the quickstart's images are made with them, and because they process a whole batch at once, where torchvision draws one
+set of random parameters per call and must be applied to one image at a time.
 """
 
 from __future__ import annotations
@@ -24,13 +25,14 @@ class Compose:
     """Applies several augmentations in order.
 
     Args:
-        *steps: Batched augmentations, and transforms of torchvision.
+        *steps: batched augmentations or transforms of torchvision.
     """
 
     def __init__(self, *steps: Augmentation) -> None:
         self.steps = tuple(map(batched, steps))
 
     def __call__(self, images: Tensor) -> Tensor:
+        """float32 (B, C, H, W) in [0, 1] → the output of the last step."""
         for step in self.steps:
             images = step(images)
         return images
@@ -40,11 +42,14 @@ class RandomAffine:
     """Rotates, scales, shears and shifts each image by its own random amount (bilinear; edge pixels are repeated).
 
     Args:
-        degrees: Rotation is uniform in ±degrees.
-        scale: Zoom is uniform in [low, high]; above 1 enlarges.
-        shift: Shift is uniform in ±shift, as a fraction of the side, in x and y.
-        shear: Horizontal shear is uniform in ±shear (1 is 45°).
-        generator: Source of randomness; None is torch's global generator.
+        degrees: the rotation is uniform in ±degrees.
+        scale: the zoom factor is uniform in [low, high]; above 1 enlarges.
+        shift: the shift in x and y is uniform in ±shift, as a fraction of the side.
+        shear: the horizontal shear is uniform in ±shear (1 is 45°).
+        generator: source of random numbers; None is torch's global generator.
+
+    Raises:
+        ValueError: if `scale` is not a pair 0 < low ≤ high.
     """
 
     def __init__(
@@ -64,15 +69,16 @@ class RandomAffine:
         self.generator = generator
 
     def __call__(self, images: Tensor) -> Tensor:
+        """float32 (B, C, H, W) → float32 (B, C, H, W)."""
         n = len(images)
         angle, zoom, shear, shift_x, shift_y = torch.rand(5, n, generator=self.generator) * 2 - 1
         angle = angle * math.radians(self.degrees)
         low, high = self.scale
-        # affine_grid maps output to input coordinates, hence the division by the zoom.
+        # affine_grid maps output coordinates to input coordinates, hence the reciprocal of the zoom.
         zoom = 1 / ((high + low) / 2 + (high - low) / 2 * zoom)
         cos, sin = torch.cos(angle) * zoom, torch.sin(angle) * zoom
         shear = shear * self.shear
-        # Grid coordinates span [-1, 1]: a fraction of the side is twice as much in them.
+        # Grid coordinates span [-1, 1], so a fraction of the side is twice that number in grid units.
         top = torch.stack([cos, shear * cos - sin, shift_x * 2 * self.shift], dim=1)
         bottom = torch.stack([sin, shear * sin + cos, shift_y * 2 * self.shift], dim=1)
         theta = torch.stack([top, bottom], dim=1)  # (B, 2, 3)
@@ -81,11 +87,11 @@ class RandomAffine:
 
 
 class RandomFlip:
-    """Mirrors each image left to right, and optionally upside down, each with probability one half.
+    """Mirrors each image left to right, and optionally top to bottom, each with probability 1/2.
 
     Args:
-        vertical: Whether to flip upside down as well.
-        generator: Source of randomness; None is torch's global generator.
+        vertical: whether to flip top to bottom as well.
+        generator: source of random numbers; None is torch's global generator.
     """
 
     def __init__(self, vertical: bool = False, generator: torch.Generator | None = None) -> None:
@@ -93,6 +99,7 @@ class RandomFlip:
         self.generator = generator
 
     def __call__(self, images: Tensor) -> Tensor:
+        """(B, C, H, W) → (B, C, H, W)."""
         dims = (3, 2) if self.vertical else (3,)
         for dim in dims:
             chosen = torch.rand(len(images), 1, 1, 1, generator=self.generator) < 0.5
@@ -101,12 +108,12 @@ class RandomFlip:
 
 
 class RandomContrast:
-    """Multiplies each image's distance from its own mean, then shifts its brightness; clamps to [0, 1].
+    """Scales each image's contrast around its mean value, then shifts its brightness; clamps to [0, 1].
 
     Args:
-        contrast: The factor is uniform in [low, high].
-        brightness: The shift is uniform in ±brightness.
-        generator: Source of randomness; None is torch's global generator.
+        contrast: the contrast factor is uniform in [low, high].
+        brightness: the brightness shift is uniform in ±brightness.
+        generator: source of random numbers; None is torch's global generator.
     """
 
     def __init__(
@@ -120,6 +127,7 @@ class RandomContrast:
         self.generator = generator
 
     def __call__(self, images: Tensor) -> Tensor:
+        """float32 (B, C, H, W) in [0, 1] → float32 (B, C, H, W) in [0, 1]."""
         low, high = self.contrast
         factor, offset = torch.rand(2, len(images), 1, 1, 1, generator=self.generator)
         mean = images.mean(dim=(1, 2, 3), keepdim=True)
@@ -128,11 +136,11 @@ class RandomContrast:
 
 
 class GaussianNoise:
-    """Adds independent normal noise to every pixel; clamps to [0, 1].
+    """Adds independent Gaussian noise to every pixel value; clamps to [0, 1].
 
     Args:
-        std: Standard deviation of the noise on the scale [0, 1].
-        generator: Source of randomness; None is torch's global generator.
+        std: standard deviation of the noise on the scale [0, 1].
+        generator: source of random numbers; None is torch's global generator.
     """
 
     def __init__(self, std: float, generator: torch.Generator | None = None) -> None:
@@ -140,5 +148,6 @@ class GaussianNoise:
         self.generator = generator
 
     def __call__(self, images: Tensor) -> Tensor:
+        """float32 (B, C, H, W) in [0, 1] → float32 (B, C, H, W) in [0, 1]."""
         noise = torch.randn(images.shape, generator=self.generator)
         return noise.mul_(self.std).add_(images).clamp_(0, 1)

@@ -1,4 +1,4 @@
-"""Batches that are stacked already, and how any samples become a batch."""
+"""Batches that a dataset has already stacked, and the collate function for any samples."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ _Inputs = TypeVar("_Inputs", bound=Inputs)
 
 
 class StackedBatch(Sequence[tuple[_Inputs, Tensor]], Generic[_Inputs]):
-    """A batch that is stacked already, yet can be read as the list of samples that torch's contract asks for.
+    """A stacked batch that can also be read as the list of samples that torch expects.
 
-    torch lets a dataset fetch many samples at once (`__getitems__`) but wants a list back, which the collate function
-    then stacks again. `collate` takes the tensors as they are; any other collate function iterates over samples.
+    torch lets a dataset fetch many samples at once (`__getitems__`), but expects a list of samples, which the collate
+    function then stacks. `collate` uses the stacked tensors directly; any other collate function can iterate over the
+    samples.
 
     Args:
         inputs: float32 images (B, C, H, W), or a dict of tensors (B, …).
-        labels: (B,), or (B, L) where each token has one.
+        labels: (B,), or (B, L) if each token has a label.
     """
 
     def __init__(self, inputs: _Inputs, labels: Tensor) -> None:
@@ -40,14 +41,14 @@ class StackedBatch(Sequence[tuple[_Inputs, Tensor]], Generic[_Inputs]):
 
 
 def collate(batch: Any) -> Any:
-    """Collate function for any dataset: free for a `StackedBatch`; samples with dicts of tokens are padded.
+    """Collate function for any dataset: copies nothing for a `StackedBatch`, and pads samples with dicts of tokens.
 
     Args:
-        batch: What the dataset fetched: a `StackedBatch` or a list of samples.
+        batch: a `StackedBatch`, or a list of samples.
 
     Returns:
-        A list [inputs, labels]; for samples whose inputs are no dict and no tuple, what torch's default makes of
-        them.
+        A list [inputs, labels]; if the inputs of the samples are neither a dict nor a tuple, the result of torch's
+        `default_collate`.
     """
     if isinstance(batch, StackedBatch):
         return [batch.inputs, batch.labels]
@@ -59,7 +60,14 @@ def collate(batch: Any) -> Any:
 
 
 def unsqueeze(inputs: Any) -> Inputs:
-    """One sample's inputs (…) as a batch of one (1, …)."""
+    """Make a batch of one sample.
+
+    Args:
+        inputs: one sample's inputs: a tensor (…), or a dict or tuple of them.
+
+    Returns:
+        The same structure with tensors (1, …).
+    """
     if isinstance(inputs, Mapping):
         return {name: unsqueeze(value) for name, value in inputs.items()}
     if isinstance(inputs, tuple):

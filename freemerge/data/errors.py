@@ -1,4 +1,4 @@
-"""Faults of data: what is wrong with a file, a row or a sample, in one line."""
+"""Errors and warnings about data: one line that names the file, row or sample."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ _MARK = "DataError: "
 class DataError(ValueError):
     """Data that cannot be used. The message names the file, row or sample, what is wrong and what to do.
 
-    torch raises an error of a loader's worker process anew, with the worker's whole traceback as its message. Of that,
-    the line that matters is kept.
+    When a worker process of a loader fails, torch raises the error again in the main process with the worker's whole
+    traceback as its message; only the error's own line is kept.
 
     Args:
         message: one line.
@@ -27,14 +27,23 @@ class DataError(ValueError):
 
 
 class DataWarning(UserWarning):
-    """Something about data that is worth knowing, and stops nothing."""
+    """A possible problem with data that does not stop the run."""
 
 
-def raised_here(batches: Iterator[Any]) -> Iterator[Any]:
-    """The same batches; a DataError is raised from here, without torch's frames.
+def reraise_data_errors(batches: Iterator[Any]) -> Iterator[Any]:
+    """Iterate over batches, and raise a DataError anew without torch's stack frames.
 
-    These would keep the iterator alive in a cycle, and the garbage collector would then wait for each worker process
-    until five seconds are over.
+    Those frames would keep the loader's iterator alive in a reference cycle, and the garbage collector would then wait
+    five seconds for each worker process.
+
+    Args:
+        batches: the iterator of a DataLoader.
+
+    Yields:
+        The batches, unchanged.
+
+    Raises:
+        DataError: with the same message and cause as the original.
     """
     try:
         yield from batches
@@ -47,14 +56,29 @@ def raised_here(batches: Iterator[Any]) -> Iterator[Any]:
     try:
         raise fault
     finally:
-        del fault  # whose traceback holds this frame
+        del fault  # its traceback refers to this frame: without this, a reference cycle
 
 
 def reason_of(error: BaseException) -> str:
-    """An error's message in one line; its class where it has none."""
+    """An error's message in one line.
+
+    Args:
+        error: any exception.
+
+    Returns:
+        Its message without line breaks, or its class name if the message is empty.
+    """
     return " ".join(str(error).split()) or type(error).__name__
 
 
 def listed(names: Sequence[object], most: int = 5) -> str:
-    """The first few of some names, with commas."""
+    """Join the first few names with commas.
+
+    Args:
+        names: any objects; written by `str`.
+        most: how many of them to write.
+
+    Returns:
+        For instance `a, b, … (7 in all)`.
+    """
     return ", ".join(map(str, names[:most])) + (f", … ({len(names)} in all)" if len(names) > most else "")

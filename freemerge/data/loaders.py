@@ -1,7 +1,7 @@
-"""Data loaders whose order is a function of (seed, epoch) alone.
+"""Data loaders whose order depends on (seed, epoch) alone.
 
-Lightning tells a sampler the epoch through `set_epoch`, in one process and, through its distributed wrapper, in many. A
-run that is stopped and resumed therefore sees the batches that it would have seen without the stop.
+Lightning tells a sampler the epoch through `set_epoch`, also through its wrapper for distributed runs. A run that is
+stopped and resumed therefore gets the same batches as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -18,26 +18,26 @@ from freemerge.data.resumable import EvaluationLoader, ResumableLoader
 
 
 def derive_seed(seed: int, *keys: object) -> int:
-    """Mixes a seed with a path of keys, so that every use of randomness has a stream of its own.
+    """Derive a seed from another seed and keys, so that every use of random numbers has a stream of its own.
 
     Args:
-        seed: The user's seed.
-        *keys: Anything with a stable `str`, such as a task's name and a split.
+        seed: the user's seed.
+        *keys: objects with a stable `str`, such as a task's name and a split.
 
     Returns:
-        A seed in [0, 2^63), equal on every machine and Python version.
+        A seed in [0, 2^63), the same on every machine and Python version.
     """
     text = "/".join(str(key) for key in (seed, *keys))
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
 class EpochSampler(Sampler[int]):
-    """Indices in an order drawn from (seed, epoch).
+    """Base class of samplers whose order is drawn from (seed, epoch).
 
-    Without `set_epoch` (a plain torch loop) the epoch advances by itself with each pass.
+    Without `set_epoch` (in a plain torch loop), the epoch advances by one with each pass.
 
     Args:
-        seed: Seed of the order.
+        seed: seed of the order.
     """
 
     def __init__(self, seed: int) -> None:
@@ -45,7 +45,11 @@ class EpochSampler(Sampler[int]):
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Chooses the epoch of the next pass; Lightning calls this."""
+        """Set the epoch of the next pass; Lightning calls this.
+
+        Args:
+            epoch: the epoch, from 0.
+        """
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[int]:
@@ -61,11 +65,11 @@ class ShuffleSampler(EpochSampler):
     """Every index of a dataset once per epoch, shuffled.
 
     Args:
-        size: Length of the dataset.
-        seed: Seed of the order.
-        lengths: Of the samples, (N,), if they differ: the samples of a batch are then of similar lengths, as far as
-            that goes among those of a few dozen batches that chance has brought together.
-        batch_size: Samples per batch, where there are lengths.
+        size: length of the dataset.
+        seed: seed of the order.
+        lengths: int64 (N,), the samples' lengths, if they differ. The shuffled samples are then sorted by length within
+            each group of 32 batches, so that the samples of a batch have similar lengths.
+        batch_size: samples per batch; used with `lengths` only.
     """
 
     def __init__(self, size: int, seed: int, lengths: Tensor | None = None, batch_size: int = 1) -> None:
@@ -81,24 +85,29 @@ class ShuffleSampler(EpochSampler):
         order = torch.randperm(self.size, generator=generator)
         if self.lengths is None:
             return order
-        return _in_similar_batches(order, self.lengths, self.batch_size, _AMONG * self.batch_size, generator)
+        return _batches_by_length(order, self.lengths, self.batch_size, _BATCHES_PER_SORT * self.batch_size, generator)
 
 
 class BalancedSampler(EpochSampler):
-    """Equally many indices from each of several datasets laid end to end, shuffled together.
+    """Equally many indices from each of several concatenated datasets, shuffled together.
 
-    A dataset larger than its share gives a fresh random part each epoch; a smaller one is gone through again.
+    A dataset larger than `per_dataset` contributes a new random subset each epoch; a smaller one is repeated.
 
     Args:
-        sizes: Lengths of the datasets, in order.
-        per_dataset: How many indices of each per epoch.
-        seed: Seed of the order.
+        sizes: lengths of the datasets, in order.
+        per_dataset: indices from each dataset per epoch.
+        seed: seed of the order.
+
+    Raises:
+        ValueError: if a dataset is empty or `per_dataset` is below 1.
     """
 
     def __init__(self, sizes: Sequence[int], per_dataset: int, seed: int) -> None:
         super().__init__(seed)
         if per_dataset < 1 or min(sizes) < 1:
-            raise ValueError(f"need at least one sample per dataset, got sizes {list(sizes)}, share {per_dataset}")
+            raise ValueError(
+                f"need at least one sample per dataset, got sizes {list(sizes)}, per_dataset {per_dataset}"
+            )
         self.sizes = list(sizes)
         self.per_dataset = per_dataset
 
@@ -116,15 +125,15 @@ class BalancedSampler(EpochSampler):
         return draws[torch.randperm(len(draws), generator=generator)]
 
 
-class SimilarLengths(Sampler[int]):
-    """Every index once, in an order in which a batch's samples are of similar lengths: little of it is padding.
+class LengthGroupedSampler(Sampler[int]):
+    """Every index once; each batch has samples of similar lengths, which saves padding.
 
-    The order of the batches tells nothing of the lengths, so that the first few are like the others. The order is the
-    same each time.
+    The batches come in a random order, so that a run limited to the first few sees samples of all lengths. The order is
+    the same in each pass.
 
     Args:
-        lengths: Of the samples, (N,).
-        batch_size: Samples per batch.
+        lengths: int64 (N,), the samples' lengths.
+        batch_size: samples per batch.
     """
 
     def __init__(self, lengths: Tensor, batch_size: int) -> None:
@@ -135,33 +144,34 @@ class SimilarLengths(Sampler[int]):
         return len(self.lengths)
 
     def __iter__(self) -> Iterator[int]:
-        order = self.lengths.argsort(descending=True, stable=True)  # the shortest samples are the incomplete batch
+        order = self.lengths.argsort(descending=True, stable=True)  # the incomplete batch has the shortest samples
         generator = torch.Generator().manual_seed(0)
-        return iter(_in_similar_batches(order, self.lengths, self.batch_size, len(order), generator).tolist())
+        return iter(_batches_by_length(order, self.lengths, self.batch_size, len(order), generator).tolist())
 
 
-_AMONG = 32
-"""Batches that training samples of similar lengths are looked for among: more of them leave less to chance."""
+_BATCHES_PER_SORT = 32
+"""Training samples are sorted by length within groups of this many batches. A larger group makes the lengths in a batch
+more similar, and the composition of batches less random."""
 
 
-def _in_similar_batches(
-    order: Tensor, lengths: Tensor, batch_size: int, among: int, generator: torch.Generator
+def _batches_by_length(
+    order: Tensor, lengths: Tensor, batch_size: int, group_size: int, generator: torch.Generator
 ) -> Tensor:
-    """Puts samples of similar lengths in one batch, and the batches in a random order.
+    """Group samples of similar lengths into batches, and shuffle the batches.
 
     Args:
-        order: Indices (N,); those at its end that fill no batch stay there.
-        lengths: Of all samples.
-        batch_size: Samples per batch.
-        among: How many consecutive samples of the order are sorted by length.
-        generator: Draws the order of the batches.
+        order: int64 (N,) indices; the last ones, which do not fill a batch, stay at the end.
+        lengths: int64, the lengths of all samples.
+        batch_size: samples per batch.
+        group_size: how many consecutive samples of `order` are sorted by length together.
+        generator: draws the order of the batches.
 
     Returns:
-        (N,).
+        int64 (N,), the indices in their new order.
     """
     whole = len(order) // batch_size * batch_size
-    runs = [run[lengths[run].argsort(stable=True)] for run in order[:whole].split(among)]
-    batches = torch.cat(runs).view(-1, batch_size)
+    groups = [group[lengths[group].argsort(stable=True)] for group in order[:whole].split(group_size)]
+    batches = torch.cat(groups).view(-1, batch_size)
     shuffled = batches[torch.randperm(len(batches), generator=generator)]
     return torch.cat([shuffled.flatten(), order[whole:]])
 
@@ -170,13 +180,13 @@ def training_loader(dataset: Dataset, sampler: EpochSampler, batch_size: int, nu
     """A loader for training.
 
     Args:
-        dataset: Map-style dataset.
-        sampler: Gives the order.
-        batch_size: Images per batch. An incomplete last batch is dropped, unless it is the only one.
-        num_workers: Worker processes.
+        dataset: map-style dataset.
+        sampler: gives the order.
+        batch_size: samples per batch. An incomplete last batch is dropped, unless it is the only one.
+        num_workers: number of worker processes.
 
     Returns:
-        The loader; a fit that is interrupted can go on in the middle of its epoch.
+        The loader; an interrupted fit can resume in the middle of an epoch.
     """
     return ResumableLoader(
         dataset,
@@ -189,13 +199,13 @@ def training_loader(dataset: Dataset, sampler: EpochSampler, batch_size: int, nu
 
 
 def evaluation_loader(dataset: Dataset, batch_size: int, num_workers: int = 0, in_order: bool = False) -> DataLoader:
-    """A loader for measuring: every sample once.
+    """A loader for evaluation: every sample once.
 
     Args:
-        dataset: Map-style dataset. If its samples are of different lengths, it has them as `lengths`, (N,).
-        batch_size: Samples per batch; the last one may be smaller.
-        num_workers: Worker processes.
-        in_order: Whether samples of different lengths come in order too. That takes more padding.
+        dataset: map-style dataset. If its samples differ in length, its attribute `lengths` is int64 (N,).
+        batch_size: samples per batch; the last one may be smaller.
+        num_workers: number of worker processes.
+        in_order: whether to keep the dataset's order even if samples differ in length, which takes more padding.
 
     Returns:
         The loader.
@@ -204,16 +214,23 @@ def evaluation_loader(dataset: Dataset, batch_size: int, num_workers: int = 0, i
     return EvaluationLoader(
         dataset,
         batch_size=batch_size,
-        sampler=None if lengths is None else SimilarLengths(lengths, batch_size),
+        sampler=None if lengths is None else LengthGroupedSampler(lengths, batch_size),
         num_workers=num_workers,
         persistent_workers=num_workers > 0,
-        generator=torch.Generator(),  # measuring draws nothing from the generator that training draws from
+        generator=torch.Generator(),  # an evaluation must not advance the global generator, which training uses
         collate_fn=collate,
     )
 
 
 def names_of(dataset: Dataset) -> Sequence[str] | None:
-    """What a dataset's samples are called (`sample_names`), such as their files, or None if it does not say."""
+    """The names of a dataset's samples, such as their file names.
+
+    Args:
+        dataset: a dataset with an attribute `sample_names`, or a `Subset` of one.
+
+    Returns:
+        N names, or None if the dataset has no such attribute.
+    """
     if isinstance(dataset, Subset):
         names = names_of(dataset.dataset)
         return None if names is None else [names[index] for index in dataset.indices]
@@ -221,7 +238,14 @@ def names_of(dataset: Dataset) -> Sequence[str] | None:
 
 
 def lengths_of(dataset: Dataset) -> Tensor | None:
-    """The lengths of a dataset's samples, (N,), or None if it does not say that they differ."""
+    """The lengths of a dataset's samples.
+
+    Args:
+        dataset: a dataset with an attribute `lengths`, or a `Subset` of one.
+
+    Returns:
+        int64 (N,), or None if the dataset has no such attribute: its samples are then equally long.
+    """
     if isinstance(dataset, Subset):
         lengths = lengths_of(dataset.dataset)
         return None if lengths is None else lengths[torch.as_tensor(dataset.indices)]

@@ -1,4 +1,4 @@
-"""Data of one task, and the mixture of all tasks that a router learns from."""
+"""Data modules: the data of one task, and the mixture of all tasks that trains a router."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ class TaskData(L.LightningDataModule):
     """The train, val and test data of one task.
 
     Args:
-        name: The task's name.
-        load: Returns the task; called once, in `setup`, or when `task` is first read.
-        batch_size: Images per training batch.
-        eval_batch_size: Images per batch of validation, test and prediction.
-        num_workers: Worker processes per loader.
-        seed: Seed of the training order.
-        prepare: Called by `prepare_data`, such as a suite's download.
-        head_tasks: Returns the tasks that share a head with this one, itself included; None: it has its own.
+        name: the task's name.
+        load: returns the task; called once, in `setup` or when `task` is first read.
+        batch_size: samples per training batch.
+        eval_batch_size: samples per batch of validation, test and prediction.
+        num_workers: worker processes per loader.
+        seed: seed of the training order.
+        prepare: called by `prepare_data`; a suite's download, for instance.
+        head_tasks: returns the tasks that share a head with this one, including itself; None if it has its own head.
     """
 
     name: str
@@ -63,7 +63,7 @@ class TaskData(L.LightningDataModule):
         self._task: Task | None = None
 
     def __str__(self) -> str:
-        return f"{type(self).__name__}({self.name})"  # Lightning's own would build the task
+        return f"{type(self).__name__}({self.name})"  # LightningDataModule.__str__ would build the task
 
     @property
     def task(self) -> Task:
@@ -78,16 +78,22 @@ class TaskData(L.LightningDataModule):
         return self.task.num_classes
 
     def prepare_data(self) -> None:
+        """Call `prepare`, if there is one; Lightning calls this in one process per node."""
         if self._prepare is not None:
             self._prepare()
 
     def setup(self, stage: str | None = None) -> None:
+        """Build the task, unless it is built already.
+
+        Args:
+            stage: ignored; all stages need the task.
+        """
         _ = self.task
 
     def train_dataloader(self) -> DataLoader:
-        """Shuffled anew each epoch from (seed, epoch); an incomplete last batch is dropped.
+        """The training data, shuffled from (seed, epoch); an incomplete last batch is dropped.
 
-        Texts are in batches of similar lengths: much of a batch drawn at random would be padding.
+        Texts are grouped into batches of similar lengths; batches drawn at random would consist largely of padding.
         """
         dataset = self.task.train
         seed = derive_seed(self.seed, "order", self.name)
@@ -95,28 +101,33 @@ class TaskData(L.LightningDataModule):
         return training_loader(dataset, sampler, self.batch_size, self.num_workers)
 
     def head_dataloader(self) -> DataLoader | None:
-        """The training data of all tasks that share this one's head; None where it has its own."""
+        """The training data of all tasks that share a head with this one; None if it has its own head."""
         if self._head_tasks is None:
             return None
         dataset = JoinedDataset([task.train for task in self._head_tasks()])
         return evaluation_loader(dataset, self.eval_batch_size, self.num_workers)
 
     def val_dataloader(self) -> DataLoader:
+        """The validation data; texts are grouped by length."""
         return evaluation_loader(self.task.val, self.eval_batch_size, self.num_workers)
 
     def test_dataloader(self) -> DataLoader:
+        """The test data; texts are grouped by length."""
         return evaluation_loader(self.task.test, self.eval_batch_size, self.num_workers)
 
     def predict_dataloader(self) -> DataLoader:
-        """The test data in their order."""
+        """The test data in the dataset's order."""
         return evaluation_loader(self.task.test, self.eval_batch_size, self.num_workers, in_order=True)
 
 
 class JoinedDataset(Dataset):
-    """Several datasets laid end to end.
+    """A concatenation of datasets.
+
+    torch's `ConcatDataset` does not fit: it fetches samples one by one, and cannot batch texts of different lengths or
+    change the labels.
 
     Args:
-        datasets: Datasets of (inputs, label) whose inputs can be in one batch: images of equal shapes, or texts.
+        datasets: datasets of (inputs, label) whose inputs can share a batch: images of equal shapes, or texts.
     """
 
     def __init__(self, datasets: Sequence[Dataset]) -> None:
@@ -129,7 +140,7 @@ class JoinedDataset(Dataset):
 
     @property
     def lengths(self) -> torch.Tensor | None:
-        """Of the samples, (N,), if all datasets have them."""
+        """The samples' lengths, int64 (N,); None if a dataset has none."""
         parts = [lengths_of(dataset) for dataset in self.datasets]
         known = [part for part in parts if part is not None]
         return torch.cat(known) if len(known) == len(parts) else None
@@ -144,7 +155,7 @@ class JoinedDataset(Dataset):
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> Any:
-        """Fetches a batch with one call per dataset."""
+        """Fetch a batch with one call per dataset."""
         places = [self._locate(int(index)) for index in indices]
         positions: dict[int, list[int]] = {}
         for position, (which, _) in enumerate(places):
@@ -155,8 +166,8 @@ class JoinedDataset(Dataset):
             parts.append(inputs)
             labels.append(self._label(which, own))
             order += chosen
-        place_of = torch.tensor(order).argsort()  # the parts lie end to end: back to the order asked for
-        return StackedBatch(select(join(parts), place_of), join_padded(labels, IGNORED)[place_of])
+        requested = torch.tensor(order).argsort()  # from the order by dataset back to the requested order
+        return StackedBatch(select(join(parts), requested), join_padded(labels, IGNORED)[requested])
 
     def _fetch(self, which: int, inner: list[int]) -> tuple[Inputs, torch.Tensor]:
         dataset = self.datasets[which]
@@ -169,10 +180,10 @@ class JoinedDataset(Dataset):
 
 
 class MixtureDataset(JoinedDataset):
-    """Several datasets laid end to end, whose label is the index of the dataset that a sample came from.
+    """A concatenation of datasets in which a sample's label is the index of its dataset.
 
     Args:
-        datasets: Datasets of (inputs, label) whose inputs can be in one batch: images of equal shapes, or texts.
+        datasets: datasets of (inputs, label) whose inputs can share a batch: images of equal shapes, or texts.
     """
 
     def _label(self, which: int, labels: torch.Tensor) -> torch.Tensor:
@@ -180,17 +191,20 @@ class MixtureDataset(JoinedDataset):
 
 
 class TaskMixture(L.LightningDataModule):
-    """All tasks mixed in equal parts; the label says which task an image belongs to.
+    """Equal parts of all tasks; the label is the index of the task that a sample belongs to.
 
     Args:
-        names: The tasks' names; a label is an index into it.
-        load: Returns the task of a name.
-        per_task: Training images of each task per epoch. None takes as many as the average task has.
-        batch_size: Images per training batch.
-        eval_batch_size: Images per batch of validation, test and prediction.
-        num_workers: Worker processes per loader.
-        seed: Seed of the training order.
-        prepare: Called by `prepare_data`, such as a suite's download.
+        names: the tasks' names; a label is an index into it.
+        load: returns the task with a given name.
+        per_task: training samples of each task per epoch; None takes as many as the average task has.
+        batch_size: samples per training batch.
+        eval_batch_size: samples per batch of validation, test and prediction.
+        num_workers: worker processes per loader.
+        seed: seed of the training order.
+        prepare: called by `prepare_data`; a suite's download, for instance.
+
+    Raises:
+        ValueError: if `per_task` is below 1.
     """
 
     def __init__(
@@ -217,25 +231,31 @@ class TaskMixture(L.LightningDataModule):
         self._prepare = prepare
 
     def __str__(self) -> str:
-        return f"{type(self).__name__}({', '.join(self.names)})"  # Lightning's own would build the tasks
+        return f"{type(self).__name__}({', '.join(self.names)})"  # LightningDataModule.__str__ would build the tasks
 
     @property
     def num_classes(self) -> int:
-        """How many tasks there are to tell apart."""
+        """How many tasks the router must distinguish."""
         return len(self.names)
 
     def prepare_data(self) -> None:
+        """Call `prepare`, if there is one; Lightning calls this in one process per node."""
         if self._prepare is not None:
             self._prepare()
 
     def setup(self, stage: str | None = None) -> None:
+        """Build all tasks.
+
+        Args:
+            stage: ignored; all stages need the tasks.
+        """
         for name in self.names:
             self._load(name)
 
     def train_dataloader(self) -> DataLoader:
-        """Equally many images of each task, drawn and shuffled anew each epoch from (seed, epoch).
+        """Equally many training samples of each task, drawn and shuffled from (seed, epoch).
 
-        Texts of all lengths are mixed: in batches of similar lengths, there would be few tasks in each.
+        Texts are not grouped by length: a batch of similar lengths would contain few tasks.
         """
         dataset = MixtureDataset([self._load(name).train for name in self.names])
         per_task = self.per_task or len(dataset) // len(dataset.datasets)
@@ -243,20 +263,22 @@ class TaskMixture(L.LightningDataModule):
         return training_loader(dataset, sampler, self.batch_size, self.num_workers)
 
     def val_dataloader(self) -> DataLoader:
+        """Equally many validation samples of each task."""
         return self._evaluation("val")
 
     def test_dataloader(self) -> DataLoader:
+        """Equally many test samples of each task."""
         return self._evaluation("test")
 
     def predict_dataloader(self) -> DataLoader:
-        """The test data, task by task."""
+        """The samples of `test_dataloader`, task by task, in the datasets' order."""
         return self._evaluation("test", in_order=True)
 
     def _evaluation(self, split: str, in_order: bool = False) -> DataLoader:
-        """As many images of each task as the smallest has, evenly spaced, because sets may be sorted by class."""
+        """As many samples of each task as the smallest has, evenly spaced, because datasets may be sorted by class."""
         dataset = MixtureDataset([getattr(self._load(name), split) for name in self.names])
-        share, offset, chosen = min(dataset.sizes), 0, []
+        per_task, offset, chosen = min(dataset.sizes), 0, []
         for size in dataset.sizes:
-            chosen += [offset + i * size // share for i in range(share)]
+            chosen += [offset + i * size // per_task for i in range(per_task)]
             offset += size
         return evaluation_loader(Subset(dataset, chosen), self.eval_batch_size, self.num_workers, in_order)

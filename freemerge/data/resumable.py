@@ -1,7 +1,7 @@
-"""A loader that goes on in the middle of an epoch, and the state of all random generators.
+"""A loader that can resume in the middle of an epoch, and the state of all random number generators.
 
-Lightning asks loaders for their state when it writes a checkpoint (`state_dict`, `load_state_dict`). A fit that goes on
-from one gets the batches, and draws the random numbers, that it would have got without the stop.
+Lightning saves and restores a loader's state with each checkpoint (`state_dict`, `load_state_dict`). A resumed fit gets
+the same batches and draws the same random numbers as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -14,25 +14,33 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from freemerge.data.errors import raised_here
+from freemerge.data.errors import reraise_data_errors
 
 
 def random_state() -> dict[str, Any]:
-    """The state of Python's, NumPy's and torch's global generators, as tensors and plain values."""
+    """The state of the global random number generators of Python, NumPy and torch.
+
+    Returns:
+        Tensors and plain values, for `set_random_state`; a checkpoint can hold them without pickled classes.
+    """
     version, words, gauss = random.getstate()
-    state: Any = np.random.get_state()  # noqa: NPY002 - the global one is what is kept
+    state: Any = np.random.get_state()  # noqa: NPY002 - users' code may draw from the global generator
     name, keys, position, has_gauss, cached = state
     return {
         "python": [version, list(words), gauss],
         "numpy": [name, keys.tolist(), int(position), int(has_gauss), float(cached)],
         "torch": torch.get_rng_state(),
-        # This process's own device alone: to ask the others would take memory on each of them.
+        # The current device only: asking for the state of another device would allocate memory there.
         "cuda": [torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else [],
     }
 
 
 def set_random_state(state: dict[str, Any]) -> None:
-    """Go back to a state that `random_state` gave."""
+    """Restore the global random number generators.
+
+    Args:
+        state: the result of `random_state`.
+    """
     version, words, gauss = state["python"]
     random.setstate((version, tuple(words), gauss))
     name, keys, *rest = state["numpy"]
@@ -43,31 +51,33 @@ def set_random_state(state: dict[str, Any]) -> None:
 
 
 class ResumableLoader(DataLoader):
-    """A DataLoader that knows how far it is, and can go on from there.
+    """A DataLoader that can resume in the middle of an epoch.
 
-    Its workers must not be persistent: started anew in each epoch, they have seeds of that epoch, and a fit that goes
-    on gets them too. Persistent ones carry their generators from epoch to epoch, and torch does not tell their state.
-    Starting anew costs half a second per epoch with four forked workers on two cores.
+    Its workers must not be persistent. Workers that start in each epoch are seeded from that epoch, so a resumed fit
+    can seed them alike. Persistent workers carry their generators from epoch to epoch, and torch does not expose their
+    state. The restart costs about half a second per epoch with four forked workers on two cores.
+
+    This class is small enough not to depend on torchdata for its `StatefulDataLoader`.
     """
 
     _start: dict[str, Any] | None = None
     _taken = 0
     _resume: dict[str, Any] | None = None
 
-    # torch declares its own iterator class; callers only ask it for batches.
+    # The base class returns torch's own iterator class; callers use it as an iterator only.
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        # A generator: nothing happens before the first batch is asked for, by when Lightning has told the epoch, and a
-        # checkpoint has told where to go on.
-        return raised_here(self._batches(super().__iter__))
+        # Nothing runs until the first batch is requested: by then Lightning has set the epoch, and a checkpoint's state
+        # has been loaded.
+        return reraise_data_errors(self._batches(super().__iter__))
 
     def _batches(self, start: Any) -> Iterator[Any]:
         resume, self._resume = self._resume, None
         if resume is not None:
             set_random_state(resume["start"])
         self._start, self._taken = random_state(), 0
-        batches = start()  # draws the seed of the workers
+        batches = start()  # draws the base seed of the workers
         if resume is not None:
-            # Fetched and dropped, so that workers and data that draw random numbers come to where they were.
+            # The batches are fetched and dropped, to advance the generators of workers and datasets.
             for _ in range(resume["taken"]):
                 next(batches)
                 self._taken += 1
@@ -77,17 +87,25 @@ class ResumableLoader(DataLoader):
             yield batch
 
     def state_dict(self) -> dict[str, Any]:
-        """How many batches of this epoch have been taken, and the random generators, at its start and now."""
+        """The position in the current epoch.
+
+        Returns:
+            The number of batches taken, and the state of the random generators at the epoch's start and now.
+        """
         now = random_state()
         return {"taken": self._taken, "start": self._start or now, "now": now}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Let the next pass go on from there."""
+        """Let the next pass resume at a position.
+
+        Args:
+            state: the result of `state_dict`.
+        """
         self._resume = state
 
 
 class EvaluationLoader(DataLoader):
-    """A DataLoader whose workers' errors about data are one line."""
+    """A DataLoader that reports a worker's DataError in one line."""
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override] # see `ResumableLoader`
-        return raised_here(super().__iter__())
+        return reraise_data_errors(super().__iter__())

@@ -1,4 +1,4 @@
-"""Suites whose tasks are told by a configuration: a mapping from names to sources, or a folder of files."""
+"""Suites that a configuration describes: a mapping from task names to sources, or a folder of files."""
 
 from __future__ import annotations
 
@@ -15,18 +15,21 @@ from freemerge.names import class_name
 
 
 class SourceSuite(TaskSuite):
-    """Tasks from any sources, mixed as you like.
+    """A suite whose tasks come from any sources; their kinds can be mixed.
 
     Args:
-        sources: task name → where its data come from.
-        tasks: Which tasks, in this order; None is all of them.
-        batch_size: Samples per training batch, of each task.
-        eval_batch_size: Samples per batch of validation, test and prediction.
-        num_workers: Worker processes per loader. Data in memory is served fastest by none.
-        seed: Determines what is drawn from the data, and the order of training.
-        held_out: Tasks that are evaluated but neither fine-tuned on nor merged: out-of-domain.
-        shared_heads: Groups of tasks with the same classes that share one head.
-        pretraining_source: What a backbone without pretrained weights is pretrained on; None is nothing.
+        sources: task name → source of its data.
+        tasks: the selected tasks, in order; None selects all.
+        batch_size: samples per training batch of each task.
+        eval_batch_size: samples per batch of validation, test and prediction.
+        num_workers: worker processes per loader; 0 is fastest for data in memory.
+        seed: seed of the splits, the subsets and the training order.
+        held_out: out-of-domain tasks: evaluated, but neither fine-tuned on nor merged.
+        shared_heads: groups of tasks with the same classes that share one head.
+        pretraining_source: the data that a backbone without pretrained weights is pretrained on; None: no pretraining.
+
+    Raises:
+        ValueError: if a task is unknown or selected twice, none is selected, or a size is out of range.
     """
 
     def __init__(
@@ -46,9 +49,11 @@ class SourceSuite(TaskSuite):
         super().__init__(tasks, batch_size, eval_batch_size, num_workers, seed, held_out, shared_heads)
 
     def available(self) -> tuple[str, ...]:
+        """The keys of `sources`."""
         return tuple(self.sources)
 
     def prepare_data(self) -> None:
+        """Let the sources of the selected tasks download their data."""
         for name in (*self.names, *self.held_out):
             self.sources[name].prepare()
         if self.pretraining_source is not None:
@@ -56,17 +61,34 @@ class SourceSuite(TaskSuite):
 
     @property
     def has_pretraining(self) -> bool:
+        """Whether there is a `pretraining_source`."""
         return self.pretraining_source is not None
 
     def pretraining(self) -> Task | None:
+        """The task of `pretraining_source`, or None."""
         source = self.pretraining_source
         return None if source is None else source.build("pretraining", self.seed)
 
     def build(self, name: str) -> Task:
+        """Build a task from its source.
+
+        Args:
+            name: one of `available()`.
+
+        Returns:
+            The task.
+
+        Raises:
+            ValueError: if the source's data are missing or not as expected.
+        """
         return self.sources[name].build(name, self.seed)
 
     def identity(self) -> dict[str, Any]:
-        """The sources and the seed say all; a subclass's arguments are a shorter way to say the sources."""
+        """What determines the data: the sources and the seed. A subclass's own arguments only describe the sources.
+
+        Returns:
+            JSON-compatible values.
+        """
         kind = type(self)
         sources = {name: source.identity() for name, source in self.sources.items()}
         arguments = {"seed": self.seed, "shared_heads": self.shared_heads, "sources": sources}
@@ -75,37 +97,45 @@ class SourceSuite(TaskSuite):
         return {"class": class_name(kind), "version": self.DATA_VERSION, "arguments": arguments}
 
     def task_identity(self, name: str) -> dict[str, Any]:
-        """The task's own source, and the seed."""
+        """What determines one task's data: its source and the seed.
+
+        Args:
+            name: one of `available()`.
+
+        Returns:
+            JSON-compatible values.
+        """
         return {"source": self.sources[name].identity(), "task": name, "seed": self.seed}
 
     def pretraining_identity(self) -> dict[str, Any]:
+        """What determines the pretraining data: their source and the seed."""
         source = self.pretraining_source
         return {"source": None if source is None else source.identity(), "seed": self.seed}
 
 
 class NpzSuite(SourceSuite):
-    """A folder of NPZ files of images, one per task; the file's name is the task's. See `NpzSource`.
+    """A suite in a folder of NPZ files of images, one per task and named after it. See `NpzSource`.
 
     Args:
         folder: the folder.
-        tasks: Which tasks, in this order; None is all files, by name.
-        image_size: height and width of what the model gets; None leaves images as they are.
-        channels: 3 repeats grey images, 1 makes grey of colour; None leaves images as they are.
+        tasks: the selected tasks, in order; None selects all files, sorted by name.
+        image_size: height and width of the model's input in pixels; None keeps the images' size.
+        channels: 3 repeats grey images, 1 converts colour to grey; None keeps the images' channels.
         mean: subtracted from pixels in [0, 1]: one number, or one per channel.
-        std: what the difference is divided by.
-        augment: for training batches, in order: transforms of `torchvision.transforms.v2`, classes of
+        std: divides the difference: one number, or one per channel.
+        augment: augmentations of training batches, in order: transforms of `torchvision.transforms.v2`, classes of
             `freemerge.data.augment`, or callables of float32 (B, C, H, W) in [0, 1].
-        train_size: take so many training samples of each task, drawn by the seed; None takes all.
+        train_size: number of training samples of each task, drawn with the seed; None takes all.
         val_size: likewise for validation.
         test_size: likewise for test.
-        batch_size: Images per training batch, of each task.
-        eval_batch_size: Images per batch of validation, test and prediction.
-        num_workers: Worker processes per loader. The data are in memory, so none is usually fastest.
-        seed: Determines what is drawn from the data, and the order of training.
-        held_out: Tasks that are evaluated but neither fine-tuned on nor merged: out-of-domain.
-        shared_heads: Groups of tasks with the same classes that share one head.
-        pretraining: What a backbone without pretrained weights is pretrained on: `pooled`, the training images of all
-            files as one task with the classes of all, or another NPZ file's path; None is nothing.
+        batch_size: images per training batch of each task.
+        eval_batch_size: images per batch of validation, test and prediction.
+        num_workers: worker processes per loader; the data are in memory, so 0 is usually fastest.
+        seed: seed of the splits, the subsets and the training order.
+        held_out: out-of-domain tasks: evaluated, but neither fine-tuned on nor merged.
+        shared_heads: groups of tasks with the same classes that share one head.
+        pretraining: the data that a backbone without pretrained weights is pretrained on: `pooled` (the training images
+            of all files as one task with all their classes) or the path of another NPZ file; None: no pretraining.
     """
 
     def __init__(
@@ -149,28 +179,29 @@ class NpzSuite(SourceSuite):
 
 
 class TextTableSuite(SourceSuite):
-    """A folder of tables of texts, one per task; the file's name is the task's. See `TextTableSource`.
+    """A suite in a folder of text tables, one per task and named after it. See `TextTableSource`.
 
     Args:
-        folder: the folder: .csv, .tsv, .jsonl (plain or .gz) and .parquet files; `<task>.classes.txt` names classes.
+        folder: a folder of .csv, .tsv, .jsonl (plain or .gz) and .parquet files; `<task>.classes.txt` can name the
+            classes of a task.
         tokenizer: hub id or folder of the model's tokenizer.
-        tasks: Which tasks, in this order; None is all files, by name.
-        text: the one or two columns of text; None takes all columns but those of label and split.
-        label: the column of the label; null for plain texts of `causal_lm`.
-        split: the column that says train, val or test.
-        kind: what is asked: classification, regression, seq2seq or causal_lm.
-        metrics: task → what it is judged by; the kind's default for those not named.
-        max_length: texts are cut to so many tokens.
-        max_target_length: targets of `seq2seq` are cut to so many tokens.
-        train_size: take so many training samples of each task, drawn by the seed; None takes all.
+        tasks: the selected tasks, in order; None selects all files, sorted by name.
+        text: one or two text columns; None takes all columns except `label` and `split`.
+        label: the label column; null for a `causal_lm` without targets.
+        split: the column with the values train, val and test.
+        kind: kind of task: classification, regression, seq2seq or causal_lm.
+        metrics: task → its metric; other tasks use the default of `kind`.
+        max_length: texts are truncated to this many tokens.
+        max_target_length: targets of `seq2seq` are truncated to this many tokens.
+        train_size: number of training samples of each task, drawn with the seed; None takes all.
         val_size: likewise for validation.
         test_size: likewise for test.
-        batch_size: Texts per training batch, of each task.
-        eval_batch_size: Texts per batch of validation, test and prediction.
-        num_workers: Worker processes per loader. The data are in memory, so none is usually fastest.
-        seed: Determines what is drawn from the data, and the order of training.
-        held_out: Tasks that are evaluated but neither fine-tuned on nor merged: out-of-domain.
-        shared_heads: Groups of tasks with the same classes that share one head.
+        batch_size: texts per training batch of each task.
+        eval_batch_size: texts per batch of validation, test and prediction.
+        num_workers: worker processes per loader; the data are in memory, so 0 is usually fastest.
+        seed: seed of the splits, the subsets and the training order.
+        held_out: out-of-domain tasks: evaluated, but neither fine-tuned on nor merged.
+        shared_heads: groups of tasks with the same classes that share one head.
     """
 
     def __init__(
@@ -227,8 +258,8 @@ def _files(folder: str, suffixes: tuple[str, ...]) -> dict[str, str]:
         if dot + rest not in suffixes:
             continue
         if name in found:
-            raise ValueError(f"{folder}: two files for one task: {Path(found[name]).name} and {path.name}")
+            raise ValueError(f"{folder}: two files for the same task: {Path(found[name]).name} and {path.name}")
         found[name] = str(path)
     if not found:
-        raise ValueError(f"{folder}: there is no {', '.join(suffixes)} file in it")
+        raise ValueError(f"{folder}: the folder has no {', '.join(suffixes)} file")
     return found

@@ -1,10 +1,10 @@
-"""A suite: a set of tasks that one backbone is fine-tuned on, one by one, before the results are merged.
+"""A suite: a set of tasks. One backbone is fine-tuned on each of them separately, and the results are merged.
 
-`TaskSuite` is a `LightningDataModule`, so a whole suite goes to `Trainer.fit`, `validate`, `test` and `predict`. It
-also hands out its parts: one task (`suite["birds"]`, or `SuiteTask` in a configuration), the mixture that trains a
-router (`mixture`), and the data that a backbone may be pretrained on (`pretraining`).
+`TaskSuite` is a `LightningDataModule`, so a whole suite can be passed to `Trainer.fit`, `validate`, `test` and
+`predict`. It also provides data modules of its parts: one task (`suite["birds"]`, or `SuiteTask` in a configuration),
+the mixture that trains a router (`mixture`), and the data that a backbone can be pretrained on (`pretraining_data`).
 
-Your own suite is a tuple of names and one method:
+A suite of your own is a tuple of names and one method:
 
     class MySuite(TaskSuite):
         TASKS = ("birds", "planes")
@@ -31,33 +31,32 @@ from freemerge.data.mixture import TaskData, TaskMixture
 from freemerge.data.tasks import Task
 from freemerge.names import check_task_name, class_name
 
-# How data is loaded does not change what it is, and neither does which of it: these stay out of the identity.
+# Arguments that change how data are loaded or which tasks are selected, but no task's data: not part of the identity.
 _LOADING = {"self", "tasks", "held_out", "batch_size", "eval_batch_size", "num_workers"}
 
 
 class TaskSuite(L.LightningDataModule):
     """Base class of task suites.
 
-    A subclass sets `TASKS` and implements `build`. One with arguments of its own stores each under the argument's name
-    (`self.root = root`) before it calls `super().__init__`, and the fingerprint covers it.
+    A subclass sets `TASKS` and implements `build`. If it has arguments of its own, it stores each under the argument's
+    name (`self.root = root`) before it calls `super().__init__`, so that the fingerprint covers them.
 
     Args:
-        tasks: Which tasks, in this order; None is all of them.
-        batch_size: Images per training batch, of each task.
-        eval_batch_size: Images per batch of validation, test and prediction.
-        num_workers: Worker processes per loader. Data in memory is served fastest by none.
-        seed: Determines the data, where it is drawn, and the order of training.
-        held_out: Tasks that are evaluated but neither fine-tuned on nor merged: out-of-domain.
-        shared_heads: Groups of tasks with the same classes that share one head: domains of one problem, or several
-            trainings for it.
+        tasks: the selected tasks, in order; None selects all.
+        batch_size: samples per training batch of each task.
+        eval_batch_size: samples per batch of validation, test and prediction.
+        num_workers: worker processes per loader; 0 is fastest for data in memory.
+        seed: seed of the data, if they are drawn at random, and of the training order.
+        held_out: out-of-domain tasks: evaluated, but neither fine-tuned on nor merged.
+        shared_heads: groups of tasks with the same classes that share one head, such as domains of one problem.
 
     Raises:
-        ValueError: If a task is unknown or chosen twice, none is chosen, or a size is not positive.
+        ValueError: if a task is unknown or selected twice, none is selected, or a size is out of range.
     """
 
     TASKS: ClassVar[tuple[str, ...]] = ()
     DATA_VERSION: ClassVar[int] = 1
-    """Raise it in a subclass whenever the same arguments come to mean other data: the fingerprint then changes."""
+    """Increase it in a subclass whenever the same arguments yield different data, so that the fingerprint changes."""
 
     def __init__(
         self,
@@ -90,13 +89,17 @@ class TaskSuite(L.LightningDataModule):
             raise ValueError(f"{type(self).__name__}: no task chosen; known tasks: {', '.join(self.available())}")
         for name in (*self._names, *self.held_out):
             check_task_name(type(self).__name__, name)
-        self._check_once("chosen", (*self._names, *self.held_out))
-        self._check_once("in shared_heads", [name for group in self.shared_heads for name in group])
+        self._check_unique("chosen", (*self._names, *self.held_out))
+        self._check_unique("in shared_heads", [name for group in self.shared_heads for name in group])
 
-    # ---- what there is
+    # ---- tasks
 
     def available(self) -> tuple[str, ...]:
-        """The names of all tasks that the suite can build."""
+        """The names of all tasks that the suite can build.
+
+        Returns:
+            `TASKS`, unless a subclass overrides the method.
+        """
         return self.TASKS
 
     @property
@@ -106,50 +109,53 @@ class TaskSuite(L.LightningDataModule):
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """(channels, height, width) of every image; builds the first task unless a subclass knows better.
+        """(channels, height, width) of every image. It is read from the first task, which is built for this.
 
         Raises:
-            ValueError: if its inputs are no images.
+            ValueError: if the inputs are not images.
         """
         name = self.names[0]
         image, _ = self.task(name).test[0]
         if not isinstance(image, Tensor) or image.dim() != 3:
             found = f"shape {tuple(image.shape)}" if isinstance(image, Tensor) else f"the keys {', '.join(image)}"
-            raise ValueError(f"the inputs of task {name!r} are no images (C, H, W): they have {found}")
+            raise ValueError(f"the inputs of task {name!r} are not images (C, H, W): they have {found}")
         channels, height, width = image.shape
         return channels, height, width
 
     def head_group(self, name: str) -> tuple[str, ...]:
-        """The tasks that share a head with this one, itself included: those of its group that are fine-tuned on.
+        """The tasks that share a head with a task.
 
         Args:
-            name: One of `available()`.
+            name: one of `available()`.
+
+        Returns:
+            The selected tasks of its group in `shared_heads`; the task alone if it has no such group.
         """
         group = next((group for group in self.shared_heads if name in group), (name,))
         return tuple(member for member in group if member in self.names) or (name,)
 
     def build(self, name: str) -> Task:
-        """Builds one task: the method to implement.
+        """Build one task. Subclasses must implement this method.
 
         Args:
-            name: One of `available()`.
+            name: one of `available()`.
 
         Returns:
-            The task; the suite keeps it, so this is called once per name.
+            The task; the suite keeps it, so the method is called once per name.
         """
         raise NotImplementedError(f"{type(self).__name__} must implement build(name) -> Task")
 
     def task(self, name: str) -> Task:
-        """One task, built on first use; it need not be among the selected.
+        """Get one task, which is built on first use and need not be selected.
 
         Args:
-            name: One of `available()`.
+            name: one of `available()`.
 
         Returns:
             The task.
 
         Raises:
-            ValueError: If the suite has no such task.
+            ValueError: if the suite has no such task, or it cannot share a head with the tasks of its group.
         """
         if name not in self._built:
             self._check(name)
@@ -159,14 +165,18 @@ class TaskSuite(L.LightningDataModule):
 
     @property
     def has_pretraining(self) -> bool:
-        """Whether there are data to pretrain a backbone on; nothing is built to tell."""
+        """Whether the suite has data to pretrain a backbone on; nothing is built to find out."""
         return type(self).pretraining is not TaskSuite.pretraining
 
     def pretraining(self) -> Task | None:
-        """Data to pretrain a backbone on, disjoint from the test data of every task; None where there is none."""
+        """Data to pretrain a backbone on.
+
+        Returns:
+            A task disjoint from the test data of every task; None if the suite has no pretraining data.
+        """
         return None
 
-    # ---- the parts, as data modules
+    # ---- data modules of parts of the suite
 
     def __getitem__(self, name: str) -> TaskData:
         """The data module of one task, for any Trainer: `trainer.fit(model, datamodule=suite["birds"])`."""
@@ -180,11 +190,11 @@ class TaskSuite(L.LightningDataModule):
         """The data module of one task, for fine-tuning on it.
 
         Args:
-            name: One of `available()`.
-            batch_size: Images per training batch; None is the suite's.
+            name: one of `available()`.
+            batch_size: samples per training batch; None uses the suite's.
 
         Returns:
-            Its data module; nothing is built before its `setup`.
+            The data module; the task is built in its `setup`.
         """
         return TaskData(**self._task_arguments(name, batch_size))
 
@@ -200,14 +210,14 @@ class TaskSuite(L.LightningDataModule):
         }
 
     def mixture(self, per_task: int | None = None, batch_size: int | None = None) -> TaskMixture:
-        """The selected tasks mixed in equal parts, labelled by their index in `names`, for training a router.
+        """Equal parts of the selected tasks, labelled by the task's index in `names`, for training a router.
 
         Args:
-            per_task: Training images of each task per epoch; None takes as many as the average task has.
-            batch_size: Images per training batch; None is the suite's.
+            per_task: training samples of each task per epoch; None takes as many as the average task has.
+            batch_size: samples per training batch; None uses the suite's.
 
         Returns:
-            Its data module; nothing is built before its `setup`.
+            The data module; the tasks are built in its `setup`.
         """
         return TaskMixture(self.names, self.task, per_task=per_task, **self._loading(batch_size))
 
@@ -215,46 +225,58 @@ class TaskSuite(L.LightningDataModule):
         """The data module of `pretraining()`.
 
         Args:
-            batch_size: Images per training batch; None is the suite's.
+            batch_size: samples per training batch; None uses the suite's.
 
         Returns:
-            Its data module; nothing is built before its `setup`, which raises a ValueError if the suite has none.
+            The data module; its `setup` builds the data, and raises a ValueError if the suite has none.
         """
         return TaskData("pretraining", self._pretraining, **self._loading(batch_size))
 
     # ---- Lightning's hooks
 
     def prepare_data(self) -> None:
-        """Downloads what `build` needs; nothing by default. Lightning calls it in one process per node."""
+        """Download what `build` needs; nothing by default. Lightning calls this in one process per node."""
 
     def setup(self, stage: str | None = None) -> None:
+        """Build the selected and the held-out tasks.
+
+        Args:
+            stage: ignored; all stages need the tasks.
+        """
         for name in (*self.names, *self.held_out):
             self.task(name)
 
     def train_dataloader(self) -> dict[str, DataLoader]:
-        """One shuffled loader per selected task; Lightning combines them (by default until the longest is through)."""
+        """One shuffled loader per selected task.
+
+        Returns:
+            Task name → loader. Lightning combines them, by default until the longest is exhausted.
+        """
         return {name: self.for_task(name).train_dataloader() for name in self.names}
 
     def val_dataloader(self) -> dict[str, DataLoader]:
+        """Task name → loader of its validation data."""
         return {name: self.for_task(name).val_dataloader() for name in self.names}
 
     def test_dataloader(self) -> dict[str, DataLoader]:
+        """Task name → loader of its test data."""
         return {name: self.for_task(name).test_dataloader() for name in self.names}
 
     def predict_dataloader(self) -> dict[str, DataLoader]:
-        """The test data in their order."""
+        """Task name → loader of its test data in the dataset's order."""
         return {name: self.for_task(name).predict_dataloader() for name in self.names}
 
     # ---- identity
 
     def identity(self) -> dict[str, Any]:
-        """What determines the data, as JSON-compatible values (others count by their `str`).
+        """What determines the data. A subclass can override this to add or leave out values.
 
-        The class, its `DATA_VERSION`, and every constructor argument that is not about loading, read from the
-        attribute of the same name. Override it to add or leave out something.
+        Returns:
+            The class, its `DATA_VERSION`, and every constructor argument that does not concern loading, read from the
+            attribute of the same name. Values that JSON cannot represent are hashed by their `str`.
 
         Raises:
-            TypeError: If an argument of the constructor is not kept under its name.
+            TypeError: if an argument of the constructor is not stored under its name.
         """
         values: dict[str, Any] = {}
         for cls in type(self).__mro__:
@@ -265,8 +287,8 @@ class TaskSuite(L.LightningDataModule):
                     continue
                 if not hasattr(self, name):
                     raise TypeError(
-                        f"{type(self).__name__} does not keep its argument {name!r} as self.{name}, so its fingerprint "
-                        f"cannot cover it: store it, or override identity()"
+                        f"{type(self).__name__} does not store its argument {name!r} as self.{name}, so its "
+                        f"fingerprint cannot cover it: store it, or override identity()"
                     )
                 values[name] = getattr(self, name)
             if cls is TaskSuite:
@@ -275,11 +297,11 @@ class TaskSuite(L.LightningDataModule):
         return {"class": class_name(kind), "version": self.DATA_VERSION, "arguments": values}
 
     def fingerprint(self, selection: bool = True) -> str:
-        """A hash of what determines the data; cheap, because no data is built.
+        """A hash of what determines the data; cheap, because no data are built.
 
         Args:
-            selection: Whether the chosen tasks and their order count. Without them it identifies what any `task(name)`
-                and `pretraining()` hold.
+            selection: whether to include the selected tasks and their order. Without them, the hash identifies the data
+                of all `task(name)` and `pretraining()`.
 
         Returns:
             A SHA-256 as 64 hexadecimal digits.
@@ -291,34 +313,48 @@ class TaskSuite(L.LightningDataModule):
         return _hash(identity)
 
     def task_identity(self, name: str) -> dict[str, Any]:
-        """What determines one task's data. Override it where `identity` says something of each task apart.
+        """What determines one task's data. Override it if `identity` describes each task separately.
 
         Args:
-            name: One of `available()`.
+            name: one of `available()`.
+
+        Returns:
+            JSON-compatible values.
         """
-        return {"suite": _without_groups(self.identity()), "task": name}
+        return {"suite": _without_shared_heads(self.identity()), "task": name}
 
     def pretraining_identity(self) -> dict[str, Any]:
-        """What determines the data of `pretraining()`."""
-        return {"suite": _without_groups(self.identity())}
+        """What determines the data of `pretraining()`.
+
+        Returns:
+            JSON-compatible values.
+        """
+        return {"suite": _without_shared_heads(self.identity())}
 
     def task_fingerprint(self, name: str) -> str:
-        """A hash of what determines one task's data: other tasks may come and go.
+        """A hash of what determines one task's data; it does not change when other tasks are added or removed.
 
         Args:
-            name: One of `available()`.
+            name: one of `available()`.
+
+        Returns:
+            A SHA-256 as 64 hexadecimal digits.
         """
         return _hash(self.task_identity(name))
 
     def pretraining_fingerprint(self) -> str:
-        """A hash of what determines the data of `pretraining()`."""
+        """A hash of what determines the data of `pretraining()`.
+
+        Returns:
+            A SHA-256 as 64 hexadecimal digits.
+        """
         return _hash(self.pretraining_identity())
 
     def __str__(self) -> str:
-        # Lightning's own builds every loader, hence every task, and fails where there are several.
+        # LightningDataModule.__str__ builds every loader, hence every task, and fails if there are several.
         return f"{type(self).__name__}({', '.join(self.names)}; seed={self.seed})"
 
-    # ---- inside
+    # ---- private
 
     def _check(self, name: str) -> None:
         known = self.available()
@@ -327,21 +363,21 @@ class TaskSuite(L.LightningDataModule):
             hint = f" Did you mean {near[0]!r}?" if near else ""
             raise ValueError(f"{type(self).__name__} has no task {name!r}.{hint} Known tasks: {', '.join(known)}")
 
-    def _check_once(self, where: str, names: Sequence[str]) -> None:
-        """Every name is known, and none occurs twice."""
+    def _check_unique(self, where: str, names: Sequence[str]) -> None:
+        """Raise a ValueError if a name is unknown or occurs twice."""
         for name in names:
             self._check(name)
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"{type(self).__name__}: {where} twice: {', '.join(twice)}")
 
     def _check_head(self, name: str) -> None:
-        """A task that shares a head asks the same as those of its group that have been built."""
+        """Raise a ValueError if a task's kind or classes differ from the built tasks that share its head."""
         task, group = self._built[name], next((group for group in self.shared_heads if name in group), ())
         for other in (self._built[member] for member in group if member in self._built):
             if (task.kind, task.class_names) != (other.kind, other.class_names):
                 raise ValueError(
-                    f"{type(self).__name__}: {name!r} and {other.name!r} cannot share a head: {_asked(task)} "
-                    f"and {_asked(other)}"
+                    f"{type(self).__name__}: {name!r} and {other.name!r} cannot share a head: {_describe_labels(task)} "
+                    f"and {_describe_labels(other)}"
                 )
 
     def _loading(self, batch_size: int | None) -> dict[str, Any]:
@@ -356,12 +392,12 @@ class TaskSuite(L.LightningDataModule):
     def _pretraining(self) -> Task:
         task = self.pretraining()
         if task is None:
-            raise ValueError(f"{type(self).__name__} has no pretraining data: start from a pretrained backbone")
+            raise ValueError(f"{type(self).__name__} has no pretraining data: use a pretrained backbone")
         return task
 
 
 class SuiteTask(TaskData):
-    """One task of a suite, as a data module that any LightningCLI can build.
+    """One task of a suite, as a data module for the configuration of any LightningCLI.
 
         data:
           class_path: freemerge.data.SuiteTask
@@ -370,9 +406,9 @@ class SuiteTask(TaskData):
             suite: {class_path: freemerge.data.SourceSuite, init_args: {…}}
 
     Args:
-        suite: the suite, which says how data are loaded.
+        suite: the suite; its settings of batch sizes, workers and seed apply.
         name: the task, one of `suite.available()`.
-        batch_size: samples per training batch; None is the suite's.
+        batch_size: samples per training batch; None uses the suite's.
     """
 
     def __init__(self, suite: TaskSuite, name: str, batch_size: int | None = None) -> None:
@@ -383,15 +419,15 @@ def _hash(identity: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def _without_groups(identity: dict[str, Any]) -> dict[str, Any]:
-    """Which tasks share a head changes no task's data."""
+def _without_shared_heads(identity: dict[str, Any]) -> dict[str, Any]:
+    """An identity without `shared_heads`, which does not change a task's data."""
     arguments = {key: value for key, value in identity["arguments"].items() if key != "shared_heads"}
     return {**identity, "arguments": arguments}
 
 
 def _load_all(load: Callable[[str], Task], names: Sequence[str]) -> list[Task]:
-    return [load(name) for name in names]  # at module level: data modules are pickled
+    return [load(name) for name in names]  # at module level, because data modules are pickled
 
 
-def _asked(task: Task) -> str:
+def _describe_labels(task: Task) -> str:
     return f"{task.kind} of {', '.join(task.class_names[:8])}" if task.class_names else task.kind

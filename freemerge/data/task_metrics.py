@@ -1,14 +1,14 @@
-"""What a task is judged by: torchmetrics' metrics by name, and how a model's output for a batch is read for each.
+"""Metrics of tasks: torchmetrics' metrics by name, and the conversion of a model's output to a metric's input.
 
 A metric is written `name` or `kind:name`, for instance `accuracy`, `recall@5`, `seq2seq:perplexity`. The kind of task
-(see `freemerge.data.Task`) tells what outputs and labels are:
+(see `freemerge.data.Task`) determines the form of outputs and labels:
 
-- classification: logits (B, C), labels (B,). accuracy, f1_macro (over the classes that occur), matthews, recall@k (the
-  share of samples whose class is among the k best).
-- regression: predictions (B,) or (B, 1), labels (B,). pearson, spearman.
-- seq2seq: logits (B, L, V), or generated tokens (B, L), or texts; labels of the same length, −100 where nothing counts.
-- causal_lm: logits (B, L, V), labels the inputs' own tokens (B, L): the logits at one place are for the next label.
-  For both: perplexity (from logits), exact_match (the share of samples in which every token, or the text, is right).
+- classification: logits (B, C), labels (B,). Metrics: accuracy, f1_macro (over the classes that occur), matthews,
+  recall@k (the fraction of samples whose class is among the k highest logits).
+- regression: predictions (B,) or (B, 1), labels (B,). Metrics: pearson, spearman.
+- seq2seq: logits (B, L, V), generated tokens (B, L) or texts; labels of the same length, −100 at ignored positions.
+- causal_lm: logits (B, L, V); labels (B, L) are the input tokens: the logits at position i predict label i + 1.
+  Metrics of both: perplexity (from logits), exact_match (the fraction of samples with every token, or the text, right).
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from freemerge.inputs import IGNORED
 
 @dataclass(frozen=True)
 class TaskMetric:
-    """One task's metric.
+    """The metric of a task.
 
     Args:
-        kind: of the task.
-        name: of the metric.
+        kind: kind of the task.
+        name: name of the metric.
 
     Raises:
-        ValueError: there is no such kind, or the metric does not suit it.
+        ValueError: if there is no such kind, or the metric does not suit it.
     """
 
     kind: str = "classification"
@@ -46,15 +46,29 @@ class TaskMetric:
 
     @classmethod
     def of(cls, task: Task) -> TaskMetric:
-        """What a task says that it is judged by."""
+        """The metric that a task is configured with.
+
+        Args:
+            task: the task.
+
+        Returns:
+            `task.metric`, or the default of its kind.
+        """
         return cls(task.kind, task.metric or METRICS[task.kind][0])
 
     @classmethod
     def parse(cls, text: str) -> TaskMetric:
-        """`name` or `kind:name`. A name alone stands for the first kind whose default it is, or which has it.
+        """Parse `name` or `kind:name`.
+
+        Args:
+            text: a name without a kind belongs to the first kind that has it as its default, or else to the first kind
+                that has it at all.
+
+        Returns:
+            The metric.
 
         Raises:
-            ValueError: there is no such kind or metric.
+            ValueError: if there is no such kind or metric.
         """
         kind, _, name = text.rpartition(":")
         if kind:
@@ -69,32 +83,42 @@ class TaskMetric:
 
     @property
     def label(self) -> str:
-        """What it is called where it is logged."""
+        """The name that the metric is logged under."""
         return "acc" if self.name == "accuracy" else self.name
 
     @property
     def higher_is_better(self) -> bool:
-        """Whether more is better."""
+        """Whether a higher value is better."""
         return self.name != "perplexity"
 
     @property
-    def of_classes(self) -> bool:
-        """Whether it compares classes, one per sample."""
+    def compares_classes(self) -> bool:
+        """Whether the metric compares predicted classes with true classes, one per sample."""
         return self.name in ("accuracy", "f1_macro", "matthews")
 
     def build(self, num_classes: int | None = None) -> Metric:
-        """A metric that counts nothing yet; see `metric_for`."""
+        """Build the torchmetrics metric; see `metric_for`.
+
+        Args:
+            num_classes: C, for classification.
+
+        Returns:
+            The metric in its initial state.
+        """
         return metric_for(self.name, num_classes)
 
     def read(self, output: Any, labels: Any) -> tuple[Any, Any]:
-        """A model's output and the labels of a batch → what the metric's `update` takes.
+        """Convert a model's output and the labels of a batch to the arguments of the metric's `update`.
 
         Args:
-            output: logits, predictions, tokens or texts; see the head of this module.
-            labels: of this kind of task.
+            output: logits, predictions, tokens or texts; see the docstring of this module for shapes.
+            labels: the batch's labels, as this kind of task has them.
+
+        Returns:
+            (predictions or scores, labels) for `update`.
 
         Raises:
-            ValueError: they do not fit the metric.
+            ValueError: if the output does not fit the metric.
         """
         if not isinstance(output, Tensor):
             return list(output), list(labels)
@@ -114,20 +138,20 @@ class TaskMetric:
 
 
 def metric_for(name: str, num_classes: int | None = None) -> Metric:
-    """A torchmetrics metric by name, exact over all ranks: its states are sums, or all values.
+    """Build a torchmetrics metric by name. It is exact over all ranks, because its states are sums or all values.
 
     Args:
         name: accuracy, f1_macro, matthews, recall@k, pearson, spearman, exact_match or perplexity.
-        num_classes: C, for those that compare classes.
+        num_classes: C, for metrics of classification.
 
     Returns:
-        A metric of classes (B,) and classes (B,); for recall@k of scores (B, C) and classes (B,); for the others see
-        the head of this module. Tokens labelled −100 do not count.
+        A metric of classes (B,) and classes (B,), or of scores (B, C) and classes (B,) for recall@k; see the docstring
+        of this module for the others. Tokens labelled −100 are ignored.
 
     Raises:
-        ValueError: there is no such metric, or it needs the number of classes.
+        ValueError: if there is no such metric, or it needs the number of classes.
     """
-    # Each from its own place and when it is wanted: all of torchmetrics' texts and images take long to import.
+    # Each import waits until it is needed: all of torchmetrics' image and text metrics take long to import.
     from torchmetrics import regression
 
     metric = TaskMetric.parse(name)
@@ -140,7 +164,7 @@ def metric_for(name: str, num_classes: int | None = None) -> Metric:
         return regression.PearsonCorrCoef().set_dtype(torch.float64)
     if name == "spearman":
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*will save all targets")  # ranks cannot be had for less
+            warnings.filterwarnings("ignore", message=".*will save all targets")  # exact ranks need all targets
             return regression.SpearmanCorrCoef().set_dtype(torch.float64)
     if name == "exact_match":
         return ExactMatch()
@@ -163,7 +187,10 @@ def _compare_classes(name: str, num_classes: int) -> Metric:
 
 
 class ExactMatch(Metric):
-    """The share of samples that are right in every token, or as a text (spaces at both ends apart)."""
+    """The fraction of samples in which every token is right, or whose text is right up to spaces at its ends.
+
+    torchmetrics' `ExactMatch` compares classes only, not texts.
+    """
 
     is_differentiable = False
     higher_is_better = True
@@ -181,16 +208,16 @@ class ExactMatch(Metric):
 
         Args:
             predicted: tokens (B, L), or B texts.
-            wanted: tokens (B, L), −100 where any is right, or B texts.
+            wanted: tokens (B, L), −100 at positions that are ignored, or B texts.
 
         Raises:
-            ValueError: the two are not of one shape, or one holds tokens and the other texts.
+            ValueError: if the shapes differ, or one holds tokens and the other texts.
         """
         if isinstance(predicted, Tensor) and isinstance(wanted, Tensor):
             if predicted.shape != wanted.shape:
                 raise ValueError(
                     f"exact_match needs tokens of one shape, got {list(predicted.shape)} and {list(wanted.shape)}; pad "
-                    "both to one length, or decode them and compare texts"
+                    "both to the same length, or decode them and compare texts"
                 )
             self.right += ((predicted == wanted) | (wanted == IGNORED)).all(dim=1).sum()
         elif isinstance(predicted, Tensor) or isinstance(wanted, Tensor):
@@ -200,5 +227,9 @@ class ExactMatch(Metric):
         self.total += len(wanted)
 
     def compute(self) -> Tensor:
-        """The share so far."""
+        """The fraction over all batches so far.
+
+        Returns:
+            float32 scalar in [0, 1].
+        """
         return self.right / self.total

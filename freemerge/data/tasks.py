@@ -1,4 +1,4 @@
-"""A task: what everything above `freemerge.data` knows about data."""
+"""A task: the only form in which the packages above `freemerge.data` see data."""
 
 from __future__ import annotations
 
@@ -16,31 +16,31 @@ METRICS: dict[str, tuple[str, ...]] = {
     "seq2seq": ("exact_match", "perplexity"),
     "causal_lm": ("perplexity", "exact_match"),
 }
-"""Kind of task → the metrics that suit it; the first is the default. In recall@k, k is any number."""
+"""Kind of task → the metrics that suit it; the first is the default. In recall@k, k is any positive number."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """One task: a name, what is asked, and three datasets of (inputs, label).
+    """One task: a name, a kind, and three datasets of (inputs, label).
 
-    Inputs are a tensor (…), or a dict of tensors. A label is an int64 scalar for classification, a float32 scalar for
-    regression, and int64 tokens (L,) for the two kinds of language modelling, −100 where nothing is asked: the target's
-    tokens for `seq2seq` (whose inputs carry them as `labels` too, for the decoder to read), and for `causal_lm` the
-    inputs' own tokens, in place (the shift by one is the loss's business).
+    Inputs are a tensor (…) or a dict of tensors. A label is an int64 scalar for classification, a float32 scalar for
+    regression, and int64 tokens (L,) for the two kinds of language modelling, with −100 at positions without a loss.
+    For `seq2seq` the labels are the target's tokens, which the inputs contain as `labels` too, for the decoder. For
+    `causal_lm` they are the input tokens at the same positions (the loss shifts them by one).
 
     Args:
-        name: What the task is called in configurations and reports.
-        class_names: One name per class; a label is an index into it. Empty unless the task is a classification.
-        train: Dataset of (inputs, label).
-        val: The same, for choosing hyperparameters.
-        test: The same, for the final number only; it shares nothing with `train` and `val`.
-        kind: What is asked: `classification`, `regression`, `seq2seq` or `causal_lm`.
-        metric: What the task is judged by; None is the kind's first: accuracy, pearson, exact_match, perplexity.
-        templates: Prompts with one `{}` each, which a zero-shot text head puts class names into.
-        tokenizer: Hub id or folder of the tokenizer of texts, in which a language model's answers are written out.
+        name: the task's name in configurations and reports.
+        class_names: one name per class; a label is an index into it. Empty unless the task is a classification.
+        train: dataset of (inputs, label).
+        val: dataset for choosing hyperparameters.
+        test: dataset for the final number only; it shares no sample with `train` and `val`.
+        kind: `classification`, `regression`, `seq2seq` or `causal_lm`.
+        metric: the task's metric; None takes the kind's default: accuracy, pearson, exact_match or perplexity.
+        templates: prompts with one `{}` each, which a zero-shot text head fills with class names.
+        tokenizer: hub id or folder of the tokenizer that made the inputs; it decodes a language model's predictions.
 
     Raises:
-        ValueError: If the parts do not fit together.
+        ValueError: if the parts do not fit together.
     """
 
     name: str
@@ -67,17 +67,26 @@ class Task:
 
     @property
     def num_classes(self) -> int:
-        """How many classes the task has; 0 unless it is a classification."""
+        """The number of classes; 0 unless the task is a classification."""
         return len(self.class_names)
 
     @property
     def num_outputs(self) -> int:
-        """How many numbers a head gives for a sample: the classes, 1 for regression, 0 where the model has its own."""
+        """A head's outputs per sample: the number of classes, 1 for regression, 0 if the model has its own head."""
         return 1 if self.kind == "regression" else self.num_classes
 
 
 def check_kind(where: str, kind: str, metric: str | None) -> None:
-    """Raise a ValueError if there is no such kind of task, or the metric does not suit it."""
+    """Check a kind of task and its metric.
+
+    Args:
+        where: the beginning of error messages.
+        kind: the kind of task.
+        metric: the metric; None is always valid.
+
+    Raises:
+        ValueError: if there is no such kind, or the metric does not suit it.
+    """
     if kind not in METRICS:
         raise ValueError(f"{where}: kind must be one of {', '.join(METRICS)}, got {kind!r}")
     if metric is None or metric in METRICS[kind]:

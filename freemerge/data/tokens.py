@@ -1,4 +1,4 @@
-"""Tokenized texts in memory: each text is tokenized once, and a batch is padded to its own longest."""
+"""Tokenized texts in memory: each text is tokenized once, and a batch is padded to its longest text."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from freemerge.inputs import IGNORED, padding_of
 
 
 class Ragged:
-    """Sequences of integers of different lengths, end to end in one int32 tensor.
+    """Integer sequences of different lengths, concatenated in one int32 tensor.
+
 
     Args:
-        sequences: N sequences.
+        sequences: N sequences of integers that fit into int32.
     """
 
     def __init__(self, sequences: Sequence[Sequence[int]]) -> None:
@@ -30,32 +31,40 @@ class Ragged:
 
     @property
     def lengths(self) -> Tensor:
-        """(N,) int64."""
+        """The lengths of the sequences, int64 (N,)."""
         return self.ends.diff()
 
     def __getitem__(self, index: int) -> Tensor:
         return self.values[self.ends[index] : self.ends[index + 1]].long()  # (L,)
 
     def padded(self, indices: Sequence[int], value: int) -> Tensor:
-        """(B, longest L) int64."""
+        """A batch of sequences, padded on the right.
+
+        Args:
+            indices: B indices.
+            value: the padding value.
+
+        Returns:
+            int64 (B, L), L the length of the longest.
+        """
         return pad_sequence([self[index] for index in indices], batch_first=True, padding_value=value)
 
 
 class TokenDataset(Dataset):
-    """Tokenized texts with labels.
+    """A dataset of tokenized texts with labels.
 
     Args:
-        inputs: What the model takes, by name (`input_ids`, `attention_mask`, …): N sequences each, of equal lengths
-            across names except for `labels`.
-        labels: int64 or float32 (N,), or N sequences of tokens, for language modelling.
+        inputs: the model's inputs by name (`input_ids`, `attention_mask`, …): N sequences each. A sample's sequences
+            have the same length under all names except `labels`.
+        labels: int64 or float32 (N,), or N sequences of tokens for language modelling.
 
     Raises:
-        ValueError: If the parts are not equally many.
+        ValueError: if inputs and labels differ in number.
     """
 
     def __init__(self, inputs: Mapping[str, Sequence[Sequence[int]]], labels: Tensor | Sequence[Sequence[int]]) -> None:
         self.inputs = {name: Ragged(sequences) for name, sequences in inputs.items()}
-        self.sample_names: Sequence[str] | None = None  # for predictions; a source that knows sets them
+        self.sample_names: Sequence[str] | None = None  # for prediction files; a source sets them if it knows them
         self.labels = labels if isinstance(labels, Tensor) else Ragged(labels)
         for name, sequences in self.inputs.items():
             if len(sequences) != len(self.labels):
@@ -66,14 +75,14 @@ class TokenDataset(Dataset):
 
     @property
     def lengths(self) -> Tensor:
-        """How many tokens the samples take, (N,) int64: by it, evaluation makes batches that need little padding."""
+        """The samples' lengths in tokens, int64 (N,), by which loaders group samples into batches."""
         return torch.stack([sequences.lengths for sequences in self.inputs.values()]).amax(dim=0)
 
     def __getitem__(self, index: int) -> tuple[dict[str, Tensor], Tensor]:
         return {name: sequences[index] for name, sequences in self.inputs.items()}, self.labels[index]
 
     def __getitems__(self, indices: Sequence[int]) -> StackedBatch[dict[str, Tensor]]:
-        """Fetches a batch at once, padded on the right to its longest text."""
+        """Fetch a batch at once, padded on the right to its longest text."""
         inputs = {name: sequences.padded(indices, padding_of(name)) for name, sequences in self.inputs.items()}
         if isinstance(self.labels, Ragged):
             return StackedBatch(inputs, self.labels.padded(indices, IGNORED))

@@ -1,4 +1,4 @@
-"""Transforms of torchvision as augmentations: freemerge augments whole batches, they one image at a time."""
+"""torchvision transforms as augmentations. freemerge augments whole batches, torchvision one image at a time."""
 
 from __future__ import annotations
 
@@ -10,24 +10,32 @@ from torch import Tensor
 
 from freemerge.data.errors import DataError, reason_of
 
-_OF_LABELS = ("MixUp", "CutMix")
+_LABEL_MIXERS = ("MixUp", "CutMix")
 
 
 class PerImage:
-    """Applies a transform to each image of a batch: given the batch at once, it would draw the same for all images.
+    """Applies a transform to each image of a batch.
+
+    Given a whole batch, torchvision would apply the same random parameters to all images.
 
     Args:
-        transform: a transform of `torchvision.transforms.v2` (or of the first version) that takes tensors.
+        transform: a transform of `torchvision.transforms.v2` or `torchvision.transforms` that takes tensors.
     """
 
     def __init__(self, transform: Callable[[Tensor], Any]) -> None:
         self.transform = transform
 
     def __call__(self, images: Tensor) -> Tensor:
-        """float32 (B, C, H, W) in [0, 1] → float32 (B, C', H', W').
+        """Transform a batch.
+
+        Args:
+            images: float32 (B, C, H, W) in [0, 1].
+
+        Returns:
+            float32 (B, C', H', W').
 
         Raises:
-            DataError: if the transform does not take or give such images.
+            DataError: if the transform does not accept such images, or does not return images of one shape.
         """
         name = type(self.transform).__name__
         try:
@@ -39,12 +47,18 @@ class PerImage:
         for image in changed:
             if not isinstance(image, Tensor) or not image.is_floating_point() or image.shape != changed[0].shape:
                 what = f"{image.dtype} {tuple(image.shape)}" if isinstance(image, Tensor) else type(image).__name__
-                raise DataError(f"augment: {name} must give float images of one shape (C, H, W), and gave {what}")
+                raise DataError(f"augment: {name} must return float images of one shape (C, H, W), got {what}")
         return torch.stack(changed)
 
 
 def batched(augment: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """An augmentation as a function of whole batches: torchvision's transforms are applied image by image.
+    """Make an augmentation a function of whole batches.
+
+    Args:
+        augment: a function of batches, or a transform of torchvision.
+
+    Returns:
+        The same function, or a `PerImage` of a torchvision transform.
 
     Raises:
         DataError: for MixUp and CutMix, which change labels.
@@ -52,6 +66,6 @@ def batched(augment: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     kinds = [kind for kind in type(augment).__mro__ if kind.__module__.startswith("torchvision.transforms")]
     if not kinds:
         return augment
-    if any(kind.__name__ in _OF_LABELS for kind in kinds):
-        raise DataError(f"augment: {type(augment).__name__} changes labels too, and augmentations see images alone")
+    if any(kind.__name__ in _LABEL_MIXERS for kind in kinds):
+        raise DataError(f"augment: {type(augment).__name__} changes labels, but augmentations receive images only")
     return PerImage(augment)

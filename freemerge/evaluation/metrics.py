@@ -88,7 +88,7 @@ class MultiTaskMetrics(nn.Module):
                 self.per_task[task] = metric.clone()
                 continue
             self.named[task] = metric = TaskMetric.parse(metric) if isinstance(metric, str) else metric
-            classes = label_space.size if metric.of_classes else label_space.num_classes[task]
+            classes = label_space.size if metric.compares_classes else label_space.num_classes[task]
             self.per_task[task] = metric.build(classes)
 
     def update(self, task: str, output: Any, labels: Any) -> None:
@@ -105,7 +105,7 @@ class MultiTaskMetrics(nn.Module):
         metric = self.named.get(task)
         if metric is None:
             self.per_task[task].update(*aligned(output, labels))
-        elif metric.of_classes:
+        elif metric.compares_classes:
             predicted = self.label_space.predictions(task, output)
             self.per_task[task].update(predicted, self.label_space.to_global(task, labels))
         else:

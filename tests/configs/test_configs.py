@@ -86,9 +86,7 @@ class Overlays:
         return {"data": {"init_args": {"sources": written, "num_workers": 0, "batch_size": 8}}}
 
     def image_folders(self) -> dict[str, Any]:
-        places = {
-            task: {"folder": tiny_files.write_picture_folders(self.folder / task)} for task in ("birds", "planes")
-        }
+        places = {task: {"folder": tiny_files.write_image_folders(self.folder / task)} for task in ("birds", "planes")}
         tasks = {task: {**place, "image_size": 8} for task, place in places.items()}
         return backbone(VIT) | self.sources("image_folders", **tasks)
 
@@ -122,13 +120,13 @@ class Overlays:
         return overlay
 
     def text_classification(self) -> dict[str, Any]:
-        path = tiny_files.write_dataset(self.folder / "texts", pictures=False)
+        path = tiny_files.write_dataset(self.folder / "texts", images=False)
         changes = {"path": path, "subset": None, "splits": {"train": "train", "test": "test"}}
         tasks = {task: {**changes, "tokenizer": self.tokenizer} for task in ("cola", "mrpc", "sst2", "rte")}
         return backbone(ROBERTA) | self.sources("text_classification", **tasks)
 
     def hugging_face_images(self) -> dict[str, Any]:
-        path = tiny_files.write_dataset(self.folder / "pictures", pictures=True)
+        path = tiny_files.write_dataset(self.folder / "pictures", images=True)
         whole = {"path": path, "splits": {"train": "train", "test": "test"}, "image_size": 32}
         # A stream needs a builder: the files that `save_to_disk` wrote are read as what they are, Arrow.
         files = {split: str(next((self.folder / "pictures" / split).glob("*.arrow"))) for split in ("train", "test")}

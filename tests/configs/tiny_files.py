@@ -1,4 +1,4 @@
-"""Tiny files of every kind that the configurations name: pictures, tables, datasets, tokenizers."""
+"""Tiny files of every kind that the configurations name: images, tables, datasets, tokenizers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ COLOURS = {"red": (220, 30, 30), "green": (30, 220, 30), "blue": (30, 30, 220)}
 
 
 def pixels(colour: str, generator: np.random.Generator, side: int = 12) -> np.ndarray:
-    """A noisy picture (side, side, 3) of one colour."""
+    """A noisy image (side, side, 3) of one colour."""
     noise = generator.integers(-25, 26, (side, side, 3))
     return (np.array(COLOURS[colour]) + noise).clip(0, 255).astype(np.uint8)
 
@@ -36,7 +36,7 @@ def write_tokenizer(folder: Path) -> str:
     return str(folder)
 
 
-def write_picture_folders(folder: Path, per_class: int = 12) -> str:
+def write_image_folders(folder: Path, per_class: int = 12) -> str:
     """`<folder>/<colour>/<n>.png`."""
     generator = np.random.default_rng(0)
     for colour in COLOURS:
@@ -47,7 +47,7 @@ def write_picture_folders(folder: Path, per_class: int = 12) -> str:
 
 
 def write_npz(path: Path, grey: bool = False) -> None:
-    """A task in an NPZ file: 24, 9 and 9 pictures of three colours."""
+    """A task in an NPZ file: 24, 9 and 9 images of three colours."""
     generator, arrays = np.random.default_rng(0), {"class_names": np.array(list(COLOURS))}
     for split, size in (("train", 24), ("val", 9), ("test", 9)):
         labels = np.arange(size) % 3
@@ -94,11 +94,11 @@ def write_table(path: Path, columns: list[str], table: list[dict] | None = None)
     return str(path)
 
 
-def write_dataset(folder: Path, pictures: bool) -> str:
+def write_dataset(folder: Path, images: bool) -> str:
     """A Hugging Face dataset with train and test, as `save_to_disk` writes it."""
     import datasets
 
-    if pictures:
+    if images:
         generator, names = np.random.default_rng(0), list(COLOURS)
         features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=names)})
         make = lambda size: {  # noqa: E731

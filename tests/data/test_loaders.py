@@ -1,4 +1,4 @@
-"""Samples of different lengths: each comes once, in batches that need little padding; predictions keep the order."""
+"""Loaders of samples of different lengths: batches by length, each sample once, predictions in order."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import torch
 from torch.utils.data import Subset
 
 from freemerge.data import Task, TaskData, TaskMixture, TaskSuite, TokenDataset
-from freemerge.data.loaders import ShuffleSampler, SimilarLengths, evaluation_loader, lengths_of
+from freemerge.data.loaders import LengthGroupedSampler, ShuffleSampler, evaluation_loader, lengths_of
 from freemerge.data.mixture import JoinedDataset
 
 
 def texts(count: int, seed: int = 0) -> TokenDataset:
-    """Texts of 1 to 60 tokens; a text's tokens and its label are its index."""
+    """Texts of 1 to 60 tokens; the tokens and the label of a text are its index."""
     lengths = torch.randint(1, 61, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
     tokens = [[index] * length for index, length in enumerate(lengths)]
     masks = [[1] * length for length in lengths]
@@ -22,7 +22,7 @@ def texts(count: int, seed: int = 0) -> TokenDataset:
 
 
 @pytest.mark.parametrize("count", [1, 15, 16, 103])
-def test_every_sample_comes_once_and_batches_need_little_padding(count):
+def test_evaluation_visits_every_sample_once_with_little_padding(count):
     data = texts(count)
     batches = list(evaluation_loader(data, 8))
     assert sorted(torch.cat([labels for _, labels in batches]).tolist()) == list(range(count))
@@ -37,13 +37,13 @@ def test_every_sample_comes_once_and_batches_need_little_padding(count):
 
 def test_first_batches_are_no_shorter_than_others():
     lengths = torch.arange(1000)
-    order = torch.tensor(list(SimilarLengths(lengths, 10)))
+    order = torch.tensor(list(LengthGroupedSampler(lengths, 10)))
     means = lengths[order].float().view(100, 10).mean(dim=1)
     assert 300 < means[:30].mean() < 700
-    assert list(SimilarLengths(lengths, 10)) == order.tolist()
+    assert list(LengthGroupedSampler(lengths, 10)) == order.tolist()
 
 
-def test_training_batches_are_of_similar_lengths_and_drawn_anew_each_epoch():
+def test_training_batches_have_similar_lengths_and_change_each_epoch():
     data = texts(1000)
     sampler = ShuffleSampler(1000, 3, data.lengths, 16)
     first, second = torch.tensor(list(sampler)), torch.tensor(list(sampler))
@@ -54,12 +54,12 @@ def test_training_batches_are_of_similar_lengths_and_drawn_anew_each_epoch():
     sampler.set_epoch(0)
     assert list(sampler) == first.tolist()
     longest = data.lengths[first[:992]].view(62, 16).amax(dim=1)
-    assert int(longest.sum()) * 16 < 1.1 * int(data.lengths[first[:992]].sum())  # by chance it would be about 1.9 times
-    assert 25 < data.lengths[first[:160]].float().mean() < 36  # a beginning is like the whole
+    assert int(longest.sum()) * 16 < 1.1 * int(data.lengths[first[:992]].sum())  # about 1.9 times in a random order
+    assert 25 < data.lengths[first[:160]].float().mean() < 36  # the first batches are representative
     assert len(ShuffleSampler(5, 0, texts(5).lengths, 16)) == len(list(ShuffleSampler(5, 0, texts(5).lengths, 16))) == 5
 
 
-def test_a_task_of_texts_trains_in_batches_of_similar_lengths_and_a_mixture_does_not():
+def test_a_task_groups_texts_by_length_and_a_mixture_does_not():
     task = Task("letters", tuple("ab"), texts(320), texts(20), texts(40))
     data = TaskData("letters", lambda: task, batch_size=10)
     mixture = TaskMixture(["one", "two"], partial(lambda task, name: task, task), batch_size=10)
@@ -71,7 +71,7 @@ def test_a_task_of_texts_trains_in_batches_of_similar_lengths_and_a_mixture_does
     assert spent["task"] < 1.1 * needed < 1.5 * needed < spent["mixture"]
 
 
-def test_lengths_of_parts_and_of_several_datasets():
+def test_lengths_of_subsets_and_joined_datasets():
     first, second = texts(20), texts(30, seed=1)
     joined = JoinedDataset([first, second])
     assert joined.lengths.tolist() == [*first.lengths.tolist(), *second.lengths.tolist()]

@@ -1,4 +1,4 @@
-"""Task sources: what they read, how they cut and draw, what they say when something is wrong."""
+"""Task sources: the tasks they build, their splits and subsets, and their errors."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ def ids(*words: str) -> list[int]:
     return [tiny_files.WORDS.index(word) for word in words]
 
 
-# ---- pictures
+# ---- images
 
 
-def test_npz_gives_the_pixels_normalised_and_the_names(tmp_path) -> None:
+def test_npz_pixels_are_normalised(tmp_path) -> None:
     tiny_files.write_npz(tmp_path / "a.npz")
     task = NpzSource(path=str(tmp_path / "a.npz"), mean=[0.1, 0.2, 0.3], std=0.5).build("a", 0)
     assert task.class_names == tuple(tiny_files.COLOURS)
@@ -52,7 +52,7 @@ def test_npz_gives_the_pixels_normalised_and_the_names(tmp_path) -> None:
     assert label == 1
 
 
-def test_channels_and_size_are_what_was_asked(tmp_path) -> None:
+def test_images_have_the_configured_channels_and_size(tmp_path) -> None:
     tiny_files.write_npz(tmp_path / "grey.npz", grey=True)
     tiny_files.write_npz(tmp_path / "colour.npz")
     suite = NpzSuite(str(tmp_path), image_size=6, channels=3, train_size=5)
@@ -65,7 +65,7 @@ def test_channels_and_size_are_what_was_asked(tmp_path) -> None:
     assert NpzSuite(str(tmp_path), channels=1).image_shape == (1, 12, 12)
 
 
-def test_preprocessing_makes_grey_by_luma() -> None:
+def test_preprocessing_converts_to_grey_by_luma() -> None:
     image = torch.tensor([255, 0, 0], dtype=torch.uint8).view(1, 3, 1, 1)
     assert Preprocessing(channels=1)(image).item() == pytest.approx(0.299)
     with pytest.raises(ValueError, match="channels must be 1 or 3, got 2"):
@@ -86,6 +86,7 @@ def test_missing_splits_are_cut_from_train_by_the_seed_and_never_overlap(tmp_pat
     assert sorted(train + val + test) == list(range(50))
     assert parts(0) == [train, val, test]
     assert parts(1) != [train, val, test]
+    assert type(source).deal is type(source).split_samples  # the old name, for sources outside of freemerge
     assert source.build("a", 0).class_names == ("0", "1", "2", "3", "4")
 
 
@@ -98,17 +99,17 @@ def test_missing_splits_are_cut_from_train_by_the_seed_and_never_overlap(tmp_pat
         ({"train_images": np.zeros((3, 2, 2), np.uint8), "train_labels": np.zeros(3)}, "must be integers"),
         (
             {"train_images": np.zeros((3, 2, 2), np.uint8), "train_labels": np.array([0, 1, 7]), "class_names": ["a"]},
-            "labels go from 0 to 7, and there are 1 classes",
+            "labels range from 0 to 7, but there are 1 classes",
         ),
     ],
 )
-def test_npz_says_what_is_wrong(tmp_path, arrays, message: str) -> None:
+def test_errors_of_npz_files(tmp_path, arrays, message: str) -> None:
     np.savez(tmp_path / "a.npz", **arrays)
     with pytest.raises(ValueError, match=f"a.npz: .*{message}"):
         NpzSource(path=str(tmp_path / "a.npz")).build("a", 0)
 
 
-def test_what_is_no_npz_file_is_refused(tmp_path) -> None:
+def test_a_file_that_is_not_npz_is_refused(tmp_path) -> None:
     (tmp_path / "a.npz").write_text("no")
     with pytest.raises(ValueError, match=r"a\.npz: not an NPZ file of plain arrays"):
         NpzSource(path=str(tmp_path / "a.npz")).build("a", 0)
@@ -116,8 +117,8 @@ def test_what_is_no_npz_file_is_refused(tmp_path) -> None:
         NpzSource(path=str(tmp_path / "b.npz")).identity()
 
 
-def test_folders_of_pictures(tmp_path) -> None:
-    tiny_files.write_picture_folders(tmp_path / "a")
+def test_image_folders(tmp_path) -> None:
+    tiny_files.write_image_folders(tmp_path / "a")
     source = ImageFolderSource(folder=str(tmp_path / "a"), image_size=8, mean=0.0, std=1.0)
     task = source.build("a", 0)
     assert task.class_names == ("blue", "green", "red")
@@ -130,26 +131,26 @@ def test_folders_of_pictures(tmp_path) -> None:
     assert source.identity() != before
 
 
-def test_folders_with_splits_must_agree_on_the_classes(tmp_path) -> None:
+def test_split_folders_must_have_the_same_classes(tmp_path) -> None:
     for split in ("train", "val", "test"):
-        tiny_files.write_picture_folders(tmp_path / split, per_class=2)
+        tiny_files.write_image_folders(tmp_path / split, per_class=2)
     source = ImageFolderSource(folder=str(tmp_path), image_size=8)
     assert [len(part) for part in (source.build("a", 0).train, source.build("a", 0).test)] == [6, 6]
     (tmp_path / "test" / "red").rename(tmp_path / "test" / "pink")
-    with pytest.raises(ValueError, match="test: other classes than in train: pink, red"):
+    with pytest.raises(ValueError, match="test: the classes differ from those of train: pink, red"):
         source.build("a", 0)
     with pytest.raises(ValueError, match="there is no such folder"):
         ImageFolderSource(folder=str(tmp_path / "nowhere")).build("a", 0)
 
 
-def test_pictures_of_different_shapes_want_a_size(tmp_path) -> None:
-    tiny_files.write_picture_folders(tmp_path / "a")
+def test_images_of_different_shapes_need_image_size(tmp_path) -> None:
+    tiny_files.write_image_folders(tmp_path / "a")
     suite = SourceSuite({"a": ImageFolderSource(folder=str(tmp_path / "a"))})
-    with pytest.raises(ValueError, match=r"different shapes are in one batch: .*give image_size and channels"):
+    with pytest.raises(ValueError, match=r"different shapes are in one batch: .*set image_size and channels"):
         next(iter(suite.for_task("a").train_dataloader()))
 
 
-def test_torchvisions_datasets() -> None:
+def test_torchvision_datasets() -> None:
     arguments = {"size": 20, "image_size": (3, 8, 8), "num_classes": 4}
     source = TorchvisionSource(dataset="FakeData", root=None, train=arguments, test={**arguments, "random_offset": 99})
     task = source.build("a", 0)
@@ -161,7 +162,7 @@ def test_torchvisions_datasets() -> None:
         TorchvisionSource(dataset="MNIST", root="/nonexistent").build("a", 0)
 
 
-def test_tasks_pooled_for_pretraining_keep_their_classes_apart_and_their_test_sets_out(tmp_path) -> None:
+def test_pooled_tasks_keep_their_classes_apart_and_exclude_test_sets(tmp_path) -> None:
     tiny_files.write_npz(tmp_path / "a.npz")
     tiny_files.write_npz(tmp_path / "b.npz", grey=True)
     suite = NpzSuite(str(tmp_path), channels=3, train_size=10, pretraining="pooled")
@@ -175,7 +176,7 @@ def test_tasks_pooled_for_pretraining_keep_their_classes_apart_and_their_test_se
             found = getattr(pooled, split)[index]
             assert torch.equal(found[0], image)
             assert found[1] == label + (index >= len(expected) // 2) * len(tiny_files.COLOURS)
-    assert len(pooled.test) == len(pooled.val)  # and not the tasks' test sets
+    assert len(pooled.test) == len(pooled.val)  # not the tasks' test sets
     assert suite.pretraining_data().num_classes == 2 * len(tiny_files.COLOURS)
     plain = NpzSuite(str(tmp_path), channels=3, train_size=10)
     assert not plain.has_pretraining
@@ -185,10 +186,10 @@ def test_tasks_pooled_for_pretraining_keep_their_classes_apart_and_their_test_se
     assert len({each.fingerprint() for each in (suite, plain, elsewhere)}) == 3
 
 
-def test_only_classifications_are_pooled(tmp_path, tokenizer) -> None:
+def test_only_classification_tasks_are_pooled(tmp_path, tokenizer) -> None:
     path = tiny_files.write_table(tmp_path / "r.csv", ["split", "text", "score"])
     scores = TextTableSource(path=path, tokenizer=tokenizer, text=["text"], label="score", kind="regression")
-    with pytest.raises(ValueError, match="all: only classifications can be pooled, and 'r' is a regression"):
+    with pytest.raises(ValueError, match="all: only classification tasks can be pooled, but 'r' is regression"):
         PooledSource(sources={"r": scores}).build("all", 0)
     with pytest.raises(ValueError, match="PooledSource: give at least one source"):
         PooledSource()
@@ -198,7 +199,7 @@ def test_only_classifications_are_pooled(tmp_path, tokenizer) -> None:
 
 
 @pytest.mark.parametrize("name", ["a.csv", "a.tsv", "a.jsonl", "a.parquet", "a.csv.gz"])
-def test_tables_of_every_kind_read_alike(tmp_path, name: str) -> None:
+def test_all_table_formats_give_the_same_rows(tmp_path, name: str) -> None:
     rows = tiny_files.rows(6)
     path = tiny_files.write_table(tmp_path / name.removesuffix(".gz"), ["text", "label"])
     if name.endswith(".gz"):
@@ -209,7 +210,7 @@ def test_tables_of_every_kind_read_alike(tmp_path, name: str) -> None:
     assert table["label"][:6] == [row["label"] for row in rows]
 
 
-def test_quotes_are_characters_in_tsv_and_quotes_in_csv(tmp_path) -> None:
+def test_quotes_are_ordinary_characters_in_tsv_only(tmp_path) -> None:
     (tmp_path / "a.tsv").write_text('text\tlabel\nsay "no"\t1\n')
     (tmp_path / "a.csv").write_text('text,label\n"say ""no"", twice\nor more",1\n')
     assert read_table(tmp_path / "a.tsv")["text"] == ['say "no"']
@@ -228,13 +229,13 @@ def test_quotes_are_characters_in_tsv_and_quotes_in_csv(tmp_path) -> None:
         ("a.parquet", "x", "cannot be read as parquet"),
     ],
 )
-def test_tables_say_what_is_wrong(tmp_path, name: str, text: str, message: str) -> None:
+def test_errors_of_tables(tmp_path, name: str, text: str, message: str) -> None:
     (tmp_path / name).write_text(text)
     with pytest.raises(ValueError, match=message):
         read_table(tmp_path / name)
 
 
-def test_pairs_of_texts_are_tokenized_once_and_padded_by_batch(tmp_path, tokenizer: str) -> None:
+def test_pairs_of_texts_are_tokenized_together(tmp_path, tokenizer: str) -> None:
     path = tiny_files.write_table(tmp_path / "a.csv", ["split", "text", "second", "label"])
     task = TextTableSource(path=path, tokenizer=tokenizer).build("a", 0)
     assert task.class_names == ("no", "yes")
@@ -245,7 +246,7 @@ def test_pairs_of_texts_are_tokenized_once_and_padded_by_batch(tmp_path, tokeniz
     assert label == 0
 
 
-def test_labels_may_be_indices_names_or_numbers(tmp_path, tokenizer: str) -> None:
+def test_labels_can_be_indices_names_or_numbers(tmp_path, tokenizer: str) -> None:
     rows = [{"text": "it", "split": split, "label": str(i % 2)} for split in ("train", "val", "test") for i in range(4)]
     path = tiny_files.write_table(tmp_path / "a.csv", ["split", "text", "label"], rows)
     (tmp_path / "a.classes.txt").write_text("bad\ngood\n")
@@ -259,7 +260,7 @@ def test_labels_may_be_indices_names_or_numbers(tmp_path, tokenizer: str) -> Non
         TextTableSource(path=path, tokenizer=tokenizer, classes=["x"]).build("a", 0)
 
 
-def test_targets_are_learnt_after_their_texts(tmp_path, tokenizer: str) -> None:
+def test_targets_of_language_models(tmp_path, tokenizer: str) -> None:
     path = tiny_files.write_table(tmp_path / "a.csv", ["split", "text", "answer"])
     common = {"path": path, "tokenizer": tokenizer, "text": ["text"]}
     causal = TextTableSource(**common, label="answer", kind="causal_lm").build("a", 0)
@@ -275,7 +276,7 @@ def test_targets_are_learnt_after_their_texts(tmp_path, tokenizer: str) -> None:
     assert (causal.metric, seq2seq.metric) == ("perplexity", "exact_match")
 
 
-def test_a_long_prompt_gives_way_to_its_target(tmp_path, tokenizer: str) -> None:
+def test_a_long_prompt_is_truncated_before_its_target(tmp_path, tokenizer: str) -> None:
     path = tiny_files.write_table(tmp_path / "a.csv", ["split", "text", "answer"])
     task = TextTableSource(
         path=path, tokenizer=tokenizer, text=["text"], label="answer", kind="causal_lm", max_length=5
@@ -307,18 +308,18 @@ def test_a_folder_of_tables_is_a_suite(tmp_path, tokenizer: str) -> None:
     ("arguments", "message"),
     [
         ({"text": ["a", "b", "c"]}, "text must name one or two columns, got 3"),
-        ({"text": ["nothing"]}, "no column 'nothing' in train; there are "),
-        ({"label": "nothing"}, "no column 'nothing' in train"),
-        ({"label": None}, "a classification task needs a label's column"),
+        ({"text": ["nothing"]}, "train has no column 'nothing'; its columns: "),
+        ({"label": "nothing"}, "train has no column 'nothing'"),
+        ({"label": None}, "a classification task needs a label column"),
         ({"kind": "regresion"}, "kind must be one of classification, regression, seq2seq, causal_lm, got 'regresion'"),
         ({"metric": "acuracy"}, "metric 'acuracy' does not suit classification.*did you mean 'accuracy'"),
-        ({"tokenizer": "/nonexistent"}, "/nonexistent: no tokenizer could be loaded"),
+        ({"tokenizer": "/nonexistent"}, "/nonexistent: the tokenizer cannot be loaded"),
         ({"train_size": 0}, "train_size must be at least 1, got 0"),
         ({"val_fraction": 0.9}, "val_fraction and test_fraction"),
         ({"split": "text"}, "row 2 has the split 'it is bad 0', expected train, val, test"),
     ],
 )
-def test_text_sources_say_what_is_wrong(tmp_path, tokenizer: str, arguments, message: str) -> None:
+def test_errors_of_text_sources(tmp_path, tokenizer: str, arguments, message: str) -> None:
     path = tiny_files.write_table(tmp_path / "a.csv", ["split", "text", "label"])
     with pytest.raises(ValueError, match=message):
         TextTableSource(**{"path": path, "tokenizer": tokenizer, "text": ["text"], **arguments}).build("a", 0)
@@ -328,7 +329,7 @@ def test_text_sources_say_what_is_wrong(tmp_path, tokenizer: str, arguments, mes
 
 
 def test_hugging_face_texts_whole_and_streamed(tmp_path, tokenizer: str) -> None:
-    path = tiny_files.write_dataset(tmp_path / "a", pictures=False)
+    path = tiny_files.write_dataset(tmp_path / "a", images=False)
     splits = {"train": "train", "test": "test"}
     source = HuggingFaceTextSource(path=path, splits=splits, text=["sentence"], tokenizer=tokenizer)
     task = source.build("a", 0)
@@ -346,15 +347,15 @@ def test_hugging_face_texts_whole_and_streamed(tmp_path, tokenizer: str) -> None
         HuggingFaceTextSource(path=str(tmp_path / "nowhere"), tokenizer=tokenizer).build("a", 0)
 
 
-def test_hugging_face_pictures(tmp_path) -> None:
-    path = tiny_files.write_dataset(tmp_path / "a", pictures=True)
+def test_hugging_face_images(tmp_path) -> None:
+    path = tiny_files.write_dataset(tmp_path / "a", images=True)
     source = HuggingFaceImageSource(path=path, splits={"train": "train", "test": "test"}, image_size=8, std=1.0)
     task = source.build("a", 0)
     assert task.class_names == tuple(tiny_files.COLOURS)
     image, label = task.test[2]
     assert image.shape == (3, 8, 8)
     assert (image.mean(dim=(1, 2)).argmax(), label) == (2, 2)
-    with pytest.raises(ValueError, match="no column 'photo' in train; there are image, label"):
+    with pytest.raises(ValueError, match="train has no column 'photo'; its columns: image, label"):
         HuggingFaceImageSource(path=path, image="photo").build("a", 0)
 
 
@@ -368,7 +369,7 @@ def mixed(tmp_path, tokenizer: str, **arguments) -> SourceSuite:
     return SourceSuite({**sources, "d": NpzSource(path=str(tmp_path / "d.npz"))}, **arguments)
 
 
-def test_held_out_tasks_are_apart(tmp_path, tokenizer: str) -> None:
+def test_held_out_tasks_are_not_trained_on(tmp_path, tokenizer: str) -> None:
     suite = mixed(tmp_path, tokenizer, held_out=["c"])
     assert suite.names == ("a", "b", "d")
     assert suite.held_out == ("c",)
@@ -378,7 +379,7 @@ def test_held_out_tasks_are_apart(tmp_path, tokenizer: str) -> None:
         mixed(tmp_path, tokenizer, tasks=["a", "c"], held_out=["c"])
 
 
-def test_tasks_that_share_a_head_give_it_all_their_training_data(tmp_path, tokenizer: str) -> None:
+def test_a_shared_head_gets_the_training_data_of_its_tasks(tmp_path, tokenizer: str) -> None:
     suite = mixed(tmp_path, tokenizer, held_out=["c"], shared_heads=[["a", "b", "c"]])
     assert suite.head_group("a") == suite.head_group("c") == ("a", "b")
     assert suite.head_group("d") == ("d",)
@@ -389,13 +390,13 @@ def test_tasks_that_share_a_head_give_it_all_their_training_data(tmp_path, token
         mixed(tmp_path, tokenizer, shared_heads=[["a", "d"]]).setup()
 
 
-def test_equal_configurations_describe_alike(tmp_path) -> None:
+def test_equal_configurations_have_equal_descriptions(tmp_path) -> None:
     sources = [NpzSource(path="x", augment=[RandomFlip()]) for _ in range(2)]
     assert describe(sources[0]) == describe(sources[1])
     assert describe(sources[0]) != describe(NpzSource(path="x", augment=[RandomFlip(vertical=True)]))
 
 
-def test_a_task_is_checked() -> None:
+def test_a_task_checks_its_parts() -> None:
     parts = ([], [], [])
     with pytest.raises(ValueError, match="a classification task with no class names"):
         Task("a", (), *parts)

@@ -15,7 +15,7 @@ from freemerge.data import Task
 from freemerge.evaluation import ExactMatch, LabelSpace, MultiTaskMetrics, TaskMetric, evaluate, metric_for
 from freemerge.models import FreeOutput
 
-SIZES = (5, 7)  # neither divides by two ranks, and with batches of four the second rank has one of 1 or 3
+SIZES = (5, 7)  # not divisible by two ranks; with batches of four, the second rank gets a batch of 1 or 3
 BATCH = 4
 VOCABULARY = 11
 
@@ -85,12 +85,12 @@ def check(found):
     assert any(0 < value < 1 for value in found.values())
 
 
-def test_every_metric_is_the_librarys_on_the_whole_data():
+def test_every_metric_equals_the_reference_library():
     check(measured())
 
 
 def test_two_ranks_give_the_same_numbers(tmp_path):
-    context = torch.multiprocessing.get_context("fork")  # the modules are there already: a second instead of twenty
+    context = torch.multiprocessing.get_context("fork")  # fork keeps the imported modules: one second instead of twenty
     ranks = [context.Process(target=rank, args=(index, tmp_path)) for index in range(2)]
     for each in ranks:
         each.start()
@@ -102,7 +102,7 @@ def test_two_ranks_give_the_same_numbers(tmp_path):
     check(found[0])
 
 
-def test_how_a_metric_is_written():
+def test_metric_names_are_parsed():
     task = Task("price", (), *[TensorDataset(torch.zeros(2, 1), torch.zeros(2))] * 3, kind="regression")
     assert TaskMetric.of(task) == TaskMetric("regression", "pearson")
     assert TaskMetric.parse("accuracy") == TaskMetric()
@@ -121,10 +121,10 @@ def test_how_a_metric_is_written():
         metric_for("accuracy")
 
 
-def test_a_causal_model_is_judged_by_the_next_token():
+def test_a_causal_model_is_evaluated_on_the_next_token():
     labels = torch.tensor([[1, 2, 3, 4]])
     logits = torch.full((1, 4, 5), -20.0)
-    logits[0, [0, 1, 2], [2, 3, 4]] = 20.0  # what the last place says is for a token that is not there
+    logits[0, [0, 1, 2], [2, 3, 4]] = 20.0  # the logits at the last position predict a token that does not exist
     metrics = MultiTaskMetrics(
         LabelSpace({"lm": 0, "whole": 0}), {"lm": "perplexity", "whole": "causal_lm:exact_match"}
     )
@@ -133,7 +133,7 @@ def test_a_causal_model_is_judged_by_the_next_token():
     assert metrics.compute() == {"lm": pytest.approx(1.0), "whole": 1.0}
 
 
-def test_texts_match_but_for_spaces_at_their_ends():
+def test_exact_match_ignores_spaces_at_the_ends_of_texts():
     metric = ExactMatch()
     metric.update(["Paris", " Rome\n", "rome"], ["Paris", "Rome", "Rome"])
     assert float(metric.compute()) == pytest.approx(2 / 3)
@@ -141,18 +141,18 @@ def test_texts_match_but_for_spaces_at_their_ends():
         metric.update(torch.zeros(1, 2), torch.zeros(1, 3))
 
 
-def test_a_routed_sample_that_went_elsewhere_is_recalled_by_no_k_below_all():
+def test_recall_of_samples_routed_to_another_task():
     inf = float("-inf")
     logits = torch.tensor([[0.0, 1.0, 2.0], [0.0, 1.0, 2.0], [3.0, 1.0, inf]])
     output = FreeOutput(torch.tensor([0, 1, 1]), logits, None, ("a", "b"))
-    labels = torch.tensor([1, 1, 0])  # the first is a's second best; the others were taken for b's
-    for k, share in (("1", 0.0), ("2", 1 / 3), ("3", 1.0)):
+    labels = torch.tensor([1, 1, 0])  # class 1 is second best in sample 0; samples 1 and 2 were routed to b
+    for k, recall in (("1", 0.0), ("2", 1 / 3), ("3", 1.0)):
         metrics = MultiTaskMetrics(LabelSpace({"a": 3, "b": 2}), {"a": f"recall@{k}"})
         metrics.update("a", output, labels)
-        assert metrics.compute(["a"]) == {"a": pytest.approx(share)}
+        assert metrics.compute(["a"]) == {"a": pytest.approx(recall)}
 
 
-def test_a_metric_of_torchmetrics_gets_what_the_model_gave():
+def test_a_torchmetrics_metric_receives_the_models_output():
     metrics = MultiTaskMetrics(LabelSpace({"a": 2}), {"a": MulticlassAccuracy(2, average="macro")})
     metrics.update("a", torch.tensor([[1.0, 0.0]] * 4), torch.tensor([0, 0, 0, 1]))
     assert metrics.compute() == {"a": 0.5}
@@ -167,7 +167,12 @@ def test_a_metric_of_torchmetrics_gets_what_the_model_gave():
         ("perplexity", (4, 2), r"logits \(B, L, V\)"),
     ],
 )
-def test_an_output_that_a_metric_cannot_read(metric, shape, message):
+def test_an_unsuitable_output_is_refused(metric, shape, message):
     metrics = MultiTaskMetrics(LabelSpace({"a": 0}), {"a": metric})
     with pytest.raises(ValueError, match=message):
         metrics.update("a", torch.zeros(shape), torch.zeros(4))
+
+
+def test_exact_match_refuses_tokens_with_texts():
+    with pytest.raises(ValueError, match="tokens with tokens or texts with texts"):
+        ExactMatch().update(torch.zeros(1, 2, dtype=torch.long), ["a"])

@@ -18,7 +18,7 @@ SIZES = {"alpha": 50, "beta": 20, "gamma": 90}
 
 def array(size: int, value: int, classes: int = 5) -> ArrayDataset:
     images = torch.full((size, 1, 4, 4), value, dtype=torch.uint8)
-    images[:, 0, 0, 0] = torch.arange(size)  # every image can be told from the others
+    images[:, 0, 0, 0] = torch.arange(size)  # every image is different
     return ArrayDataset(images, torch.arange(size) % classes)
 
 
@@ -33,7 +33,7 @@ class ToySuite(TaskSuite):
 
 
 class SlowDataset(Dataset):
-    """A third party's dataset: no batched fetch, and labels as plain numbers."""
+    """A third-party dataset: no batched fetch, and labels as plain numbers."""
 
     def __len__(self) -> int:
         return 6
@@ -57,7 +57,7 @@ def test_array_dataset_normalises(index: int) -> None:
     torch.testing.assert_close(image, expected)
 
 
-def test_batched_fetch_equals_torchs_own_collation() -> None:
+def test_batched_fetch_equals_default_collate() -> None:
     data = array(10, 100)
     ours = DataLoader(data, batch_size=4, collate_fn=collate)
     default = DataLoader(data, batch_size=4)
@@ -68,7 +68,7 @@ def test_batched_fetch_equals_torchs_own_collation() -> None:
             assert torch.equal(x, z)
 
 
-def test_augmentation_follows_torchs_seed_and_leaves_the_data_alone() -> None:
+def test_augmentation_follows_torchs_seed_and_does_not_change_the_data() -> None:
     images = torch.zeros(8, 1, 4, 4, dtype=torch.uint8)
     data = ArrayDataset(images, torch.zeros(8, dtype=torch.int64), augment=lambda x: x + torch.rand_like(x))
     draws = []
@@ -91,7 +91,7 @@ def test_augmentation_follows_torchs_seed_and_leaves_the_data_alone() -> None:
         (torch.zeros(3, 1, 2, 2, dtype=torch.uint8), torch.zeros(3, dtype=torch.int64), (1.0, 1.0), "per channel"),
     ],
 )
-def test_array_dataset_says_what_is_wrong(images, labels, std, message: str) -> None:
+def test_errors_of_array_dataset(images, labels, std, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ArrayDataset(images, labels, std=std)
 
@@ -99,7 +99,7 @@ def test_array_dataset_says_what_is_wrong(images, labels, std, message: str) -> 
 # ---- selection
 
 
-def test_selection_keeps_its_order() -> None:
+def test_selected_tasks_keep_their_order() -> None:
     assert ToySuite().names == ("alpha", "beta", "gamma")
     suite = ToySuite(tasks=["gamma", "alpha"])
     assert suite.names == ("gamma", "alpha")
@@ -118,7 +118,7 @@ def test_the_command_line_builds_a_suite_by_its_name() -> None:
     assert (suite.names, suite.batch_size, suite.seed) == (("faces", "digits"), 8, 3)
 
 
-def test_parts_can_be_copied_to_other_processes() -> None:
+def test_data_modules_can_be_pickled() -> None:
     suite = QuickstartSuite(tasks=["faces"])
     data = pickle.loads(pickle.dumps(suite.for_task("faces")))
     assert (data.name, data.num_classes) == ("faces", 5)
@@ -200,7 +200,7 @@ def test_training_order_is_a_function_of_seed_and_epoch() -> None:
     assert epoch(ToySuite(batch_size=10, seed=4).for_task("gamma").train_dataloader(), 0) != first
 
 
-def test_a_set_smaller_than_a_batch_is_one_batch() -> None:
+def test_a_dataset_smaller_than_a_batch_is_one_batch() -> None:
     loader = ToySuite(batch_size=64).for_task("beta").train_dataloader()
     assert [len(labels) for _, labels in loader] == [20]
 
@@ -264,7 +264,7 @@ def test_mixture_is_balanced(per_task: int | None, expected: int) -> None:
     loader = mixture.train_dataloader()
     images, labels = next(iter(loader))
     assert torch.bincount(labels).tolist() == [expected] * 3
-    # The label is the index of the task that the image is from.
+    # The label is the index of the task that the image comes from.
     assert torch.equal((images[:, 0, 1, 1] * 255).round().long(), 100 + 50 * labels)
     again, _ = next(iter(loader))
     assert not torch.equal(images, again)
@@ -281,12 +281,12 @@ def test_mixture_evaluates_equal_parts() -> None:
         assert labels.dtype == torch.int64
 
 
-def test_mixture_needs_a_share() -> None:
+def test_mixture_needs_a_positive_per_task() -> None:
     with pytest.raises(ValueError, match="per_task"):
         ToySuite().mixture(per_task=0)
 
 
-def test_mixture_of_other_peoples_datasets() -> None:
+def test_mixture_of_third_party_datasets() -> None:
     mixture = MixtureDataset([SlowDataset(), Subset(SlowDataset(), [5, 4]), array(3, 9)])
     assert len(mixture) == 11
     batch = mixture.__getitems__([10, 7, 0, 6, 5])
@@ -314,7 +314,7 @@ def test_samplers_cover_everything() -> None:
 # ---- fingerprint
 
 
-def test_fingerprint_covers_the_data_and_nothing_else() -> None:
+def test_fingerprint_covers_only_what_changes_the_data() -> None:
     fingerprint = ToySuite().fingerprint()
     assert len(fingerprint) == 64
     assert int(fingerprint, 16)
@@ -340,7 +340,7 @@ def test_fingerprint_covers_a_subclass() -> None:
     assert Rooted("a").fingerprint() == Rooted("a", batch_size=3).fingerprint()
 
 
-def test_an_argument_that_is_not_kept_is_an_error() -> None:
+def test_an_argument_that_is_not_stored_is_an_error() -> None:
     class Forgetful(ToySuite):
         def __init__(self, root: str) -> None:
             super().__init__()
@@ -355,7 +355,7 @@ def test_derived_seeds_never_change() -> None:
 
 
 @pytest.mark.parametrize("name", ["a/b", "", "..", "a\\b", "line\n"])
-def test_a_name_that_no_file_can_have_is_refused_before_anything_is_built(name: str) -> None:
+def test_an_invalid_task_name_is_refused_before_anything_is_built(name: str) -> None:
     suite = type("Named", (TaskSuite,), {"TASKS": (name, "bars")})
     with pytest.raises(ValueError, match=r"Named: (a task has no name|the task .* cannot be called so)"):
         suite()

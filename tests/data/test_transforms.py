@@ -1,4 +1,4 @@
-"""Transforms of torchvision as augmentations."""
+"""torchvision transforms as augmentations."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from tests.configs import tiny_files
 IMAGES = torch.randint(0, 256, (64, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
 
-def test_each_image_is_transformed_apart() -> None:
+def test_each_image_has_random_parameters_of_its_own() -> None:
     flipped = Preprocessing(augment=v2.RandomHorizontalFlip())(IMAGES)
     plain = IMAGES.float() / 255
     same = (flipped == plain).flatten(1).all(1)
     mirrored = (flipped == plain.flip(3)).flatten(1).all(1)
     assert bool((same ^ mirrored).all())
-    assert 10 < int(same.sum()) < 54  # 32 expected; at once, it would be 0 or 64
+    assert 10 < int(same.sum()) < 54  # 32 expected; applied to the whole batch, it would be 0 or 64
 
 
-def test_they_stand_among_others_and_follow_torchs_seed() -> None:
+def test_transforms_can_be_combined_and_follow_torchs_seed() -> None:
     steps = Compose(v2.RandomRotation(20), RandomFlip(), v2.RandAugment(), v2.RandomResizedCrop(6), v2.RandomErasing())
     data = ArrayDataset(IMAGES, torch.zeros(64, dtype=torch.int64), augment=steps)
     torch.manual_seed(1)
@@ -40,7 +40,7 @@ def test_they_stand_among_others_and_follow_torchs_seed() -> None:
     assert not torch.equal(data.__getitems__(range(64)).inputs, first)
 
 
-def test_a_configuration_names_them_by_class_path(tmp_path) -> None:
+def test_a_configuration_names_transforms_by_class_path(tmp_path) -> None:
     tiny_files.write_npz(tmp_path / "a.npz")
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(TaskSource, "source")
@@ -60,21 +60,21 @@ def test_a_configuration_names_them_by_class_path(tmp_path) -> None:
     ("transform", "message"),
     [
         (v2.JPEG(50), r"augment: JPEG cannot take a float32 image \(3, 8, 8\) in \[0, 1\]"),
-        (v2.ToPILImage(), "augment: ToPILImage must give float images of one shape .*, and gave Image"),
-        (v2.ToDtype(torch.uint8, scale=True), "ToDtype must give float images .* gave torch.uint8"),
-        (v2.RandomResize(4, 9), "RandomResize must give float images of one shape"),
-        (v2.MixUp(num_classes=2), "MixUp changes labels too, and augmentations see images alone"),
-        (v2.CutMix(num_classes=2), "CutMix changes labels too"),
+        (v2.ToPILImage(), "augment: ToPILImage must return float images of one shape .*, got Image"),
+        (v2.ToDtype(torch.uint8, scale=True), "ToDtype must return float images .* got torch.uint8"),
+        (v2.RandomResize(4, 9), "RandomResize must return float images of one shape"),
+        (v2.MixUp(num_classes=2), "MixUp changes labels, but augmentations receive images only"),
+        (v2.CutMix(num_classes=2), "CutMix changes labels"),
     ],
 )
-def test_transforms_that_do_not_fit_are_one_line(transform, message: str) -> None:
+def test_unsuitable_transforms_are_refused(transform, message: str) -> None:
     torch.manual_seed(0)
     with pytest.raises(DataError, match=message) as caught:
         Preprocessing(augment=transform)(IMAGES)
     assert "\n" not in str(caught.value)
 
 
-def test_what_is_configured_counts_in_the_identity() -> None:
+def test_the_identity_covers_a_transforms_parameters() -> None:
     def source(transform) -> dict:
         return describe(NpzSource(path="x", augment=[transform]))
 

@@ -16,7 +16,7 @@ from tests.configs.test_configs import QWEN, T5
 
 
 def test_samples_of_pictures_are_called_by_their_files(tmp_path: Path) -> None:
-    folder = Path(tiny_files.write_picture_folders(tmp_path / "birds"))
+    folder = Path(tiny_files.write_image_folders(tmp_path / "birds"))
     task = ImageFolderSource(folder=str(folder), image_size=8).build("birds", seed=0)
     names = names_of(task.test)
     assert all((folder / name).is_file() or Path(name).is_file() for name in names)

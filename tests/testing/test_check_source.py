@@ -34,7 +34,7 @@ def npz(folder: Path) -> TaskSource:
 
 
 def folders(folder: Path) -> TaskSource:
-    return ImageFolderSource(folder=tiny_files.write_picture_folders(folder / "a"), image_size=8, channels=1)
+    return ImageFolderSource(folder=tiny_files.write_image_folders(folder / "a"), image_size=8, channels=1)
 
 
 def torchvision(folder: Path) -> TaskSource:
@@ -46,12 +46,12 @@ def pooled(folder: Path) -> TaskSource:
 
 
 def pictures(folder: Path) -> TaskSource:
-    return HuggingFaceImageSource(path=tiny_files.write_dataset(folder / "a", pictures=True), image_size=8)
+    return HuggingFaceImageSource(path=tiny_files.write_dataset(folder / "a", images=True), image_size=8)
 
 
 def hub_texts(folder: Path) -> TaskSource:
     tokenizer = tiny_files.write_tokenizer(folder / "tokenizer")
-    path = tiny_files.write_dataset(folder / "a", pictures=False)
+    path = tiny_files.write_dataset(folder / "a", images=False)
     return HuggingFaceTextSource(path=path, text=["sentence1", "sentence2"], tokenizer=tokenizer)
 
 

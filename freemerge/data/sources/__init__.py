@@ -1,4 +1,4 @@
-"""Task sources: where a task's data come from, as a configuration can say it."""
+"""Task sources: configurable descriptions of where a task's data come from."""
 
 from freemerge.data.sources.hugging_face import HuggingFaceImageSource, HuggingFaceTextSource
 from freemerge.data.sources.image_folder import ImageFolderSource

@@ -1,4 +1,4 @@
-"""Hugging Face `datasets`: texts and pictures, from the hub, from folders and files, whole or streamed."""
+"""Sources that read Hugging Face `datasets`: texts and images, from the hub or local files, whole or streamed."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 
 from freemerge.checkpoints import expand, expand_name
 from freemerge.data.errors import DataError, reason_of
-from freemerge.data.pictures import PictureDataset
-from freemerge.data.sources.columns import as_text, check_given, names_of_labels
+from freemerge.data.image_dataset import ImageDataset
+from freemerge.data.sources.columns import as_text, check_labels_present, class_names_from_labels
 from freemerge.data.sources.images import ImageSource
 from freemerge.data.sources.source import SPLITS, TaskSource
 from freemerge.data.sources.tables import Table
@@ -23,15 +23,18 @@ class HuggingFaceSource(TaskSource):
     """Base class of sources that read Hugging Face `datasets`.
 
     Args:
-        path: hub id, local folder, or kind of file (`csv`, `json`, `parquet`, `imagefolder`, …), or a folder that
-            `save_to_disk` wrote.
+        path: hub id, local folder, a folder that `save_to_disk` wrote, or a file type (`csv`, `json`, `parquet`,
+            `imagefolder`, …).
         subset: name of the dataset's configuration, such as `sst2` of `nyu-mll/glue`.
-        data_files: the files, by name of split, where `path` is a kind of file.
-        splits: which of the dataset's splits are train, val and test; slices such as `train[:90%]` will do. Val and
-            test are cut from train where they are not named; None names train alone.
-        streaming: read no more than the samples that the sizes ask for, instead of the whole dataset; needs the size
-            of each named split.
-        buffer_size: streamed samples are drawn at random from a window of so many.
+        data_files: split → file, if `path` is a file type.
+        splits: train, val and test → the dataset's split; slices such as `train[:90%]` are possible. A missing val or
+            test split is cut from train. None uses the dataset's train split only.
+        streaming: read only as many samples as the sizes require, instead of the whole dataset; requires the size of
+            each split in `splits`.
+        buffer_size: number of streamed samples in the buffer that samples are drawn from at random.
+
+    Raises:
+        ValueError: if `splits` has no train or unknown keys, or streaming lacks a size.
     """
 
     path: str
@@ -46,29 +49,39 @@ class HuggingFaceSource(TaskSource):
         where = type(self).__name__
         self.splits = dict(self._names)
         if "train" not in self.splits or set(self.splits) - set(SPLITS):
-            raise ValueError(f"{where}: splits maps train, and perhaps val and test, to names; got {self.splits}")
+            raise ValueError(
+                f"{where}: splits must map train, and optionally val and test, to names, got {self.splits}"
+            )
         unsized = [split for split in self.splits if getattr(self, f"{split}_size") is None]
         if self.streaming and unsized:
-            raise ValueError(f"{where}: streaming needs {unsized[0]}_size: how many samples to read")
+            raise ValueError(f"{where}: streaming needs {unsized[0]}_size, the number of samples to read")
 
     @property
     def _names(self) -> dict[str, str]:
-        """Split → what the dataset calls it."""
+        """Split → its name in the dataset."""
         return {"train": "train"} if self.splits is None else self.splits
 
     def files(self) -> list[Path]:
+        """The local files among `data_files`."""
         return [path for path in map(expand, (self.data_files or {}).values()) if path.is_file()]
 
     def prepare(self) -> None:
+        """Download the splits into the cache of `datasets`, unless they are streamed."""
         if not self.streaming:
             for split in self._names:
-                self._load(split)  # into the cache of `datasets`
+                self._load(split)
 
     def open(self, seed: int) -> dict[str, Any]:
-        """Split → dataset with `features` that supports indices and column names.
+        """Open the splits.
+
+        Args:
+            seed: seed of the samples drawn from streams.
+
+        Returns:
+            Split → a `datasets.Dataset`.
 
         Raises:
-            ValueError: if `datasets` is not installed, or it cannot load this.
+            DataError: if `datasets` is not installed or cannot load the data.
         """
         return {split: self._stream(split, seed) if self.streaming else self._load(split) for split in self._names}
 
@@ -85,13 +98,13 @@ class HuggingFaceSource(TaskSource):
                 saved = datasets.load_from_disk(path)
                 parts = saved if isinstance(saved, dict) else {"train": saved}
                 if wanted not in parts:
-                    raise DataError(f"{where}: there is no such split; there are {', '.join(parts)}")
+                    raise DataError(f"{where}: there is no such split; known splits: {', '.join(parts)}")
                 return parts[wanted]
             return datasets.load_dataset(path, self.subset, split=wanted, data_files=files, streaming=self.streaming)
         except ConnectionError as error:
             raise DataError(
-                f"{where}: not in the cache, and the hub cannot be reached ({reason_of(error)}); give a local folder "
-                f"or file, or fetch it once where there is a connection"
+                f"{where}: not in the cache, and the hub cannot be reached ({reason_of(error)}); use a local folder or "
+                f"file, or download the dataset once with a connection"
             ) from error
         except DataError:
             raise
@@ -108,14 +121,26 @@ class HuggingFaceSource(TaskSource):
 
 @dataclass(kw_only=True)
 class HuggingFaceTextSource(HuggingFaceSource, TextSource):
-    """A task of texts from Hugging Face `datasets`. Columns are named by `text` and `label`."""
+    """A task of texts from Hugging Face `datasets`. `text` and `label` name its columns."""
 
     def build(self, name: str, seed: int) -> Task:
+        """Build the task; see `TaskSource.build`.
+
+        Args:
+            name: the task's name.
+            seed: seed of the splits and subsets.
+
+        Returns:
+            The task.
+
+        Raises:
+            DataError: if the data cannot be loaded, or a column is missing.
+        """
         parts = self.open(seed)
         known = parts["train"].column_names
         for column in [*(self.text or []), *([self.label] if self.label else [])]:
             if column not in known:
-                raise DataError(f"task {name!r}: there is no column {column!r} in train; there are {', '.join(known)}")
+                raise DataError(f"task {name!r}: train has no column {column!r}; its columns: {', '.join(known)}")
         wanted = {*(self.text or parts["train"].column_names), *([self.label] if self.label else [])}
         tables: dict[str, Table] = {
             split: Table(
@@ -130,31 +155,45 @@ class HuggingFaceTextSource(HuggingFaceSource, TextSource):
 
 @dataclass(kw_only=True)
 class HuggingFaceImageSource(HuggingFaceSource, ImageSource):
-    """A task of pictures from Hugging Face `datasets`.
+    """A task of images from Hugging Face `datasets`.
 
     Args:
-        image: the column of the picture.
-        label: the column of the class.
+        image: the image column.
+        label: the label column.
     """
 
     image: str = "image"
     label: str = "label"
 
     def build(self, name: str, seed: int) -> Task:
+        """Build the task; see `TaskSource.build`.
+
+        Args:
+            name: the task's name.
+            seed: seed of the splits and subsets.
+
+        Returns:
+            The task.
+
+        Raises:
+            DataError: if the data cannot be loaded, or a column or label is missing.
+        """
         parts = self.open(seed)
         for split, part in parts.items():
             for column in (self.image, self.label):
                 if column not in part.column_names:
                     known = ", ".join(part.column_names)
-                    raise DataError(f"task {name!r}: there is no column {column!r} in {split}; there are {known}")
-            check_given(f"task {name!r}, {split}", Table({self.label: part[self.label][:]}, self.path), self.label)
+                    raise DataError(f"task {name!r}: {split} has no column {column!r}; its columns: {known}")
+            check_labels_present(
+                f"task {name!r}, {split}", Table({self.label: part[self.label][:]}, self.path), self.label
+            )
         names, index = getattr(parts["train"].features[self.label], "names", None), None
         if names is None:
-            names = names_of_labels(f"task {name!r}", [as_text(label) for label in parts["train"][self.label]])
+            names = class_names_from_labels(f"task {name!r}", [as_text(label) for label in parts["train"][self.label]])
             index = {label: position for position, label in enumerate(names)}
         sizes = {split: len(part) for split, part in parts.items()}
         datasets = {
-            split: PictureDataset(
+            split: ImageDataset(
                 partial(self._fetch, parts[origin], index),
                 chosen,
                 self.preprocessing(split),
@@ -162,7 +201,7 @@ class HuggingFaceImageSource(HuggingFaceSource, ImageSource):
                 f"{self.path}, {self._names[origin]}, row {{}}".format,
                 len(names),
             )
-            for split, (origin, chosen) in self.deal(sizes, name, seed).items()
+            for split, (origin, chosen) in self.split_samples(sizes, name, seed).items()
         }
         train, val, test = (datasets[split] for split in SPLITS)
         return Task(name, tuple(names), train, val, test, metric=self.metric, templates=tuple(self.templates or ()))

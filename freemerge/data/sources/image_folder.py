@@ -1,4 +1,4 @@
-"""Pictures in folders, one per class."""
+"""Images in one folder per class."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from freemerge.checkpoints import expand
 from freemerge.data.errors import DataError, DataWarning, listed
-from freemerge.data.pictures import PictureDataset
+from freemerge.data.image_dataset import ImageDataset
+from freemerge.data.sources.image_files import ImageFolder, check_files, scan
 from freemerge.data.sources.images import ImageSource
-from freemerge.data.sources.picture_files import PictureFolder, check_files, scan
 from freemerge.data.sources.source import SPLITS
 from freemerge.data.tasks import Task
 
@@ -27,11 +27,11 @@ _FOLDERS = {
 
 @dataclass(kw_only=True)
 class ImageFolderSource(ImageSource):
-    """A task in a folder of pictures: `<folder>/<class>/*.jpg`, or `<folder>/{train,val,test}/<class>/*.jpg`.
+    """A task in a folder of images: `<folder>/<class>/*.jpg`, or `<folder>/{train,val,test}/<class>/*.jpg`.
 
-    Val and test are cut from train, by the suite's seed, where they have no folder. Class names are the folders'.
-    Hidden folders and files, and class folders without a picture, are left out with a warning. Pictures of every mode
-    become RGB, or grey where `channels` is 1; those that say how they must be turned (EXIF) are turned.
+    Without a folder of their own, val and test are cut from train, using the suite's seed. The folders' names are the
+    class names. Hidden folders and class folders without an image are skipped with a warning. All images are converted
+    to RGB, or to grey if `channels` is 1, and rotated according to their EXIF orientation.
 
     Args:
         folder: the folder.
@@ -40,37 +40,50 @@ class ImageFolderSource(ImageSource):
     folder: str
 
     def identity(self) -> dict[str, Any]:
-        """The class, the fields, and the names and sizes of the pictures; their content would take long to read.
+        """What determines the data: the class, its fields, and the names and sizes of the images.
 
-        Where the folder is does not count.
+        The content of the images is not included, because reading it would take long. The folder's location does not
+        change the identity.
+
+        Returns:
+            JSON-compatible values.
         """
         root = expand(self.folder)
-        files = sorted(path for place in _places(root).values() if place.is_dir() for path in scan(place).files)
+        files = sorted(
+            path for folder in _split_folders(root).values() if folder.is_dir() for path in scan(folder).files
+        )
         listing = "\n".join(f"{path.relative_to(root)} {_size(path)}" for path in files)
         digest = hashlib.sha256(os.fsencode(listing)).hexdigest()
         return {**super().identity(), "folder": root.name, "listing": digest, "version": 2}  # 2: EXIF, 16 bits
 
     def build(self, name: str, seed: int) -> Task:
-        """Builds the task.
+        """Build the task; see `TaskSource.build`.
+
+        Args:
+            name: the task's name.
+            seed: seed of the splits and subsets.
+
+        Returns:
+            The task.
 
         Raises:
-            DataError: if the folder is not there, a split has a class that train has not, or a picture is damaged as
-                far as the ends of its file tell.
+            DataError: if the folder does not exist, a split has a class that train lacks, or a file is damaged (see
+                `check_files`).
         """
         root = expand(self.folder)
         if not root.is_dir():
             raise DataError(f"task {name!r}: {root}: there is no such folder")
         where = f"task {name!r}"
-        folders = {split: scan(place) for split, place in _places(root).items()}
+        folders = {split: scan(folder) for split, folder in _split_folders(root).items()}
         _check_classes(where, folders)
         for folder in folders.values():
             if folder.skipped:
-                rank_zero_warn(f"{where}: {folder.root}: left out: {'; '.join(folder.skipped)}", category=DataWarning)
+                rank_zero_warn(f"{where}: {folder.root}: skipped: {'; '.join(folder.skipped)}", category=DataWarning)
         classes = folders["train"].classes
-        dealt = self.deal({split: len(folder) for split, folder in folders.items()}, name, seed)
-        check_files(where, [folders[origin].files[i] for origin, index in dealt.values() for i in index.tolist()])
+        selected = self.split_samples({split: len(folder) for split, folder in folders.items()}, name, seed)
+        check_files(where, [folders[origin].files[i] for origin, index in selected.values() for i in index.tolist()])
         datasets = {
-            split: PictureDataset(
+            split: ImageDataset(
                 _Fetch(folders[origin], classes),
                 index,
                 self.preprocessing(split),
@@ -78,58 +91,58 @@ class ImageFolderSource(ImageSource):
                 folders[origin].name,
                 channels=self.channels or 3,
             )
-            for split, (origin, index) in dealt.items()
+            for split, (origin, index) in selected.items()
         }
         train, val, test = (datasets[split] for split in SPLITS)
         return Task(name, classes, train, val, test, metric=self.metric, templates=tuple(self.templates or ()))
 
 
 class _Fetch:
-    """Index → (picture, index of its class in train); at module level: loader workers pickle it."""
+    """Index → (image, index of its class in train). At module level, because loader workers pickle it."""
 
-    def __init__(self, folder: PictureFolder, classes: tuple[str, ...]) -> None:
+    def __init__(self, folder: ImageFolder, classes: tuple[str, ...]) -> None:
         self.folder = folder
         self.label = [classes.index(name) for name in folder.classes]
 
     def __call__(self, index: int) -> tuple[Any, int]:
-        picture, label = self.folder.fetch(index)
-        return picture, self.label[label]
+        image, label = self.folder.fetch(index)
+        return image, self.label[label]
 
 
 def _size(path: Path) -> int:
-    return path.stat().st_size if path.exists() else 0  # a link to nowhere is named when the task is built
+    return path.stat().st_size if path.exists() else 0  # a broken link is reported when the task is built
 
 
-def _places(root: Path) -> dict[str, Path]:
-    """Split → its folder; the whole is train if no folder is called so."""
+def _split_folders(root: Path) -> dict[str, Path]:
+    """Split → its folder; if there is no folder for train, the whole folder is train."""
     if not root.is_dir():
         return {}
     there = {path.name.lower(): path for path in sorted(root.iterdir(), reverse=True) if path.is_dir()}
-    places = {split: next((there[name] for name in names if name in there), None) for split, names in _FOLDERS.items()}
-    if places["train"] is not None:
-        return {split: place for split, place in places.items() if place is not None}
+    folders = {split: next((there[name] for name in names if name in there), None) for split, names in _FOLDERS.items()}
+    if folders["train"] is not None:
+        return {split: folder for split, folder in folders.items() if folder is not None}
     for split in ("val", "test"):
-        place = places[split]
-        if place is not None and any(path.is_dir() and not path.name.startswith(".") for path in place.iterdir()):
-            raise DataError(f"{root}: there is a folder {place.name!r} of folders, but none called 'train' beside it")
+        folder = folders[split]
+        if folder is not None and any(path.is_dir() and not path.name.startswith(".") for path in folder.iterdir()):
+            raise DataError(f"{root}: there is a folder {folder.name!r} with class folders, but no folder 'train'")
     return {"train": root}
 
 
-def _check_classes(where: str, folders: dict[str, PictureFolder]) -> None:
+def _check_classes(where: str, folders: dict[str, ImageFolder]) -> None:
     train = folders["train"]
     for folder in folders.values():
         if len(folder) == 0:
             inside = f": {'; '.join(folder.skipped)}" if folder.skipped else ""
             raise DataError(
-                f"{where}: {folder.root}: there is no picture in it; expected one folder of pictures per class{inside}"
+                f"{where}: {folder.root}: the folder has no image; expected one folder of images per class{inside}"
             )
         if unknown := set(folder.classes) - set(train.classes):
             different = sorted(unknown | (set(train.classes) - set(folder.classes)))
-            raise DataError(f"{where}: {folder.root}: other classes than in train: {listed(different, 20)}")
+            raise DataError(f"{where}: {folder.root}: the classes differ from those of train: {listed(different, 20)}")
         if missing := sorted(set(train.classes) - set(folder.classes)):
-            rank_zero_warn(f"{where}: {folder.root}: no picture of {listed(missing)}", category=DataWarning)
+            rank_zero_warn(f"{where}: {folder.root}: no image of {listed(missing)}", category=DataWarning)
     if len(train.classes) == 1:
         raise DataError(
-            f"{where}: {train.root}: there is one folder of pictures in it, {train.classes[0]!r}; expected one per "
-            f"class, and at least two"
+            f"{where}: {train.root}: the only folder of images is {train.classes[0]!r}; expected one per class, and at "
+            f"least two"
         )

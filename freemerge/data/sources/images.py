@@ -1,6 +1,6 @@
-"""What all sources of images can be told."""
+"""The options that all image sources share."""
 
-# Without postponed annotations: a subclass in another module would have to import the names that they use.
+# No `from __future__ import annotations`: a subclass in another module would have to import the names of these types.
 
 from dataclasses import dataclass
 
@@ -10,17 +10,18 @@ from freemerge.data.sources.source import TaskSource
 
 @dataclass(kw_only=True)
 class ImageSource(TaskSource):
-    """Base class of sources of images.
+    """Base class of image sources.
 
     Args:
-        image_size: height and width of what the model gets; None leaves images as they are.
-        channels: 3 repeats grey images, 1 makes grey of colour; None leaves images as they are.
+        image_size: height and width of the model's input in pixels; None keeps the images' size.
+        channels: 3 repeats grey images, 1 converts colour to grey; None keeps the images' channels.
         mean: subtracted from pixels in [0, 1]: one number, or one per channel.
-        std: what the difference is divided by.
-        augment: for training batches, in order, before they are resized: transforms of `torchvision.transforms.v2`,
-            classes of `freemerge.data.augment`, or your own callables of float32 (B, C, H, W) in [0, 1].
+        std: divides the difference: one number, or one per channel.
+        augment: augmentations of training batches, in order, before resizing: transforms of
+            `torchvision.transforms.v2`, classes of `freemerge.data.augment`, or your own callables of float32
+            (B, C, H, W) in [0, 1].
         templates: prompts with one `{}` for a zero-shot text head, such as `a photo of a {}.`.
-        metric: what the task is judged by; None is accuracy.
+        metric: the task's metric; None is accuracy.
     """
 
     image_size: int | None = None
@@ -32,7 +33,14 @@ class ImageSource(TaskSource):
     metric: str | None = None
 
     def preprocessing(self, split: str) -> Preprocessing:
-        """What is done to the images of a split; only training images are augmented."""
+        """The preprocessing of a split; only training images are augmented.
+
+        Args:
+            split: train, val or test.
+
+        Returns:
+            The preprocessing.
+        """
         from freemerge.data.augment import Compose
 
         augment = Compose(*self.augment) if self.augment and split == "train" else None

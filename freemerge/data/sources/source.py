@@ -1,7 +1,6 @@
-"""A task source: where one task's data come from, as a plain value that a configuration can hold.
+"""A task source: a configurable description of where one task's data come from.
 
-A suite of sources (`SourceSuite`) is a mapping from task names to sources, so one suite mixes kinds freely. A source is
-a dataclass with one method:
+A suite of sources (`SourceSuite`) maps task names to sources of any kinds. A source is a dataclass with one method:
 
     @dataclass(kw_only=True)
     class Birds(TaskSource):
@@ -33,7 +32,7 @@ from freemerge.names import class_name
 
 SPLITS = ("train", "val", "test")
 
-_OF_MODULES = set(vars(torch.nn.Module())) - {"_parameters", "_buffers", "_modules"}
+_MODULE_INTERNALS = set(vars(torch.nn.Module())) - {"_parameters", "_buffers", "_modules"}
 
 
 @dataclass(kw_only=True)
@@ -41,11 +40,14 @@ class TaskSource(ABC):
     """Base class of task sources.
 
     Args:
-        train_size: take so many training samples, drawn by the suite's seed; None takes all.
+        train_size: number of training samples, drawn with the suite's seed; None takes all.
         val_size: likewise for validation.
         test_size: likewise for test.
-        val_fraction: share of the training samples that becomes the validation set where the source has none.
-        test_fraction: share of the training samples that becomes the test set where the source has none.
+        val_fraction: fraction of the training samples that becomes the validation set if the data have none.
+        test_fraction: fraction of the training samples that becomes the test set if the data have none.
+
+    Raises:
+        ValueError: if a size is below 1, or the fractions are not positive or leave no training samples.
     """
 
     train_size: int | None = None
@@ -61,68 +63,81 @@ class TaskSource(ABC):
         fractions = (self.val_fraction, self.test_fraction)
         if min(fractions) <= 0 or sum(fractions) >= 1:
             raise ValueError(
-                f"{type(self).__name__}: val_fraction and test_fraction must be above 0 and leave something to train "
-                f"on, got {self.val_fraction} and {self.test_fraction}"
+                f"{type(self).__name__}: val_fraction and test_fraction must be above 0 and their sum below 1, got "
+                f"{self.val_fraction} and {self.test_fraction}"
             )
 
     def prepare(self) -> None:  # noqa: B027 - most sources have nothing to do here
-        """Downloads what `build` needs; nothing by default. Called in one process per node."""
+        """Download what `build` needs; nothing by default. Called in one process per node."""
 
     @abstractmethod
     def build(self, name: str, seed: int) -> Task:
-        """Builds the task.
+        """Build the task.
 
         Args:
-            name: what the suite calls it.
-            seed: of everything that is drawn.
+            name: the task's name in the suite.
+            seed: seed of everything that is drawn at random.
+
+        Returns:
+            The task.
 
         Raises:
-            ValueError: if the data are not there, or not what the source says.
+            ValueError: if the data are missing or not as the source describes.
         """
 
     def files(self) -> list[Path]:
-        """The files that the task depends on: a changed file is other data."""
+        """The files that the task is read from. Their content is part of the identity.
+
+        Returns:
+            Paths; none by default.
+        """
         return []
 
     def identity(self) -> dict[str, Any]:
-        """What determines the data: the class, its fields, and the content of its files, wherever they are."""
-        files = self.files()
-        names = {path: f"file {index}" for index, path in enumerate(files)}
-        return {**_renamed(describe(self), names), "content": [content_hash(path) for path in files]}
-
-    def deal(self, sizes: Mapping[str, int], name: str, seed: int) -> dict[str, tuple[str, Tensor]]:
-        """Which samples each split gets: missing splits are cut from the training samples, then sizes are applied.
-
-        Args:
-            sizes: how many samples there are, by split; `train` among them.
-            name: the task's name.
-            seed: of the draws; equal seeds deal equally on every machine.
+        """What determines the data: the class, its fields, and the content of its files, wherever these are stored.
 
         Returns:
-            For train, val and test: which of the given splits the samples are from, and their indices in it, ascending.
+            JSON-compatible values.
+        """
+        files = self.files()
+        names = {path: f"file {index}" for index, path in enumerate(files)}
+        return {**_replace_paths(describe(self), names), "content": [content_hash(path) for path in files]}
+
+    def split_samples(self, sizes: Mapping[str, int], name: str, seed: int) -> dict[str, tuple[str, Tensor]]:
+        """Select the samples of each split: cut missing splits from the training samples, then apply the sizes.
+
+        Args:
+            sizes: split → number of samples in the data; must contain `train`.
+            name: the task's name.
+            seed: seed of the draws; the same seed gives the same splits on every machine.
+
+        Returns:
+            train, val and test → (the split of the data that the samples come from, their ascending int64 indices).
 
         Raises:
-            ValueError: if a split comes out empty.
+            DataError: if a split is empty.
         """
         if not sizes.get("train"):
             raise DataError(f"task {name!r}: there are no training samples")
-        dealt = {split: (split, torch.arange(size)) for split, size in sizes.items() if split in SPLITS}
-        missing = [split for split in ("val", "test") if split not in dealt]
+        selected = {split: (split, torch.arange(size)) for split, size in sizes.items() if split in SPLITS}
+        missing = [split for split in ("val", "test") if split not in selected]
         order = torch.randperm(sizes["train"], generator=_generator(seed, name, "deal"))
         for split in missing:
             size = round(sizes["train"] * getattr(self, f"{split}_fraction"))
-            dealt[split], order = ("train", order[:size].sort().values), order[size:]
-        dealt["train"] = ("train", order.sort().values if missing else dealt["train"][1])
-        for split, (origin, indices) in dealt.items():
+            selected[split], order = ("train", order[:size].sort().values), order[size:]
+        selected["train"] = ("train", order.sort().values if missing else selected["train"][1])
+        for split, (origin, indices) in selected.items():
             if len(indices) == 0:
-                share = getattr(self, f"{split}_fraction", None)
-                cut = f": {split}_fraction {share} of {sizes['train']} is none" if origin != split else ""
+                fraction = getattr(self, f"{split}_fraction", None)
+                cut = f": {split}_fraction {fraction} of {sizes['train']} samples is 0" if origin != split else ""
                 raise DataError(f"task {name!r}: there are no samples for {split}{cut}")
             size = getattr(self, f"{split}_size")
             if size is not None and size < len(indices):
                 chosen = torch.randperm(len(indices), generator=_generator(seed, name, split))[:size].sort().values
-                dealt[split] = (origin, indices[chosen])
-        return {split: dealt[split] for split in SPLITS}
+                selected[split] = (origin, indices[chosen])
+        return {split: selected[split] for split in SPLITS}
+
+    deal = split_samples  # the name in version 0.1, which sources outside of freemerge may call
 
 
 def _generator(seed: int, *keys: str) -> torch.Generator:
@@ -130,9 +145,14 @@ def _generator(seed: int, *keys: str) -> torch.Generator:
 
 
 def describe(value: Any) -> Any:
-    """Any configured value as plain data that is equal for equal configurations.
+    """Describe any configured value by plain data, which are equal for equal configurations.
 
-    Objects count by their class and their attributes, so that what comes out says nothing of where they are in memory.
+    Args:
+        value: any value. Objects are described by their class and attributes, so that the result does not depend on
+            memory addresses; arrays and tensors by dtype, shape and a SHA-256.
+
+    Returns:
+        JSON-compatible values.
     """
     if value is None or isinstance(value, (str, int, float, bool)):
         return value
@@ -156,28 +176,34 @@ def describe(value: Any) -> Any:
         return class_name(value)
     kind = type(value)
     names = [field.name for field in fields(value)] if is_dataclass(value) else list(getattr(value, "__dict__", ()))
-    if isinstance(value, torch.nn.Module):  # its hooks and flags are torch's business, and differ between versions
-        names = [name for name in names if name not in _OF_MODULES]
+    if isinstance(value, torch.nn.Module):  # hooks and flags differ between torch versions and say nothing about it
+        names = [name for name in names if name not in _MODULE_INTERNALS]
     return {
         "class": class_name(kind),
         **{name: describe(getattr(value, name)) for name in names},
     }
 
 
-def _renamed(value: Any, names: Mapping[Path, str]) -> Any:
-    """A description in which names stand for the places of files."""
+def _replace_paths(value: Any, names: Mapping[Path, str]) -> Any:
+    """Replace the paths of files in a description by names."""
     if isinstance(value, dict):
-        return {key: _renamed(item, names) for key, item in value.items()}
+        return {key: _replace_paths(item, names) for key, item in value.items()}
     if isinstance(value, list):
-        return [_renamed(item, names) for item in value]
+        return [_replace_paths(item, names) for item in value]
     return names.get(Path(os.path.expanduser(value)), value) if isinstance(value, str) else value
 
 
 def content_hash(path: Path) -> str:
-    """SHA-256 of a file's content, remembered as long as its size and time stay the same.
+    """The SHA-256 of a file's content, cached until the file's size or modification time changes.
+
+    Args:
+        path: the file.
+
+    Returns:
+        64 hexadecimal digits.
 
     Raises:
-        ValueError: if there is no such file.
+        DataError: if there is no such file.
     """
     if not path.is_file():
         raise DataError(f"{path}: there is no such file")
@@ -188,11 +214,4 @@ def content_hash(path: Path) -> str:
 @lru_cache(maxsize=1024)
 def _content_hash(path: Path, size: int, modified: int) -> str:
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
-
-
-def _digest(file: Any) -> str:
-    digest = hashlib.sha256()  # Python 3.10 has no file_digest
-    while chunk := file.read(1 << 20):
-        digest.update(chunk)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()

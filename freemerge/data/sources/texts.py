@@ -1,6 +1,6 @@
-"""What all sources of texts can be told, and how rows of texts become a task."""
+"""The options that all text sources share, and the conversion of rows of texts to a task."""
 
-# Without postponed annotations: a subclass in another module would have to import the names that they use.
+# No `from __future__ import annotations`: a subclass in another module would have to import the names of these types.
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -12,36 +12,46 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from freemerge.checkpoints import expand, expand_name
 from freemerge.data.errors import DataError, DataWarning, reason_of
-from freemerge.data.sources.columns import as_text, check_given, names_of_labels, parse_labels, texts_of, warn_of_empty
+from freemerge.data.sources.columns import (
+    as_text,
+    check_labels_present,
+    class_names_from_labels,
+    parse_labels,
+    read_texts,
+    warn_about_empty_texts,
+)
 from freemerge.data.sources.source import SPLITS, TaskSource
 from freemerge.data.sources.tables import Table
 from freemerge.data.tasks import Kind, Task, check_kind
 from freemerge.data.tokens import TokenDataset
 from freemerge.inputs import IGNORED
 
-_CUT = 0.1
-"""If more than this share of the training texts is cut, that is worth a warning."""
+_CUT_WARNING_FRACTION = 0.1
+"""A warning is shown if more than this fraction of the training texts is truncated."""
 
 
 @dataclass(kw_only=True)
 class TextSource(TaskSource):
-    """Base class of sources of texts.
+    """Base class of text sources.
 
-    What a row asks depends on `kind`: `classification` has a class in the label's column and `regression` a number;
-    `seq2seq` has the target text there, and so has `causal_lm`, whose loss is of the target alone, after the text; a
-    `causal_lm` without a label's column learns the whole text.
+    The label column contains a class for `classification`, a number for `regression`, and a target text for `seq2seq`
+    and `causal_lm`. A `causal_lm` sample is the text followed by the target, and only the target has a loss; without a
+    label column, the whole text has.
 
     Args:
         tokenizer: hub id or folder of the model's tokenizer.
-        text: the one or two columns of text; None takes all columns but those of label and split. An empty second
-            column counts as none.
-        label: the column of the label; null for plain texts of `causal_lm`.
-        classes: names of the classes, or a file with one per line; None takes what the data says of itself. A label
-            is a name or an index.
-        kind: what is asked: classification, regression, seq2seq or causal_lm.
-        metric: what the task is judged by; None is the kind's default.
-        max_length: texts are cut to so many tokens; in `causal_lm` text and target together.
-        max_target_length: targets of `seq2seq` are cut to so many tokens.
+        text: one or two text columns; None takes all columns except `label` and `split`. A second column without any
+            text is ignored.
+        label: the label column; null for a `causal_lm` without targets.
+        classes: the class names, or a file with one per line; None takes them from the data. A label is a class name or
+            a class index.
+        kind: kind of task: classification, regression, seq2seq or causal_lm.
+        metric: the task's metric; None takes the kind's default.
+        max_length: texts are truncated to this many tokens; for `causal_lm`, text and target together.
+        max_target_length: targets of `seq2seq` are truncated to this many tokens.
+
+    Raises:
+        ValueError: if `kind`, `metric`, `text` and `label` do not fit together.
     """
 
     tokenizer: str
@@ -60,27 +70,31 @@ class TextSource(TaskSource):
         if self.text is not None and len(self.text) not in (1, 2):
             raise ValueError(f"{where}: text must name one or two columns, got {len(self.text)}")
         if self.label is None and self.kind != "causal_lm":
-            raise ValueError(f"{where}: a {self.kind} task needs a label's column")
+            raise ValueError(f"{where}: a {self.kind} task needs a label column")
 
     def make_task(self, name: str, tables: Mapping[str, Table], seed: int, names: Sequence[str] | None = None) -> Task:
         """Tokenize rows and make a task of them.
 
         Args:
             name: the task's name.
-            tables: rows by split; the texts' and the label's columns are looked up, others ignored.
-            seed: of the draws.
-            names: names of the classes that the data bring along; `classes` goes before them.
+            tables: split → rows; columns other than `text` and `label` are ignored.
+            seed: seed of the splits and subsets.
+            names: class names from the data; `classes` takes precedence.
+
+        Returns:
+            The task.
 
         Raises:
-            DataError: if a column is missing, a label cannot be understood, or a text or label is none.
+            DataError: if a text or label is missing or invalid.
+            ValueError: if a column is missing.
         """
         tables = {split: table if isinstance(table, Table) else Table(table) for split, table in tables.items()}
         columns = self._text_columns(name, tables)
-        dealt = self.deal({split: table.size for split, table in tables.items()}, name, seed)
-        rows = {split: tables[origin].take(index.tolist()) for split, (origin, index) in dealt.items()}
+        selected = self.split_samples({split: table.size for split, table in tables.items()}, name, seed)
+        rows = {split: tables[origin].take(index.tolist()) for split, (origin, index) in selected.items()}
         if self.kind in ("classification", "regression"):
             for split, table in tables.items():
-                check_given(f"task {name!r}, {split}", table, str(self.label))
+                check_labels_present(f"task {name!r}, {split}", table, str(self.label))
         class_names: tuple[str, ...] = ()
         if self.kind == "classification":
             class_names = self._class_names(name, tables, names)
@@ -88,12 +102,12 @@ class TextSource(TaskSource):
         datasets = {}
         for split, table in rows.items():
             where = f"task {name!r}, {split}"
-            texts = [texts_of(where, table, column) for column in columns]
-            warn_of_empty(where, table, texts, columns)
+            texts = [read_texts(where, table, column) for column in columns]
+            warn_about_empty_texts(where, table, texts, columns)
             datasets[split] = self._encode(where, tokenizer, texts, table, class_names)
             self._check_lengths(where, tokenizer, datasets[split], table)
-        origin, index = dealt["test"]
-        datasets["test"].sample_names = [tables[origin].place(row) for row in index.tolist()]
+        origin, index = selected["test"]
+        datasets["test"].sample_names = [tables[origin].row_name(row) for row in index.tolist()]
         train, val, test = (datasets[split] for split in SPLITS)
         return Task(name, class_names, train, val, test, kind=self.kind, metric=self.metric, tokenizer=self.tokenizer)
 
@@ -103,13 +117,13 @@ class TextSource(TaskSource):
         columns = self.text or [column for column in known if column not in other]
         if self.text is None and len(columns) not in (1, 2):
             raise ValueError(
-                f"task {name!r}: which columns are the text? Name one or two in `text`; there are {', '.join(columns)}"
+                f"task {name!r}: name one or two text columns in `text`; columns that could be: {', '.join(columns)}"
             )
         for column in [*columns, *([self.label] if self.label else [])]:
             for split, table in tables.items():
                 if column not in table:
                     raise ValueError(
-                        f"task {name!r}: there is no column {column!r} in {split}; there are {', '.join(table)}"
+                        f"task {name!r}: {split} has no column {column!r}; its columns: {', '.join(table)}"
                     )
         if len(columns) == 2 and not any(as_text(value) for table in tables.values() for value in table[columns[1]]):
             return columns[:1]
@@ -120,44 +134,44 @@ class TextSource(TaskSource):
             return read_class_names(self.classes)
         if known := self.classes or names:
             return tuple(known)
-        return names_of_labels(f"task {name!r}", [as_text(value) for value in tables["train"][str(self.label)]])
+        return class_names_from_labels(f"task {name!r}", [as_text(value) for value in tables["train"][str(self.label)]])
 
     def _encode(
         self, where: str, tokenizer: Any, texts: list[list[str]], table: Table, names: tuple[str, ...]
     ) -> TokenDataset:
         if self.kind == "causal_lm":
-            ends = None if self.label is None else texts_of(where, table, self.label)
+            ends = None if self.label is None else read_texts(where, table, self.label)
             return self._encode_causal(tokenizer, texts, ends)
         encoded = dict(tokenizer(*texts, truncation=True, max_length=self.max_length))
         if self.kind == "seq2seq":
-            wanted = texts_of(where, table, str(self.label))
+            wanted = read_texts(where, table, str(self.label))
             targets = tokenizer(text_target=wanted, truncation=True, max_length=self.max_target_length)["input_ids"]
             return TokenDataset({**encoded, "labels": targets}, targets)
-        return TokenDataset(encoded, parse_labels(where, self.kind, table[str(self.label)], names, table.place))
+        return TokenDataset(encoded, parse_labels(where, self.kind, table[str(self.label)], names, table.row_name))
 
     def _check_lengths(self, where: str, tokenizer: Any, dataset: TokenDataset, table: Table) -> None:
-        """Refuse a text without a token; say so if many are cut, or are longer than the tokenizer's model takes."""
+        """Refuse a text without tokens; warn if many are truncated, or longer than the tokenizer's model takes."""
         lengths = dataset.inputs["input_ids"].lengths
         if (lengths == 0).any():
             row = int((lengths == 0).nonzero()[0])
-            raise DataError(f"{where}: the text of {table.place(row)} has no token: leave it out")
+            raise DataError(f"{where}: the text of {table.row_name(row)} has no tokens: remove it")
         longest = int(lengths.max())
         limit = getattr(tokenizer, "model_max_length", None) or longest
         if longest > limit:
             rank_zero_warn(
-                f"{where}: the text of {table.place(int(lengths.argmax()))} has {longest} tokens, and the tokenizer "
-                f"says that its model takes {limit}: set max_length: {limit}, unless the model takes more",
+                f"{where}: the text of {table.row_name(int(lengths.argmax()))} has {longest} tokens, but the "
+                f"tokenizer's model_max_length is {limit}: set max_length: {limit}, unless the model takes more",
                 category=DataWarning,
             )
         cut = int((lengths >= self.max_length).sum())
-        if cut > _CUT * len(lengths) and where.endswith("train"):
+        if cut > _CUT_WARNING_FRACTION * len(lengths) and where.endswith("train"):
             rank_zero_warn(
-                f"{where}: {cut} of {len(lengths)} texts fill max_length: {self.max_length}, where they are cut",
+                f"{where}: {cut} of {len(lengths)} texts reach max_length: {self.max_length}, where they are truncated",
                 category=DataWarning,
             )
 
     def _encode_causal(self, tokenizer: Any, texts: list[list[str]], targets: list[str] | None) -> TokenDataset:
-        """Text, target and the end, in a row; the loss is of the target and the end."""
+        """Concatenate text, target and end-of-sequence token; only the target and this token have a loss."""
         prompts = ["\n".join(parts) for parts in zip(*texts, strict=True)]
         end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         begun = tokenizer(prompts, truncation=True, max_length=self.max_length)["input_ids"]
@@ -177,10 +191,16 @@ class TextSource(TaskSource):
 
 
 def read_class_names(path: str | Path) -> tuple[str, ...]:
-    """Names of classes from a text file, one per line.
+    """Read class names from a text file, one per line.
+
+    Args:
+        path: the file, in UTF-8; empty lines are ignored.
+
+    Returns:
+        The names, in order.
 
     Raises:
-        ValueError: if the file is not there or empty.
+        DataError: if the file does not exist, is not UTF-8, is empty, or repeats a name.
     """
     path = expand(path)
     if not path.is_file():
@@ -190,17 +210,23 @@ def read_class_names(path: str | Path) -> tuple[str, ...]:
     except (UnicodeDecodeError, OSError) as error:
         raise DataError(f"{path}: class names cannot be read, expected UTF-8 ({reason_of(error)})") from error
     if not names:
-        raise DataError(f"{path}: there are no class names in it")
+        raise DataError(f"{path}: the file has no class names")
     if twice := [name for name, count in Counter(names).items() if count > 1]:
-        raise DataError(f"{path}: the class name {twice[0]!r} is there twice")
+        raise DataError(f"{path}: the class name {twice[0]!r} occurs twice")
     return names
 
 
 def load_tokenizer(name: str) -> Any:
-    """A tokenizer by hub id or folder.
+    """Load a tokenizer.
+
+    Args:
+        name: hub id or folder.
+
+    Returns:
+        The tokenizer, from `AutoTokenizer`.
 
     Raises:
-        ValueError: if there is none.
+        ValueError: if there is no such tokenizer.
     """
     from transformers import AutoTokenizer
 
@@ -208,4 +234,4 @@ def load_tokenizer(name: str) -> Any:
         return AutoTokenizer.from_pretrained(expand_name(name))
     except (OSError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())
-        raise ValueError(f"{name}: no tokenizer could be loaded from there ({reason})") from error
+        raise ValueError(f"{name}: the tokenizer cannot be loaded ({reason})") from error

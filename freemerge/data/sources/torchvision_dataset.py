@@ -1,4 +1,4 @@
-"""Any classification dataset of torchvision."""
+"""Sources that read torchvision's classification datasets."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 
 from freemerge.checkpoints import expand
 from freemerge.data.errors import DataError, reason_of
-from freemerge.data.pictures import PictureDataset
+from freemerge.data.image_dataset import ImageDataset
 from freemerge.data.sources.images import ImageSource
 from freemerge.data.sources.source import SPLITS
 from freemerge.data.tasks import Task
@@ -24,15 +24,15 @@ class TorchvisionSource(ImageSource):
     """A task from one of torchvision's datasets.
 
     Args:
-        dataset: name of a class of torchvision.datasets, such as `SVHN`, or the class path of one like them.
-        root: folder that it is kept in; null for datasets without one.
-        download: whether to download what is not there.
+        dataset: name of a class of torchvision.datasets, such as `SVHN`, or the class path of a similar class.
+        root: the dataset's folder; null for datasets without one.
+        download: whether to download missing data.
         train: arguments of the class for the training samples; None is `train=True` or `split="train"`, whichever the
             class has.
-        val: likewise for validation; None cuts it from the training samples.
-        test: likewise for test; None is `train=False` or `split="test"`, or cut from the training samples where the
-            class has neither.
-        classes: names of the classes, where the dataset does not know them.
+        val: likewise for validation; None cuts validation from the training samples.
+        test: likewise for test; None is `train=False` or `split="test"`; if the class has neither, test is cut from the
+            training samples.
+        classes: the class names, if the dataset does not have them.
     """
 
     dataset: str
@@ -44,18 +44,31 @@ class TorchvisionSource(ImageSource):
     classes: list[str] | None = None
 
     def prepare(self) -> None:
+        """Download missing data, if `download` is set."""
         if self.download:
             for split in self._arguments():
                 self._open(split, download=True)
 
     def build(self, name: str, seed: int) -> Task:
+        """Build the task; see `TaskSource.build`.
+
+        Args:
+            name: the task's name.
+            seed: seed of the splits and subsets.
+
+        Returns:
+            The task.
+
+        Raises:
+            DataError: if torchvision cannot open the dataset, or the class names are unknown.
+        """
         parts = {split: self._open(split) for split in self._arguments()}
         classes = self.classes or _classes(parts["train"])
         if not classes:
-            raise DataError(f"task {name!r}: {self.dataset} does not name its classes; give `classes`")
+            raise DataError(f"task {name!r}: {self.dataset} does not name its classes; set `classes`")
         sizes = {split: len(part) for split, part in parts.items()}
         datasets = {
-            split: PictureDataset(
+            split: ImageDataset(
                 parts[origin].__getitem__,
                 index,
                 self.preprocessing(split),
@@ -63,7 +76,7 @@ class TorchvisionSource(ImageSource):
                 _Names(f"{self.dataset}, {origin}", parts[origin]),
                 len(classes),
             )
-            for split, (origin, index) in self.deal(sizes, name, seed).items()
+            for split, (origin, index) in self.split_samples(sizes, name, seed).items()
         }
         train, val, test = (datasets[split] for split in SPLITS)
         return Task(name, tuple(classes), train, val, test, metric=self.metric, templates=tuple(self.templates or ()))
@@ -83,7 +96,7 @@ class TorchvisionSource(ImageSource):
         return found
 
     def _arguments(self) -> dict[str, dict[str, Any]]:
-        """Split → arguments of the class, for the splits that it has."""
+        """Split → arguments of the class, for the splits that the dataset has."""
         known = inspect.signature(self._class()).parameters
         usual: dict[str, dict[str, Any]]
         if "train" in known:
@@ -102,7 +115,7 @@ class TorchvisionSource(ImageSource):
         try:
             return self._class()(**({"root": str(expand(self.root))} if self.root is not None else {}), **arguments)
         except (RuntimeError, TypeError, ValueError, OSError, ImportError) as error:
-            # not downloaded, not an argument, not a split, no such folder, a package that it needs
+            # Causes: not downloaded, an unknown argument or split, no such folder, a missing package.
             reason = reason_of(error)
             if "download=True" in reason and not self.download:
                 reason += "; in a configuration: download: true"
@@ -110,7 +123,7 @@ class TorchvisionSource(ImageSource):
 
 
 class _Names:
-    """Index → file of a sample where its dataset knows it, or its number; at module level: workers pickle it."""
+    """Index → a sample's file name, or else its number. At module level, because loader workers pickle it."""
 
     def __init__(self, where: str, dataset: Any) -> None:
         self.where = where
@@ -127,14 +140,14 @@ class _Names:
 
 
 def _classes(dataset: Any) -> tuple[str, ...]:
-    """The names of its classes, or numbers where it only has labels; empty where it does not say."""
+    """A dataset's class names, or numbers if it has labels only; empty if it has neither."""
     if names := getattr(dataset, "classes", None):
         return tuple(str(name) for name in names)
     for attribute in ("targets", "labels", "_labels"):
         if (labels := getattr(dataset, attribute, None)) is not None:
             try:
                 return tuple(map(str, range(int(torch.as_tensor(labels).max()) + 1)))
-            except (TypeError, ValueError, RuntimeError):  # not one number per sample
+            except (TypeError, ValueError, RuntimeError):  # the labels are not one number per sample
                 return ()
     count = getattr(dataset, "num_classes", 0)
     return tuple(map(str, range(count)))

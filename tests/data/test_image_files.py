@@ -1,4 +1,4 @@
-"""Pictures of every mode and in every state: what they become, and what is said of those that cannot be read."""
+"""Image files: conversion of every image mode, folder layouts, and the errors for damaged files."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from PIL import Image
 
 from freemerge.data import ImageFolderSource, SourceSuite
 from freemerge.data.errors import DataError, DataWarning
-from freemerge.data.pictures import as_pixels
-from freemerge.data.sources.picture_files import check_files
+from freemerge.data.image_dataset import as_pixels
+from freemerge.data.sources.image_files import check_files
 from tests.configs import tiny_files
 
 
@@ -23,8 +23,8 @@ def truncate(path: Path, to: float = 0.5) -> None:
     path.write_bytes(content[: int(len(content) * to)])
 
 
-def big_pictures(folder: Path, suffix: str = ".png") -> Path:
-    """Two classes of pictures that are large enough to be damaged in their middle."""
+def big_images(folder: Path, suffix: str = ".png") -> Path:
+    """Two classes of images that are large enough to be damaged in their middle."""
     generator = np.random.default_rng(0)
     for name in ("cat", "dog"):
         (folder / name).mkdir(parents=True)
@@ -39,7 +39,7 @@ def big_pictures(folder: Path, suffix: str = ".png") -> Path:
 
 @pytest.mark.parametrize("suffix", [".png", ".jpg", ".gif", ".webp", ".bmp"])
 def test_damaged_files_are_named_before_any_training(tmp_path, suffix: str) -> None:
-    root = big_pictures(tmp_path / "a", suffix)
+    root = big_images(tmp_path / "a", suffix)
     source = ImageFolderSource(folder=str(root), image_size=8)
     assert len(source.build("a", 0).train) == 9  # 12, less 1 and 2
     truncate(root / "dog" / f"3{suffix}")
@@ -48,7 +48,7 @@ def test_damaged_files_are_named_before_any_training(tmp_path, suffix: str) -> N
     with pytest.raises(DataError) as caught:
         source.build("a", 0)
     said = str(caught.value)
-    assert said.startswith("task 'a': 3 pictures are damaged, of 12 looked at: ")
+    assert said.startswith("task 'a': 3 images are damaged, of 12 checked: ")
     assert f"{root}/cat/0{suffix} (empty)" in said
     assert f"{root}/cat/1{suffix} (cannot identify image file" in said
     assert f"{root}/dog/3{suffix} (" in said
@@ -56,34 +56,34 @@ def test_damaged_files_are_named_before_any_training(tmp_path, suffix: str) -> N
     assert "\n" not in said
 
 
-def test_a_whole_file_with_something_after_its_end_is_no_damage(tmp_path) -> None:
-    root = big_pictures(tmp_path / "a", ".jpg")
+def test_bytes_after_the_end_marker_are_not_damage(tmp_path) -> None:
+    root = big_images(tmp_path / "a", ".jpg")
     file = root / "cat" / "0.jpg"
-    file.write_bytes(file.read_bytes() + bytes(range(100)))  # as cameras append previews
+    file.write_bytes(file.read_bytes() + bytes(range(100)))  # cameras append previews
     check_files("a", [file])
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("loader", ["train_dataloader", "val_dataloader"])
-def test_a_file_damaged_in_its_middle_is_one_line_from_any_worker(tmp_path, workers: int, loader: str) -> None:
-    root = big_pictures(tmp_path / "a")
+def test_damage_in_the_middle_of_a_file_is_one_line_from_any_worker(tmp_path, workers: int, loader: str) -> None:
+    root = big_images(tmp_path / "a")
     source = ImageFolderSource(folder=str(root), image_size=8, val_fraction=0.4)
     data = SourceSuite({"a": source}, batch_size=1, eval_batch_size=2, num_workers=workers).for_task("a")
     batches = getattr(data, loader)()
     dataset = batches.dataset
     file = Path(dataset.name(int(dataset.indices[-1])))
     content = bytearray(file.read_bytes())
-    content[1000:1400] = bytes(400)  # its end is as it was
+    content[1000:1400] = bytes(400)  # the end of the file is intact
     file.write_bytes(content)
     said, raised_in = fault_of(batches)
-    assert said.startswith(f"{file}: cannot be read as a picture (")
+    assert said.startswith(f"{file}: cannot be read as an image (")
     assert said.endswith("); replace it or leave it out")
     assert "\n" not in said
-    assert raised_in.startswith("freemerge.")  # which the command line goes by
+    assert raised_in.startswith("freemerge.")  # the command line shows errors raised in freemerge in one line
 
 
 def fault_of(batches) -> tuple[str, str]:
-    """Message and module of the error; the error itself would keep the workers of the loader alive."""
+    """Message and module of the error. The error itself would keep the loader's workers alive."""
     try:
         list(batches)
     except DataError as error:
@@ -92,64 +92,64 @@ def fault_of(batches) -> tuple[str, str]:
     return "", ""
 
 
-# ---- what is no class
+# ---- folders that are not classes
 
 
-def test_what_systems_and_notebooks_leave_behind_is_no_class(tmp_path) -> None:
-    root = Path(tiny_files.write_picture_folders(tmp_path / "a"))
+def test_files_of_operating_systems_and_notebooks_are_skipped(tmp_path) -> None:
+    root = Path(tiny_files.write_image_folders(tmp_path / "a"))
     whole = ImageFolderSource(folder=str(root), image_size=8)
     identity, expected = whole.identity(), whole.build("a", 0)
     for name in (".ipynb_checkpoints", "red/.ipynb_checkpoints", "@eaDir", "__MACOSX"):
         (root / name).mkdir()
         shutil.copy(root / "blue" / "0.png", root / name / "0-checkpoint.png")
-    (root / "violet").mkdir()  # no picture of it yet
+    (root / "violet").mkdir()  # without an image
     for name in ("Thumbs.db", "red/Thumbs.db", "red/.DS_Store", "red/._0.png"):
         (root / name).write_bytes(b"\0\5\26\7")
     assert whole.identity() == identity
     with pytest.warns(DataWarning) as warned:
         task = whole.build("a", 0)
     assert [str(each.message) for each in warned] == [
-        f"task 'a': {root}: left out: hidden folders (.ipynb_checkpoints, @eaDir, __MACOSX); "
-        "class folders without a picture (violet)"
+        f"task 'a': {root}: skipped: hidden folders (.ipynb_checkpoints, @eaDir, __MACOSX); "
+        "class folders without an image (violet)"
     ]
     assert task.class_names == expected.class_names == ("blue", "green", "red")
     assert torch.equal(task.train.indices, expected.train.indices)
 
 
-def test_files_of_other_kinds_are_left_out_with_a_word(tmp_path) -> None:
-    root = Path(tiny_files.write_picture_folders(tmp_path / "a"))
+def test_files_of_other_types_are_skipped_with_a_warning(tmp_path) -> None:
+    root = Path(tiny_files.write_image_folders(tmp_path / "a"))
     (root / "red" / "photo.heic").write_bytes(b"x")
     (root / "blue" / "notes.txt").write_text("x")
     shutil.copy(root / "blue" / "0.png", root / "loose.png")
-    with pytest.warns(DataWarning, match=r"left out: 1 pictures that are in no class folder; files of other kinds"):
+    with pytest.warns(DataWarning, match=r"skipped: 1 images outside of class folders; files of other types"):
         ImageFolderSource(folder=str(root), image_size=8).build("a", 0)
 
 
 def test_val_may_lack_a_class_but_not_have_another(tmp_path) -> None:
     for split in ("train", "Validation"):
-        tiny_files.write_picture_folders(tmp_path / split, per_class=2)
+        tiny_files.write_image_folders(tmp_path / split, per_class=2)
     shutil.rmtree(tmp_path / "Validation" / "blue")
-    with pytest.warns(DataWarning, match=r"Validation: no picture of blue"):
+    with pytest.warns(DataWarning, match=r"Validation: no image of blue"):
         task = ImageFolderSource(folder=str(tmp_path), image_size=8, mean=0.0, std=1.0).build("a", 0)
     assert len(task.val) == 4
     assert [int(label) for _, label in (task.val[0], task.val[2])] == [1, 2]  # green and red, as in train
     assert task.val[0][0].mean(dim=(1, 2)).argmax() == 1
     (tmp_path / "Validation" / "pink").mkdir()
     shutil.copy(tmp_path / "train" / "red" / "0.png", tmp_path / "Validation" / "pink")
-    with pytest.raises(DataError, match="Validation: other classes than in train: blue, pink"):
+    with pytest.raises(DataError, match="Validation: the classes differ from those of train: blue, pink"):
         ImageFolderSource(folder=str(tmp_path), image_size=8).build("a", 0)
 
 
 @pytest.mark.parametrize(
     ("folders", "message"),
     [
-        (["test/cat", "test/dog", "other/cat"], r"there is a folder 'test' of folders, but none called 'train'"),
-        (["cat"], r"there is one folder of pictures in it, 'cat'; expected one per class"),
-        (["train/cat", "train/dog", "val"], r"val: there is no picture in it; expected one folder of pictures"),
-        ([], r"there is no picture in it"),
+        (["test/cat", "test/dog", "other/cat"], r"there is a folder 'test' with class folders, but no folder 'train'"),
+        (["cat"], r"the only folder of images is 'cat'; expected one per class"),
+        (["train/cat", "train/dog", "val"], r"val: the folder has no image; expected one folder of images"),
+        ([], r"the folder has no image"),
     ],
 )
-def test_folders_that_are_arranged_otherwise(tmp_path, folders: list[str], message: str) -> None:
+def test_unexpected_folder_layouts_are_refused(tmp_path, folders: list[str], message: str) -> None:
     for folder in folders:
         (tmp_path / folder).mkdir(parents=True)
         if folder != "val":
@@ -159,7 +159,7 @@ def test_folders_that_are_arranged_otherwise(tmp_path, folders: list[str], messa
 
 
 def test_names_in_any_script_and_either_unicode_form(tmp_path) -> None:
-    for split, accent in (("train", "caf\u00e9"), ("test", "cafe\u0301")):  # macOS packs the second form
+    for split, accent in (("train", "caf\u00e9"), ("test", "cafe\u0301")):  # macOS archives have the second form
         for name in (accent, "狗"):
             (tmp_path / split / name).mkdir(parents=True)
             for number in range(5):
@@ -172,9 +172,9 @@ def test_names_in_any_script_and_either_unicode_form(tmp_path) -> None:
     source.identity()
 
 
-def test_links_that_lead_nowhere_or_in_circles(tmp_path) -> None:
-    root = Path(tiny_files.write_picture_folders(tmp_path / "a", per_class=4))
-    elsewhere = Path(tiny_files.write_picture_folders(tmp_path / "b", per_class=4))
+def test_broken_and_circular_links(tmp_path) -> None:
+    root = Path(tiny_files.write_image_folders(tmp_path / "a", per_class=4))
+    elsewhere = Path(tiny_files.write_image_folders(tmp_path / "b", per_class=4))
     source = ImageFolderSource(folder=str(root), image_size=8, train_size=99)
     (root / "red" / "circle").symlink_to(root)
     (root / "red" / "more").symlink_to(elsewhere / "red")
@@ -193,12 +193,12 @@ def save(path: Path, mode: str) -> Image.Image:
     values = np.array([[0, 60, 120, 250]], dtype=np.uint8).repeat(4, 0)  # (4, 4)
     colour = np.stack([values, 255 - values, values // 2], axis=-1)
     if mode == "I;16":
-        picture = Image.fromarray(values.astype(np.uint16) * 257)
+        image = Image.fromarray(values.astype(np.uint16) * 257)
     elif mode in ("L", "LA", "1"):
-        picture = Image.fromarray(values).convert(mode)
+        image = Image.fromarray(values).convert(mode)
     else:
-        picture = Image.fromarray(colour).convert(mode, palette=Image.Palette.ADAPTIVE)
-    picture.save(path)
+        image = Image.fromarray(colour).convert(mode, palette=Image.Palette.ADAPTIVE)
+    image.save(path)
     return Image.open(path)
 
 
@@ -207,19 +207,19 @@ def save(path: Path, mode: str) -> Image.Image:
     [("L", "png", True), ("LA", "png", True), ("I;16", "png", True), ("I;16", "tif", True), ("RGB", "png", False),
      ("RGBA", "png", False), ("P", "png", False), ("CMYK", "tif", False)],
 )  # fmt: skip
-def test_pictures_of_every_mode_become_what_the_model_takes(tmp_path, mode: str, suffix: str, grey: bool) -> None:
-    picture = save(tmp_path / f"a.{suffix}", mode)
-    assert picture.mode == mode
+def test_every_image_mode_is_converted(tmp_path, mode: str, suffix: str, grey: bool) -> None:
+    image = save(tmp_path / f"a.{suffix}", mode)
+    assert image.mode == mode
     values = torch.tensor([0, 60, 120, 250], dtype=torch.uint8)
-    as_it_is = as_pixels(picture, None, None)
-    assert as_it_is.shape == (1 if grey else 3, 4, 4)
-    colour = as_pixels(picture, None, 3)
+    unconverted = as_pixels(image, None, None)
+    assert unconverted.shape == (1 if grey else 3, 4, 4)
+    colour = as_pixels(image, None, 3)
     expected = torch.stack([values, values, values] if grey else [values, 255 - values, values // 2])
     assert (colour[:, 0].int() - expected.int()).abs().max() <= 1
-    assert as_pixels(picture, 2, 1).shape == (1, 2, 2)
+    assert as_pixels(image, 2, 1).shape == (1, 2, 2)
 
 
-def test_black_and_white_and_animations_and_palettes_with_transparency(tmp_path, recwarn) -> None:
+def test_bilevel_images_animations_and_transparent_palettes(tmp_path, recwarn) -> None:
     assert as_pixels(save(tmp_path / "a.png", "1"), None, 3).unique().tolist() == [0, 255]
     frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
     frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
@@ -228,30 +228,30 @@ def test_black_and_white_and_animations_and_palettes_with_transparency(tmp_path,
     palette = Image.new("P", (2, 2))
     palette.putpalette([10, 20, 30])
     palette.save(tmp_path / "p.png", transparency=bytes([0]))
-    with Image.open(tmp_path / "p.png") as picture:
-        assert as_pixels(picture, None, 3)[:, 0, 0].tolist() == [10, 20, 30]
+    with Image.open(tmp_path / "p.png") as image:
+        assert as_pixels(image, None, 3)[:, 0, 0].tolist() == [10, 20, 30]
     assert not [each for each in recwarn if "Palette" in str(each.message)]
 
 
-def test_pictures_are_turned_upright(tmp_path) -> None:
-    picture = Image.fromarray(np.array([[10, 20, 30], [40, 50, 60]], dtype=np.uint8))
-    exif = picture.getexif()
-    exif[0x0112] = 6  # orientation: turn it clockwise
-    picture.save(tmp_path / "a.png", exif=exif)
-    with Image.open(tmp_path / "a.png") as turned:
-        assert as_pixels(turned, None, None).tolist() == [[[40, 10], [50, 20], [60, 30]]]
+def test_exif_orientation_is_applied(tmp_path) -> None:
+    image = Image.fromarray(np.array([[10, 20, 30], [40, 50, 60]], dtype=np.uint8))
+    exif = image.getexif()
+    exif[0x0112] = 6  # orientation: rotate 90° clockwise
+    image.save(tmp_path / "a.png", exif=exif)
+    with Image.open(tmp_path / "a.png") as rotated:
+        assert as_pixels(rotated, None, None).tolist() == [[[40, 10], [50, 20], [60, 30]]]
 
 
 @pytest.mark.parametrize(
-    ("picture", "message"),
+    ("image", "message"),
     [
-        (Image.fromarray(np.zeros((2, 2), dtype=np.float32)), "floating-point numbers, whose range is unknown"),
-        (Image.fromarray(np.full((2, 2), 70000, dtype=np.int32)), "its pixels go from 70000 to 70000"),
-        (torch.zeros(3, 2, 2), r"expected a picture: .* got float32 \(2, 2, 3\)"),
+        (Image.fromarray(np.zeros((2, 2), dtype=np.float32)), "floating-point numbers of unknown range"),
+        (Image.fromarray(np.full((2, 2), 70000, dtype=np.int32)), "its pixels range from 70000 to 70000"),
+        (torch.zeros(3, 2, 2), r"expected an image: .* got float32 \(2, 2, 3\)"),
         (np.zeros((2, 2, 7), dtype=np.uint8), r"got uint8 \(2, 2, 7\)"),
         ("a.png", "got str 'a.png'"),
     ],
 )
-def test_what_is_no_picture_is_refused(picture, message: str) -> None:
+def test_values_that_are_not_images_are_refused(image, message: str) -> None:
     with pytest.raises(DataError, match=message):
-        as_pixels(picture, None, 3)
+        as_pixels(image, None, 3)
