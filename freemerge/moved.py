@@ -112,8 +112,17 @@ _MOVED = {
     "pipeline.tune": "pipeline.stages.tune",
 }
 
-# Names that one package exported and another one exports now.
-_MOVED_NAMES = {("freemerge.data", "QuickstartSuite"): "freemerge.quickstart"}
+# (module, name) of what has moved or been renamed → its current module and name.
+_MOVED_NAMES = {
+    ("freemerge.data", "QuickstartSuite"): ("freemerge.quickstart", "QuickstartSuite"),
+    ("freemerge.experts", "KeptWeights"): ("freemerge.experts", "WeightCache"),
+    ("freemerge.experts", "forget_twins"): ("freemerge.experts", "drop_replicas"),
+    ("freemerge.experts", "private"): ("freemerge.experts", "workspace"),
+    ("freemerge.models.out_of_distribution", "Familiarity"): (
+        "freemerge.models.out_of_distribution",
+        "OutOfDistributionScore",
+    ),
+}
 
 
 class _Finder(MetaPathFinder, Loader):
@@ -143,13 +152,17 @@ def _new_name(name: str) -> str | None:
 
 
 def names_that_moved(room: str) -> Callable[[str], Any]:
-    """A package's `__getattr__`, which finds names that the package once exported where they are exported now."""
+    """A module's `__getattr__`, which resolves names that the module once had to what they are called now.
+
+    Args:
+        room: the module's dotted name.
+    """
 
     def find(name: str) -> Any:
-        home = _MOVED_NAMES.get((room, name))
-        if home is None:
+        if (room, name) not in _MOVED_NAMES:
             raise AttributeError(f"module {room!r} has no attribute {name!r}")
-        return getattr(import_module(home), name)
+        home, current = _MOVED_NAMES[room, name]
+        return getattr(import_module(home), current)
 
     return find
 

@@ -21,7 +21,16 @@ def test_what_is_inside_a_package_that_moved_is_not_loaded_twice():
 
 @pytest.mark.parametrize(("room", "name"), sorted(moved._MOVED_NAMES))
 def test_every_old_name_is_the_new_one(room, name):
-    assert getattr(import_module(room), name) is getattr(import_module(moved._MOVED_NAMES[room, name]), name)
+    home, current = moved._MOVED_NAMES[room, name]
+    assert getattr(import_module(room), name) is getattr(import_module(home), current)
+
+
+def test_a_class_renamed_in_a_module_that_moved_is_found_by_its_old_path():
+    from freemerge.models.familiarity import Familiarity
+
+    from freemerge.models.out_of_distribution import OutOfDistributionScore
+
+    assert Familiarity is OutOfDistributionScore
 
 
 def test_what_never_was_is_not_there():

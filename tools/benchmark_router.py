@@ -7,8 +7,8 @@
 A run's router is trained anew on all tasks of the suite but one, with the run's settings, and shown test data of these
 and of the one that was left out, whose inputs belong to none of its tasks; and so on for each task. The thresholds
 below which it abstains are chosen, as in a run, on validation data of the tasks that it knows. The last two columns are
-the probability that an input of the suite gets more confidence, or is more familiar, than one of the task left out (the
-area under the curve).
+the probability that an input of the suite has a higher confidence, or a higher out-of-distribution score, than one of
+the task left out (the area under the ROC curve).
 
 Rows are kept in the run's `router.json`, so that an interrupted benchmark goes on.
 """
@@ -40,14 +40,14 @@ def trained_router(run: SuiteRun, folder: Path) -> tuple[RouterTrainer, float]:
     data = run.suite.mixture(batch_size=settings.batch_size)
     module = RouterTrainer(run.files.new_router(), backbone, **settings.optimization)
     run.make_trainer(folder, {**settings.trainer, **ONLY_FIT}, []).fit(module, data)
-    return module, module.calibrate(data.train_dataloader(), data.val_dataloader(), settings.share)
+    return module, module.calibrate(data.train_dataloader(), data.val_dataloader(), settings.fraction)
 
 
 def judged(module: RouterTrainer, threshold: float, loader: Iterable) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """For all inputs (N,) of a loader: most likely task, its probability, familiarity, and whether to abstain."""
-    logits, familiarity = module.judge(loader)
+    """Most likely tasks, their probabilities, out-of-distribution scores and abstentions of a loader, each (N,)."""
+    logits, scores = module.judge(loader)
     confidence, routed = logits.softmax(dim=1).max(dim=1)
-    return routed, confidence, familiarity, module.router.abstains(logits, familiarity, threshold)
+    return routed, confidence, scores, module.router.abstains(logits, scores, threshold)
 
 
 def measure(folder: Path, left_out: str) -> dict[str, float]:
@@ -65,7 +65,7 @@ def measure(folder: Path, left_out: str) -> dict[str, float]:
     _, *scores, unsure = judged(module, threshold, run.suite.for_task(left_out).test_dataloader())
     strange, inside = torch.stack(scores), torch.cat(known, dim=1)
     belongs = torch.cat([torch.ones(inside.shape[1]), torch.zeros(strange.shape[1])]).int()
-    by_confidence, by_familiarity = (
+    by_confidence, by_score = (
         float(binary_auroc(torch.cat([inside[i], strange[i]]).double(), belongs)) for i in range(2)
     )
     return {
@@ -73,7 +73,7 @@ def measure(folder: Path, left_out: str) -> dict[str, float]:
         "abstained": statistics.fmean(abstained),
         "abstained left out": float(unsure.float().mean()),
         "by confidence": by_confidence,
-        "by familiarity": by_familiarity,
+        "by score": by_score,
     }
 
 
@@ -89,7 +89,7 @@ def main() -> None:
     tasks = arguments.tasks or run.suite.names
     path = arguments.run / "router.json"
     rows = json.loads(path.read_text()) if path.exists() else {}
-    names = ("accuracy", "abstained", "abstained left out", "by confidence", "by familiarity")
+    names = ("accuracy", "abstained", "abstained left out", "by confidence", "by score")
     kind = run.settings.router.kind
     results = Results(f"{len(run.suite.names)} tasks, a {kind} router without one of them (%)", ("left out", *names))
     for task in tasks:

@@ -42,7 +42,7 @@ from freemerge.cli.problems import refusal
 from freemerge.cli.remembered import remember
 from freemerge.data import TaskSuite
 from freemerge.evaluation import MultiTaskEvaluator, TaskMetric, write_predictions
-from freemerge.models import FreeModel, make_and_remember, names_own_backbone
+from freemerge.models import FreeModel, has_builtin_backbone, instantiate_and_record
 from freemerge.pipeline import (
     CheckError,
     ExpertsSettings,
@@ -150,7 +150,7 @@ class FreemergeCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         """Let modules remember their class and arguments, so that a saved folder can record them."""
-        self.parser.add_instantiator(make_and_remember, torch.nn.Module)
+        self.parser.add_instantiator(instantiate_and_record, torch.nn.Module)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse the arguments, without Lightning's warning when `main` is called from Python."""
@@ -335,7 +335,7 @@ class FreemergeCLI(LightningCLI):
         tasks = {name: suite.task(name) for name in suite.names}
         metrics = {name: TaskMetric.of(task) for name, task in tasks.items()}
         # The folder may not import custom classes; the configuration has instantiated them already.
-        backbone = None if names_own_backbone(folder) else model.backbone
+        backbone = None if has_builtin_backbone(folder) else model.backbone
         heads = {name: model.make_head(task.num_outputs) for name, task in tasks.items()}
         loaded = FreeModel.from_pretrained(folder, backbone, heads=heads if model.makes_own_heads else None)
         return MultiTaskEvaluator(loaded, suite.names, metrics=metrics)

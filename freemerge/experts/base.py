@@ -165,7 +165,7 @@ def class_path(kind: type[Expert]) -> str | None:
     return None if kind.__module__.split(".")[0] == "freemerge" else f"{kind.__module__}:{kind.__qualname__}"
 
 
-def is_known(kind: str) -> bool:
+def is_registered(kind: str) -> bool:
     """Whether a class of experts of that kind has been imported."""
     return kind in _KINDS
 

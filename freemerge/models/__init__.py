@@ -1,13 +1,13 @@
 """Backbones, the router, and FreeModel, which puts backbone, experts, router and heads together."""
 
-from freemerge.models.backbones.base import Backbone, extract_features, load_backbone, names_own_backbone
+from freemerge.models.backbones.base import Backbone, extract_features, has_builtin_backbone, load_backbone
 from freemerge.models.backbones.encoder import TransformersBackbone
 from freemerge.models.backbones.image_text import ImageTextBackbone
 from freemerge.models.backbones.language import LanguageBackbone
 from freemerge.models.backbones.modules import ModuleBackbone, TorchvisionBackbone
 from freemerge.models.batch_norm import batch_norms, reestimate_batch_norm
 from freemerge.models.by_task import TaskModules
-from freemerge.models.classes import make_and_remember
+from freemerge.models.classes import instantiate_and_record
 from freemerge.models.free_folder import has_experts
 from freemerge.models.free_model import FreeModel, FreeOutput, TaskModel
 from freemerge.models.routers import ConvRouter, EarlyRouter, Router, choose_thresholds, feature_width, make_router
@@ -30,10 +30,10 @@ __all__ = [
     "choose_thresholds",
     "extract_features",
     "feature_width",
+    "has_builtin_backbone",
     "has_experts",
+    "instantiate_and_record",
     "load_backbone",
-    "make_and_remember",
     "make_router",
-    "names_own_backbone",
     "reestimate_batch_norm",
 ]

@@ -16,7 +16,7 @@ from freemerge.checkpoints import CheckpointError
 from freemerge.names import class_name
 
 
-def is_own(name: str) -> bool:
+def is_builtin(name: str) -> bool:
     """Whether a folder's name of a class is one of freemerge's own classes."""
     return "." not in name
 
@@ -81,7 +81,7 @@ _ARGUMENTS = "_freemerge_arguments"
 _Made = TypeVar("_Made")
 
 
-def make_and_remember(class_type: type[_Made], *args: Any, **kwargs: Any) -> _Made:
+def instantiate_and_record(class_type: type[_Made], *args: Any, **kwargs: Any) -> _Made:
     """`class_type(*args, **kwargs)`, which remembers plain arguments: a configuration's way to build a module."""
     made = class_type(*args, **kwargs)
     with suppress(TypeError, ValueError, AttributeError):
@@ -91,19 +91,19 @@ def make_and_remember(class_type: type[_Made], *args: Any, **kwargs: Any) -> _Ma
     return made
 
 
-def made_of(module: nn.Module, what: str) -> dict[str, Any] | None:
+def class_and_arguments(module: nn.Module, what: str) -> dict[str, Any] | None:
     """A module's class and arguments, as its `recipe()` gives or a configuration gave them; None if neither does.
 
     Raises:
         ValueError: if `recipe()` gives nothing that JSON can hold.
     """
-    arguments = arguments_of(module, what)
+    arguments = recipe_arguments(module, what)
     if arguments is None:
         arguments = module.__dict__.get(_ARGUMENTS)
     return None if arguments is None else {"class": class_name(type(module)), "arguments": arguments}
 
 
-def arguments_of(module: nn.Module, what: str) -> dict[str, Any] | None:
+def recipe_arguments(module: nn.Module, what: str) -> dict[str, Any] | None:
     """What an object's `recipe()` says it is made of; None if it has none.
 
     Raises:

@@ -22,7 +22,7 @@ from freemerge.experts import PackedExpert
 LAYOUT = "experts.layout"
 
 
-def is_of_experts(key: str) -> bool:
+def is_expert_key(key: str) -> bool:
     """Whether a key of a FreeModel's state dict, without prefix, is one of these."""
     return key.startswith(("experts.", "experts_shared."))
 

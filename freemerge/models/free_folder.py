@@ -21,10 +21,10 @@ import torch
 from torch import nn
 
 from freemerge.checkpoints import CheckpointError, expand, hash_tensors, load_checkpoint, save_checkpoint
-from freemerge.experts import PackedExpert, exclusive, is_known, kind_of, load_expert, save_expert
+from freemerge.experts import PackedExpert, exclusive, is_registered, kind_of, load_expert, save_expert
 from freemerge.models.backbones.base import Backbone, load_backbone
 from freemerge.models.by_task import TaskModules
-from freemerge.models.classes import arguments_of, import_class, is_own, make
+from freemerge.models.classes import import_class, is_builtin, make, recipe_arguments
 from freemerge.models.free_model import FreeModel
 from freemerge.models.heads import build_head, describe_head
 from freemerge.models.routers import ConvRouter, EarlyRouter, Router, make_router
@@ -73,7 +73,7 @@ def _describe(model: FreeModel) -> dict[str, Any]:
             kind_of(kind)
         except ValueError as error:
             raise ValueError(f"FreeModel: the expert of {task!r} cannot be saved: {error}") from error
-    arguments_of(model.backbone, "FreeModel")
+    recipe_arguments(model.backbone, "FreeModel")
     return {
         "format": FORMAT,
         "backbone": class_name(type(model.backbone)),
@@ -82,7 +82,7 @@ def _describe(model: FreeModel) -> dict[str, Any]:
         "expert_classes": {
             task: {"kind": kind_of(kind), "class": name}
             for task, kind in classes.items()
-            if not is_own(name := class_name(kind))
+            if not is_builtin(name := class_name(kind))
         },
         "shared": {
             task: next(i for i, vector in enumerate(shared) if vector is packed.shared)
@@ -99,7 +99,7 @@ def _describe_router(router: nn.Module) -> dict[str, Any]:
     config: Any = getattr(router, "config", None)
     if type(router) in (ConvRouter, EarlyRouter):
         return config
-    arguments = arguments_of(router, "FreeModel: the router")
+    arguments = recipe_arguments(router, "FreeModel: the router")
     if arguments is None and isinstance(config, dict):
         arguments = {key: value for key, value in config.items() if key != "kind"}
     return {"class": class_name(type(router)), "arguments": arguments}
@@ -274,7 +274,7 @@ def _load_experts(
 ) -> dict[str, PackedExpert]:
     vectors, experts = {}, {}
     for task in description["experts"]:
-        if (named := description.get("expert_classes", {}).get(task)) is not None and not is_known(named["kind"]):
+        if (named := description.get("expert_classes", {}).get(task)) is not None and not is_registered(named["kind"]):
             give = "import its module before"
             import_class(named["class"], str(directory), f"the expert of {task!r}", give, trust)
         index = description.get("shared", {}).get(task)

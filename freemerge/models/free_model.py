@@ -27,13 +27,13 @@ from torch import Tensor, nn
 
 from freemerge.experts import (
     Expert,
-    KeptWeights,
     Mixture,
     PackedExpert,
+    WeightCache,
     by_first_names,
     check_fits,
+    drop_replicas,
     exclusive,
-    forget_twins,
     mix,
     mixable,
     run_groups,
@@ -42,7 +42,7 @@ from freemerge.experts import (
 from freemerge.inputs import Inputs, batch_size, device_of, select
 from freemerge.models.backbones.base import Backbone
 from freemerge.models.by_task import TaskModules
-from freemerge.models.expert_state import LAYOUT, StateKeys, experts_from_state, experts_to_state, is_of_experts
+from freemerge.models.expert_state import LAYOUT, StateKeys, experts_from_state, experts_to_state, is_expert_key
 from freemerge.models.routers import Router
 from freemerge.names import check_task_name
 
@@ -92,7 +92,7 @@ class FreeModel(nn.Module):
         router: inputs → task logits (B, K); without one, the task must be named in each call.
         class_names: task name → names of its classes, kept for whoever uses the model.
         threshold: the router abstains where its most likely task is less probable than this, and where an input is less
-            familiar than `router.familiarity.least`.
+            familiar than `router.out_of_distribution.threshold`.
         top_n: how many of the most likely tasks' experts are mixed, weighted by their probabilities (rounded to
             sixteenths); 1 takes the most likely one's, as the paper does.
 
@@ -132,7 +132,7 @@ class FreeModel(nn.Module):
             task: expert if isinstance(expert, PackedExpert) else PackedExpert(expert)
             for task, expert in (experts or {}).items()
         }
-        self._kept = KeptWeights(_CACHE_BYTES)
+        self._kept = WeightCache(_CACHE_BYTES)
 
     # -- what it is made of -------------------------------------------------------------------------------------------
 
@@ -169,7 +169,7 @@ class FreeModel(nn.Module):
     def cache_bytes(self, limit: int) -> None:
         if limit < 0:
             raise ValueError(f"FreeModel: cache_bytes must not be negative, got {limit}")
-        self._kept = KeptWeights(limit)
+        self._kept = WeightCache(limit)
 
     @property
     def cached_bytes(self) -> int:
@@ -213,7 +213,7 @@ class FreeModel(nn.Module):
 
     def load_state_dict(self, *args, **kwargs):
         with self.undisturbed():
-            forget_twins(self.backbone)
+            drop_replicas(self.backbone)
             self._kept.clear()
             return super().load_state_dict(*args, **kwargs)
 
@@ -231,7 +231,7 @@ class FreeModel(nn.Module):
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
         own = {key[len(prefix) :]: key for key in state_dict if key.startswith(prefix)}
-        state = {key: state_dict[whole] for key, whole in own.items() if is_of_experts(key)}
+        state = {key: state_dict[whole] for key, whole in own.items() if is_expert_key(key)}
         rest = {key: value for key, value in state_dict.items() if key[len(prefix) :] not in state}
         super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing, unexpected, errors)
         if LAYOUT in state:
@@ -276,7 +276,7 @@ class FreeModel(nn.Module):
 
     def _apply(self, fn, recurse: bool = True):
         with self.undisturbed():
-            forget_twins(self.backbone)
+            drop_replicas(self.backbone)
             self._kept.clear()
             super()._apply(fn, recurse)
             device = next(self.parameters()).device
@@ -360,8 +360,8 @@ class FreeModel(nn.Module):
         if batch_size(inputs) == 0:
             device = device_of(inputs)
             return torch.zeros(0, len(self.tasks), device=device), torch.zeros(0, dtype=torch.bool, device=device)
-        logits, familiarity = self.router.judge(inputs, self.backbone)
-        return logits, self.router.abstains(logits, familiarity, self.threshold)
+        logits, scores = self.router.judge(inputs, self.backbone)
+        return logits, self.router.abstains(logits, scores, self.threshold)
 
     def features(self, inputs: Inputs, task: str) -> Tensor:
         """Features (B, F) of the merged backbone with `task`'s expert; the weights are afterwards what they were."""

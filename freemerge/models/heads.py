@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from freemerge.checkpoints import CheckpointError
-from freemerge.models.classes import arguments_of, import_class, make
+from freemerge.models.classes import import_class, make, recipe_arguments
 from freemerge.names import class_name
 
 _ATTRIBUTES: dict[type[nn.Module], tuple[str, ...]] = {
@@ -49,7 +49,7 @@ def describe_head(head: nn.Module, what: str) -> dict[str, Any]:
         found = [(name, tensor.shape) for name, tensor in again.state_dict().items()]
         if found == [(name, tensor.shape) for name, tensor in head.state_dict().items()]:
             return described
-    return {"class": f"{type(head).__module__}.{type(head).__qualname__}", "arguments": arguments_of(head, what)}
+    return {"class": f"{type(head).__module__}.{type(head).__qualname__}", "arguments": recipe_arguments(head, what)}
 
 
 def _of_layers(module: nn.Module) -> dict[str, Any] | None:

@@ -1,8 +1,9 @@
-"""The out-of-distribution score of a router's inputs, called familiarity in names and files: high is close to the data.
+"""The out-of-distribution score of a router's inputs: a log density, low for inputs that resemble no task's data.
 
-A confident router may never have seen an input like this one, since softmax only compares the tasks. The input of its
-last layer is therefore modelled by one Gaussian per task over a few leading directions (after Lee et al., arXiv
-1807.03888, who share one covariance between all classes and use all features).
+Softmax only compares the tasks, so a router can be confident about an input that is unlike all of its training data.
+The features that enter the router's last layer are therefore modelled by one Gaussian per task over their leading
+directions, after Lee et al. (arXiv 1807.03888), who use one covariance for all classes and all features. Router files
+call the score `familiarity`.
 """
 
 from __future__ import annotations
@@ -10,21 +11,30 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-_SHRINKAGE = 0.01  # fraction of the mean variance that is added to each direction's variance
+from freemerge.moved import names_that_moved
+
+_SHRINKAGE = 0.01  # fraction of the mean variance that is added to the variance of each direction
 
 
-class Familiarity(nn.Module):
-    """Log density, up to a constant, of features under the likeliest of K Gaussians.
+class OutOfDistributionScore(nn.Module):
+    """Log density of features under the most likely of K Gaussians, up to an additive and a multiplicative constant.
 
-    All values are buffers that `fit` estimates; nothing is trained. Before `fit`, all inputs have the same score.
+    With z = (x − mean)·directions, the score is max_k −(‖L_k⁻¹·(z − c_k)‖² + log det Σ_k), where Σ_k = L_k·L_kᵀ is the
+    covariance of task k and c_k its center. All values are buffers that `fit` estimates; nothing is trained. Before
+    `fit`, all inputs have the same score.
 
     Args:
         num_tasks: number of tasks K.
         width: number of features F.
-        directions: number r of leading directions of the features that are used, at most F.
+        directions: number r of leading directions of the features to use; reduced to F if larger.
 
     Attributes:
-        least: (), inputs with a lower score are out-of-distribution; −∞ until the router's training sets it.
+        mean: (F,), the mean of the training features.
+        directions: (F, r), the leading directions of the standardised features.
+        centers: (K, r), c_k.
+        whitening: (K, r, r), L_k⁻¹.
+        offsets: (K,), log det Σ_k.
+        least: (), the threshold: inputs with a lower score are out-of-distribution. −∞ until training sets it.
     """
 
     mean: Tensor
@@ -44,41 +54,57 @@ class Familiarity(nn.Module):
         self.register_buffer("offsets", torch.zeros(num_tasks))
         self.register_buffer("least", torch.tensor(float("-inf")))
 
+    @property
+    def threshold(self) -> Tensor:
+        """The buffer `least`, (): inputs with a lower score are out-of-distribution."""
+        return self.least
+
     def forward(self, features: Tensor) -> Tensor:
-        """Features (B, F) → (B,), in float32."""
-        seen = (features.float() - self.mean.float()) @ self.directions.float()  # (B, r)
-        apart = seen - self.centers.float()[:, None]  # (K, B, r)
-        distances = (apart @ self.whitening.float().mT).square().sum(dim=2)  # (K, B)
+        """The scores of features.
+
+        Args:
+            features: (B, F).
+
+        Returns:
+            (B,) float32.
+        """
+        projected = (features.float() - self.mean.float()) @ self.directions.float()  # (B, r)
+        centered = projected - self.centers.float()[:, None]  # (K, B, r)
+        distances = (centered @ self.whitening.float().mT).square().sum(dim=2)  # (K, B)
         return -(distances + self.offsets.float()[:, None]).amin(dim=0)
 
     @torch.no_grad()
     def fit(self, features: Tensor, tasks: Tensor) -> None:
-        """Estimate directions and Gaussians.
+        """Estimate the directions and the Gaussians.
 
         Args:
-            features: (N, F), of training inputs, on the CPU.
-            tasks: (N,) int64, the task of each, in [0, K).
+            features: (N, F), of the training inputs, on the CPU.
+            tasks: (N,) int64, the task index of each input, in [0, K).
 
         Raises:
-            ValueError: if some task has no inputs.
+            ValueError: if a task has no inputs.
         """
         features = features.double()
         mean, spread = features.mean(dim=0), features.std(dim=0, correction=0)
-        spread = spread.clamp(min=1e-3 * float(spread.max()) + 1e-12)  # features that never change tell nothing
+        spread = spread.clamp(min=1e-3 * float(spread.max()) + 1e-12)  # constant features carry no information
         standard = (features - mean) / spread
-        _, leading = torch.linalg.eigh(standard.T @ standard / len(standard))  # by rising eigenvalue
+        _, leading = torch.linalg.eigh(standard.T @ standard / len(standard))  # ascending eigenvalues
         directions = leading.flip(1)[:, : self.directions.shape[1]] / spread[:, None]
-        seen = (features - mean) @ directions  # (N, r)
+        projected = (features - mean) @ directions  # (N, r)
         self.mean.copy_(mean)
         self.directions.copy_(directions)
         for task in range(len(self.centers)):
-            own = seen[tasks == task]
+            own = projected[tasks == task]
             if not len(own):
-                raise ValueError(f"Familiarity: no inputs of task {task}; fit it on inputs of all {len(self.centers)}")
-            apart = own - own.mean(dim=0)
-            covariance = apart.T @ apart / len(own)
+                count = len(self.centers)
+                raise ValueError(f"OutOfDistributionScore: no inputs of task {task}; fit it on inputs of all {count}")
+            centered = own - own.mean(dim=0)
+            covariance = centered.T @ centered / len(own)
             floor = _SHRINKAGE * float(covariance.diagonal().mean()) + 1e-6
             root = torch.linalg.cholesky(covariance + floor * torch.eye(len(covariance)))
             self.centers[task].copy_(own.mean(dim=0))
             self.whitening[task].copy_(torch.linalg.inv(root))
             self.offsets[task].copy_(2 * root.diagonal().log().sum())
+
+
+__getattr__ = names_that_moved(__name__)

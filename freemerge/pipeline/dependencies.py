@@ -80,7 +80,8 @@ def _trainer(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _settings(stage: Any) -> dict[str, Any]:
-    values = {field.name: getattr(stage, field.name) for field in fields(stage) if field.name != "cache"}
+    left_out = ("cache", "share")  # a place, and the former name of `fraction`
+    values = {field.name: getattr(stage, field.name) for field in fields(stage) if field.name not in left_out}
     said = {name: value for name, value in values.items() if name not in ("trainer", "optimizer", "schedule")}
     described = plain(said)
     if "trainer" in values:

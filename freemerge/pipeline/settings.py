@@ -234,11 +234,12 @@ class RouterSettings(FitSettings):
         width: channels of a `conv` router's first convolution.
         point: the submodule of the backbone's model whose output an `early` router uses.
         hidden: width of the router's hidden layer; 0 makes it linear.
-        directions: how many directions of the router's features are looked at to tell inputs like none of the tasks';
-            0 leaves that out.
-        share: share of validation samples that must be routed; those the router is least sure of, the least familiar,
-            and what is as strange to it, get the plain merged backbone. 1 routes everything.
-        top_n: number of experts, of the most likely tasks, that are mixed.
+        directions: number of leading directions of the router's features that the out-of-distribution score uses; 0
+            disables the score.
+        fraction: fraction of the validation samples that must be routed. It sets the confidence and the
+            out-of-distribution score below which an input gets the plain merged backbone; 1 routes everything.
+        top_n: number of the most likely tasks whose experts are mixed.
+        share: former name of `fraction`, for old configurations.
     """
 
     kind: Literal["conv", "early"] = "conv"
@@ -246,16 +247,19 @@ class RouterSettings(FitSettings):
     point: str = "embeddings"
     hidden: int = 64
     directions: int = 16
-    share: float = 0.99
+    fraction: float = 0.99
     top_n: int = 1
+    share: float | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.share is not None:
+            self.fraction, self.share = self.share, None
         for name, least in (("width", 1), ("hidden", 0), ("directions", 0), ("top_n", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"router.{name}: must be at least {least}, got {getattr(self, name)}")
-        if not 0.0 < self.share <= 1.0:
-            raise ValueError(f"router.share: must be in (0, 1], got {self.share}")
+        if not 0.0 < self.fraction <= 1.0:
+            raise ValueError(f"router.fraction: must be in (0, 1], got {self.fraction}")
 
     @property
     def judging(self) -> dict[str, int]:

@@ -53,25 +53,25 @@ class RouterTrainer(OptimizedModule):
 
     def judge(self, loader: Iterable) -> tuple[Tensor, Tensor]:
         """Task logits (N, K) and out-of-distribution scores (N,) of all inputs of a loader, on the CPU."""
-        logits, familiarity, _ = self._over(loader, self.router.judge)
-        return logits.float(), familiarity
+        logits, scores, _ = self._over(loader, self.router.judge)
+        return logits.float(), scores
 
-    def calibrate(self, train: Iterable, val: Iterable, share: float = 0.99) -> float:
+    def calibrate(self, train: Iterable, val: Iterable, fraction: float = 0.99) -> float:
         """After training: round the router, fit the out-of-distribution score, and choose the thresholds.
 
         Args:
             train: batches of (inputs, task index) that the router was trained on.
             val: such batches that it was not trained on.
-            share: fraction of the validation samples that must be routed.
+            fraction: fraction of the validation samples that must be routed, in (0, 1].
 
         Returns:
-            The threshold of the confidence; that of the familiarity is kept in the router.
+            The threshold of the confidence; the router stores the threshold of the out-of-distribution score.
         """
         self.router.round_()
-        seen, tasks = self._over(train, lambda *batch: (self.router.seen(*batch),))
-        self.router.familiarity.fit(seen, tasks)
-        threshold, least = choose_thresholds(*self.judge(val), share)
-        self.router.familiarity.least.fill_(least)
+        features, tasks = self._over(train, lambda *batch: (self.router.head_inputs(*batch),))
+        self.router.out_of_distribution.fit(features, tasks)
+        threshold, lowest = choose_thresholds(*self.judge(val), fraction)
+        self.router.out_of_distribution.threshold.fill_(lowest)
         return threshold
 
     @torch.no_grad()

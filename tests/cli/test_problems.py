@@ -40,7 +40,7 @@ def fails(capsys, arguments: list[str]) -> str:
         (["--trainer.max_epochs", "many"], "trainer.max_epochs: expected int or null, got 'many'"),
         (["--experts.density", "much"], "experts.density: expected float, got 'much'"),
         (["--finetune.weights", "lst"], "weights: expected one of last, best, got 'lst'; did you mean 'last'?"),
-        (["--router.share=0"], "router.share: must be in (0, 1], got 0"),
+        (["--router.fraction=0"], "router.fraction: must be in (0, 1], got 0"),
         (["--router.hidden=-1"], "router.hidden: must be at least 0, got -1"),
         (["--router.directions=-3"], "router.directions: must be at least 0, got -3"),
         (["bars"], "unexpected argument 'bars'; options begin with --"),

@@ -10,7 +10,7 @@ from torch import nn
 from freemerge.experts import Expert, PackedExpert, attached, by_first_names, extract, extract_low_rank
 from freemerge.experts.running.groups import run_groups
 from freemerge.experts.running.layerwise import substituted
-from freemerge.experts.running.one_pass import runs_side_by_side, side_by_side
+from freemerge.experts.running.one_pass import fits_one_pass, in_one_pass
 from freemerge.merging import task_vector
 from freemerge.models import FreeModel, LanguageBackbone
 from freemerge.training import ExpertTrainer
@@ -99,8 +99,8 @@ def test_every_way_of_running_changes_a_tied_weight_once(kind: str, names: str, 
         found["substituted"] = backbone(inputs)
     if expert_kind == "sparse":
         found["groups"] = run_groups(backbone, model, inputs, [(PackedExpert(expert), len(found["attached"]))])
-    elif runs_side_by_side(model, backbone, [(expert, 0)], inputs):
-        with side_by_side(model, [(PackedExpert(expert), 3)]):
+    elif fits_one_pass(model, backbone, [(expert, 0)], inputs):
+        with in_one_pass(model, [(PackedExpert(expert), 3)]):
             found["side by side"] = backbone(inputs)
     found["features"] = free.features(inputs, "a")
     found["task_model"] = free.task_model("a")(inputs)
@@ -117,8 +117,8 @@ def test_a_tied_head_runs_side_by_side_with_its_embedding() -> None:
     backbone, inputs = backbone_of("gpt2"), some_inputs("gpt2")
     expert = expert_of(backbone, "first", "low_rank")
     expected, plain = changed_by_hand(backbone, expert)(inputs), backbone(inputs)
-    assert runs_side_by_side(backbone.model, backbone, [(expert, 0)], inputs)
-    with side_by_side(backbone.model, [(None, 2), (expert, 1)]):
+    assert fits_one_pass(backbone.model, backbone, [(expert, 0)], inputs)
+    with in_one_pass(backbone.model, [(None, 2), (expert, 1)]):
         found = backbone(inputs)
     torch.testing.assert_close(found, torch.cat([plain[:2], expected[2:]]), atol=2e-5, rtol=1e-4)
 

@@ -130,7 +130,7 @@ def test_a_backbone_of_another_layout_gives_the_same_group_by_group(
     model = with_low_rank_experts(model)
     model.top_n = top_n
     side_by_side = model(images)
-    monkeypatch.setattr("freemerge.experts.running.groups.all_see_samples", lambda *_: False)
+    monkeypatch.setattr("freemerge.experts.running.groups.fits_one_pass_unlocked", lambda *_: False)
     one_by_one = model(images)
     assert torch.equal(one_by_one.task, side_by_side.task)
     torch.testing.assert_close(one_by_one.logits, side_by_side.logits)
@@ -199,8 +199,8 @@ def test_a_strange_input_gets_the_plain_merged_backbone_however_sure_the_router_
     model: FreeModel, images: torch.Tensor
 ) -> None:
     router, tasks = model.router, torch.arange(40) % 3
-    router.familiarity.fit(router.seen(images), tasks)
-    router.familiarity.least.fill_(float(router.judge(images)[1].amin()))
+    router.out_of_distribution.fit(router.head_inputs(images), tasks)
+    router.out_of_distribution.threshold.fill_(float(router.judge(images)[1].amin()))
     strange = torch.cat([images[:3], 100 * images[3:6]])
     output = model(strange)
     assert output.abstained.tolist() == [False] * 3 + [True] * 3
@@ -351,19 +351,20 @@ def test_an_expert_of_other_merged_weights_is_refused(tmp_path, model: FreeModel
         FreeModel.from_pretrained(tmp_path / "m")
 
 
-def test_the_thresholds_let_the_wanted_share_of_validation_samples_pass() -> None:
+def test_the_thresholds_let_the_wanted_fraction_of_validation_samples_pass() -> None:
     generator = torch.Generator().manual_seed(0)
-    logits, familiarity = 3 * torch.randn(1000, 4, generator=generator), torch.randn(1000, generator=generator)
+    logits, scores = 3 * torch.randn(1000, 4, generator=generator), torch.randn(1000, generator=generator)
     confidence = logits.softmax(dim=1).amax(dim=1)
-    for share in (0.5, 0.9, 0.99):
-        sure, least = choose_thresholds(logits, familiarity, share)
-        assert 1000 * share <= int(((confidence >= sure) & (familiarity >= least)).sum()) <= 1000 * share + 1
-        assert int((confidence < sure).sum()) == int((familiarity < least).sum()) > 0
-    assert choose_thresholds(logits, familiarity, 1.0) == (0.0, float("-inf"))
-    always = torch.zeros(1000)  # a router whose inputs are all as familiar decides by its confidence alone
+    for fraction in (0.5, 0.9, 0.99):
+        least_sure, least_score = choose_thresholds(logits, scores, fraction)
+        passed = int(((confidence >= least_sure) & (scores >= least_score)).sum())
+        assert 1000 * fraction <= passed <= 1000 * fraction + 1
+        assert int((confidence < least_sure).sum()) == int((scores < least_score).sum()) > 0
+    assert choose_thresholds(logits, scores, 1.0) == (0.0, float("-inf"))
+    always = torch.zeros(1000)  # a router whose inputs all have one score decides by its confidence alone
     assert int((confidence >= choose_thresholds(logits, always, 0.9)[0]).sum()) == 900
     with pytest.raises(ValueError, match=r"must be in \(0, 1\], got 0"):
-        choose_thresholds(logits, familiarity, 0.0)
+        choose_thresholds(logits, scores, 0.0)
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""The router looks at what there is in an image, at any size, and not at its neighbours in the batch."""
+"""Routers: features of images of any size and of texts, early points of a backbone, rounding, configurations."""
 
 import pytest
 import torch
@@ -7,19 +7,19 @@ from freemerge.models import ConvRouter, EarlyRouter, feature_width, make_router
 from tests.tiny import tiny_backbone, tiny_text_backbone
 
 
-def test_output_has_a_logit_per_task_for_any_image_size() -> None:
+def test_there_is_one_logit_per_task_for_any_image_size() -> None:
     router = ConvRouter(5, channels=3, width=4).eval()
     for size in ((8, 8), (17, 40), (1, 1)):
         assert router(torch.randn(2, 3, *size)).shape == (2, 5)
 
 
-def test_a_sample_is_routed_alike_alone_and_in_a_batch() -> None:
+def test_a_samples_logits_do_not_depend_on_its_batch() -> None:
     router, images = ConvRouter(3, channels=1, width=4).eval(), torch.randn(6, 1, 16, 16)
     torch.testing.assert_close(router(images)[2:3], router(images[2:3]))
 
 
-def test_features_do_not_depend_on_where_something_is() -> None:
-    """A dot moved by the convolutions' total stride of 8, away from the borders, changes neither mean nor maximum."""
+def test_features_do_not_depend_on_positions() -> None:
+    """Moving a dot by the convolutions' total stride of 8, away from the borders, changes neither mean nor maximum."""
     router = ConvRouter(2, channels=1, width=4).eval()
     here, there = torch.zeros(1, 1, 48, 48), torch.zeros(1, 1, 48, 48)
     here[..., 20, 20] = 1.0
@@ -28,7 +28,7 @@ def test_features_do_not_depend_on_where_something_is() -> None:
 
 
 @torch.no_grad()
-def test_features_are_mean_spread_and_maximum_of_pixels_and_of_each_convolution() -> None:
+def test_features_are_mean_deviation_and_maximum_of_pixels_and_of_each_convolution() -> None:
     router, images = ConvRouter(2, channels=3, width=4).eval(), torch.randn(5, 3, 16, 16)
     maps, expected = router.norm(images), []
     for convolution in (None, *router.convolutions):
@@ -39,13 +39,13 @@ def test_features_are_mean_spread_and_maximum_of_pixels_and_of_each_convolution(
     torch.testing.assert_close(features, torch.cat(expected, dim=1), atol=2e-3, rtol=1e-3)
 
 
-def test_flat_images_have_a_gradient() -> None:
+def test_constant_images_have_a_finite_gradient() -> None:
     router = ConvRouter(2, channels=1, width=4)
     router(torch.zeros(3, 1, 8, 8)).sum().backward()
     assert all(parameter.grad.isfinite().all() for parameter in router.parameters())
 
 
-def test_a_router_in_bfloat16_says_about_the_same() -> None:
+def test_a_router_in_bfloat16_is_close_to_float32() -> None:
     router, images = ConvRouter(3, channels=1, width=4).eval(), torch.randn(6, 1, 16, 16)
     expected = router(images)
     found = router.bfloat16()(images.bfloat16())
@@ -54,7 +54,7 @@ def test_a_router_in_bfloat16_says_about_the_same() -> None:
 
 
 @torch.no_grad()
-def test_an_early_router_sees_what_the_submodule_puts_out_and_nothing_after_it_runs() -> None:
+def test_an_early_router_uses_the_submodules_output_and_nothing_after_it_runs() -> None:
     backbone, images = tiny_backbone().eval(), torch.randn(5, 1, 8, 8)
     assert feature_width(images, backbone, "embeddings") == 16
     router = EarlyRouter(3, "embeddings", 16, hidden=0).eval()
@@ -70,8 +70,8 @@ def test_an_early_router_sees_what_the_submodule_puts_out_and_nothing_after_it_r
 
 
 @torch.no_grad()
-def test_an_early_router_sums_up_each_text_of_a_pair_by_itself() -> None:
-    """Padding on the right changes nothing, and the second text of a single sentence is as if it were all 0."""
+def test_an_early_router_summarises_each_text_of_a_pair_separately() -> None:
+    """Padding on the right changes nothing; a missing second text has zeros as mean and maximum."""
     backbone = tiny_text_backbone().eval()
     router = EarlyRouter(3, "embeddings", 16, segments=2, hidden=0).eval()
     ids = torch.randint(1, 50, (2, 6))
@@ -86,11 +86,11 @@ def test_an_early_router_sums_up_each_text_of_a_pair_by_itself() -> None:
     torch.testing.assert_close(features[1, 48:], torch.zeros(48), atol=1e-3, rtol=0)
     without_mask = router.features({"input_ids": ids[1:], "token_type_ids": segment[1:]}, backbone)
     torch.testing.assert_close(without_mask, features[1:])
-    with pytest.raises(ValueError, match="tells 2 segments apart by token_type_ids, which the inputs do not have"):
+    with pytest.raises(ValueError, match="2 segments need token_type_ids, which the inputs do not have"):
         router({"input_ids": ids, "attention_mask": mask}, backbone)
 
 
-def test_a_rounded_router_is_stored_in_half_the_bytes_and_one_that_is_not_stays_exact() -> None:
+def test_a_rounded_router_is_stored_in_half_the_bytes_and_an_unrounded_one_exactly() -> None:
     router, images = ConvRouter(3, channels=2, width=4).eval(), torch.randn(2, 2, 8, 8)
     assert router.stored()["head.weight"].dtype == router.stored()["convolutions.0.weight"].dtype == torch.float32
     before = router(images)
@@ -103,7 +103,7 @@ def test_a_rounded_router_is_stored_in_half_the_bytes_and_one_that_is_not_stays_
     assert torch.equal(again(images), router(images))
 
 
-def test_a_router_is_made_again_from_its_config() -> None:
+def test_a_router_is_rebuilt_from_its_config() -> None:
     early = EarlyRouter(2, "embeddings", 16, segments=2, hidden=8)
     for router in (ConvRouter(3, channels=2, width=4), early):
         again = make_router(router.config)
@@ -114,11 +114,11 @@ def test_a_router_is_made_again_from_its_config() -> None:
         make_router({"kind": "oracle"})
 
 
-def test_an_early_router_refuses_points_that_do_not_exist_or_do_not_run() -> None:
+def test_an_early_router_refuses_points_that_are_missing_or_not_run() -> None:
     backbone, images = tiny_backbone().eval(), torch.randn(2, 1, 8, 8)
     with pytest.raises(ValueError, match="the backbone has no submodule 'stem'; it has embeddings"):
         EarlyRouter(2, "stem", 16)(images, backbone)
-    with pytest.raises(ValueError, match="give the backbone"):
+    with pytest.raises(ValueError, match="uses the backbone's features; pass `backbone=`"):
         EarlyRouter(2, "embeddings", 16)(images)
     backbone.model.unused = torch.nn.Linear(2, 2)
     with pytest.raises(ValueError, match="'unused' does not run in a forward pass"):

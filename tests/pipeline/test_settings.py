@@ -2,10 +2,14 @@
 
 import pytest
 import torch
+from jsonargparse import ArgumentParser
 
 from freemerge.experts import Expert, LowRankExpert, MaskedExpert
-from freemerge.pipeline import ExpertsSettings, MergeSettings, PretrainSettings
+from freemerge.pipeline import ExpertsSettings, MergeSettings, PretrainSettings, RouterSettings, Settings
+from freemerge.pipeline.dependencies import dependencies
+from freemerge.training import FineTuner
 from tests.models.own_parts import ShiftExpert
+from tests.tiny import tiny_backbone
 
 
 def test_a_misspelt_trainer_argument_is_named_with_the_right_one() -> None:
@@ -26,6 +30,19 @@ def test_merge_settings_need_scales_and_a_known_method() -> None:
 def test_density_is_a_fraction() -> None:
     with pytest.raises(ValueError, match=r"experts\.density: must be in \(0, 1\], got 1\.5"):
         ExpertsSettings(density=1.5)
+
+
+def test_a_configuration_may_use_the_former_name_of_the_router_fraction() -> None:
+    parser = ArgumentParser()
+    parser.add_argument("--router", type=RouterSettings)
+    settings = parser.instantiate_classes(parser.parse_string("router: {share: 0.9}")).router
+    assert settings.fraction == 0.9
+    assert identity(settings) == identity(RouterSettings(fraction=0.9))
+
+
+def identity(router: RouterSettings) -> dict:
+    """The values that decide whether a router has to be trained again."""
+    return dependencies(FineTuner(tiny_backbone()), {}, Settings(router=router))["router"]
 
 
 def test_an_expert_kind_of_ones_own_receives_its_arguments() -> None:

@@ -297,10 +297,11 @@ def test_router_trainer_tells_the_tiny_tasks_apart(tmp_path) -> None:
     assert loop.callback_metrics["val/acc"] == 1.0
     data = suite.mixture()
     data.setup()
-    threshold = module.calibrate(data.train_dataloader(), data.val_dataloader(), share=0.9)
-    logits, familiarity = module.judge(data.val_dataloader())
-    kept = (logits.softmax(dim=1).amax(dim=1) >= threshold) & (familiarity >= module.router.familiarity.least)
-    assert torch.equal(module.router.abstains(logits, familiarity, threshold), ~kept)
+    threshold = module.calibrate(data.train_dataloader(), data.val_dataloader(), fraction=0.9)
+    logits, scores = module.judge(data.val_dataloader())
+    kept = (logits.softmax(dim=1).amax(dim=1) >= threshold) & (scores >= module.router.out_of_distribution.threshold)
+    assert torch.equal(module.router.abstains(logits, scores, threshold), ~kept)
     assert 0.9 <= float(kept.float().mean()) < 1.0
     noise = torch.randn(50, 1, 8, 8)  # no task's
-    assert float((module.judge([(noise, torch.zeros(50))])[1] < module.router.familiarity.least).float().mean()) > 0.9
+    _, scores = module.judge([(noise, torch.zeros(50))])
+    assert float((scores < module.router.out_of_distribution.threshold).float().mean()) > 0.9

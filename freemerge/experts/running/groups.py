@@ -19,12 +19,12 @@ from freemerge.experts.base import Expert
 from freemerge.experts.kinds.low_rank import LowRankExpert
 from freemerge.experts.kinds.sparse import SparseExpert
 from freemerge.experts.packed import PackedExpert
-from freemerge.experts.running.kept import KeptWeights, bound, places_of
-from freemerge.experts.running.layerwise import LayersIdle, exchanged
+from freemerge.experts.running.layerwise import UnusedLayers, substituted_unlocked
 from freemerge.experts.running.mixture import Mixture
-from freemerge.experts.running.one_pass import Answers, all_see_samples, each_with_its_own
+from freemerge.experts.running.one_pass import BatchChecks, fits_one_pass_unlocked, in_one_pass_unlocked
+from freemerge.experts.running.replicas import Workspace, workspace
 from freemerge.experts.running.switch import Overflows, attached
-from freemerge.experts.running.twins import Private, private
+from freemerge.experts.running.weight_cache import WeightCache, bind, places_of
 from freemerge.inputs import Inputs, select
 
 AnyExpert = Expert | PackedExpert | Mixture
@@ -39,7 +39,7 @@ def run_groups(
     inputs: Inputs,
     groups: Sequence[Group],
     one_pass: bool = True,
-    kept: KeptWeights | None = None,
+    kept: WeightCache | None = None,
 ) -> Tensor:
     """What a module gives for a batch, each group of samples with an expert added to its weights.
 
@@ -58,26 +58,26 @@ def run_groups(
         ValueError: if the module's weights are sharded.
         OverflowError: if a changed weight is too large for the weights' dtype.
     """
-    with private(run) as own:
-        if not own.is_twin and any(expert is not None for expert, _ in groups):
+    with workspace(run) as own:
+        if not own.is_replica and any(expert is not None for expert, _ in groups):
             _check_whole(module)
         known = _known.setdefault(module, _Known())
         kinds = {kind_in(expert) for expert, _ in groups if expert is not None}
         may = one_pass and kinds == {LowRankExpert}
         thin = [(one, count) for one, count in groups if one is None or isinstance(one, (LowRankExpert, PackedExpert))]
-        plans = own.plans if own.is_twin else None
-        if may and all_see_samples(own[module], own[run], thin, inputs, known.answers, plans):
-            with each_with_its_own(own[module], thin, plans):
+        plans = own.plans if own.is_replica else None
+        if may and fits_one_pass_unlocked(own[module], own[run], thin, inputs, known.answers, plans):
+            with in_one_pass_unlocked(own[module], thin, plans):
                 return own[run](inputs)
         outputs, start = [], 0
         compared: set[str] = set()
         for expert, count in groups:
             part = inputs if len(groups) == 1 else select(inputs, slice(start, start + count))
             start += count
-            if kept is not None and own.is_twin and isinstance(expert, PackedExpert):
+            if kept is not None and own.is_replica and isinstance(expert, PackedExpert):
                 places = places_of(own[module], expert.shapes, own.plans)
                 if (changed := kept.changed(expert, places, compared)) is not None:
-                    with bound(places, changed):
+                    with bind(places, changed):
                         outputs.append(own[run](part))
                     continue
             outputs.append(_run_one(own, run, module, part, expert, known))
@@ -104,7 +104,7 @@ class _Known:
     """What has been found out about a module."""
 
     def __init__(self) -> None:
-        self.answers: Answers = {}
+        self.answers: BatchChecks = {}
         self.by_parents: frozenset[str] = frozenset()  # layers whose tensors the modules around them compute with
 
 
@@ -112,7 +112,7 @@ _known: WeakKeyDictionary[nn.Module, _Known] = WeakKeyDictionary()
 
 
 def _run_one(
-    own: Private,
+    own: Workspace,
     run: nn.Module,
     module: nn.Module,
     inputs: Inputs,
@@ -123,10 +123,10 @@ def _run_one(
     if expert is None:
         return own[run](inputs)
     expert = expert.unpacked() if isinstance(expert, PackedExpert) else expert
-    if not own.is_twin and isinstance(expert, SparseExpert):
+    if not own.is_replica and isinstance(expert, SparseExpert):
         with attached(module, expert):
             return run(inputs)
-    overflows, plans = Overflows(), own.plans if own.is_twin else None
+    overflows, plans = Overflows(), own.plans if own.is_replica else None
 
     def added(name: str, weight: Tensor) -> Tensor:
         return overflows.watch(expert, name, weight, expert.added(name, weight))
@@ -134,11 +134,11 @@ def _run_one(
     while True:
         held = known.by_parents
         try:
-            with exchanged(own[module], expert.shapes, added, held, plans):
+            with substituted_unlocked(own[module], expert.shapes, added, held, plans):
                 outputs = own[run](inputs)
             overflows.check()
             return outputs
-        except LayersIdle as found:
+        except UnusedLayers as found:
             if held.issuperset(found.layers):
                 raise
             known.by_parents |= frozenset(found.layers)

@@ -19,7 +19,7 @@ from freemerge.experts.running.locks import exclusive
 from freemerge.experts.tied import layers_that_change
 
 
-class LayersIdle(RuntimeError):
+class UnusedLayers(RuntimeError):
     """Layers with changed tensors did not run by themselves, though the module around them did.
 
     Args:
@@ -45,15 +45,15 @@ def substituted(module: nn.Module, names: Collection[str], make: Callable[[str, 
 
     Raises:
         ValueError: if there is no such parameter or buffer.
-        LayersIdle: at the end of the block, if the layer of a tensor did not run though its parent did: the parent
+        UnusedLayers: at the end of the block, if the layer of a tensor did not run though its parent did: the parent
             computes with its tensors. Of layers that share a tensor, one must have run.
     """
-    with exclusive(module), exchanged(module, names, make):
+    with exclusive(module), substituted_unlocked(module, names, make):
         yield
 
 
 @contextmanager
-def exchanged(
+def substituted_unlocked(
     module: nn.Module,
     names: Collection[str],
     make: Callable[[str, Tensor], Tensor],
@@ -106,7 +106,7 @@ def exchanged(
         if tensor.name not in used
     ]
     if idle:
-        raise LayersIdle(dict.fromkeys(idle))
+        raise UnusedLayers(dict.fromkeys(idle))
 
 
 class _Place(NamedTuple):

@@ -32,20 +32,20 @@ Groups = Sequence[tuple[LowRankExpert | PackedExpert | None, int]]
 
 
 @contextmanager
-def side_by_side(module: nn.Module, groups: Groups) -> Iterator[None]:
+def in_one_pass(module: nn.Module, groups: Groups) -> Iterator[None]:
     """For the duration of a block, `module` computes with an expert for each group of samples.
 
     Args:
-        module: the module, for which `runs_side_by_side`.
+        module: the module, for which `fits_one_pass`.
         groups: low-rank experts, packed or not, and numbers of samples that add up to the batch.
     """
-    with exclusive(module), each_with_its_own(module, groups):
+    with exclusive(module), in_one_pass_unlocked(module, groups):
         yield
 
 
 @contextmanager
-def each_with_its_own(module: nn.Module, groups: Groups, plans: dict[Any, Any] | None = None) -> Iterator[None]:
-    """`side_by_side` in a module that is the caller's alone; `plans` are a twin's, kept for the next time."""
+def in_one_pass_unlocked(module: nn.Module, groups: Groups, plans: dict[Any, Any] | None = None) -> Iterator[None]:
+    """`in_one_pass` in a module that is the caller's alone; `plans` are a twin's, kept for the next time."""
     with ExitStack() as stack:
         changes = [
             (None if expert is None else _Changes.of(module, _unpacked_if_small(expert), plans), count)
@@ -63,7 +63,7 @@ def each_with_its_own(module: nn.Module, groups: Groups, plans: dict[Any, Any] |
 
 
 @torch.no_grad()
-def runs_side_by_side(module: nn.Module, run: Callable[[Inputs], Any], groups: Groups, inputs: Inputs) -> bool:
+def fits_one_pass(module: nn.Module, run: Callable[[Inputs], Any], groups: Groups, inputs: Inputs) -> bool:
     """Whether every layer that the experts change sees samples in its first dimension.
 
     The module is run with 2 samples and with 3. If an output has 2 rows for 2 samples and 3 for 3, its first dimension
@@ -76,23 +76,23 @@ def runs_side_by_side(module: nn.Module, run: Callable[[Inputs], Any], groups: G
         inputs: a batch to try with.
     """
     with exclusive(module):
-        return all_see_samples(module, run, groups, inputs, _known.setdefault(module, {}))
+        return fits_one_pass_unlocked(module, run, groups, inputs, _known.setdefault(module, {}))
 
 
-Answers = dict[tuple[frozenset[str], frozenset[str]], bool]
+BatchChecks = dict[tuple[frozenset[str], frozenset[str]], bool]
 """Linear layers and others that experts change → whether these see samples in their first dimension."""
 
 
 @torch.no_grad()
-def all_see_samples(
+def fits_one_pass_unlocked(
     module: nn.Module,
     run: Callable[[Inputs], Any],
     groups: Groups,
     inputs: Inputs,
-    known: Answers,
+    known: BatchChecks,
     plans: dict[Any, Any] | None = None,
 ) -> bool:
-    """`runs_side_by_side` in a module that is the caller's alone.
+    """`fits_one_pass` in a module that is the caller's alone.
 
     `known` has the answers so far; `plans` are a twin's, kept for the next time.
     """
@@ -108,7 +108,7 @@ def all_see_samples(
     return known[key]
 
 
-_known: WeakKeyDictionary[nn.Module, Answers] = WeakKeyDictionary()
+_known: WeakKeyDictionary[nn.Module, BatchChecks] = WeakKeyDictionary()
 
 
 def _follows(two: list[int], three: list[int], shared: bool) -> bool:

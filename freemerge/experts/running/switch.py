@@ -60,7 +60,7 @@ class ExpertSwitch:
         except OverflowError:
             self.detach()
             raise
-        forget_casts()
+        clear_cast_cache()
 
     @torch.no_grad()
     def detach(self) -> None:
@@ -72,10 +72,10 @@ class ExpertSwitch:
             else:
                 weight.view(-1)[index] = saved
         self._saved = {}
-        forget_casts()
+        clear_cast_cache()
 
 
-def forget_casts() -> None:
+def clear_cast_cache() -> None:
     """To be called after weights were written to: under autocast torch keeps narrower copies of them."""
     if torch.is_autocast_cache_enabled():
         torch.clear_autocast_cache()
@@ -97,7 +97,7 @@ def write_into(weights: Mapping[str, Tensor], expert: Expert) -> None:
 def check_finite(expert: Expert, name: str, weight: Tensor, changed: Tensor) -> None:
     """Raise an OverflowError if a float16 weight has become infinite."""
     if weight.dtype == torch.float16 and bool((changed.isinf() & weight.isfinite()).any()):
-        raise too_large(expert, name)
+        raise overflow_error(expert, name)
 
 
 class Overflows:
@@ -116,10 +116,10 @@ class Overflows:
         """Raise an OverflowError for the first."""
         found = torch.stack([flag for _, _, flag in self._found]).tolist() if self._found else []
         if any(found):
-            raise too_large(*self._found[found.index(True)][:2])
+            raise overflow_error(*self._found[found.index(True)][:2])
 
 
-def too_large(expert: Any, name: str) -> OverflowError:
+def overflow_error(expert: Any, name: str) -> OverflowError:
     """The error for an expert that makes a tensor infinite."""
     return OverflowError(
         f"the expert of task {expert.metadata.get('task', '?')!r} makes tensor {name!r} larger than float16 can hold; "

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from freemerge.checkpoints import CheckpointError, expand, load_checkpoint, save_checkpoint
 from freemerge.inputs import Inputs, named, to_device
-from freemerge.models.classes import import_class, is_own
+from freemerge.models.classes import import_class, is_builtin
 from freemerge.names import class_name
 
 RECIPE = "backbone.json"
@@ -112,11 +112,11 @@ class Backbone(nn.Module):
             (directory / RECIPE).write_text(text + "\n", encoding="utf-8")
 
 
-def names_own_backbone(directory: str | Path) -> bool:
+def has_builtin_backbone(directory: str | Path) -> bool:
     """Whether `load_backbone` can load a folder without importing what is not freemerge's own."""
     try:
         recipe = json.loads((expand(directory) / RECIPE).read_text(encoding="utf-8"))
-        return is_own(str(recipe["class"])) and "module" not in recipe["arguments"]
+        return is_builtin(str(recipe["class"])) and "module" not in recipe["arguments"]
     except (OSError, ValueError, KeyError, TypeError):
         return False
 
@@ -138,7 +138,7 @@ def load_backbone(directory: str | Path, trust_remote_code: bool = False) -> Bac
         raise CheckpointError(f"{directory}: no {RECIPE}. Cannot rebuild the backbone; pass `backbone=`")
     recipe = json.loads(path.read_text(encoding="utf-8"))
     name, give = str(recipe.get("class")), "pass backbone=…"
-    if is_own(name):
+    if is_builtin(name):
         kind = getattr(freemerge.models, name, None)
     else:
         kind = import_class(name, str(directory), "the backbone", give, trust_remote_code)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from freemerge.checkpoints import load_checkpoint
 from freemerge.inputs import Inputs, named
 from freemerge.models.backbones.base import WEIGHTS, Backbone
-from freemerge.models.classes import import_class, made_of, make
+from freemerge.models.classes import class_and_arguments, import_class, make
 
 
 class TorchvisionBackbone(Backbone):
@@ -111,7 +111,7 @@ class ModuleBackbone(Backbone):
 
     def recipe(self) -> dict[str, Any] | None:
         """What it is made of, where the module has a `recipe()` of its own or a configuration has built it."""
-        if (made := made_of(self.model, "ModuleBackbone: the module")) is None:
+        if (made := class_and_arguments(self.model, "ModuleBackbone: the module")) is None:
             return None
         rest = {"feature_dim": self.feature_dim, "features": self.features, "pretrained": self.pretrained}
         return {"module": made, **rest}

@@ -20,7 +20,7 @@ def router(run: RunContext) -> None:
     backbone = run.files.backbone(run.files.free_weights()) if settings.kind == "early" else None
     module = RouterTrainer(run.files.new_router(), backbone, **settings.optimization)
     fit = run.fit(stage, module, data, settings.trainer, resume, monitor="val/acc")
-    threshold = module.calibrate(data.train_dataloader(), data.val_dataloader(), settings.share)
+    threshold = module.calibrate(data.train_dataloader(), data.val_dataloader(), settings.fraction)
     run.write(stage.path / "router.safetensors", module.router.stored())
     run.finish(stage, {"val/acc": fit.value, "threshold": threshold})
     tasks = len(run.suite.names)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from freemerge.experts import Expert, KeptWeights, PackedExpert, emr_experts, extract, extract_low_rank, run_groups
+from freemerge.experts import Expert, PackedExpert, WeightCache, emr_experts, extract, extract_low_rank, run_groups
 
 MIB = 1 << 20
 
@@ -48,7 +48,7 @@ def expected_of(module: nn.Module, expert: Expert, inputs: Tensor) -> Tensor:
         return other(inputs)
 
 
-def run(module: nn.Module, packed: list[PackedExpert], inputs: Tensor, kept: KeptWeights | None) -> Tensor:
+def run(module: nn.Module, packed: list[PackedExpert], inputs: Tensor, kept: WeightCache | None) -> Tensor:
     with torch.no_grad():
         groups = [(expert, 2) for expert in packed]
         return run_groups(module, module, inputs, groups, one_pass=False, kept=kept)
@@ -57,7 +57,7 @@ def run(module: nn.Module, packed: list[PackedExpert], inputs: Tensor, kept: Kep
 @pytest.mark.parametrize("kind", ["sparse", "low_rank", "masked"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_passes_give_bit_for_bit_what_they_give_without(kind: str, dtype: torch.dtype) -> None:
-    module, kept = make_module().to(dtype), KeptWeights(MIB)
+    module, kept = make_module().to(dtype), WeightCache(MIB)
     packed, inputs = [PackedExpert(expert) for expert in make_experts(module, kind)], torch.randn(6, 6, dtype=dtype)
     before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
     without = run(module, packed, inputs, None)
@@ -93,7 +93,7 @@ CHANGES: dict[str, Callable[[nn.Module], object]] = {
 @torch.no_grad()
 @pytest.mark.parametrize("change", CHANGES)
 def test_what_is_kept_follows_every_change_of_the_model(change: str) -> None:
-    module, kept = make_module(), KeptWeights(MIB)
+    module, kept = make_module(), WeightCache(MIB)
     experts, inputs = make_experts(module), torch.randn(6, 6)
     packed = [PackedExpert(expert) for expert in experts]
     run(module, packed, inputs, kept)
@@ -109,7 +109,7 @@ def test_what_is_kept_follows_every_change_of_the_model(change: str) -> None:
 
 @torch.no_grad()
 def test_what_is_kept_follows_an_expert_that_is_written_to_or_gone() -> None:
-    module, kept = make_module(), KeptWeights(MIB)
+    module, kept = make_module(), WeightCache(MIB)
     packed, inputs = [PackedExpert(expert) for expert in make_experts(module)], torch.randn(6, 6)
     first = run(module, packed, inputs, kept)
     packed[1].scales.mul_(2)
@@ -126,7 +126,7 @@ def test_what_is_kept_follows_an_expert_that_is_written_to_or_gone() -> None:
 
 @torch.no_grad()
 def test_the_shared_task_vector_of_masked_experts_may_change() -> None:
-    module, kept = make_module(), KeptWeights(MIB)
+    module, kept = make_module(), WeightCache(MIB)
     packed, inputs = [PackedExpert(expert) for expert in make_experts(module, "masked")], torch.randn(6, 6)
     run(module, packed, inputs, kept)
     packed[0].shared["4.weight"].neg_()
@@ -137,10 +137,10 @@ def test_no_more_is_kept_than_the_limit_allows_and_the_least_recent_gives_way() 
     module = make_module()
     packed, inputs = [PackedExpert(expert) for expert in make_experts(module, count=6)], torch.randn(12, 6)
     without = run(module, packed, inputs, None)
-    large = KeptWeights(MIB)
+    large = WeightCache(MIB)
     run(module, packed[:2], inputs[:4], large)
     two = large.num_bytes
-    kept = KeptWeights(two)
+    kept = WeightCache(two)
     for _ in range(3):
         assert torch.equal(run(module, packed, inputs, kept), without)
         assert two // 2 < kept.num_bytes <= two
@@ -150,13 +150,13 @@ def test_no_more_is_kept_than_the_limit_allows_and_the_least_recent_gives_way() 
     assert kept.num_bytes <= two
     assert torch.equal(run(module, packed, inputs, kept), without)
     for limit in (0, 100):
-        small = KeptWeights(limit)
+        small = WeightCache(limit)
         assert torch.equal(run(module, packed, inputs, small), without)
         assert small.num_bytes == 0
 
 
 def test_nothing_is_kept_while_gradients_are_computed() -> None:
-    module, kept = make_module(), KeptWeights(MIB)
+    module, kept = make_module(), WeightCache(MIB)
     expert, inputs = PackedExpert(make_experts(module)[0]), torch.randn(2, 6)
     run(module, [expert], inputs, kept)
     for cache in (kept, None):
@@ -170,7 +170,7 @@ def test_nothing_is_kept_while_gradients_are_computed() -> None:
 
 
 def test_autocast_sums_are_kept_apart() -> None:
-    module, kept = make_module(), KeptWeights(MIB)
+    module, kept = make_module(), WeightCache(MIB)
     packed, inputs = [PackedExpert(expert) for expert in make_experts(module, "low_rank")], torch.randn(6, 6)
     for _ in range(2):
         with torch.autocast("cpu", torch.bfloat16):
@@ -195,7 +195,7 @@ class Scribbling(nn.Module):
 
 @torch.no_grad()
 def test_a_pass_that_writes_to_its_tensors_does_not_change_the_next_one() -> None:
-    module, kept, inputs = Scribbling(), KeptWeights(MIB), torch.randn(2, 3)
+    module, kept, inputs = Scribbling(), WeightCache(MIB), torch.randn(2, 3)
     residual = {name: torch.rand(tensor.shape) for name, tensor in module.state_dict().items()}
     expert = PackedExpert(extract(residual, 1.0))
     first = run(module, [expert], inputs, kept)
@@ -207,7 +207,7 @@ def test_a_pass_that_writes_to_its_tensors_does_not_change_the_next_one() -> Non
 @torch.no_grad()
 def test_statistics_that_a_pass_measures_are_its_own() -> None:
     """Another thread may compute with the kept ones at the same time."""
-    module, kept = make_module().train(), KeptWeights(MIB)
+    module, kept = make_module().train(), WeightCache(MIB)
     expert = PackedExpert(make_experts(module)[0])
     run(module, [expert], torch.randn(2, 6), kept)
     changed = kept._entries[expert].changed["1.running_mean"]
@@ -219,7 +219,7 @@ def test_statistics_that_a_pass_measures_are_its_own() -> None:
 
 @torch.no_grad()
 def test_a_weight_that_overflows_is_an_error_every_time() -> None:
-    module, kept = nn.Linear(2, 2).half(), KeptWeights(MIB)
+    module, kept = nn.Linear(2, 2).half(), WeightCache(MIB)
     expert = PackedExpert(extract({"bias": torch.full((2,), 1e6)}, 1.0))
     for _ in range(2):
         with pytest.raises(OverflowError, match="float16"):
@@ -231,9 +231,9 @@ def test_a_weight_that_overflows_is_an_error_every_time() -> None:
 def test_threads_share_what_is_kept(room: float) -> None:
     module = make_module()
     packed, inputs = [PackedExpert(expert) for expert in make_experts(module)], torch.randn(6, 6)
-    without, all_three = run(module, packed, inputs, None), KeptWeights(MIB)
+    without, all_three = run(module, packed, inputs, None), WeightCache(MIB)
     run(module, packed, inputs, all_three)
-    kept, found, start = KeptWeights(int(room * all_three.num_bytes)), [], threading.Barrier(4)
+    kept, found, start = WeightCache(int(room * all_three.num_bytes)), [], threading.Barrier(4)
 
     def work() -> None:
         start.wait()
@@ -251,7 +251,7 @@ def test_threads_share_what_is_kept(room: float) -> None:
 
 
 def test_copies_and_pickles_are_empty_and_nothing_keeps_the_model_alive() -> None:
-    module, kept = make_module(), KeptWeights(MIB)
+    module, kept = make_module(), WeightCache(MIB)
     packed = [PackedExpert(expert) for expert in make_experts(module)]
     run(module, packed, torch.randn(6, 6), kept)
     for other in (copy.deepcopy(kept), copy.copy(kept), pickle.loads(pickle.dumps(kept))):

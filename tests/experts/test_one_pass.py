@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from freemerge.experts import LowRankExpert, PackedExpert, extract_low_rank
-from freemerge.experts.running.one_pass import runs_side_by_side, side_by_side
+from freemerge.experts.running.one_pass import fits_one_pass, in_one_pass
 from freemerge.inputs import Inputs, select
 from tests.tiny import tiny_backbone, tiny_text_backbone
 
@@ -52,8 +52,8 @@ def test_every_group_gets_what_its_changed_weights_give(make, inputs: Inputs, co
     experts = [None if index == 2 else expert for index, expert in enumerate(experts)]
     groups = list(zip(experts, counts, strict=True))
     inputs = select(inputs, slice(sum(counts)))
-    assert runs_side_by_side(backbone.model, backbone, groups, inputs)
-    with side_by_side(backbone.model, groups):
+    assert fits_one_pass(backbone.model, backbone, groups, inputs)
+    with in_one_pass(backbone.model, groups):
         found = backbone(inputs)
     start = 0
     for expert, count in groups:
@@ -71,9 +71,9 @@ def test_large_packed_experts_are_unpacked_layer_by_layer(monkeypatch: pytest.Mo
     monkeypatch.setattr(PackedExpert, "unpacked", lambda self: pytest.fail("unpacked as a whole"))
     backbone = tiny_backbone().eval()
     expert = make_expert(backbone.weights(), 0)
-    with torch.no_grad(), side_by_side(backbone.model, [(PackedExpert(expert), 5), (None, 4)]):
+    with torch.no_grad(), in_one_pass(backbone.model, [(PackedExpert(expert), 5), (None, 4)]):
         found = backbone(images(9))
-    with torch.no_grad(), side_by_side(backbone.model, [(expert, 5), (None, 4)]):
+    with torch.no_grad(), in_one_pass(backbone.model, [(expert, 5), (None, 4)]):
         torch.testing.assert_close(found, backbone(images(9)))
 
 
@@ -103,8 +103,8 @@ class Functional(nn.Module):
 def test_other_layouts_are_found_out(make: type[nn.Module]) -> None:
     model = make().eval()
     groups = [(make_expert(model.state_dict(), 0, rank=1), 3), (None, 3)]
-    assert not runs_side_by_side(model, model, groups, torch.randn(6, 2, 4))
-    assert not runs_side_by_side(model, model, groups, torch.randn(1, 3, 4))
+    assert not fits_one_pass(model, model, groups, torch.randn(6, 2, 4))
+    assert not fits_one_pass(model, model, groups, torch.randn(1, 3, 4))
 
 
 def test_layers_are_themselves_again_after_an_error() -> None:
@@ -113,7 +113,7 @@ def test_layers_are_themselves_again_after_an_error() -> None:
     own = backbone.model.layernorm.forward
     backbone.model.layernorm.forward = lambda inputs: own(inputs)  # somebody else's, which has to come back
     mine = backbone.model.layernorm.forward
-    with pytest.raises(RuntimeError), side_by_side(backbone.model, groups):
+    with pytest.raises(RuntimeError), in_one_pass(backbone.model, groups):
         backbone(images(3)[:, :, :3])
     assert backbone.model.layernorm.forward is mine
     del backbone.model.layernorm.forward
@@ -135,8 +135,8 @@ def test_a_parameter_of_the_whole_model_makes_the_whole_model_run_group_by_group
     experts = [make_expert(model.state_dict(), seed, rank=1) for seed in range(2)]
     inputs = torch.randn(5, 4)
     groups = [(experts[0], 2), (experts[1], 3)]
-    assert runs_side_by_side(model, model, groups, inputs)
-    with side_by_side(model, groups):
+    assert fits_one_pass(model, model, groups, inputs)
+    with in_one_pass(model, groups):
         found = model(inputs)
     for expert, part in zip(experts, (slice(0, 2), slice(2, 5)), strict=True):
         changed = {name: expert.added(name, tensor) for name, tensor in model.state_dict().items()}
@@ -159,5 +159,5 @@ def test_whole_weights_and_factors_of_the_same_layer_are_told_apart() -> None:
     whole = LowRankExpert({}, {}, {"layer.weight": torch.randn(4, 4)}, {"layer.weight": (4, 4)})
     factors = {"layer.weight": torch.randn(4, 1)}, {"layer.weight": torch.randn(1, 4)}
     factored = LowRankExpert(*factors, {}, {"layer.weight": (4, 4)})
-    assert runs_side_by_side(model, model, [(whole, 2), (None, 3)], inputs)
-    assert not runs_side_by_side(model, model, [(factored, 2), (None, 3)], inputs)
+    assert fits_one_pass(model, model, [(whole, 2), (None, 3)], inputs)
+    assert not fits_one_pass(model, model, [(factored, 2), (None, 3)], inputs)

@@ -51,7 +51,7 @@ def places_of(twin: nn.Module, names: Mapping[str, Any], plans: dict[Any, Any]) 
 
 
 @contextmanager
-def bound(places: Sequence[Place], changed: Mapping[str, Tensor]) -> Iterator[None]:
+def bind(places: Sequence[Place], changed: Mapping[str, Tensor]) -> Iterator[None]:
     """For the duration of a block, a module that is the caller's alone has changed tensors in these places.
 
     Buffers get copies, as a pass may write to them (batch norm's statistics while training).
@@ -82,7 +82,7 @@ class _Entry(NamedTuple):
     setting: tuple[Any, ...]
 
 
-class KeptWeights:
+class WeightCache:
     """The changed tensors of the experts that a model has computed with, within a bound; threads may share it.
 
     Copies and pickles of it are empty.
@@ -96,8 +96,8 @@ class KeptWeights:
         self._lock = RLock()
         self.clear()
 
-    def __reduce__(self) -> tuple[type[KeptWeights], tuple[int]]:
-        return KeptWeights, (self.limit,)
+    def __reduce__(self) -> tuple[type[WeightCache], tuple[int]]:
+        return WeightCache, (self.limit,)
 
     def clear(self) -> None:
         """Keep nothing, until the next pass."""

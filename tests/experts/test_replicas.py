@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from freemerge.experts import Expert, extract, extract_low_rank, private
+from freemerge.experts import Expert, extract, extract_low_rank, workspace
 from freemerge.experts.running.groups import run_groups
-from freemerge.experts.running.twins import twin_of
+from freemerge.experts.running.replicas import make_replica
 
 
 def experts_of(module: nn.Module, kind: str) -> list[Expert]:
@@ -123,16 +123,16 @@ def test_modules_of_every_build_compute_with_each_groups_expert(make: Callable[[
 
 
 def test_a_module_whose_layers_are_known_to_functions_or_compiled_has_no_twin() -> None:
-    assert twin_of(WithClosure()) is None
+    assert make_replica(WithClosure()) is None
     compiled = nn.Sequential(nn.Linear(2, 2))
-    assert twin_of(compiled) is not None
+    assert make_replica(compiled) is not None
     compiled[0].compile(backend="eager")
-    assert twin_of(compiled) is None
-    assert twin_of(nn.Sequential(torch.compile(nn.Linear(2, 2), backend="eager"))) is None
-    assert twin_of(torch.jit.script(nn.Linear(2, 2))) is None
+    assert make_replica(compiled) is None
+    assert make_replica(nn.Sequential(torch.compile(nn.Linear(2, 2), backend="eager"))) is None
+    assert make_replica(torch.jit.script(nn.Linear(2, 2))) is None
     around = nn.ModuleDict({"inner": nn.Linear(2, 2)})
     around["inner"].register_forward_hook(lambda *_: around)
-    assert twin_of(around["inner"]) is None
+    assert make_replica(around["inner"]) is None
 
 
 def test_a_twin_follows_what_happens_to_its_original_and_keeps_nothing_of_a_pass() -> None:
@@ -150,26 +150,26 @@ def test_a_twin_follows_what_happens_to_its_original_and_keeps_nothing_of_a_pass
     module, inputs = Counting(), torch.ones(1, 2)
 
     def run() -> Tensor:
-        with private(module) as own:
-            assert own.is_twin
+        with workspace(module) as own:
+            assert own.is_replica
             return own[module](inputs)
 
-    with private(module) as first:
+    with workspace(module) as first:
         pass
     assert torch.equal(run(), run())
     assert module.seen == 0
     assert not module.last.any()
-    with private(module) as again:
+    with workspace(module) as again:
         assert again is first
     module.layer = nn.Linear(2, 2)
     torch.testing.assert_close(run(), module.layer(inputs) + 1)
     module.layer.weight = nn.Parameter(torch.zeros(2, 2))
     torch.testing.assert_close(run(), module.layer(inputs) + 1)
     module.register_buffer("last", torch.ones(2))
-    with private(module) as own:
+    with workspace(module) as own:
         assert own[module].last is module.last
     module.eval()
-    with private(module) as own:
+    with workspace(module) as own:
         assert not own[module].training
     seen = []
     module.layer.register_forward_hook(lambda *_: seen.append(1))
@@ -198,8 +198,8 @@ def test_kept_twins_do_not_keep_their_original_alive() -> None:
         module = nn.Sequential(nn.Linear(2, 2))
         if bound:
             module[0].around = [module.forward]
-        with private(module) as own:
-            assert own.is_twin
+        with workspace(module) as own:
+            assert own.is_replica
             own[module](torch.ones(1, 2))
             del own
         there = weakref.ref(module)

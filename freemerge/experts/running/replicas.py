@@ -37,7 +37,7 @@ _KNOW_THEMSELVES = (
 )
 
 
-class Private:
+class Workspace:
     """A module that the caller may exchange layers and tensors in: a twin, or the module itself.
 
     Args:
@@ -61,7 +61,7 @@ class Private:
             self._twins = [_Snapshot(twin) for twin in own]
 
     @property
-    def is_twin(self) -> bool:
+    def is_replica(self) -> bool:
         """Whether the original stays as it is, whatever happens to this one."""
         return self._of is not None
 
@@ -137,7 +137,7 @@ def _items(container: dict | list) -> Iterable[Any]:
 
 
 @contextmanager
-def private(module: nn.Module) -> Iterator[Private]:
+def workspace(module: nn.Module) -> Iterator[Workspace]:
     """For the duration of a block, a module to exchange layers and tensors in.
 
     The original's tensors are not written to meanwhile. If the module can have a twin, other threads compute with it at
@@ -145,7 +145,7 @@ def private(module: nn.Module) -> Iterator[Private]:
     """
     lock = exclusive(module)
     with lock.shared():
-        twin = _spare_twin(module) or twin_of(module)
+        twin = _spare_replica(module) or make_replica(module)
         if twin is not None:
             yield twin
             if twin.may_be_kept:  # not reached after an error: such a twin is not used again
@@ -153,14 +153,14 @@ def private(module: nn.Module) -> Iterator[Private]:
                 _spare.setdefault(module, []).append(twin)
             return
     with lock:
-        yield Private(module, None)
+        yield Workspace(module, None)
 
 
-_spare: WeakKeyDictionary[nn.Module, list[Private]] = WeakKeyDictionary()
+_spare: WeakKeyDictionary[nn.Module, list[Workspace]] = WeakKeyDictionary()
 """Module → its twins that no thread uses now; they do not keep it alive."""
 
 
-def _spare_twin(module: nn.Module) -> Private | None:
+def _spare_replica(module: nn.Module) -> Workspace | None:
     twins = _spare.get(module)
     while twins:
         try:
@@ -172,12 +172,12 @@ def _spare_twin(module: nn.Module) -> Private | None:
     return None
 
 
-def forget_twins(module: nn.Module) -> None:
+def drop_replicas(module: nn.Module) -> None:
     """To be called when a module's tensors are exchanged, so that the memory of the old ones is given back."""
     _spare.pop(module, None)
 
 
-def twin_of(module: nn.Module) -> Private | None:
+def make_replica(module: nn.Module) -> Workspace | None:
     """The twin of a module; None if some part of it knows the original objects."""
     originals = {id(part): part for part in module.modules()}
     if any(_knows_itself(part) for part in originals.values()):
@@ -194,7 +194,7 @@ def twin_of(module: nn.Module) -> Private | None:
             )
     except _KnowsOriginals:
         return None
-    return Private(module, [(part, parts[own]) for own, part in originals.items()], not mapping.met_root)
+    return Workspace(module, [(part, parts[own]) for own, part in originals.items()], not mapping.met_root)
 
 
 _DEPTH = 4  # how far containers and objects in a module's attributes are followed
