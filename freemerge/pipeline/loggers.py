@@ -43,6 +43,11 @@ def make_loggers(spec: LoggerSpecs, folder: Path, name: str) -> bool | list[Logg
     return [_make(each, folder, name) for each in specs if each is not False]
 
 
+def has_logger(spec: LoggerSpecs) -> bool:
+    """Whether a fit with this specification of loggers has any."""
+    return any(each is not False for each in spec) if isinstance(spec, (list, tuple)) else spec is not False
+
+
 def check_loggers(where: str, spec: LoggerSpecs) -> None:
     """Raise a ValueError that begins with `where` if a configuration of loggers is wrong; none is made."""
     for each in spec if isinstance(spec, (list, tuple)) else [spec]:

@@ -138,9 +138,7 @@ class SuiteRun(RunContext):
         def check() -> list[str]:
             if not is_first():  # ranks that a fit launched
                 return []
-            trainer = self.make_trainer.bare()
-            several = trainer.num_devices * trainer.num_nodes > 1
-            return check_run(self.files, self.stages, trainer.strategy.root_device, several)
+            return check_run(self.files, self.stages, self.make_trainer)
 
         for doubt in from_rank_zero(check):
             self.doubt(doubt)

@@ -66,6 +66,12 @@ class MakeTrainer:
             self._is_summarized = True
         return self.trainer_class(**arguments)
 
+    def without_logger(self, overrides: Mapping[str, Any]) -> L.Trainer:
+        """The Trainer of a stage without loggers and profilers, whose construction can have side effects."""
+        given = {name: value for name, value in {**self.arguments, **overrides}.items() if name != "profiler"}
+        given["callbacks"] = as_list(given.get("callbacks"))  # a copy: Lightning appends to the list that it gets
+        return self.trainer_class(**{**copy.deepcopy(given), "logger": False})
+
     def bare(self) -> L.Trainer:
         """A Trainer without callbacks and loggers, which says where those of these arguments compute."""
         bare = {

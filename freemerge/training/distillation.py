@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -23,6 +23,9 @@ class Distillation:
         temperature: T of the softened logits.
         feature_loss: `mse` as above, or `cosine`: 1 − cos(f_s − mean f_t, f_t − mean f_t), which leaves lengths free.
     """
+
+    PARTS: ClassVar[tuple[str, ...]] = ("loss", "features", "logits", "agreement")
+    """The names of the values that a call returns."""
 
     feature_weight: float = 1.0
     logit_weight: float = 1.0
@@ -54,12 +57,8 @@ class Distillation:
         else:
             feature_loss = (1 - F.cosine_similarity(student - centre, teacher - centre, dim=1)).mean()
         logit_loss, agreement = self._of_logits(head(student), head(teacher))
-        return {
-            "loss": self.feature_weight * feature_loss + self.logit_weight * logit_loss,
-            "features": feature_loss.detach(),
-            "logits": logit_loss.detach(),
-            "agreement": agreement,
-        }
+        loss = self.feature_weight * feature_loss + self.logit_weight * logit_loss
+        return dict(zip(self.PARTS, (loss, feature_loss.detach(), logit_loss.detach(), agreement), strict=True))
 
     def _of_logits(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
         """The logits' loss and the agreement, of logits (B, C), or numbers (B, 1)."""

@@ -8,7 +8,7 @@ learns from.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
@@ -52,6 +52,13 @@ class ExpertTrainer(OptimizedModule):
         ValueError: an expert for other weights; a loss or share that cannot be; `mixup` with `cache_teacher`, as no
             blend is seen twice.
     """
+
+    LOGGED: ClassVar[tuple[str, ...]] = tuple(
+        f"{split}/{part}" for split in ("train", "val") for part in Distillation.PARTS
+    )
+    """The metrics that a fit logs."""
+    monitor: ClassVar[str] = "val/agreement"
+    """The metric by which the best expert is chosen."""
 
     teacher: Teacher
 

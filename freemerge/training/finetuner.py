@@ -178,6 +178,17 @@ class FineTuner(OptimizedModule):
         """Whether more or less of it is better."""
         return "max" if self._own_objective().metric.higher_is_better else "min"
 
+    def logged(self, task: Task | int) -> tuple[str, ...]:
+        """The metrics that a fit on a task logs. Override it in a subclass that logs others.
+
+        Args:
+            task: the task, or a number of classes.
+
+        Raises:
+            ValueError: if the backbone is not for such a task.
+        """
+        return ("train/loss", *(f"val/{name}" for name in self.objective_of(task).make_metrics()))
+
     # -- what comes out -----------------------------------------------------------------------------------------------
 
     def weights(self) -> dict[str, Tensor]:

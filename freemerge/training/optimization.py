@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -15,6 +15,13 @@ Schedule = Literal["constant", "linear", "cosine", "polynomial", "inverse_sqrt"]
 """A schedule by its name, or a class of torch.optim.lr_scheduler with its arguments."""
 
 
+def plateau_monitor(scheduler: Any) -> str | None:
+    """The metric that a scheduler follows: Lightning's ReduceLROnPlateau names one; None if it follows none."""
+    if not isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+        return None
+    return getattr(scheduler, "monitor", "val/loss")
+
+
 class OptimizedModule(FiniteModule):
     """A LightningModule that trains its trainable parameters by one optimizer on one schedule, as long as the loss is a
     number.
@@ -23,7 +30,8 @@ class OptimizedModule(FiniteModule):
         optimizer: makes the optimizer; AdamW with torch's defaults if not given.
         schedule: how the learning rate falls after warm-up: not at all, linearly or along a cosine to 0, by a
             polynomial (linearly, to almost 0), or as the inverse square root of the steps; or a torch scheduler,
-            stepped after every batch (ReduceLROnPlateau after every epoch, by `val/loss`).
+            stepped after every batch (ReduceLROnPlateau after every epoch, by `val/loss`, or by the `monitor`
+            of Lightning's class).
         warmup: share of all steps over which the learning rate rises linearly from 0; not for torch schedulers.
 
     Raises:
@@ -49,8 +57,8 @@ class OptimizedModule(FiniteModule):
         built = self.optimizer([parameter for parameter in self.parameters() if parameter.requires_grad])
         if callable(self.schedule):
             scheduler = self.schedule(built)
-            if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
-                return {"optimizer": built, "lr_scheduler": {"scheduler": scheduler, "monitor": "val/loss"}}
+            if (monitor := plateau_monitor(scheduler)) is not None:
+                return {"optimizer": built, "lr_scheduler": {"scheduler": scheduler, "monitor": monitor}}
             return {"optimizer": built, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
         steps = int(self.trainer.estimated_stepping_batches)
         name = "constant_with_warmup" if self.schedule == "constant" else self.schedule

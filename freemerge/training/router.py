@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import ClassVar
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
@@ -25,6 +26,11 @@ class RouterTrainer(OptimizedModule):
         schedule: how the learning rate falls over the fit.
         warmup: share of the steps over which the learning rate rises.
     """
+
+    LOGGED: ClassVar[tuple[str, ...]] = ("train/loss", "val/loss", "val/acc")
+    """The metrics that a fit logs."""
+    monitor: ClassVar[str] = "val/acc"
+    """The metric by which the best router is chosen."""
 
     def __init__(
         self,

@@ -24,6 +24,7 @@ from freemerge.pipeline import (
 )
 from freemerge.pipeline.checks import CheckError, check_run
 from freemerge.pipeline.store.artifacts import Artifacts
+from freemerge.pipeline.trainers import MakeTrainer
 from freemerge.training import FineTuner
 from freemerge.tuning import Range
 from tests.tiny import TinySuite, tiny_backbone, tiny_text_backbone
@@ -76,7 +77,7 @@ def look(
     """What the checks say without stopping."""
     tuner = options.pop("tuner", None) or FineTuner(tiny_backbone())
     files = Artifacts(tuner, suite, folder, settings or Settings(), {}, seed=0)
-    return check_run(files, stages, torch.device("cpu"), several=False)
+    return check_run(files, stages, MakeTrainer({"accelerator": "cpu", "devices": 1, **options.pop("trainer", {})}))
 
 
 def faults(*arguments: Any, **options: Any) -> list[str]:

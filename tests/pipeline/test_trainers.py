@@ -18,7 +18,8 @@ from freemerge.models import TransformersBackbone
 from freemerge.pipeline.loggers import make_loggers
 from freemerge.pipeline.settings import FinetuneSettings
 from freemerge.pipeline.trainers import MakeTrainer, best_of
-from freemerge.training import BestCheckpoint
+from freemerge.training import BestCheckpoint, ExpertTrainer, RouterTrainer
+from tests.tiny import tiny_backbone
 
 TINY = str(Path(__file__).parent.parent / "tiny.yaml")
 QUIET = {"accelerator": "cpu", "enable_progress_bar": False}
@@ -103,6 +104,19 @@ def test_a_checkpoint_of_a_fit_is_loaded_with_its_hyperparameters(place) -> None
     assert tuner.hparams["label_smoothing"] == 0.0
     kept = load_checkpoint(place / "run/finetune/bars/backbone.safetensors")
     assert all(torch.equal(tensor, kept[name]) for name, tensor in tuner.weights().items())
+
+
+def test_modules_log_the_metrics_that_they_declare(place) -> None:
+    """The checks before a run find monitors that no fit logs by these declarations."""
+    tuned = set(FineTuner(tiny_backbone()).logged(2))
+    declared = {"pretrain": tuned, "finetune/bars": tuned, "experts/bars": ExpertTrainer.LOGGED,
+                "router": RouterTrainer.LOGGED}  # fmt: skip
+    for name, metrics in declared.items():
+        with (place / "csv" / name / "version_0" / "metrics.csv").open() as file:
+            columns = csv.DictReader(file).fieldnames
+        assert {column for column in columns if "/" in column} == set(metrics)
+    for kind in (ExpertTrainer, RouterTrainer):
+        assert kind.monitor in kind.LOGGED
 
 
 def test_a_wrong_stage_trainer_is_one_line_before_anything_runs(tmp_path, capsys) -> None:

@@ -15,6 +15,7 @@ from freemerge.data import Task, TaskData
 from freemerge.inputs import Inputs, select
 from freemerge.models import ImageTextBackbone, batch_norms
 from freemerge.pipeline.checks.findings import CheckError, Findings
+from freemerge.pipeline.checks.fits import StageMetrics, check_fits, may_log_more
 from freemerge.pipeline.checks.labels import check_labels
 from freemerge.pipeline.checks.samples import Samples
 from freemerge.pipeline.checks.stages import (
@@ -26,20 +27,20 @@ from freemerge.pipeline.checks.stages import (
 )
 from freemerge.pipeline.checks.together import check_expert_inputs, check_mixture, check_router
 from freemerge.pipeline.store.artifacts import Artifacts
-from freemerge.training import FineTuner
+from freemerge.pipeline.trainers import MakeTrainer
+from freemerge.training import ExpertTrainer, FineTuner, RouterTrainer
 
 __all__ = ["CheckError", "check_run"]
 
 
-def check_run(files: Artifacts, stages: Sequence[str], device: torch.device, several: bool) -> list[str]:
+def check_run(files: Artifacts, stages: Sequence[str], make_trainer: MakeTrainer) -> list[str]:
     """Look for what would stop the chosen stages.
 
     Args:
         files: the run's files.
         stages: the chosen stages, in order.
-        device: where the run computes.
-        several: whether it computes on several devices: then only the CPU is used here, as their processes do not exist
-            yet.
+        make_trainer: makes the Trainers of the run. If they use several devices, the checks use only the CPU, as the
+            devices' processes do not exist yet.
 
     Returns:
         What is unusual and stops nothing, one line each.
@@ -60,7 +61,7 @@ def check_run(files: Artifacts, stages: Sequence[str], device: torch.device, sev
     if pending - {"evaluate"}:
         # Random draws of datasets, heads and routers are for nothing but the look: the stages see other ones.
         with isolate_rng(include_cuda=False), torch.no_grad():
-            _Look(files, pending, torch.device("cpu") if several else device, device, findings).run()
+            _Look(files, pending, make_trainer, findings).run()
     if findings.faults:
         raise CheckError(findings.faults)
     return findings.doubts
@@ -90,19 +91,21 @@ class _Look:
     Args:
         files: the run's files.
         pending: the stages that have something to do.
-        device: where to compute here.
-        later: where the run computes.
+        make_trainer: makes the Trainers of the run.
         findings: where to say what is found.
     """
 
-    def __init__(
-        self, files: Artifacts, pending: set[str], device: torch.device, later: torch.device, findings: Findings
-    ) -> None:
+    def __init__(self, files: Artifacts, pending: set[str], make_trainer: MakeTrainer, findings: Findings) -> None:
+        trainer = make_trainer.bare()
+        later = trainer.strategy.root_device
         self.files = files
         self.pending = pending
-        self.device = device
-        self.may_fail = device.type != later.type
+        self.make_trainer = make_trainer
+        self.device = torch.device("cpu") if trainer.num_devices * trainer.num_nodes > 1 else later
+        self.may_fail = self.device.type != later.type
         self.findings = findings
+        # Stage → task → the metrics that its fit logs.
+        self.logged: dict[str, dict[str, tuple[str, ...]]] = {"pretrain": {}, "finetune": {}}
 
     def run(self) -> None:
         """Look at every task, and at all of them together."""
@@ -116,26 +119,27 @@ class _Look:
                 settings = files.settings.pretrain
                 data = suite.pretraining_data(settings.batch_size)
                 linear = FineTuner(tuner.backbone, head="linear")
-                self._task(data, linear, ("train", "val"))
+                self._task("pretrain", data, linear, ("train", "val"))
             splits = ("train", "val", "test") if "evaluate" in self.pending else ("train", "val")
-            inputs = {name: self._task(suite.for_task(name), tuner, splits) for name in suite.names}
+            inputs = {name: self._task("finetune", suite.for_task(name), tuner, splits) for name in suite.names}
             if "evaluate" in self.pending:
                 for name in suite.held_out:
                     self._held_out(name)
             self._adapter()
+            self._fits()
             seen = {name: part for name, part in inputs.items() if part is not None}
             if len(seen) == len(inputs):
                 self._together(seen)
         finally:
             tuner.backbone.to("cpu").train(was_training)
 
-    def _task(self, data: TaskData, tuner: FineTuner, splits: tuple[str, ...]) -> Inputs | None:
+    def _task(self, stage: str, data: TaskData, tuner: FineTuner, splits: tuple[str, ...]) -> Inputs | None:
         """Look at one task; a few of its training inputs, if they can be used."""
         before = len(self.findings.faults)
         try:
             task = data.task
             check_labels(task, self.findings, splits)
-            tuner.objective_of(task)
+            self.logged[stage][data.name] = tuner.logged(task)
             if tuner.head_kind == "zero_shot":
                 self._zero_shot(tuner, task)
             samples = Samples(data, self.findings)
@@ -173,6 +177,19 @@ class _Look:
                 self.files.tuner.for_task(self.files.suite.task(self.files.suite.names[0]))
             except ValueError as error:
                 self.findings.fault(error)
+
+    def _fits(self) -> None:
+        """Check the Trainer of every fit that is to come."""
+        kind = type(self.files.tuner)
+        more, settings = kind if may_log_more(kind, "logged") else None, self.files.settings
+        metrics = {
+            "pretrain": StageMetrics(self.logged["pretrain"], schedule=settings.pretrain.schedule),
+            "finetune": StageMetrics(self.logged["finetune"], more, self.files.tuner.schedule),
+            "experts": StageMetrics({"": ExpertTrainer.LOGGED}, schedule=settings.experts.schedule),
+            "router": StageMetrics({"": RouterTrainer.LOGGED}, schedule=settings.router.schedule),
+        }
+        pending = {stage: each for stage, each in metrics.items() if stage in self.pending}
+        check_fits(pending, settings, self.make_trainer, self.findings)
 
     def _together(self, inputs: dict[str, Inputs]) -> None:
         settings, backbone = self.files.settings, self.files.tuner.backbone

@@ -40,10 +40,10 @@ def experts(run: RunContext) -> None:
             **settings.training,
         )
         data = run.suite.for_task(task, batch_size=settings.batch_size)
-        fit = run.fit(stage, trainer_module, data, settings.trainer, resume, monitor="val/agreement")
+        fit = run.fit(stage, trainer_module, data, settings.trainer, resume, trainer_module.monitor)
         if is_first():
             save_expert(run.files.expert_path(task), trainer_module.expert, settings.values)
-        run.finish(stage, {"val/agreement": fit.value})
+        run.finish(stage, {trainer_module.monitor: fit.value})
 
 
 def _extract_experts(run: RunContext, stage: StageFolder) -> None:

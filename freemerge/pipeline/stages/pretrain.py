@@ -43,9 +43,9 @@ def _pretrain(run: RunContext, stage: StageFolder) -> None:
     data = run.suite.pretraining_data(batch_size=settings.batch_size)
     run.seed_stage(stage)
     tuner = FineTuner(copy.deepcopy(run.tuner.backbone), data.num_classes, head="linear", **settings.optimization)
-    fit = run.fit(stage, tuner, data, settings.trainer, resume, monitor="val/acc")
+    fit = run.fit(stage, tuner, data, settings.trainer, resume, tuner.monitor, tuner.monitor_mode)
     run.write(stage.path / "base.safetensors", tuner.backbone.weights())
-    run.finish(stage, {"val/acc": fit.value})
+    run.finish(stage, {tuner.monitor: fit.value})
     if run.settings.pretrain.cache is not None and is_first():
         store(stage, expand(run.settings.pretrain.cache))
 
