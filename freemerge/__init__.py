@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from freemerge.experts import SparseExpert as SparseExpert
     from freemerge.experts import extract as extract
     from freemerge.experts import extract_low_rank as extract_low_rank
+    from freemerge.merging import advise as advise
     from freemerge.merging import merge as merge
     from freemerge.models import FreeModel as FreeModel
     from freemerge.pipeline import SuiteRun as SuiteRun
@@ -33,6 +34,7 @@ moved.install()
 
 _HOMES = {
     "merge": "freemerge.merging",
+    "advise": "freemerge.merging",
     "extract": "freemerge.experts",
     "extract_low_rank": "freemerge.experts",
     "LowRankExpert": "freemerge.experts",

@@ -49,6 +49,8 @@ def test_the_merge_command_of_readme_merges(tmp_path, monkeypatch) -> None:
     command = next(command for command in commands() if command[0] == "merge")
     monkeypatch.setattr(sys, "argv", ["freemerge", *command])
     assert entry() == 0
+    monkeypatch.setattr(sys, "argv", ["freemerge", *next(each for each in commands() if each[0] == "advise")])
+    assert entry() == 0
     base, merged = load_checkpoint("base.safetensors"), load_checkpoint("merged.safetensors")
     # FR-Merging passes biases unfiltered and aligns their mean magnitudes to the larger one.
     vectors = [load_checkpoint(f"{name}.safetensors")["layer.bias"] - base["layer.bias"] for name in "ab"]

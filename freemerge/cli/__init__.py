@@ -1,11 +1,12 @@
-"""The command line, `python -m freemerge`: `fit`, `validate`, `test`, `predict` and `tune` for a suite, and `merge`.
+"""The command line, `python -m freemerge`: for a suite `fit`, `test`, …, for finished checkpoints `merge` and `advise`.
 
 - `commands`, `remembered`: answer help, version and unknown options before large packages are imported.
 - `names`: suggest the right name for a wrong one.
 - `suite`: Lightning's CLI, which runs a suite's pipeline.
 - `merge`, `run_merge`: the merge of finished checkpoints, which starts without Lightning and transformers.
+- `advise`, `run_advise`: what finished checkpoints tell before a merge; it starts as `merge` does.
 - `parsing`, `words`, `yaml_text`: parse options, configuration files and help, for all commands.
-- `problems`, `syntax`, `printing`, `ending`: print errors as one line, with suggestions in terms of options.
+- `problems`, `syntax`, `printing`, `showing`, `ending`: print errors as one line, with suggestions in terms of options.
 """
 
 from __future__ import annotations
@@ -53,8 +54,8 @@ def _run(arguments: list[str]) -> int:
         _show(commands.overview())
     if command == "--version" or (command in commands.COMMANDS and "--version" in arguments):
         _show(commands.version() + "\n")
-    if command == "merge":
-        return _merge(arguments[1:])
+    if command in commands.OF_CHECKPOINTS:
+        return _of_checkpoints(command, arguments[1:])
     if not set(arguments) & commands.COMMANDS.keys() and "FREEMERGE_SUBCOMMAND" not in os.environ:
         known = ", ".join(commands.COMMANDS)
         if not command or command.startswith("-"):
@@ -71,20 +72,19 @@ def _run(arguments: list[str]) -> int:
     return suite.run(arguments, remembers=fresh)
 
 
-def _merge(arguments: list[str]) -> int:
-    from freemerge.cli import merge
-
+def _of_checkpoints(command: str, arguments: list[str]) -> int:
+    """Run a command on finished checkpoints; importing torch, which takes seconds, comes last."""
+    options = import_module(f"freemerge.cli.{command}")
     if {"-h", "--help"} & set(arguments):
-        _show(merge.said().help)
-    if option := merge.said().unknown(arguments):  # without torch, whose import takes seconds
-        fail(unknown_option(option, merge.said().keys))
+        _show(options.said().help)
+    if option := options.said().unknown(arguments):
+        fail(unknown_option(option, options.said().keys))
     with ended_by_sigterm():
-        parser = merge.build_parser()
+        parser = options.build_parser()
         config = parser.parse_args(arguments)
         parser.check_environment()
-        from freemerge.cli import run_merge  # with torch
-
-        return run_merge.run(config)
+        done: int = import_module(f"freemerge.cli.run_{command}").run(config)
+        return done
 
 
 def _show(text: str) -> None:

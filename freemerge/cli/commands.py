@@ -15,7 +15,11 @@ COMMANDS = {
     "predict": "Run the finished FREE model and write its predictions to a CSV file.",
     "tune": "Search for a merging method's parameters, λ of each task, on validation data.",
     "merge": "Merge finished checkpoints, without any data.",
+    "advise": "Compare finished checkpoints, warn of what harms a merge, and name one to begin with.",
 }
+
+OF_CHECKPOINTS = ("merge", "advise")
+"""The commands that start without Lightning."""
 
 ABOUT = "Fine-tune one backbone on several tasks, merge them, mend the merge with experts."
 

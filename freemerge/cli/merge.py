@@ -53,16 +53,7 @@ def _make_parser(method: type) -> OneLineErrors:
     parser.add_argument(
         "--config", action="config", help="A YAML file with any of the options below; the last value wins."
     )
-    models = parser.add_argument_group("models")
-    models.add_argument(
-        "--base", type=str, required=True, help="The pretrained model: a file or a Hugging Face folder."
-    )
-    models.add_argument(
-        "--finetuned",
-        type=list[str] | dict[str, str],
-        required=True,
-        help="The fine-tuned models: a list of paths, or a mapping from names to paths.",
-    )
+    add_models(parser)
     how = parser.add_argument_group("merging")
     how.add_argument("--method", type=method, required=True, help="How to merge; see below.")
     how.add_argument(
@@ -71,18 +62,7 @@ def _make_parser(method: type) -> OneLineErrors:
         default=None,
         help="Other parameters for some tensors: [{match: '*.mlp.*', scale: 0.4}]; the first match applies.",
     )
-    how.add_argument(
-        "--include",
-        type=list[str] | None,
-        default=None,
-        help="Names of the tensors to merge: globs, or regular expressions after 're:'. Default: all.",
-    )
-    how.add_argument(
-        "--exclude",
-        type=list[str] | None,
-        default=None,
-        help="Names of the tensors that keep the base's values, and of heads that only fine-tuned models have.",
-    )
+    add_selection(how)
     how.add_argument(
         "--embeddings",
         type=Literal["error", "base", "common"],
@@ -116,7 +96,48 @@ def _make_parser(method: type) -> OneLineErrors:
     result.add_argument(
         "--dry_run", type=bool, default=False, help="Check everything and print the plan, without merging."
     )
-    result.add_argument(
+    add_device(result)
+    return parser
+
+
+def add_models(parser: OneLineErrors) -> None:
+    """Add the options that name the base and the fine-tuned models."""
+    models = parser.add_argument_group("models")
+    models.add_argument(
+        "--base", type=str, required=True, help="The pretrained model: a file or a Hugging Face folder."
+    )
+    models.add_argument(
+        "--finetuned",
+        type=list[str] | dict[str, str],
+        required=True,
+        help="The fine-tuned models: a list of paths, or a mapping from names to paths.",
+    )
+
+
+def add_selection(group: Any, done: str = "merge", left: str = "that keep the base's values") -> None:
+    """Add the options that select tensors.
+
+    Args:
+        group: the group of options.
+        done: what is done with the selected tensors.
+        left: what is said of the others.
+    """
+    group.add_argument(
+        "--include",
+        type=list[str] | None,
+        default=None,
+        help=f"Names of the tensors to {done}: globs, or regular expressions after 're:'. Default: all.",
+    )
+    group.add_argument(
+        "--exclude",
+        type=list[str] | None,
+        default=None,
+        help=f"Names of the tensors {left}, and of heads that only fine-tuned models have.",
+    )
+
+
+def add_device(group: Any) -> None:
+    """Add the option that chooses the device."""
+    group.add_argument(
         "--device", type=str | None, default=None, help="Device to compute on, for example cuda. Default: cpu."
     )
-    return parser

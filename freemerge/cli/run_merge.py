@@ -6,9 +6,7 @@ import dataclasses
 import json
 import os
 import sys
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from inspect import signature
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -16,13 +14,11 @@ from typing import Any, get_type_hints
 import jsonargparse
 import torch
 
-from freemerge.checkpoints import CheckpointError
 from freemerge.cli.merge import build_parser
 from freemerge.cli.parsing import ENV_PREFIX, OneLineErrors, instantiate
 from freemerge.cli.printing import print_error
-from freemerge.cli.problems import options
-from freemerge.cli.syntax import as_options
-from freemerge.merging import MergeError, MergeMethod, MergeWarning, merge, merge_to
+from freemerge.cli.showing import FAILURES, bar, describe, notes
+from freemerge.merging import MergeMethod, merge, merge_to
 from freemerge.runtime import own_process
 
 
@@ -37,11 +33,12 @@ def run(config: jsonargparse.Namespace) -> int:
     """
     own_process()
     rank, shared = _join()
+    parser = build_parser()
     try:
         method = config.method
         if not isinstance(method, MergeMethod):
-            method = instantiate(build_parser(), jsonargparse.Namespace(method=method)).method
-        with _notes(), _bar(sys.stderr.isatty() and rank == 0) as progress:
+            method = instantiate(parser, jsonargparse.Namespace(method=method)).method
+        with notes(parser), bar("merge", sys.stderr.isatty() and rank == 0) as progress:
             names = {
                 **signature(merge).parameters,
                 **signature(merge_to).parameters,
@@ -56,9 +53,9 @@ def run(config: jsonargparse.Namespace) -> int:
                 "progress": progress,
             }
             path = merge(**{**given, **computed})
-    except (MergeError, CheckpointError, ValueError, OSError, MemoryError, torch.OutOfMemoryError) as error:
+    except FAILURES as error:
         if rank == 0:
-            print_error(_said(error))
+            print_error(describe(error, parser))
         return 2
     except KeyboardInterrupt:
         if rank == 0:
@@ -70,21 +67,6 @@ def run(config: jsonargparse.Namespace) -> int:
     if rank == 0:
         print(path if config.dry_run else f"merged into {path}" + _truncation(path, config.output_format))
     return 0
-
-
-def _said(error: Exception) -> str:
-    """An error's message, in the command line's syntax."""
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-        return f"there is not enough memory: {str(error).split('. ')[0]}"
-    if isinstance(error, UnicodeEncodeError):
-        return f"'{error.object!s}' cannot be written in this locale's encoding ({error.encoding}); set PYTHONUTF8=1"
-    if isinstance(error, OSError) and error.filename:
-        return f"{error.filename}: {error.strerror}"
-    return _in_options(str(error))
-
-
-def _in_options(message: str) -> str:
-    return as_options(message, options(build_parser()))
 
 
 def _left(config: jsonargparse.Namespace) -> str:
@@ -116,38 +98,6 @@ def _join() -> tuple[int, bool]:
 def _own_device(device: str | None) -> str | None:
     """The device of this process: each process on a machine uses its own GPU."""
     return f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" and "LOCAL_RANK" in os.environ else device
-
-
-@contextmanager
-def _notes() -> Iterator[None]:
-    """Inside the block, print a merge's warnings as one-line notes; other warnings are shown as usual."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("always", MergeWarning)
-        show = warnings.showwarning
-
-        def show_note(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
-            if issubclass(category, MergeWarning):
-                print("note:", " ".join(_in_options(str(message)).split()), file=sys.stderr)
-            else:
-                show(message, category, *where, **more)
-
-        warnings.showwarning = show_note
-        yield
-
-
-@contextmanager
-def _bar(visible: bool) -> Iterator[Callable[[int, int], None] | None]:
-    """A progress bar of the bytes read, with the remaining time; None if it is not visible."""
-    if not visible:
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
-
-    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("merge", total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def _instantiated(method: MergeMethod, overrides: Sequence[Mapping[str, Any]] | None) -> list[dict[str, Any]] | None:

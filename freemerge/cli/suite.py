@@ -33,8 +33,9 @@ from rich.markup import escape
 import freemerge.quickstart  # noqa: F401
 import freemerge_callbacks  # noqa: F401
 from freemerge.checkpoints import expand
+from freemerge.cli import advise as advise_command
 from freemerge.cli import merge as merge_command
-from freemerge.cli.commands import ABOUT, COMMANDS
+from freemerge.cli.commands import ABOUT, COMMANDS, OF_CHECKPOINTS
 from freemerge.cli.ending import raised_in
 from freemerge.cli.parsing import OneLineErrors, said_by
 from freemerge.cli.printing import print_error
@@ -72,7 +73,7 @@ _STAGE_SETTINGS = {
 }
 
 
-_COMMANDS = {name: about for name, about in COMMANDS.items() if name != "merge"}
+_COMMANDS = {name: about for name, about in COMMANDS.items() if name not in OF_CHECKPOINTS}
 _EPILOG = """Every option can also be set in a YAML file for --config; the last value wins, in files and in options.
 Files and options override environment variables: FREEMERGE_{command}__TRAINER__MAX_EPOCHS=3.
 --print_config shows all settings; --model.help CLASS, --data.help CLASS, … show a class's settings."""
@@ -128,8 +129,10 @@ class FreemergeCLI(LightningCLI):
             commands.add_subcommand(name, subparser, help=about)
         if asked in _COMMANDS:
             return
-        # Only for `--help`: `main` runs `merge` before a parser with models and data is built.
-        commands.add_subcommand("merge", merge_command.build_parser(), help=COMMANDS["merge"])
+        # Only for `--help`: `main` runs these before a parser with models and data is built.
+        for command in (merge_command, advise_command):
+            name = command.__name__.rpartition(".")[2]
+            commands.add_subcommand(name, command.build_parser(), help=COMMANDS[name])
 
     def _prepare_subcommand_parser(self, klass: Any, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         if subcommand != "tune":

@@ -1,6 +1,8 @@
 """The merging algorithms, and the engine that merges task vectors into one model."""
 
 from freemerge.errors import MergeError, MergeWarning
+from freemerge.merging.advice.advise import Advice, advise
+from freemerge.merging.advice.relations import Relations
 from freemerge.merging.algebra import apply_task_vector, merge_task_vectors, task_vector
 from freemerge.merging.api import merge, merge_to, plan_merge
 from freemerge.merging.engine.combiner import Combiner
@@ -53,6 +55,7 @@ __all__ = [
     "SCE",
     "SVC",
     "ACEMerging",
+    "Advice",
     "AngleMethod",
     "Breadcrumbs",
     "Butterworth",
@@ -88,6 +91,7 @@ __all__ = [
     "Plan",
     "Reader",
     "RegMean",
+    "Relations",
     "Slerp",
     "TSVMerge",
     "TaskArithmetic",
@@ -95,6 +99,7 @@ __all__ = [
     "Vectors",
     "WUDIMerging",
     "WeightAverage",
+    "advise",
     "apply_task_vector",
     "describe_method",
     "emr_task_vector",

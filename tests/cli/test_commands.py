@@ -10,7 +10,7 @@ import pytest
 
 import freemerge
 from freemerge import merging
-from freemerge.cli.commands import COMMANDS, methods
+from freemerge.cli.commands import COMMANDS, OF_CHECKPOINTS, methods
 from freemerge.cli.merge import build_parser, said
 from freemerge.cli.problems import options
 
@@ -24,9 +24,11 @@ ROOT = Path(__file__).parent.parent.parent
         (["merge", "--help"], 0, "\n  --finetuned FINETUNED …", ""),
         (["merge", "--base", "x", "-h"], 0, "\n  TSVMerge  ", ""),
         (["--version"], 0, f"freemerge {freemerge.__version__}\n", ""),
+        (["advise", "--help"], 0, "\n  --json [true|false]", ""),
+        (["advise", "--bse", "x"], 2, "", "error: there is no option '--bse'; did you mean '--base'?\n"),
         (["merge", "--version"], 0, f"freemerge {freemerge.__version__}\n", ""),
-        ([], 2, "", "error: name a command: fit, validate, test, predict, tune, merge\n"),
-        (["--base", "a"], 2, "", "error: name a command: fit, validate, test, predict, tune, merge\n"),
+        ([], 2, "", "error: name a command: fit, validate, test, predict, tune, merge, advise\n"),
+        (["--base", "a"], 2, "", "error: name a command: fit, validate, test, predict, tune, merge, advise\n"),
         (["fitt"], 2, "", "error: there is no command 'fitt'; did you mean 'fit'?\n"),
         (["merge", "--bas", "x"], 2, "", "error: there is no option '--bas'; did you mean '--base'?\n"),
     ],
@@ -68,4 +70,4 @@ def test_the_help_of_merge_has_every_option_of_its_parser() -> None:
 def test_commands_have_methods() -> None:
     from freemerge.cli.suite import FreemergeCLI
 
-    assert all(hasattr(FreemergeCLI, name) for name in COMMANDS if name != "merge")
+    assert all(hasattr(FreemergeCLI, name) for name in COMMANDS if name not in OF_CHECKPOINTS)

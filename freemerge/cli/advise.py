@@ -1,0 +1,41 @@
+"""The options of `python -m freemerge advise`: what finished checkpoints tell before a merge."""
+
+from __future__ import annotations
+
+from freemerge.cli.commands import COMMANDS, version
+from freemerge.cli.merge import add_device, add_models, add_selection
+from freemerge.cli.parsing import ENV_PREFIX, OneLineErrors, said_by
+from freemerge.cli.remembered import Said
+
+_EPILOG = """example:
+  python -m freemerge advise --base base.safetensors --finetuned a.safetensors b.safetensors
+
+Nothing is written. Norms, cosines and signs are of all values; leading directions and frequencies of a sample of the
+matrices. The method it names is the one that gained most in the tables of BENCHMARKS.md."""
+
+
+def build_parser() -> OneLineErrors:
+    """Build the parser of `advise`; pass the result of its `parse_args` to `run_advise.run`."""
+    parser = OneLineErrors(
+        prog="python -m freemerge advise",
+        usage="python -m freemerge advise [--config FILE] --base … --finetuned … [options]",
+        description=COMMANDS["advise"],
+        epilog=_EPILOG,
+        env_prefix=f"{ENV_PREFIX}_ADVISE_",
+    )
+    parser.add_argument(
+        "--config", action="config", help="A YAML file with any of the options below; the last value wins."
+    )
+    add_models(parser)
+    how = parser.add_argument_group("comparison")
+    add_selection(how, "compare", "to leave out")
+    how.add_argument("--json", type=bool, default=False, help="Print all measurements as JSON instead of tables.")
+    add_device(how)
+    return parser
+
+
+def said() -> Said:
+    """The help and the options of `advise`, without importing torch."""
+    parser = build_parser()
+    parser.add_argument("--version", action="version", version=version(), help="Show freemerge's version and exit.")
+    return said_by(parser)
