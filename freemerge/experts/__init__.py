@@ -1,4 +1,4 @@
-"""Lightweight experts: extract them from a residual, pack them into small files, switch them in and out of a model."""
+"""Lightweight experts: extract them from a residual, store them in small files, add them to a model and remove them."""
 
 from freemerge.experts.base import Expert, check_fits, class_path, is_registered, kind_of
 from freemerge.experts.codec import Encoding, decode_values, encode_values

@@ -1,7 +1,7 @@
-"""What an expert is: few values that turn the merged backbone into one task's own.
+"""`Expert`, the base class: a few values that turn the merged backbone into one task's model.
 
-Every kind answers the same questions: which tensors it changes, what a changed tensor is (`added`, differentiable in
-the values), what its values are as one vector (what training changes), and how it lies in a file.
+Every kind of expert defines which tensors it changes (`shapes`), how it changes one (`added`, differentiable in the
+values), which values it has (`parts`, which training optimises), and how a file stores it (`structure`, `restored`).
 """
 
 from __future__ import annotations
@@ -21,66 +21,79 @@ Self = TypeVar("Self", bound="Expert")
 class Expert(ABC):
     """What one task adds to the merged backbone; subclasses are frozen dataclasses.
 
-    A class with a `KIND` of its own is found again by it, in files and in states, once its module is imported; whoever
-    loads a file may allow it to be imported. `freemerge.testing.check_expert` tells whether a class does all this.
+    Defining a class with its own `KIND` registers it: files and state dicts find the class by this name once its module
+    is imported, or import the module themselves if the caller of `load_expert` allows it. Test a class of your own with
+    `freemerge.testing.check_expert`.
     """
 
-    if TYPE_CHECKING:  # true of every subclass, and not of this class, which is no dataclass itself
+    if TYPE_CHECKING:  # every subclass is a dataclass; this class is not
         __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
 
     KIND: ClassVar[str]
-    """What a file calls this kind of expert."""
+    """The name of this kind of expert in files."""
 
     MIXES: ClassVar[bool] = False
-    """Whether weighted sums of such experts are one of the same kind, which `mixed` makes."""
+    """Whether a weighted sum of experts of this kind is again of this kind; `mixed` computes it."""
 
     SHARES: ClassVar[bool] = False
-    """Whether the experts of several tasks share tensors that are kept once; they have them in a field `shared`."""
+    """Whether the experts of several tasks share tensors, which are stored once and held in the field `shared`."""
 
     shapes: dict[str, tuple[int, ...]]
     """Tensor name → shape of each whole tensor that the expert changes."""
 
     shared: Mapping[str, Tensor]
-    """What experts of several tasks share; of kinds that say `SHARES` alone."""
+    """Tensor name → tensor that the experts of several tasks share; only for kinds with `SHARES`."""
 
     metadata: dict[str, str]
-    """Strings that travel with the file: task, hashes of the base and of the merged backbone."""
+    """Strings stored with the expert: its task and the hashes of the base and of the merged backbone."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if (kind := vars(cls).get("KIND")) is None:  # of the same kind as its base class
+        if (kind := vars(cls).get("KIND")) is None:  # it has the kind of its base class
             return
         other = _KINDS.setdefault(kind, cls)
         if (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
-            raise ValueError(f"{cls.__qualname__}: {other.__qualname__} is the kind {kind!r} already; choose another")
-        _KINDS[kind] = cls  # the same class defined anew, as notebooks do
+            raise ValueError(f"{cls.__qualname__}: {other.__qualname__} already has the kind {kind!r}; choose another")
+        _KINDS[kind] = cls  # a notebook may define the same class again
 
-    # -- what each kind says ------------------------------------------------------------------------------------------
+    # -- what each kind defines ---------------------------------------------------------------------------------------
 
     @abstractmethod
     def parts(self) -> dict[str, Tensor]:
-        """The values by name, each a float tensor of any shape; quantized with one scale each."""
+        """The expert's values.
+
+        Returns:
+            Part name → floating-point tensor of any shape. Quantized files have one scale per part.
+        """
 
     @abstractmethod
     def with_parts(self: Self, parts: Mapping[str, Tensor]) -> Self:
-        """The same expert with other values: named and shaped as in `parts`."""
+        """The same expert with other values.
+
+        Args:
+            parts: the values, with the names and shapes of `parts()`.
+        """
 
     @abstractmethod
     def added(self, name: str, weight: Tensor) -> Tensor:
-        """weight + expert of one tensor.
+        """The sum of a weight and what the expert adds to it.
 
         Args:
-            name: one of `shapes`.
-            weight: the merged tensor.
+            name: name of the tensor, one of `shapes`.
+            weight: (*shape), the merged tensor.
 
         Returns:
-            A new tensor like `weight`: the sum is formed in float32 and rounded to its dtype once. Differentiable in
-            the values.
+            A new tensor with the shape and dtype of `weight`: the sum is formed in float32 and rounded once. It is
+            differentiable in the values.
         """
 
     @abstractmethod
     def structure(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """What a file needs beside the values: plain data, and named uint8 vectors."""
+        """What a file needs in addition to the values.
+
+        Returns:
+            JSON-serialisable data, and name → uint8 vector.
+        """
 
     @classmethod
     @abstractmethod
@@ -91,27 +104,53 @@ class Expert(ABC):
         parts: Mapping[str, Tensor],
         metadata: Mapping[str, str],
     ) -> Self:
-        """The inverse of `structure` and `parts`. Raises a ValueError if they do not fit each other."""
+        """Rebuild an expert from a file: the inverse of `structure` and `parts`.
 
-    # -- what a kind may say ------------------------------------------------------------------------------------------
+        Args:
+            plain: the plain data of `structure`.
+            arrays: the uint8 vectors of `structure`.
+            parts: part name → values as a vector (n,) float32.
+            metadata: the expert's `metadata`.
+
+        Raises:
+            ValueError: if the arguments do not match each other.
+        """
+
+    # -- what a kind may define ---------------------------------------------------------------------------------------
 
     @classmethod
     def extract(cls: type[Self], residual: Mapping[str, Tensor], **settings: Any) -> Self:
-        """The expert of a residual, tensor name → θ_k − θ_merged, with settings of its kind."""
+        """Extract the expert of a residual.
+
+        Args:
+            residual: tensor name → θ_k − θ_merged, (*shape) floating point.
+            **settings: settings of this kind of expert.
+
+        Raises:
+            NotImplementedError: if this kind cannot be extracted.
+        """
         raise NotImplementedError(
-            f"{cls.__qualname__} does not say how it is extracted; give it a class method `extract`"
+            f"{cls.__qualname__} does not define how it is extracted; give it a class method `extract`"
         )
 
     @classmethod
     def mixed(cls: type[Self], experts: Sequence[Self], weights: Sequence[float]) -> Self:
-        """Σ w_k · expert_k of two experts or more, exact; for kinds that say `MIXES`. Others are added as they run."""
-        raise NotImplementedError(f"{cls.__qualname__} says in MIXES that it mixes, but has no `mixed`")
+        """The exact sum Σ w_k · expert_k, for kinds with `MIXES`. Other kinds are summed while the model runs.
 
-    # -- what follows from it -----------------------------------------------------------------------------------------
+        Args:
+            experts: two or more experts of this kind.
+            weights: w_k.
+
+        Raises:
+            NotImplementedError: if this kind does not define the sum.
+        """
+        raise NotImplementedError(f"{cls.__qualname__} sets MIXES but has no class method `mixed`")
+
+    # -- what all kinds have ------------------------------------------------------------------------------------------
 
     @property
     def num_values(self) -> int:
-        """How many values the expert holds."""
+        """Number of values of the expert."""
         return sum(part.numel() for part in self.parts().values())
 
     def flat_values(self) -> Tensor:
@@ -119,28 +158,32 @@ class Expert(ABC):
         return torch.cat([part.reshape(-1) for part in self.parts().values()])
 
     def with_values(self: Self, values: Tensor) -> Self:
-        """The expert with other values: one vector (num_values,) in the order of `flat_values`."""
+        """The expert with other values.
+
+        Args:
+            values: (num_values,), in the order of `flat_values`.
+        """
         own = self.parts()
         chunks = values.split([part.numel() for part in own.values()])
         return self.with_parts({name: chunk.view(own[name].shape) for name, chunk in zip(own, chunks, strict=True)})
 
     def scaled(self: Self, factor: float) -> Self:
-        """The expert with `factor` times its effect on the weights."""
+        """The expert with its effect on the weights multiplied by `factor`."""
         return self.with_values(self.flat_values() * factor)
 
     def to(self: Self, device: torch.device | str) -> Self:
-        """The expert on another device; itself if it is there already."""
+        """The expert on another device; the same object if it is already there."""
         moved = {name: part.to(device) for name, part in self.parts().items()}
         if all(moved[name] is part for name, part in self.parts().items()):
             return self
         return self.with_parts(moved)
 
     def tagged(self: Self, **metadata: str) -> Self:
-        """The expert with these metadata beside, or instead of, its own."""
+        """The expert with additional metadata, which replace its own where the keys are equal."""
         return replace(self, metadata={**self.metadata, **metadata})
 
     def dense(self) -> dict[str, Tensor]:
-        """The expert as full tensors, (*shape) float32."""
+        """What the expert adds, as tensor name → full tensor (*shape) float32."""
         device = next(iter(self.parts().values())).device
         return {name: self.added(name, torch.zeros(shape, device=device)) for name, shape in self.shapes.items()}
 
@@ -149,37 +192,40 @@ _KINDS: dict[str, type[Expert]] = {}
 
 
 def kind_of(expert: type[Expert]) -> str:
-    """What files and states call a class of experts.
+    """The name by which files and state dicts find a class of experts.
+
+    Args:
+        expert: the class.
 
     Raises:
-        ValueError: if they could not find this very class by it.
+        ValueError: if the class is not registered under a `KIND` of its own.
     """
     kind = getattr(expert, "KIND", None)
     if kind is None or _KINDS.get(kind) is not expert:
-        raise ValueError(f"{expert.__qualname__} has no KIND of its own, by which its files would find it; give it one")
+        raise ValueError(f"{expert.__qualname__} has no KIND of its own, by which files find the class; define one")
     return kind
 
 
 def class_path(kind: type[Expert]) -> str | None:
-    """What files and states name a class by from which others learn what to import; None for freemerge's own."""
+    """`module:qualified.name` of a class, which tells readers of a file what to import; None for freemerge's own."""
     return None if kind.__module__.split(".")[0] == "freemerge" else f"{kind.__module__}:{kind.__qualname__}"
 
 
 def is_registered(kind: str) -> bool:
-    """Whether a class of experts of that kind has been imported."""
+    """Whether a class of experts with this `KIND` has been imported."""
     return kind in _KINDS
 
 
 def expert_class(kind: str, path: str | None = None, trust: bool = False) -> type[Expert]:
-    """The class of experts of that kind.
+    """The class of experts with a given `KIND`.
 
     Args:
-        kind: as `kind_of` says it.
-        path: as `class_path` says it.
-        trust: whether the module that the path names may be imported, which runs its code.
+        kind: the result of `kind_of`.
+        path: the result of `class_path`.
+        trust: whether the module in `path` may be imported, which runs its code.
 
     Raises:
-        ValueError: if no class of that kind has been imported, and none may or can be.
+        ValueError: if no such class has been imported and the module may not or cannot be imported.
     """
     if kind not in _KINDS and path is not None and trust:
         try:
@@ -193,17 +239,27 @@ def expert_class(kind: str, path: str | None = None, trust: bool = False) -> typ
 
 
 class HasShapes(Protocol):
-    """What says which tensors it changes: an expert, packed or not."""
+    """An expert, packed or not: anything with the shapes of the tensors that it changes, and metadata."""
 
     @property
-    def shapes(self) -> Mapping[str, tuple[int, ...]]: ...
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Tensor name → shape."""
 
     @property
-    def metadata(self) -> Mapping[str, str]: ...
+    def metadata(self) -> Mapping[str, str]:
+        """Strings stored with the expert."""
 
 
 def check_fits(expert: HasShapes, weights: Mapping[str, Tensor]) -> None:
-    """Raise a ValueError that names the first tensor of `expert` that `weights` lacks or has in another shape."""
+    """Check that a model has the tensors that an expert changes.
+
+    Args:
+        expert: the expert.
+        weights: tensor name → tensor of the model.
+
+    Raises:
+        ValueError: if a tensor is missing or has another shape; the message names the first.
+    """
     for name, shape in expert.shapes.items():
         if name not in weights:
             raise ValueError(f"expert of task {expert.metadata.get('task', '?')!r}: the model has no tensor {name!r}")

@@ -1,8 +1,8 @@
-"""Extraction: which entries, or which directions, of a residual an expert keeps.
+"""Extraction of experts: the entries or singular directions of a residual that an expert keeps.
 
-Notation: r = θ_k − θ_merged is the residual of task k against the merged backbone, d the density, D the number of
-floating-point parameters, so that an expert holds d·D values. Selection over the whole model is exact, and never copies
-the model: the threshold is an order statistic of a stream of magnitudes.
+Notation: r = θ_k − θ_merged is the residual of task k against the merged backbone, d the density and D the number of
+floating-point parameters; an expert holds d·D values. Selection over the whole model is exact and does not copy the
+model, because its threshold is a streamed order statistic of the magnitudes.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from freemerge.tensors.patterns import select
 Scope = Literal["model", "tensor", "row"]
 Vectors = Literal["whole", "ranked", "none"]
 
-# Batch norm's running statistics are measured, not learnt, and a variance must stay positive.
 STATISTICS = ("*running_mean", "*running_var")
+"""Patterns of batch norm's running statistics, which are measured, not learnt; a changed variance could be negative."""
 
 
 def extract(
@@ -41,22 +41,22 @@ def extract(
 
     Args:
         residual: tensor name → r of any shape, floating point; usually θ_k − θ_merged.
-        density: share d ∈ (0, 1] of entries to keep.
-        scope: rank magnitudes over the whole `model`, within each `tensor`, or within each `row` (dim 0, as released;
-            tensors with fewer than 2 dimensions count as one row).
-        rescale: `none` keeps the entries as they are; `released` multiplies them by μ = −E|kept|·log10(d) / E|r|,
-            per tensor, as FREE-Merging's released code does.
-        vectors: what becomes of tensors with fewer than 2 dimensions (norms, biases): `ranked` like all others, kept
-            `whole`, smallest tensors first, as far as half the budget goes, or `none` of them kept.
+        density: fraction d ∈ (0, 1] of the entries to keep.
+        scope: where magnitudes are compared: over the whole `model`, within each `tensor`, or within each `row` (dim 0,
+            as in the released code; tensors with fewer than 2 dimensions are one row).
+        rescale: `none` leaves the entries unchanged; `released` multiplies them by μ = −E|kept|·log10(d) / E|r| per
+            tensor, as FREE-Merging's released code does.
+        vectors: treatment of tensors with fewer than 2 dimensions (norms, biases). `ranked`: like all others. `whole`:
+            kept as a whole, smallest first, within half of the budget. `none`: left out.
         exclude: patterns of names to leave out; batch norm's running statistics by default.
-        metadata: strings to travel with the expert; the density is added.
+        metadata: strings to store with the expert; the density is added.
 
     Returns:
-        The expert. Exactly max(1, round(d·D)) entries for scope `model`, so many per tensor or row otherwise; among
-        equal magnitudes the earlier tensor and position wins.
+        The expert. It has max(1, round(d·D)) entries for scope `model`, and max(1, round(d·n)) of each tensor or row of
+        n entries otherwise. Among equal magnitudes, earlier tensors and positions are kept.
 
     Raises:
-        ValueError: for a density outside (0, 1] or a residual without floating-point entries.
+        ValueError: if an argument is out of range or the residual has no floating-point entries.
     """
     if not 0.0 < density <= 1.0:
         raise ValueError(f"extract: density must be in (0, 1], got {density}")
@@ -104,19 +104,19 @@ def extract_low_rank(
 
     Args:
         residual: tensor name → r of any shape, floating point; usually θ_k − θ_merged.
-        rank: how many directions of each weight; give either this or `density`.
-        density: share d of the D parameters to hold as values. Directions of all weights compete by what they explain
-            per value, σ² / (O + I); a weight's own directions are taken in order.
-        vectors: tensors with fewer than 2 dimensions are kept `whole`, as far as half of a density's budget goes,
-            smallest first, or `none` of them; `ranked` means `whole`, as they have no directions.
+        rank: number of directions per weight; give either this or `density`.
+        density: fraction d of the D parameters to keep as values. Directions of all weights are ranked by the squared
+            norm that they explain per value, σ² / (O + I); those of one weight are taken in order.
+        vectors: treatment of tensors with fewer than 2 dimensions. `whole`: kept as a whole, smallest first, within
+            half of the budget of a density. `none`: left out. `ranked`: the same as `whole`.
         exclude: patterns of names to leave out; batch norm's running statistics by default.
-        metadata: strings to travel with the expert; rank or density is added.
+        metadata: strings to store with the expert; the rank or density is added.
 
     Returns:
-        The expert. A weight whose factors would hold no fewer values than itself is kept whole instead.
+        The expert. A weight whose factors would have as many values as the weight itself is kept as a whole.
 
     Raises:
-        ValueError: if not exactly one of rank and density is given, or is out of range.
+        ValueError: if not exactly one of `rank` and `density` is given, or an argument is out of range.
     """
     if (rank is None) == (density is None):
         raise ValueError("extract_low_rank: give either `rank` or `density`")
@@ -135,7 +135,7 @@ def extract_low_rank(
     if rank is not None:
         ranks = {name: min(rank, len(spectrum[1])) for name, spectrum in spectra.items()}
     else:
-        assert budget is not None  # there is a density instead
+        assert budget is not None  # because a density is given
         ranks = _allocated_ranks(spectra, budget - sum(floating[name].numel() for name in kept_whole))
     left, right, whole = {}, {}, {name: floating[name].float() for name in kept_whole}
     for name, r in ranks.items():
@@ -151,6 +151,7 @@ def extract_low_rank(
 
 
 def _floating(residual: Mapping[str, Tensor], exclude: Sequence[str] | None) -> dict[str, Tensor]:
+    """The floating-point tensors that an expert may change, tied ones once."""
     tensors = {
         name: residual[name].detach()
         for name in select(residual, None, exclude)
@@ -158,12 +159,12 @@ def _floating(residual: Mapping[str, Tensor], exclude: Sequence[str] | None) -> 
     }
     if not tensors:
         raise ValueError("extract: the residual has no floating-point entries")
-    tied = find_tied(tensors)  # a tensor under two names is changed once, and counts once
+    tied = find_tied(tensors)  # a tensor with two names is changed once and counted once
     return {name: tensor for name, tensor in tensors.items() if name not in tied}
 
 
 def _whole_vectors(tensors: Mapping[str, Tensor], vectors: Vectors, budget: int | None) -> list[str]:
-    """Names of the tensors below 2 dimensions to keep whole: smallest first, within half the budget."""
+    """Names of the tensors with fewer than 2 dimensions to keep whole: smallest first, within half the budget."""
     if vectors not in ("whole", "ranked", "none"):
         raise ValueError(f"extract: vectors must be 'whole', 'ranked' or 'none', got {vectors!r}")
     if vectors != "whole":
@@ -179,16 +180,16 @@ def _whole_vectors(tensors: Mapping[str, Tensor], vectors: Vectors, budget: int 
 
 
 def _top_of_model(tensors: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
-    """Positions of the `count` largest magnitudes of all tensors together, by tensor; empty ones are left out."""
+    """Tensor name → flat positions of the `count` largest magnitudes of all tensors, without empty entries."""
     if count <= 0:
         return {}
     total = sum(tensor.numel() for tensor in tensors.values())
     stride = total >> 17 | 1
     sample = torch.cat([tensor.reshape(-1)[::stride].float().abs() for tensor in tensors.values()])
 
-    def scan(see: Callable[[Tensor], None]) -> None:
+    def scan(visit: Callable[[Tensor], None]) -> None:
         for tensor in tensors.values():
-            see(tensor.reshape(1, -1).float().abs())
+            visit(tensor.reshape(1, -1).float().abs())
 
     threshold = float(order_statistics(scan, [total - count], (1, total), sample[None]))
     above = {name: (tensor.float().abs() > threshold).reshape(-1) for name, tensor in tensors.items()}
@@ -205,26 +206,27 @@ def _top_of_model(tensors: Mapping[str, Tensor], count: int) -> dict[str, Tensor
 
 
 def _rows(tensor: Tensor, scope: Scope) -> Tensor:
+    """A tensor as rows (R, n), in each of which magnitudes are compared."""
     return tensor.reshape(tensor.shape[0], -1) if scope == "row" and tensor.dim() >= 2 else tensor.reshape(1, -1)
 
 
 def _top_of_rows(rows: Tensor, density: float) -> Tensor:
     """(R, n) → ascending flat positions of each row's top entries."""
     count = max(1, round(density * rows.shape[1]))
-    # A stable sort of whole rows: among equals the earlier position wins.
+    # The stable sort keeps the earlier of equal magnitudes, which `topk` does not guarantee.
     top = rows.sort(dim=1, descending=True, stable=True).indices[:, :count]
     starts = torch.arange(len(rows), device=rows.device)[:, None] * rows.shape[1]
     return (top + starts).reshape(-1).sort().values
 
 
 def _released_factor(kept: Tensor, whole: Tensor, density: float) -> float:
-    """μ = −E|kept|·log10(d) / E|whole|; 1 for a tensor of zeros, whose kept entries are zero anyway."""
+    """μ = −E|kept|·log10(d) / E|whole|; 1 for a tensor of zeros."""
     mean = whole.float().abs().mean().item()
     return -kept.abs().mean().item() * math.log10(density) / mean if mean > 0 else 1.0
 
 
 def _allocated_ranks(spectra: Mapping[str, tuple[Tensor, Tensor, Tensor]], budget: int) -> dict[str, int]:
-    """Ranks within a budget of values: the directions that explain most per value first."""
+    """Weight name → rank, within a budget of values: directions that explain most per value are taken first."""
     gains, costs, owners = [], [], []
     for name, (u, sigma, v) in spectra.items():
         cost = len(u) + v.shape[1]
@@ -233,7 +235,7 @@ def _allocated_ranks(spectra: Mapping[str, tuple[Tensor, Tensor, Tensor]], budge
         owners += [name] * len(sigma)
     ranks = dict.fromkeys(spectra, 0)
     for index in torch.cat(gains).argsort(descending=True, stable=True).tolist() if gains else []:
-        if costs[index] <= budget:  # singular values fall, so a weight's own directions come in order
+        if costs[index] <= budget:  # singular values descend, so the directions of a weight come in order
             budget -= costs[index]
             ranks[owners[index]] += 1
     return ranks

@@ -1,12 +1,13 @@
-"""Expert files: one safetensors file, packed so that the file is small, not only the count of its values.
+"""Expert files: one safetensors file per expert, compressed so that few values also take few bytes.
 
-    layout   deflated JSON: names and shapes, and how many values each part has
-    codes    the values, all parts end to end, as `codec` encodes them, deflated
+    layout   deflated JSON: names, shapes and the number of values of each part
+    codes    the values of all parts, concatenated, encoded by `codec` and deflated
     scales   float32, one per part
-    gaps     the positions of a sparse expert, deflated;  masks  the bits of a masked one
+    gaps     the positions of a sparse expert, deflated
+    masks    the bits of a masked expert, deflated
 
-The file's metadata say what it is, how values are encoded, and what the expert's own metadata say: task, density, and
-the hashes of the base and of the merged backbone that it belongs to.
+The file's metadata hold the kind of expert, the encoding of its values and the expert's own metadata: its task, its
+density, and the hashes of the base and of the merged backbone that it was made for.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ from freemerge.checkpoints import CheckpointError, expand, hash_tensors, save_ch
 from freemerge.experts.base import Expert, class_path, expert_class, kind_of
 from freemerge.experts.codec import Encoding, decode_values, deflate, encode_values, inflate
 
-FORMAT = "freemerge-expert-2"  # in the metadata as `kind`, with the kind of expert; "format" is safetensors' own
-_CLASS = "expert.class"  # in the metadata of experts whose class is not freemerge's own
+FORMAT = "freemerge-expert-2"  # in the metadata as `kind`, followed by the kind of expert
+_CLASS = "expert.class"  # the metadata's key for the path of a class from outside freemerge
 _DTYPES = {"int4": torch.int8, "int8": torch.int8, "bf16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -33,16 +34,16 @@ def save_expert(path: str | Path, expert: Expert, values: Encoding | None = None
     """Write an expert to a safetensors file, atomically.
 
     Args:
-        path: the file to write; its folder is made if need be.
-        expert: the expert; its metadata go into the file's.
-        values: how values are stored: `int8` or `int4` with a scale per tensor, `bf16` or `float32`. If not given, as
-            in the file the expert came from, else `int8`.
+        path: the file to write; its folder is created if it is missing.
+        expert: the expert; its metadata become part of the file's.
+        values: encoding of the values: `int8` or `int4` with a scale per part, `bf16` or `float32`. By default the
+            encoding of the file that the expert came from, otherwise `int8`.
 
     Returns:
         The path.
 
     Raises:
-        ValueError: if the expert's class has no `KIND` of its own.
+        ValueError: if the expert's class has no `KIND` of its own, or its values are not finite.
     """
     kind = f"{FORMAT}-{kind_of(type(expert))}"
     encoding = values or expert.metadata.get("values", "int8")
@@ -50,7 +51,7 @@ def save_expert(path: str | Path, expert: Expert, values: Encoding | None = None
     codes, scales = encode_values(list(parts.values()), encoding)
     plain, arrays = expert.structure()
     plain["parts"] = [[name, part.numel()] for name, part in parts.items()]
-    plain |= {"kind": kind, "values": encoding}  # here, too: who saves the file again may leave the metadata out
+    plain |= {"kind": kind, "values": encoding}  # also here: other tools may save the file without its metadata
     text = json.dumps(plain, separators=(",", ":"), ensure_ascii=False).encode()
     tensors = {
         "codes": deflate(codes.cpu()),
@@ -72,18 +73,22 @@ def load_expert(
     shared: Mapping[str, Tensor] | None = None,
     trust_remote_code: bool = False,
 ) -> Expert:
-    """Read an expert; values come back as float32.
+    """Read an expert.
 
     Args:
         path: a file written by `save_expert`.
-        merged: weights of the merged backbone, or their hash; when given, an expert made for others is refused.
-        base: weights of the base, or their hash; likewise.
-        shared: the tensors that the experts of several tasks share, such as the task vector of masked ones.
-        trust_remote_code: whether the module of a class from outside freemerge, which the file names, may be imported;
-            this runs its code. Not needed where it has been imported.
+        merged: weights of the merged backbone, or their hash; if given, experts made for other weights are refused.
+        base: weights of the base, or their hash; if given, experts made for other weights are refused.
+        shared: tensor name → tensor that the experts of several tasks share, such as the task vector of masked experts.
+        trust_remote_code: whether the module of a class from outside freemerge may be imported, which runs its code.
+            Not needed if it has already been imported.
+
+    Returns:
+        The expert, with float32 values.
 
     Raises:
-        CheckpointError: if the file is missing, damaged, no expert, or belongs to another merged backbone or base.
+        CheckpointError: if the file is missing, damaged, not an expert, was made for another merged backbone or base,
+            names a class that may not or cannot be imported, or needs shared tensors that are not given.
     """
     path = expand(path)
     try:
@@ -102,28 +107,28 @@ def load_expert(
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: no such expert file") from error
     except SafetensorError as error:
-        raise CheckpointError(f"{path}: damaged safetensors file ({error}); make the expert again") from error
+        raise CheckpointError(f"{path}: damaged safetensors file ({error}); create the expert again") from error
     for what, weights in (("merged", merged), ("base", base)):
         if weights is not None:
             check_hash(metadata, what, weights if isinstance(weights, str) else hash_tensors(weights), path)
     try:
         expert = _decode(tensors, metadata)
     except (ValueError, KeyError, RuntimeError) as error:
-        raise CheckpointError(f"{path}: damaged expert file ({error}); make the expert again") from error
+        raise CheckpointError(f"{path}: damaged expert file ({error}); create the expert again") from error
     if expert.SHARES:
         known = {} if shared is None else shared
         lacking = [name for name, shape in expert.shapes.items() if name not in known or known[name].shape != shape]
         if lacking:
             raise CheckpointError(
                 f"{path}: needs the task vector that its tasks share, with tensor {lacking[0]!r} of shape "
-                f"{list(expert.shapes[lacking[0]])}; give it as `shared`"
+                f"{list(expert.shapes[lacking[0]])}; pass it as `shared=`"
             )
         expert = replace(expert, shared=shared)
     return expert
 
 
 def _in_layout(layout: Tensor) -> dict[str, str]:
-    """The kind and the encoding of values, from a file that has been saved again without its metadata."""
+    """The kind and the encoding of the values, for a file that another tool saved without its metadata."""
     try:
         plain = json.loads(inflate(layout, torch.uint8).numpy().tobytes())
         return {name: plain[name] for name in ("kind", "values")}
@@ -132,6 +137,7 @@ def _in_layout(layout: Tensor) -> dict[str, str]:
 
 
 def _decode(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Expert:
+    """The expert of a file's tensors and metadata."""
     plain = json.loads(inflate(tensors["layout"], torch.uint8).numpy().tobytes())
     sizes = dict(plain["parts"])
     codes = inflate(tensors["codes"], _DTYPES[metadata["values"]])
@@ -143,16 +149,26 @@ def _decode(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Exper
         for name, packed in tensors.items()
         if name not in ("layout", "codes", "scales")
     }
-    # What else is there was written by safetensors and by `checkpoints`, whose keys are dotted.
+    # The other keys were written by safetensors and by `checkpoints`, whose keys have dots.
     own = {key: value for key, value in metadata.items() if key not in ("format", "kind") and "." not in key}
     return expert_class(metadata["kind"].removeprefix(f"{FORMAT}-")).restored(plain, arrays, parts, own)
 
 
 def check_hash(metadata: Mapping[str, str], what: str, found: str, path: str | Path) -> None:
-    """Raise a CheckpointError if an expert's metadata name other `merged` or `base` weights than those of this hash."""
+    """Check that an expert was made for the weights with a given hash.
+
+    Args:
+        metadata: the expert's metadata; without a hash in them, every model is accepted.
+        what: `merged` or `base`.
+        found: the hash of the model's weights.
+        path: the expert's file, for the message.
+
+    Raises:
+        CheckpointError: if the hashes differ.
+    """
     expected = metadata.get(f"{what}_hash")
     if expected is not None and expected != found:
         raise CheckpointError(
             f"{path}: this expert belongs to {what} weights {expected[:12]}, the model has {found[:12]}; "
-            f"load it beside the {'merged backbone' if what == 'merged' else 'base'} it was made for"
+            f"load it with the {'merged backbone' if what == 'merged' else 'base'} it was made for"
         )

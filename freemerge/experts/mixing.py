@@ -1,4 +1,4 @@
-"""Weighted sums of experts: what soft routing attaches."""
+"""Weighted sums of experts, which soft routing uses."""
 
 from __future__ import annotations
 
@@ -8,23 +8,24 @@ from freemerge.experts.base import Expert
 
 
 def mixable(experts: Sequence[Expert]) -> bool:
-    """Whether a sum of these is one expert of the same kind."""
+    """Whether a weighted sum of these experts is again an expert of their kind."""
     kind = type(experts[0])
     return kind.MIXES and all(type(expert) is kind for expert in experts)
 
 
 def mix(experts: Sequence[Expert], weights: Sequence[float]) -> Expert:
-    """Σ w_k · expert_k as one expert: exact, of the same kind.
+    """The exact sum Σ w_k · expert_k as one expert.
 
     Args:
-        experts: all of one kind that mixes, such as sparse or low-rank, for the same model.
+        experts: experts for the same model, all of one kind with `MIXES`, such as sparse or low-rank.
         weights: w_k.
 
     Returns:
-        A sparse expert over the union of the supports, or a low-rank one whose ranks add up.
+        An expert of the same kind: a sparse one on the union of the supports, or a low-rank one whose rank is the sum
+        of the ranks.
 
     Raises:
-        ValueError: no experts, or kinds that do not mix.
+        ValueError: if there are no experts, the numbers of experts and weights differ, or the experts cannot be summed.
     """
     if not experts or len(experts) != len(weights):
         raise ValueError(f"mix: got {len(experts)} experts and {len(weights)} weights")

@@ -1,4 +1,4 @@
-"""Experts in memory as their files have them: a byte or two per value and position, nothing lost."""
+"""Experts in memory in the compact form of their files: one or two bytes per value and position, without loss."""
 
 from __future__ import annotations
 
@@ -15,10 +15,19 @@ from freemerge.experts.codec import ENCODINGS, decode_values, encode_values
 
 
 class PackedExpert:
-    """An expert in few bytes: int8 or bfloat16 values where these are exact, float32 where they are not.
+    """An expert in few bytes: its values in the smallest encoding that represents them exactly.
 
     Args:
         expert: the expert.
+
+    Attributes:
+        kind: the expert's class.
+        shapes: tensor name → shape of each tensor that the expert changes.
+        metadata: strings stored with the expert.
+        codes: (n,), the encoded values of all parts, concatenated.
+        scales: (P,) float32, one per part.
+        arrays: name → uint8 vector that the expert has in addition to its values.
+        sizes: part name → number of values.
     """
 
     def __init__(self, expert: Expert) -> None:
@@ -35,29 +44,30 @@ class PackedExpert:
             ):
                 break
         if encoding != "float32":
-            self.metadata["values"] = encoding  # so that a file of it loses nothing either
+            self.metadata["values"] = encoding  # so that its file is exact too
         self._plain, arrays = expert.structure()
         self.arrays = {name: array.to(self.codes.device) for name, array in arrays.items()}
         self._shared: Mapping[str, Tensor] | None = expert.shared if expert.SHARES else None
 
     def _set_sizes(self, sizes: Mapping[str, int]) -> None:
+        """Set the number of values of each part."""
         self.sizes = dict(sizes)
         ends = accumulate(self.sizes.values())
-        self._ends = dict(zip(self.sizes, enumerate(ends), strict=True))  # name → which part it is, and where it ends
+        self._ends = dict(zip(self.sizes, enumerate(ends), strict=True))  # name → index, end in the codes
 
     # -- as tensors and plain data ------------------------------------------------------------------------------------
 
     def tensors(self) -> dict[str, Tensor]:
-        """The tensors that it consists of, as they are, without what experts of several tasks share."""
+        """The expert's tensors by name, not copied, without those that several tasks share."""
         return {"codes": self.codes, "scales": self.scales, **self.arrays}
 
     @property
     def shared(self) -> Mapping[str, Tensor] | None:
-        """The task vector that experts of several tasks share; None for others."""
+        """Tensor name → tensor that the experts of several tasks share; None for kinds without `SHARES`."""
         return self._shared
 
     def layout(self) -> dict[str, Any]:
-        """Plain data that make it again from its tensors."""
+        """JSON-serialisable data from which, with the tensors, `from_layout` rebuilds the expert."""
         return {
             "kind": kind_of(self.kind),
             "class": class_path(self.kind),
@@ -72,10 +82,15 @@ class PackedExpert:
     def from_layout(
         cls, layout: Mapping[str, Any], tensors: Mapping[str, Tensor], shared: Mapping[str, Tensor] | None = None
     ) -> PackedExpert:
-        """The inverse of `layout` and `tensors`.
+        """Rebuild an expert: the inverse of `layout` and `tensors`.
+
+        Args:
+            layout: the result of `layout`.
+            tensors: the result of `tensors`.
+            shared: the tensors that several tasks share.
 
         Raises:
-            ValueError: if they do not fit each other, or no class of this kind has been imported.
+            ValueError: if the arguments do not match each other, or no class of this kind has been imported.
         """
         packed = cls.__new__(cls)
         packed.kind = expert_class(layout["kind"], layout.get("class"))
@@ -87,13 +102,13 @@ class PackedExpert:
         packed._plain, packed._shared = layout["plain"], shared
         if len(packed.codes) != sum(packed.sizes.values()) or len(packed.scales) != len(packed.sizes):
             raise ValueError(f"{len(packed.codes)} values, {sum(packed.sizes.values())} expected")
-        packed.unpacked()  # raises where positions do not fit
+        packed.unpacked()  # raises if positions do not match
         return packed
 
-    # -- what it is for -----------------------------------------------------------------------------------------------
+    # -- use ----------------------------------------------------------------------------------------------------------
 
     def to(self, device: torch.device) -> PackedExpert:
-        """Move it, in place."""
+        """Move the expert's tensors to a device, in place; returns the expert."""
         self.codes, self.scales = self.codes.to(device), self.scales.to(device)
         self.arrays = {name: array.to(device) for name, array in self.arrays.items()}
         if self._shared is not None:
@@ -102,16 +117,23 @@ class PackedExpert:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes in memory, without what experts of several tasks share."""
+        """Bytes in memory, without the tensors that several tasks share."""
         return sum(x.numel() * x.element_size() for x in (self.codes, self.scales, *self.arrays.values()))
 
     def part(self, name: str) -> Tensor:
-        """The values of one part, (n,) float32, as the unpacked expert has them."""
+        """The values of one part.
+
+        Args:
+            name: name of the part.
+
+        Returns:
+            (n,) float32, the values of the unpacked expert.
+        """
         index, end = self._ends[name]
         return self.codes[end - self.sizes[name] : end].float() * self.scales[index]
 
     def unpacked(self) -> Expert:
-        """The expert as it was given."""
+        """The original expert, with float32 values."""
         values = decode_values(self.codes, self.scales, list(self.sizes.values()))
         parts = dict(zip(self.sizes, values, strict=True))
         expert = self.kind.restored(self._plain, self.arrays, parts, self.metadata)

@@ -1,8 +1,8 @@
-"""Tied weights: one memory that a model knows by several names, of which an expert may have any.
+"""Tied weights: one tensor with several names in a model, any of which an expert may use.
 
-GPT-2's head is its embedding, T5's encoder and decoder share theirs. A checkpoint may list all the names or, as
-transformers writes it, only one. Whatever names an expert has, the memory is changed once, and all who compute with it
-see the change.
+GPT-2's head is its embedding, and T5's encoder and decoder share their embedding. A checkpoint may list all the names
+or, as transformers writes it, only one. Under whichever names an expert has the tensor, it is changed once, and all
+layers that use the tensor see the change.
 """
 
 from __future__ import annotations
@@ -20,17 +20,18 @@ _Expert = TypeVar("_Expert", bound=Expert)
 
 
 def names_of_changes(weights: Mapping[str, Tensor], names: Collection[str]) -> dict[str, str]:
-    """Every name in `weights` whose memory an expert changes → the name by which the expert has that change.
+    """Map the names of a model's tensors that an expert changes to the expert's names for them.
 
     Args:
-        weights: a model's live tensors; tied ones under each of their names.
-        names: which tensors the expert has.
+        weights: name → live tensor of a model; tied ones under each of their names.
+        names: the names of the tensors that the expert changes.
 
     Returns:
-        In the order of `weights`. Of several names for one memory that the expert has, the first in `weights` counts.
+        The model's name → the expert's name, in the order of `weights`. If the expert has one tensor under several
+        names, the first in `weights` is used.
     """
     tied = find_tied(weights)
-    chosen: dict[str, str] = {}  # the first name of a memory → the expert's
+    chosen: dict[str, str] = {}  # the first name of a tensor in the model → the expert's name
     for name in weights:
         if name in names:
             chosen.setdefault(tied.get(name, name), name)
@@ -38,10 +39,17 @@ def names_of_changes(weights: Mapping[str, Tensor], names: Collection[str]) -> d
 
 
 def layers_that_change(module: nn.Module, names: Collection[str]) -> dict[str, str]:
-    """The same of a module's tensors, each layer once: one that has two names in the module is listed by its first.
+    """`names_of_changes` for a module; a layer with two names in the module is listed by its first.
+
+    Args:
+        module: the module.
+        names: the names of the tensors that the expert changes.
+
+    Returns:
+        The module's name → the expert's name.
 
     Raises:
-        ValueError: if the module has no tensor of one of the names.
+        ValueError: if the module has no tensor with one of the names.
     """
     live = module.state_dict(keep_vars=True)
     for name in names:
@@ -55,12 +63,20 @@ def layers_that_change(module: nn.Module, names: Collection[str]) -> dict[str, s
 
 
 def by_first_names(expert: _Expert, weights: Mapping[str, Tensor]) -> _Expert:
-    """The expert with each memory's first name in `weights`, so that experts which call it differently can be added."""
+    """Rename an expert's tensors to their first names in a model, so that experts with other names can be summed.
+
+    Args:
+        expert: the expert.
+        weights: name → live tensor of the model; tied ones under each of their names.
+
+    Returns:
+        The expert, which is the same object if nothing is renamed.
+    """
     tied = find_tied(weights)
     chosen = {own: tied.get(own, own) for own in names_of_changes(weights, expert.shapes).values()}
     if chosen.keys() == expert.shapes.keys() and all(own == first for own, first in chosen.items()):
         return expert
-    tables = {}  # field → the same by the other names: all fields that have something of each tensor, whatever the kind
+    tables = {}  # of every kind of expert, the fields that map tensor names
     for field in fields(expert):
         table = getattr(expert, field.name)
         if isinstance(table, Mapping) and table.keys() <= expert.shapes.keys():

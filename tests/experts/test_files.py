@@ -60,7 +60,7 @@ def test_deflating_loses_nothing(dtype: torch.dtype) -> None:
 
 
 def test_values_that_are_not_finite_are_refused() -> None:
-    with pytest.raises(ValueError, match="must be finite; training it has diverged"):
+    with pytest.raises(ValueError, match="must be finite; its training diverged"):
         encode_values([torch.tensor([1.0, float("nan")])], "int8")
     with pytest.raises(ValueError, match="one of int4, int8, bf16, float32, got 'int2'"):
         encode_values([torch.ones(2)], "int2")

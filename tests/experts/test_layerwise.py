@@ -101,7 +101,7 @@ def test_weights_that_another_module_computes_with_are_reported_and_an_error_res
 
     module = Outer()
     with (
-        pytest.raises(RuntimeError, match="the layer 'inner' never ran by itself"),
+        pytest.raises(RuntimeError, match="the layer 'inner' did not run, so its changed weights were not used"),
         substituted(module, ["inner.weight"], lambda _, weight: weight + 1),
     ):
         module(torch.ones(1, 3))

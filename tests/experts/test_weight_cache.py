@@ -51,7 +51,7 @@ def expected_of(module: nn.Module, expert: Expert, inputs: Tensor) -> Tensor:
 def run(module: nn.Module, packed: list[PackedExpert], inputs: Tensor, kept: WeightCache | None) -> Tensor:
     with torch.no_grad():
         groups = [(expert, 2) for expert in packed]
-        return run_groups(module, module, inputs, groups, one_pass=False, kept=kept)
+        return run_groups(module, module, inputs, groups, one_pass=False, cache=kept)
 
 
 @pytest.mark.parametrize("kind", ["sparse", "low_rank", "masked"])
@@ -65,7 +65,7 @@ def test_passes_give_bit_for_bit_what_they_give_without(kind: str, dtype: torch.
         assert torch.equal(run(module, packed, inputs, kept), without)
         with torch.inference_mode():
             groups = [(expert, 2) for expert in packed]
-            assert torch.equal(run_groups(module, module, inputs, groups, one_pass=False, kept=kept), without)
+            assert torch.equal(run_groups(module, module, inputs, groups, one_pass=False, cache=kept), without)
     parts = [expected_of(module, one.unpacked(), part) for one, part in zip(packed, inputs.split(2), strict=True)]
     assert torch.equal(without, torch.cat(parts))
     assert all(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items())
@@ -161,7 +161,7 @@ def test_nothing_is_kept_while_gradients_are_computed() -> None:
     run(module, [expert], inputs, kept)
     for cache in (kept, None):
         module.zero_grad()
-        run_groups(module, module, inputs, [(expert, 2)], kept=cache).square().sum().backward()
+        run_groups(module, module, inputs, [(expert, 2)], cache=cache).square().sum().backward()
         grads = [parameter.grad.clone() for parameter in module.parameters()]
         if cache is not None:
             found = grads

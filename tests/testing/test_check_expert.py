@@ -93,5 +93,8 @@ def test_what_is_wrong_is_named(kind: type[Expert], message: str) -> None:
 
     with pytest.raises(AssertionError, match=message):
         check_expert(kind, make, fresh_process=False)
-    with pytest.raises(NotImplementedError, match="give it a class method `extract`"):
-        ShiftExpert.extract({})
+
+
+def test_a_kind_without_extraction_says_so() -> None:
+    with pytest.raises(NotImplementedError, match="MaskedExpert does not define how it is extracted"):
+        MaskedExpert.extract({})

@@ -1,1 +1,1 @@
-"""The kinds of experts: one class in a file each."""
+"""The kinds of experts, one class per file."""

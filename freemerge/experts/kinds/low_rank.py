@@ -1,8 +1,8 @@
-"""Low-rank experts: two thin factors per weight, and small tensors whole.
+"""Low-rank experts: two factors of rank r per weight, and whole changes of small tensors.
 
-A weight of shape (O, …) is seen as a matrix (O, I), I being the product of the other dimensions, and r values per row
-and per column change it: W + U·V with U (O, r), V (r, I). No positions need storing. Extracted by singular value
-decomposition, as Twin-Merging compresses its exclusive knowledge (arXiv 2406.15479), they start training like LoRA's.
+A weight of shape (O, …) is treated as a matrix (O, I), where I is the product of the other dimensions, and changed to
+W + U·V with U (O, r) and V (r, I). No positions are stored. The factors come from a singular value decomposition, as in
+Twin-Merging (arXiv 2406.15479), and can then be trained like LoRA's.
 """
 
 from __future__ import annotations
@@ -21,14 +21,17 @@ from freemerge.tensors.differences import working_dtype
 
 @dataclass(frozen=True)
 class LowRankExpert(Expert):
-    """What one task adds to the merged backbone, in few directions.
+    """What one task adds to the merged backbone: W + U·V for weights, a full tensor for others.
 
     Args:
         left: tensor name → U (O, r) float32.
         right: tensor name → V (r, I) float32.
-        whole: name of a tensor changed without factors → what is added to it, (*shape) float32.
-        shapes: tensor name → shape of the whole tensor, for all of these.
-        metadata: strings that travel with the file.
+        whole: name of a tensor that is changed without factors → what is added to it, (*shape) float32.
+        shapes: name → shape, of all tensors in `left` and `whole`.
+        metadata: strings stored with the expert.
+
+    Raises:
+        ValueError: if the names or shapes do not match each other.
     """
 
     left: dict[str, Tensor]
@@ -42,7 +45,7 @@ class LowRankExpert(Expert):
 
     def __post_init__(self) -> None:
         if self.left.keys() != self.right.keys() or self.left.keys() & self.whole.keys():
-            raise ValueError("LowRankExpert: a tensor has both factors, or is whole")
+            raise ValueError("LowRankExpert: each tensor needs both factors, or is whole")
         if self.shapes.keys() != self.left.keys() | self.whole.keys():
             raise ValueError("LowRankExpert: factors, whole tensors and shapes must name the same tensors")
         for name, left in self.left.items():
@@ -110,7 +113,12 @@ class LowRankExpert(Expert):
 
     @classmethod
     def extract(cls, residual: Mapping[str, Tensor], **settings: Any) -> LowRankExpert:
-        """`freemerge.experts.extract_low_rank`, with its settings."""
+        """Extract an expert by `freemerge.experts.extract_low_rank`.
+
+        Args:
+            residual: tensor name → θ_k − θ_merged, (*shape) floating point.
+            **settings: the other arguments of `extract_low_rank`.
+        """
         from freemerge.experts.extraction import extract_low_rank
 
         return extract_low_rank(residual, **settings)
@@ -124,12 +132,12 @@ class LowRankExpert(Expert):
             if all(name in expert.left for expert, _ in own):
                 left[name] = torch.cat([weight * expert.left[name] for expert, weight in own], dim=1)
                 right[name] = torch.cat([expert.right[name] for expert, _ in own])
-            else:  # whole in one expert is whole in the sum
+            else:  # a tensor that is whole in one expert is whole in the sum
                 zero = torch.zeros(shape, device=own[0][0].flat_values().device)
                 whole[name] = sum((weight * expert.added(name, zero) for expert, weight in own), zero)
         return LowRankExpert(left, right, whole, shapes)
 
 
 def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
-    """(O, …) → (O, I)."""
+    """The matrix shape of a weight: (O, …) → (O, I), where I is the product of the other dimensions."""
     return shape[0], math.prod(shape[1:])

@@ -1,7 +1,7 @@
-"""Masked experts: EMR-Merging's way to bring a task back (arXiv 2405.17461), as an expert among experts.
+"""Masked experts: the task-specific masks and rescalers of EMR-Merging (arXiv 2405.17461).
 
-The backbone is the pretrained base; all tasks share the elected task vector τ, kept once, and each has a mask of one
-bit per entry and a rescaler: θ_k = θ_base + λ_k · M_k ⊙ τ.
+The backbone is the pretrained base. All tasks share the elected task vector τ, which is stored once; each task has a
+mask of one bit per entry and a rescaler: θ_k = θ_base + λ_k · M_k ⊙ τ.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from freemerge.tensors.differences import working_dtype
 
 @dataclass(frozen=True)
 class MaskedExpert(Expert):
-    """A task's share of a task vector that all tasks share.
+    """One task's mask and rescaler of the task vector that all tasks share.
 
     Args:
-        masks: tensor name → M_k, one bit per entry, eight to a byte (the first entry in the highest bit), uint8.
+        masks: tensor name → M_k, (⌈n/8⌉,) uint8: one bit per entry, the first entry in the highest bit of a byte.
         rescaler: λ_k, (1,) float32.
-        shared: tensor name → τ, (*shape); the same object for all tasks, kept in a file of its own.
+        shared: tensor name → τ, (*shape); the same object for all tasks, stored in a file of its own.
         shapes: tensor name → shape.
-        metadata: strings that travel with the file.
+        metadata: strings stored with the expert.
     """
 
     masks: dict[str, Tensor]
@@ -73,7 +73,7 @@ class MaskedExpert(Expert):
         parts: Mapping[str, Tensor],
         metadata: Mapping[str, str],
     ) -> MaskedExpert:
-        """Without τ, which `load_expert` adds."""
+        """Rebuild an expert without τ, which `load_expert` adds; see `Expert.restored`."""
         shapes = {name: tuple(shape) for name, shape in plain["layout"]}
         sizes = [(math.prod(shape) + 7) // 8 for shape in shapes.values()]
         if sum(sizes) != len(arrays["masks"]):
@@ -83,16 +83,16 @@ class MaskedExpert(Expert):
 
 
 def emr_experts(vectors: Mapping[str, Mapping[str, Tensor]]) -> tuple[dict[str, Tensor], dict[str, MaskedExpert]]:
-    """EMR-Merging: elect one task vector, then mask and rescale it per task.
+    """EMR-Merging: elect one task vector, then mask and rescale it for each task.
 
     Args:
-        vectors: task → task vector against the base, name → float32 tensor.
+        vectors: task → task vector θ_k − θ_base, tensor name → (*shape) float32.
 
     Returns:
-        τ, to be stored once, and task → expert on the base.
+        τ, tensor name → (*shape) float32, and task → expert for the base.
 
     Raises:
-        MergeError: names or shapes differ.
+        MergeError: if the names or shapes of the task vectors differ.
     """
     shared = merge_task_vectors(list(vectors.values()), EMRMerging())
     experts = {}

@@ -1,7 +1,7 @@
-"""Sparse experts: the few entries of a weight residual that a task needs most.
+"""Sparse experts: the entries of a weight residual with the largest magnitudes.
 
-FREE-Merging (arXiv 2411.16815, section 4.2) calls this M(v, d). An expert knows where they are (the support) and what
-is added there (the values).
+FREE-Merging (arXiv 2411.16815, section 4.2) calls them M(v, d). An expert has positions (its support) and the values
+that are added there.
 """
 
 from __future__ import annotations
@@ -21,13 +21,16 @@ from freemerge.tensors.differences import working_dtype
 
 @dataclass(frozen=True)
 class SparseExpert(Expert):
-    """What one task adds to the merged backbone, at few positions.
+    """What one task adds to the merged backbone at few positions.
 
     Args:
-        indices: tensor name → ascending positions (n,) int64 in the flattened tensor; no empty entries.
+        indices: tensor name → ascending positions (n,) int64 in the flattened tensor, n ≥ 1.
         values: tensor name → what is added there, (n,) float32.
-        shapes: tensor name → shape of the whole tensor.
-        metadata: strings that travel with the file: task, density, hash of the merged backbone it belongs to.
+        shapes: tensor name → shape of the tensor.
+        metadata: strings stored with the expert, such as its task, its density and the hash of the merged backbone.
+
+    Raises:
+        ValueError: if the names or shapes do not match each other.
     """
 
     indices: dict[str, Tensor]
@@ -63,7 +66,7 @@ class SparseExpert(Expert):
     def added(self, name: str, weight: Tensor) -> Tensor:
         flat = weight.reshape(-1)
         index, value = self.indices[name], self.values[name]
-        if weight.dtype == working_dtype(weight.dtype):  # nothing to round; the cheaper way to train
+        if weight.dtype == working_dtype(weight.dtype):  # no rounding needed; cheaper in training
             return flat.index_add(0, index, value.to(weight.dtype)).view(weight.shape)
         return flat.index_copy(0, index, (flat[index].float() + value).to(weight.dtype)).view(weight.shape)
 
@@ -86,7 +89,7 @@ class SparseExpert(Expert):
         shapes = {name: tuple(shape) for name, shape in plain["layout"]}
         positions = decode_positions(arrays["gaps"])
         ends = torch.tensor([math.prod(shape) for shape in shapes.values()], device=positions.device).cumsum(0)
-        # How many positions lie before the end of each tensor: (T,)
+        # number of positions before the end of each tensor, (T,)
         cuts = torch.searchsorted(positions, ends).tolist()
         indices, start = {}, 0
         for (name, shape), end, cut in zip(shapes.items(), ends.tolist(), cuts, strict=True):
@@ -99,7 +102,12 @@ class SparseExpert(Expert):
 
     @classmethod
     def extract(cls, residual: Mapping[str, Tensor], **settings: Any) -> SparseExpert:
-        """`freemerge.experts.extract`, with its settings."""
+        """Extract an expert by `freemerge.experts.extract`.
+
+        Args:
+            residual: tensor name → θ_k − θ_merged, (*shape) floating point.
+            **settings: the other arguments of `extract`.
+        """
         from freemerge.experts.extraction import extract
 
         return extract(residual, **settings)

@@ -1,1 +1,1 @@
-"""How a model computes with experts."""
+"""Forward passes of a model with experts."""

@@ -1,10 +1,10 @@
-"""Run a batch whose groups of samples have experts of their own.
+"""Run a batch in which each group of samples has its own expert.
 
-Low-rank experts run side by side in one pass, where the module allows it (`one_pass`). Other experts run group by
-group, each layer with changed tensors of its own while it computes (`layerwise`); of a small model these are kept for
-the next pass (`kept`). All of this happens in a twin of the module (`twins`), so that the module stays as it is and
-threads compute at the same time. A module that can have no twin is used itself, by one thread at a time; sparse experts
-are then written into its weights and out again (`switch`).
+Low-rank experts run in one pass where the module allows it (`one_pass`). Other experts run group by group, and each
+layer has its changed tensors only while it computes (`layerwise`); the changed tensors of small models are cached for
+the next pass (`weight_cache`). All of this happens in a replica of the module (`replicas`), so the module itself does
+not change and several threads can compute at the same time. A module without a replica is used directly, by one thread
+at a time; sparse experts are then written into its weights and removed again (`switch`).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from freemerge.inputs import Inputs, select
 AnyExpert = Expert | PackedExpert | Mixture
 
 Group = tuple[AnyExpert | None, int]
-"""An expert, or None for the weights as they are, and how many samples have it."""
+"""An expert, or None for the unchanged weights, and the number of samples that use it."""
 
 
 def run_groups(
@@ -39,20 +39,20 @@ def run_groups(
     inputs: Inputs,
     groups: Sequence[Group],
     one_pass: bool = True,
-    kept: WeightCache | None = None,
+    cache: WeightCache | None = None,
 ) -> Tensor:
-    """What a module gives for a batch, each group of samples with an expert added to its weights.
+    """Run a module on a batch, with each group's expert added to the module's weights.
 
     Args:
-        run: inputs (B, …) → (B, …).
-        module: what the experts' names are relative to: a part of `run`, or itself.
-        inputs: B ≥ 1 samples, group by group.
-        groups: experts and numbers of samples, which add up to B.
-        one_pass: whether low-rank experts may run side by side.
-        kept: where packed experts' changed weights are kept for the next pass; they are not if it is left out.
+        run: the module to run, inputs (B, …) → outputs (B, …).
+        module: the module that the experts' tensor names refer to: `run` or a submodule of it.
+        inputs: B ≥ 1 samples, ordered by group.
+        groups: experts and numbers of samples, which sum to B.
+        one_pass: whether low-rank experts may run in one pass.
+        cache: the cache of packed experts' changed weights; None disables caching.
 
     Returns:
-        (B, …).
+        The outputs (B, …).
 
     Raises:
         ValueError: if the module's weights are sharded.
@@ -61,26 +61,28 @@ def run_groups(
     with workspace(run) as own:
         if not own.is_replica and any(expert is not None for expert, _ in groups):
             _check_whole(module)
-        known = _known.setdefault(module, _Known())
+        facts = _facts.setdefault(module, _Facts())
         kinds = {kind_in(expert) for expert, _ in groups if expert is not None}
         may = one_pass and kinds == {LowRankExpert}
-        thin = [(one, count) for one, count in groups if one is None or isinstance(one, (LowRankExpert, PackedExpert))]
+        low_rank = [
+            (one, count) for one, count in groups if one is None or isinstance(one, (LowRankExpert, PackedExpert))
+        ]
         plans = own.plans if own.is_replica else None
-        if may and fits_one_pass_unlocked(own[module], own[run], thin, inputs, known.answers, plans):
-            with in_one_pass_unlocked(own[module], thin, plans):
+        if may and fits_one_pass_unlocked(own[module], own[run], low_rank, inputs, facts.checks, plans):
+            with in_one_pass_unlocked(own[module], low_rank, plans):
                 return own[run](inputs)
         outputs, start = [], 0
         compared: set[str] = set()
         for expert, count in groups:
             part = inputs if len(groups) == 1 else select(inputs, slice(start, start + count))
             start += count
-            if kept is not None and own.is_replica and isinstance(expert, PackedExpert):
+            if cache is not None and own.is_replica and isinstance(expert, PackedExpert):
                 places = places_of(own[module], expert.shapes, own.plans)
-                if (changed := kept.changed(expert, places, compared)) is not None:
+                if (changed := cache.changed(expert, places, compared)) is not None:
                     with bind(places, changed):
                         outputs.append(own[run](part))
                     continue
-            outputs.append(_run_one(own, run, module, part, expert, known))
+            outputs.append(_run_one(own, run, module, part, expert, facts))
     return outputs[0] if len(groups) == 1 else torch.cat(outputs)
 
 
@@ -90,25 +92,25 @@ def kind_in(expert: AnyExpert) -> type:
 
 
 def _check_whole(module: nn.Module) -> None:
-    """Raise a ValueError if a process has only a shard of the weights, as an expert could not be added to them."""
+    """Raise a ValueError if a process has only a shard of the weights, to which an expert cannot be added."""
     for name, part in module.named_modules():
         if any(kind.__name__ in ("FSDPModule", "FullyShardedDataParallel") for kind in type(part).__mro__):
             where = f"at {name!r}" if name else "as a whole"
             raise ValueError(
-                f"the backbone is sharded (FSDP, {where}), and experts are added to whole weights only; compute with a "
-                "model that each process has whole, as under DDP"
+                f"the backbone is sharded (FSDP, {where}), and experts can only be added to whole weights; use a model "
+                "that every process holds completely, as under DDP"
             )
 
 
-class _Known:
-    """What has been found out about a module."""
+class _Facts:
+    """What earlier passes have found out about a module."""
 
     def __init__(self) -> None:
-        self.answers: BatchChecks = {}
-        self.by_parents: frozenset[str] = frozenset()  # layers whose tensors the modules around them compute with
+        self.checks: BatchChecks = {}
+        self.by_parents: frozenset[str] = frozenset()  # layers whose tensors are used by their parent modules
 
 
-_known: WeakKeyDictionary[nn.Module, _Known] = WeakKeyDictionary()
+_facts: WeakKeyDictionary[nn.Module, _Facts] = WeakKeyDictionary()
 
 
 def _run_one(
@@ -117,9 +119,9 @@ def _run_one(
     module: nn.Module,
     inputs: Inputs,
     expert: Expert | PackedExpert | Mixture | None,
-    known: _Known,
+    facts: _Facts,
 ) -> Tensor:
-    """What a module gives with one expert for all."""
+    """Run a module on a batch with one expert for all samples."""
     if expert is None:
         return own[run](inputs)
     expert = expert.unpacked() if isinstance(expert, PackedExpert) else expert
@@ -132,13 +134,13 @@ def _run_one(
         return overflows.watch(expert, name, weight, expert.added(name, weight))
 
     while True:
-        held = known.by_parents
+        by_parents = facts.by_parents
         try:
-            with substituted_unlocked(own[module], expert.shapes, added, held, plans):
+            with substituted_unlocked(own[module], expert.shapes, added, by_parents, plans):
                 outputs = own[run](inputs)
             overflows.check()
             return outputs
-        except UnusedLayers as found:
-            if held.issuperset(found.layers):
+        except UnusedLayers as error:  # try again, with their tensors exchanged while the parents run
+            if by_parents.issuperset(error.layers):
                 raise
-            known.by_parents |= frozenset(found.layers)
+            facts.by_parents |= frozenset(error.layers)

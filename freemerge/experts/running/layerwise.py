@@ -1,9 +1,10 @@
-"""Run a model with other weights, which exist for one layer at a time.
+"""Run a model with changed weights that exist for one layer at a time.
 
-A low-rank or masked expert changes every entry of its tensors. Writing them all would take a second copy of the model
-to come back from; here each layer gets its changed tensors when it begins and drops them when it ends. Its own tensors
-are never written to. For the backward pass a layer's changed tensors are made again instead of kept, so that training
-an expert takes no second copy either.
+A low-rank or masked expert changes every entry of its tensors. Writing them into the model would need a second copy of
+the model to restore; here, each layer gets its changed tensors when its forward pass begins and drops them when it
+ends. The model's own tensors are never written to. For the backward pass, a layer's changed tensors are recomputed
+instead of stored, so training an expert needs no second copy either. `torch.func.functional_call` would need all
+changed tensors at once, which is why this module exists.
 """
 
 from __future__ import annotations
@@ -20,33 +21,33 @@ from freemerge.experts.tied import layers_that_change
 
 
 class UnusedLayers(RuntimeError):
-    """Layers with changed tensors did not run by themselves, though the module around them did.
+    """Layers with changed tensors did not run although their parent module did, so the changes were not used.
 
     Args:
-        layers: their names.
+        layers: names of the layers.
     """
 
     def __init__(self, layers: Collection[str]) -> None:
         self.layers = tuple(layers)
         super().__init__(
-            f"the layer {self.layers[0]!r} never ran by itself, so its changed weights were not used: its parent "
-            "computes with them; use `attached`, which writes them in place"
+            f"the layer {self.layers[0]!r} did not run, so its changed weights were not used: its parent computes with "
+            "its tensors directly; use `attached`, which writes them in place"
         )
 
 
 @contextmanager
 def substituted(module: nn.Module, names: Collection[str], make: Callable[[str, Tensor], Tensor]) -> Iterator[None]:
-    """For the duration of a block, `module` computes with other tensors; gradients flow into what they are made of.
+    """Let a module compute with other tensors for the duration of a block; gradients flow through `make`.
 
     Args:
         module: the module.
-        names: which of its parameters and buffers, as in its state dict; of tied ones, any of their names.
-        make: (name, the module's own tensor) → the tensor to compute with, the same every time.
+        names: names of the parameters and buffers to replace, as in its state dict; any name of tied ones.
+        make: (name, the module's own tensor) → the tensor to use; must return the same values in every call.
 
     Raises:
         ValueError: if there is no such parameter or buffer.
-        UnusedLayers: at the end of the block, if the layer of a tensor did not run though its parent did: the parent
-            computes with its tensors. Of layers that share a tensor, one must have run.
+        UnusedLayers: at the end of the block, if the layer of a tensor did not run although its parent did, because the
+            parent computes with the tensor directly. Of several layers with the same tensor, one must have run.
     """
     with exclusive(module), substituted_unlocked(module, names, make):
         yield
@@ -60,14 +61,18 @@ def substituted_unlocked(
     by_parents: Collection[str] = (),
     plans: dict[Any, Any] | None = None,
 ) -> Iterator[None]:
-    """`substituted` in a module that is the caller's alone.
+    """`substituted` without its lock, for modules to which the caller has exclusive access.
 
     Args:
         module: the module.
-        names: likewise.
-        make: likewise.
-        by_parents: layers whose tensors are exchanged while the module around them runs, as this computes with them.
-        plans: of a twin, whose layers stay as they are: what this keeps for the next time.
+        names: see `substituted`.
+        make: see `substituted`.
+        by_parents: layers whose tensors are exchanged while their parent module runs, because the parent uses them.
+        plans: the replica's `plans`, in which the plan is stored for later calls; None if the module is no replica.
+
+    Raises:
+        ValueError: see `substituted`.
+        UnusedLayers: see `substituted`.
     """
     key = ("layers", tuple(names), frozenset(by_parents))
     plan = None if plans is None else plans.get(key)
@@ -82,20 +87,21 @@ def substituted_unlocked(
     for parent in {place.parent for place in plan if place.parent is not None}:
         handles.append(parent.register_forward_pre_hook(lambda one, _: ran.add(one)))
     for layer in layers:
-        # In a twin before all other hooks, as some make a weight from others; else last, as some bring the weights.
+        # In a replica, before all other hooks, which may compute a weight from others; otherwise after all hooks,
+        # which may load the weights.
         first, body = plans is not None, layer.place.module
         handles.append(body.register_forward_pre_hook(lambda *_, layer=layer: layer.begin(made), prepend=first))
         handles.append(body.register_forward_hook(lambda *_, layer=layer: layer.end(made), always_call=True))
     try:
         if torch.is_grad_enabled():
-            with torch.autograd.graph.saved_tensors_hooks(_remember(made), _recall(make)):
+            with torch.autograd.graph.saved_tensors_hooks(_pack(made), _unpack(make)):
                 yield
         else:
             yield
     finally:
         for handle in handles:
             handle.remove()
-        for layer in layers:  # where a pass was broken off, by Ctrl-C for instance
+        for layer in layers:  # if the pass was interrupted, for instance by Ctrl-C
             layer.end(made)
     used = {tensor.name for layer in layers if layer.ran for tensor in layer.place.tensors}
     idle = [
@@ -110,21 +116,24 @@ def substituted_unlocked(
 
 
 class _Place(NamedTuple):
-    """A layer, and which tensors are exchanged while it runs."""
+    """A layer and the tensors that are exchanged while it runs."""
 
     module: nn.Module
-    parent: nn.Module | None  # the nearest module around it that runs
+    parent: nn.Module | None  # the nearest enclosing module that runs
     tensors: list[_Tensor]
 
 
 class _Tensor(NamedTuple):
-    name: str  # what `make` calls it
-    owner: nn.Module  # the module that has it
-    leaf: str  # what the owner calls it
-    layer: str  # the owner's own name
+    """A tensor to exchange."""
+
+    name: str  # the name that `make` takes
+    owner: nn.Module  # the module that has the tensor
+    leaf: str  # the owner's attribute
+    layer: str  # the owner's name
 
 
 def _plan(module: nn.Module, names: Collection[str], by_parents: Collection[str]) -> list[_Place]:
+    """The layers of the tensors with these names, each with its tensors."""
     places: dict[str, _Place] = {}
     for name, own in layers_that_change(module, names).items():
         layer, _, leaf = name.rpartition(".")
@@ -137,7 +146,7 @@ def _plan(module: nn.Module, names: Collection[str], by_parents: Collection[str]
 
 
 def _runs_with(module: nn.Module, owner: str, by_parents: Collection[str]) -> str:
-    """The module whose run computes with the tensors of a layer: nearly always itself."""
+    """The name of the module whose forward pass uses the tensors of a layer: nearly always the layer itself."""
     if _is_attention_output(module, owner):
         owner = owner.rpartition(".")[0]
     while owner and (owner in by_parents or isinstance(module.get_submodule(owner), _NEVER_RUN)):
@@ -146,7 +155,7 @@ def _runs_with(module: nn.Module, owner: str, by_parents: Collection[str]) -> st
 
 
 def _parent(module: nn.Module, name: str) -> str:
-    """The nearest module around one that runs by itself."""
+    """The name of the nearest enclosing module that has a forward pass."""
     name = name.rpartition(".")[0]
     while name and isinstance(module.get_submodule(name), _NEVER_RUN):
         name = name.rpartition(".")[0]
@@ -157,7 +166,16 @@ _NEVER_RUN = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 
 
 def exchange(owner: nn.Module, leaf: str, tensor: Tensor) -> Tensor:
-    """Put a tensor in the place of a module's own, wherever it has that; returns its own."""
+    """Replace a tensor of a module, wherever the module refers to it.
+
+    Args:
+        owner: the module.
+        leaf: name of its parameter or buffer.
+        tensor: the new tensor.
+
+    Returns:
+        The module's own tensor.
+    """
     home: dict[str, Any] = owner._parameters if leaf in owner._parameters else owner._buffers
     own = home[leaf]
     home[leaf] = tensor
@@ -165,45 +183,48 @@ def exchange(owner: nn.Module, leaf: str, tensor: Tensor) -> Tensor:
         for key, value in vars(owner).items():
             if value is own:
                 vars(owner)[key] = tensor
-            elif type(value) in (list, tuple) and any(item is own for item in value):  # as recurrent layers have
+            elif type(value) in (list, tuple) and any(item is own for item in value):  # as in recurrent layers
                 vars(owner)[key] = type(value)(tensor if item is own else item for item in value)
     return own
 
 
+# layers that refer to a tensor only as a parameter or buffer
 _SIMPLE = (nn.Linear, nn.LayerNorm, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.BatchNorm1d, nn.BatchNorm2d, nn.RMSNorm)
 
 
 class _Layer:
-    """The tensors of one layer, exchanged while it runs.
+    """Exchanges the tensors of one layer while it runs.
 
     Args:
-        place: which these are.
-        make: makes the others.
+        place: the layer and its tensors.
+        make: see `substituted`.
     """
 
     def __init__(self, place: _Place, make: Callable[[str, Tensor], Tensor]) -> None:
         self.place, self.make, self.ran = place, make, False
-        self._kept: list[tuple[nn.Module, str, Tensor, Tensor]] = []
+        self._exchanged: list[tuple[nn.Module, str, Tensor, Tensor]] = []
 
     def begin(self, made: dict[int, tuple[str, Tensor]]) -> None:
+        """Put the changed tensors in place; `made` gets their storage address → (name, own tensor)."""
         self.ran = True
         for name, owner, leaf, _ in self.place.tensors:
             home: dict[str, Any] = owner._parameters if leaf in owner._parameters else owner._buffers
             own = home[leaf]
             changed = self.make(name, own)
-            self._kept.append((owner, leaf, own, changed))
+            self._exchanged.append((owner, leaf, own, changed))
             made[changed.untyped_storage().data_ptr()] = (name, own)
             exchange(owner, leaf, changed)
 
     def end(self, made: dict[int, tuple[str, Tensor]]) -> None:
-        for owner, leaf, own, changed in reversed(self._kept):
-            made.pop(changed.untyped_storage().data_ptr(), None)  # its memory may hold something else from now on
+        """Put the layer's own tensors back."""
+        for owner, leaf, own, changed in reversed(self._exchanged):
+            made.pop(changed.untyped_storage().data_ptr(), None)  # another tensor may get the same address
             exchange(owner, leaf, own)
-        self._kept = []
+        self._exchanged = []
 
 
-def _remember(made: dict[int, tuple[str, Tensor]]) -> Callable[[Tensor], object]:
-    """What autograd keeps of a tensor: of a changed weight, or a view of it, only which one it is."""
+def _pack(made: dict[int, tuple[str, Tensor]]) -> Callable[[Tensor], object]:
+    """A hook for tensors that autograd saves: of a changed weight or a view of it, it stores only which one it is."""
 
     def pack(tensor: Tensor) -> object:
         found = made.get(tensor.untyped_storage().data_ptr())
@@ -214,11 +235,13 @@ def _remember(made: dict[int, tuple[str, Tensor]]) -> Callable[[Tensor], object]
     return pack
 
 
-def _recall(make: Callable[[str, Tensor], Tensor]) -> Callable[[Any], Tensor]:
-    def unpack(kept: Any) -> Tensor:
-        if isinstance(kept, Tensor):
-            return kept
-        name, own, size, stride, offset = kept
+def _unpack(make: Callable[[str, Tensor], Tensor]) -> Callable[[Any], Tensor]:
+    """The inverse hook, which recomputes a changed weight in the backward pass."""
+
+    def unpack(saved: Any) -> Tensor:
+        if isinstance(saved, Tensor):
+            return saved
+        name, own, size, stride, offset = saved
         with torch.no_grad():
             return make(name, own).as_strided(size, stride, offset)
 
@@ -226,6 +249,6 @@ def _recall(make: Callable[[str, Tensor], Tensor]) -> Callable[[Any], Tensor]:
 
 
 def _is_attention_output(module: nn.Module, owner: str) -> bool:
-    """`nn.MultiheadAttention` computes with its output projection's tensors itself."""
+    """Whether a layer is the output projection of `nn.MultiheadAttention`, which uses its tensors directly."""
     parent, _, leaf = owner.rpartition(".")
     return leaf == "out_proj" and isinstance(module.get_submodule(parent), nn.MultiheadAttention)

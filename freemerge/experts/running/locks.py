@@ -1,8 +1,9 @@
-"""Who may change a module in place, and who only reads it.
+"""Locks that separate threads that change a module in place from threads that compute with it.
 
-Computing changes nothing: any number of threads compute with a module at a time, each through a twin of its own
-(`twins`). Whoever writes to the module's own tensors or layers (`attached`, `load_state_dict`, `to`) has it alone. The
-lock is no part of the module: modules are copied and pickled as before.
+A forward pass changes nothing: any number of threads can compute with a module at a time, each in its own replica
+(`replicas`). A thread that writes to the module's tensors or layers (`attached`, `load_state_dict`, `to`) has exclusive
+access. The lock is not an attribute of the module, so modules are copied and pickled as usual. The standard library has
+no lock for many readers or one writer, which is why this one is our own.
 """
 
 from __future__ import annotations
@@ -16,21 +17,24 @@ from torch import nn
 
 
 class ModuleLock:
-    """Many readers or one writer; `with lock:` is for the writer, `with lock.shared():` for readers.
+    """A lock for many readers or one writer: `with lock:` for the writer, `with lock.shared():` for readers.
 
-    A thread that has the lock may take it again in either way, and a waiting writer goes before new readers.
+    A thread that holds the lock may take it again in either way. Waiting writers go before new readers.
+
+    Raises:
+        RuntimeError: if two readers both wait to become the writer, which neither ever could.
     """
 
     def __init__(self) -> None:
         self._changed = Condition(Lock())
-        self._readers: dict[int, int] = {}  # thread → how often it has taken the lock for reading
+        self._readers: dict[int, int] = {}  # thread → how often it holds the lock for reading
         self._writer: int | None = None
-        self._depth = 0  # how often the writer has taken it
-        self._waiting: list[int] = []  # threads that want to write
+        self._depth = 0  # how often the writer holds it
+        self._waiting: list[int] = []  # threads that wait to write
 
     @contextmanager
     def shared(self) -> Iterator[None]:
-        """No thread changes the module while the block runs."""
+        """Hold the lock as a reader: no thread changes the module while the block runs."""
         me = get_ident()
         with self._changed:
             if self._writer != me and me not in self._readers:
@@ -50,7 +54,9 @@ class ModuleLock:
         with self._changed:
             if self._writer != me:
                 if me in self._readers and any(other in self._readers for other in self._waiting):
-                    raise RuntimeError("two threads want to change a module that both compute with; change it outside")
+                    raise RuntimeError(
+                        "two threads that compute with a module both wait to change it; change it outside of the passes"
+                    )
                 self._waiting.append(me)
                 try:
                     self._changed.wait_for(lambda: self._writer is None and not self._readers.keys() - {me})
@@ -73,9 +79,15 @@ _registering = Lock()
 
 
 def exclusive(module: nn.Module) -> ModuleLock:
-    """The lock of a module: `with exclusive(module): …` has the module alone.
+    """The lock of a module: `with exclusive(module): …` has exclusive access to the module.
 
-    A module shares it with all modules that it consists of, and so with every other that has one of these.
+    A module shares its lock with its submodules, and therefore with every other module that contains one of these.
+
+    Args:
+        module: the module.
+
+    Returns:
+        The lock; `exclusive(module).shared()` locks out writers only.
     """
     lock = _locks.get(module)
     if lock is not None:

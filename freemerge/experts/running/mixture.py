@@ -1,4 +1,4 @@
-"""Weighted sums of experts that cannot be one expert: of several kinds, or of a kind that does not mix."""
+"""Weighted sums of experts of different kinds, or of a kind that has no exact sum (`MIXES`)."""
 
 from __future__ import annotations
 
@@ -12,12 +12,16 @@ from freemerge.tensors.differences import working_dtype
 
 
 class Mixture:
-    """Σ w_k · expert_k, for a model to compute with.
+    """Σ w_k · expert_k, evaluated tensor by tensor while a model runs.
 
     Args:
-        experts: of any kinds, unpacked.
+        experts: experts of any kinds, unpacked.
         weights: w_k.
-        live: the model's tensors, tied ones under each of their names.
+        live: name → tensor of the model; tied ones under each of their names.
+
+    Attributes:
+        shapes: tensor name → shape, of all tensors that an expert changes.
+        metadata: the tasks of all experts, for messages.
     """
 
     def __init__(self, experts: Sequence[Expert], weights: Sequence[float], live: Mapping[str, Tensor]) -> None:
@@ -30,10 +34,18 @@ class Mixture:
         self.metadata = {"task": " + ".join(expert.metadata.get("task", "?") for expert in experts)}
 
     def added(self, name: str, weight: Tensor) -> Tensor:
-        """weight + Σ w_k · (what expert k adds to it), formed in float32 and rounded to its dtype once."""
+        """The sum of a weight and Σ w_k · (what expert k adds to it).
+
+        Args:
+            name: the model's name of the tensor, one of `shapes`.
+            weight: (*shape), the merged tensor.
+
+        Returns:
+            A tensor with the shape and dtype of `weight`, formed in float32 and rounded once.
+        """
         wide = weight.to(working_dtype(weight.dtype))
         total = wide
-        for expert, share, names in self._parts:
+        for expert, factor, names in self._parts:
             if name in names:
-                total = total + share * (expert.added(names[name], wide) - wide)
+                total = total + factor * (expert.added(names[name], wide) - wide)
         return total.to(weight.dtype)

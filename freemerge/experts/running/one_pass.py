@@ -1,9 +1,10 @@
-"""One pass over a batch whose samples have low-rank experts of their own.
+"""One pass over a batch in which each group of samples has its own low-rank expert.
 
-(W + U·V)·x is W·x + U·(V·x). A linear layer runs on the whole batch with its weight as it is, and each group of samples
-gets its two thin products on top. Other layers that experts change (norms, embeddings) are small; they run group by
-group with changed tensors, as a linear layer does where one expert's many rows make these less work than the products.
-No weight is ever written to.
+(W + U·V)·x = W·x + U·(V·x): a linear layer runs on the whole batch with its unchanged weight, and each group adds its
+two small products. Other layers that experts change (norms, embeddings) are small and run group by group with changed
+tensors; so does a linear layer if one expert has so many rows that a changed weight is cheaper than the products. No
+weight is ever written to. PEFT's mixed batches (`adapter_names`) do the same for LoRA layers, but need every expert
+unpacked and the model wrapped, which is why this is our own.
 """
 
 from __future__ import annotations
@@ -25,19 +26,22 @@ from freemerge.experts.running.switch import Overflows
 from freemerge.experts.tied import layers_that_change
 from freemerge.inputs import Inputs, batch_size, device_of, select
 
-_SMALL = 1 << 18  # values, 1 MiB in float32
+_SMALL = 1 << 18  # values: 1 MiB in float32
 
 Groups = Sequence[tuple[LowRankExpert | PackedExpert | None, int]]
-"""An expert, or None for the weights as they are, and how many samples have it; they lie in this order."""
+"""An expert, or None for the unchanged weights, and its number of samples, in the order of the batch."""
 
 
 @contextmanager
 def in_one_pass(module: nn.Module, groups: Groups) -> Iterator[None]:
-    """For the duration of a block, `module` computes with an expert for each group of samples.
+    """Let a module compute with one expert per group of samples for the duration of a block.
 
     Args:
-        module: the module, for which `fits_one_pass`.
-        groups: low-rank experts, packed or not, and numbers of samples that add up to the batch.
+        module: the module, for which `fits_one_pass` is true.
+        groups: low-rank experts, packed or not, and numbers of samples, which sum to the batch size.
+
+    Raises:
+        OverflowError: at the end of the block, if a changed weight is too large for float16.
     """
     with exclusive(module), in_one_pass_unlocked(module, groups):
         yield
@@ -45,7 +49,16 @@ def in_one_pass(module: nn.Module, groups: Groups) -> Iterator[None]:
 
 @contextmanager
 def in_one_pass_unlocked(module: nn.Module, groups: Groups, plans: dict[Any, Any] | None = None) -> Iterator[None]:
-    """`in_one_pass` in a module that is the caller's alone; `plans` are a twin's, kept for the next time."""
+    """`in_one_pass` without its lock, for modules to which the caller has exclusive access.
+
+    Args:
+        module: the module.
+        groups: see `in_one_pass`.
+        plans: the replica's `plans`, in which results are stored for later calls; None if the module is no replica.
+
+    Raises:
+        OverflowError: see `in_one_pass`.
+    """
     with ExitStack() as stack:
         changes = [
             (None if expert is None else _Changes.of(module, _unpacked_if_small(expert), plans), count)
@@ -64,23 +77,23 @@ def in_one_pass_unlocked(module: nn.Module, groups: Groups, plans: dict[Any, Any
 
 @torch.no_grad()
 def fits_one_pass(module: nn.Module, run: Callable[[Inputs], Any], groups: Groups, inputs: Inputs) -> bool:
-    """Whether every layer that the experts change sees samples in its first dimension.
+    """Whether the batch is the first dimension in every layer that the experts change.
 
     The module is run with 2 samples and with 3. If an output has 2 rows for 2 samples and 3 for 3, its first dimension
-    is the batch; if it has one row both times, all samples share it. The answer is cached.
+    is the batch; if it has one row both times, all samples share it. The result is cached.
 
     Args:
         module: the module.
-        run: runs it on a batch.
+        run: runs the module on a batch.
         groups: the experts.
-        inputs: a batch to try with.
+        inputs: a batch (B, …) to run on.
     """
     with exclusive(module):
         return fits_one_pass_unlocked(module, run, groups, inputs, _known.setdefault(module, {}))
 
 
 BatchChecks = dict[tuple[frozenset[str], frozenset[str]], bool]
-"""Linear layers and others that experts change → whether these see samples in their first dimension."""
+"""Names of the linear and of the other layers that experts change → whether the batch is their first dimension."""
 
 
 @torch.no_grad()
@@ -92,9 +105,15 @@ def fits_one_pass_unlocked(
     known: BatchChecks,
     plans: dict[Any, Any] | None = None,
 ) -> bool:
-    """`fits_one_pass` in a module that is the caller's alone.
+    """`fits_one_pass` without its lock, for modules to which the caller has exclusive access.
 
-    `known` has the answers so far; `plans` are a twin's, kept for the next time.
+    Args:
+        module: the module.
+        run: see `fits_one_pass`.
+        groups: see `fits_one_pass`.
+        inputs: see `fits_one_pass`.
+        known: cached results of the module, to which the result is added.
+        plans: the replica's `plans`, in which results are stored for later calls; None if the module is no replica.
     """
     changes = [None if expert is None else _Changes.of(module, expert, plans) for expert, _ in groups]
     linear, others = _planned_owners(module, changes, plans)
@@ -112,19 +131,19 @@ _known: WeakKeyDictionary[nn.Module, BatchChecks] = WeakKeyDictionary()
 
 
 def _follows(two: list[int], three: list[int], shared: bool) -> bool:
-    """Whether rows are as many as samples, or, if that is allowed, one for all."""
+    """Whether the numbers of rows equal the numbers of samples, or 1 if `shared` rows are allowed."""
     allowed = {(2, 3), (1, 1)} if shared else {(2, 3)}
     return len(two) == len(three) and allowed.issuperset(zip(two, three, strict=True))
 
 
 class _Layer:
-    """One layer that experts change.
+    """Runs one layer that experts change.
 
     Args:
-        module: the module that it is in.
-        owner: its name there.
-        names: its tensors, and those of layers in it, that are changed.
-        groups: what is changed for how many samples.
+        module: the module that contains the layer.
+        owner: the layer's name.
+        names: names of its tensors, and of its inner layers' tensors, that are changed.
+        groups: changes and their numbers of samples.
     """
 
     def __init__(
@@ -137,7 +156,7 @@ class _Layer:
         self.size = sum(count for _, count in groups)
 
     def run_by_groups(self, *args, **kwargs) -> Tensor:
-        """What the layer makes of each group with changed tensors, (B, …)."""
+        """Run the layer group by group with changed tensors; returns its outputs (B, …)."""
         outputs, start = [], 0
         for changes, count in self.groups:
             part = slice(start, start + count)
@@ -150,7 +169,7 @@ class _Layer:
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
     def run_linear(self, inputs: Tensor) -> Tensor:
-        """(B, …, I) → (B, …, O), in the way that is less work."""
+        """Run a linear layer, (B, …, I) → (B, …, O), by whichever method needs fewer operations."""
         assert isinstance(self.body, nn.Linear)  # see `_owners`
         rows = inputs.numel() // inputs.shape[-1]
         if len(self.groups) == 1 and rows * sum(self.body.weight.shape) > self.body.weight.numel():
@@ -161,18 +180,20 @@ class _Layer:
             start += count
             if changes is not None and self.weight in changes.names:
                 left, right = (factor.to(output.dtype) for factor in changes.factors(self.weight))
-                part.addmm_(own.to(output.dtype) @ right.mT, left.mT)  # in the place of the layer's own
+                part.addmm_(own.to(output.dtype) @ right.mT, left.mT)  # in place
             if changes is not None and self.bias in changes.names:
                 part += changes.whole(self.bias)
         return output
 
     def _cut(self, value: Any, part: slice) -> Any:
+        """The rows of one group, of arguments that have one row per sample."""
         return value[part] if isinstance(value, Tensor) and value.dim() and len(value) == self.size else value
 
 
 @contextmanager
 def _instead_of_forward(body: nn.Module, run: Callable[..., Tensor]) -> Iterator[None]:
-    own = vars(body).get("forward")  # of this very object
+    """Replace a module's `forward` for the duration of a block."""
+    own = vars(body).get("forward")  # the instance's own, if it has one
     body.forward = run
     try:
         yield
@@ -185,24 +206,25 @@ def _instead_of_forward(body: nn.Module, run: Callable[..., Tensor]) -> Iterator
 
 @contextmanager
 def _changed(module: nn.Module, names: Sequence[str], changes: _Changes | None) -> Iterator[None]:
-    kept: list[tuple[nn.Module, str, Tensor]] = []
+    """Replace the named tensors of a module by changed ones for the duration of a block."""
+    originals: list[tuple[nn.Module, str, Tensor]] = []
     try:
         for name in names:
             if changes is not None and name in changes.names:
                 path, _, leaf = name.rpartition(".")
                 owner = module.get_submodule(path)
                 home: dict[str, Any] = owner._parameters if leaf in owner._parameters else owner._buffers
-                kept.append((owner, leaf, exchange(owner, leaf, changes.added(name, home[leaf]))))
+                originals.append((owner, leaf, exchange(owner, leaf, changes.added(name, home[leaf]))))
         yield
     finally:
-        for owner, leaf, own in kept:
+        for owner, leaf, own in originals:
             exchange(owner, leaf, own)
 
 
 def _planned_owners(
     module: nn.Module, changes: Sequence[_Changes | None], plans: dict[Any, Any] | None
 ) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
-    """`_owners`, looked up where the plans have it."""
+    """`_owners`, cached in the plans."""
     key = ("owners", *(None if change is None else change.signature for change in changes))
     if plans is not None and key in plans:
         return plans[key]
@@ -213,9 +235,9 @@ def _planned_owners(
 
 
 def _owners(module: nn.Module, changes: Sequence[_Changes]) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
-    """The layers that experts change with the tensors in them that are changed: linear ones, and others.
+    """Layer name → names of its changed tensors, for linear layers and for others.
 
-    What lies within one of the others runs with it, and is not listed by itself.
+    A layer inside one of the others runs as a part of it and is not listed separately.
     """
     owned: dict[str, list[str]] = {}
     for name in dict.fromkeys(name for change in changes for name in change.names):
@@ -233,32 +255,32 @@ def _owners(module: nn.Module, changes: Sequence[_Changes]) -> tuple[dict[str, l
     others = {owner: list(names) for owner, names in owned.items() if owner not in linear}
     outermost = {owner: names for owner, names in others.items() if not _within(owner, others)}
     for owner, names in owned.items():
-        if around := _within(owner, outermost):
-            outermost[around[0]].extend(names)
+        if enclosing := _within(owner, outermost):
+            outermost[enclosing[0]].extend(names)
     alone = {owner: owned[owner] for owner in owned if owner in linear and not _within(owner, outermost)}
     return alone, outermost
 
 
 def _within(owner: str, others: dict[str, list[str]]) -> list[str]:
-    """Those of the others that a layer lies in."""
+    """Names of the other layers that contain a layer."""
     return [other for other in others if other != owner and (not other or owner.startswith(f"{other}."))]
 
 
 def _unpacked_if_small(expert: LowRankExpert | PackedExpert) -> LowRankExpert | PackedExpert:
-    """A small expert as a whole; of a large one, each tensor is unpacked when its layer runs, and forgotten."""
+    """Unpack a small expert as a whole; a large one is unpacked tensor by tensor while its layers run."""
     if isinstance(expert, PackedExpert) and len(expert.codes) <= _SMALL:
         whole = expert.unpacked()
-        assert isinstance(whole, LowRankExpert)  # others do not run side by side
+        assert isinstance(whole, LowRankExpert)  # other kinds do not run in one pass
         return whole
     return expert
 
 
 class _Changes:
-    """What an expert changes, by the module's names: tied weights under each of theirs.
+    """An expert's changes by the module's tensor names; tied weights have several.
 
     Args:
         expert: the expert.
-        names: the module's name of a tensor → the expert's.
+        names: the module's name of a tensor → the expert's name.
     """
 
     def __init__(self, expert: LowRankExpert | PackedExpert, names: Mapping[str, str]) -> None:
@@ -268,6 +290,7 @@ class _Changes:
     def of(
         cls, module: nn.Module, expert: LowRankExpert | PackedExpert, plans: dict[Any, Any] | None = None
     ) -> _Changes:
+        """An expert's changes of a module; names are cached in the plans."""
         key = ("names", tuple(expert.shapes))
         names = None if plans is None else plans.get(key)
         if names is None:
@@ -278,7 +301,7 @@ class _Changes:
 
     @property
     def signature(self) -> tuple[tuple[str, ...], frozenset[str]]:
-        """Which tensors are changed, and which of them without factors."""
+        """The names of the changed tensors, and of those that are changed without factors."""
         own = self.expert.sizes if isinstance(self.expert, PackedExpert) else self.expert.whole
         return tuple(self.names), frozenset(own).intersection(self.names.values())
 
@@ -293,16 +316,16 @@ class _Changes:
         return expert.left[own], expert.right[own]
 
     def whole(self, name: str) -> Tensor:
-        """What is added to a tensor that is changed without factors."""
+        """What is added to a tensor that is changed without factors, (*shape) float32."""
         return self._one(name).whole[self.names[name]]
 
     def added(self, name: str, weight: Tensor) -> Tensor:
-        """A tensor with its change."""
+        """The changed tensor, (*shape) in the dtype of `weight`."""
         changed = self._one(name).added(self.names[name], weight)
         return self.overflows.watch(self.expert, self.names[name], weight, changed)
 
     def _one(self, name: str) -> LowRankExpert:
-        """The expert as far as it concerns one tensor, unpacked now."""
+        """An expert with the changes of one tensor at least, unpacked."""
         expert, own = self.expert, self.names[name]
         if isinstance(expert, LowRankExpert):
             return expert
@@ -317,7 +340,7 @@ class _Changes:
 def _rows(
     module: nn.Module, run: Callable[[Inputs], Any], owners: Collection[str], inputs: Inputs, count: int
 ) -> dict[str, list[int]]:
-    """The rows of all that goes into layers and comes out when so many samples are run; −1 for what has none."""
+    """Layer name → number of rows of each input and output in a pass with `count` samples; −1 for non-tensors."""
     seen: dict[str, list[int]] = {}
 
     def watch(owner: str) -> Callable[..., None]:

@@ -1,12 +1,13 @@
-"""Twins: modules of the same structure that share every tensor, and in which layers and tensors may be exchanged.
+"""Replicas: modules that share every tensor with an original and in which layers and tensors may be exchanged.
 
-Computing with other weights means that layers find other tensors. Exchanging them in the module itself would change
-what other threads compute and what `state_dict` shows. A twin has module objects of its own, whose parameters, buffers
-and hooks are those of the originals; what happens to its objects stays in the twin. Twins are kept for the next pass.
-One is used again only as long as every attribute of the originals is what it was, and it starts as it was made.
+Computing with changed weights requires that layers refer to other tensors. Exchanging these in the module itself would
+affect other threads and `state_dict`. A replica has its own module objects, which refer to the original's parameters,
+buffers and hooks; changes of its objects do not affect the original. Replicas are reused for later passes as long as
+every attribute of the original modules is unchanged, and are reset to their initial state after each pass.
 
-Some modules cannot have one: what is compiled or scripted runs code that knows the original objects, as does a
-function with one of them in its closure. Such a module is used itself, by one thread at a time.
+Some modules cannot be replicated: compiled or scripted code refers to the original objects, as does a function with one
+of them in its closure. Such a module is used directly, by one thread at a time. `copy.deepcopy` would copy the tensors
+as well, and `torch.nn.parallel.replicate` needs GPUs, which is why this module exists.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ from freemerge.experts.running.locks import exclusive
 
 _PLAIN = (bool, int, float, complex, str, bytes, NoneType, type, torch.dtype, torch.device, torch.Size, Tensor,
           nn.Parameter, BuiltinFunctionType)  # fmt: skip
-_KNOW_THEMSELVES = (
+# classes whose code refers to the original objects
+_NOT_REPLICABLE = (
     "OptimizedModule",
     "ScriptModule",
     "FSDPModule",
@@ -38,55 +40,55 @@ _KNOW_THEMSELVES = (
 
 
 class Workspace:
-    """A module that the caller may exchange layers and tensors in: a twin, or the module itself.
+    """A module in which the caller may exchange layers and tensors: a replica, or the module itself.
 
     Args:
         module: the original.
-        twins: each of its modules and that one's twin; None if it is the module itself.
-        may_be_kept: whether the twin can be kept for the next pass without keeping the original alive.
+        replicas: pairs of an original module and its replica; None if the module itself is used.
+        is_reusable: whether the replica can be stored for later passes without keeping the original alive.
     """
 
     def __init__(
-        self, module: nn.Module, twins: list[tuple[nn.Module, nn.Module]] | None, may_be_kept: bool = False
+        self, module: nn.Module, replicas: list[tuple[nn.Module, nn.Module]] | None, is_reusable: bool = False
     ) -> None:
-        self.may_be_kept = may_be_kept
-        self._of = None if twins is None else {id(part): twin for part, twin in twins}
+        self.is_reusable = is_reusable
+        self._of = None if replicas is None else {id(part): replica for part, replica in replicas}
         self.plans: dict[Any, Any] = {}
-        """What has been found out about the twin, by whoever computes with it."""
-        if twins is not None:
-            self._originals = [_Snapshot(part) for part, _ in twins if part is not module]
+        """Results about the replica's structure that its users cache here."""
+        if replicas is not None:
+            self._originals = [_Snapshot(part) for part, _ in replicas if part is not module]
             self._root = _Snapshot(module, weak=True)
-            # torch's own modules keep nothing of a pass
-            own = (twin for _, twin in twins if not type(twin).__module__.startswith("torch.nn.modules."))
-            self._twins = [_Snapshot(twin) for twin in own]
+            # torch's own modules store nothing during a pass
+            own = (replica for _, replica in replicas if not type(replica).__module__.startswith("torch.nn.modules."))
+            self._replicas = [_Snapshot(replica) for replica in own]
 
     @property
     def is_replica(self) -> bool:
-        """Whether the original stays as it is, whatever happens to this one."""
+        """Whether this is a replica, so that changes do not affect the original."""
         return self._of is not None
 
     def __getitem__(self, part: nn.Module) -> nn.Module:
-        """The counterpart of the original or one of its modules."""
+        """The replica of the original or of one of its submodules; `part` itself if there is no replica."""
         return part if self._of is None else self._of[id(part)]
 
     @property
     def is_current(self) -> bool:
-        """Whether the originals are what they were when the twin was made."""
-        return self._root.holds and all(original.holds for original in self._originals)
+        """Whether the original modules are unchanged since the replica was made."""
+        return self._root.is_current and all(original.is_current for original in self._originals)
 
-    def renew(self) -> None:
-        """Make the twin what it was at first, whatever its modules have kept of a pass."""
-        for twin in self._twins:
-            if not twin.holds:
-                twin.restore()
+    def reset(self) -> None:
+        """Restore the replica's initial state, whatever its modules stored during a pass."""
+        for replica in self._replicas:
+            if not replica.is_current:
+                replica.restore()
 
 
 class _Snapshot:
-    """The attributes of a module at some time.
+    """The attributes of a module at one time.
 
     Args:
         module: the module.
-        weak: not to keep the module alive.
+        weak: whether to refer to the module weakly, so that the snapshot does not keep it alive.
     """
 
     def __init__(self, module: nn.Module, weak: bool = False) -> None:
@@ -96,7 +98,7 @@ class _Snapshot:
         self._keys = list(has)
         inner = [(key, value) for key, value in has.items() if type(value) in (dict, OrderedDict, list)]
         self._empty = [value for key, value in inner if key in _OWN and not value]
-        # Others by what they hold, where it is a tensor, a module or a hook.
+        # containers of tensors, modules or hooks, compared by their items
         self._filled = [
             (value, list(_items(value)), dict(value) if key in _OWN else None)
             for key, value in inner
@@ -104,8 +106,8 @@ class _Snapshot:
         ]
 
     @property
-    def holds(self) -> bool:
-        """Whether all is as it was: the very same objects."""
+    def is_current(self) -> bool:
+        """Whether the module's attributes are still the same objects."""
         module = self._module()
         if module is None:
             return False
@@ -118,7 +120,7 @@ class _Snapshot:
         return True
 
     def restore(self) -> None:
-        """Make it so again."""
+        """Set the module's attributes to those of the snapshot."""
         has = vars(self._module())
         has.clear()
         has.update(zip(self._keys, self._values, strict=True))
@@ -133,54 +135,73 @@ class _Snapshot:
 
 
 def _items(container: dict | list) -> Iterable[Any]:
+    """The values of a dictionary or the items of a list."""
     return container.values() if isinstance(container, dict) else container
 
 
 @contextmanager
 def workspace(module: nn.Module) -> Iterator[Workspace]:
-    """For the duration of a block, a module to exchange layers and tensors in.
+    """Provide a module in which layers and tensors may be exchanged, for the duration of a block.
 
-    The original's tensors are not written to meanwhile. If the module can have a twin, other threads compute with it at
-    the same time; otherwise they wait.
+    Other threads do not write to the module's tensors meanwhile. If the module can be replicated, they can compute with
+    it at the same time; otherwise they wait.
+
+    Args:
+        module: the original.
+
+    Yields:
+        A replica, or the module itself if it cannot be replicated.
     """
     lock = exclusive(module)
     with lock.shared():
-        twin = _spare_replica(module) or make_replica(module)
-        if twin is not None:
-            yield twin
-            if twin.may_be_kept:  # not reached after an error: such a twin is not used again
-                twin.renew()
-                _spare.setdefault(module, []).append(twin)
+        replica = _spare_replica(module) or make_replica(module)
+        if replica is not None:
+            yield replica
+            if replica.is_reusable:  # not reached after an error: such a replica is not used again
+                replica.reset()
+                _spare.setdefault(module, []).append(replica)
             return
     with lock:
         yield Workspace(module, None)
 
 
 _spare: WeakKeyDictionary[nn.Module, list[Workspace]] = WeakKeyDictionary()
-"""Module → its twins that no thread uses now; they do not keep it alive."""
+"""Module → its replicas that no thread is using; they do not keep the module alive."""
 
 
 def _spare_replica(module: nn.Module) -> Workspace | None:
-    twins = _spare.get(module)
-    while twins:
+    """A replica that no thread is using, if there is one that is still valid."""
+    replicas = _spare.get(module)
+    while replicas:
         try:
-            twin = twins.pop()
+            replica = replicas.pop()
         except IndexError:  # another thread was faster
             return None
-        if twin.is_current:
-            return twin
+        if replica.is_current:
+            return replica
     return None
 
 
 def drop_replicas(module: nn.Module) -> None:
-    """To be called when a module's tensors are exchanged, so that the memory of the old ones is given back."""
+    """Discard a module's replicas; call it when the module gets new tensors, to free the memory of the old ones.
+
+    Args:
+        module: the original.
+    """
     _spare.pop(module, None)
 
 
 def make_replica(module: nn.Module) -> Workspace | None:
-    """The twin of a module; None if some part of it knows the original objects."""
+    """Make a replica of a module.
+
+    Args:
+        module: the original.
+
+    Returns:
+        The replica; None if a part of the module refers to the original objects in a way that cannot be replicated.
+    """
     originals = {id(part): part for part in module.modules()}
-    if any(_knows_itself(part) for part in originals.values()):
+    if any(_refers_to_itself(part) for part in originals.values()):
         return None
     parts = {own: object.__new__(type(part)) for own, part in originals.items()}
     mapping = _Mapping(parts, module)
@@ -192,49 +213,57 @@ def make_replica(module: nn.Module) -> Workspace | None:
                     for key, value in vars(part).items()
                 }
             )
-    except _KnowsOriginals:
+    except _NotReplicable:
         return None
-    return Workspace(module, [(part, parts[own]) for own, part in originals.items()], not mapping.met_root)
+    return Workspace(module, [(part, parts[own]) for own, part in originals.items()], not mapping.found_root)
 
 
-_DEPTH = 4  # how far containers and objects in a module's attributes are followed
+_DEPTH = 4  # maximum nesting of containers and objects in a module's attributes that are followed
 
 _OWN = frozenset(
     ("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_hooks_with_kwargs",
      "_forward_hooks_always_called", "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs")
 )  # fmt: skip
-"""What a twin's modules have as dictionaries of their own in any case, so that entries can be exchanged and added."""
+"""Attributes whose dictionaries are always copied for a replica, so that entries can be exchanged and added."""
 
 
-def _knows_itself(part: nn.Module) -> bool:
+def _refers_to_itself(part: nn.Module) -> bool:
+    """Whether a module's code refers to the original objects: compiled, scripted or distributed modules."""
     if getattr(part, "_compiled_call_impl", None) is not None:
         return True
-    return any(kind.__name__ in _KNOW_THEMSELVES for kind in type(part).__mro__)
+    return any(kind.__name__ in _NOT_REPLICABLE for kind in type(part).__mro__)
 
 
-class _KnowsOriginals(Exception):
-    """Something refers to the original modules in a way that cannot be followed."""
+class _NotReplicable(Exception):
+    """An object refers to the original modules in a way that cannot be replicated."""
 
 
 class _Mapping:
-    """From what originals hold to what their twins do.
+    """Maps attribute values of the originals to those of their replicas.
 
     Args:
-        parts: id of an original module → its twin.
-        root: the original that consists of all others.
+        parts: id of an original module → its replica.
+        root: the original that contains all others.
     """
 
     def __init__(self, parts: dict[int, nn.Module], root: nn.Module) -> None:
         self._parts, self._root = parts, root
-        self.met_root = False  # whether something in the originals refers to it
-        self._known: dict[int, tuple[Any, Any]] = {}  # id → what has it, and what that becomes; itself while in work
+        self.found_root = False  # whether an attribute of the originals refers to the root
+        self._known: dict[int, tuple[Any, Any]] = {}  # id → value, its mapped value (itself while in work)
         self._depth = 0
 
     def mapped(self, value: Any, fresh: bool = False) -> Any:
-        """The same with twins instead of originals; the very same object if it holds none, unless it has to be fresh.
+        """A value with replicas in place of originals.
+
+        Args:
+            value: an attribute's value.
+            fresh: whether to copy a dictionary even if it refers to no original.
+
+        Returns:
+            The same object if it refers to no original and `fresh` is false.
 
         Raises:
-            _KnowsOriginals: if it holds one in a place that cannot be exchanged.
+            _NotReplicable: if it refers to an original in a place that cannot be replaced.
         """
         if type(value) in _PLAIN or isinstance(value, (Tensor, type, ModuleType)):
             return value
@@ -250,21 +279,23 @@ class _Mapping:
         return found
 
     def _module(self, module: nn.Module) -> nn.Module:
-        self.met_root |= module is self._root
-        if (twin := self._parts.get(id(module))) is not None:
-            return twin
-        if any(id(part) in self._parts for part in module.modules()):  # something around the original
-            raise _KnowsOriginals
+        """The replica of an original; other modules unchanged."""
+        self.found_root |= module is self._root
+        if (replica := self._parts.get(id(module))) is not None:
+            return replica
+        if any(id(part) in self._parts for part in module.modules()):  # a module that contains an original
+            raise _NotReplicable
         return module
 
     def _container(self, value: Any, fresh: bool) -> Any:
+        """A container, function or other object with replicas in place of originals."""
         if isinstance(value, dict):
             items = {key: self.mapped(item) for key, item in value.items()}
             if not fresh and all(items[key] is item for key, item in value.items()):
                 return value
-            twin = copy.copy(value)
-            twin.update(items)
-            return twin
+            copied = copy.copy(value)
+            copied.update(items)
+            return copied
         if isinstance(value, (list, tuple, set, frozenset)):
             parts = [self.mapped(item) for item in value]
             if all(new is item for new, item in zip(parts, value, strict=True)):
@@ -278,16 +309,17 @@ class _Mapping:
             same = func is value.func and args is value.args and keywords is value.keywords
             return value if same else partial(func, *args, **keywords)
         if isinstance(value, ref):
-            return value if (of := value()) is None or (twin := self.mapped(of)) is of else ref(twin)
-        held = self._names_of(value) if isinstance(value, FunctionType) else getattr(value, "__dict__", {}).values()
-        for item in list(held):
+            return value if (of := value()) is None or (mapped := self.mapped(of)) is of else ref(mapped)
+        is_function = isinstance(value, FunctionType)
+        references = self._references_of(value) if is_function else getattr(value, "__dict__", {}).values()
+        for item in list(references):
             if self.mapped(item) is not item:
-                raise _KnowsOriginals
+                raise _NotReplicable
         return value
 
     @staticmethod
-    def _names_of(function: FunctionType) -> Iterator[Any]:
-        """What a function refers to: in its closure, its defaults, and modules among its globals."""
+    def _references_of(function: FunctionType) -> Iterator[Any]:
+        """The objects that a function refers to: its closure, its defaults, and modules among its globals."""
         for cell in function.__closure__ or ():
             try:
                 yield cell.cell_contents

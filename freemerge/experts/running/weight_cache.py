@@ -1,9 +1,9 @@
-"""Changed weights that are kept for the next pass, as far as a bound allows.
+"""A cache of changed weights for later passes, limited in size.
 
-A small model computes faster than Python exchanges its tensors layer by layer. So an expert's changed tensors are kept
-together, where they fit, and a pass finds them all in their places. They hold as long as the model's own tensors and
-the expert have the values that they were made from. Values are compared once a pass, not versions: what is written
-through `.data` or by other libraries leaves no version behind, and comparing is cheaper than making them.
+Small models compute faster than Python exchanges their tensors layer by layer. If an expert's changed tensors fit, they
+are therefore cached together and put in place before a pass. An entry is valid as long as the model's own tensors and
+the expert have the values that it was computed from. Each pass compares values, not version counters, because writes
+through `.data` or by other libraries do not update the counters; comparing is cheaper than recomputing the tensors.
 """
 
 from __future__ import annotations
@@ -22,39 +22,49 @@ from freemerge.experts.running.layerwise import exchange
 from freemerge.experts.running.switch import Overflows
 from freemerge.experts.tied import layers_that_change
 
-_RECENT = 256  # an expert gives way to others only if it is none of those that the last so many passes were for
+_RECENT = 256  # an entry that was used in the last 256 passes is not evicted
 
 
 class Place(NamedTuple):
-    """Where a module has a tensor that an expert changes."""
+    """The module and attribute that hold a tensor that an expert changes."""
 
-    name: str  # what the expert calls it
+    name: str  # the expert's name of the tensor
     owner: nn.Module
     leaf: str
 
     @property
     def tensor(self) -> Tensor:
-        """What is there now."""
+        """The tensor that the module has there now."""
         owned = self.owner._parameters if self.leaf in self.owner._parameters else self.owner._buffers
         tensor = owned[self.leaf]
-        assert tensor is not None  # an expert changes what is there
+        assert tensor is not None  # the module has the tensors that an expert changes
         return tensor
 
 
-def places_of(twin: nn.Module, names: Mapping[str, Any], plans: dict[Any, Any]) -> list[Place]:
-    """Where a twin has the tensors of these names; `plans` are the twin's, kept for the next time."""
+def places_of(module: nn.Module, names: Mapping[str, Any], plans: dict[Any, Any]) -> list[Place]:
+    """The places of the tensors that an expert changes.
+
+    Args:
+        module: a replica.
+        names: the expert's tensor names.
+        plans: the replica's `plans`, in which the result is stored for later calls.
+    """
     key = ("places", tuple(names))
     if key not in plans:
-        changes = ((name.rpartition("."), own) for name, own in layers_that_change(twin, names).items())
-        plans[key] = [Place(own, twin.get_submodule(layer), leaf) for (layer, _, leaf), own in changes]
+        changes = ((name.rpartition("."), own) for name, own in layers_that_change(module, names).items())
+        plans[key] = [Place(own, module.get_submodule(layer), leaf) for (layer, _, leaf), own in changes]
     return plans[key]
 
 
 @contextmanager
 def bind(places: Sequence[Place], changed: Mapping[str, Tensor]) -> Iterator[None]:
-    """For the duration of a block, a module that is the caller's alone has changed tensors in these places.
+    """Put changed tensors into a workspace for the duration of a block.
 
-    Buffers get copies, as a pass may write to them (batch norm's statistics while training).
+    Buffers are copied, because a pass may write to them (batch norm's statistics in training).
+
+    Args:
+        places: where the workspace has the tensors.
+        changed: the expert's name → the tensor to use.
     """
     copies: dict[str, Tensor] = {}
     own: list[tuple[Place, Tensor]] = []
@@ -74,21 +84,21 @@ def bind(places: Sequence[Place], changed: Mapping[str, Tensor]) -> Iterator[Non
 
 
 class _Entry(NamedTuple):
-    """What is kept for an expert."""
+    """The cached tensors of one expert, and what they were computed from."""
 
     changed: dict[str, Tensor]
-    versions: list[int]  # of these tensors, which must not be written to
-    made_from: list[Tensor]  # copies of the expert's own tensors
+    versions: list[int]  # the tensors' version counters: a tensor that was written to is no longer valid
+    source: list[Tensor]  # copies of the expert's own tensors
     setting: tuple[Any, ...]
 
 
 class WeightCache:
-    """The changed tensors of the experts that a model has computed with, within a bound; threads may share it.
+    """A cache of the changed tensors of experts; threads may share it.
 
-    Copies and pickles of it are empty.
+    Copies and pickles of a cache are empty.
 
     Args:
-        limit: how many bytes are kept at most, with the copies that tell whether they still hold.
+        limit: maximum size in bytes, including the copies that entries are validated against.
     """
 
     def __init__(self, limit: int) -> None:
@@ -100,31 +110,34 @@ class WeightCache:
         return WeightCache, (self.limit,)
 
     def clear(self) -> None:
-        """Keep nothing, until the next pass."""
+        """Remove all entries."""
         with self._lock:
             self._entries: WeakKeyDictionary[PackedExpert, _Entry] = WeakKeyDictionary()
-            self._last: WeakKeyDictionary[PackedExpert, int] = WeakKeyDictionary()  # which pass each was used in
-            self._own: dict[str, Tensor] = {}  # copies of the model's own tensors that these were made from
+            self._last: WeakKeyDictionary[PackedExpert, int] = (
+                WeakKeyDictionary()
+            )  # the last pass that used each expert
+            self._own: dict[str, Tensor] = {}  # copies of the model's own tensors that the entries were computed from
             self._passes = 0
 
     @property
     def num_bytes(self) -> int:
-        """Bytes that are kept now."""
+        """Current size in bytes, including the copies that entries are validated against."""
         with self._lock:
-            entries = [(*entry.changed.values(), *entry.made_from) for entry in self._entries.values()]
+            entries = [(*entry.changed.values(), *entry.source) for entry in self._entries.values()]
             return _bytes_of(self._own.values()) + sum(map(_bytes_of, entries))
 
     def changed(self, expert: PackedExpert, places: Sequence[Place], compared: set[str]) -> dict[str, Tensor] | None:
-        """An expert's changed tensors, made now where they are not kept.
+        """An expert's changed tensors, from the cache or computed now.
 
         Args:
             expert: the expert.
             places: where the model has the tensors that it changes.
-            compared: names of the model's tensors that this batch has compared already; more are added.
+            compared: the expert's names of the model's tensors whose values this batch has already compared; the
+                method adds to it.
 
         Returns:
-            The expert's name of a tensor → the changed one, not to be written to; None if they are not to be kept:
-            because there is no room, or autograd has to know what they are made of.
+            The expert's name → changed tensor, which must not be written to. None if the tensors cannot be cached: they
+            do not fit, or autograd has to differentiate through them.
 
         Raises:
             OverflowError: if a changed weight is too large for the weights' dtype.
@@ -135,7 +148,7 @@ class WeightCache:
         device = next(iter(live.values())).device if live else torch.device("cpu")
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             return None
-        setting, source = _setting(device), _made_from(expert)
+        setting, source = _setting(device), _source(expert)
         with self._lock, torch.inference_mode(False), torch.no_grad():
             if any(name in self._own and not _same(live[name], self._own[name]) for name in live.keys() - compared):
                 self.clear()
@@ -146,7 +159,7 @@ class WeightCache:
             if entry is not None and not (
                 entry.setting == setting
                 and entry.versions == [tensor._version for tensor in entry.changed.values()]
-                and all(map(_same, source, entry.made_from))
+                and all(map(_same, source, entry.source))
             ):
                 entry = None
                 del self._entries[expert]
@@ -159,13 +172,13 @@ class WeightCache:
             return entry.changed
 
     def _make_room(self, live: Mapping[str, Tensor], source: Sequence[Tensor]) -> bool:
-        """Forget the experts whose last pass is the longest ago, until there is room for another; whether there is."""
+        """Evict the least recently used experts until another one fits; returns whether it fits."""
         own = sum(tensor.nbytes for name, tensor in live.items() if name not in self._own)
         needed = _bytes_of(live.values()) + _bytes_of(source) + own
         if needed > self.limit:
             return False
         while self.num_bytes + needed > self.limit:
-            if not self._entries:  # tensors of the model that other experts changed take the room
+            if not self._entries:  # copies of tensors that only evicted experts changed take the space
                 self.clear()
                 return self._make_room(live, source)
             oldest = min(self._entries, key=self._last.__getitem__)
@@ -176,6 +189,7 @@ class WeightCache:
 
 
 def _make(expert: PackedExpert, live: Mapping[str, Tensor], source: Sequence[Tensor], setting: tuple) -> _Entry:
+    """Compute an expert's changed tensors from the model's tensors `live`."""
     unpacked, overflows, changed = expert.unpacked(), Overflows(), {}
     for name, tensor in live.items():
         changed[name] = overflows.watch(expert, name, tensor, unpacked.added(name, tensor))
@@ -184,25 +198,28 @@ def _make(expert: PackedExpert, live: Mapping[str, Tensor], source: Sequence[Ten
     return _Entry(changed, versions, [tensor.detach().clone() for tensor in source], setting)
 
 
-def _made_from(expert: PackedExpert) -> list[Tensor]:
+def _source(expert: PackedExpert) -> list[Tensor]:
+    """The expert's own tensors, which its changed tensors depend on."""
     return [*expert.tensors().values(), *(expert.shared or {}).values()]
 
 
 def _setting(device: torch.device) -> tuple[Any, ...]:
-    """What else decides what a sum is, and on a GPU, where it is ready: work of other streams would not wait for it."""
+    """The state that changed tensors also depend on, with the CUDA stream, because other streams do not wait for it."""
     narrow = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
     stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
     return narrow, stream, torch.get_float32_matmul_precision()
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    """Whether it is a tensor with values of its own, of torch's own class."""
+    """Whether a tensor is an ordinary dense tensor of torch's own class, with values in memory."""
     return type(tensor) in (Tensor, nn.Parameter) and tensor.device.type != "meta" and tensor.layout == torch.strided
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors have the same dtype, device and values."""
     return (one.dtype, one.device) == (other.dtype, other.device) and torch.equal(one, other)
 
 
 def _bytes_of(tensors: Any) -> int:
+    """Total size of tensors in bytes."""
     return sum(tensor.nbytes for tensor in tensors)
