@@ -15,8 +15,8 @@ from freemerge.checkpoints.formats.index import SUFFIX, read_index
 from freemerge.checkpoints.formats.safetensors_files import open_safetensors
 from freemerge.checkpoints.formats.task_files import open_task_file
 from freemerge.checkpoints.formats.torch_files import open_torch
+from freemerge.checkpoints.hub import locate
 from freemerge.checkpoints.memory import from_tensors
-from freemerge.checkpoints.places import expand, snapshot
 from freemerge.errors import CheckpointError
 
 Source = Mapping[str, Tensor] | nn.Module | str | os.PathLike[str]
@@ -37,8 +37,8 @@ def open_checkpoint(source: Source, *, label: str | None = None, prefix: str | N
     Args:
         source: a state dict, a module, a checkpoint that is already open, or a path: a `.safetensors` file (a task file
             among them, see `task_files`), a `torch.save` file (`.pt`, `.pth`, `.bin`, or a Lightning `.ckpt`), a
-            Hugging Face folder (`model.safetensors`, `pytorch_model.bin`, or the index of their shards) or the
-            `models--org--name` of its cache, the folder of
+            Hugging Face folder (`model.safetensors`, `pytorch_model.bin`, or the index of their shards), the
+            `models--org--name` of its cache or an id of the Hub (`org/name`, `org/name@revision`), the folder of
             a distributed checkpoint (`.metadata` and `.distcp` files, as Lightning's ModelParallelStrategy and FSDP
             write it), or that of a LoRA, DoRA or (IA)³ adapter, whose tensors are then differences to a base (see
             `Checkpoint.deltas` and `Checkpoint.on`).
@@ -84,7 +84,7 @@ def _open(source: Source, label: str | None) -> Checkpoint:
     if isinstance(source, Mapping):
         return from_tensors(source, label or "state dict")
     if isinstance(source, (str, os.PathLike)):
-        path = snapshot(expand(source))
+        path = locate(source)
         found, folder = _open_path(path, label or str(source)), path if path.is_dir() else path.parent
         described = any((folder / name).is_file() for name in ("config.json", "adapter_config.json"))
         return found.with_folder(folder) if described else found
@@ -120,7 +120,7 @@ def _open_path(path: Path, label: str) -> Checkpoint:
         hint = f", or give one of the folders inside: {', '.join(inside[:10])}" if inside else ""
         raise CheckpointError(f"{path}: no weights in this folder; expected one of {', '.join(WEIGHT_FILES)}{hint}")
     if not path.exists():
-        raise CheckpointError(f"{path}: does not exist; check the path (a model of the Hub must be downloaded first)")
+        raise CheckpointError(f"{path}: does not exist; check the path")
     if path.name.endswith(SUFFIX):
         index = read_index(path)
         open_shards = open_safetensors if index.shards[0].suffix == ".safetensors" else open_torch

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 from freemerge.errors import CheckpointError
+
+_CACHED = re.compile(r"models--(.+)")
 
 
 def expand(path: str | os.PathLike[str]) -> Path:
@@ -69,3 +72,9 @@ def snapshot(path: Path) -> Path:
         f"{path}: the cache holds {len(kept)} snapshots of this model and refs/main names none of them; give one of "
         f"them, such as {kept[0]}"
     )
+
+
+def cached_id(folder: Path) -> str | None:
+    """The name on the Hub of the model that a folder of the Hub's cache holds; None for any other folder."""
+    names = (found[1] for part in folder.resolve().parts if (found := _CACHED.fullmatch(part)))
+    return next((name.replace("--", "/", 1) for name in names), None)

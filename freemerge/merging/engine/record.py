@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from freemerge.checkpoints import Checkpoint, hash_tensors
+from freemerge.checkpoints.places import cached_id
 from freemerge.merging.engine.plan import Plan
 from freemerge.merging.folders.configuration import to_json
 from freemerge.merging.methods.base import MergeMethod
@@ -102,7 +103,14 @@ def make_files(record: Mapping[str, Any], title: str) -> dict[str, bytes]:
 
 
 def _input(checkpoint: Checkpoint, digest: str | None, left_out: list[str]) -> dict[str, Any]:
-    return {"name": checkpoint.label, "hash": digest, "tensors": len(checkpoint), "left_out": left_out}
+    identity = None if checkpoint.folder is None else cached_id(checkpoint.folder)
+    return {
+        "name": checkpoint.label,
+        **({"hub": identity} if identity else {}),
+        "hash": digest,
+        "tensors": len(checkpoint),
+        "left_out": left_out,
+    }
 
 
 def _version(package: str) -> str:
@@ -125,7 +133,7 @@ def make_adapter_card(record: Mapping[str, Any], title: str) -> str:
     whole = len(record["tensors"]["whole"])
     return f"""---
 library_name: peft
-{_base_line(record)}tags:
+{_base_line([record["base"]])}tags:
 - merge
 - freemerge
 - lora
@@ -159,10 +167,12 @@ The method's parameters are
 """
 
 
-def _base_line(record: Mapping[str, Any]) -> str:
-    """The Hub takes names of its own models, and refuses a card with a path."""
-    identity = record["base"].get("hub")
-    return f"base_model: {json.dumps(identity)}\n" if identity else ""
+def _base_line(models: Sequence[Mapping[str, Any]]) -> str:
+    """The card's `base_model`: names on the Hub only, because the Hub refuses a card with a path."""
+    names = list(dict.fromkeys(model["hub"] for model in models if model.get("hub")))
+    if len(names) == 1:
+        return f"base_model: {json.dumps(names[0])}\n"
+    return "".join(["base_model:\n", *(f"- {json.dumps(name)}\n" for name in names)]) if names else ""
 
 
 def _summary(record: Mapping[str, Any]) -> str:
@@ -175,10 +185,10 @@ def _summary(record: Mapping[str, Any]) -> str:
 
 def _table(record: Mapping[str, Any]) -> str:
     rows = [("base", record["base"]), *(("fine-tuned", model) for model in record["finetuned"])]
-    lines = [
-        f"| {role} | {Path(item['name']).name} | {'`' + item['hash'][:16] + '`' if item['hash'] else 'not hashed'} |"
-        for role, item in rows
-    ]
+    lines = []
+    for role, item in rows:
+        name = item["name"] if item.get("hub") else Path(item["name"]).name
+        lines.append(f"| {role} | {name} | {'`' + item['hash'][:16] + '`' if item['hash'] else 'not hashed'} |")
     return "\n".join(["| | model | SHA-256 of the weights |", "|---|---|---|", *lines])
 
 
@@ -187,7 +197,7 @@ def _card(record: Mapping[str, Any], title: str, loadable: bool) -> str:
     load = f'\n```python\nfrom transformers import AutoModel\n\nmodel = AutoModel.from_pretrained("{title}")\n```\n'
     return f"""---
 {"library_name: transformers" if loadable else "library_name: pytorch"}
-tags:
+{_base_line([record["base"], *record["finetuned"]])}tags:
 - merge
 - freemerge
 ---

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 from freemerge.checkpoints import Checkpoint, open_checkpoint
 from freemerge.checkpoints.companions import Companions, find_companions, top_companions
+from freemerge.checkpoints.hub import locate
 from freemerge.checkpoints.opening import WEIGHT_FILES, Source
-from freemerge.checkpoints.places import expand, snapshot
 
 _NONE = Companions({}, [], [], [])
 
@@ -23,7 +23,7 @@ def look_around(sources: Sequence[Source], checkpoints: Sequence[Checkpoint]) ->
     Raises:
         CheckpointError: a folder cannot be read.
     """
-    paths = [snapshot(expand(source)) if isinstance(source, (str, os.PathLike)) else None for source in sources]
+    paths = [locate(source) if isinstance(source, (str, os.PathLike)) else None for source in sources]
     apart = [path for path in paths if path is not None]
     return [
         _NONE

@@ -12,10 +12,10 @@ from freemerge.checkpoints.checkpoint import Checkpoint
 from freemerge.checkpoints.formats.adapters.config import CONFIG
 from freemerge.checkpoints.formats.adapters.layout import Layout
 from freemerge.checkpoints.json_files import read_object
+from freemerge.checkpoints.places import cached_id
 from freemerge.errors import CheckpointError
 
 _ID = re.compile(r"(?:[A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*")
-_CACHED = re.compile(r"models--(.+)")
 _PLAIN_TASKS = ("CAUSAL_LM", "SEQ_2_SEQ_LM", "FEATURE_EXTRACTION")  # tasks for which PEFT saves no head
 
 
@@ -34,10 +34,7 @@ def find_base_id(base: Checkpoint, models: Sequence[Checkpoint]) -> tuple[str | 
     if len(named) == 1 and None not in named:
         revisions = {found.get("revision") if isinstance(found.get("revision"), str) else None for found in settings}
         return named.pop(), revisions.pop() if len(revisions) == 1 else None
-    for part in base.folder.resolve().parts if base.folder else ():
-        if cached := _CACHED.fullmatch(part):
-            return cached[1].replace("--", "/"), None
-    return None, None
+    return (cached_id(base.folder) if base.folder else None), None
 
 
 def find_origin(base: Checkpoint, models: Sequence[Checkpoint], layout: Layout) -> dict[str, Any]:
