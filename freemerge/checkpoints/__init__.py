@@ -4,6 +4,7 @@ from freemerge.checkpoints.base_hashes import find_prefix, hash_base
 from freemerge.checkpoints.checkpoint import Checkpoint, TensorSpec
 from freemerge.checkpoints.formats.task_files import TaskRecord, read_record, write_task_file
 from freemerge.checkpoints.hashing import hash_tensors
+from freemerge.checkpoints.hub import locate
 from freemerge.checkpoints.memory import find_tied
 from freemerge.checkpoints.opening import load_checkpoint, open_checkpoint
 from freemerge.checkpoints.places import expand, expand_name
@@ -24,6 +25,7 @@ __all__ = [
     "hash_base",
     "hash_tensors",
     "load_checkpoint",
+    "locate",
     "open_checkpoint",
     "read_origin",
     "read_record",

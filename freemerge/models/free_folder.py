@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from freemerge.checkpoints import CheckpointError, expand, hash_tensors, load_checkpoint, save_checkpoint
+from freemerge.checkpoints import CheckpointError, expand, hash_tensors, load_checkpoint, locate, save_checkpoint
 from freemerge.experts import PackedExpert, exclusive, is_registered, kind_of, load_expert, save_expert
 from freemerge.models.backbones.base import Backbone, load_backbone
 from freemerge.models.by_task import TaskModules
@@ -178,7 +178,7 @@ def load_free_model(
     """Load a folder written by `save_free_model`.
 
     Args:
-        directory: the folder.
+        directory: the folder, or the model's name on the Hub (`org/name`, `org/name@revision`).
         backbone: a backbone of the folder's kind, for classes of your own; it gets the folder's weights.
         heads: task → head, for classes of your own; they get the folder's weights.
         router: likewise.
@@ -189,7 +189,7 @@ def load_free_model(
         CheckpointError: if the folder is not a FREE model, its files do not belong together, or it names a class that
             may not or cannot be imported.
     """
-    directory, where = expand(directory), str(directory)
+    directory, where = locate(directory), str(directory)
     description = _read_description(directory)
     passed = backbone is not None
     if backbone is None:

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from freemerge.checkpoints import CheckpointError, open_checkpoint
+from freemerge.models import FreeModel, ModuleBackbone
 
 SERVER = Path(__file__).parent / "hub_server.py"
 ASK = """
@@ -140,6 +141,28 @@ def test_merge_takes_ids_and_brings_the_companions(hub, tmp_path: Path) -> None:
     card = (tmp_path / "merged" / "README.md").read_text()
     assert 'base_model:\n- "org/base"\n- "org/pickled"\ntags:' in card
     assert "| fine-tuned | org/base@v1 |" in card
+
+
+def test_a_free_model_of_the_hub_is_loaded(hub, tmp_path: Path) -> None:
+    root, address = hub
+    backbone = ModuleBackbone(torch.nn.Linear(3, 2), feature_dim=2)
+    FreeModel(backbone, {"a": torch.nn.Linear(2, 5)}).save_pretrained(root / "org/free/main")
+    script = """
+from freemerge.models import FreeModel
+from torch import nn
+from freemerge.models import ModuleBackbone
+model = FreeModel.from_pretrained("org/free", backbone=ModuleBackbone(nn.Linear(3, 2), feature_dim=2))
+print(model.backbone.model.weight.tolist())
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        env=environment(address, tmp_path / "cache"),
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == backbone.model.weight.tolist()
 
 
 def test_a_path_that_exists_is_not_looked_up(tmp_path: Path, monkeypatch) -> None:
