@@ -1,4 +1,4 @@
-"""LightningModules: FineTuner makes task vectors, ExpertTrainer experts, RouterTrainer the router."""
+"""LightningModules: FineTuner trains task vectors, ExpertTrainer trains experts, RouterTrainer trains the router."""
 
 from freemerge.training.adapters import fused_weights, plain_names
 from freemerge.training.distillation import Distillation

@@ -1,4 +1,4 @@
-"""What an expert is for, as a loss: merged + expert should behave like the fine-tuned teacher. No labels are needed."""
+"""The distillation loss of experts: merged + expert should behave like the fine-tuned teacher. It needs no labels."""
 
 from __future__ import annotations
 
@@ -11,17 +11,21 @@ from torch.nn import functional as F
 
 @dataclass(frozen=True)
 class Distillation:
-    """w_f · ‖f_s − f_t‖² / ‖f_t − mean f_t‖² + w_l · T² · KL(softmax(l_t / T) ‖ softmax(l_s / T)).
+    """Loss w_f · ‖f_s − f_t‖² / ‖f_t − mean f_t‖² + w_l · T² · KL(softmax(l_t / T) ‖ softmax(l_s / T)).
 
-    f are features, l logits, of the student (s: merged + expert) and the teacher (t), both through the task's own head.
-    Of a regression, whose l are one number each, the second part is w_l · ‖l_s − l_t‖² / ‖l_t − mean l_t‖². The tokens
-    of a language model are so many samples, whose features are its logits.
+    f are the features and l the logits of the student s (merged + expert) and the teacher t; both use the task's head.
+    The second term is knowledge distillation (Hinton et al., arXiv 1503.02531). For a regression, whose l is one number
+    per sample, it is w_l · ‖l_s − l_t‖² / ‖l_t − mean l_t‖². For a language model, each token is a sample, and its
+    features are its logits.
 
     Args:
         feature_weight: w_f.
         logit_weight: w_l.
-        temperature: T of the softened logits.
-        feature_loss: `mse` as above, or `cosine`: 1 − cos(f_s − mean f_t, f_t − mean f_t), which leaves lengths free.
+        temperature: T.
+        feature_loss: `mse` as above, or `cosine`: 1 − cos(f_s − mean f_t, f_t − mean f_t), which ignores lengths.
+
+    Raises:
+        ValueError: if `feature_loss` is unknown.
     """
 
     PARTS: ClassVar[tuple[str, ...]] = ("loss", "features", "logits", "agreement")
@@ -37,17 +41,17 @@ class Distillation:
             raise ValueError(f"feature_loss must be 'mse' or 'cosine', got {self.feature_loss!r}")
 
     def __call__(self, student: Tensor, teacher: Tensor, head: nn.Module) -> dict[str, Tensor]:
-        """The loss and its parts.
+        """Compute the loss and its terms.
 
         Args:
-            student: features (B, F), or (B, L, F) of a language model's tokens.
+            student: features (B, F), or (B, L, F) for the tokens of a language model.
             teacher: features of the same shape.
-            head: features → logits (B, C); (B, 1) of a regression.
+            head: maps features to logits (B, C), or to (B, 1) for a regression.
 
         Returns:
-            Scalars: `loss`, its parts `features` and `logits` unweighted, and `agreement`, the share of samples that
-            student and teacher put into the same class; of a regression, the share of the teacher's variance that the
-            student gives back, at least 0.
+            Scalars: `loss`; its unweighted terms `features` and `logits`; and `agreement`, the fraction of samples that
+            student and teacher assign to the same class, or for a regression the fraction of the teacher's variance
+            that the student explains, at least 0.
         """
         student, teacher = student.float().flatten(0, -2), teacher.float().flatten(0, -2)
         centre = teacher.mean(dim=0)
@@ -56,12 +60,12 @@ class Distillation:
             feature_loss = (student - teacher).square().mean() / spread
         else:
             feature_loss = (1 - F.cosine_similarity(student - centre, teacher - centre, dim=1)).mean()
-        logit_loss, agreement = self._of_logits(head(student), head(teacher))
+        logit_loss, agreement = self._logit_loss(head(student), head(teacher))
         loss = self.feature_weight * feature_loss + self.logit_weight * logit_loss
         return dict(zip(self.PARTS, (loss, feature_loss.detach(), logit_loss.detach(), agreement), strict=True))
 
-    def _of_logits(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-        """The logits' loss and the agreement, of logits (B, C), or numbers (B, 1)."""
+    def _logit_loss(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss of the logits and the agreement, given logits (B, C) or numbers (B, 1)."""
         if student.shape[1] == 1:
             spread = (teacher - teacher.mean()).square().mean() + 1e-8
             unexplained = (student - teacher).square().mean() / spread

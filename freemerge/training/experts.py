@@ -1,8 +1,8 @@
-"""ExpertTrainer: make merged + expert behave like the fine-tuned teacher.
+"""ExpertTrainer: trains an expert so that merged + expert behaves like the fine-tuned teacher.
 
-What an expert keeps is fixed; only its values train, so the optimizer's memory is proportional to the expert, and the
-student's weights exist one layer at a time. There are no labels: the teacher's features and logits are what the student
-learns from.
+The expert's support (or rank) is fixed and only its values train, so the optimizer's memory is proportional to the
+expert, and the student's weights are materialised one layer at a time. Training needs no labels: the targets are the
+teacher's features and logits.
 """
 
 from __future__ import annotations
@@ -28,29 +28,29 @@ class ExpertTrainer(OptimizedModule):
     The loss is `Distillation`.
 
     Args:
-        backbone: the backbone with the merged weights; frozen here.
-        head: the task's head, shared by teacher and student; frozen.
+        backbone: the backbone with the merged weights; it is frozen.
+        head: the task's head, shared by teacher and student; it is frozen.
         teacher: weights of the task's fine-tuned backbone, named as in `backbone.weights()`; any float dtype.
-        expert: where to start from; its support or ranks stay fixed.
-        optimizer: makes the optimizer of the values; AdamW if not given.
-        schedule: how the learning rate falls over the fit.
-        warmup: share of the steps over which the learning rate rises.
-        encoding: how a file will store the values. With `int4` the student has them rounded like that, and gradients
-            pass the rounding by (straight-through), so that training makes up for it; all others change next to
-            nothing.
-        feature_weight: weight of the features' loss.
-        logit_weight: weight of the logits' loss.
-        temperature: of the softened logits.
+        expert: the initial expert; its support or ranks stay fixed.
+        optimizer: makes the optimizer of the values; None is AdamW.
+        schedule: learning rate schedule after the warm-up.
+        warmup: fraction of the steps over which the learning rate rises.
+        encoding: the encoding of the values in the expert's file. For `int4`, training is quantization-aware: the
+            student uses rounded values, with straight-through gradients. Other encodings change the values too little
+            to matter.
+        feature_weight: weight of the feature loss.
+        logit_weight: weight of the logit loss.
+        temperature: temperature T of the logit loss.
         feature_loss: `mse` or `cosine`.
-        cache_teacher: compute the teacher's features of each input once and keep them: for data without augmentation.
-        mixup: in training each input is blended with another of its batch, which gets a share drawn uniformly from 0 to
-            this; 0 leaves inputs as they are. Teacher and student see the same blend, so that few data go a long way:
-            the student has to match a function, and not only what it does to these (Beyer et al., arXiv 2106.05237).
-            For pixels, not for tokens.
+        cache_teacher: compute the teacher's features of each input only once; for data without augmentation.
+        mixup: in training, each input is blended with another input of its batch, with a fraction drawn uniformly from
+            0 to this value; 0 disables mixup. Teacher and student see the same blend, so the student has to match the
+            teacher's function beyond the training samples, which helps with few data (Beyer et al., arXiv 2106.05237).
+            For images, not for tokens.
 
     Raises:
-        ValueError: an expert for other weights; a loss or share that cannot be; `mixup` with `cache_teacher`, as no
-            blend is seen twice.
+        ValueError: if the expert does not fit the weights, an option is out of range, or `mixup` is combined with
+            `cache_teacher`, because no blend occurs twice.
     """
 
     LOGGED: ClassVar[tuple[str, ...]] = tuple(
@@ -84,7 +84,7 @@ class ExpertTrainer(OptimizedModule):
         objects = ["backbone", "head", "teacher", "expert", "optimizer"]
         self.save_hyperparameters(ignore=[*objects, *(["schedule"] if callable(schedule) else [])])
         check_fits(expert, backbone.weights())
-        self.backbone = backbone.requires_grad_(False).eval()  # by itself, as Lightning keeps the mode that it finds
+        self.backbone = backbone.requires_grad_(False).eval()  # explicitly, because Lightning keeps a module's mode
         self.head = head.requires_grad_(False)
         self.__dict__["teacher"] = Teacher(teacher, cache_teacher)  # outside the module tree
         self.start = expert
@@ -92,31 +92,46 @@ class ExpertTrainer(OptimizedModule):
         self.encoding = encoding
         self.mixup = mixup
         self.distillation = Distillation(feature_weight, logit_weight, temperature, feature_loss)
-        self.strict_loading = False  # checkpoints hold the values alone
+        self.strict_loading = False  # checkpoints contain only the values
 
     @property
     def expert(self) -> Expert:
-        """The expert as trained so far, on the CPU."""
+        """The expert with its current values, on the CPU."""
         return self.start.to("cpu").with_values(self.values.detach().float().cpu())
 
     def on_fit_start(self) -> None:
+        """Move the expert's support and the teacher to the device."""
         self.start = self.start.to(self.device)
         self.teacher.to(self.device)
 
     def train(self, mode: bool = True) -> ExpertTrainer:
-        """The backbone stays in eval mode: dropout and batch statistics belong to neither teacher nor student."""
+        """Set the training mode, but keep the backbone in eval mode: distillation uses no dropout or batch statistics.
+
+        Args:
+            mode: whether to train.
+
+        Returns:
+            The module itself.
+        """
         super().train(mode)
         self.backbone.eval()
         return self
 
     def forward(self, inputs: Inputs) -> Tensor:
-        """Features (B, F) of merged + expert, differentiable in the values."""
-        expert = self.start.with_values(self._stored())
+        """Compute the features of merged + expert, differentiable with respect to the expert's values.
+
+        Args:
+            inputs: a batch.
+
+        Returns:
+            (B, F), or (B, L, V) for a language model.
+        """
+        expert = self.start.with_values(self._rounded_values())
         with substituted(self.backbone.model, expert.shapes, expert.added):
             return self.backbone(inputs)
 
-    def _stored(self) -> Tensor:
-        """The values as a file will give them back, where that matters; with the gradient of the values themselves."""
+    def _rounded_values(self) -> Tensor:
+        """The values, rounded as in the file if the encoding is int4, with straight-through gradients."""
         if self.encoding != "int4":
             return self.values
         with torch.no_grad():
@@ -127,18 +142,33 @@ class ExpertTrainer(OptimizedModule):
 
     def _losses(self, inputs: Inputs) -> dict[str, Tensor]:
         student, teacher = self(inputs), self.teacher(self.backbone, inputs)
-        if student.dim() == 3 and (counts := _tokens_that_count(inputs)) is not None:
-            student, teacher = student[counts], teacher[counts]  # (B, L, V) → (tokens, V)
+        if student.dim() == 3 and (mask := _token_mask(inputs)) is not None:
+            student, teacher = student[mask], teacher[mask]  # (B, L, V) → (tokens, V)
         return self.distillation(student, teacher, self.head)
 
     def training_step(self, batch: tuple[Inputs, Tensor], batch_idx: int) -> Tensor:
-        losses = self._losses(blended(batch[0], self.mixup) if self.mixup else batch[0])
+        """The distillation loss of a batch; logs `train/loss`, `train/features`, `train/logits`, `train/agreement`.
+
+        Args:
+            batch: (inputs, labels); the labels are ignored.
+            batch_idx: ignored.
+
+        Returns:
+            Scalar loss.
+        """
+        losses = self._losses(mixup_batch(batch[0], self.mixup) if self.mixup else batch[0])
         self.log_dict({f"train/{name}": value for name, value in losses.items()}, prog_bar=True)
         return losses["loss"]
 
     def validation_step(self, batch: tuple[Inputs, Tensor], batch_idx: int) -> None:
+        """Log `val/loss`, `val/features`, `val/logits` and `val/agreement`.
+
+        Args:
+            batch: (inputs, labels); the labels are ignored.
+            batch_idx: ignored.
+        """
         losses = self._losses(batch[0])
-        self.see_outputs(losses["loss"])
+        self.record_outputs(losses["loss"])
         self.log_dict(
             {f"val/{name}": value for name, value in losses.items()},
             prog_bar=True,
@@ -148,40 +178,59 @@ class ExpertTrainer(OptimizedModule):
         )
 
     def on_validation_epoch_end(self) -> None:
+        """Raise a NotFiniteError if an output was NaN or infinite."""
         self.check_outputs("validation")
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
+        """Keep only the values and the teacher's cached features.
+
+        Args:
+            checkpoint: Lightning's checkpoint; changed in place.
+        """
         super().on_save_checkpoint(checkpoint)
         checkpoint["state_dict"] = {"values": checkpoint["state_dict"]["values"]}
-        checkpoint["teacher_seen"] = self.teacher.seen()
+        checkpoint["teacher_seen"] = self.teacher.cached()
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
-        self.teacher.load_seen(checkpoint.get("teacher_seen", {}), self.device)
+        """Restore the teacher's cached features.
+
+        Args:
+            checkpoint: Lightning's checkpoint.
+        """
+        self.teacher.load_cached(checkpoint.get("teacher_seen", {}), self.device)
 
 
-def _tokens_that_count(inputs: Inputs) -> Tensor | None:
-    """Where a language model's outputs (B, L, V) are for tokens that are not padding: (B, L) bool; None if all are."""
+def _token_mask(inputs: Inputs) -> Tensor | None:
+    """The positions of a language model's outputs (B, L, V) that are not padding: bool (B, L); None for all."""
     given = named(inputs)
-    if "labels" in given:  # what a decoder writes
+    if "labels" in given:  # an encoder-decoder: the outputs belong to the decoder's tokens
         return given["labels"] != IGNORED
     mask = given.get("attention_mask")
     return None if mask is None else mask.bool()
 
 
 def check_mixup(mixup: float, cache_teacher: bool) -> None:
-    """Raise a ValueError for a share that cannot be, or one whose blends a cache of the teacher would only pile up."""
+    """Check the option `mixup`.
+
+    Args:
+        mixup: the largest fraction of the other input.
+        cache_teacher: whether the teacher's features are cached; blends are never repeated, so a cache would only grow.
+
+    Raises:
+        ValueError: if `mixup` is outside [0, 1], or is combined with `cache_teacher`.
+    """
     if not 0.0 <= mixup <= 1.0:
         raise ValueError(f"mixup must be in [0, 1], got {mixup}")
     if mixup and cache_teacher:
-        raise ValueError("mixup shows the teacher new inputs all the time: set cache_teacher to false, or mixup to 0")
+        raise ValueError("mixup gives the teacher new inputs in every step: set cache_teacher to false, or mixup to 0")
 
 
-def blended(inputs: Inputs, largest: float) -> Tensor:
-    """Each input with a share of the one before it in the batch.
+def mixup_batch(inputs: Inputs, largest: float) -> Tensor:
+    """Blend each input with the preceding input of the batch (mixup, arXiv 1710.09412, without labels).
 
     Args:
         inputs: (B, …) floating point.
-        largest: each input's share of the other is drawn from a uniform distribution between 0 and this.
+        largest: the fraction of the other input is uniform in [0, largest].
 
     Returns:
         (B, …) of the same dtype.
@@ -192,5 +241,5 @@ def blended(inputs: Inputs, largest: float) -> Tensor:
     if not isinstance(inputs, Tensor) or not inputs.is_floating_point():
         found = inputs.dtype if isinstance(inputs, Tensor) else f"a dict of {', '.join(named(inputs))}"
         raise ValueError(f"mixup blends images, one float tensor per batch; these inputs are {found}: set mixup to 0")
-    share = largest * torch.rand(len(inputs), *(1,) * (inputs.dim() - 1), device=inputs.device, dtype=inputs.dtype)
-    return torch.lerp(inputs, inputs.roll(1, dims=0), share)
+    fraction = largest * torch.rand(len(inputs), *(1,) * (inputs.dim() - 1), device=inputs.device, dtype=inputs.dtype)
+    return torch.lerp(inputs, inputs.roll(1, dims=0), fraction)

@@ -1,4 +1,4 @@
-"""FineTuner: one backbone, one task, one head. Its fit makes a task vector."""
+"""FineTuner: fine-tunes one backbone with one head on one task, which gives a task vector."""
 
 from __future__ import annotations
 
@@ -20,34 +20,38 @@ from freemerge.training.objectives import Objective
 from freemerge.training.optimization import OptimizedModule, Schedule
 
 HeadKind = Literal["probe", "linear", "zero_shot"]
-_OBJECTS = ("backbone", "optimizer", "_instantiator", "_class_path")  # the last two are LightningCLI's
+_OBJECTS = ("backbone", "optimizer", "_instantiator", "_class_path")  # LightningCLI adds the last two
 _TASK = "freemerge_task"
-_NO_TASK = 'FineTuner: no head; give `num_classes`, or the data of one task: datamodule=suite["birds"]'
+_NO_TASK = 'FineTuner: there is no head; pass `num_classes`, or the data of one task: datamodule=suite["birds"]'
 
 
 class FineTuner(OptimizedModule):
-    """Fine-tunes a backbone on a task: classification, regression, or language modelling by the model's own head.
+    """Fine-tunes a backbone on a task: classification, regression, or language modelling with the model's own head.
 
-    In a suite one FineTuner is the template: `for_task` makes a fresh one for each task, from the same base weights.
-    In a Trainer of your own, `trainer.fit(tuner, datamodule=suite["birds"])` fits this one itself.
+    In a suite, one FineTuner is the template: `for_task` makes a new one for each task, with the same base weights. In
+    a Trainer of your own, `trainer.fit(tuner, datamodule=suite["birds"])` fits the FineTuner itself.
 
-    A checkpoint says what task it is of: `load_from_checkpoint(path, backbone=…)`.
+    A checkpoint contains the task's kind and number of outputs, so that `load_from_checkpoint(path, backbone=…)` can
+    rebuild the head.
 
     Args:
         backbone: the pretrained backbone.
-        num_classes: number of classes C; a suite's tasks set it themselves, and so does the data module of one task.
-        head: how the head starts and whether it trains: `probe` fits a linear probe on the base's features at fit
-            start and freezes it, so that the task vector holds all that is learnt; `linear` starts at random and
-            trains along; `zero_shot` is made of the class names by the text tower of an `ImageTextBackbone`, and
-            frozen. A `LanguageBackbone` has its own.
-        optimizer: makes the optimizer; AdamW if not given.
-        schedule: how the learning rate falls over the fit.
-        warmup: share of the steps over which the learning rate rises.
-        label_smoothing: of the cross-entropy.
-        peft: fine-tune by an adapter of PEFT, merged into the weights afterwards: `{kind: lora, r: 8, …}`, `{kind:
-            ia3, …}`, or `{class_path: peft.LoraConfig, init_args: {…}}`; null trains all weights.
-        gradient_checkpointing: keep few activations and compute the others again in the backward pass.
-        templates: prompts of a zero-shot head, for tasks that bring none; one `{}` each for the class's name.
+        num_classes: number of classes C; not needed with a suite or the data module of one task.
+        head: kind of head. `probe`: a linear probe, fitted on the base's features at the start of the fit and frozen,
+            so that the task vector contains everything that is learnt. `linear`: a linear layer, initialised at random
+            and trained. `zero_shot`: the text embeddings of the class names, frozen; needs an `ImageTextBackbone`. A
+            `LanguageBackbone` uses the model's own head.
+        optimizer: makes the optimizer; None is AdamW.
+        schedule: learning rate schedule after the warm-up.
+        warmup: fraction of the steps over which the learning rate rises.
+        label_smoothing: label smoothing of the cross-entropy.
+        peft: trains a PEFT adapter and merges it into the weights afterwards: `{kind: lora, r: 8, …}`, `{kind: ia3,
+            …}`, or `{class_path: peft.LoraConfig, init_args: {…}}`; null trains all weights.
+        gradient_checkpointing: save memory by recomputing activations in the backward pass.
+        templates: prompts of a zero-shot head for tasks without their own, with one `{}` for the class name.
+
+    Raises:
+        ValueError: if an option is invalid, or the head does not suit the backbone.
     """
 
     def __init__(
@@ -64,7 +68,7 @@ class FineTuner(OptimizedModule):
         templates: list[str] | None = None,
     ) -> None:
         super().__init__(optimizer, schedule, warmup)
-        # Plain data alone: a checkpoint is read with weights_only. `load_from_checkpoint` is given the rest.
+        # Plain data only, because checkpoints are read with weights_only; objects are passed to `load_from_checkpoint`.
         self.save_hyperparameters(ignore=[*_OBJECTS, *(["schedule"] if callable(schedule) else [])])
         if head not in ("probe", "linear", "zero_shot"):
             raise ValueError(f"FineTuner: head must be 'probe', 'linear' or 'zero_shot', got {head!r}")
@@ -79,7 +83,7 @@ class FineTuner(OptimizedModule):
         self.templates = tuple(templates or ("a photo of a {}.",))
         if gradient_checkpointing:
             backbone.enable_gradient_checkpointing()
-        # In the state dict, so that a resumed fit does not fit its probe again on a half-tuned backbone.
+        # In the state dict, so that a resumed fit does not refit the probe on a partly fine-tuned backbone.
         self.head_ready: Tensor
         self.register_buffer("head_ready", torch.tensor(False))
         self.head: nn.Module | None = None
@@ -90,10 +94,16 @@ class FineTuner(OptimizedModule):
     # -- the task -----------------------------------------------------------------------------------------------------
 
     def for_task(self, task: Task | int) -> FineTuner:
-        """A copy of this module, base weights included, for a task, or a classification with so many classes.
+        """Copy this module, with its base weights, for a task.
+
+        Args:
+            task: the task, or the number of classes of a classification.
+
+        Returns:
+            A new FineTuner with a head for the task.
 
         Raises:
-            ValueError: if the backbone or the head is not for such a task.
+            ValueError: if the backbone or the head does not suit the task.
         """
         tuner = copy.deepcopy(self)
         tuner._set_task(task)
@@ -107,30 +117,39 @@ class FineTuner(OptimizedModule):
         self.head_ready.fill_(head is not None or self.head_kind == "linear")
 
     def _prepare(self, objective: Objective, head: nn.Module) -> None:
-        """Be of a task: have its head and metrics, and the adapter that is to be trained."""
+        """Set the task's head and metrics, and add the adapter if one is configured."""
         self.objective, self.head = objective, head
         if self.peft is not None and not has_adapter(self.backbone.model):
             self.backbone.model = add_adapter(self.backbone.model, self.peft)
         self.metrics = nn.ModuleDict({split: objective.make_metrics() for split in ("val", "test")})
 
     def make_head(self, num_outputs: int) -> nn.Module:
-        """A fresh head, features (B, F) → (B, num_outputs). Override it for heads of your own, with `head: linear`.
+        """Make a new head. Override this method for heads of your own, together with `head: linear`.
 
         Args:
-            num_outputs: classes C; 1 for a regression.
+            num_outputs: number of classes C; 1 for a regression.
+
+        Returns:
+            A module that maps features (B, F) to (B, num_outputs).
         """
         return nn.Linear(self.backbone.feature_dim, num_outputs)
 
     @property
     def makes_own_heads(self) -> bool:
-        """Whether heads are what a subclass makes them, rather than one linear layer or the model's own."""
+        """Whether a subclass overrides `make_head`, so that heads need not be linear layers."""
         return self.head_kind == "linear" and type(self).make_head is not FineTuner.make_head
 
     def objective_of(self, task: Task | int) -> Objective:
-        """What a task, or a classification with so many classes, asks of this backbone.
+        """The loss and metric of a task.
+
+        Args:
+            task: the task, or the number of classes of a classification.
+
+        Returns:
+            The objective.
 
         Raises:
-            ValueError: if the backbone is not for such a task.
+            ValueError: if the backbone does not suit this kind of task.
         """
         objective, who = Objective.of(task, self.label_smoothing), type(self.backbone).__name__
         backbone = self.backbone
@@ -138,24 +157,30 @@ class FineTuner(OptimizedModule):
         if objective.kind not in wanted:
             needed = "LanguageBackbone" if objective.kind in ("seq2seq", "causal_lm") else "TransformersBackbone"
             raise ValueError(
-                f"FineTuner: this {who} is for {' and '.join(sorted(wanted))}, the task is {objective.kind}; "
-                f"it needs a {needed} of that kind"
+                f"FineTuner: this {who} is for {' and '.join(sorted(wanted))}, but the task is {objective.kind}, which "
+                f"needs a {needed} of that kind"
             )
         return objective
 
     def frozen_head(self, task: Task | int) -> nn.Module | None:
-        """The head that needs no fitting: the model's own, or one made of class names; None where it must be fitted.
+        """The task's head, if it needs no fitting.
+
+        Args:
+            task: the task, or the number of classes of a classification.
+
+        Returns:
+            An identity for a language model, which has its own head; a zero-shot head; or None for other heads.
 
         Raises:
-            ValueError: if there are no class names to make it of.
+            ValueError: if a zero-shot head has no class names.
         """
         if isinstance(self.backbone, LanguageBackbone):
             return nn.Identity()
         if self.head_kind != "zero_shot":
             return None
-        assert isinstance(self.backbone, ImageTextBackbone)  # as the constructor requires for such heads
+        assert isinstance(self.backbone, ImageTextBackbone)  # checked in the constructor
         if isinstance(task, int) or task.kind != "classification":
-            raise ValueError("FineTuner: a zero-shot head is made of a classification task's class names")
+            raise ValueError("FineTuner: a zero-shot head needs the class names of a classification task")
         return self.backbone.class_head(task.class_names, task.templates or self.templates)
 
     def _own_objective(self) -> Objective:
@@ -170,49 +195,77 @@ class FineTuner(OptimizedModule):
 
     @property
     def monitor(self) -> str:
-        """What is logged in validation and says how good the model is."""
+        """The name under which validation logs the task's metric, such as `val/acc`."""
         return f"val/{self._own_objective().metric.label}"
 
     @property
     def monitor_mode(self) -> Literal["max", "min"]:
-        """Whether more or less of it is better."""
+        """Whether a higher or a lower value of `monitor` is better."""
         return "max" if self._own_objective().metric.higher_is_better else "min"
 
     def logged(self, task: Task | int) -> tuple[str, ...]:
         """The metrics that a fit on a task logs. Override it in a subclass that logs others.
 
         Args:
-            task: the task, or a number of classes.
+            task: the task, or the number of classes of a classification.
+
+        Returns:
+            Names such as `train/loss` and `val/acc`.
 
         Raises:
-            ValueError: if the backbone is not for such a task.
+            ValueError: if the backbone does not suit this kind of task.
         """
         return ("train/loss", *(f"val/{name}" for name in self.objective_of(task).make_metrics()))
 
-    # -- what comes out -----------------------------------------------------------------------------------------------
+    # -- results ------------------------------------------------------------------------------------------------------
 
     def weights(self) -> dict[str, Tensor]:
-        """The backbone's weights, an adapter merged in, as the merge takes them."""
+        """The backbone's weights for merging, with an adapter merged in.
+
+        Returns:
+            Name → tensor, named as in the backbone's model without adapters.
+        """
         model = self.backbone.model
         return merged_weights(model) if has_adapter(model) else self.backbone.weights()
 
     def save_adapter(self, folder: str | Path) -> bool:
-        """Write the adapter as PEFT does; returns False, and writes nothing, where there is none."""
+        """Write the adapter in PEFT's format.
+
+        Args:
+            folder: the folder to write to.
+
+        Returns:
+            Whether there was an adapter; without one, nothing is written.
+        """
         if not has_adapter(self.backbone.model):
             return False
-        # Whether embeddings were resized is asked of the hub otherwise; they never are here.
-        model: Any = self.backbone.model  # PEFT's
+        # PEFT would ask the hub whether embeddings were resized; here they never are.
+        model: Any = self.backbone.model  # a PeftModel
         model.save_pretrained(str(expand(folder)), save_embedding_layers=False)
         return True
 
     # -- Lightning's hooks --------------------------------------------------------------------------------------------
 
     def forward(self, inputs: Inputs) -> Tensor:
-        """Outputs of a batch: logits (B, C), numbers (B, 1), or a language model's logits (B, L, V)."""
+        """Compute the outputs of a batch.
+
+        Args:
+            inputs: a batch.
+
+        Returns:
+            Logits (B, C), numbers (B, 1) for a regression, or a language model's logits (B, L, V).
+        """
         return self._own_head()(self.backbone(inputs))
 
     def setup(self, stage: str) -> None:
-        """Take the task from the data module, if it has one and no task has been set."""
+        """Take the task from the data module, if it has one and no task has been set.
+
+        Args:
+            stage: ignored.
+
+        Raises:
+            ValueError: if there is neither a task nor a head.
+        """
         data = getattr(self.trainer, "datamodule", None)
         if self.head is None and isinstance(data, TaskData):
             self._set_task(data.task)
@@ -220,7 +273,11 @@ class FineTuner(OptimizedModule):
             raise ValueError(_NO_TASK)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep what the task is, so that `load_from_checkpoint` can make its head."""
+        """Save the task's kind, outputs and metric, so that `load_from_checkpoint` can rebuild the head.
+
+        Args:
+            checkpoint: Lightning's checkpoint; changed in place.
+        """
         super().on_save_checkpoint(checkpoint)
         objective = self._own_objective()
         checkpoint[_TASK] = {
@@ -230,7 +287,11 @@ class FineTuner(OptimizedModule):
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Make the head of the checkpoint's task, where no task has been set."""
+        """Build the head of the checkpoint's task, if no task has been set.
+
+        Args:
+            checkpoint: Lightning's checkpoint.
+        """
         if self.head is not None or _TASK not in checkpoint:
             return
         task = checkpoint[_TASK]
@@ -241,7 +302,7 @@ class FineTuner(OptimizedModule):
         self._own_head().requires_grad_(self.head_kind == "linear")
 
     def on_train_start(self) -> None:
-        """Fit the probe on the base's features of the training data, unless a checkpoint brought the head."""
+        """Fit the probe on the base's features of the training data, unless the head comes from a checkpoint."""
         if self.head_ready:
             return
         features, labels = self._features_for_head()
@@ -250,45 +311,77 @@ class FineTuner(OptimizedModule):
         self.head_ready.fill_(True)
 
     def _features_for_head(self) -> tuple[Tensor, Tensor]:
-        """Features (N, F) and labels (N,) of the training data; of all tasks that share the head, where some do."""
+        """Features (N, F) and labels (N,) of the training data of all tasks that share the head."""
         data = getattr(self.trainer, "datamodule", None)
         head_dataloader = getattr(data, "head_dataloader", None)
         shared = None if head_dataloader is None else head_dataloader()
-        if shared is not None:  # undivided, so every rank may see all of it
+        if shared is not None:  # this loader is not distributed, so every rank reads all of it
             return extract_features(self.backbone, shared, self.device)
         features, labels = extract_features(self.backbone, self.trainer.train_dataloader, self.device)
-        if self.trainer.world_size > 1:  # each rank saw its share: (world, n, …) → (world · n, …)
+        if self.trainer.world_size > 1:  # each rank read a part: (world, n, …) → (world · n, …)
             gathered: list[Any] = [self.all_gather(part.to(self.device)) for part in (features, labels)]
             features, labels = (part.flatten(0, 1) for part in gathered)
         return features, labels
 
     def training_step(self, batch: tuple[Inputs, Tensor], batch_idx: int) -> Tensor:
+        """The loss of a batch; logs `train/loss`.
+
+        Args:
+            batch: (inputs, labels).
+            batch_idx: ignored.
+
+        Returns:
+            Scalar loss.
+        """
         inputs, labels = batch
         loss = self._own_objective().loss(self(inputs), labels)
         self.log("train/loss", loss, prog_bar=True, batch_size=batch_size(inputs))
         return loss
 
     def validation_step(self, batch: tuple[Inputs, Tensor], batch_idx: int) -> None:
+        """Log `val/loss` and the task's metric.
+
+        Args:
+            batch: (inputs, labels).
+            batch_idx: ignored.
+        """
         self._evaluate(batch, "val")
 
     def on_validation_epoch_end(self) -> None:
+        """Raise a NotFiniteError if an output was NaN or infinite."""
         self.check_outputs("validation")
 
     def test_step(self, batch: tuple[Inputs, Tensor], batch_idx: int) -> None:
+        """Log `test/loss` and the task's metric.
+
+        Args:
+            batch: (inputs, labels).
+            batch_idx: ignored.
+        """
         self._evaluate(batch, "test")
 
     def on_test_epoch_end(self) -> None:
+        """Raise a NotFiniteError if an output was NaN or infinite."""
         self.check_outputs("test")
 
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
-        """Outputs of a batch of inputs alone, or of (inputs, labels) as loaders collate them, in a list."""
+        """Compute the outputs of a batch.
+
+        Args:
+            batch: inputs, or a list [inputs, labels] from a loader of labelled samples.
+            batch_idx: ignored.
+            dataloader_idx: ignored.
+
+        Returns:
+            The outputs; see `forward`.
+        """
         return self(batch[0] if isinstance(batch, list) else batch)
 
     def _evaluate(self, batch: tuple[Inputs, Tensor], split: str) -> None:
         inputs, labels = batch
         metrics, objective, outputs = self.metrics[split], self._own_objective(), self(inputs)
         assert isinstance(metrics, nn.ModuleDict)  # see `_prepare`
-        self.see_outputs(outputs)
+        self.record_outputs(outputs)
         objective.update(metrics, outputs, labels)
         for name, metric in metrics.items():
             assert isinstance(metric, Metric)

@@ -1,4 +1,4 @@
-"""A NaN or infinite loss ends a fit at once, and no checkpoint keeps NaN or infinite weights."""
+"""A fit ends at the first NaN or infinite loss, and no checkpoint contains NaN or infinite weights."""
 
 from __future__ import annotations
 
@@ -11,21 +11,29 @@ from torch import Tensor
 from freemerge.errors import NotFiniteError
 from freemerge.inputs import tensors_of
 
-_EVERY = 16  # steps between two checks, where a check waits for an accelerator or for other ranks
+_CHECK_INTERVAL = 16  # steps between checks, if a check has to wait for an accelerator or for other ranks
 
 
 class FiniteModule(L.LightningModule):
     """A LightningModule whose fit ends with a `NotFiniteError` at the first loss that is NaN or infinite.
 
-    On a CPU every step is looked at; on accelerators and several ranks every 16th, the end of each epoch, and whatever
-    is about to be saved.
+    On a CPU, every step is checked. On accelerators and with several ranks, checks happen every 16 steps, at the end of
+    each epoch, and before a checkpoint is saved. Lightning's `EarlyStopping(check_finite=True)` is not enough: it ends
+    the fit without an error, and only looks at one monitored metric.
     """
 
-    _first: Tensor | None = None  # the first step whose loss was NaN or infinite; −1 if there was none
+    _first: Tensor | None = None  # the first step with a NaN or infinite loss since the last check; −1 if none
     _outputs: Tensor | None = None  # whether an output in validation or test was NaN or infinite
     _steps = 0
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Remember whether the loss is finite, and check it if a check is due.
+
+        Args:
+            outputs: the result of `training_step`.
+            batch: the batch; it is examined if the loss is not finite.
+            batch_idx: ignored.
+        """
         loss = outputs["loss"] if isinstance(outputs, dict) else outputs
         if not isinstance(loss, Tensor):
             return
@@ -35,67 +43,85 @@ class FiniteModule(L.LightningModule):
         self._first = first if self._first is None else torch.where(self._first < 0, first, self._first)
         self._steps += 1
         at_once = loss.device.type == "cpu" and self.trainer.world_size == 1
-        if at_once or self._steps % _EVERY == 0:
+        if at_once or self._steps % _CHECK_INTERVAL == 0:
             self._check_losses(batch if at_once else None)
 
     def on_train_epoch_end(self) -> None:
+        """Check the losses of the epoch."""
         self._check_losses()
 
     def on_train_end(self) -> None:
+        """Check the last losses and the trained weights."""
         self._check_losses()
         self._check_weights()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Check losses and weights before they are saved.
+
+        Args:
+            checkpoint: Lightning's checkpoint; not used.
+        """
         if self._trainer is not None and self.trainer.training:
             self._check_losses()
             self._check_weights()
 
-    def see_outputs(self, outputs: Tensor) -> None:
-        """Remember whether these outputs hold NaN or +∞; −∞ is how a model rules an answer out."""
+    def record_outputs(self, outputs: Tensor) -> None:
+        """Remember whether outputs contain NaN or +∞. −∞ is allowed: models use it to exclude a class or token.
+
+        Args:
+            outputs: a model's outputs or a loss, of any shape.
+        """
         outputs = outputs.detach()
         is_bad = (outputs.isnan() | outputs.isposinf()).any()
         self._outputs = is_bad if self._outputs is None else self._outputs | is_bad
 
     def check_outputs(self, split: str) -> None:
-        """Raise a NotFiniteError if an output since the last call was NaN or infinite."""
+        """Check the outputs recorded since the last call.
+
+        Args:
+            split: the name of the data in the error message.
+
+        Raises:
+            NotFiniteError: if an output was NaN or infinite, on any rank.
+        """
         is_bad, self._outputs = self._outputs, None
-        if not self._any_rank(torch.tensor(False) if is_bad is None else is_bad):
+        if not self._on_any_rank(torch.tensor(False) if is_bad is None else is_bad):
             return
         if self.trainer.sanity_checking:
             raise NotFiniteError(
-                f"{self._who()}: an output on {split} data is NaN or infinite before any training: look at the base's "
+                f"{self._name()}: an output on {split} data is NaN or infinite before any training: check the base's "
                 "weights, the data's normalisation and trainer.precision"
             )
         raise NotFiniteError(
-            f"{self._who()}: an output on {split} data is NaN or infinite in epoch {self.trainer.current_epoch}"
+            f"{self._name()}: an output on {split} data is NaN or infinite in epoch {self.trainer.current_epoch}"
             f"{self._learning_rate()}{_ADVICE}"
         )
 
     def _check_losses(self, batch: Any = None) -> None:
         first, self._first = self._first, None
-        if first is None or not self._any_rank(first >= 0):
+        if first is None or not self._on_any_rank(first >= 0):
             return
         step = f"at step {int(first)}" if int(first) >= 0 else "on another rank"
-        if batch is not None and _holds_nan(batch):
+        if batch is not None and _has_nan(batch):
             raise NotFiniteError(
-                f"{self._who()}: the training batch of step {int(first)} (epoch {self.trainer.current_epoch}) holds "
-                "NaN or infinite values: mend the data or their normalisation"
+                f"{self._name()}: the training batch of step {int(first)} (epoch {self.trainer.current_epoch}) "
+                "contains NaN or infinite values: correct the data or their normalisation"
             )
         raise NotFiniteError(
-            f"{self._who()}: the loss is NaN or infinite in epoch {self.trainer.current_epoch}, {step}"
+            f"{self._name()}: the loss is NaN or infinite in epoch {self.trainer.current_epoch}, {step}"
             f"{self._learning_rate()}{_ADVICE}"
         )
 
     def _check_weights(self) -> None:
         trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        if trained and self._any_rank(~torch.stack([each.detach().isfinite().all() for each in trained]).all()):
+        if trained and self._on_any_rank(~torch.stack([each.detach().isfinite().all() for each in trained]).all()):
             raise NotFiniteError(
-                f"{self._who()}: a weight is NaN or infinite after step {self.trainer.global_step}"
+                f"{self._name()}: a weight is NaN or infinite after step {self.trainer.global_step}"
                 f"{self._learning_rate()}{_ADVICE}"
             )
 
-    def _any_rank(self, is_bad: Tensor) -> bool:
-        """Whether it is so on any rank: all of them then end alike."""
+    def _on_any_rank(self, is_bad: Tensor) -> bool:
+        """Whether a condition holds on any rank, so that all ranks raise the error together."""
         if self.trainer.world_size == 1:
             return bool(is_bad)
         return self.trainer.strategy.reduce_boolean_decision(bool(is_bad), all=False)
@@ -104,8 +130,8 @@ class FiniteModule(L.LightningModule):
         groups = [group for optimizer in self.trainer.optimizers for group in optimizer.param_groups]
         return f" (learning rate {max(group['lr'] for group in groups):.3g})" if groups else ""
 
-    def _who(self) -> str:
-        """The class and the task."""
+    def _name(self) -> str:
+        """The class name and, if known, the task, for messages."""
         name = getattr(getattr(self.trainer, "datamodule", None), "name", None)
         return type(self).__name__ + (f", task {name!r}" if isinstance(name, str) else "")
 
@@ -116,6 +142,6 @@ _ADVICE = (
 )
 
 
-def _holds_nan(batch: Any) -> bool:
+def _has_nan(batch: Any) -> bool:
     parts = tensors_of(batch) if isinstance(batch, (Tensor, dict, tuple, list)) else []
     return any(bool((~part.isfinite()).any()) for part in parts if part.is_floating_point())

@@ -15,23 +15,23 @@ from freemerge.training.probe import fit_probe, fit_regression_probe
 
 @dataclass(frozen=True)
 class Objective:
-    """A task's loss and its metric.
+    """A task's loss and metric.
 
     | kind | outputs | labels | loss |
     |---|---|---|---|
     | classification | (B, C) | int64 (B,) | cross-entropy |
     | regression | (B, 1) | float32 (B,) | squared error |
     | seq2seq | (B, L, V) | int64 (B, L), −100 is ignored | cross-entropy |
-    | causal_lm | (B, L, V) | int64 (B, L), the inputs' own, −100 is ignored | cross-entropy of the next token |
+    | causal_lm | (B, L, V) | int64 (B, L), the input tokens, −100 is ignored | cross-entropy of the next token |
 
-    Exact match from logits asks whether every token of the target is the most likely one after those before it: whether
-    greedy decoding would write the target.
+    Exact match, computed from logits, tests whether every token of the target is the most likely one given the target's
+    preceding tokens, that is, whether greedy decoding would generate the target.
 
     Args:
-        kind: what is asked.
-        num_outputs: classes C; 1 for regression.
-        metric: what the task is judged by.
-        label_smoothing: of the cross-entropy.
+        kind: kind of task.
+        num_outputs: number of classes C; 1 for regression.
+        metric: the task's metric.
+        label_smoothing: label smoothing of the cross-entropy.
     """
 
     kind: Kind
@@ -41,13 +41,29 @@ class Objective:
 
     @classmethod
     def of(cls, task: Task | int, label_smoothing: float = 0.0) -> Objective:
-        """The objective of a task, or of a classification with so many classes."""
+        """Make the objective of a task.
+
+        Args:
+            task: the task, or the number of classes of a classification.
+            label_smoothing: label smoothing of the cross-entropy.
+
+        Returns:
+            The objective.
+        """
         if isinstance(task, int):
             return cls("classification", task, TaskMetric(), label_smoothing)
         return cls(task.kind, task.num_outputs, TaskMetric.of(task), label_smoothing)
 
     def loss(self, outputs: Tensor, labels: Tensor) -> Tensor:
-        """The mean loss of a batch: over its samples, or over the tokens that count."""
+        """The mean loss of a batch over its samples, or over its tokens with a label.
+
+        Args:
+            outputs: see the class's table.
+            labels: see the class's table.
+
+        Returns:
+            float32 scalar.
+        """
         outputs, labels = self._align(outputs, labels)
         if self.kind == "regression":
             return F.mse_loss(outputs, labels)
@@ -55,17 +71,35 @@ class Objective:
         return F.cross_entropy(flat, labels.flatten(), ignore_index=IGNORED, label_smoothing=self.label_smoothing)
 
     def fit_probe(self, features: Tensor, labels: Tensor) -> nn.Linear:
-        """A linear head fitted on frozen features (N, F) and their labels (N,)."""
+        """Fit a linear head on frozen features.
+
+        Args:
+            features: (N, F) float.
+            labels: (N,) int64 classes, or float32 numbers.
+
+        Returns:
+            A linear layer F → num_outputs.
+        """
         if self.kind == "regression":
             return fit_regression_probe(features, labels)
         return fit_probe(features, labels, self.num_outputs)
 
     def make_metrics(self) -> nn.ModuleDict:
-        """Fresh metrics: the task's own, and the loss without smoothing."""
+        """Make metrics in their initial state.
+
+        Returns:
+            The task's metric under its label, and `loss`, the mean loss without label smoothing.
+        """
         return nn.ModuleDict({self.metric.label: self.metric.build(self.num_outputs), "loss": MeanMetric()})
 
     def update(self, metrics: nn.ModuleDict, outputs: Tensor, labels: Tensor) -> None:
-        """Add a batch to `metrics`."""
+        """Add a batch to metrics.
+
+        Args:
+            metrics: the result of `make_metrics`.
+            outputs: see the class's table.
+            labels: see the class's table.
+        """
         _metric(metrics, self.metric.label).update(*self.metric.read(outputs, labels))
         outputs, labels = self._align(outputs, labels)
         if self.kind == "regression":
@@ -77,7 +111,7 @@ class Objective:
         _metric(metrics, "loss").update(losses)
 
     def _align(self, outputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Outputs in float32, each beside its label."""
+        """Outputs in float32 and labels of matching shapes; a causal model's logits are shifted by one."""
         outputs = outputs.float()
         if self.kind == "regression":
             return outputs.squeeze(1), labels.float()

@@ -1,11 +1,11 @@
-"""Linear probes: a task's head, fitted on the frozen base's features before any fine-tuning.
+"""Linear probes: heads that are fitted on the frozen base's features before fine-tuning.
 
-A head that the base's own features already fit keeps fine-tuned backbones close to the base (linear probing then
-fine-tuning, arXiv 2202.10054), and since it stays fixed, every task's knowledge ends up in the backbone, where merging
-can reach it. It plays the part of the zero-shot text head of the CLIP experiments in the merging papers.
+With such a head, fine-tuned backbones stay closer to the base (linear probing then fine-tuning, arXiv 2202.10054), and
+because the head is frozen, everything that is learnt is in the backbone, which can be merged. It takes the place of the
+zero-shot text head in the CLIP experiments of the merging papers.
 
-The fits are scikit-learn's: the published numbers were measured with its solver; torch's own L-BFGS stops elsewhere.
-The functions import it, because that takes a while and few commands need it.
+The probes are fitted by scikit-learn, with which the published numbers were measured; torch's L-BFGS stops at slightly
+different solutions. The functions import it, because the import is slow and few commands need it.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from torch import Tensor, nn
 
 
 def fit_probe(features: Tensor, labels: Tensor, num_classes: int, inverse_regularization: float = 1.0) -> nn.Linear:
-    """Multinomial logistic regression as a linear head.
+    """Fit a linear head by multinomial logistic regression.
 
     Features are standardised for the fit, and the standardisation is folded into the returned weights. Features that
-    are the same for all samples get weights of zero.
+    are constant over all samples get zero weights.
 
     Args:
         features: (N, F) float.
         labels: (N,) int64 in [0, num_classes).
-        num_classes: C; classes without a sample get weights of zero and a bias below all others.
-        inverse_regularization: scikit-learn's C.
+        num_classes: C; classes without a sample get zero weights and a bias below all others.
+        inverse_regularization: scikit-learn's parameter C.
 
     Returns:
         A linear layer F → C in float32.
@@ -41,11 +41,11 @@ def fit_probe(features: Tensor, labels: Tensor, num_classes: int, inverse_regula
     x, mean, std = _standardisation(features)
     regression = LogisticRegression(C=inverse_regularization, max_iter=200)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # 200 iterations are plenty for a starting point
+        warnings.simplefilter("ignore", ConvergenceWarning)  # 200 iterations are enough for a head to start from
         regression.fit((x - mean) / std, labels.cpu().numpy())
     coefficients = torch.from_numpy(regression.coef_ / std)  # (C', F), or (1, F) for two classes
     bias = torch.from_numpy(regression.intercept_) - coefficients @ torch.from_numpy(mean)
-    if len(regression.classes_) == 2:  # one row decides between two classes: give half of it to each
+    if len(regression.classes_) == 2:  # for two classes scikit-learn returns one row: split it into two
         coefficients, bias = torch.cat([-coefficients, coefficients]) / 2, torch.cat([-bias, bias]) / 2
     head = nn.Linear(features.shape[1], num_classes)
     seen = torch.from_numpy(regression.classes_)
@@ -58,14 +58,14 @@ def fit_probe(features: Tensor, labels: Tensor, num_classes: int, inverse_regula
 
 
 def fit_regression_probe(features: Tensor, labels: Tensor, regularization: float = 1.0) -> nn.Linear:
-    """Ridge regression as a linear head with one output.
+    """Fit a linear head with one output by ridge regression.
 
     Features are standardised for the fit, as in `fit_probe`.
 
     Args:
         features: (N, F) float.
         labels: (N,) float.
-        regularization: scikit-learn's alpha.
+        regularization: scikit-learn's parameter alpha.
 
     Returns:
         A linear layer F → 1 in float32.
@@ -83,10 +83,10 @@ def fit_regression_probe(features: Tensor, labels: Tensor, regularization: float
 
 
 def _standardisation(features: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Features (N, F) as float64, their means (F,) and their deviations (F,).
+    """Features (N, F) in float64, their means (F,) and their standard deviations (F,).
 
-    A feature that hardly ever moves would get a huge weight, and ruin the head as soon as fine-tuning moves it; its
-    deviation is infinite here.
+    An almost constant feature would get a huge weight, and change the outputs greatly once fine-tuning changes it. Its
+    standard deviation is therefore set to infinity, which gives it a zero weight.
     """
     x = features.double().cpu().numpy()
     std = x.std(axis=0)

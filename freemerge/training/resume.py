@@ -1,7 +1,10 @@
-"""Checkpoints from which an interrupted fit resumes with the same bits as an undisturbed one.
+"""Checkpoints from which an interrupted fit resumes with bit-identical results.
 
-`ResumeCheckpoint` writes `last.ckpt` at the start of every epoch but the first, in between every so many steps or
-minutes, and at the end. `BestCheckpoint` keeps the best weights, in a folder that may be moved.
+`ResumeCheckpoint` writes `last.ckpt` at the start of every epoch except the first, optionally every few steps or
+minutes within an epoch, and at the end. `BestCheckpoint` keeps the best weights in a folder that can be moved.
+
+Lightning's ModelCheckpoint is not enough for the former: it saves neither random generators nor the state of each
+rank's loader.
 """
 
 from __future__ import annotations
@@ -27,20 +30,21 @@ _LOADERS = "freemerge_loaders"
 
 
 class Interrupted(Exception):
-    """The fit was asked to stop and has written its checkpoint."""
+    """Raised when a fit has stopped on request, after its checkpoint has been written."""
 
 
 class ResumeCheckpoint(Checkpoint):
-    """Writes the state of a fit, atomically, to one file.
+    """Writes the state of a fit atomically to one file.
 
-    The last of a Trainer's callbacks, so that the state of all others is what they go on from; with an `EpochStart`
-    before them.
+    It must be the last of a Trainer's callbacks, so that the saved states of the others are complete; an `EpochStart`
+    must be the first.
 
     Args:
         path: the file.
-        steps: write it every so many batches within an epoch; None leaves that to `minutes`.
-        minutes: write it when so many have passed since it was last written; None leaves that to `steps`.
-        finishes: whether a checkpoint that was written at the end of a fit is the end: early stopping stays stopped.
+        steps: number of batches between checkpoints within an epoch; None: `minutes` alone determines them.
+        minutes: minutes between checkpoints within an epoch; None: `steps` alone determines them.
+        finishes: whether a fit that is resumed from a checkpoint written at its end stops at once, for instance after
+            early stopping.
     """
 
     def __init__(
@@ -51,49 +55,79 @@ class ResumeCheckpoint(Checkpoint):
         self.steps = steps
         self.minutes = minutes
         self.finishes = finishes
-        self.stop = False  # asked for by Ctrl-C
+        self.stop = False  # set by Ctrl-C
         self.metrics: dict[str, float] = {}
-        self._place: str | None = None  # where a checkpoint is being written: `epoch`, `batch` or `end`
+        self._place: str | None = None  # the point at which a checkpoint is being written: `epoch`, `batch` or `end`
         self._loaded: dict[str, Any] = {}
         self._loader_states: list[Any] = []
         self._written = time.monotonic()
-        self._batches = 0  # since then
+        self._batches = 0  # since the file was last written
 
-    # -- going on -----------------------------------------------------------------------------------------------------
+    # -- resuming -----------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        if self._place is None:  # somebody else's checkpoint
+        """The callback's state.
+
+        Returns:
+            The point of the fit, the latest metrics and all ranks' random generators; empty in checkpoints of others.
+        """
+        if self._place is None:  # the checkpoint of another callback
             return {}
-        return {"place": self._place, "metrics": self.metrics, "random": _of_all_ranks(random_state())}
+        return {"place": self._place, "metrics": self.metrics, "random": _gather_ranks(random_state())}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep the state until the fit starts.
+
+        Args:
+            state_dict: the result of `state_dict`.
+        """
         self._loaded = state_dict
         self.metrics = dict(state_dict.get("metrics", {}))
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Keep this rank's loader states, and make the paths of ModelCheckpoints absolute again.
+
+        Args:
+            trainer: the Trainer.
+            pl_module: not used.
+            checkpoint: Lightning's checkpoint; changed in place.
+        """
         loop = checkpoint.get("loops", {}).get("fit_loop", {})
         loaders = loop.get("state_dict", {}).get("combined_loader", [])
-        self._loader_states = _of_this_rank(checkpoint.get(_LOADERS, []), loaders)
-        _move_all(trainer, checkpoint, to_relative=False)
+        self._loader_states = _select_rank(checkpoint.get(_LOADERS, []), loaders)
+        _convert_paths(trainer, checkpoint, to_relative=False)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Set the Trainer's loops and loaders to the point of the checkpoint.
+
+        Args:
+            trainer: the Trainer.
+            pl_module: not used.
+        """
         self._written = time.monotonic()
         place = self._loaded.get("place")
         if place == "batch" and isinstance(trainer.train_dataloader, ResumableLoader):
-            # Lightning does so itself only where `estimated_stepping_batches` was not asked for, which sets the loaders
-            # up before the checkpoint is read.
+            # Lightning does this itself only if `estimated_stepping_batches` has not been read, because reading it sets
+            # up the loaders before the checkpoint is loaded.
             trainer.train_dataloader.load_state_dict(self._loader_states[0])
         if place in ("epoch", "end"):
-            # No epoch is under way: without this, Lightning would look for the rest of one.
+            # No epoch is in progress; otherwise Lightning would try to finish one.
             trainer.fit_loop.epoch_loop.restarting = False
         if place == "end" and self.finishes:
             trainer.should_stop = True
 
     def begin_epoch(self, trainer: L.Trainer) -> None:
-        """Write what the epoch begins with, or go back to it; `EpochStart` calls this."""
+        """Write a checkpoint, or restore the random generators of the one being resumed; `EpochStart` calls this.
+
+        Args:
+            trainer: the Trainer.
+
+        Raises:
+            Interrupted: if a stop has been requested.
+        """
         if self._loaded:
             if self._loaded["place"] != "batch":
-                set_random_state(_of_this_rank(self._loaded["random"], random_state()))
+                set_random_state(_select_rank(self._loaded["random"], random_state()))
             self._loaded = {}
         elif trainer.current_epoch > 0:
             self._write(trainer, "epoch")
@@ -101,6 +135,12 @@ class ResumeCheckpoint(Checkpoint):
             raise Interrupted
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Remember the latest metrics.
+
+        Args:
+            trainer: the Trainer.
+            pl_module: not used.
+        """
         if not trainer.sanity_checking:
             self.metrics |= {name: float(value) for name, value in trainer.callback_metrics.items()}
 
@@ -109,18 +149,30 @@ class ResumeCheckpoint(Checkpoint):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        """Write a checkpoint if one is due or a stop has been requested.
+
+        Args:
+            trainer: the Trainer.
+            pl_module: not used.
+            outputs: not used.
+            batch: not used.
+            batch_idx: index of the batch in the epoch.
+
+        Raises:
+            Interrupted: if a stop has been requested.
+        """
         self._loaded = {}
-        # Lightning would leave out a step of ReduceLROnPlateau at the end of the epoch in which a fit goes on.
+        # Lightning would skip the step of ReduceLROnPlateau at the end of the epoch in which a fit resumes.
         trainer.fit_loop.restarting = False
         self._batches += 1
-        if not _is_between_steps(trainer, batch_idx):
+        if not _can_resume_here(trainer, batch_idx):
             return
         stop, due = self.stop or trainer.received_sigterm, self._is_due()
-        if trainer.world_size > 1:  # all ranks write together, whichever was asked
+        if trainer.world_size > 1:  # all ranks write together, no matter which of them was interrupted
             stop, due = (trainer.strategy.reduce_boolean_decision(each, all=False) for each in (stop, due))
         if stop or due:
             self._write(trainer, "batch")
-        if stop and not trainer.received_sigterm:  # to which Lightning has an answer of its own
+        if stop and not trainer.received_sigterm:  # Lightning handles SIGTERM itself
             raise Interrupted
 
     def _is_due(self) -> bool:
@@ -128,21 +180,34 @@ class ResumeCheckpoint(Checkpoint):
         return by_steps or (self.minutes is not None and time.monotonic() - self._written >= 60 * self.minutes)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Write the checkpoint of the end of the fit.
+
+        Args:
+            trainer: the Trainer.
+            pl_module: not used.
+        """
         self._write(trainer, "end")
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Add all ranks' loader states, and make the paths of ModelCheckpoints relative.
+
+        Args:
+            trainer: the Trainer.
+            pl_module: not used.
+            checkpoint: Lightning's checkpoint; changed in place.
+        """
         if self._place is None:
             return
-        _move_all(trainer, checkpoint, to_relative=True)
+        _convert_paths(trainer, checkpoint, to_relative=True)
         loop = checkpoint["loops"]["fit_loop"]
         if self._place == "batch":
-            # Rank 0 writes the file; every rank has its own place in its data, and its own random numbers.
-            checkpoint[_LOADERS] = _of_all_ranks(loop["state_dict"].get("combined_loader", []))
+            # Rank 0 writes the file, but every rank has its own position in its data.
+            checkpoint[_LOADERS] = _gather_ranks(loop["state_dict"].get("combined_loader", []))
             return
-        loop["state_dict"].pop("combined_loader", None)  # of an epoch that is over
+        loop["state_dict"].pop("combined_loader", None)  # belongs to the finished epoch
         if self._place == "epoch":
             for progress in loop["epoch_progress"].values():
-                progress["ready"] = progress["completed"]  # the next epoch is begun when the fit goes on
+                progress["ready"] = progress["completed"]  # the resumed fit starts the next epoch
 
     def _write(self, trainer: L.Trainer, place: str) -> None:
         draft = self.path.with_name(f"{self.path.name}.partial")
@@ -160,7 +225,7 @@ class ResumeCheckpoint(Checkpoint):
 
 
 class EpochStart(L.Callback):
-    """Lets a ResumeCheckpoint write before the others begin an epoch, though it comes after them at all other times.
+    """Lets a ResumeCheckpoint, which is the last callback, write before all other callbacks at the start of an epoch.
 
     Args:
         checkpoint: the ResumeCheckpoint.
@@ -170,11 +235,17 @@ class EpochStart(L.Callback):
         self.checkpoint = checkpoint
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Call `ResumeCheckpoint.begin_epoch`.
+
+        Args:
+            trainer: the Trainer.
+            pl_module: not used.
+        """
         self.checkpoint.begin_epoch(trainer)
 
 
-def _of_all_ranks(value: Any) -> list[Any]:
-    """What each rank has, by rank; all of them must call it."""
+def _gather_ranks(value: Any) -> list[Any]:
+    """Gather a value from all ranks, in order of rank; all ranks must call this."""
     if not in_process_group():
         return [value]
     values: list[Any] = [None] * dist.get_world_size()
@@ -182,14 +253,14 @@ def _of_all_ranks(value: Any) -> list[Any]:
     return values
 
 
-def _of_this_rank(values: list[Any], otherwise: Any) -> Any:
-    """A rank's own part of what `_of_all_ranks` gathered; something else where there were fewer ranks then."""
+def _select_rank(values: list[Any], otherwise: Any) -> Any:
+    """This rank's value of those that `_gather_ranks` gathered; `otherwise` if there were fewer ranks then."""
     rank = dist.get_rank() if in_process_group() else 0
     return values[rank] if isinstance(values, list) and rank < len(values) else otherwise
 
 
-def _is_between_steps(trainer: L.Trainer, batch_idx: int) -> bool:
-    """Whether nothing but the next batch comes next: no accumulated gradients, no validation, no end of the epoch."""
+def _can_resume_here(trainer: L.Trainer, batch_idx: int) -> bool:
+    """Whether the next batch follows directly: no pending gradients, no validation, not the end of the epoch."""
     done, interval = batch_idx + 1, trainer.val_check_batch
     if done == trainer.num_training_batches or done % trainer.accumulate_grad_batches != 0:
         return False
@@ -201,7 +272,7 @@ def _is_between_steps(trainer: L.Trainer, batch_idx: int) -> bool:
 
 
 def _replace(draft: Path, path: Path) -> None:
-    """Put a file, or the folder of a sharded checkpoint, into the place of the one before."""
+    """Replace a file, or the folder of a sharded checkpoint, by a new one."""
     if not path.is_dir() and not draft.is_dir():
         os.replace(draft, path)
         return
@@ -221,27 +292,33 @@ def _remove(path: Path) -> None:
 
 
 class BestCheckpoint(ModelCheckpoint):
-    """A ModelCheckpoint whose state says where files are relative to its folder, so that the folder may be moved."""
+    """A ModelCheckpoint whose state contains paths relative to its folder, so that the folder can be moved."""
 
     def state_dict(self) -> dict[str, Any]:
-        return _moved(super().state_dict(), str(self.dirpath), ".")
+        """ModelCheckpoint's state with relative paths."""
+        return _replace_folder(super().state_dict(), str(self.dirpath), ".")
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(_moved(state_dict, ".", str(self.dirpath)))
+        """Restore the state, with paths in the current folder.
+
+        Args:
+            state_dict: the result of `state_dict`.
+        """
+        super().load_state_dict(_replace_folder(state_dict, ".", str(self.dirpath)))
 
 
-def _move_all(trainer: L.Trainer, checkpoint: dict[str, Any], to_relative: bool) -> None:
-    """Do in a checkpoint for the user's own ModelCheckpoints what `BestCheckpoint` does by itself."""
+def _convert_paths(trainer: L.Trainer, checkpoint: dict[str, Any], to_relative: bool) -> None:
+    """Make paths relative or absolute in the states of the user's ModelCheckpoints, as `BestCheckpoint` does."""
     states = checkpoint.get("callbacks", {})
     for callback in trainer.checkpoint_callbacks:
         if isinstance(callback, ModelCheckpoint) and not isinstance(callback, BestCheckpoint):
             places = (str(callback.dirpath), ".") if to_relative else (".", str(callback.dirpath))
             if callback.state_key in states:
-                states[callback.state_key] = _moved(states[callback.state_key], *places)
+                states[callback.state_key] = _replace_folder(states[callback.state_key], *places)
 
 
-def _moved(state: Mapping[str, Any], old: str, new: str) -> dict[str, Any]:
-    """A ModelCheckpoint's state with the paths of one folder made those of another."""
+def _replace_folder(state: Mapping[str, Any], old: str, new: str) -> dict[str, Any]:
+    """A ModelCheckpoint's state with one folder replaced by another in all paths."""
 
     def move(value: Any) -> Any:
         if isinstance(value, dict):
@@ -256,10 +333,10 @@ def _moved(state: Mapping[str, Any], old: str, new: str) -> dict[str, Any]:
 
 @contextmanager
 def stopped_by_ctrl_c(checkpoint: ResumeCheckpoint, say: Callable[[str], None]) -> Iterator[None]:
-    """Let Ctrl-C stop a fit where it can go on from; pressed again, at once.
+    """Within this context, Ctrl-C stops a fit after its next checkpoint; a second Ctrl-C stops it at once.
 
     Args:
-        checkpoint: what is told to stop.
+        checkpoint: the callback that writes the checkpoint and stops the fit.
         say: prints a message.
     """
     if threading.current_thread() is not threading.main_thread():  # Python handles signals in the main thread only

@@ -103,7 +103,7 @@ class RouterTrainer(OptimizedModule):
     def validation_step(self, batch: tuple[Inputs, Tensor], batch_idx: int) -> None:
         inputs, tasks = batch
         logits = self(inputs)
-        self.see_outputs(logits)
+        self.record_outputs(logits)
         self.accuracy.update(logits.argmax(dim=1), tasks)
         self.log("val/loss", F.cross_entropy(logits, tasks), on_epoch=True, sync_dist=True, batch_size=len(tasks))
         self.log("val/acc", self.accuracy, prog_bar=True, on_epoch=True, batch_size=len(tasks))

@@ -1,4 +1,4 @@
-"""The search for a method's parameters: where to search, and the study that keeps what was tried."""
+"""The search for a method's parameters: the search space, and the study that stores trials."""
 
 from freemerge.tuning.space import Parameter, Range, Space, default_ranges
 from freemerge.tuning.study import Sampler, Search, Trial, searchers

@@ -1,8 +1,8 @@
-"""The study: what was tried, kept in a file that several processes share and that a killed search goes on from.
+"""The study: trials in a file that several processes can share, and from which an interrupted search resumes.
 
-Optuna proposes and keeps; here is what it leaves to its users: budgets that hold over processes and restarts, and
-trials whose process died. The file is Optuna's journal; CMA-ES keeps its state in it as a pickle, so trust it like a
-program.
+Optuna proposes points and stores trials. This module adds what Optuna does not do: budgets that hold over processes and
+restarts, and the clean-up of trials whose process died. The file is Optuna's journal. CMA-ES stores its state in it as
+a pickle, so open only files that you trust.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from filelock import FileLock
 
 from freemerge.tuning.space import Space
 
-_NAME = "tune"  # of the one study in a file
+_NAME = "tune"  # the name of the only study in a file
 
 Sampler = Literal["cmaes", "tpe", "random"]
 Objective = Callable[[Mapping[str, float]], "tuple[float, dict[str, Any]]"]
-"""point → (its value, the higher the better; what else to keep of it)."""
+"""A function of a point that returns (value, details); higher values are better, details are stored as JSON."""
 
 
 class Trial(NamedTuple):
-    """A point that was tried."""
+    """A finished trial: a point and its value."""
 
     number: int
     value: float
@@ -41,15 +41,15 @@ class Search:
     """A search for the best point of a space.
 
     Args:
-        path: the study's file; it is created, or gone on with.
-        space: where to search. The first trial is the method's own point; CMA-ES sets out from the ranges' middle.
-        sampler: `cmaes` (PCB-Merging's evolutionary search; with one parameter `tpe`, as CMA-ES needs two), `tpe` or
-            `random`.
-        seed: of the proposals.
+        path: the study's file; it is created, or the study in it is continued.
+        space: the search space. The first trial is the method's own point; CMA-ES starts in the middle of the ranges.
+        sampler: `cmaes` (PCB-Merging's evolutionary search; `tpe` is used for a single parameter, because CMA-ES needs
+            two), `tpe` or `random`.
+        seed: seed of the proposals.
         starts: further points to try first.
 
     Raises:
-        ValueError: Optuna or cmaes is not installed.
+        ValueError: if Optuna or cmaes is not installed.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class Search:
         self._lock = FileLock(f"{path}.turn")
         self._owner = f"{socket.gethostname()}:{os.getpid()}"
         with self._lock:
-            # Whoever held Optuna's own lock was killed: no living process writes outside of ours.
+            # All processes write under our lock, so a leftover lock of Optuna belongs to a killed process.
             Path(f"{path}.lock").unlink(missing_ok=True)
             with _quiet(optuna):
                 self._study = optuna.create_study(
@@ -94,22 +94,22 @@ class Search:
         seconds: float | None = None,
         report: Callable[[Trial], None] | None = None,
     ) -> None:
-        """Try points until a budget is used up, together with whoever else is at the same study.
+        """Run trials until a budget is used up. Other processes can work on the same study at the same time.
 
         Args:
             objective: evaluates a point.
-            trials: how many trials the study is to have in all, those of earlier runs and other processes included.
-            seconds: how long this call may go on; a trial that has begun is finished.
+            trials: total number of trials of the study, including those of earlier runs and other processes.
+            seconds: time limit of this call; a trial that has started is finished. None: no limit.
             report: called after each trial.
         """
         began = time.monotonic()
         while seconds is None or time.monotonic() - began < seconds:
             with self._lock:
-                self._give_up_dead()
+                self._fail_dead_trials()
                 known = len(self.trials())
                 if known + len(_running(self._study)) >= trials:
                     return
-                self._study.sampler = self._sampler(known)  # proposals depend on what is known, not on who asks
+                self._study.sampler = self._sampler(known)  # proposals depend on the finished trials, not the process
                 trial = self._study.ask(self._distributions)
                 trial.set_user_attr("owner", self._owner)
             asked = time.monotonic()
@@ -123,11 +123,18 @@ class Search:
                 report(Trial(trial.number, value, dict(trial.params), details, elapsed))
 
     def wait(self, poll: float = 0.5) -> None:
-        """Wait until no other process is at a trial any more; for other machines no longer than trials take."""
+        """Wait until no other process is running a trial.
+
+        For processes of other machines, the wait is limited to 10 s plus twice the longest trial, because their state
+        is unknown.
+
+        Args:
+            poll: seconds between checks.
+        """
         patience = time.monotonic() + 10 + 2 * max((trial.seconds for trial in self.trials()), default=0.0)
         while True:
             with self._lock:
-                self._give_up_dead()
+                self._fail_dead_trials()
                 owners = [trial.user_attrs.get("owner", "") for trial in _running(self._study)]
             here = any(owner.startswith(f"{socket.gethostname()}:") for owner in owners)
             if not owners or (not here and time.monotonic() > patience):
@@ -135,7 +142,11 @@ class Search:
             time.sleep(poll)
 
     def trials(self) -> list[Trial]:
-        """Every finished trial, in the order in which they were begun."""
+        """The finished trials.
+
+        Returns:
+            Trials in the order in which they were started.
+        """
         return [
             Trial(each.number, each.value, dict(each.params), each.user_attrs["details"], each.user_attrs["seconds"])
             for each in self._study.get_trials(deepcopy=False)
@@ -143,20 +154,23 @@ class Search:
         ]
 
     def best(self) -> Trial:
-        """The trial of the highest value, the earliest of equals.
+        """The best trial.
+
+        Returns:
+            The trial with the highest value; the earliest of equals.
 
         Raises:
-            ValueError: there is none.
+            ValueError: if there is none.
         """
         trials = self.trials()
         if not trials:
-            raise ValueError("tune: the budget was over before the first trial; allow more tune.seconds")
+            raise ValueError("tune: the time limit passed before the first trial; increase tune.seconds")
         return max(trials, key=lambda trial: (trial.value, -trial.number))
 
-    def _give_up_dead(self) -> None:
-        """Trials of processes of this machine that are no more count as failed."""
+    def _fail_dead_trials(self) -> None:
+        """Mark the running trials of dead processes of this machine as failed."""
         for trial in _running(self._study):
-            # Owner and trial are written under one lock; a trial without an owner was cut off in between.
+            # Trial and owner are written under one lock; without an owner, the process was killed in between.
             if _is_dead(trial.user_attrs.get("owner", f"{socket.gethostname()}:0")):
                 self._study.tell(trial.number, state=_optuna().trial.TrialState.FAIL)
 
@@ -171,14 +185,18 @@ class Search:
 
 
 def searchers(path: Path) -> list[str]:
-    """The processes, `host:number`, that are at a trial of the study in this file.
+    """The processes that are running a trial of a study.
 
-    Those of this machine are alive; of other machines' it cannot be told.
+    Args:
+        path: the study's file.
+
+    Returns:
+        Names `host:pid`. Processes of this machine are alive; those of other machines may be dead.
     """
     if not path.exists():
         return []
     optuna, storage = _optuna(), _storage(path)
-    if _NAME not in optuna.get_all_study_names(storage):  # who made the file was killed before it was a study
+    if _NAME not in optuna.get_all_study_names(storage):  # the process that made the file was killed early
         return []
     running = _running(optuna.load_study(study_name=_NAME, storage=storage))
     owners = {trial.user_attrs["owner"] for trial in running if "owner" in trial.user_attrs}
@@ -195,14 +213,14 @@ def _running(study: Any) -> list[Any]:
 
 
 def _is_dead(owner: str) -> bool:
-    """Whether a process was one of this machine and is no more."""
+    """Whether a process belonged to this machine and has ended."""
     host, _, process = owner.rpartition(":")
     return host == socket.gethostname() and not _is_alive(int(process))
 
 
 def _optuna() -> Any:
     try:
-        import cmaes  # noqa: F401 - what CmaEsSampler needs
+        import cmaes  # noqa: F401 - required by CmaEsSampler
         import optuna
     except ModuleNotFoundError as error:
         raise ValueError(f"tune needs {error.name}: pip install 'freemerge[tune]'") from None
@@ -211,7 +229,7 @@ def _optuna() -> Any:
 
 @contextmanager
 def _quiet(optuna: Any) -> Iterator[None]:
-    """Optuna greets each study."""
+    """Suppress Optuna's message for each new study."""
     verbosity = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(logging.WARNING)
     try:

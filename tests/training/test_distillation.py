@@ -1,4 +1,4 @@
-"""The distillation loss against sums by hand."""
+"""The distillation loss, against the formula written out."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from torch import nn
 from freemerge.training import Distillation
 
 
-def test_the_loss_is_the_formula() -> None:
+def test_the_loss_equals_the_formula() -> None:
     generator = torch.Generator().manual_seed(0)
     student, teacher = torch.randn(5, 4, generator=generator), torch.randn(5, 4, generator=generator)
     head = nn.Linear(4, 3)
@@ -21,14 +21,14 @@ def test_the_loss_is_the_formula() -> None:
     assert losses["agreement"] == (p.argmax(1) == q.argmax(1)).float().mean()
 
 
-def test_a_student_like_its_teacher_loses_nothing() -> None:
+def test_a_student_equal_to_its_teacher_has_no_loss() -> None:
     features, head = torch.randn(6, 4), nn.Linear(4, 3)
     losses = Distillation()(features, features.clone(), head)
     assert losses["loss"].item() == pytest.approx(0.0, abs=1e-6)
     assert losses["agreement"] == 1.0
 
 
-def test_cosine_leaves_lengths_free() -> None:
+def test_cosine_ignores_lengths() -> None:
     generator = torch.Generator().manual_seed(0)
     teacher, head = torch.randn(6, 4, generator=generator), nn.Linear(4, 3)
     centre = teacher.mean(0)

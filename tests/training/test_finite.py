@@ -1,4 +1,4 @@
-"""A loss, an output or a weight that is no number ends a fit, and is in no checkpoint."""
+"""A NaN or infinite loss, output or weight ends a fit, and is not saved in a checkpoint."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.tiny import TinySuite, tiny_backbone
 
 
 class FailingAt(nn.Linear):
-    """A head whose output is NaN from its so-many-th training step on, or in evaluation alone."""
+    """A head whose output is NaN from a given training step on, or in evaluation only."""
 
     def __init__(self, step: int | None) -> None:
         super().__init__(16, 4)
@@ -46,27 +46,27 @@ def fit(tuner: FineTuner, tmp_path, steps: int | None = 1, **options) -> None:
     trainer.fit(tuner, datamodule=TinySuite()["corners"])
 
 
-def test_a_loss_that_is_nan_ends_the_fit_at_its_step_and_the_checkpoint_is_the_one_before(tmp_path) -> None:
-    said = "Tuner, task 'corners': the loss is NaN or infinite in epoch 1, at step 6 "  # of 4 steps an epoch
+def test_a_nan_loss_ends_the_fit_and_keeps_the_previous_checkpoint(tmp_path) -> None:
+    said = "Tuner, task 'corners': the loss is NaN or infinite in epoch 1, at step 6 "  # an epoch has 4 steps
     with pytest.raises(NotFiniteError, match=said):
         fit(Tuner(6), tmp_path, steps=None, num_sanity_val_steps=0)
     with pytest.raises(NotFiniteError, match="Tuner, task 'corners': a weight is NaN or infinite after step 6 "):
-        fit(Tuner(6), tmp_path, num_sanity_val_steps=0)  # which is about to be saved
+        fit(Tuner(6), tmp_path, num_sanity_val_steps=0)  # found when it is about to be saved
     kept = torch.load(tmp_path / "last.ckpt", weights_only=True)
     assert kept["global_step"] == 5
     assert all(tensor.isfinite().all() for tensor in kept["state_dict"].values() if tensor.is_floating_point())
 
 
-def test_an_output_that_is_nan_in_validation_is_an_error_and_no_score(tmp_path) -> None:
+def test_a_nan_output_in_validation_is_an_error(tmp_path) -> None:
     with pytest.raises(
         NotFiniteError, match=r"an output on validation data is NaN or infinite in epoch 0 \(learning rate"
     ):
         fit(Tuner(None), tmp_path, num_sanity_val_steps=0)
-    with pytest.raises(NotFiniteError, match=r"before any training: look at the base's weights"):
+    with pytest.raises(NotFiniteError, match=r"before any training: check the base's weights"):
         fit(Tuner(None), tmp_path)
 
 
-def test_weights_that_the_last_step_breaks_are_not_kept(tmp_path) -> None:
+def test_nan_weights_after_the_last_step_are_not_saved(tmp_path) -> None:
     class Breaks(FineTuner):
         def on_after_backward(self) -> None:
             if self.trainer.global_step == 11:  # the last of three epochs
@@ -78,7 +78,7 @@ def test_weights_that_the_last_step_breaks_are_not_kept(tmp_path) -> None:
     assert all(tensor.isfinite().all() for tensor in kept["state_dict"].values() if tensor.is_floating_point())
 
 
-def test_an_evaluation_of_outputs_that_are_no_numbers_names_the_tasks() -> None:
+def test_an_evaluation_with_nan_outputs_names_the_tasks() -> None:
     loaders = {"a": [(torch.ones(2, 3), torch.zeros(2).long())], "b": [(torch.ones(2, 3), torch.zeros(2).long())]}
     space = LabelSpace({"a": 3, "b": 3})
     ruled_out = torch.tensor([[0.0, float("-inf"), 1.0]]).expand(2, -1)
@@ -87,7 +87,7 @@ def test_an_evaluation_of_outputs_that_are_no_numbers_names_the_tasks() -> None:
         evaluate(lambda inputs, task: inputs * (float("nan") if task == "b" else 1.0), loaders, space)
 
 
-def test_a_run_that_diverges_is_one_line_that_names_its_stage(tmp_path, capsys) -> None:
+def test_a_diverging_run_ends_with_one_line_that_names_the_stage(tmp_path, capsys) -> None:
     learning_rate = "1.0e30"
     code = main(["fit", "--config", "tests/tiny.yaml", "--run.folder", str(tmp_path / "run"), "--run.stages",
                  "[pretrain]", "--pretrain.optimizer", "SGD", "--pretrain.optimizer.lr", learning_rate])  # fmt: skip

@@ -36,7 +36,7 @@ def task(kind: str, metric: str | None = None) -> Task:
 
 
 @pytest.mark.parametrize(("config", "kind"), [(T5, "seq2seq"), (QWEN, "causal_lm")])
-def test_the_loss_of_language_is_transformers_own(config: dict, kind: str) -> None:
+def test_the_language_model_loss_equals_that_of_transformers(config: dict, kind: str) -> None:
     torch.manual_seed(0)
     backbone = LanguageBackbone(config=config).eval()
     labels = TOKENS["input_ids"].masked_fill(TOKENS["attention_mask"] == 0, -100)
@@ -45,7 +45,7 @@ def test_the_loss_of_language_is_transformers_own(config: dict, kind: str) -> No
     objective = Objective.of(task(kind))
     torch.testing.assert_close(objective.loss(backbone(inputs), labels), expected)
     metrics = objective.make_metrics()
-    for row in range(2):  # whatever the batches, the loss is over all tokens
+    for row in range(2):  # the mean is over all tokens, however they are batched
         part = {name: tensor[row : row + 1] for name, tensor in inputs.items()}
         objective.update(metrics, backbone(part), labels[row : row + 1])
     torch.testing.assert_close(metrics["loss"].compute(), expected)
@@ -54,7 +54,7 @@ def test_the_loss_of_language_is_transformers_own(config: dict, kind: str) -> No
     assert float(perplexity["perplexity"].compute()) == pytest.approx(float(expected.exp()), rel=1e-5)
 
 
-def test_exact_match_is_what_greedy_decoding_writes() -> None:
+def test_exact_match_agrees_with_greedy_decoding() -> None:
     torch.manual_seed(0)
     backbone = LanguageBackbone(config=T5).eval()
     inputs = {name: tensor[:1] for name, tensor in TOKENS.items()}
@@ -67,7 +67,7 @@ def test_exact_match_is_what_greedy_decoding_writes() -> None:
         assert metrics["exact_match"].compute() == right
 
 
-def test_the_loss_of_numbers_and_of_classes() -> None:
+def test_the_losses_of_regression_and_classification() -> None:
     outputs, numbers = torch.randn(5, 1), torch.randn(5)
     squared = Objective.of(task("regression"))
     torch.testing.assert_close(squared.loss(outputs, numbers), F.mse_loss(outputs[:, 0], numbers))
@@ -80,7 +80,7 @@ def test_the_loss_of_numbers_and_of_classes() -> None:
     assert set(metrics) == {"matthews", "loss"}
 
 
-def test_regression_probe_is_scikit_learns_ridge_folded_into_one_layer() -> None:
+def test_the_regression_probe_equals_scikit_learns_ridge() -> None:
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(100, 5, generator=generator) * torch.arange(1, 6) + 3
     labels = features @ torch.tensor([1.0, -2, 0, 0.5, 3]) + torch.randn(100, generator=generator)
@@ -93,11 +93,11 @@ def test_regression_probe_is_scikit_learns_ridge_folded_into_one_layer() -> None
 # ---- the tuner
 
 
-def test_backbones_and_tasks_must_fit() -> None:
+def test_a_backbone_refuses_tasks_of_other_kinds() -> None:
     encoder, language = FineTuner(TransformersBackbone(config=BERT)), FineTuner(LanguageBackbone(config=T5))
-    with pytest.raises(ValueError, match="is for classification and regression, the task is seq2seq; it needs"):
+    with pytest.raises(ValueError, match="is for classification and regression, but the task is seq2seq, which needs"):
         encoder.for_task(task("seq2seq"))
-    with pytest.raises(ValueError, match="is for seq2seq, the task is causal_lm"):
+    with pytest.raises(ValueError, match="is for seq2seq, but the task is causal_lm"):
         language.for_task(task("causal_lm"))
     with pytest.raises(ValueError, match="a zero-shot head needs an ImageTextBackbone, got TransformersBackbone"):
         FineTuner(TransformersBackbone(config=BERT), head="zero_shot")
@@ -127,7 +127,7 @@ def test_tasks_that_share_a_head_are_probed_together(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("schedule", ["polynomial", "inverse_sqrt", lambda o: torch.optim.lr_scheduler.StepLR(o, 2)])
-def test_any_schedule_is_stepped_after_every_batch(schedule) -> None:
+def test_schedules_are_stepped_after_every_batch(schedule) -> None:
     rates = []
 
     class Watch(L.Callback):
@@ -154,7 +154,7 @@ ADAPTERS = [
 
 
 @pytest.mark.parametrize("settings", ADAPTERS, ids=["lora", "dora", "class_path", "ia3"])
-def test_merged_weights_are_those_of_pefts_own_merge(settings: dict) -> None:
+def test_merged_weights_equal_pefts_merge(settings: dict) -> None:
     torch.manual_seed(0)
     model = TransformersBackbone(config=BERT).model.eval()
     names = set(model.state_dict())
@@ -175,7 +175,7 @@ def test_merged_weights_are_those_of_pefts_own_merge(settings: dict) -> None:
     torch.testing.assert_close(plain.model(**TOKENS).last_hidden_state, adapted(**TOKENS).last_hidden_state)
 
 
-def test_a_fit_with_an_adapter_makes_a_task_vector_and_keeps_the_adapter(tmp_path) -> None:
+def test_a_fit_with_an_adapter_gives_a_task_vector_and_an_adapter(tmp_path) -> None:
     from peft import PeftModel
 
     torch.manual_seed(0)
@@ -209,18 +209,18 @@ def test_a_fit_with_an_adapter_makes_a_task_vector_and_keeps_the_adapter(tmp_pat
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"r": 8}, "say which kind"),
+        ({"r": 8}, "set kind, for instance"),
         ({"kind": "lorra"}, "PEFT has no 'lorra'; did you mean 'lora'"),
         ({"kind": "lora", "rank": 8}, "LoraConfig: .*rank"),
-        ({"class_path": "torch.nn.Linear"}, "torch.nn.Linear is not a configuration of PEFT"),
+        ({"class_path": "torch.nn.Linear"}, "torch.nn.Linear is not a PEFT configuration"),
     ],
 )
-def test_adapters_say_what_is_wrong(settings: dict, message: str) -> None:
+def test_errors_of_adapter_settings(settings: dict, message: str) -> None:
     with pytest.raises(ValueError, match=f"peft.*{message}"):
         FineTuner(TransformersBackbone(config=BERT), peft=settings)
 
 
-def test_adapters_that_do_not_fit_are_refused() -> None:
+def test_unsuitable_adapters_are_refused() -> None:
     backbone = TransformersBackbone(config=BERT)
     with pytest.raises(ValueError, match="peft: BertModel: Target modules"):
         FineTuner(backbone, peft={"kind": "lora", "target_modules": ["nothing"]}).for_task(2)
@@ -228,7 +228,7 @@ def test_adapters_that_do_not_fit_are_refused() -> None:
         FineTuner(backbone, peft={"kind": "prefix_tuning", "num_virtual_tokens": 4}).for_task(2)
 
 
-def test_without_peft_there_is_one_line(monkeypatch) -> None:
+def test_without_peft_the_error_is_one_line(monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(ValueError, match=r"needs PEFT: pip install 'freemerge\[peft\]'"):
         FineTuner(TransformersBackbone(config=BERT), peft={"kind": "lora"})

@@ -1,4 +1,4 @@
-"""FineTuner and one task's data in a Trainer, and a LightningCLI, of somebody's own."""
+"""FineTuner and the data of one task in a user's own Trainer and LightningCLI."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_a_task_of_a_suite_is_fitted_tested_and_predicted(tmp_path: Path, peft: 
     tuner = FineTuner(TransformersBackbone(config=VIT), peft=peft)
     trainer = make_trainer(tmp_path)
     trainer.fit(tuner, datamodule=suite["corners"])
-    assert tuner.head.weight.shape == (4, 16)  # the task's four classes, which the data module brought
+    assert tuner.head.weight.shape == (4, 16)  # the four classes of the task, which come from the data module
     (tested,) = trainer.test(tuner, datamodule=suite["corners"], verbose=False)
     logits = torch.cat(trainer.predict(tuner, datamodule=suite["corners"]))
     labels = torch.stack([label for _, label in suite.task("corners").test])
@@ -59,12 +59,12 @@ def test_inputs_without_labels_are_predicted(tmp_path: Path) -> None:
 def test_a_fit_without_a_task_is_refused(tmp_path: Path) -> None:
     tuner = FineTuner(ModuleBackbone(nn.Flatten(), feature_dim=64))
     loader = torch.utils.data.DataLoader(torch.randn(5, 1, 8, 8))
-    with pytest.raises(ValueError, match=r'give `num_classes`, or the data of one task: datamodule=suite\["birds"\]'):
+    with pytest.raises(ValueError, match=r'pass `num_classes`, or the data of one task: datamodule=suite\["birds"\]'):
         make_trainer(tmp_path).fit(tuner, loader)
 
 
 class Foreign(L.LightningModule):
-    """Somebody's own module, which knows nothing of freemerge."""
+    """A user's module that does not depend on freemerge."""
 
     def __init__(self, width: int = 4) -> None:
         super().__init__()
@@ -87,7 +87,7 @@ class Foreign(L.LightningModule):
 
 
 @pytest.mark.parametrize("by_class_path", [False, True])
-def test_a_foreign_lightning_cli_takes_the_data_module(tmp_path: Path, by_class_path: bool) -> None:
+def test_a_users_lightning_cli_takes_the_data_module(tmp_path: Path, by_class_path: bool) -> None:
     path = {"--data": "freemerge.data.SuiteTask"} if by_class_path else {}
     options = path | {
         "--data.suite": "tests.tiny.TinySuite", "--data.suite.batch_size": "16", "--data.name": "bars",
@@ -101,5 +101,5 @@ def test_a_foreign_lightning_cli_takes_the_data_module(tmp_path: Path, by_class_
     assert type(cli.datamodule) is SuiteTask
     assert (
         cli.model.seen == 64 + 2 * 37
-    )  # the training samples, and twice the validation samples: the sanity check, and the epoch
+    )  # the training samples, and the validation samples twice: in the sanity check and in the epoch
     assert torch.cat(cli.trainer.predict(cli.model, cli.datamodule)).shape == (45, 4)

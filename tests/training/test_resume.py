@@ -1,4 +1,4 @@
-"""Going on in the middle of a fit: loaders, schedulers, early stopping, and checkpoints that are files or folders."""
+"""Resuming in the middle of a fit: loaders, schedulers, early stopping, and checkpoints that are files or folders."""
 
 import contextlib
 import json
@@ -25,7 +25,7 @@ def loader(workers: int = 0):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_loader_goes_on_with_the_batches_and_draws_it_would_have_had(workers: int) -> None:
+def test_a_resumed_loader_gives_the_same_batches_and_random_numbers(workers: int) -> None:
     torch.manual_seed(0)
     whole = loader(workers)
     seen = []
@@ -44,7 +44,7 @@ def test_a_loader_goes_on_with_the_batches_and_draws_it_would_have_had(workers: 
         assert torch.equal(drawn, expected_drawn)
 
 
-def test_all_generators_go_back_to_where_they_were() -> None:
+def test_the_state_of_all_random_generators_is_restored() -> None:
     import random
 
     import numpy as np
@@ -56,7 +56,7 @@ def test_all_generators_go_back_to_where_they_were() -> None:
 
 
 class Noisy(L.LightningModule):
-    """Draws in training, validates to a schedule that waits for a plateau."""
+    """Draws random numbers in training; its schedule is ReduceLROnPlateau."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -67,10 +67,12 @@ class Noisy(L.LightningModule):
         return (self.layer(inputs + torch.rand_like(inputs)) - batch[1][:, None]).square().mean()
 
     def validation_step(self, batch, batch_idx):
-        self.log("val/loss", 1.0)  # a plateau from the beginning
+        self.log("val/loss", 1.0)  # constant: a plateau from the start
 
     def configure_optimizers(self):
-        assert self.trainer.estimated_stepping_batches > 0  # sets the loaders up before a checkpoint is read
+        assert (
+            self.trainer.estimated_stepping_batches > 0
+        )  # reading it sets up the loaders before a checkpoint is loaded
         adam = torch.optim.Adam(self.parameters(), lr=0.1)
         plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(adam, patience=0, factor=0.5)
         return {"optimizer": adam, "lr_scheduler": {"scheduler": plateau, "monitor": "val/loss"}}
@@ -112,7 +114,7 @@ def state(folder) -> dict:
 
 @pytest.mark.parametrize("options", [{}, {"accumulate_grad_batches": 2}, {"val_check_interval": 2}])
 @pytest.mark.parametrize(("epoch", "batch"), [(0, 3), (1, 0), (2, 1), (2, None), (3, 4)])
-def test_what_goes_on_comes_to_the_same_end(tmp_path, epoch: int, batch: int | None, options) -> None:
+def test_a_resumed_fit_ends_with_the_same_weights(tmp_path, epoch: int, batch: int | None, options) -> None:
     (tmp_path / "whole").mkdir()
     (tmp_path / "killed").mkdir()
     whole = fit(tmp_path / "whole", **options)
@@ -128,18 +130,18 @@ def test_what_goes_on_comes_to_the_same_end(tmp_path, epoch: int, batch: int | N
     assert again.checkpoint_callback.best_model_path == str(moved / "best.ckpt")
 
 
-def test_the_last_checkpoint_is_the_last_though_no_metric_gets_better(tmp_path) -> None:
+def test_the_last_checkpoint_is_written_without_an_improvement(tmp_path) -> None:
     fit(tmp_path, Kill(3, 1))
     assert state(tmp_path)["epoch"] == 3
 
 
-def test_early_stopping_stays_stopped(tmp_path) -> None:
+def test_a_fit_that_stopped_early_stays_stopped(tmp_path) -> None:
     stopped = fit(tmp_path, callbacks=[EarlyStopping("val/loss", patience=1)])
     again = fit(tmp_path, resume=True, callbacks=[EarlyStopping("val/loss", patience=1)])
     assert again.global_step == stopped.global_step < 20
 
 
-def test_a_sharded_checkpoint_takes_the_place_of_the_one_before(tmp_path) -> None:
+def test_a_sharded_checkpoint_replaces_the_previous_one(tmp_path) -> None:
     for text in ("one", "two"):
         (tmp_path / "draft").mkdir()
         (tmp_path / "draft" / "shard").write_text(text)
@@ -148,7 +150,7 @@ def test_a_sharded_checkpoint_takes_the_place_of_the_one_before(tmp_path) -> Non
     assert [path.name for path in tmp_path.iterdir()] == ["last.ckpt"]
 
 
-def test_each_rank_goes_on_with_its_own_random_numbers(tmp_path) -> None:
+def test_each_rank_resumes_with_its_own_random_numbers(tmp_path) -> None:
     """About 15 s: two processes, three fits."""
     script = Path(__file__).with_name("two_ranks.py")
     done = subprocess.run([sys.executable, script, tmp_path], capture_output=True, text=True, timeout=300)

@@ -1,4 +1,4 @@
-"""The teacher: the fine-tuned model's features, in whatever dtype it is kept, computed once where that is asked for."""
+"""The teacher: the fine-tuned model's features from weights of any dtype, and their cache."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from tests.tiny import tiny_backbone
 
 @given(st.integers(0, 10_000), st.sampled_from([torch.float32, torch.bfloat16, torch.int64, torch.uint8, torch.bool]))
 @settings(max_examples=50, deadline=None)
-def test_fingerprints_know_a_sample_by_its_content_alone(seed: int, dtype: torch.dtype) -> None:
+def test_fingerprints_depend_only_on_a_samples_content(seed: int, dtype: torch.dtype) -> None:
     inputs = (20 * torch.rand(6, 3, 5, generator=torch.Generator().manual_seed(seed))).to(dtype)
     prints = fingerprints(inputs)
     assert torch.equal(fingerprints(inputs[[4, 1]]), prints[[4, 1]])
@@ -22,7 +22,7 @@ def test_fingerprints_know_a_sample_by_its_content_alone(seed: int, dtype: torch
     assert not torch.equal(fingerprints(changed)[0], prints[0])
 
 
-def test_padding_on_the_right_and_the_order_of_names_make_no_difference() -> None:
+def test_fingerprints_ignore_right_padding_and_the_order_of_names() -> None:
     ids, mask = torch.randint(1, 99, (4, 5)), torch.ones(4, 5, dtype=torch.long)
     prints = fingerprints({"input_ids": ids, "attention_mask": mask})
     padded = {name: torch.nn.functional.pad(t, (0, 3)) for name, t in (("attention_mask", mask), ("input_ids", ids))}
@@ -39,7 +39,7 @@ def test_features_are_those_of_the_fine_tuned_backbone(dtype: torch.dtype) -> No
         torch.testing.assert_close(teacher(backbone, images), tuned(images))
 
 
-def test_what_was_seen_is_not_computed_again() -> None:
+def test_cached_features_are_not_computed_again() -> None:
     backbone, images = tiny_backbone().eval(), torch.randn(8, 1, 8, 8)
     teacher, passes = Teacher(tiny_backbone(1).weights(), cache=True), []
     backbone.register_forward_hook(lambda _, inputs, __: passes.append(len(inputs[0])))

@@ -14,7 +14,7 @@ from freemerge.experts import extract, extract_low_rank, load_expert, save_exper
 from freemerge.merging import task_vector
 from freemerge.models import Backbone, ConvRouter
 from freemerge.training import ExpertTrainer, FineTuner, RouterTrainer, fit_probe
-from freemerge.training.experts import blended
+from freemerge.training.experts import mixup_batch
 from tests.tiny import TinySuite, tiny_backbone
 
 
@@ -28,7 +28,7 @@ def trainer(tmp_path, **arguments) -> L.Trainer:
 
 
 @pytest.mark.parametrize("num_classes", [2, 4])
-def test_probe_is_scikit_learns_logistic_regression_folded_into_one_layer(num_classes: int) -> None:
+def test_the_probe_equals_scikit_learns_logistic_regression(num_classes: int) -> None:
     generator = torch.Generator().manual_seed(0)
     labels = torch.randint(num_classes, (200,), generator=generator)
     features = torch.randn(200, 6, generator=generator) * torch.arange(1, 7) + 2 * torch.eye(6)[labels] + 5
@@ -39,13 +39,13 @@ def test_probe_is_scikit_learns_logistic_regression_folded_into_one_layer(num_cl
     torch.testing.assert_close(got, torch.from_numpy(expected).float(), atol=2e-3, rtol=0)
 
 
-def test_probe_never_predicts_a_class_it_has_not_seen() -> None:
+def test_probe_never_predicts_a_class_without_samples() -> None:
     features = torch.randn(60, 4, generator=torch.Generator().manual_seed(0))
     head = fit_probe(features, torch.tensor([0, 3, 4] * 20), num_classes=6)
     assert set(head(features).argmax(dim=1).tolist()) <= {0, 3, 4}
 
 
-def test_probe_gives_no_weight_to_a_feature_that_never_moves() -> None:
+def test_probe_gives_constant_features_zero_weight() -> None:
     features = torch.randn(60, 4, generator=torch.Generator().manual_seed(0))
     features[:, 2] = 3.0 + 1e-9 * torch.arange(60)
     head = fit_probe(features, (features[:, 0] > 0).long(), num_classes=2)
@@ -53,7 +53,7 @@ def test_probe_gives_no_weight_to_a_feature_that_never_moves() -> None:
     assert head.weight[:, 0].abs().min() > 0.1
 
 
-def test_finetuner_with_a_probe_learns_in_the_backbone_alone(tmp_path) -> None:
+def test_finetuner_with_a_probe_trains_only_the_backbone(tmp_path) -> None:
     suite = TinySuite()
     template = FineTuner(tiny_backbone(), optimizer=adam(3e-3))
     tuner = template.for_task(4)
@@ -66,11 +66,11 @@ def test_finetuner_with_a_probe_learns_in_the_backbone_alone(tmp_path) -> None:
     vector = task_vector(template.backbone.weights(), tuner.backbone.weights())
     assert all(tensor.abs().max() > 0 for tensor in vector.values() if tensor.dim() >= 2)
     again = trainer(tmp_path, max_epochs=1, enable_checkpointing=False)
-    again.fit(tuner, datamodule=suite.for_task("corners"))  # the head is there: it is not fitted again
+    again.fit(tuner, datamodule=suite.for_task("corners"))  # the head comes from the checkpoint and is not fitted again
     assert all(torch.equal(fitted[name], tensor) for name, tensor in tuner.head.state_dict().items())
 
 
-def test_finetuner_linear_head_trains_along(tmp_path) -> None:
+def test_finetuner_trains_a_linear_head(tmp_path) -> None:
     tuner = FineTuner(tiny_backbone(), head="linear", num_classes=2, optimizer=adam(1e-3), schedule="constant")
     before = tuner.head.weight.detach().clone()
     trainer(tmp_path, max_epochs=1, enable_checkpointing=False).fit(tuner, datamodule=TinySuite().for_task("bars"))
@@ -80,7 +80,7 @@ def test_finetuner_linear_head_trains_along(tmp_path) -> None:
 def test_finetuner_refusals(tmp_path) -> None:
     with pytest.raises(ValueError, match="head must be 'probe', 'linear' or 'zero_shot', got 'mlp'"):
         FineTuner(tiny_backbone(), head="mlp")
-    with pytest.raises(ValueError, match="give `num_classes`"):
+    with pytest.raises(ValueError, match="pass `num_classes`"):
         trainer(tmp_path, max_epochs=1).fit(FineTuner(tiny_backbone()), datamodule=TinySuite())
 
 
@@ -94,7 +94,7 @@ def test_schedule_warms_up_then_falls_to_zero(tmp_path) -> None:
     tuner = FineTuner(tiny_backbone(), head="linear", num_classes=2, optimizer=adam(1.0e-3), warmup=0.25)
     loop = trainer(tmp_path, max_epochs=2, callbacks=[Watch()], enable_checkpointing=False)
     loop.fit(tuner, datamodule=TinySuite().for_task("bars"))
-    assert len(rates) == 8  # 64 samples, 16 a batch, 2 epochs
+    assert len(rates) == 8  # 64 samples in batches of 16, 2 epochs
     assert max(rates) == rates[1] == pytest.approx(1e-3)
     assert rates[-1] == pytest.approx(0.0, abs=1e-9)
 
@@ -114,7 +114,7 @@ def teacher_and_merged() -> tuple:
     return tuner, tiny_backbone()
 
 
-def test_expert_training_brings_the_student_closer_and_touches_nothing_else(tmp_path, teacher_and_merged) -> None:
+def test_expert_training_improves_the_student_and_changes_nothing_else(tmp_path, teacher_and_merged) -> None:
     tuner, backbone = teacher_and_merged
     teacher = {name: tensor.clone() for name, tensor in tuner.backbone.weights().items()}
     merged = {name: tensor.clone() for name, tensor in backbone.weights().items()}
@@ -141,7 +141,7 @@ def test_expert_training_brings_the_student_closer_and_touches_nothing_else(tmp_
 
 
 class _Normalised(Backbone):
-    """A backbone that behaves otherwise in training: batch norm and dropout."""
+    """A backbone that behaves differently in training mode: batch norm and dropout."""
 
     def __init__(self) -> None:
         model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Dropout(0.5), nn.Conv2d(4, 6, 3))
@@ -151,8 +151,8 @@ class _Normalised(Backbone):
         return self.model(inputs).mean(dim=(2, 3))
 
 
-def test_neither_dropout_nor_batch_statistics_get_into_an_expert(tmp_path) -> None:
-    backbone = _Normalised()  # in training mode, as a run's are
+def test_experts_are_trained_without_dropout_and_batch_statistics(tmp_path) -> None:
+    backbone = _Normalised()  # in training mode, as in a fit
     teacher = {name: tensor + 0.1 * (name == "3.weight") for name, tensor in backbone.weights().items()}
     start = extract(task_vector(backbone.weights(), teacher), 0.2)
     module = ExpertTrainer(backbone, nn.Linear(6, 4), teacher, start, adam(1e-2))
@@ -177,7 +177,7 @@ def test_expert_forward_equals_the_attached_expert(teacher_and_merged) -> None:
     torch.testing.assert_close(module(images), summed(images))
 
 
-def test_training_makes_up_for_the_rounding_to_int4(tmp_path, teacher_and_merged) -> None:
+def test_training_compensates_for_int4_rounding(tmp_path, teacher_and_merged) -> None:
     tuner, backbone = teacher_and_merged
     teacher, merged = tuner.backbone.weights(), backbone.weights()
     images = torch.cat([images for images, _ in TinySuite().test_dataloader()["corners"]])
@@ -192,12 +192,12 @@ def test_training_makes_up_for_the_rounding_to_int4(tmp_path, teacher_and_merged
         stored = load_expert(save_expert(tmp_path / "e.safetensors", module.expert, "int4"))
         reader = ExpertTrainer(copy.deepcopy(backbone), heads, teacher, stored).eval()
         distances[encoding] = float((reader(images) - target).square().mean().detach())
-        if encoding == "int4":  # what it trained is what the file holds
+        if encoding == "int4":  # the trained values are those in the file
             torch.testing.assert_close(module.eval()(images), reader(images))
     assert distances["int4"] < distances["int8"]
 
 
-def test_mixup_shows_teacher_and_student_the_same_blends(tmp_path, teacher_and_merged) -> None:
+def test_teacher_and_student_see_the_same_mixup(tmp_path, teacher_and_merged) -> None:
     tuner, backbone = teacher_and_merged
     start = extract(task_vector(backbone.weights(), tuner.backbone.weights()), 0.05)
     module = ExpertTrainer(
@@ -214,17 +214,17 @@ def test_mixup_shows_teacher_and_student_the_same_blends(tmp_path, teacher_and_m
     assert not torch.equal(module.expert.flat_values(), start.flat_values())
 
 
-def test_blends_lie_between_two_inputs_of_the_batch() -> None:
+def test_mixup_interpolates_two_inputs_of_the_batch() -> None:
     inputs = torch.randn(6, 3, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    mixed = blended(inputs, 0.5)
+    mixed = mixup_batch(inputs, 0.5)
     other = inputs.roll(1, dims=0)
     shares = ((mixed - inputs) * (other - inputs)).sum(dim=(1, 2, 3)) / (other - inputs).square().sum(dim=(1, 2, 3))
     torch.testing.assert_close(mixed, inputs + shares[:, None, None, None] * (other - inputs))
     assert shares.min() >= 0
     assert shares.max() <= 0.5
     assert len(shares.unique()) == 6
-    assert torch.equal(blended(inputs, 0.0), inputs)
-    assert blended(inputs[:0], 1.0).shape == (0, 3, 4, 4)
+    assert torch.equal(mixup_batch(inputs, 0.0), inputs)
+    assert mixup_batch(inputs[:0], 1.0).shape == (0, 3, 4, 4)
 
 
 def test_mixup_refusals(teacher_and_merged) -> None:
@@ -237,13 +237,13 @@ def test_mixup_refusals(teacher_and_merged) -> None:
         with pytest.raises(ValueError, match=message):
             ExpertTrainer(backbone, tuner.head, tuner.backbone.weights(), start, **arguments)
     with pytest.raises(ValueError, match="a dict of attention_mask, input_ids: set mixup to 0"):
-        blended({"attention_mask": torch.ones(2, 3), "input_ids": torch.ones(2, 3)}, 1.0)
+        mixup_batch({"attention_mask": torch.ones(2, 3), "input_ids": torch.ones(2, 3)}, 1.0)
     with pytest.raises(ValueError, match=r"inputs are torch\.int64"):
-        blended(torch.ones(2, 3, dtype=torch.int64), 1.0)
+        mixup_batch(torch.ones(2, 3, dtype=torch.int64), 1.0)
 
 
 @pytest.mark.parametrize("kind", ["sparse", "low_rank"])
-def test_experts_train_in_mixed_precision_from_a_bfloat16_teacher_seen_once(
+def test_experts_train_in_mixed_precision_with_a_cached_bfloat16_teacher(
     tmp_path, teacher_and_merged, kind: str
 ) -> None:
     tuner, backbone = teacher_and_merged
@@ -273,7 +273,7 @@ def test_experts_train_in_mixed_precision_from_a_bfloat16_teacher_seen_once(
     assert module.expert.num_values == start.num_values
 
 
-def test_expert_checkpoints_hold_the_values_alone_and_resume(tmp_path, teacher_and_merged) -> None:
+def test_expert_checkpoints_contain_only_the_values_and_resume(tmp_path, teacher_and_merged) -> None:
     tuner, backbone = teacher_and_merged
     start = extract(task_vector(backbone.weights(), tuner.backbone.weights()), 0.05)
 
@@ -289,7 +289,7 @@ def test_expert_checkpoints_hold_the_values_alone_and_resume(tmp_path, teacher_a
     assert torch.equal(resumed.values, first.values)
 
 
-def test_router_trainer_tells_the_tiny_tasks_apart(tmp_path) -> None:
+def test_router_trainer_distinguishes_the_tiny_tasks(tmp_path) -> None:
     suite = TinySuite()
     module = RouterTrainer(ConvRouter(2, channels=1, width=4), optimizer=adam(1e-2))
     loop = trainer(tmp_path, max_epochs=5, enable_checkpointing=False)

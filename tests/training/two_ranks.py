@@ -1,5 +1,5 @@
-"""Two ranks with random numbers of their own: a fit that is stopped within an epoch and goes on draws what one that is
-not stopped draws, on each of them.
+"""Each of two ranks draws random numbers of its own. A fit that is stopped within an epoch and resumed draws the same
+numbers on each rank as an uninterrupted one.
 
     python tests/training/two_ranks.py FOLDER
 """

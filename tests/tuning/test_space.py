@@ -1,4 +1,4 @@
-"""From a method to a space of numbers and back."""
+"""The search space of a method."""
 
 import pytest
 
@@ -28,12 +28,12 @@ def test_by_default_each_task_has_its_own_scale(method) -> None:
 
 
 @pytest.mark.parametrize("method", [Ties(), TSVMerge(), Dare(Ties())])
-def test_or_all_share_one_where_the_method_takes_one(method) -> None:
+def test_a_method_with_one_scale_searches_one_value(method) -> None:
     space = Space(method, TASKS, default_ranges(method))
     assert space.apply({"scale": 0.5}).scale == 0.5
 
 
-def test_any_number_of_a_method_or_its_parts() -> None:
+def test_any_number_of_a_method_can_be_searched_for() -> None:
     ranges = {"ratio": Range(0.01, 1.0, log=True), "filter.cutoff": Range(0.0, 0.5), "scale": Range(0, 2)}
     space = Space(PCBMerging(0.2, filter=HighPass(0.1)), TASKS, ranges)
     assert space.start() == {"ratio": 0.2, "filter.cutoff": 0.1, "scale": 1.0}
@@ -42,11 +42,15 @@ def test_any_number_of_a_method_or_its_parts() -> None:
     assert inner.apply({"method.density": 0.3, "drop": 0.5}) == Dare(Ties(0.3), 0.5)
 
 
-def test_integers_stay_integers_and_lists_begin_at_their_values() -> None:
+def test_integers_stay_integers_and_lists_start_at_their_values() -> None:
     space = Space(FRMerging(Butterworth(0.1)), TASKS, {"filter.order": Range(1, 6)})
     assert space.parameters[0].integer
     own = Space(TaskArithmetic([0.1, 0.2, 5.0]), TASKS, {"scale": Range(0, 1, per_task=True)})
-    assert own.start() == {"scale/a": 0.1, "scale/b": 0.2, "scale/c": 1.0}  # what lies outside begins at the edge
+    assert own.start() == {
+        "scale/a": 0.1,
+        "scale/b": 0.2,
+        "scale/c": 1.0,
+    }  # a value outside of the range starts at its end
     one = Space(TaskArithmetic([0.1, 0.2, 0.3]), TASKS, {"scale": Range(0, 1)})
     assert one.start() == pytest.approx({"scale": 0.2})
     word = Space(FRMerging(), TASKS, {"coefficients": Range(0, 2, per_task=True)})
@@ -61,18 +65,18 @@ def test_integers_stay_integers_and_lists_begin_at_their_values() -> None:
         (Ties(), {"scope": Range(0, 1)}, "tune.space: scope of Ties is not a number"),
         (FRMerging(), {"coefficients": Range(0, 1)}, "tune.space: coefficients of FRMerging is not a number"),
         (FRMerging(), {"filter.cutoff": Range(0, 1)}, "NyquistDisc has no parameter 'cutoff'; it has radius"),
-        (Ties(), {}, "names no parameter to search for"),
+        (Ties(), {}, "there is no parameter to search for"),
     ],
 )
-def test_what_cannot_be_searched_for(method, ranges, message) -> None:
+def test_unsuitable_parameters_are_refused(method, ranges, message) -> None:
     with pytest.raises((ValueError, MergeError), match=message):
         Space(method, TASKS, ranges)
 
 
-def test_ranges_that_are_none() -> None:
+def test_invalid_ranges_are_refused() -> None:
     with pytest.raises(ValueError, match="low must be less than high, got 1 and 1"):
         Range(1, 1)
-    with pytest.raises(ValueError, match="a range with log must begin above 0"):
+    with pytest.raises(ValueError, match="a range with log must start above 0"):
         Range(0, 1, log=True)
     with pytest.raises(ValueError, match="tune: WeightAverage has no scale to search for"):
         default_ranges(WeightAverage())

@@ -1,4 +1,4 @@
-"""The study: it finds, it keeps to its budget, it goes on after a kill, and several processes share it."""
+"""The study: finding the best point, budgets, resuming after a kill, and several processes."""
 
 import os
 import signal
@@ -29,19 +29,19 @@ def hill(point) -> tuple[float, dict]:
 
 
 @pytest.mark.parametrize("sampler", ["cmaes", "tpe", "random"])
-def test_the_search_finds_the_top_of_a_hill(tmp_path, sampler) -> None:
+def test_the_search_finds_a_maximum(tmp_path, sampler) -> None:
     search = Search(tmp_path / "study.journal", space(), sampler, seed=0)
     search.run(hill, trials=80)
     trials = search.trials()
     assert len(trials) == 80
-    assert trials[0].point == space().start()  # the method's own values come first
+    assert trials[0].point == space().start()  # the first trial has the method's own values
     assert trials[0].details == {"kept": True}
     best = search.best()
     assert best.value == max(trial.value for trial in trials)
     assert best.value > {"cmaes": -2e-3, "tpe": -2e-2, "random": -0.1}[sampler]
 
 
-def test_the_same_seed_gives_the_same_search_and_another_one_does_not(tmp_path) -> None:
+def test_the_seed_determines_the_search(tmp_path) -> None:
     found = []
     for name, seed in (("1", 0), ("2", 0), ("3", 1)):
         search = Search(tmp_path / name, space(), "cmaes", seed)
@@ -51,7 +51,7 @@ def test_the_same_seed_gives_the_same_search_and_another_one_does_not(tmp_path) 
     assert found[0][1:] != found[2][1:]
 
 
-def test_a_search_goes_on_where_it_stopped(tmp_path) -> None:
+def test_a_search_resumes(tmp_path) -> None:
     whole = Search(tmp_path / "whole", space(), "cmaes", 0)
     whole.run(hill, trials=20)
     for trials in (7, 7, 20):
@@ -60,17 +60,17 @@ def test_a_search_goes_on_where_it_stopped(tmp_path) -> None:
     assert [trial.point for trial in part.trials()] == [trial.point for trial in whole.trials()]
 
 
-def test_the_budget_of_time_ends_a_search(tmp_path) -> None:
+def test_the_time_limit_ends_a_search(tmp_path) -> None:
     search = Search(tmp_path / "study", space(), "random")
     search.run(lambda point: (time.sleep(0.05), hill(point))[1], trials=1000, seconds=0.5)
     assert 1 <= len(search.trials()) <= 11
     nothing = Search(tmp_path / "nothing", space(), "random")
     nothing.run(hill, trials=5, seconds=0)
-    with pytest.raises(ValueError, match=r"the budget was over before the first trial; allow more tune\.seconds"):
+    with pytest.raises(ValueError, match=r"the time limit passed before the first trial; increase tune\.seconds"):
         nothing.best()
 
 
-def test_one_parameter_is_searched_with_tpe_and_integers_are_tried_as_such(tmp_path) -> None:
+def test_one_parameter_is_searched_with_tpe_and_integers_stay_integers(tmp_path) -> None:
     ties = Space(Ties(), TASKS, {"density": Range(0.01, 1.0, log=True)})
     search = Search(tmp_path / "1", ties, "cmaes")
     assert search.sampler == "tpe"
@@ -114,14 +114,14 @@ def test_two_processes_share_a_study_and_its_budget(tmp_path) -> None:
     numbers = [[int(line) for line in process.stdout] for process in processes]
     assert [process.wait() for process in processes] == [0, 0]
     assert all(numbers)
-    assert sorted(numbers[0] + numbers[1]) == list(range(20))  # each trial once, none too many
+    assert sorted(numbers[0] + numbers[1]) == list(range(20))  # every trial once, and no more than the budget
     assert len(Search(tmp_path / "study", space(), "cmaes").trials()) == 20
 
 
-def test_who_searches(tmp_path) -> None:
+def test_running_processes_are_listed(tmp_path) -> None:
     path = tmp_path / "study"
     assert searchers(path) == []
-    path.touch()  # somebody was killed before there was a study in it
+    path.touch()  # a process was killed before it made the study
     assert searchers(path) == []
     killed = start(path, 1000, 60.0)
     assert killed.stdout.readline() == "ready\n"
@@ -133,10 +133,10 @@ def test_who_searches(tmp_path) -> None:
     assert searchers(path) == []
 
 
-def test_a_killed_process_costs_its_own_trial_and_no_other(tmp_path) -> None:
+def test_a_killed_process_loses_only_its_own_trial(tmp_path) -> None:
     killed = start(tmp_path / "study", 1000, 0.2)
     assert [killed.stdout.readline() for _ in range(4)] == ["ready\n", "0\n", "1\n", "2\n"]
-    time.sleep(0.05)  # in the middle of the next
+    time.sleep(0.05)  # during the next trial
     os.kill(killed.pid, signal.SIGKILL)
     killed.wait()
     search = Search(tmp_path / "study", space(), "cmaes")
