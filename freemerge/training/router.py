@@ -1,4 +1,4 @@
-"""RouterTrainer: teach the router which task an input belongs to, on a mixture of all tasks' training data."""
+"""RouterTrainer: trains the router to recognise an input's task, on a mixture of all tasks' training data."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ class RouterTrainer(OptimizedModule):
 
     Args:
         router: the router.
-        backbone: the merged backbone, for a router that looks at its features; frozen, and in no checkpoint.
-        optimizer: makes the optimizer; AdamW if not given.
-        schedule: how the learning rate falls over the fit.
-        warmup: share of the steps over which the learning rate rises.
+        backbone: the merged backbone, for a router that uses its features; it is frozen and not saved in checkpoints.
+        optimizer: makes the optimizer; None is AdamW.
+        schedule: learning rate schedule after the warm-up.
+        warmup: fraction of the steps over which the learning rate rises.
     """
 
     LOGGED: ClassVar[tuple[str, ...]] = ("train/loss", "val/loss", "val/acc")
@@ -45,20 +45,35 @@ class RouterTrainer(OptimizedModule):
             ignore=["router", "backbone", "optimizer", *(["schedule"] if callable(schedule) else [])]
         )
         self.router = router
-        # Outside the module tree: nothing of it trains, and it is in no checkpoint.
+        # Outside the module tree, because it is neither trained nor saved in checkpoints.
         self.__dict__["backbone"] = backbone.eval().requires_grad_(False) if backbone is not None else None
-        self.accuracy = MulticlassAccuracy(max(router.num_tasks, 2), average="micro")  # of one task: always right
+        self.accuracy = MulticlassAccuracy(max(router.num_tasks, 2), average="micro")  # one task: always 1
 
     def on_fit_start(self) -> None:
+        """Move the backbone to the device."""
         if self.backbone is not None:
             self.backbone.to(self.device)
 
     def forward(self, inputs: Inputs) -> Tensor:
-        """Task logits (B, K)."""
+        """Compute the task logits of a batch.
+
+        Args:
+            inputs: a batch.
+
+        Returns:
+            (B, K).
+        """
         return self.router(inputs, self.backbone)
 
     def judge(self, loader: Iterable) -> tuple[Tensor, Tensor]:
-        """Task logits (N, K) and out-of-distribution scores (N,) of all inputs of a loader, on the CPU."""
+        """Compute the task logits and out-of-distribution scores of all inputs of a loader.
+
+        Args:
+            loader: batches of (inputs, labels); the labels are ignored.
+
+        Returns:
+            float32 (N, K) and float (N,), on the CPU.
+        """
         logits, scores, _ = self._over(loader, self.router.judge)
         return logits.float(), scores
 
@@ -67,7 +82,7 @@ class RouterTrainer(OptimizedModule):
 
         Args:
             train: batches of (inputs, task index) that the router was trained on.
-            val: such batches that it was not trained on.
+            val: batches that it was not trained on.
             fraction: fraction of the validation samples that must be routed, in (0, 1].
 
         Returns:
@@ -82,7 +97,7 @@ class RouterTrainer(OptimizedModule):
 
     @torch.no_grad()
     def _over(self, loader: Iterable, compute: Callable[..., tuple[Tensor, ...]]) -> list[Tensor]:
-        """What `compute` gives for all batches, in eval mode, and their labels: on the CPU."""
+        """Compute something for all batches in eval mode; returns the results and the labels, on the CPU."""
         was_training = self.training
         self.eval()
         device = next(self.router.parameters()).device
@@ -95,12 +110,27 @@ class RouterTrainer(OptimizedModule):
         return [torch.cat([part.cpu() for part in parts]) for parts in zip(*found, strict=True)]
 
     def training_step(self, batch: tuple[Inputs, Tensor], batch_idx: int) -> Tensor:
+        """The cross-entropy of a batch; logs `train/loss`.
+
+        Args:
+            batch: (inputs, task index).
+            batch_idx: ignored.
+
+        Returns:
+            Scalar loss.
+        """
         inputs, tasks = batch
         loss = F.cross_entropy(self(inputs), tasks)
         self.log("train/loss", loss, prog_bar=True)
         return loss
 
     def validation_step(self, batch: tuple[Inputs, Tensor], batch_idx: int) -> None:
+        """Log `val/loss` and `val/acc`.
+
+        Args:
+            batch: (inputs, task index).
+            batch_idx: ignored.
+        """
         inputs, tasks = batch
         logits = self(inputs)
         self.record_outputs(logits)
@@ -109,4 +139,5 @@ class RouterTrainer(OptimizedModule):
         self.log("val/acc", self.accuracy, prog_bar=True, on_epoch=True, batch_size=len(tasks))
 
     def on_validation_epoch_end(self) -> None:
+        """Raise a NotFiniteError if an output was NaN or infinite."""
         self.check_outputs("validation")
