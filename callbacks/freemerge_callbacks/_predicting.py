@@ -115,7 +115,7 @@ def predictor(
     trainer: L.Trainer,
     module: nn.Module,
     backbone: str,
-    heads: Mapping[str, nn.Module] | None,
+    heads: Mapping[str, Callable[[Tensor], Any]] | None,
     weights: Mapping[str, Tensor],
     features: Features = None,
 ) -> Predict:

@@ -13,6 +13,8 @@ from freemerge.merging.engine.reader import Reader
 from freemerge.merging.engine.record import describe_method, make_record
 from freemerge.merging.engine.search import Candidates
 from freemerge.merging.matching.misfits import is_head
+from freemerge.merging.measuring.gram_matrices import GramMatrices, measurable_layers
+from freemerge.merging.measuring.squared_gradients import SquaredGradients, draw_log_probability
 from freemerge.merging.methods.ace import ACEMerging
 from freemerge.merging.methods.angles import AngleMethod
 from freemerge.merging.methods.base import MergeMethod
@@ -30,7 +32,7 @@ from freemerge.merging.methods.iso_cts import IsoCTS
 from freemerge.merging.methods.karcher import KarcherMean
 from freemerge.merging.methods.knots import KnOTS
 from freemerge.merging.methods.matrices import MatrixMethod
-from freemerge.merging.methods.measured import MeasuredMethod
+from freemerge.merging.methods.measured import MeasuredMethod, Statistics, collected
 from freemerge.merging.methods.model_stock import ModelStock
 from freemerge.merging.methods.multi_slerp import MultiSlerp
 from freemerge.merging.methods.nearswap import NearSwap
@@ -71,6 +73,7 @@ __all__ = [
     "Filter",
     "FisherMerging",
     "Gaussian",
+    "GramMatrices",
     "HighPass",
     "IsoC",
     "IsoCTS",
@@ -93,6 +96,8 @@ __all__ = [
     "RegMean",
     "Relations",
     "Slerp",
+    "SquaredGradients",
+    "Statistics",
     "TSVMerge",
     "TaskArithmetic",
     "Ties",
@@ -101,13 +106,16 @@ __all__ = [
     "WeightAverage",
     "advise",
     "apply_task_vector",
+    "collected",
     "describe_method",
+    "draw_log_probability",
     "emr_task_vector",
     "get_field",
     "has_scale",
     "is_head",
     "make_plan",
     "make_record",
+    "measurable_layers",
     "merge",
     "merge_task_vectors",
     "merge_to",

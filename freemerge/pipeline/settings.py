@@ -116,18 +116,23 @@ class MergeSettings:
         free: the method whose merged backbone carries the experts.
         batch_norm_batches: batches of all tasks' training data on which a merged backbone's batch norm, if it has any,
             is measured anew; 0 leaves the merged statistics.
+        statistics_samples: training samples of each task on which methods with `statistics: collect` (RegMean,
+            FisherMerging) are measured.
     """
 
     methods: dict[str, MergeMethod] | None = None
     scales: list[float] = field(default_factory=lambda: [0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0, 1.4, 2.0])
     free: str = "FR"
     batch_norm_batches: int = 50
+    statistics_samples: int = 256
 
     def __post_init__(self) -> None:
         if self.methods is None:  # not a default factory: a configuration file cannot show instances
             self.methods = self.lines
         if self.batch_norm_batches < 0:
             raise ValueError(f"merge.batch_norm_batches: must be at least 0, got {self.batch_norm_batches}")
+        if self.statistics_samples < 1:
+            raise ValueError(f"merge.statistics_samples: must be at least 1, got {self.statistics_samples}")
         if not self.scales:
             raise ValueError("merge.scales: give at least one scale")
         if self.free not in self.lines:

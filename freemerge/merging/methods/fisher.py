@@ -29,6 +29,7 @@ class FisherMerging(MeasuredMethod):
 
     statistics_fields: ClassVar = ("statistics",)
     linear_in_scale: ClassVar = True
+    measures: ClassVar = "squared_gradients"
 
     least: float = 1e-6
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,6 +15,10 @@ from freemerge.errors import MergeError
 from freemerge.merging.methods.base import MergeMethod, require, require_number
 from freemerge.merging.task_vectors import Vectors
 
+Statistics = Literal["gram_matrices", "squared_gradients"]
+
+_Part = TypeVar("_Part")
+
 
 @dataclass(frozen=True)
 class MeasuredMethod(MergeMethod):
@@ -21,20 +27,31 @@ class MeasuredMethod(MergeMethod):
     Args:
         statistics: the files' paths, in the order of the models: checkpoints of any kind that freemerge reads, with a
             tensor under the name of the weight that it belongs to. A weight without statistics is averaged.
+            freemerge_callbacks.StatisticsAtFitEnd writes such files. "collect" in a run over a suite, which then
+            measures them itself before the merge.
         scale: multiplies the result.
     """
 
-    statistics: list[str] = field(default_factory=list)
+    measures: ClassVar[Statistics]
+    """What the statistics are."""
+
+    statistics: list[str] | Literal["collect"] = field(default_factory=list)
     scale: float = 1.0
 
     def __post_init__(self) -> None:
-        valid = isinstance(self.statistics, (list, tuple)) and len(self.statistics) > 0
+        listed = isinstance(self.statistics, (list, tuple)) and len(self.statistics) > 0
+        valid = listed or self.statistics == "collect"
         require(valid, self, f"`statistics` must list a file for each model, got {self.statistics!r}")
         require_number(self, "scale", self.scale)
         require(not isinstance(self.scale, (list, tuple)), self, "`scale` must be one number for all models")
 
     def check(self, labels: Sequence[str]) -> None:
         super().check(labels)
+        if self.statistics == "collect":
+            raise MergeError(
+                f'{type(self).__name__}: statistics="collect" is for runs over a suite (fit, tune), which have data; '
+                "list a file for each model, as freemerge_callbacks.StatisticsAtFitEnd writes them"
+            )
         if len(self.statistics) != len(labels):
             raise MergeError(
                 f"{type(self).__name__} has {len(self.statistics)} files in `statistics` for {len(labels)} fine-tuned "
@@ -71,6 +88,25 @@ class MeasuredMethod(MergeMethod):
                         f"shape {list(vectors.shapes[name])}"
                     )
         return files
+
+
+def collected(part: _Part, paths: Callable[[Statistics], list[str]]) -> _Part:
+    """The same method with files in place of "collect", in methods inside of it, too.
+
+    Args:
+        part: a method.
+        paths: statistics → their files, in the order of the models.
+    """
+    if isinstance(part, MeasuredMethod) and part.statistics == "collect":
+        return dataclasses.replace(part, statistics=paths(part.measures))
+    if isinstance(part, Mapping):
+        values: Any = {key: collected(value, paths) for key, value in part.items()}
+        return part if values == part else values
+    if not isinstance(part, MergeMethod) or not dataclasses.is_dataclass(part):
+        return part
+    own = {each.name: getattr(part, each.name) for each in dataclasses.fields(part) if each.init}
+    changed = {name: new for name, value in own.items() if (new := collected(value, paths)) is not value}
+    return dataclasses.replace(part, **changed) if changed else part
 
 
 def read_values(file: Checkpoint, values: Tensor, name: str) -> Tensor:

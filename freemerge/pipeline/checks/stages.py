@@ -72,7 +72,7 @@ def check_merge(files: Artifacts, findings: Findings) -> None:
         if (other := paths.setdefault(str(path), name)) != name:
             findings.fault(f"merge.methods: {other!r} and {name!r} would both be {path.name}; rename one of them")
         try:
-            method.check(tasks)
+            files.with_statistics(method).check(tasks)
             for scale in settings.scales if has_scale(method) else ():
                 rescaled(method, scale)
         except ValueError as error:

@@ -8,6 +8,7 @@ from typing import Any
 from freemerge.errors import NotFiniteError
 from freemerge.merging import Candidates, has_scale, merge, rescaled
 from freemerge.pipeline.context import RunContext
+from freemerge.pipeline.stages.statistics import collect_statistics
 
 
 def merge_all(run: RunContext) -> None:
@@ -18,11 +19,13 @@ def merge_all(run: RunContext) -> None:
     base, finetuned = run.files.base_weights(), run.files.finetuned_weights()
     heads = run.files.heads()
     run.begin(stage)
+    collect_statistics(run)
     loaders = run.measure.loaders("val")
     candidates = Candidates(base, finetuned)
     individual = run.measure.individual(loaders)
     results: dict[str, Any] = {"individual": individual, "methods": {}}
-    for name, method in run.settings.merge.lines.items():
+    for name, line in run.settings.merge.lines.items():
+        method = run.files.with_statistics(line)
         scalable = has_scale(method)
         scales = run.settings.merge.scales if scalable else [1.0]
         tried = candidates.over_scales(method, scales) if scalable else [candidates.merge(method)]

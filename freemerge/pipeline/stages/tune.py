@@ -71,7 +71,8 @@ class Tuning:
         self.searches_only = self.settings.part == "search" or not is_first()
         self.console = Console(quiet=True) if self.searches_only else console
         self.models = expand(self.settings.models) if self.settings.models else None
-        self.name, self.method = chosen_method(files.settings)
+        self.name, self._configured = chosen_method(files.settings)
+        self.method = files.with_statistics(self._configured)
         tasks = files.suite.names
         self.space = Space(self.method, tasks, self.settings.space or default_ranges(self.method))
         self.base, self.finetuned = files.finished(self.models)
@@ -82,7 +83,7 @@ class Tuning:
         """What the search depends on; the budget is not among it, so that a larger one goes on."""
         weights = {"base": self.base, **self.finetuned}
         return {
-            "method": describe_method(self.method),
+            "method": describe_method(self._configured),
             "space": {path: vars(bounds) for path, bounds in self.space.ranges.items()},
             "sampler": self.settings.sampler,
             "goal": self.settings.goal,

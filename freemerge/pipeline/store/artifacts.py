@@ -15,6 +15,7 @@ import freemerge
 from freemerge.checkpoints import hash_tensors, load_checkpoint
 from freemerge.data import TaskSuite
 from freemerge.experts import PackedExpert, class_path, load_expert
+from freemerge.merging import MergeMethod, collected
 from freemerge.models import Backbone, ConvRouter, EarlyRouter, FreeModel, Router, feature_width
 from freemerge.pipeline.settings import Settings
 from freemerge.pipeline.store.stage_folder import StageFolder, content
@@ -236,6 +237,8 @@ class Artifacts:
     def merge_stage(self) -> StageFolder:
         """The merged backbones, and how their scales were chosen."""
         inputs = self._key("merge") | {"base": self._base_content()} | self._of_all_tasks()
+        if not self.collected:
+            inputs["merge"] = {name: said for name, said in inputs["merge"].items() if name != "statistics_samples"}
         return StageFolder(self.folder / "merge", "merge", inputs, self._all_finetuned())
 
     def extraction_stage(self) -> StageFolder:
@@ -291,6 +294,33 @@ class Artifacts:
         data = {task: self.suite.task_fingerprint(task) for task in self.suite.names}
         inputs = self._key() | {"order": list(data), "task_data": data, **inputs}
         return StageFolder(self.folder / "tune" / _file_name(name), f"tune {name}", inputs)
+
+    def statistics_path(self, kind: str, task: str) -> Path:
+        """Statistics of a task's individual model on its data; see `MeasuredMethod`."""
+        return self.folder / "merge" / "statistics" / f"{task}.{kind}.safetensors"
+
+    @property
+    def collected(self) -> set[str]:
+        """The kinds of statistics that methods ask the stage `merge` to collect."""
+        kinds: set[str] = set()
+        for method in self.settings.merge.lines.values():
+            self.with_statistics(method, kinds)
+        return kinds
+
+    def with_statistics(self, method: MergeMethod, kinds: set[str] | None = None) -> MergeMethod:
+        """A method with the files of its statistics, where it asks to collect them.
+
+        Args:
+            method: how to merge.
+            kinds: the kinds that it asks for are added here.
+        """
+
+        def paths(kind: str) -> list[str]:
+            if kinds is not None:
+                kinds.add(kind)
+            return [str(self.statistics_path(kind, task)) for task in self.suite.names]
+
+        return collected(method, paths)
 
     def merged_path(self, method: str) -> Path:
         """The backbone merged by the method of that name."""
