@@ -237,7 +237,7 @@ class Artifacts:
     def merge_stage(self) -> StageFolder:
         """The merged backbones, and how their scales were chosen."""
         inputs = self._key("merge") | {"base": self._base_content()} | self._of_all_tasks()
-        if not self.collected:
+        if inputs["merge"] and not self.collected:
             inputs["merge"] = {name: said for name, said in inputs["merge"].items() if name != "statistics_samples"}
         return StageFolder(self.folder / "merge", "merge", inputs, self._all_finetuned())
 
