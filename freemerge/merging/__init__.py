@@ -16,6 +16,7 @@ from freemerge.merging.matching.misfits import is_head
 from freemerge.merging.measuring.gram_matrices import GramMatrices, measurable_layers
 from freemerge.merging.measuring.squared_gradients import SquaredGradients, draw_log_probability
 from freemerge.merging.methods.ace import ACEMerging
+from freemerge.merging.methods.ada_merging import AdaMerging
 from freemerge.merging.methods.angles import AngleMethod
 from freemerge.merging.methods.base import MergeMethod
 from freemerge.merging.methods.breadcrumbs import Breadcrumbs
@@ -57,6 +58,7 @@ __all__ = [
     "SCE",
     "SVC",
     "ACEMerging",
+    "AdaMerging",
     "Advice",
     "AngleMethod",
     "Breadcrumbs",

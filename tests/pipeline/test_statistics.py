@@ -1,5 +1,6 @@
 """RegMean and Fisher merging in a run: the stage `merge` measures what they merge by."""
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from freemerge.checkpoints import load_checkpoint
 from freemerge.cli import main
 from freemerge.merging import (
     SVC,
+    AdaMerging,
     FisherMerging,
     MergeError,
     PerPattern,
@@ -23,6 +25,8 @@ from freemerge.merging import (
     rescaled,
 )
 from freemerge.pipeline import MergeSettings, Settings
+from freemerge.pipeline.checks.findings import Findings
+from freemerge.pipeline.checks.stages import check_merge
 from tests.tiny import TinySuite, tiny_backbone
 
 TINY = Path(__file__).parent.parent / "tiny.yaml"
@@ -92,6 +96,48 @@ def _check_values(run, paths):
         torch.testing.assert_close(squares[name], value, rtol=1e-3, atol=1e-8)
 
 
+def test_a_run_learns_coefficients_without_labels(tmp_path):
+    method = AdaMerging("collect", steps=3, rate=0.05, batch_size=8)
+    run = make_run(tmp_path, {"AdaMerging": method})
+    run.run(["finetune", "merge"])
+    paths = [run.files.statistics_path(method, task) for task in TASKS]
+    numbers = [load_checkpoint(path) for path in paths]
+    base, tuned = run.files.base_weights(), run.files.finetuned_weights()
+    assert all(0 <= float(value) <= 1 for table in numbers for value in table.values())
+    assert max(abs(float(value) - 0.3) for table in numbers for value in table.values()) > 0.1  # three steps of 0.05
+    best = run.files.merge_stage().record()["results"]["methods"]["AdaMerging"]["best"]["scale"]
+    written = load_checkpoint(tmp_path / "merge" / "adamerging.safetensors")
+    for name, value in base.items():
+        if not value.is_floating_point():
+            continue
+        change = sum(
+            float(table[name]) * (model[name].double() - value.double())
+            for table, model in zip(numbers, tuned.values(), strict=True)
+        )
+        torch.testing.assert_close(written[name].double(), value.double() + best * change, rtol=1e-5, atol=1e-6)
+
+
+class NumbersSuite(TinySuite):
+    """The second task is a regression."""
+
+    def build(self, name):
+        task = super().build(name)
+        return task if name == "corners" else replace(task, class_names=(), kind="regression", metric=None)
+
+
+def test_only_classes_have_an_entropy(tmp_path):
+    run = make_run(tmp_path, {"ada": SVC(AdaMerging("collect"))})
+    run.files.suite = NumbersSuite()
+    findings = Findings()
+    check_merge(run.files, findings)
+    assert findings.faults == ["merge.methods: ada: AdaMerging learns from classes, and 'bars' is regression"]
+
+
+def test_other_learning_is_another_file():
+    names = {AdaMerging("collect", **change).collected_as for change in ({}, {"steps": 7}, {"rate": 0.1})}
+    assert len(names) == 3
+
+
 def test_a_configuration_says_it_in_one_line(tmp_path, capsys):
     config = yaml.safe_load(TINY.read_text())
     line = {"class_path": "RegMean", "init_args": {"statistics": "collect"}}
@@ -107,9 +153,9 @@ def test_a_configuration_says_it_in_one_line(tmp_path, capsys):
 def test_methods_inside_of_others_are_found():
     asked = []
 
-    def paths(kind):
-        asked.append(kind)
-        return [f"{kind}.safetensors"]
+    def paths(method):
+        asked.append(method.measures)
+        return [f"{method.collected_as}.safetensors"]
 
     inner = PerPattern(TaskArithmetic(), {"a": RegMean("collect"), "b": FisherMerging("collect")})
     assert collected(SVC(inner), paths) == SVC(

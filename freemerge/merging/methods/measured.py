@@ -15,7 +15,7 @@ from freemerge.errors import MergeError
 from freemerge.merging.methods.base import MergeMethod, require, require_number
 from freemerge.merging.task_vectors import Vectors
 
-Statistics = Literal["gram_matrices", "squared_gradients"]
+Statistics = Literal["gram_matrices", "squared_gradients", "coefficients"]
 
 _Part = TypeVar("_Part")
 
@@ -58,6 +58,11 @@ class MeasuredMethod(MergeMethod):
                 "models; give one per model, in their order"
             )
 
+    @property
+    def collected_as(self) -> str:
+        """The name of the statistics in a run's files; methods whose statistics are the same have the same one."""
+        return self.measures
+
     def measured_shape(self, shape: torch.Size) -> torch.Size | None:
         """The shape of the statistics of a weight of this shape; None if it has none."""
         raise NotImplementedError
@@ -90,15 +95,15 @@ class MeasuredMethod(MergeMethod):
         return files
 
 
-def collected(part: _Part, paths: Callable[[Statistics], list[str]]) -> _Part:
+def collected(part: _Part, paths: Callable[[MeasuredMethod], list[str]]) -> _Part:
     """The same method with files in place of "collect", in methods inside of it, too.
 
     Args:
         part: a method.
-        paths: statistics → their files, in the order of the models.
+        paths: a method with "collect" → the files of its statistics, in the order of the models.
     """
     if isinstance(part, MeasuredMethod) and part.statistics == "collect":
-        return dataclasses.replace(part, statistics=paths(part.measures))
+        return dataclasses.replace(part, statistics=paths(part))
     if isinstance(part, Mapping):
         values: Any = {key: collected(value, paths) for key, value in part.items()}
         return part if values == part else values

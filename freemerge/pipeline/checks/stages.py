@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from freemerge.experts import matrix_shape
-from freemerge.merging import has_scale, rescaled
+from freemerge.merging import AdaMerging, MeasuredMethod, has_scale, rescaled
 from freemerge.pipeline.checks.findings import Findings
 from freemerge.pipeline.stages.tune import chosen_method
 from freemerge.pipeline.store.artifacts import Artifacts
@@ -72,7 +72,11 @@ def check_merge(files: Artifacts, findings: Findings) -> None:
         if (other := paths.setdefault(str(path), name)) != name:
             findings.fault(f"merge.methods: {other!r} and {name!r} would both be {path.name}; rename one of them")
         try:
-            files.with_statistics(method).check(tasks)
+            asked: dict[str, MeasuredMethod] = {}
+            files.with_statistics(method, asked).check(tasks)
+            for task in tasks if any(isinstance(each, AdaMerging) for each in asked.values()) else ():
+                if (kind := files.suite.task(task).kind) != "classification":
+                    findings.fault(f"merge.methods: {name}: AdaMerging learns from classes, and {task!r} is {kind}")
             for scale in settings.scales if has_scale(method) else ():
                 rescaled(method, scale)
         except ValueError as error:

@@ -1,49 +1,115 @@
-"""What `merge` measures before it merges: statistics of each fine-tuned model on its task's training data.
+"""What `merge` measures before it merges, on the tasks' data, for methods with `statistics: collect`.
 
-Only methods with `statistics: collect` (RegMean, FisherMerging) need them.
+- RegMean: Gram matrices of the individual models' layers, on training inputs.
+- FisherMerging: squared gradients of the individual models, on training inputs.
+- AdaMerging: coefficients of the task vectors, on validation inputs without their labels.
 
-    <run>/merge/statistics/<task>.gram_matrices.safetensors, <task>.squared_gradients.safetensors
+    <run>/merge/statistics/<task>.gram_matrices.safetensors, <task>.squared_gradients.safetensors, …
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils.data import DataLoader, Dataset
 
-from freemerge.data import Task
+from freemerge.data import Task, collate, derive_seed
 from freemerge.inputs import IGNORED, Inputs, batch_size, select, to_device
-from freemerge.merging import GramMatrices, SquaredGradients, draw_log_probability, measurable_layers
+from freemerge.merging import (
+    AdaMerging,
+    GramMatrices,
+    MeasuredMethod,
+    SquaredGradients,
+    TaskArithmetic,
+    draw_log_probability,
+    measurable_layers,
+    merge,
+    task_vector,
+)
 from freemerge.models import Backbone
 from freemerge.pipeline.context import RunContext
 from freemerge.pipeline.store.stage_folder import from_rank_zero
+from freemerge.tuning import learn_coefficients
 
 
 def collect_statistics(run: RunContext) -> None:
     """Measure and write what the methods of the stage `merge` ask for; every rank waits for the first."""
-    for kind in sorted(run.files.collected):
-        for task in run.suite.names:
-            from_rank_zero(lambda kind=kind, task=task: run.write(*_measured(run, kind, task)))
-            run.console.print(f"merge: {kind.replace('_', ' ')} of {task}", markup=False)
+    for method in run.files.collected.values():
+        from_rank_zero(partial(_write, run, method))
+        run.console.print(f"merge: measured {method.measures.replace('_', ' ')}", markup=False)
 
 
-def _measured(run: RunContext, kind: str, task: str) -> tuple[Any, dict[str, Tensor]]:
-    """The file of one task's statistics, and its tensors."""
-    path = run.files.statistics_path(kind, task)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    device = run.measure.device
-    backbone = run.files.backbone(run.files.finetuned(task)).eval().to(device)
+def _write(run: RunContext, method: MeasuredMethod) -> None:
     with isolate_rng(include_cuda=False):  # the same augmentations each time, and none that changes other draws
         torch.manual_seed(run.seed)
+        for task, table in _learned(run, method) if isinstance(method, AdaMerging) else _measured(run, method):
+            path = run.files.statistics_path(method, task)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            run.write(path, table)
+
+
+def _measured(run: RunContext, method: MeasuredMethod) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """Each task with the statistics of its individual model, one model at a time."""
+    device = run.measure.device
+    for task in run.suite.names:
+        backbone = run.files.backbone(run.files.finetuned(task)).eval().to(device)
         batches = _batches(run, task, device)
-        if kind == "gram_matrices":
-            return path, gram_matrices(backbone, batches)
-        head = run.files.heads(shared=False)[task].eval().to(device)
-        return path, squared_gradients(backbone, head, run.suite.task(task), batches, run.seed)
+        if method.measures == "gram_matrices":
+            yield task, gram_matrices(backbone, batches)
+        else:
+            head = run.files.heads(shared=False)[task].eval().to(device)
+            yield task, squared_gradients(backbone, head, run.suite.task(task), batches, run.seed)
+
+
+def _learned(run: RunContext, method: AdaMerging) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """Each task with its coefficients, which are learned together."""
+    device, tasks = run.measure.device, run.suite.names
+    start, finetuned = run.files.base_weights(), run.files.finetuned_weights()
+    begun = run.measure.with_own_statistics(merge(start, finetuned, TaskArithmetic(method.initial)))
+    backbone = run.files.backbone(begun).eval().to(device)
+    names = [name for name, value in backbone.model.named_parameters() if value.is_floating_point()]
+    heads = {task: head.eval().to(device) for task, head in run.files.heads().items()}
+    vectors = {}
+    for task in tasks:
+        vector = task_vector(start, finetuned[task])
+        vectors[task] = {name: vector[name].to(device) for name in names}
+
+    def predict(task: str, weights: Any, inputs: Inputs) -> Tensor:
+        inside = {f"model.{name}": value.to(start[name].dtype) for name, value in weights.items()}
+        output: Tensor = heads[task](functional_call(backbone, inside, (inputs,)))
+        return output
+
+    for module in (backbone, *heads.values()):
+        module.requires_grad_(False)
+    learned = learn_coefficients(
+        {name: start[name].to(device, torch.float32, copy=True) for name in names},
+        vectors,
+        {task: partial(predict, task) for task in tasks},
+        {task: _unlabelled(run.suite.task(task).val, method.batch_size, _seed(run, task), device) for task in tasks},
+        initial=method.initial,
+        rate=method.rate,
+        steps=method.steps,
+    )
+    yield from learned.items()
+
+
+def _seed(run: RunContext, task: str) -> int:
+    return derive_seed(run.seed, "coefficients", task)
+
+
+def _unlabelled(dataset: Dataset, size: int, seed: int, device: torch.device) -> Iterator[Inputs]:
+    """Batches of inputs for ever, shuffled anew in each pass."""
+    generator = torch.Generator().manual_seed(seed)
+    loader: DataLoader = DataLoader(dataset, size, shuffle=True, generator=generator, collate_fn=collate)
+    while True:
+        for inputs, _ in loader:
+            yield to_device(inputs, device)
 
 
 def _batches(run: RunContext, task: str, device: torch.device) -> Iterator[tuple[Inputs, Tensor]]:

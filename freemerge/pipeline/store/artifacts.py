@@ -15,7 +15,7 @@ import freemerge
 from freemerge.checkpoints import hash_tensors, load_checkpoint
 from freemerge.data import TaskSuite
 from freemerge.experts import PackedExpert, class_path, load_expert
-from freemerge.merging import MergeMethod, collected
+from freemerge.merging import MeasuredMethod, MergeMethod, collected
 from freemerge.models import Backbone, ConvRouter, EarlyRouter, FreeModel, Router, feature_width
 from freemerge.pipeline.settings import Settings
 from freemerge.pipeline.store.stage_folder import StageFolder, content
@@ -295,30 +295,30 @@ class Artifacts:
         inputs = self._key() | {"order": list(data), "task_data": data, **inputs}
         return StageFolder(self.folder / "tune" / _file_name(name), f"tune {name}", inputs)
 
-    def statistics_path(self, kind: str, task: str) -> Path:
-        """Statistics of a task's individual model on its data; see `MeasuredMethod`."""
-        return self.folder / "merge" / "statistics" / f"{task}.{kind}.safetensors"
+    def statistics_path(self, method: MeasuredMethod, task: str) -> Path:
+        """Statistics of a task's individual model that a method merges by."""
+        return self.folder / "merge" / "statistics" / f"{task}.{method.collected_as}.safetensors"
 
     @property
-    def collected(self) -> set[str]:
-        """The kinds of statistics that methods ask the stage `merge` to collect."""
-        kinds: set[str] = set()
+    def collected(self) -> dict[str, MeasuredMethod]:
+        """The statistics that the stage `merge` is asked to collect: their name → a method that asks for them."""
+        found: dict[str, MeasuredMethod] = {}
         for method in self.settings.merge.lines.values():
-            self.with_statistics(method, kinds)
-        return kinds
+            self.with_statistics(method, found)
+        return dict(sorted(found.items()))
 
-    def with_statistics(self, method: MergeMethod, kinds: set[str] | None = None) -> MergeMethod:
+    def with_statistics(self, method: MergeMethod, found: dict[str, MeasuredMethod] | None = None) -> MergeMethod:
         """A method with the files of its statistics, where it asks to collect them.
 
         Args:
             method: how to merge.
-            kinds: the kinds that it asks for are added here.
+            found: what it asks for is added here.
         """
 
-        def paths(kind: str) -> list[str]:
-            if kinds is not None:
-                kinds.add(kind)
-            return [str(self.statistics_path(kind, task)) for task in self.suite.names]
+        def paths(measured: MeasuredMethod) -> list[str]:
+            if found is not None:
+                found.setdefault(measured.collected_as, measured)
+            return [str(self.statistics_path(measured, task)) for task in self.suite.names]
 
         return collected(method, paths)
 

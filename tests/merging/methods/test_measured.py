@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from freemerge.checkpoints import save_checkpoint
-from freemerge.merging import FisherMerging, MergeError, RegMean, merge, merge_task_vectors
+from freemerge.merging import AdaMerging, FisherMerging, MergeError, RegMean, merge, merge_task_vectors
+from freemerge.testing import check_method
 
 
 def normal(*shape, seed=0):
@@ -94,3 +95,37 @@ def test_errors_say_which_file_and_which_tensor(tmp_path, models):
     ]:
         with pytest.raises(ValueError, match=message):
             build()
+
+
+def test_adamerging_weighs_each_tensor_by_its_own_number(tmp_path, models):
+    numbers = [{"fc.weight": torch.tensor(0.2 * k + 0.1)} for k in range(3)]
+    paths = save(tmp_path, numbers)
+    method = AdaMerging(paths, scale=0.5, initial=0.4)
+    merged = merge_task_vectors(models, method)
+    expected = 0.5 * sum((0.2 * k + 0.1) * model["fc.weight"].double() for k, model in enumerate(models))
+    np.testing.assert_allclose(merged["fc.weight"].numpy(), expected.numpy(), atol=1e-6)
+    rest = 0.5 * 0.4 * sum(model["fc.bias"].double() for model in models)  # no number was learned for it
+    np.testing.assert_allclose(merged["fc.bias"].numpy(), rest.numpy(), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("kind", "tables"),
+    [
+        (AdaMerging, [{"square.weight": torch.tensor(0.1 * k), "norm.bias": torch.tensor(0.3)} for k in range(3)]),
+        (RegMean, [{"square.weight": torch.eye(8) * (k + 1), "conv.weight": torch.eye(27)} for k in range(3)]),
+        (FisherMerging, [{"norm.bias": torch.arange(6.0) + k} for k in range(3)]),
+    ],
+)
+def test_what_the_engine_relies_on(tmp_path, kind, tables):
+    check_method(kind(save(tmp_path, tables)))
+
+
+def test_parameters_of_adamerging_are_checked():
+    for arguments, message in [
+        ({"initial": 1.5}, r"`initial` must lie in \[0, 1\], got 1.5"),
+        ({"rate": 0.0}, "`rate` must be above 0, got 0"),
+        ({"steps": 0}, "`steps` must be at least 1, got 0"),
+        ({"batch_size": 1.5}, "`batch_size` must be at least 1, got 1.5"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            AdaMerging("collect", **arguments)
