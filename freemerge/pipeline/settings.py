@@ -85,10 +85,15 @@ class FinetuneSettings:
     Args:
         trainer: Trainer arguments for this stage, which override those of `trainer`.
         weights: the weights of the task vector: those at the end of the fit (`last`), or those with the best val/acc.
+        models: task → its finished fine-tuned model, which is taken instead of a fit: a checkpoint, an adapter, or a
+            model's name on the Hub, as `merge` takes them. Only the head is made here, from the base.
+        exclude: patterns of tensors that these models lack, or that are heads; the base's are used.
     """
 
     trainer: TrainerArguments = field(default_factory=dict)
     weights: Literal["last", "best"] = "last"
+    models: dict[str, str] = field(default_factory=dict)
+    exclude: list[str] | None = None
 
     def __post_init__(self) -> None:
         check_trainer("finetune", self.trainer)

@@ -129,7 +129,7 @@ def prepare(
         beside = choose_files(found, plan, folder.companions_from) if folder is not None else None
         layout = _read_layout(plan, output) if output is not None and output.is_adapter else None
     method.check([model.label for model in plan.models])
-    if any(map(is_statistic, plan.averaged)):
+    if len(models) > 1 and any(map(is_statistic, plan.averaged)):
         _log.warning(
             "%d statistics of batch norms are averaged; running_mean and running_var that are measured anew on data of "
             "all tasks suit the merged weights better: freemerge.models.reestimate_batch_norm",

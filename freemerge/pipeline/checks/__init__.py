@@ -20,6 +20,7 @@ from freemerge.pipeline.checks.labels import check_labels
 from freemerge.pipeline.checks.samples import Samples
 from freemerge.pipeline.checks.stages import (
     check_experts_settings,
+    check_finished_models,
     check_merge,
     check_router_settings,
     check_stages,
@@ -51,6 +52,8 @@ def check_run(files: Artifacts, stages: Sequence[str], make_trainer: MakeTrainer
     findings = Findings()
     check_stages(files, stages, findings)
     pending = _pending(files, stages)
+    if "finetune" in pending:
+        check_finished_models(files, findings)
     if "merge" in pending:
         check_merge(files, findings)
         check_tune(files, findings)

@@ -4,10 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from difflib import get_close_matches
 from functools import partial
 
+from freemerge.checkpoints import CheckpointError, locate
 from freemerge.experts import matrix_shape
-from freemerge.merging import AdaMerging, MeasuredMethod, has_scale, rescaled
+from freemerge.merging import (
+    AdaMerging,
+    MeasuredMethod,
+    MergeError,
+    WeightAverage,
+    has_scale,
+    plan_merge,
+    rescaled,
+)
 from freemerge.pipeline.checks.findings import Findings
 from freemerge.pipeline.stages.tune import chosen_method
 from freemerge.pipeline.store.artifacts import Artifacts
@@ -59,6 +69,32 @@ def _cannot_be_there(folder: StageFolder) -> bool:
         return False
     unknown_yet = difference(finished, folder.inputs) is None and not is_extension(finished["inputs"], folder.inputs)
     return not unknown_yet
+
+
+def check_finished_models(files: Artifacts, findings: Findings) -> None:
+    """The finished models are of tasks of this suite and of this base; only names and shapes are read."""
+    settings = files.settings.finetune
+    if not settings.models:
+        return
+    if files.tuner.peft is not None:
+        findings.fault("finetune.models: a finished adapter is given as a model; leave model.peft out")
+    if files.tuner.head_kind == "linear":
+        findings.fault(
+            "finetune.models: finished models need a head that is made from the base; set model.head to probe"
+        )
+    if files.pretrains:
+        findings.fault("finetune.models: finished models need the base that they were made from as model.backbone")
+        return
+    for task, source in settings.models.items():
+        if task not in files.suite.names:
+            near = get_close_matches(task, files.suite.names, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"tasks: {', '.join(files.suite.names)}"
+            findings.fault(f"finetune.models: there is no task {task!r}; {hint}")
+            continue
+        try:
+            plan_merge(files.base_weights(), [locate(source)], WeightAverage(), exclude=settings.exclude)
+        except (CheckpointError, MergeError) as error:
+            findings.fault(f"finetune.models, {task}: {error}")
 
 
 def check_merge(files: Artifacts, findings: Findings) -> None:

@@ -1,20 +1,23 @@
-"""The stage `finetune`: the base on each task, which gives the individual models."""
+"""The stage `finetune`: the base on each task, or finished models of the tasks, which gives the individual models."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
+from pathlib import Path
 
+import lightning as L
 import torch
+from torch import Tensor
 
-from freemerge.pipeline.context import Fit, RunContext
+from freemerge.pipeline.context import RunContext
 from freemerge.pipeline.ranks import is_first
-from freemerge.training import (
-    FineTuner,
-)
+from freemerge.pipeline.store.stage_folder import StageFolder
+from freemerge.training import FineTuner
 
 
 def finetune(run: RunContext) -> None:
-    """Fine-tune the base on each task: the individual models."""
+    """Fine-tune the base on each task, unless a finished model is given: the individual models."""
     for task in run.suite.names:
         stage = run.files.finetune_stage(task)
         if run.done(stage):
@@ -24,30 +27,64 @@ def finetune(run: RunContext) -> None:
         resume = run.begin(stage)
         run.seed_stage(stage)
         tuner = tuner.for_task(data.task)
-        fit = run.fit(stage, tuner, data, run.settings.finetune.trainer, resume, tuner.monitor, tuner.monitor_mode)
-        if run.settings.finetune.weights == "best" and fit.best:
-            tuner.load_state_dict(torch.load(fit.best, map_location="cpu", weights_only=True)["state_dict"])
+        whole = True  # the metric is of all validation data
+        if task in run.settings.finetune.models:
+            value: float | None = _take(run, task, stage, tuner, data, resume)
+            advice = "is it a model of this task, with these classes in this order?"
+        else:
+            value = _fit(run, stage, tuner, data, resume)
+            whole = not getattr(tuner.trainer, "fast_dev_run", False) and tuner.trainer.limit_val_batches == 1.0
+            advice = "try a lower learning rate, fewer epochs or finetune.weights best"
         run.write(stage.path / "backbone.safetensors", tuner.weights())
         if tuner.head is not None and (head := tuner.head.state_dict()):
             run.write(stage.path / "head.safetensors", head)
         if is_first():
             tuner.save_adapter(stage.path / "adapter")
-        run.finish(stage, {tuner.monitor: fit.value})
-        _compare_with_base(run, task, tuner, fit)
+        run.finish(stage, {tuner.monitor: value})
+        if value is not None and whole:
+            _compare_with_base(run, task, tuner, value, advice)
 
 
-def _compare_with_base(run: RunContext, task: str, tuner: FineTuner, fit: Fit) -> None:
-    """Say so where fine-tuning has made a model worse, under the same head."""
-    trainer = tuner.trainer
-    if fit.value is None or getattr(trainer, "fast_dev_run", False) or trainer.limit_val_batches != 1.0:
-        return
+def _fit(
+    run: RunContext, stage: StageFolder, tuner: FineTuner, data: L.LightningDataModule, resume: Path | None
+) -> float | None:
+    """Fine-tune; the monitored metric."""
+    fit = run.fit(stage, tuner, data, run.settings.finetune.trainer, resume, tuner.monitor, tuner.monitor_mode)
+    if run.settings.finetune.weights == "best" and fit.best:
+        tuner.load_state_dict(torch.load(fit.best, map_location="cpu", weights_only=True)["state_dict"])
+    return fit.value
+
+
+def _take(
+    run: RunContext,
+    task: str,
+    stage: StageFolder,
+    tuner: FineTuner,
+    data: L.LightningDataModule,
+    resume: Path | None,
+) -> float:
+    """Take a finished model, with a head that is made from the base; the monitored metric."""
+    if not tuner.head_ready:  # it is fitted before the first step; the weights after that step are not used
+        settings = {**run.settings.finetune.trainer, "max_steps": 1, "limit_val_batches": 0, "callbacks": []}
+        run.fit(stage, tuner, data, settings, resume, tuner.monitor, tuner.monitor_mode)
+    tuner.backbone.load_weights(run.files.finished_model(task))
+    return _measure(run, task, tuner, tuner.weights())
+
+
+def _measure(run: RunContext, task: str, tuner: FineTuner, weights: Mapping[str, Tensor]) -> float:
+    """The validation metric of weights under the head of a task."""
+    assert tuner.head is not None  # it has been made
     loader = {task: run.suite.for_task(task).val_dataloader()}
-    assert tuner.head is not None  # it has been fitted
+    return run.measure.shared(weights, {task: copy.deepcopy(tuner.head)}, loader)[task]
+
+
+def _compare_with_base(run: RunContext, task: str, tuner: FineTuner, value: float, advice: str) -> None:
+    """Say so where a fine-tuned model is worse than the base, under the same head."""
     assert tuner.objective is not None
-    base = run.measure.shared(run.files.base_weights(), {task: copy.deepcopy(tuner.head)}, loader)[task]
+    base = _measure(run, task, tuner, run.files.base_weights())
     metric = tuner.objective.metric
-    if (fit.value < base) if metric.higher_is_better else (fit.value > base):
+    if (value < base) if metric.higher_is_better else (value > base):
         run.doubt(
-            f"finetune {task}: {tuner.monitor} is {fit.value:.3f}, worse than the base's {base:.3f} under the same "
-            "head: a merge cannot gain from it; try a lower learning rate, fewer epochs or finetune.weights best"
+            f"finetune {task}: {tuner.monitor} is {value:.3f}, worse than the base's {base:.3f} under the same head: a "
+            f"merge cannot gain from it; {advice}"
         )

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 import freemerge
-from freemerge.checkpoints import hash_tensors, load_checkpoint
+from freemerge.checkpoints import hash_tensors, load_checkpoint, locate
 from freemerge.data import TaskSuite
 from freemerge.experts import PackedExpert, class_path, load_expert
-from freemerge.merging import MeasuredMethod, MergeMethod, collected
+from freemerge.merging import MeasuredMethod, MergeMethod, WeightAverage, collected, merge
 from freemerge.models import Backbone, ConvRouter, EarlyRouter, FreeModel, Router, feature_width
 from freemerge.pipeline.settings import Settings
 from freemerge.pipeline.store.stage_folder import StageFolder, content
@@ -209,7 +209,11 @@ class Artifacts:
     def finetune_stage(self, task: str) -> StageFolder:
         """A task's fit: backbone.safetensors and head.safetensors."""
         group = self.suite.head_group(task)
-        inputs = self._key("trainer", "finetune", "model") | {
+        own = dict(self.config.get("finetune") or {})
+        taken = {"model": own.pop("models", {}).get(task), "exclude": own.pop("exclude", None)}  # not of other tasks
+        inputs = self._key("trainer", "model") | {
+            "finetune": own,
+            **({"taken": taken | {"content": self._content_of_model(task)}} if taken["model"] else {}),
             "base": self._base_content(),
             "task": task,
             # A head that is shared is fitted to the data of its whole group; other tasks do not count.
@@ -219,6 +223,27 @@ class Artifacts:
         }
         made_from = ("pretrain",) if self.pretrains else ()
         return StageFolder(self.folder / "finetune" / task, f"finetune {task}", inputs, made_from)
+
+    def finished_model(self, task: str) -> dict[str, Tensor]:
+        """Weights of the finished model that `finetune.models` names for a task, under the base's names.
+
+        Raises:
+            CheckpointError, MergeError: the model cannot be read, or is not one of this base.
+        """
+        settings = self.settings.finetune
+        source = self._places[settings.models[task]]
+        # The mean of one model is itself, with all that a merge checks, matches and computes of adapters.
+        return merge(self.base_weights(), [source], WeightAverage(), exclude=settings.exclude)
+
+    @cached_property
+    def _places(self) -> dict[str, Path]:
+        """Finished model, as the settings name it → its local path; looked up on the Hub once."""
+        return {source: locate(source) for source in self.settings.finetune.models.values()}
+
+    def _content_of_model(self, task: str) -> dict[str, str]:
+        place = self._places[self.settings.finetune.models[task]]
+        files = sorted(place.iterdir()) if place.is_dir() else [place]
+        return {file.name: content(file) for file in files if file.suffix in (".safetensors", ".bin", ".pt", ".ckpt")}
 
     def _of_all_tasks(self) -> dict[str, Any]:
         """The content of all that fine-tuning left, and the data that it is judged on."""
