@@ -15,21 +15,42 @@ from torch import Tensor, nn
 
 
 def has_adapters(module: nn.Module) -> bool:
-    """Whether PEFT wraps any layer of a module."""
+    """Check whether PEFT wraps any layer of a module.
+
+    Args:
+        module: the module.
+
+    Returns:
+        True if a layer is wrapped; PEFT is not imported to find out.
+    """
     if "peft" not in sys.modules:
         return False
     return any(_is_wrapper(part) for part in module.modules())
 
 
 def fused_weights(module: nn.Module) -> dict[str, Tensor]:
-    """The weights of a module with its adapters fused in, under the names that they have without adapters."""
+    """The weights of a module with its adapters fused in; see `freemerge.training.fused_weights`.
+
+    Args:
+        module: the module; it is not changed.
+
+    Returns:
+        Name without adapters → tensor.
+    """
     from freemerge.training import fused_weights as fuse
 
     return fuse(module)
 
 
 def plain_names(module: nn.Module) -> dict[str, str]:
-    """Name of each tensor without adapters → its name in the module's state dict."""
+    """The names of a module's tensors; see `freemerge.training.plain_names`.
+
+    Args:
+        module: the module.
+
+    Returns:
+        Name without adapters → name in the module's state dict.
+    """
     from freemerge.training import plain_names as names
 
     return names(module)
@@ -37,7 +58,11 @@ def plain_names(module: nn.Module) -> dict[str, str]:
 
 @contextmanager
 def without_adapters(module: nn.Module) -> Iterator[None]:
-    """Disable a module's adapters inside the block, for weights that the adapters are already fused into."""
+    """Disable a module's adapters inside the block, for weights that the adapters are already fused into.
+
+    Args:
+        module: the module.
+    """
     if not has_adapters(module):
         yield
         return

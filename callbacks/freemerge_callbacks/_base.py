@@ -47,7 +47,11 @@ class FitBase:
         return self.given or self.kept
 
     def open(self) -> Checkpoint:
-        """The base, with its tensors under the backbone's names."""
+        """Open the base.
+
+        Returns:
+            The checkpoint, with its tensors under the backbone's names.
+        """
         base = open_base(self.path)
         return part_of(base, self._part) if self._part else base
 
@@ -89,14 +93,22 @@ class FitBase:
     def resume(self, trainer: L.Trainer, *, keep: bool = True) -> None:
         """Check, in a resumed fit, that the saved initial weights are unchanged; call it after the restore.
 
+        Args:
+            trainer: the Trainer; every rank must call this.
+            keep: whether the initial values will be needed again.
+
         Raises:
-            ValueError: on rank 0, the file is missing or holds other weights.
+            ValueError: on rank 0, if the file is missing or has other weights.
         """
         if self.given is None and is_resumed(trainer):
             on_rank_zero(trainer, lambda: self._check(keep))
 
     def restore(self, hash: str | None) -> None:
-        """Set the hash from a callback's saved state."""
+        """Set the hash from a callback's saved state.
+
+        Args:
+            hash: the saved hash.
+        """
         if self.given is None:
             self.hash = hash
 
@@ -121,17 +133,27 @@ class FitBase:
 
 
 def open_base(path: Path) -> Checkpoint:
-    """Open a base with all names of its tied tensors, so that the merged result ties the same tensors."""
+    """Open a base with all names of its tied tensors, so that the merged result ties the same tensors.
+
+    Args:
+        path: any file or folder that `open_checkpoint` reads.
+
+    Returns:
+        The checkpoint.
+    """
     return open_checkpoint(path).with_tied_names()
 
 
 def part_inside(base: Checkpoint, part: str, names: Iterable[str]) -> str:
-    """The prefix to select from a base: `part` if the base is a checkpoint of the whole module, else "".
+    """The prefix of the backbone's tensors in a base.
 
     Args:
         base: the base, with the names in its file.
         part: dotted path of the backbone.
         names: names of the backbone's tensors, relative to it.
+
+    Returns:
+        `part` if the base is a checkpoint of the whole module, else "".
     """
     own = set(names)
     inside = part_of(base, part) if part else base
@@ -139,15 +161,36 @@ def part_inside(base: Checkpoint, part: str, names: Iterable[str]) -> str:
 
 
 def is_resumed(trainer: L.Trainer) -> bool:
-    """Whether a fit resumes from a checkpoint. The one that a Lightning tuner restores is the start of the fit."""
+    """Check whether a fit resumes from a checkpoint.
+
+    Args:
+        trainer: the Trainer.
+
+    Returns:
+        True if it does. A checkpoint that a Lightning tuner restores marks the start of a fit, not a resumed one.
+    """
     return trainer.ckpt_path is not None and not Path(str(trainer.ckpt_path)).name.startswith(_TUNER_FILES)
 
 
 def open_finetuned(path: Path) -> Checkpoint:
-    """Open a fine-tuned model without its record; the callbacks compared its base with theirs before training."""
+    """Open a fine-tuned model without its record; the callbacks compared its base with theirs before training.
+
+    Args:
+        path: any file or folder that `open_checkpoint` reads.
+
+    Returns:
+        The checkpoint.
+    """
     return open_checkpoint(path).without_metadata()
 
 
 def dtypes_of(weights: Mapping[str, Tensor]) -> dict[str, torch.dtype]:
-    """Name → dtype."""
+    """The dtypes of tensors.
+
+    Args:
+        weights: name → tensor.
+
+    Returns:
+        Name → dtype.
+    """
     return {name: value.dtype for name, value in weights.items()}

@@ -46,16 +46,19 @@ class BatchFormat:
             raise ValueError(f"{self.who}: pass either adapt, or inputs and labels")
 
     def read(self, batch: Any, task: str, keeps_labels: bool = False) -> tuple[Any, Any]:
-        """The inputs and the labels of a batch.
+        """Split a batch into inputs and labels.
 
         Args:
             batch: one batch of a loader.
             task: the task's name, for messages.
-            keeps_labels: whether the labels of a dict stay among its inputs if `inputs` is None: the decoder of a
+            keeps_labels: whether the labels of a dict stay among its inputs if `inputs` is None; the decoder of a
                 seq2seq model needs them too.
 
+        Returns:
+            (inputs, labels).
+
         Raises:
-            ValueError: the batch has no such inputs or labels.
+            ValueError: if the batch has no such inputs or labels.
         """
         if self.adapt is not None:
             found = self.adapt(batch)
@@ -83,7 +86,18 @@ class BatchFormat:
         return self._named_inputs(batch, task), labels
 
     def inputs_of(self, batch: Any, task: str) -> Any:
-        """The inputs of a batch that may have no labels: the first entry, a dict without its labels, or the batch."""
+        """The inputs of a batch that may have no labels.
+
+        Args:
+            batch: one batch of a loader.
+            task: the task's name, for messages.
+
+        Returns:
+            The configured inputs; by default the first entry, a dict without its labels, or the batch itself.
+
+        Raises:
+            ValueError: if the batch has no such inputs.
+        """
         if self.adapt is not None:
             return self.adapt(batch)[0]
         if self.inputs is not None:
@@ -171,10 +185,13 @@ class Pairs:
         return whole
 
     def check_classes(self, labels: Tensor) -> None:
-        """Check that labels (B, …) are classes, if the number of classes is known.
+        """Check that labels are classes, if the number of classes is known.
+
+        Args:
+            labels: (B, …) integers.
 
         Raises:
-            ValueError: a label is not a class.
+            ValueError: if a label is not a class.
         """
         if not self.classes or not isinstance(labels, Tensor):
             return

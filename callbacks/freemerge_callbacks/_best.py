@@ -14,10 +14,17 @@ from freemerge_callbacks._weights import is_a, part_of
 
 
 def best_checkpoint(trainer: L.Trainer, who: str) -> ModelCheckpoint:
-    """The Trainer's first ModelCheckpoint that tracks a best checkpoint.
+    """Find the Trainer's first ModelCheckpoint that tracks a best checkpoint.
+
+    Args:
+        trainer: the Trainer.
+        who: name of the callback, for error messages.
+
+    Returns:
+        The ModelCheckpoint.
 
     Raises:
-        ValueError: no ModelCheckpoint has a `monitor`.
+        ValueError: if no ModelCheckpoint has a `monitor`.
     """
     found: list[Any] = [callback for callback in trainer.checkpoint_callbacks if is_a(callback, "ModelCheckpoint")]
     for callback in found:  # of the class by its name: of this Lightning or of pytorch_lightning
@@ -30,10 +37,18 @@ def best_checkpoint(trainer: L.Trainer, who: str) -> ModelCheckpoint:
 
 
 def best_state(path: str, backbone: str, who: str) -> Checkpoint:
-    """Open the state dict in a Lightning checkpoint, a file or a folder of shards, without executing pickled code.
+    """Open the state dict in a Lightning checkpoint, without executing pickled code.
+
+    Args:
+        path: a file, or a folder of shards; "" if ModelCheckpoint has saved none.
+        backbone: dotted path of the backbone.
+        who: name of the callback, for error messages.
+
+    Returns:
+        The checkpoint, with the module's names.
 
     Raises:
-        ValueError: no checkpoint was written, or it does not hold the backbone.
+        ValueError: if no checkpoint was written, or it does not contain the backbone.
     """
     if not path:
         raise ValueError(f"{who}: weights='best', but ModelCheckpoint has saved nothing; was its metric logged?")
@@ -44,7 +59,7 @@ def best_state(path: str, backbone: str, who: str) -> Checkpoint:
 
 
 def left_out(state: Checkpoint, module: nn.Module, backbone: str, who: str) -> list[str]:
-    """Names of the frozen tensors of a module that its checkpoint leaves out.
+    """The frozen tensors of a module that its checkpoint leaves out.
 
     Projects with a large frozen part often save only the trained tensors.
 
@@ -54,8 +69,11 @@ def left_out(state: Checkpoint, module: nn.Module, backbone: str, who: str) -> l
         backbone: dotted path of the backbone.
         who: name of the callback, for error messages.
 
+    Returns:
+        The names of the missing tensors.
+
     Raises:
-        ValueError: the checkpoint leaves out a trained tensor of the backbone.
+        ValueError: if the checkpoint leaves out a trained tensor of the backbone.
     """
     prefix = f"{backbone}." if backbone else ""
     trained = {name for name, value in module.named_parameters() if value.requires_grad}
@@ -69,5 +87,16 @@ def left_out(state: Checkpoint, module: nn.Module, backbone: str, who: str) -> l
 
 
 def completed(state: Checkpoint, module: nn.Module, own: Mapping[str, Any], backbone: str, who: str) -> dict[str, Any]:
-    """A checkpoint's tensors, and from the module's own state the tensors that it leaves out; see `left_out`."""
+    """Complete a checkpoint with the frozen tensors that it leaves out; see `left_out`.
+
+    Args:
+        state: the checkpoint.
+        module: the module.
+        own: the module's state dict.
+        backbone: dotted path of the backbone.
+        who: name of the callback, for error messages.
+
+    Returns:
+        Name in the module → tensor.
+    """
     return {**{name: own[name] for name in left_out(state, module, backbone, who)}, **state}

@@ -63,15 +63,36 @@ class FitEndCallback(Callback, ABC):
 
     @property
     def state_key(self) -> str:
+        """A key that contains the output, so that a Trainer can have several callbacks of this class."""
         return self._generate_state_key(output=self._named)
 
     def state_dict(self) -> dict[str, Any]:
+        """The state that Lightning saves in a checkpoint.
+
+        Returns:
+            The hash of the fit's base.
+        """
         return {"base_hash": self.base.hash}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore the hash of the fit's base.
+
+        Args:
+            state_dict: the result of `state_dict`.
+        """
         self.base.restore(state_dict["base_hash"])
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Check the arguments before the fit.
+
+        Args:
+            trainer: the Trainer.
+            pl_module: not used; it may be incomplete.
+            stage: checks are made for "fit" only.
+
+        Raises:
+            ValueError: if an argument is invalid.
+        """
         if stage != "fit" or is_dev_run(trainer):
             return
         self._began = False
@@ -86,6 +107,15 @@ class FitEndCallback(Callback, ABC):
         self.check_arguments(trainer)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Check the module, and save or hash the base.
+
+        Args:
+            trainer: the Trainer.
+            pl_module: the module.
+
+        Raises:
+            ValueError: if the module or the base does not fit.
+        """
         if is_dev_run(trainer):
             return
         weights = part_weights(trainer, pl_module, self.backbone, self.who)
@@ -94,10 +124,25 @@ class FitEndCallback(Callback, ABC):
         self.base.begin(trainer, weights, keep=self.needs_base, digest=self.needs_hash)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Check the base, after the state of a resumed fit has been restored.
+
+        Args:
+            trainer: the Trainer.
+            pl_module: not used.
+
+        Raises:
+            ValueError: if the base has changed, or differs from the other models'.
+        """
         if not is_dev_run(trainer):
             self._check_base(trainer)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Write the output.
+
+        Args:
+            trainer: the Trainer.
+            pl_module: the module.
+        """
         if is_dev_run(trainer):
             return
         if not self._began:  # the checkpoint was at the end of training, so `on_train_start` was never called
@@ -120,15 +165,30 @@ class FitEndCallback(Callback, ABC):
         return True
 
     def best_path(self, trainer: L.Trainer) -> str | None:
-        """The best checkpoint if `weights` is "best"; None if the module's own weights are used."""
+        """The best checkpoint, if it is to be used.
+
+        Args:
+            trainer: the Trainer.
+
+        Returns:
+            Its path if `weights` is "best"; None if the module's own weights are used.
+        """
         return best_checkpoint(trainer, self.who).best_model_path if self.weights == "best" else None
 
     def task_record(
         self, trainer: L.Trainer, task: str, holds: Literal["weights", "task_vector"], weights: Mapping[str, Tensor]
     ) -> TaskRecord:
-        """The record for a file with this fit's weights.
+        """Make the record of a file with this fit's weights.
 
-        Its metrics belong to these weights: all metrics of the last epoch, or the best checkpoint's monitored score.
+        Args:
+            trainer: the Trainer. The record's metrics belong to the saved weights: all metrics of the last epoch, or
+                the monitored score of the best checkpoint.
+            task: the task's name.
+            holds: whether the file contains weights or a task vector.
+            weights: the backbone's tensors, for their dtypes.
+
+        Returns:
+            The record.
         """
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
         if self.weights == "best":
@@ -150,7 +210,14 @@ class FitEndCallback(Callback, ABC):
 
     @abstractmethod
     def check_arguments(self, trainer: L.Trainer) -> None:
-        """Check the arguments against the Trainer and the files; called in `setup`."""
+        """Check the arguments against the Trainer and the files; called in `setup`.
+
+        Args:
+            trainer: the Trainer.
+
+        Raises:
+            ValueError: if an argument is invalid.
+        """
 
     def check_module(self, trainer: L.Trainer, module: L.LightningModule, weights: Mapping[str, Tensor]) -> None:
         """Check the module in `on_fit_start`, when it is complete; by default nothing beyond the backbone's existence.
@@ -162,8 +229,20 @@ class FitEndCallback(Callback, ABC):
         """
 
     def check_base(self, trainer: L.Trainer) -> None:
-        """Compare `base.hash` with other records, once it is known for a resumed fit too; by default does nothing."""
+        """Compare `base.hash` with other records; by default does nothing. In a resumed fit, the hash is known by now.
+
+        Args:
+            trainer: the Trainer; every rank calls this.
+
+        Raises:
+            ValueError: if another model has a different base.
+        """
 
     @abstractmethod
     def finish(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        """Write the output; called in `on_fit_end`."""
+        """Write the output; called in `on_fit_end`.
+
+        Args:
+            trainer: the Trainer; every rank calls this.
+            module: the module.
+        """

@@ -36,7 +36,14 @@ class Source:
     data: Any = None
 
     def batches(self, trainer: L.Trainer) -> Iterator[Any]:
-        """The batches after the hooks of the data module (for a plain loader, the Trainer's), or else the module's."""
+        """Iterate over the batches, after the batch-transfer hooks.
+
+        Args:
+            trainer: the Trainer.
+
+        Yields:
+            Batches, after the hooks of the data module (of the Trainer's for a plain loader), or else of the module.
+        """
         before, move, after = (_hook(name, trainer, self.data) for name in _HOOKS)
         for batch in _twin(self.loader):
             batch = before(batch, 0) if before else batch
@@ -45,10 +52,20 @@ class Source:
 
 
 def open_source(trainer: L.Trainer, value: Any, split: str, who: str, task: str) -> Source:
-    """The loader of one task, from its data module if one was given.
+    """Open the loader of one task.
+
+    Args:
+        trainer: the Trainer.
+        value: a loader or a data module.
+        split: "val" or "test"; used with a data module.
+        who: name of the callback, for error messages.
+        task: the task's name, for messages.
+
+    Returns:
+        The source of batches.
 
     Raises:
-        ValueError: the data module has several loaders.
+        ValueError: if the data module has several loaders.
     """
     loader, data = (loaders_of(trainer, value, split), value) if is_data_module(value) else (combined(value), None)
     if data is not None and isinstance(loader, (list, tuple)) and len(loader) == 1:
@@ -66,7 +83,16 @@ def open_source(trainer: L.Trainer, value: Any, split: str, who: str, task: str)
 
 
 def loaders_of(trainer: L.Trainer, data: Any, split: str) -> Any:
-    """A data module's loaders for a split, prepared as a Trainer would; a CombinedLoader is unpacked."""
+    """A data module's loaders for a split, after it has been set up as by a Trainer.
+
+    Args:
+        trainer: the Trainer; every rank must call this.
+        data: the data module.
+        split: "val" or "test".
+
+    Returns:
+        A loader, or a list or dict of loaders; a CombinedLoader is unpacked.
+    """
     if getattr(data, "trainer", None) is None:
         data.trainer = trainer
     on_rank_zero(trainer, data.prepare_data)
@@ -75,12 +101,26 @@ def loaders_of(trainer: L.Trainer, data: Any, split: str) -> Any:
 
 
 def combined(loaders: Any) -> Any:
-    """The loaders in a CombinedLoader of `lightning` or `pytorch_lightning`; anything else is returned unchanged."""
+    """Unpack a CombinedLoader of `lightning` or `pytorch_lightning`.
+
+    Args:
+        loaders: any loaders.
+
+    Returns:
+        The CombinedLoader's loaders; anything else is returned unchanged.
+    """
     return loaders.iterables if type(loaders).__name__ == "CombinedLoader" else loaders
 
 
 def is_data_module(value: Any) -> bool:
-    """Whether a value is a data module of `lightning` or `pytorch_lightning`."""
+    """Check for a data module of `lightning` or `pytorch_lightning`.
+
+    Args:
+        value: any object.
+
+    Returns:
+        True if it has the methods of a data module.
+    """
     return all(hasattr(value, name) for name in ("prepare_data", "setup", "val_dataloader"))
 
 
@@ -88,7 +128,12 @@ def is_data_module(value: Any) -> bool:
 def as_in_validation(trainer: L.Trainer, split: str, loaders: Iterable[Any]) -> Iterator[None]:
     """Set the Trainer's stage to validating (or testing) inside the block, and restore the generators afterwards.
 
-    Hooks and modules look at `trainer.training` to decide whether to augment.
+    Hooks and modules read `trainer.training` to decide whether to augment.
+
+    Args:
+        trainer: the Trainer.
+        split: "val" or "test".
+        loaders: the loaders whose generators are restored.
     """
     states = [(generator, generator.get_state()) for loader in loaders for generator in _generators(loader)]
     stage, function = trainer.state.stage, trainer.state.fn

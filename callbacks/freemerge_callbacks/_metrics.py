@@ -20,12 +20,21 @@ MEAN_IOU = "mean_iou"
 def open_metrics(
     given: Mapping[str, str | Metric] | None, tasks: Iterable[str], suite: Any, who: str
 ) -> dict[str, TaskMetric | Metric | str]:
-    """Task → metric: the given one, else the suite's, else accuracy.
+    """The metric of each task.
 
     MEAN_IOU stays a name, because the number of classes is not known yet.
 
+    Args:
+        given: task → metric, as passed to the callback.
+        tasks: the tasks' names.
+        suite: the suite that the loaders come from, or anything else.
+        who: name of the callback, for error messages.
+
+    Returns:
+        Task → the given metric, or else the suite's, or else accuracy.
+
     Raises:
-        ValueError: a task or a metric is unknown.
+        ValueError: if a task or a metric is unknown.
     """
     from freemerge.evaluation import TaskMetric
 
@@ -46,15 +55,18 @@ def open_metrics(
 
 
 def mean_iou(output: Any, who: str, task: str) -> Metric:
-    """The mean intersection over union of the classes, with as many classes as the output has.
+    """Make the metric mean intersection over union, with as many classes as the output has.
 
     Args:
         output: logits (B, C, …).
         who: name of the callback, for error messages.
         task: the task's name, for messages.
 
+    Returns:
+        torchmetrics' JaccardIndex.
+
     Raises:
-        ValueError: the output is not a dense prediction.
+        ValueError: if the output is not a dense prediction.
     """
     from torchmetrics import JaccardIndex
 
@@ -69,8 +81,13 @@ def mean_iou(output: Any, who: str, task: str) -> Metric:
 def check_value(metric: Metric, who: str, task: str) -> None:
     """Check that a metric, updated with one batch, computes one number; then reset it.
 
+    Args:
+        metric: the metric.
+        who: name of the callback, for error messages.
+        task: the task's name, for messages.
+
     Raises:
-        ValueError: it computes something else.
+        ValueError: if it computes something else.
     """
     try:
         value = metric.compute()
@@ -85,10 +102,24 @@ def check_value(metric: Metric, who: str, task: str) -> None:
 
 
 def label_of(metric: Any) -> str:
-    """The name under which a metric is logged."""
+    """The name under which a metric is logged.
+
+    Args:
+        metric: a TaskMetric or a torchmetrics metric.
+
+    Returns:
+        Its `label`, or else its class name.
+    """
     return getattr(metric, "label", type(metric).__name__)
 
 
 def shape_of(value: Any) -> str:
-    """A value's shape or type, for messages."""
+    """Describe a value for messages.
+
+    Args:
+        value: any object.
+
+    Returns:
+        The shape of a tensor, or else the type.
+    """
     return f"shape {list(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"

@@ -46,7 +46,14 @@ def find_others(patterns: Sequence[str], start: Path, own: Collection[Path], who
 
 
 def base_hashes(paths: Iterable[Path]) -> dict[Path, str]:
-    """Path → hash of the base that a checkpoint was fine-tuned from, for the checkpoints that have a record."""
+    """The hashes of the bases that checkpoints were fine-tuned from.
+
+    Args:
+        paths: the checkpoints.
+
+    Returns:
+        Path → hash, for the checkpoints that have a record.
+    """
     records = {path: read_record(path) for path in paths}
     return {path: record.base_hash for path, record in records.items() if record is not None}
 
@@ -60,7 +67,7 @@ def check_base_hashes(paths: Iterable[Path], expected: str | None, who: str) -> 
         who: name of the callback, for error messages.
 
     Raises:
-        ValueError: a checkpoint was fine-tuned from another base.
+        ValueError: if a checkpoint was fine-tuned from another base.
     """
     for path, found in base_hashes(paths).items():
         if found != expected:

@@ -27,10 +27,14 @@ Features = str | Callable[[Any], Tensor] | None
 
 @contextmanager
 def evaluating(modules: Sequence[nn.Module], device: torch.device) -> Iterator[None]:
-    """Put modules into evaluation mode on `device`, without gradients, inside the block.
+    """Put modules into evaluation mode on a device, without gradients, inside the block.
 
     Afterwards modes, devices and random number generators are restored. The mode is restored for each submodule,
     because some may have been frozen in evaluation mode.
+
+    Args:
+        modules: the modules.
+        device: the device.
     """
     modes = [(part, part.training) for module in modules for part in module.modules()]
     homes = [(module, next((tensor.device for tensor in module.parameters()), device)) for module in modules]
@@ -55,8 +59,11 @@ def merged_into(module: nn.Module, backbone: str, merged: str | Path | Mapping[s
         backbone: dotted path of the backbone.
         merged: tensors by name, or any file that `open_checkpoint` reads.
 
+    Returns:
+        Name in the module → tensor.
+
     Raises:
-        ValueError: `merged` belongs to another model.
+        ValueError: if `merged` belongs to another model.
     """
     start = f"{backbone}." if backbone else ""
     tensors = {name: value for name, value in module.state_dict().items() if isinstance(value, Tensor)}
@@ -77,7 +84,15 @@ def merged_into(module: nn.Module, backbone: str, merged: str | Path | Mapping[s
 
 
 def own_names(module: nn.Module, backbone: str) -> dict[str, str]:
-    """Name of each backbone tensor as `part_weights` gives it → its name in the module."""
+    """The names of a backbone's tensors in the module.
+
+    Args:
+        module: the module.
+        backbone: dotted path of the backbone.
+
+    Returns:
+        Name as in `part_weights` → name in the module.
+    """
     start = f"{backbone}." if backbone else ""
     body = module.get_submodule(backbone)
     if has_adapters(body):
@@ -119,15 +134,18 @@ def predictor(
     weights: Mapping[str, Tensor],
     features: Features = None,
 ) -> Predict:
-    """A function (inputs, task) → output that runs the model at the Trainer's precision.
+    """Make a function that runs the model at the Trainer's precision.
 
     Args:
         trainer: the Trainer, for its precision.
         module: the module; without `heads` its own forward returns logits.
         backbone: dotted path of the backbone; with `heads` it returns features.
         heads: task → head, from features to logits.
-        features: how to read the features from the backbone's output; see `find_features`.
         weights: tensors to use instead of the module's own, under the module's names; the module is not changed.
+        features: how to read the features from the backbone's output; see `find_features`.
+
+    Returns:
+        A function (inputs, task) → output.
     """
     # `functional_call` needs the original module, not the wrapper of `torch.compile`.
     body, weights = evaluated_part(module, "" if heads is None else backbone, weights)
@@ -143,7 +161,16 @@ def predictor(
 
 
 def evaluated_part(module: nn.Module, part: str, weights: Mapping[str, Tensor]) -> tuple[nn.Module, dict[str, Tensor]]:
-    """A part of a module without its `torch.compile` wrapper, and the given tensors under the part's names."""
+    """A part of a module without its `torch.compile` wrapper, and weights for it.
+
+    Args:
+        module: the module.
+        part: dotted path of the part; "" for the module itself.
+        weights: tensors under the module's names.
+
+    Returns:
+        The part, and the tensors under the part's names.
+    """
     body = module.get_submodule(part)
     body = getattr(body, "_orig_mod", body)
     start = len(part) + 1 if part else 0
@@ -151,10 +178,17 @@ def evaluated_part(module: nn.Module, part: str, weights: Mapping[str, Tensor]) 
 
 
 def arguments(body: nn.Module, inputs: Any) -> tuple[tuple, dict[str, Any]]:
-    """Positional and keyword arguments with which to call a module on a batch's inputs.
+    """The arguments with which to call a module on a batch's inputs.
 
     A dict becomes keyword arguments and a tuple positional ones if `forward` accepts them; otherwise the inputs are one
     argument.
+
+    Args:
+        body: the module.
+        inputs: the inputs of a batch.
+
+    Returns:
+        Positional and keyword arguments.
     """
     positional = tuple(inputs) if isinstance(inputs, (tuple, list)) else ()
     named = dict(inputs) if isinstance(inputs, Mapping) else {}
@@ -168,15 +202,18 @@ def arguments(body: nn.Module, inputs: Any) -> tuple[tuple, dict[str, Any]]:
 
 
 def find_features(output: Any, features: Features = None) -> Tensor:
-    """The features (B, F) in a backbone's output.
+    """Find the features in a backbone's output.
 
     Args:
         output: a tensor, or a dict such as transformers' models return.
         features: the key of the features in a dict, or a function output → features. None: `pooler_output`, or the
             only tensor (B, F) in the dict.
 
+    Returns:
+        (B, F).
+
     Raises:
-        ValueError: no features are found.
+        ValueError: if no features are found.
     """
     if callable(features):
         return features(output)
@@ -226,6 +263,14 @@ class Reweighted(nn.Module):
         self._part, self._backbone = (f"{path}." if path else "" for path in (part, backbone))
 
     def forward(self, inputs: Any) -> Any:
+        """Run the part with the given weights.
+
+        Args:
+            inputs: the inputs of a batch.
+
+        Returns:
+            The part's output.
+        """
         if isinstance(inputs, Mapping):
             inputs = {name: value for name, value in inputs.items() if name != "labels"}
         inputs = self._precision.convert_input(inputs)
@@ -233,16 +278,30 @@ class Reweighted(nn.Module):
             return functional_call(self.body, self._weights, *arguments(self.body, inputs))
 
     def named(self, statistics: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Rename statistics of this wrapper's tensors to the module's names; only the backbone's are returned."""
+        """Rename statistics of this wrapper's tensors to the module's names.
+
+        Args:
+            statistics: name in this wrapper → tensor.
+
+        Returns:
+            Name in the module → tensor; only the backbone's tensors.
+        """
         found = {self._part + name.removeprefix("body."): value for name, value in statistics.items()}
         return {name: value for name, value in found.items() if name.startswith(self._backbone)}
 
 
 def linear_head(path: str, who: str) -> nn.Linear:
-    """Read a linear head from a task file, or from a file with only `weight` (C, F) and optionally `bias` (C,).
+    """Read a linear head from a file.
+
+    Args:
+        path: a task file, or a file with only `weight` (C, F) and optionally `bias` (C,).
+        who: name of the callback, for error messages.
+
+    Returns:
+        A linear layer F → C.
 
     Raises:
-        ValueError: the file holds something else.
+        ValueError: if the file contains something else.
     """
     checkpoint = open_checkpoint(path)
     # A task file is recognised by its record, or by its names if it was saved again without metadata.
@@ -262,8 +321,13 @@ def linear_head(path: str, who: str) -> nn.Linear:
 def check_loaders(trainer: L.Trainer, loaders: Mapping[str, Iterable], who: str) -> None:
     """Check that every rank sees the same batches in the same order, so that the ranks can divide them exactly.
 
+    Args:
+        trainer: the Trainer.
+        loaders: task → loader.
+        who: name of the callback, for error messages.
+
     Raises:
-        ValueError: there is no loader, a loader shuffles or is distributed already, or the strategy shards the module.
+        ValueError: if there is no loader, one shuffles or is already distributed, or the strategy shards the module.
     """
     from torch.utils.data import DistributedSampler, RandomSampler
 

@@ -41,12 +41,15 @@ def on_rank_zero(trainer: L.Trainer, work: Callable[[], Any]) -> Any:
 
 
 def all_reach(trainer: L.Trainer, inputs: Iterable[Path], output: Path) -> bool:
-    """Whether every rank can access a merge's input files and output folder, so that the ranks can divide the work.
+    """Check whether every rank can access a merge's files, so that the ranks can divide the work.
 
     Args:
         trainer: the Trainer; all of its ranks must call this.
         inputs: the files to read.
-        output: the file or folder to write.
+        output: the file or folder to write; its parent folder is created.
+
+    Returns:
+        True if all ranks can; False if there is only one rank.
     """
     if trainer.world_size == 1:
         return False
@@ -67,7 +70,12 @@ def all_reach(trainer: L.Trainer, inputs: Iterable[Path], output: Path) -> bool:
 
 
 def log_metrics(trainer: L.Trainer, metrics: Mapping[str, float]) -> None:
-    """Send metrics to the Trainer's loggers, in hooks where `self.log` is not allowed."""
+    """Send metrics to the Trainer's loggers, in hooks where `self.log` is not allowed.
+
+    Args:
+        trainer: the Trainer.
+        metrics: name → value.
+    """
     if trainer.is_global_zero:
         for logger in trainer.loggers:
             logger.log_metrics(dict(metrics), step=trainer.global_step)

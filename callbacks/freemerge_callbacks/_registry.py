@@ -43,7 +43,11 @@ class Registry:
         return self.folder / f"{self.task}.safetensors"
 
     def registered(self) -> dict[str, Path]:
-        """Finished task → its file, in the order of the merge."""
+        """The finished tasks.
+
+        Returns:
+            Task → its file, in the order of the merge.
+        """
         if isinstance(self.tasks, int):
             files = sorted(self.folder.glob("*.safetensors"))
             records = {path: read_record(path) for path in files}
@@ -52,11 +56,19 @@ class Registry:
         return {task: path for task, path in expected.items() if path.exists()}
 
     def labels(self) -> list[str]:
-        """Labels of the models in the merge; placeholders if only their number is known."""
+        """The labels of the models in the merge.
+
+        Returns:
+            The tasks' names, or placeholders if only their number is known.
+        """
         return [f"task {index}" for index in range(self.tasks)] if isinstance(self.tasks, int) else list(self.tasks)
 
     def missing(self) -> str:
-        """A description of the tasks that have not finished yet; "" if all have."""
+        """Describe the tasks that have not finished yet.
+
+        Returns:
+            Their names or their number; "" if all have finished.
+        """
         found = self.registered()
         if isinstance(self.tasks, int):
             return f"{self.tasks - len(found)} more" if len(found) < self.tasks else ""
@@ -103,8 +115,11 @@ class Registry:
     def turn(self, trainer: L.Trainer) -> Iterator[None]:
         """Hold the registry's lock inside the block; every rank must enter and leave.
 
+        Args:
+            trainer: the Trainer.
+
         Raises:
-            RuntimeError: another job has held the lock for half an hour.
+            RuntimeError: if another job has held the lock for half an hour.
         """
         from filelock import FileLock, Timeout
 

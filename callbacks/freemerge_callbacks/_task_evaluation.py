@@ -91,8 +91,11 @@ class TaskEvaluation:
     def open(self, trainer: L.Trainer) -> None:
         """Build the loaders, read the heads' files and look up the metrics.
 
+        Args:
+            trainer: the Trainer.
+
         Raises:
-            ValueError: a loader, head or metric is missing or invalid, or the evaluation would be inexact.
+            ValueError: if a loader, head or metric is missing or invalid, or the evaluation would be inexact.
         """
         if self.split not in ("val", "test"):
             raise ValueError(f"{self.who}: `split` must be 'val' or 'test', got {self.split!r}")
@@ -111,8 +114,12 @@ class TaskEvaluation:
     def check(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Check that the module has the named parts and can be evaluated on a batch of each task.
 
+        Args:
+            trainer: the Trainer.
+            module: the module.
+
         Raises:
-            ValueError: the evaluation of a task fails; the message names the task.
+            ValueError: if the evaluation of a task fails; names the task.
         """
         get_part(module, self.backbone, self.who)
         heads, device = self._heads_of(module), trainer.strategy.root_device
@@ -225,10 +232,15 @@ class TaskEvaluation:
             return evaluate(predict, chosen, space, device, self._metrics)
 
     def named(self, results: Mapping[str, float], prefix: str) -> dict[str, float]:
-        """Results under their logged names: `<prefix>/<task>/<metric>` for each task, and their mean.
+        """Results under the names that they are logged with.
 
-        The mean is called `<prefix>/mean_acc`, or `<prefix>/mean_score` if not all metrics are accuracies. It is left
-        out if lower is better for any task.
+        Args:
+            results: task → value.
+            prefix: prefix of the names.
+
+        Returns:
+            `<prefix>/<task>/<metric>` for each task, and their mean, `<prefix>/mean_acc`, or `<prefix>/mean_score` if
+            not all metrics are accuracies. There is no mean if lower is better for any task.
         """
         found = {f"{prefix}/{task}/{label_of(self._metrics[task])}": value for task, value in results.items()}
         if all(self.higher_is_better(task) for task in results):
@@ -241,7 +253,14 @@ class TaskEvaluation:
         return "acc" if set(map(label_of, self._metrics.values())) == {"acc"} else "score"
 
     def higher_is_better(self, task: str) -> bool:
-        """Whether higher values of a task's metric are better."""
+        """Whether higher values of a task's metric are better.
+
+        Args:
+            task: the task.
+
+        Returns:
+            False for metrics such as perplexity.
+        """
         return self._metrics[task].higher_is_better is not False
 
     def _measured(self, trainer: L.Trainer, module: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

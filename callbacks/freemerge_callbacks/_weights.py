@@ -25,20 +25,38 @@ _COMPILED = "_orig_mod."  # the prefix that `torch.compile` adds to the names of
 
 
 def is_dev_run(trainer: L.Trainer) -> bool:
-    """Whether the Trainer runs a trial, `fast_dev_run`; Lightning's type annotations lack this attribute."""
+    """Check whether the Trainer runs with `fast_dev_run`; Lightning's type annotations lack this attribute.
+
+    Args:
+        trainer: the Trainer.
+
+    Returns:
+        True for a trial run.
+    """
     return bool(getattr(trainer, "fast_dev_run", False))
 
 
 def callbacks_of(trainer: L.Trainer) -> list[L.Callback]:
-    """The Trainer's callbacks, in their order; Lightning's type annotations lack this attribute."""
+    """The Trainer's callbacks; Lightning's type annotations lack this attribute.
+
+    Args:
+        trainer: the Trainer.
+
+    Returns:
+        The callbacks in their order.
+    """
     return trainer.callbacks  # type: ignore[attr-defined]
 
 
 def refuse_placeholders(strategy: Strategy, who: str) -> None:
-    """Refuse DeepSpeed ZeRO-3, under which a module holds placeholders instead of weights.
+    """Refuse DeepSpeed ZeRO-3, under which a module contains placeholders instead of weights.
+
+    Args:
+        strategy: the Trainer's strategy.
+        who: name of the callback, for error messages.
 
     Raises:
-        ValueError: the strategy is DeepSpeed ZeRO-3.
+        ValueError: if the strategy is DeepSpeed ZeRO-3.
     """
     if is_a(strategy, "DeepSpeedStrategy") and getattr(strategy, "zero_stage_3", False):
         raise ValueError(
@@ -48,12 +66,27 @@ def refuse_placeholders(strategy: Strategy, who: str) -> None:
 
 
 def is_sharded(strategy: Strategy) -> bool:
-    """Whether the strategy shards the weights between the ranks."""
+    """Check whether a strategy shards the weights among the ranks.
+
+    Args:
+        strategy: the Trainer's strategy.
+
+    Returns:
+        True for FSDP and ModelParallelStrategy.
+    """
     return is_a(strategy, "FSDPStrategy") or is_a(strategy, "ModelParallelStrategy")
 
 
 def is_a(value: object, name: str) -> bool:
-    """Whether an object is an instance of the named class of `lightning` or `pytorch_lightning`, or of a subclass."""
+    """Check the class of an object by name, in `lightning` as well as `pytorch_lightning`.
+
+    Args:
+        value: any object.
+        name: the class's name.
+
+    Returns:
+        True for an instance of the class or of a subclass.
+    """
     return any(
         kind.__name__ == name and kind.__module__.startswith(("lightning.", "pytorch_lightning."))
         for kind in type(value).__mro__
@@ -67,10 +100,13 @@ def get_part(module: nn.Module, path: str, who: str, argument: str = "backbone")
         module: the module.
         path: for example `model.encoder`; "" for the module itself.
         who: name of the callback, for error messages.
-        argument: the name of the argument that holds the path, for messages.
+        argument: the name of the argument that contains the path, for messages.
+
+    Returns:
+        The submodule.
 
     Raises:
-        ValueError: there is no such submodule; the message lists those that exist.
+        ValueError: if there is no such submodule; lists those that exist.
     """
     try:
         return module.get_submodule(path)
@@ -84,13 +120,22 @@ def get_part(module: nn.Module, path: str, who: str, argument: str = "backbone")
 
 
 def part_weights(trainer: L.Trainer, module: L.LightningModule, part: str, who: str) -> dict[str, Tensor]:
-    """The tensors of a part of the module by name, with ties kept; complete on rank 0, possibly empty elsewhere.
+    """The tensors of a part of the module by name, with ties kept.
 
-    Every rank must call it. Without sharding the tensors share memory with the module. PEFT adapters in the part are
-    fused into the weights, which keep the names that they have without adapters.
+    Without sharding, the tensors share memory with the module. PEFT adapters in the part are fused into the weights,
+    which keep the names that they have without adapters.
+
+    Args:
+        trainer: the Trainer; every rank must call this.
+        module: the module.
+        part: dotted path of the part.
+        who: name of the callback, for error messages.
+
+    Returns:
+        Name relative to the part → tensor; complete on rank 0, possibly empty on other ranks.
 
     Raises:
-        ValueError: there is no such part, or its adapters are sharded.
+        ValueError: if there is no such part, or its adapters are sharded.
     """
     if has_adapters(get_part(module, part, who)) and is_sharded(trainer.strategy):
         raise ValueError(
@@ -102,12 +147,15 @@ def part_weights(trainer: L.Trainer, module: L.LightningModule, part: str, who: 
 
 
 def weights_of(module: nn.Module, part: str, state: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The tensors of a part in a state dict of the module, named relative to the part, with PEFT adapters fused in.
+    """The tensors of a part in a state dict of the module, with PEFT adapters fused in.
 
     Args:
         module: the module, for its adapters' settings; it is not changed.
         part: dotted path of the part.
         state: name in the module's state dict → tensor, from any step of the fit.
+
+    Returns:
+        Name relative to the part → tensor.
     """
     body = module.get_submodule(part)
     if not has_adapters(body):
@@ -149,9 +197,7 @@ def save_base(module: nn.Module, path: str | Path, backbone: str = "backbone") -
 def final_weights(
     trainer: L.Trainer, module: L.LightningModule, part: str, who: str, file: Path
 ) -> Iterator[Mapping[str, Tensor] | Path]:
-    """Give every rank the same tensors of a part of the module: by name, or as a file if the strategy shards them.
-
-    Every rank must enter and leave.
+    """Give every rank the same tensors of a part of the module; every rank must enter and leave.
 
     Args:
         trainer: the Trainer.
@@ -159,6 +205,9 @@ def final_weights(
         part: dotted path of the part.
         who: name of the callback, for error messages.
         file: the temporary file that rank 0 writes if the strategy shards the weights.
+
+    Yields:
+        The tensors by name, or the file if the strategy shards them.
     """
     weights = part_weights(trainer, module, part, who)
     if trainer.world_size == 1:
@@ -177,7 +226,16 @@ def final_weights(
 
 @contextmanager
 def while_in_file(trainer: L.Trainer, weights: Callable[[], Mapping[str, Tensor]], file: Path) -> Iterator[Path]:
-    """Write rank 0's weights to a file that exists inside the block; every rank must enter and leave."""
+    """Write rank 0's weights to a file that exists inside the block; every rank must enter and leave.
+
+    Args:
+        trainer: the Trainer.
+        weights: returns the tensors by name; called on rank 0.
+        file: the file.
+
+    Yields:
+        The file.
+    """
     on_rank_zero(trainer, lambda: save_checkpoint(file, weights()))
     try:
         yield file
@@ -187,7 +245,15 @@ def while_in_file(trainer: L.Trainer, weights: Callable[[], Mapping[str, Tensor]
 
 
 def whole_state(trainer: L.Trainer, module: L.LightningModule) -> dict[str, Any]:
-    """The module's state dict, gathered from all ranks where it is sharded; see `part_weights`."""
+    """The module's state dict, gathered from all ranks if it is sharded; see `part_weights`.
+
+    Args:
+        trainer: the Trainer; every rank must call this.
+        module: the module.
+
+    Returns:
+        Name → value; complete on rank 0.
+    """
     if not is_sharded(trainer.strategy):
         return trainer.strategy.lightning_module_state_dict()
     # Not `lightning_module_state_dict`: by default it returns each rank's own shards (save_distributed_checkpoint).
@@ -202,7 +268,15 @@ def whole_state(trainer: L.Trainer, module: L.LightningModule) -> dict[str, Any]
 
 
 def relative(state: Mapping[str, Any], part: str) -> dict[str, Tensor]:
-    """The tensors of a module's state dict that belong to one of its parts, named relative to it."""
+    """The tensors of one part in a module's state dict.
+
+    Args:
+        state: the state dict.
+        part: dotted path of the part.
+
+    Returns:
+        Name relative to the part, without the prefix of `torch.compile` → tensor.
+    """
     prefix = f"{part}." if part else ""
     named = ((_plain(name), value) for name, value in state.items())
     return {
@@ -211,14 +285,29 @@ def relative(state: Mapping[str, Any], part: str) -> dict[str, Tensor]:
 
 
 def part_of(checkpoint: Checkpoint, part: str) -> Checkpoint:
-    """The tensors of the module's checkpoint that belong to one of its parts, named relative to it; see `relative`."""
+    """The tensors of one part in a checkpoint of the module; see `relative`.
+
+    Args:
+        checkpoint: the checkpoint.
+        part: dotted path of the part.
+
+    Returns:
+        A checkpoint of the part.
+    """
     prefix = f"{part}." if part else ""
     names = {name: _plain(name) for name in (*checkpoint.names, *checkpoint.tied)}
     return checkpoint.renamed({n: plain[len(prefix) :] for n, plain in names.items() if plain.startswith(prefix)})
 
 
 def in_memory(checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """A model's tensors by all their names, with ties kept; tensors that are in memory already are not copied."""
+    """Read a model's tensors, with ties kept; tensors that are already in memory are not copied.
+
+    Args:
+        checkpoint: the model.
+
+    Returns:
+        Every name → tensor.
+    """
     tensors = {name: checkpoint.tensor(name) for name in checkpoint.names if name not in checkpoint.tied}
     return tensors | {name: tensors[first] for name, first in checkpoint.tied.items()}
 

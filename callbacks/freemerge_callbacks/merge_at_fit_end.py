@@ -121,9 +121,18 @@ class MergeAtFitEnd(FitEndCallback):
 
     @property
     def needs_hash(self) -> bool:
+        """Whether the hash of a given base is needed: for the registry, or to compare it with records."""
         return self.registry is not None or bool(base_hashes(self._found.values()))
 
     def check_arguments(self, trainer: L.Trainer) -> None:
+        """Check output, patterns, registry and method, and find the other models.
+
+        Args:
+            trainer: the Trainer.
+
+        Raises:
+            ValueError: if an argument is invalid or a model is missing.
+        """
         self.merged_path, self.report, self._best = None, {}, None
         self._check_output()
         compile_patterns(self.include, "include")
@@ -136,12 +145,36 @@ class MergeAtFitEnd(FitEndCallback):
         self.method.check([*(self.registry.labels() if self.registry else [OWN_LABEL]), *self._found])
 
     def check_module(self, trainer: L.Trainer, module: L.LightningModule, weights: Mapping[str, Tensor]) -> None:
+        """Check that the backbone and the finished models can be merged.
+
+        Args:
+            trainer: the Trainer; every rank calls this.
+            module: the module.
+            weights: the backbone's tensors.
+
+        Raises:
+            ValueError: if tensors do not match, or the task is already registered.
+        """
         on_rank_zero(trainer, lambda: self._check_fit(weights, self._replaces(trainer)))
 
     def check_base(self, trainer: L.Trainer) -> None:
+        """Check that the finished models have this fit's base.
+
+        Args:
+            trainer: the Trainer; every rank calls this.
+
+        Raises:
+            ValueError: if a model was fine-tuned from another base.
+        """
         on_rank_zero(trainer, lambda: check_base_hashes(self._all_others(), self.base.hash, "MergeAtFitEnd"))
 
     def finish(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Merge the models; with a registry, register this task, and merge if it is the last.
+
+        Args:
+            trainer: the Trainer; every rank calls this.
+            module: the module.
+        """
         with self._own(trainer, module) as own:
             if self.registry is None:
                 self._merge(trainer, {OWN_LABEL: own})

@@ -120,15 +120,36 @@ class MergePreview(Callback):
 
     @property
     def state_key(self) -> str:
+        """A key that contains the prefix, so that a Trainer can have several callbacks of this class."""
         return self._generate_state_key(prefix=self.prefix)
 
     def state_dict(self) -> dict[str, Any]:
+        """The state that Lightning saves in a checkpoint.
+
+        Returns:
+            The latest results.
+        """
         return {"results": self.results}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore the latest results.
+
+        Args:
+            state_dict: the result of `state_dict`.
+        """
         self.results = state_dict["results"]
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Check the arguments, find the other models, and open loaders, heads and metrics.
+
+        Args:
+            trainer: the Trainer.
+            pl_module: not used; it may be incomplete.
+            stage: only "fit" matters.
+
+        Raises:
+            ValueError: if an argument is invalid.
+        """
         if stage != "fit" or is_dev_run(trainer):
             return
         if self.every_n_epochs < 1:
@@ -146,6 +167,15 @@ class MergePreview(Callback):
         self.individual = {task: self.individual[task] for task in self._given}
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Check that the models can be merged and evaluated.
+
+        Args:
+            trainer: the Trainer.
+            pl_module: the module.
+
+        Raises:
+            ValueError: if the models do not match, have different bases, or the evaluation of a task fails.
+        """
         if is_dev_run(trainer):
             return
         self.evaluation.check(trainer, pl_module)
@@ -154,6 +184,12 @@ class MergePreview(Callback):
         on_rank_zero(trainer, lambda: self._check_fit(weights))
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Start a new validation, whose preview is still to be made.
+
+        Args:
+            trainer: the Trainer.
+            pl_module: the module.
+        """
         self._logged = None
 
     def on_validation_batch_end(
@@ -167,9 +203,25 @@ class MergePreview(Callback):
     ) -> None:
         # By the first batch, every callback that swaps the weights for the validation (a moving average) has done so,
         # whatever the callbacks' order, and DDP has broadcast the buffers of rank 0.
+        """Merge and evaluate after the first batch of a validation.
+
+        Args:
+            trainer: the Trainer.
+            pl_module: the module.
+            outputs: not used.
+            batch: not used.
+            batch_idx: not used.
+            dataloader_idx: not used.
+        """
         self._preview(trainer, pl_module)
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Log the results of the preview.
+
+        Args:
+            trainer: the Trainer.
+            pl_module: the module.
+        """
         self._preview(trainer, pl_module)  # for a rank without batches, because the others wait for it
         if self._logged:
             pl_module.log_dict(self._logged, sync_dist=True)
@@ -251,7 +303,15 @@ class MergePreview(Callback):
 
 
 def similarity_metrics(found: Similarity, names: Sequence[str]) -> dict[str, float]:
-    """Logged name → value, for a comparison with models of the given names."""
+    """The similarities under the names that they are logged with.
+
+    Args:
+        found: the comparison with the other models.
+        names: the other models' names.
+
+    Returns:
+        Logged name → value.
+    """
     metrics = {"task_vector/norm": found.norm, "task_vector/low_frequency_energy": found.low_frequency_energy}
     for name, cosine, agreement in zip(names, found.cosine, found.sign_agreement, strict=True):
         metrics |= {f"task_vector/cosine/{name}": cosine, f"task_vector/sign_agreement/{name}": agreement}
@@ -259,7 +319,14 @@ def similarity_metrics(found: Similarity, names: Sequence[str]) -> dict[str, flo
 
 
 def distinct_names(paths: Sequence[Path]) -> list[str]:
-    """A short, unique name for each checkpoint: its recorded task or file name, or its folder's name if these clash."""
+    """A short, unique name for each checkpoint.
+
+    Args:
+        paths: the checkpoints.
+
+    Returns:
+        The recorded task or the file name; if these clash, the folder's name; if these clash too, with a number.
+    """
     records = [read_record(path) for path in paths]
     names = [path.stem if record is None else record.task for path, record in zip(paths, records, strict=True)]
     counts = Counter(names)

@@ -98,15 +98,36 @@ class MultiTaskEvaluation(Callback):
 
     @property
     def state_key(self) -> str:
+        """A key that contains the prefix, so that a Trainer can have several callbacks of this class."""
         return self._generate_state_key(prefix=self.prefix)
 
     def state_dict(self) -> dict[str, Any]:
+        """The state that Lightning saves in a checkpoint.
+
+        Returns:
+            The latest results.
+        """
         return {"results": self.results}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore the latest results.
+
+        Args:
+            state_dict: the result of `state_dict`.
+        """
         self.results = state_dict["results"]
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Check the arguments, and open loaders, heads and metrics.
+
+        Args:
+            trainer: the Trainer.
+            pl_module: not used; it may be incomplete.
+            stage: only "fit" matters.
+
+        Raises:
+            ValueError: if an argument is invalid.
+        """
         if stage != "fit" or is_dev_run(trainer):
             return
         if self.every_n_epochs is not None and self.every_n_epochs < 1:
@@ -115,16 +136,37 @@ class MultiTaskEvaluation(Callback):
         self.evaluation.open(trainer)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Evaluate one batch of each task, so that errors show before training.
+
+        Args:
+            trainer: the Trainer.
+            pl_module: the module.
+
+        Raises:
+            ValueError: if the evaluation of a task fails.
+        """
         if not is_dev_run(trainer):
             self.evaluation.check(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Evaluate the current weights, if `every_n_epochs` is set and an evaluation is due.
+
+        Args:
+            trainer: the Trainer.
+            pl_module: the module.
+        """
         due = self.every_n_epochs is not None and (trainer.current_epoch + 1) % self.every_n_epochs == 0
         if due and not is_dev_run(trainer):
             self.results = self.evaluation.run(trainer, pl_module, {})
             pl_module.log_dict(self.evaluation.named(self.results, self.prefix), sync_dist=True)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Evaluate the merged weights, or the current ones if there is no merge.
+
+        Args:
+            trainer: the Trainer.
+            pl_module: the module.
+        """
         if is_dev_run(trainer):
             return
         path = self._merged_path(trainer)

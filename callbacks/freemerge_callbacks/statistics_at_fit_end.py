@@ -36,7 +36,7 @@ class StatisticsAtFitEnd(Callback):
         python -m freemerge merge … --method RegMean --method.statistics tasks/cars.gram.safetensors …
 
     The model computes in evaluation mode on a few batches; weights, modes and random number generators stay as they
-    are. Rank 0 measures, on its share of the training data, while the others wait.
+    are. Rank 0 measures, on its part of the training data, while the others wait.
 
     Args:
         output: the .safetensors file to write.
@@ -92,6 +92,16 @@ class StatisticsAtFitEnd(Callback):
         self.saved_path: Path | None = None
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Check the arguments before the fit.
+
+        Args:
+            trainer: the Trainer.
+            pl_module: not used; it may be incomplete.
+            stage: checks are made for "fit" only.
+
+        Raises:
+            ValueError: if an argument is invalid.
+        """
         if stage != "fit" or is_dev_run(trainer):
             return
         self.saved_path = None
@@ -115,6 +125,15 @@ class StatisticsAtFitEnd(Callback):
             best_checkpoint(trainer, _WHO)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Check that the module has the parts, and that they can be measured.
+
+        Args:
+            trainer: the Trainer.
+            pl_module: the module.
+
+        Raises:
+            ValueError: if a part is missing or cannot be measured.
+        """
         if is_dev_run(trainer):
             return
         body = get_part(pl_module, self.backbone, _WHO)
@@ -131,6 +150,12 @@ class StatisticsAtFitEnd(Callback):
             get_part(pl_module, self.head, _WHO, "head")
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Measure the statistics and write them.
+
+        Args:
+            trainer: the Trainer.
+            pl_module: the module.
+        """
         if is_dev_run(trainer):
             return
         state = whole_state(trainer, pl_module)

@@ -62,9 +62,18 @@ class TaskCheckpoint(FitEndCallback):
 
     @property
     def needs_base(self) -> bool:
+        """Whether the base's values are needed when the fit ends: only for a task vector."""
         return self.save == "task_vector"
 
     def check_arguments(self, trainer: L.Trainer) -> None:
+        """Check `save` and `output`.
+
+        Args:
+            trainer: the Trainer.
+
+        Raises:
+            ValueError: if an argument is invalid or the output exists.
+        """
         self.saved_path = None
         if self.save not in ("weights", "task_vector"):
             raise ValueError(f"TaskCheckpoint: `save` must be 'weights' or 'task_vector', got {self.save!r}")
@@ -73,10 +82,26 @@ class TaskCheckpoint(FitEndCallback):
         self.refuse_existing()
 
     def check_module(self, trainer: L.Trainer, module: L.LightningModule, weights: Mapping[str, Tensor]) -> None:
+        """Check that the module has the head.
+
+        Args:
+            trainer: the Trainer.
+            module: the module.
+            weights: not used.
+
+        Raises:
+            ValueError: if there is no such submodule.
+        """
         if self.head is not None:
             get_part(module, self.head, "TaskCheckpoint", "head")
 
     def finish(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Write the task file.
+
+        Args:
+            trainer: the Trainer; every rank calls this.
+            module: the module.
+        """
         state, best = whole_state(trainer, module), self.best_path(trainer)
         record = self.task_record(trainer, self.task, self.save, weights_of(module, self.backbone, state))
         self.saved_path = on_rank_zero(trainer, lambda: self._write(module, state, record, best))

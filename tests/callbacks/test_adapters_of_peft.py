@@ -1,4 +1,4 @@
-"""A module whose backbone carries an adapter of PEFT: what is kept, merged and evaluated is the model with it."""
+"""A module whose backbone has a PEFT adapter: the weights with the fused adapter are saved, merged and evaluated."""
 
 import copy
 
@@ -72,7 +72,7 @@ def fused(module: Adapted, state: dict | None = None) -> dict[str, torch.Tensor]
 
 @pytest.mark.parametrize("wrapped", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_exact_difference_is_kept_merged_and_evaluated(tmp_path, kind, wrapped):
+def test_the_fused_weights_are_saved_merged_and_evaluated(tmp_path, kind, wrapped):
     if not wrapped and kind in ("saved", "ia3"):
         pytest.skip("the expectation needs a PeftModel")
     module, start = Adapted(KINDS[kind], wrapped), make_encoder()
@@ -81,7 +81,7 @@ def test_the_exact_difference_is_kept_merged_and_evaluated(tmp_path, kind, wrapp
     assert set(base) == set(start.state_dict())
     assert all(
         torch.equal(base[name], value) for name, value in start.state_dict().items()
-    )  # the adapter adds nothing yet
+    )  # a new adapter does not change the outputs
     other = {name: value + 0.1 * torch.randn(value.shape) for name, value in base.items() if value.is_floating_point()}
     save_checkpoint(tmp_path / "other.safetensors", other)
     others, loader = [str(tmp_path / "other.safetensors")], glue_like.loader(10)
@@ -131,7 +131,7 @@ def test_the_best_weights_are_fused_with_the_adapter_of_their_epoch(tmp_path):
     trainer.fit(module, glue_like.loader(10), glue_like.loader(10))
     state = torch.load(best.best_model_path, weights_only=True)["state_dict"]
     after = {name: value.clone() for name, value in module.state_dict().items()}
-    assert any(not torch.equal(after[name], value) for name, value in state.items())  # an earlier epoch's
+    assert any(not torch.equal(after[name], value) for name, value in state.items())  # the best epoch is an earlier one
     kept, merged = load_checkpoint(tmp_path / "task.safetensors"), load_checkpoint(tmp_path / "m.safetensors")
     for name, value in fused(module, state).items():
         torch.testing.assert_close(kept[f"backbone.{name}"], value, rtol=0, atol=1e-6)
@@ -141,7 +141,7 @@ def test_the_best_weights_are_fused_with_the_adapter_of_their_epoch(tmp_path):
     assert sorted(path.name for path in tmp_path.glob(".*")) == []
 
 
-def test_what_is_switched_off_comes_back_as_it_was():
+def test_disabled_adapters_are_restored():
     module = Adapted(KINDS["saved"])
     frozen = next(parameter for name, parameter in module.named_parameters() if "lora_A" in name)
     frozen.requires_grad_(False)

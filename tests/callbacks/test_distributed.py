@@ -31,7 +31,7 @@ from tests.callbacks.callbacks_project import (
 ROOT = Path(__file__).parents[2]
 
 
-def test_two_processes_merge_into_the_file_that_one_would_write(tmp_path, other):
+def test_two_processes_write_the_same_file_as_one(tmp_path, other):
     torch.manual_seed(1)
     heads = {"a": nn.Linear(8, 2), "b": nn.Linear(8, 3)}
     loaders = {"a": make_loader(0, 53, seed=4, batch_size=8), "b": make_loader(1, 5, seed=5, batch_size=8)}
@@ -67,7 +67,7 @@ def test_two_processes_merge_into_the_file_that_one_would_write(tmp_path, other)
             for found in (
                 results["MultiTaskEvaluation"],
                 results["MergePreview"],
-            ):  # the last step was the last epoch's
+            ):  # the last step belongs to the last epoch
                 torch.testing.assert_close(found[task], right / len(loader.dataset), rtol=0, atol=1e-6)
 
 
@@ -88,8 +88,8 @@ def test_the_tool_that_checks_every_strategy():
         assert [" ".join(row[-3:]) for row in rows if "cuda" in row] == ["skipped: no GPU"]
 
 
-def test_an_error_of_rank_zero_is_everybodys():
-    """Not tested with processes: one that waits for the other would wait for half an hour."""
+def test_an_error_on_rank_zero_is_raised_on_all_ranks():
+    """Not tested with processes, because a process that waits for the other would wait for half an hour."""
 
     def fail():
         raise OSError("disk full")
@@ -103,7 +103,7 @@ def test_an_error_of_rank_zero_is_everybodys():
         on_rank_zero(SimpleNamespace(is_global_zero=False, strategy=strategy), fail)
 
 
-def test_what_would_make_several_ranks_inexact_is_refused():
+def test_loaders_that_ranks_cannot_divide_are_refused():
     trainer = SimpleNamespace(strategy=None, world_size=2)
     shuffled = DataLoader(make_loader(0).dataset, batch_size=8, shuffle=True)
     with pytest.raises(

@@ -1,4 +1,4 @@
-"""The README's project runs as printed; YAML makes every callback; --help says what each argument is."""
+"""The README's examples run as printed, YAML builds every callback, and --help describes every argument."""
 
 import re
 import subprocess
@@ -19,7 +19,7 @@ from freemerge_callbacks import MergeAtFitEnd, MergePreview, MultiTaskEvaluation
 
 README = Path(__file__).parents[2] / "callbacks" / "README.md"
 EXAMPLES = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
-# Over Lightning's own, the import of the callbacks brings nothing but what merges, and the base class of suites.
+# In addition to Lightning, importing the callbacks loads only what merging needs and the base class of suites.
 IMPORTS = """
 import sys, lightning
 before = set(sys.modules)

@@ -1,4 +1,4 @@
-"""What fits do around the callbacks: change the working folder, tune themselves, save only what they train."""
+"""Fits that change the working folder, run a Lightning tuner first, or save only their trained tensors."""
 
 import os
 
@@ -34,7 +34,7 @@ def mean(module, other):
     return {name: (value + other[name]) / 2 for name, value in module.backbone.state_dict().items()}
 
 
-def test_relative_paths_belong_to_the_folder_in_which_the_callbacks_were_made(tmp_path, monkeypatch, other):
+def test_relative_paths_start_from_the_folder_at_construction(tmp_path, monkeypatch, other):
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path)
     save_checkpoint("base.safetensors", make_backbone().state_dict())
@@ -69,7 +69,7 @@ def test_a_resumed_fit_finds_its_state_in_another_folder(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("tunes", ["Tuner", "LearningRateFinder", "BatchSizeFinder"])
-def test_a_fit_that_tunes_itself_first_is_no_resumed_fit(tmp_path, other, tunes):
+def test_a_fit_after_a_lightning_tuner_is_not_a_resumed_fit(tmp_path, other, tunes):
     class Tunable(Validated):
         batch_size = 4
 
@@ -94,7 +94,7 @@ def test_a_fit_that_tunes_itself_first_is_no_resumed_fit(tmp_path, other, tunes)
 
 
 class SavesWhatItTrains(Validated):
-    """As projects with a large frozen part do."""
+    """A checkpoint without frozen tensors, as projects with a large frozen part save it."""
 
     def __init__(self, also=()):
         super().__init__()
@@ -107,7 +107,7 @@ class SavesWhatItTrains(Validated):
         checkpoint["state_dict"] = {name: value for name, value in state.items() if name not in self.left_out}
 
 
-def test_the_best_checkpoint_may_hold_only_what_is_trained(tmp_path, other):
+def test_the_best_checkpoint_can_have_only_trained_tensors(tmp_path, other):
     module = SavesWhatItTrains()
     best = ModelCheckpoint(tmp_path / "checkpoints", monitor="quality", mode="max")
     others = [str(tmp_path / "other.safetensors")]
@@ -124,7 +124,7 @@ def test_the_best_checkpoint_may_hold_only_what_is_trained(tmp_path, other):
 
 
 @pytest.mark.parametrize("kind", ["merge", "task"])
-def test_a_best_checkpoint_without_something_trained_is_refused(tmp_path, other, kind):
+def test_a_best_checkpoint_without_a_trained_tensor_is_refused(tmp_path, other, kind):
     module = SavesWhatItTrains(also=["backbone.2.weight"])
     best = ModelCheckpoint(tmp_path / "checkpoints", monitor="quality", mode="max")
     output, others = str(tmp_path / "out.safetensors"), [str(tmp_path / "other.safetensors")]
@@ -140,7 +140,7 @@ def test_a_best_checkpoint_without_something_trained_is_refused(tmp_path, other,
     assert not (tmp_path / "out.safetensors").exists()
 
 
-def test_the_base_may_be_a_checkpoint_of_the_whole_module(tmp_path, other):
+def test_the_base_can_be_a_checkpoint_of_the_whole_module(tmp_path, other):
     """What a pretraining with the same LightningModule leaves: `backbone.*` and the head, and the optimizer's state."""
     saved = ModelCheckpoint(tmp_path / "pretraining")
     make_trainer(tmp_path, saved, enable_checkpointing=True, epochs=1).fit(Validated(), make_loader(0))
@@ -167,8 +167,8 @@ def test_the_base_may_be_a_checkpoint_of_the_whole_module(tmp_path, other):
     assert preview.similarity.norm == pytest.approx(norm, rel=1e-5)
 
 
-def test_a_backbone_that_has_a_part_of_its_own_name_is_not_cut(tmp_path):
-    """`backbone.*` in the base is then what the module's backbone has inside, too."""
+def test_a_backbone_with_a_submodule_of_its_own_name(tmp_path):
+    """The backbone has a submodule `backbone`, so `backbone.*` in the base are names inside the module's backbone."""
 
     class Inner(nn.Module):
         def __init__(self):

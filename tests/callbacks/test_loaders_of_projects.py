@@ -1,4 +1,4 @@
-"""Loaders as projects have them: hooks on batches, shared generators, workers that persist, several loaders at once."""
+"""Loaders of real projects: batch hooks, shared generators, persistent workers, several loaders."""
 
 import collections
 import dataclasses
@@ -26,7 +26,7 @@ def accuracy(module, inputs=X, labels=Y):
 
 
 class Data(L.LightningDataModule):
-    """Normalises in a hook, and augments there while it trains."""
+    """Normalises in a hook, and augments there in training."""
 
     def train_dataloader(self):
         return make_loader(0)
@@ -46,16 +46,16 @@ class Data(L.LightningDataModule):
 @pytest.mark.parametrize(
     "loaders", [{"a": Data()}, {"a": make_loader(0)}], ids=["data module", "loader of the Trainer's"]
 )
-def test_batches_go_through_the_hooks_of_the_data_module_as_in_validation(tmp_path, loaders, split):
+def test_batches_pass_the_hooks_of_the_data_module(tmp_path, loaders, split):
     module, evaluation = Plain(), MultiTaskEvaluation(loaders, split=split, every_n_epochs=1)
     stages = []
     module.on_train_epoch_end = lambda: stages.append(module.trainer.training)
     make_trainer(tmp_path, evaluation).fit(module, datamodule=Data())
     assert evaluation.results["a"] == accuracy(module, 3 * X - 1)
-    assert stages == [True, True]  # the Trainer goes on with its training
+    assert stages == [True, True]  # the Trainer continues to train
 
 
-def test_batches_go_through_the_hooks_of_the_module(tmp_path):
+def test_batches_pass_the_hooks_of_the_module(tmp_path):
     class Normalises(Plain):
         def on_after_batch_transfer(self, batch, dataloader_idx):
             return batch["x"] * 3 - 1, batch["y"]
@@ -68,7 +68,7 @@ def test_batches_go_through_the_hooks_of_the_module(tmp_path):
     assert evaluation.results["a"] == accuracy(module, 3 * X - 1)
 
 
-def test_batch_norm_is_measured_on_batches_as_the_evaluation_reads_them(tmp_path):
+def test_batch_norm_is_measured_on_batches_after_the_hooks(tmp_path):
     """Dicts by the same keys, after the same hooks."""
 
     class Normalises(Plain):
@@ -98,7 +98,7 @@ def test_batch_norm_is_measured_on_batches_as_the_evaluation_reads_them(tmp_path
     assert evaluation.results["a"] == accuracy(module.head, hidden)
 
 
-def test_training_is_the_same_where_loaders_share_a_generator(tmp_path):
+def test_training_is_unchanged_if_loaders_share_a_generator(tmp_path):
     def trained(with_evaluation):
         generator = torch.Generator().manual_seed(3)
         train = DataLoader(make_data(0), 8, shuffle=True, generator=generator)
@@ -112,8 +112,8 @@ def test_training_is_the_same_where_loaders_share_a_generator(tmp_path):
     assert all(torch.equal(without[name], beside[name]) for name in without)
 
 
-def test_a_preview_does_not_end_the_validation_whose_loader_it_reads(tmp_path):
-    """Workers that persist belong to the loader: a second pass over it would reset the first."""
+def test_a_preview_does_not_disturb_a_validation_on_the_same_loader(tmp_path):
+    """With persistent workers, a second iteration over a loader would reset the first."""
     module, seen = Validated(), []
     module.on_validation_batch_end = lambda *_: seen.append(1)
     val = DataLoader(make_data(0), 16, num_workers=1, persistent_workers=True)
@@ -133,7 +133,7 @@ class Several(L.LightningDataModule):
         return self.loaders
 
 
-def test_a_combined_loader_is_its_loaders(tmp_path):
+def test_a_combined_loader_is_unpacked(tmp_path):
     combined = CombinedLoader({"a": make_loader(0), "b": make_loader(1)}, "sequential")
     for loaders in (combined, Several(combined)):
         module, evaluation = Plain(), MultiTaskEvaluation(loaders)
@@ -200,7 +200,7 @@ def test_several_positions_are_several_arguments(tmp_path):
 
 
 @pytest.mark.parametrize("labels", [X[:, 0], X[:, :1]], ids=["(B,)", "(B, 1)"])
-def test_numbers_of_shapes_that_differ_by_a_one(tmp_path, labels):
+def test_outputs_and_labels_whose_shapes_differ_by_a_dimension_of_one(tmp_path, labels):
     class Regression(Plain):
         def __init__(self):
             super().__init__()
@@ -250,7 +250,7 @@ def test_masks_with_and_without_a_channel(tmp_path, classes, keepdim):
     assert evaluation.results["a"] == pytest.approx(float(sum(ious) / len(ious)), rel=1e-5)
 
 
-def test_classes_of_tokens_come_last(tmp_path):
+def test_token_classes_in_the_last_dimension(tmp_path):
     class Tags(Segments):
         def __init__(self):
             L.LightningModule.__init__(self)

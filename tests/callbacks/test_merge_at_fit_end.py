@@ -35,7 +35,7 @@ def assert_equal(found, expected):
         )
 
 
-def test_merges_what_was_trained_with_the_weights_that_training_started_from(tmp_path, other):
+def test_the_initial_weights_are_the_base(tmp_path, other):
     merge = MergeAtFitEnd(WeightAverage(), others=[str(other)], output=str(tmp_path / "merged.safetensors"))
     module = fit(tmp_path, merge)
     assert merge.merged_path == tmp_path / "merged.safetensors"
@@ -59,7 +59,7 @@ def test_a_given_base_and_a_dotted_backbone(tmp_path, other):
     assert (tmp_path / "base.safetensors").exists()
 
 
-def test_the_module_itself_with_its_head_left_out(tmp_path):
+def test_the_module_itself_with_an_excluded_head(tmp_path):
     torch.save({"state_dict": Plain().state_dict()}, tmp_path / "other.ckpt")
     merge = MergeAtFitEnd(
         WeightAverage(),
@@ -79,7 +79,7 @@ def test_the_module_itself_with_its_head_left_out(tmp_path):
 
 
 @pytest.mark.parametrize("method", [TaskArithmetic(scale=[1.0, 0.0]), FRMerging(), PCBMerging()])
-def test_methods_see_this_fit_first(tmp_path, other, method):
+def test_this_fit_is_the_first_model_of_the_method(tmp_path, other, method):
     merge = MergeAtFitEnd(method, others=[str(other)], output=str(tmp_path / "merged.safetensors"))
     module = fit(tmp_path, merge)
     merged = load_checkpoint(merge.merged_path)
@@ -154,7 +154,7 @@ def test_mistakes_are_found_before_training(tmp_path, other, change, message):
     assert not (tmp_path / "merged.safetensors").exists()
 
 
-def test_others_of_another_shape_are_refused_before_training(tmp_path):
+def test_others_with_other_shapes_are_refused_before_training(tmp_path):
     tensors = make_backbone().state_dict()
     tensors["2.weight"] = torch.zeros(8, 4)
     save_checkpoint(tmp_path / "odd.safetensors", tensors)
@@ -170,7 +170,7 @@ def test_others_of_another_shape_are_refused_before_training(tmp_path):
         )
 
 
-def test_a_glob_passes_over_the_merges_own_files(tmp_path, other):
+def test_a_glob_skips_the_merges_own_files(tmp_path, other):
     pattern = str(tmp_path / "*.safetensors")
     for _ in range(2):  # the second time, the output of the first is there
         merge = MergeAtFitEnd(WeightAverage(), [pattern, str(other)], str(tmp_path / "m.safetensors"), overwrite=True)
@@ -212,7 +212,7 @@ def interrupted(folder, other, base=None):
     return folder / "ckpt" / "last.ckpt", merge
 
 
-def test_a_resumed_fit_merges_against_what_it_first_started_from(tmp_path, other):
+def test_a_resumed_fit_keeps_its_base(tmp_path, other):
     whole = fit(tmp_path, MergeAtFitEnd(WeightAverage(), [str(other)], str(tmp_path / "whole.safetensors")))
     last, first = interrupted(tmp_path, other)
     assert first.base.kept.exists()
@@ -224,7 +224,7 @@ def test_a_resumed_fit_merges_against_what_it_first_started_from(tmp_path, other
     assert not merge.base.kept.exists()
 
 
-def test_a_resumed_fit_whose_base_is_gone_is_refused(tmp_path, other):
+def test_a_resumed_fit_without_its_base_is_refused(tmp_path, other):
     last, first = interrupted(tmp_path, other)
     save_checkpoint(first.base.kept, {name: value + 1 for name, value in load_checkpoint(first.base.kept).items()})
     with pytest.raises(ValueError, match="does not hold the fit's initial weights"):
@@ -242,7 +242,7 @@ def test_a_resumed_fit_whose_base_is_gone_is_refused(tmp_path, other):
     assert_equal(load_checkpoint(merge.merged_path), expected_mean(module.backbone.state_dict(), other))
 
 
-def test_a_finished_fit_that_is_resumed_with_nothing_left_to_train(tmp_path, other):
+def test_a_finished_fit_that_is_resumed(tmp_path, other):
     checkpoint = ModelCheckpoint(dirpath=tmp_path / "ckpt", save_last=True)
     first = MergeAtFitEnd(WeightAverage(), [str(other)], str(tmp_path / "m.safetensors"))
     module = fit(tmp_path, first, None, checkpoint, enable_checkpointing=True)
@@ -271,7 +271,7 @@ def test_a_resumed_fit_that_began_without_the_callback_is_refused(tmp_path, othe
         )
 
 
-def test_state_is_small_and_goes_round(tmp_path):
+def test_the_state_is_small_and_is_restored(tmp_path):
     merge = MergeAtFitEnd(WeightAverage(), ["a"], str(tmp_path / "m.safetensors"))
     merge.base.hash = "abc"
     again = MergeAtFitEnd(WeightAverage(), ["a"], str(tmp_path / "m.safetensors"))
@@ -289,7 +289,7 @@ def test_zero_3_is_refused(tmp_path, other):
         merge.setup(SimpleNamespace(strategy=zero3, fast_dev_run=False), Plain(), "fit")
 
 
-def test_it_logs_how_many_models_and_how_long(tmp_path, other):
+def test_the_number_of_models_and_the_time_are_logged(tmp_path, other):
     from lightning.pytorch.loggers import CSVLogger
 
     merge = MergeAtFitEnd(WeightAverage(), [str(other)], str(tmp_path / "m.safetensors"))
@@ -300,7 +300,7 @@ def test_it_logs_how_many_models_and_how_long(tmp_path, other):
     assert 0 < float(logged["merge/seconds"]) < 60
 
 
-def test_the_report_says_where_the_merge_comes_from(tmp_path, other):
+def test_the_report_records_the_origin_of_the_merge(tmp_path, other):
     merge = MergeAtFitEnd(TaskArithmetic(scale=0.5), [str(other)], str(tmp_path / "m.safetensors"), dtype="bfloat16")
     assert merge.report == {}
     module = fit(tmp_path, merge)

@@ -1,4 +1,4 @@
-"""MergePreview: what it logs can be monitored, is right, and changes nothing."""
+"""MergePreview: its logged values are right, can be monitored, and do not change the training."""
 
 import csv
 import math
@@ -31,7 +31,7 @@ def fit(folder, callbacks, module=None, **arguments):
     return module
 
 
-def test_a_checkpoint_is_chosen_by_what_its_merge_is_worth(tmp_path, base, other):
+def test_a_checkpoint_is_chosen_by_the_accuracy_of_its_merge(tmp_path, base, other):
     torch.manual_seed(4)
     heads = {"b": nn.Linear(8, 2)}
     preview = MergePreview(WeightAverage(), base, [str(other)], LOADERS, heads=heads)
@@ -47,13 +47,13 @@ def test_a_checkpoint_is_chosen_by_what_its_merge_is_worth(tmp_path, base, other
     assert len(curve) == 6
     assert len(set(curve)) > 1
     assert float(best.best_model_score) == pytest.approx(max(curve))
-    # The merged file of the best epoch is worth what its preview said. The module's own head was another epoch's.
+    # The merged file of the best epoch has the accuracy of its preview. The module's own head is from another epoch.
     assert evaluation.results["b"] == pytest.approx(
         [float(row["merged/b/acc"]) for row in rows if row.get("merged/mean_acc")][curve.index(max(curve))]
     )
 
 
-def test_numbers_are_those_of_the_merged_backbone(tmp_path, base, other):
+def test_results_are_those_of_the_merged_backbone(tmp_path, base, other):
     preview = MergePreview(TaskArithmetic(scale=[0.5, 1.0]), base, [str(other)], LOADERS)
     module = fit(tmp_path, [preview], epochs=2).eval()
     start, added = make_backbone().state_dict(), load_checkpoint(other)
@@ -84,7 +84,7 @@ def finished(tmp_path):
     return module.eval(), str(keep.output)
 
 
-def test_what_survives_of_each_tasks_own_model(tmp_path, base, finished):
+def test_normalized_results(tmp_path, base, finished):
     """Merged ÷ individual, by hand; ModelCheckpoint and EarlyStopping follow it."""
     alone, path = finished
     preview = MergePreview(TaskArithmetic(scale=0.4), base, [path], LOADERS, heads={"b": path})
@@ -148,7 +148,7 @@ def test_an_adapter_among_the_others(tmp_path, base):
     assert preview.individual["b"] == pytest.approx(right / 37)
 
 
-def test_training_does_not_change_by_a_bit(tmp_path, base, other):
+def test_training_is_bit_identical_with_a_preview(tmp_path, base, other):
     def module():
         torch.manual_seed(1)
         made = Validated()
@@ -220,17 +220,17 @@ def test_another_base_is_refused(tmp_path, base):
         fit(tmp_path, [MergePreview(WeightAverage(), base, [str(keep.output)], LOADERS)])
 
 
-def test_similarity_by_hand():
+def test_similarity_equals_the_formulas():
     deltas = torch.tensor([[3.0, 4.0, 0.0], [4.0, 3.0, 1.0], [-3.0, 4.0, 5.0], [0.0, 0.0, 0.0]])
     found = similarity(Vectors(list("abcd"), {"w": (3,)}, lambda name: deltas), NyquistDisc())
     assert found.norm == 5.0
     assert found.cosine == pytest.approx((24 / (5 * math.sqrt(26)), 7 / (5 * math.sqrt(50)), 0.0))
     assert found.sign_agreement == (1.0, 0.5, 0.0)
-    assert found.low_frequency_energy == 0.0  # a filter leaves a vector as it is
+    assert found.low_frequency_energy == 0.0  # filters do not change one-dimensional tensors
 
 
-def test_energy_below_the_cutoff_by_hand():
-    """A constant and the finest checkerboard, with 9 and 1 of the energy; a bias counts in neither."""
+def test_low_frequency_energy_equals_the_formula():
+    """A constant with energy 9 and the finest checkerboard with energy 1; a bias is not filtered."""
     rows, columns = torch.meshgrid(torch.arange(4), torch.arange(4), indexing="ij")
     weight = 3.0 + (-1.0) ** (rows + columns)
     vectors = {"w": weight[None], "b": torch.ones(1, 4)}
@@ -239,7 +239,7 @@ def test_energy_below_the_cutoff_by_hand():
         assert found.low_frequency_energy == pytest.approx(0.9)
 
 
-def test_names_tell_checkpoints_apart(tmp_path, other):
+def test_names_of_checkpoints_are_distinct(tmp_path, other):
     for folder in ("cars", "dogs"):
         save_checkpoint(tmp_path / folder / "backbone.safetensors", make_backbone().state_dict())
     keep = TaskCheckpoint(str(tmp_path / "x.safetensors"), task="birds")

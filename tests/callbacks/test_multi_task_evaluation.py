@@ -137,13 +137,13 @@ def test_every_n_epochs_is_logged_and_can_be_monitored(tmp_path):
     assert float(stop.best_score) > 0
 
 
-def test_it_leaves_no_trace_in_the_training(tmp_path):
+def test_training_is_unchanged_by_the_evaluation(tmp_path):
     def module():
         torch.manual_seed(1)
         made = Plain(
             nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 8), nn.BatchNorm1d(8))
         )
-        made.on_train_epoch_start = lambda: made.backbone[1].eval()  # frozen by its owner
+        made.on_train_epoch_start = lambda: made.backbone[1].eval()  # frozen in evaluation mode by its owner
         return made
 
     modes = []
@@ -171,7 +171,7 @@ def test_fast_dev_run_evaluates_nothing(tmp_path):
     assert evaluation.results == {}
 
 
-def test_state_goes_round():
+def test_the_state_is_restored():
     evaluation = MultiTaskEvaluation(LOADERS, prefix="x")
     evaluation.results = {"a": 0.5}
     again = MultiTaskEvaluation(LOADERS, prefix="x")
@@ -212,7 +212,7 @@ def test_mistakes_are_found_before_training(tmp_path, other, arguments, message)
         fit(tmp_path, module, MultiTaskEvaluation(**arguments))
 
 
-def test_each_task_by_its_own_metric(tmp_path):
+def test_each_task_has_its_own_metric(tmp_path):
     """Regression, macro-F1, the module's own head, and a metric of torchmetrics, which gets outputs as they are."""
     torch.manual_seed(3)
     numbers = TensorDataset(torch.randn(23, 6), torch.randn(23))
@@ -277,7 +277,7 @@ def test_batches_that_are_dicts(tmp_path, heads):
     assert evaluation.results == {"a": pytest.approx(float(right.float().mean()))}
 
 
-def test_batch_norm_is_measured_anew_on_the_merged_weights(tmp_path):
+def test_batch_norm_is_measured_again_with_the_merged_weights(tmp_path):
     def module():
         torch.manual_seed(1)
         layers = [nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.5), nn.Linear(8, 8), nn.BatchNorm1d(8)]
@@ -413,7 +413,7 @@ def test_a_wrapped_backbone_with_tied_weights(tmp_path):
         assert evaluation.results[task] == pytest.approx(accuracy(lambda x: module.head(expected(x)), loader))
 
 
-def test_a_start_with_tied_weights_survives_a_resumed_fit(tmp_path):
+def test_tied_initial_weights_and_a_resumed_fit(tmp_path):
     save_checkpoint(tmp_path / "other.safetensors", Tied().state_dict())
     last = ModelCheckpoint(dirpath=tmp_path, save_last=True)
     merge = MergeAtFitEnd(

@@ -217,7 +217,7 @@ X, Y = torch.randn(4, 6), torch.tensor([0, 1, 1, 0])
         ((X, Y), {"metrics": {"a": "pearson"}}, r"the metric of 'a' fails on a batch: pearson needs one number"),
     ],
 )
-def test_what_a_loader_gives_is_checked_before_training(tmp_path, batch, arguments, message):
+def test_batches_are_checked_before_training(tmp_path, batch, arguments, message):
     module = TwoOptimizers()
     trainer = make_trainer(tmp_path, MultiTaskEvaluation({"a": [batch]}, **arguments))
     with pytest.raises(ValueError, match=message):
@@ -238,7 +238,7 @@ def test_what_a_loader_gives_is_checked_before_training(tmp_path, batch, argumen
         (((X,), Y), {}),
     ],
 )
-def test_batches_of_many_forms_count_alike(tmp_path, batch, arguments):
+def test_batches_of_all_formats_give_the_same_result(tmp_path, batch, arguments):
     module = TwoOptimizers()
     evaluation = MultiTaskEvaluation({"a": [batch]}, **arguments)
     make_trainer(tmp_path, evaluation).fit(module, make_loader(0))
@@ -288,7 +288,7 @@ def test_a_preview_sees_the_weights_that_are_validated(tmp_path, first):
     assert float(trainer.callback_metrics["task_vector/norm"]) == pytest.approx(norm, rel=1e-5)
 
 
-def test_save_base_keeps_the_start_once(tmp_path):
+def test_save_base_writes_the_initial_weights_once(tmp_path):
     module = TwoOptimizers()
     path = save_base(module, str(tmp_path / "new" / "base.safetensors"))
     assert set(load_checkpoint(path)) == set(module.backbone.state_dict())

@@ -53,7 +53,7 @@ def test_the_last_job_merges_them_all_in_one_order(tmp_path, tasks):
     assert left == [".lock", "a.safetensors", "b.safetensors", "c.safetensors"]  # no kept base
 
 
-def test_others_besides_the_registry_and_an_evaluation_of_whoever_is_last(tmp_path, other):
+def test_others_in_addition_to_a_registry_and_the_evaluation_of_the_last_job(tmp_path, other):
     loaders = {"x": make_loader(0, 50, seed=5)}
     results = []
     for task in ("a", "b"):
@@ -100,7 +100,7 @@ with FileLock(sys.argv[1]):
 """
 
 
-def test_a_job_that_dies_while_it_merges_blocks_nobody(tmp_path, monkeypatch):
+def test_a_job_that_dies_while_it_merges_blocks_no_other(tmp_path, monkeypatch):
     fit(tmp_path, job(tmp_path, "a", ("a", "b"), WeightAverage()))
     lock = tmp_path / "shared" / ".lock"
     holder = subprocess.Popen([sys.executable, "-c", HOLD, str(lock)], stdout=subprocess.PIPE)
@@ -117,7 +117,7 @@ def test_a_job_that_dies_while_it_merges_blocks_nobody(tmp_path, monkeypatch):
     assert last.merged_path.exists()
 
 
-def test_a_job_that_died_after_it_registered_goes_on_from_its_checkpoint(tmp_path):
+def test_a_job_that_died_after_it_registered_resumes(tmp_path):
     """Its merge failed (a full disk, say); fitted again from its last checkpoint, it merges."""
     fit(tmp_path, job(tmp_path, "a", ("a", "b"), WeightAverage()))
     last = job(tmp_path, "b", ("a", "b"), WeightAverage())
@@ -146,7 +146,7 @@ def test_another_base_is_refused_before_training(tmp_path):
         fit(tmp_path, job(tmp_path, "b"), module=stranger)
 
 
-def test_one_task_trained_by_two_jobs_at_once(tmp_path):
+def test_two_jobs_with_the_same_task(tmp_path):
     record = TaskRecord("a", "weights", "h", None, {})
     registry = Registry(str(tmp_path), "a", 2, "Somebody")
     registry.register(record, {"w": torch.zeros(3)}, False)

@@ -1,4 +1,4 @@
-"""TaskCheckpoint, and what MergeAtFitEnd and MultiTaskEvaluation make of its files."""
+"""TaskCheckpoint, and the use of its files by MergeAtFitEnd and MultiTaskEvaluation."""
 
 import json
 import math
@@ -160,7 +160,7 @@ def test_any_later_merge_refuses_another_base(tmp_path, save, dtype, capsys):
     assert not (tmp_path / "m.safetensors").exists()
 
 
-def test_a_given_base_in_another_precision_and_a_start_kept_from_it_are_one_base(tmp_path):
+def test_a_base_in_another_precision_has_the_same_hash(tmp_path):
     rounded = {name: value.bfloat16() for name, value in make_backbone().state_dict().items()}
     save_checkpoint(tmp_path / "base.safetensors", rounded)
 
@@ -180,7 +180,7 @@ def test_a_given_base_in_another_precision_and_a_start_kept_from_it_are_one_base
     assert merger.merged_path.exists()
 
 
-def test_best_weights_and_the_score_that_chose_them(tmp_path):
+def test_best_weights_and_their_score(tmp_path):
     best = ModelCheckpoint(dirpath=tmp_path, monitor="quality", mode="max")
     keep = TaskCheckpoint(str(tmp_path / "a.safetensors"), task="a", weights="best")
     fit(tmp_path, [keep, best], Validated(), val=True, epochs=3, enable_checkpointing=True)

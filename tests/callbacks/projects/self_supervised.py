@@ -42,7 +42,7 @@ def loader(feature: int) -> DataLoader:
 
 
 class SelfSupervised(L.LightningModule):
-    """Two views of one input shall have like projections, and unlike those of its neighbours."""
+    """Contrastive learning: two views of an input have similar projections, different from those of other inputs."""
 
     def __init__(self) -> None:
         super().__init__()
