@@ -18,6 +18,7 @@ from freemerge.merging.measuring.squared_gradients import SquaredGradients, draw
 from freemerge.merging.methods.ace import ACEMerging
 from freemerge.merging.methods.ada_merging import AdaMerging
 from freemerge.merging.methods.angles import AngleMethod
+from freemerge.merging.methods.arcee_fusion import ArceeFusion
 from freemerge.merging.methods.base import MergeMethod
 from freemerge.merging.methods.breadcrumbs import Breadcrumbs
 from freemerge.merging.methods.consensus import Consensus
@@ -32,6 +33,7 @@ from freemerge.merging.methods.iso_c import IsoC
 from freemerge.merging.methods.iso_cts import IsoCTS
 from freemerge.merging.methods.karcher import KarcherMean
 from freemerge.merging.methods.knots import KnOTS
+from freemerge.merging.methods.localize_and_stitch import LocalizeAndStitch
 from freemerge.merging.methods.matrices import MatrixMethod
 from freemerge.merging.methods.measured import MeasuredMethod, Statistics, collected
 from freemerge.merging.methods.model_stock import ModelStock
@@ -49,6 +51,7 @@ from freemerge.merging.methods.task_arithmetic import TaskArithmetic
 from freemerge.merging.methods.ties import Ties
 from freemerge.merging.methods.tsv import TSVMerge
 from freemerge.merging.methods.weight_average import WeightAverage
+from freemerge.merging.methods.weight_slerp import WeightSlerp
 from freemerge.merging.methods.wrapper import MethodWrapper
 from freemerge.merging.methods.wudi import WUDIMerging
 from freemerge.merging.task_vectors import Vectors
@@ -61,6 +64,7 @@ __all__ = [
     "AdaMerging",
     "Advice",
     "AngleMethod",
+    "ArceeFusion",
     "Breadcrumbs",
     "Butterworth",
     "Candidates",
@@ -81,6 +85,7 @@ __all__ = [
     "IsoCTS",
     "KarcherMean",
     "KnOTS",
+    "LocalizeAndStitch",
     "MatrixMethod",
     "MeasuredMethod",
     "MergeError",
@@ -106,6 +111,7 @@ __all__ = [
     "Vectors",
     "WUDIMerging",
     "WeightAverage",
+    "WeightSlerp",
     "advise",
     "apply_task_vector",
     "collected",

@@ -14,6 +14,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from freemerge.errors import MergeError
 from freemerge.runtime.processes import Processes
 from freemerge.runtime.reading import keep_files_open
 from freemerge.runtime.threads import each, run
@@ -40,6 +41,7 @@ class Vectors:
             default the tensor is read and split.
         processes: the processes that share the passes; None for only this one.
         chunk: upper bound of K × the length of a chunk; None for the default.
+        read_base: returns the base's values of a tensor, as stored; None if only the differences are known.
     """
 
     def __init__(
@@ -50,6 +52,7 @@ class Vectors:
         read_chunk: Callable[[Chunk], Tensor] | None = None,
         processes: Processes | None = None,
         chunk: int | None = None,
+        read_base: Callable[[str], Tensor] | None = None,
     ) -> None:
         self.labels = tuple(labels)
         self.shapes = {name: torch.Size(shape) for name, shape in shapes.items()}
@@ -57,6 +60,7 @@ class Vectors:
         self._read_chunk = read_chunk
         self._processes = processes or Processes()
         self._chunk = chunk
+        self._read_base = read_base
 
     @property
     def numel(self) -> int:
@@ -66,6 +70,16 @@ class Vectors:
     def read(self, name: str) -> Tensor:
         """The task vectors of one tensor, (K, *shape) float32."""
         return self._read(name)
+
+    def read_base(self, name: str) -> Tensor:
+        """The base's values of one tensor, (*shape) as stored, for methods that look at the weights themselves.
+
+        Raises:
+            MergeError: only the differences to a base are known.
+        """
+        if self._read_base is None:
+            raise MergeError(f"'{name}': this method needs the weights themselves, and only task vectors are there")
+        return self._read_base(name)
 
     def read_chunk(self, chunk: Chunk) -> Tensor:
         """The task vectors of a chunk of a tensor's values, (K, n) float32."""
@@ -225,7 +239,8 @@ class Vectors:
             shapes: name → shape.
             read: returns the tensor that `map` passes on, in new memory.
         """
-        return self._changed({name: torch.Size(shape) for name, shape in shapes.items()}, read, None)
+        shapes = {name: torch.Size(shape) for name, shape in shapes.items()}
+        return Vectors(self.labels, shapes, read, None, self._processes, self._chunk)
 
     def through(
         self, change: Callable[[str, Tensor], Tensor], change_chunk: Callable[[Chunk, Tensor], Tensor] | None = None
@@ -255,7 +270,7 @@ class Vectors:
         read: Callable[[str], Tensor],
         read_chunk: Callable[[Chunk], Tensor] | None,
     ) -> Vectors:
-        return Vectors(self.labels, shapes, read, read_chunk, self._processes, self._chunk)
+        return Vectors(self.labels, shapes, read, read_chunk, self._processes, self._chunk, self._read_base)
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         return read_ahead(lambda name: (name, self._read(name)), self.shapes, depth=1)

@@ -22,6 +22,7 @@ from freemerge.merging import (
     IsoCTS,
     KarcherMean,
     KnOTS,
+    LocalizeAndStitch,
     ModelStock,
     MultiSlerp,
     PCBMerging,
@@ -83,6 +84,8 @@ METHODS = [
     KnOTS(),
     CoreSpace(),
     CoreSpace(PCBMerging(ratio=0.5, scale=[1.0, 0.5, 2.0])),
+    LocalizeAndStitch(0.3),
+    LocalizeAndStitch(0.1, 0.7, scope="tensor"),
     EMRMerging(0.4),
     PerPattern(PCBMerging(0.5), {"embed.*": FRMerging(), "re:.*bias": WeightAverage()}, scale=0.5),
 ]

@@ -81,6 +81,7 @@ class Reader:
             lambda chunk: self.read_again(chunk).deltas,
             processes,
             self.chunk,
+            self.read_base,
         )
 
     def read_base(self, what: str | Chunk) -> Tensor:

@@ -65,7 +65,7 @@ class Ties(MergeMethod):
         if values.shape[1] == 0:
             return deltas[0].clone()
         if statistics is not None:
-            _trim(values, (statistics[name] if isinstance(statistics, dict) else statistics)[:, 0])
+            trim_(values, (statistics[name] if isinstance(statistics, dict) else statistics)[:, 0])
         return elected_mean_(values).mul_(self.scale).reshape(deltas.shape[1:])
 
     def _rank(self, total: int) -> int:
@@ -82,7 +82,7 @@ def elected_mean_(values: Tensor) -> Tensor:
     return total.mul_(sign).div_(agreeing.sign_().sum(0).clamp_(min=1))
 
 
-def _trim(values: Tensor, thresholds: Tensor) -> None:
+def trim_(values: Tensor, thresholds: Tensor) -> None:
     """Set the entries of (K, n) whose magnitudes lie below their row's threshold, (K,), to zero."""
     # hardshrink zeroes values up to and including its bound, so the bound is the next smaller number.
     bounds = torch.nextafter(thresholds, torch.full_like(thresholds, -torch.inf)).tolist()

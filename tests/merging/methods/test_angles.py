@@ -8,15 +8,20 @@ import torch
 
 from freemerge.merging import (
     SCE,
+    ArceeFusion,
     Breadcrumbs,
     KarcherMean,
+    LocalizeAndStitch,
     MergeError,
     ModelStock,
     MultiSlerp,
     NearSwap,
     Slerp,
+    WeightSlerp,
+    merge,
     merge_task_vectors,
 )
+from freemerge.testing import check_method
 
 
 def draw(tasks, size=60):
@@ -54,6 +59,103 @@ class TestSlerp:
             merged(draw(3), Slerp())
         with pytest.raises(ValueError, match=r"`t` must lie in \[0, 1\], got 1.5"):
             Slerp(t=1.5)
+
+
+def whole_merge(base, models, method):
+    """The merged weights of one tensor, float64 in and out."""
+    tensors = [{"w": torch.from_numpy(values)} for values in (base, *models)]
+    return merge(tensors[0], tensors[1:], method)["w"].numpy()
+
+
+class TestWeightSlerp:
+    """Between weights that are far apart, mergekit's formula; between weights of one direction, the chord."""
+
+    @pytest.mark.parametrize("t", [0.0, 0.3, 1.0])
+    def test_from_the_base_to_a_model(self, t):
+        base, model = (values.reshape(6, 10) for values in draw(2))
+        angle = math.acos(float(np.sum(base * model) / np.linalg.norm(base) / np.linalg.norm(model)))
+        expected = (math.sin((1 - t) * angle) * base + math.sin(t * angle) * model) / math.sin(angle)
+        np.testing.assert_allclose(whole_merge(base, [model], WeightSlerp(t)), expected, atol=1e-6)
+
+    @pytest.mark.parametrize("t", [0.0, 0.3, 1.0])
+    def test_between_two_models_the_base_has_no_part(self, t):
+        base, one, two = draw(3)
+        angle = math.acos(float(np.dot(*units([one, two]))))
+        expected = (math.sin((1 - t) * angle) * one + math.sin(t * angle) * two) / math.sin(angle)
+        for start in (base, 0 * base):
+            np.testing.assert_allclose(whole_merge(start, [one, two], WeightSlerp(t)), expected, atol=1e-5)
+
+    def test_nearly_parallel_weights_are_on_the_chord(self):
+        base = draw(1)[0]
+        model = base + 1e-3 * np.random.default_rng(5).standard_normal(60)
+        assert np.dot(*units([base, model])) > 0.9995
+        np.testing.assert_allclose(whole_merge(base, [model], WeightSlerp(0.25)), 0.75 * base + 0.25 * model, atol=1e-7)
+
+    def test_what_the_engine_relies_on(self):
+        check_method(WeightSlerp(0.3), models=1)
+        check_method(WeightSlerp(0.3), models=2, symmetric=False)
+
+    def test_needs_the_weights_of_at_most_two_models(self):
+        with pytest.raises(MergeError, match="one model into the base, or two models, got 3"):
+            merged(draw(3), WeightSlerp())
+        with pytest.raises(MergeError, match="'w': this method needs the weights themselves"):
+            merged(draw(2), WeightSlerp())
+
+
+class TestArceeFusion:
+    @pytest.mark.parametrize("shape", [(12, 9), (60,), (4, 3, 3, 3), ()], ids=str)
+    def test_is_the_formula(self, shape):
+        generator = np.random.default_rng(3)
+        base = generator.standard_normal(shape)
+        model = base + 0.1 * generator.standard_normal(shape)
+
+        def softmax(values):
+            powers = np.exp(values - values.max(-1, keepdims=True))
+            return powers / powers.sum(-1, keepdims=True) + 1e-8
+
+        rows = (np.atleast_1d(model), np.atleast_1d(base))
+        own, before = map(softmax, rows)
+        importance = np.abs(rows[0] - rows[1]) * (own * np.log(own / before)).sum(-1, keepdims=True)
+        ordered = np.sort(importance.ravel())
+        first, median, third = (ordered[int(q * (ordered.size - 1))] for q in (0.25, 0.5, 0.75))
+        taken = importance >= median + 1.5 * (third - first)
+        assert 0 < taken.sum() <= max(1, 0.4 * taken.size)
+        expected = np.where(taken, *rows).reshape(shape)
+        np.testing.assert_allclose(
+            whole_merge(np.asarray(base), [np.asarray(model)], ArceeFusion()), expected, atol=1e-6
+        )
+
+    def test_what_the_engine_relies_on(self):
+        check_method(ArceeFusion(), models=1)
+
+    def test_takes_one_model(self):
+        with pytest.raises(MergeError, match="ArceeFusion merges one model into the base, got 2"):
+            merged(draw(2), ArceeFusion())
+
+
+class TestLocalizeAndStitch:
+    @pytest.mark.parametrize("density", [0.1, 0.5, 1.0])
+    def test_is_the_formula(self, density):
+        deltas = draw(3, 200)
+        kept = [np.abs(delta) >= np.sort(np.abs(delta))[len(delta) - int(density * len(delta))] for delta in deltas]
+        total = sum(delta * mask for delta, mask in zip(deltas, kept, strict=True))
+        expected = 0.5 * total / np.maximum(sum(mask.astype(int) for mask in kept), 1)
+        np.testing.assert_allclose(merged(deltas, LocalizeAndStitch(density, 0.5)), expected, atol=1e-6)
+
+    def test_ranks_over_the_whole_model_or_within_each_tensor(self):
+        vectors = [{"small": torch.full((10,), 0.1 * k), "large": torch.arange(1.0, 11.0) * k} for k in (1, 2)]
+        whole = merge_task_vectors(vectors, LocalizeAndStitch(0.25))
+        assert torch.equal(whole["small"], torch.zeros(10))
+        assert torch.equal(whole["large"], torch.tensor([0.0] * 5 + [1.5 * value for value in range(6, 11)]))
+        within = merge_task_vectors(vectors, LocalizeAndStitch(0.1, scope="tensor"))
+        assert torch.allclose(within["small"], torch.full((10,), 0.15))
+        assert torch.equal(within["large"], torch.tensor([0.0] * 9 + [15.0]))
+
+    def test_parameters_are_checked(self):
+        with pytest.raises(ValueError, match=r"`density` must lie in \(0, 1\], got 0"):
+            LocalizeAndStitch(0)
+        with pytest.raises(ValueError, match="`scale` must be one number"):
+            LocalizeAndStitch(scale=[1.0, 2.0])
 
 
 def multislerp(deltas, weights):
