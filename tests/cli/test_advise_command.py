@@ -47,7 +47,5 @@ def test_errors_are_one_line(files, capsys):
     assert main(["advise", "--base", files["base"], "--finetuned", "missing.safetensors"]) == 2
     out = capsys.readouterr()
     assert out.out == ""
-    assert (
-        out.err
-        == "error: missing.safetensors: does not exist; check the path (a model of the Hub must be downloaded first)\n"
-    )
+    assert out.err.startswith("error: missing.safetensors: does not exist")
+    assert out.err.count("\n") == 1

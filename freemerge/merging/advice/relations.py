@@ -47,7 +47,8 @@ class Relations:
         cosines: ⟨v_i, v_j⟩ / (‖v_i‖·‖v_j‖); 0 for a vector of zeros.
         sign_conflicts: of the values that both models changed, the fraction that they changed in opposite directions.
         disagreement: of the values that several models changed, the fraction whose signs are not all the same.
-        matrices: names of the sampled matrices; the other measurements are means over them.
+        matrices: names of the sampled matrices, of those that a model changed; the other measurements are means over
+            them, those of pairs over the ones that both changed.
         directions: number of leading singular directions that were compared, r.
         left_overlap: ‖U_iᵀU_j‖² / r with the leading left singular vectors: 1 for the same subspace, 0 for orthogonal
             ones.
@@ -95,16 +96,19 @@ def measure(reader: Reader, filter: Filter, count: Callable[[Chunk], None] | Non
     plan = reader.plan
     models = len(plan.models)
     sums = _Sums.zeros(models)
-    for part in _in_threads(lambda name: _sum(reader, name, count), plan.weights):
+    parts = _in_threads(lambda name: _sum(reader, name, count), plan.weights)
+    for part in parts:
         sums.add(part)
     norms, cosines = normalized(sums.products)
-    sampled = _sample(reader)
+    changed = [name for name, part in zip(plan.weights, parts, strict=True) if bool(part.changed.any())]
+    sampled = _sample({name: plan.shapes[name] for name in changed})
     sizes = {name: math.prod(_matrix_shape(name, plan.shapes[name]) or ()) for name in sampled}
     matrices = _in_threads(lambda name: _look(reader, name, filter), sampled, sizes)
     total = max(len(matrices), 1)
     energy = sum((matrix.energy for matrix in matrices), torch.zeros(models, dtype=torch.float64))
     removed = sum((matrix.removed for matrix in matrices), torch.zeros(models, dtype=torch.float64))
     empty = torch.zeros(models, models, dtype=torch.float64)
+    compared = sum((matrix.compared for matrix in matrices), empty).clamp(min=1)
     return Relations(
         labels=tuple(model.label for model in plan.models),
         parameters=sum(plan.shapes[name].numel() for name in plan.weights),
@@ -116,8 +120,8 @@ def measure(reader: Reader, filter: Filter, count: Callable[[Chunk], None] | Non
         disagreement=sums.disputed / max(sums.shared, 1),
         matrices=tuple(sampled),
         directions=sum(matrix.directions for matrix in matrices) / total,
-        left_overlap=_table(sum((matrix.left for matrix in matrices), empty) / total),
-        right_overlap=_table(sum((matrix.right for matrix in matrices), empty) / total),
+        left_overlap=_table(sum((matrix.left for matrix in matrices), empty) / compared),
+        right_overlap=_table(sum((matrix.right for matrix in matrices), empty) / compared),
         left_chance=sum(matrix.left_chance for matrix in matrices) / total,
         right_chance=sum(matrix.right_chance for matrix in matrices) / total,
         low_frequency=tuple((removed * inverse_of(energy)).tolist()),
@@ -186,6 +190,7 @@ class _Matrix(NamedTuple):
     """Measurements on one matrix of K models; see `Relations`."""
 
     directions: int
+    compared: Tensor  # whether both models changed it, (K, K) float64
     left: Tensor  # (K, K) float64
     right: Tensor  # (K, K) float64
     left_chance: float
@@ -195,15 +200,14 @@ class _Matrix(NamedTuple):
     removed_of_noise: float
 
 
-def _sample(reader: Reader) -> list[str]:
+def _sample(shapes: Mapping[str, torch.Size]) -> list[str]:
     """Matrices of all depths: a seeded one of each equal part of all, so that no kind of layer is left out."""
-    plan = reader.plan
-    names = [name for name in plan.weights if _matrix_shape(name, plan.shapes[name]) is not None]
+    names = [name for name, shape in shapes.items() if _matrix_shape(name, shape) is not None]
     if len(names) <= _MATRICES:
         return names
     offsets = torch.rand(_MATRICES, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     places = (torch.arange(_MATRICES) + offsets) * (len(names) / _MATRICES)
-    return [names[place] for place in places.long().tolist()]
+    return list(dict.fromkeys(names[place] for place in places.long().tolist()))
 
 
 def _matrix_shape(name: str, shape: torch.Size) -> tuple[int, int] | None:
@@ -229,6 +233,7 @@ def _look(reader: Reader, name: str, filter: Filter) -> _Matrix:
     kept = torch.tensor([_energy(filter.apply_(delta)) for delta in deltas], dtype=torch.float64)
     return _Matrix(
         rank,
+        (energy[:, None] * energy > 0).double(),
         _overlaps(left),
         _overlaps(right),
         rank / rows,

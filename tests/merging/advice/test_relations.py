@@ -116,6 +116,25 @@ def test_numbers_do_not_depend_on_threads(base, models):
     assert advise(base, models) == alone
 
 
+def test_matrices_that_nobody_changed_say_nothing():
+    base = {f"{layer}.weight": normal(16, 12, seed=layer) for layer in range(30)}
+    direction = torch.outer(normal(16, seed=50), normal(12, seed=51))
+    models = {label: dict(base) for label in "ab"}
+    for layer in (3, 17):
+        for model in models.values():
+            model[f"{layer}.weight"] = base[f"{layer}.weight"] + direction
+    models["a"]["9.weight"] = base["9.weight"] + direction
+    found = advise(base, models).relations
+    assert found.matrices == ("3.weight", "9.weight", "17.weight")
+    assert found.left_overlap[0][1] == pytest.approx(1, abs=1e-5)
+
+
+def test_no_matrix_is_sampled_twice():
+    base = {f"{layer}.weight": normal(6, 5, seed=layer) for layer in range(14)}
+    found = advise(base, {"a": {name: value + 1 for name, value in base.items()}}).relations
+    assert 10 <= len(set(found.matrices)) == len(found.matrices) <= 12
+
+
 def test_stacked_experts_are_seen_by_their_first(base):
     base = {"mlp.experts.down_proj": normal(3, 12, 8, seed=0)}
     change = torch.zeros(3, 12, 8)
