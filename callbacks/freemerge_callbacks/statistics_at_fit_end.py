@@ -158,18 +158,18 @@ class StatisticsAtFitEnd(Callback):
         """
         if is_dev_run(trainer):
             return
-        state = whole_state(trainer, pl_module)
-        self.saved_path = on_rank_zero(trainer, lambda: self._write(trainer, pl_module, state))
+        state, source = whole_state(trainer, pl_module), self._source(trainer)
+        self.saved_path = on_rank_zero(trainer, lambda: self._write(trainer, pl_module, state, source))
         rank_zero_info(f"{_WHO}: wrote {self.statistics.replace('_', ' ')} to {self.saved_path}")
 
-    def _write(self, trainer: L.Trainer, module: L.LightningModule, state: Mapping[str, Any]) -> Path:
+    def _write(self, trainer: L.Trainer, module: L.LightningModule, state: Mapping[str, Any], source: Source) -> Path:
         if self.weights == "best":
             found = best_state(best_checkpoint(trainer, _WHO).best_model_path, self.backbone, _WHO)
             state = completed(found, module, state, self.backbone, _WHO)
         device = trainer.strategy.root_device
         with evaluating([module], device):
             weights = _once(module, state, device)
-            batches = self._batches(trainer)
+            batches = self._batches(trainer, source)
             if self.statistics == "gram_matrices":
                 measured = self._gram_matrices(trainer, module, weights, batches)
             else:
@@ -221,9 +221,8 @@ class StatisticsAtFitEnd(Callback):
                 squares.add(draw_log_probability(outputs, generator, distribution))
         return squares.tensors()
 
-    def _batches(self, trainer: L.Trainer) -> Iterator[Any]:
+    def _batches(self, trainer: L.Trainer, source: Source) -> Iterator[Any]:
         """Inputs of batches on the device, with `samples` samples in all."""
-        source = self._source(trainer)
         left = self.samples
         with as_in_validation(trainer, "val", [source.loader]):
             for batch in islice(source.batches(trainer), self.samples):
@@ -237,6 +236,7 @@ class StatisticsAtFitEnd(Callback):
             raise ValueError(f"{_WHO}: the loader yields no batch")
 
     def _source(self, trainer: L.Trainer) -> Source:
+        """Where the batches come from; every rank must call this, as data modules prepare their data together."""
         given = self.loader
         if given is not None and is_data_module(given):
             return Source(_only(loaders_of(trainer, given, "val")), given)

@@ -1,15 +1,25 @@
 """StatisticsAtFitEnd: what it measures is what the final weights give on the task's data, and it changes nothing."""
 
+import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader
 
 from freemerge.checkpoints import load_checkpoint, save_checkpoint
 from freemerge.merging import FisherMerging, RegMean, merge
 from freemerge_callbacks import StatisticsAtFitEnd, TaskCheckpoint
-from tests.callbacks.callbacks_project import Plain, Tied, Validated, make_backbone, make_loader, make_trainer
+from tests.callbacks.callbacks_project import (
+    Plain,
+    Tied,
+    Validated,
+    make_backbone,
+    make_data,
+    make_loader,
+    make_trainer,
+)
 
 
 def fit(folder, *callbacks, module=None, feature=0, **arguments):
@@ -81,6 +91,21 @@ def test_two_fits_and_their_merge(tmp_path, statistics, method):
         above = sum(vector * (square + least) for vector, square in zip(vectors, measured, strict=True))
         expected = above / sum(square + least for square in measured)
     torch.testing.assert_close(merged[name].double() - base[name].double(), expected, rtol=1e-3, atol=1e-4)
+
+
+class Numbers(L.LightningDataModule):
+    """Other data than those of the fit, in dicts."""
+
+    def val_dataloader(self):
+        samples = [{"pixels": inputs, "labels": label} for inputs, label in make_data(1, count=24, seed=9)]
+        return DataLoader(samples, batch_size=16)
+
+
+def test_other_data_in_dicts(tmp_path):
+    keep = StatisticsAtFitEnd(str(tmp_path / "a.safetensors"), samples=20, loader=Numbers(), inputs="pixels")
+    fit(tmp_path, keep)
+    inputs = torch.cat([batch for batch, _ in make_loader(1, count=24, seed=9)])[:20]
+    torch.testing.assert_close(load_checkpoint(keep.saved_path)["0.weight"], inputs.T @ inputs, rtol=1e-5, atol=1e-4)
 
 
 def test_the_best_weights(tmp_path):
