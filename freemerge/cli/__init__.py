@@ -1,12 +1,13 @@
 """The command line, `python -m freemerge`: for a suite `fit`, `test`, …, for finished checkpoints `merge` and `advise`.
 
-- `commands`, `remembered`: answer help, version and unknown options before large packages are imported.
+- `commands`, `help_cache`: answer help, version and unknown options before large packages are imported.
 - `names`: suggest the right name for a wrong one.
 - `suite`: Lightning's CLI, which runs a suite's pipeline.
 - `merge`, `run_merge`: the merge of finished checkpoints, which starts without Lightning and transformers.
 - `advise`, `run_advise`: what finished checkpoints tell before a merge; it starts as `merge` does.
-- `parsing`, `words`, `yaml_text`: parse options, configuration files and help, for all commands.
-- `problems`, `syntax`, `printing`, `showing`, `ending`: print errors as one line, with suggestions in terms of options.
+- `parsing`, `arguments`, `options`, `yaml_text`: parse options, configuration files and help, for all commands.
+- `problems`, `faults`, `syntax`: explain errors in one line, with suggestions in terms of options.
+- `printing`, `showing`, `ending`: print notes, progress and errors, and end a command cleanly.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import sys
 from importlib import import_module
 from typing import Any
 
-from freemerge.cli import commands, remembered
+from freemerge.cli import commands, help_cache
 from freemerge.cli.ending import ended_by_sigterm, run_to_end
 from freemerge.cli.names import closest, unknown_option
 from freemerge.cli.printing import escape_what_cannot_be_printed, fail
@@ -61,24 +62,24 @@ def _run(arguments: list[str]) -> int:
         if not command or command.startswith("-"):
             fail(f"name a command: {known}")
         fail(f"there is no command '{command}'{closest(command, commands.COMMANDS) or f'; commands: {known}'}")
-    fresh = remembered.is_fresh()
-    if fresh and command in commands.COMMANDS and (said := remembered.recall(command)):
+    fresh = help_cache.is_fresh()
+    if fresh and command in commands.COMMANDS and (described := help_cache.load(command)):
         if arguments[1:] in (["-h"], ["--help"]):
-            _show(said.help)
-        if option := said.unknown(arguments[1:]):
-            fail(unknown_option(option, said.keys))
+            _show(described.help)
+        if option := described.unknown(arguments[1:]):
+            fail(unknown_option(option, described.keys))
     from freemerge.cli import suite
 
-    return suite.run(arguments, remembers=fresh)
+    return suite.run(arguments, caches_help=fresh)
 
 
 def _of_checkpoints(command: str, arguments: list[str]) -> int:
     """Run a command on finished checkpoints; importing torch, which takes seconds, comes last."""
     options = import_module(f"freemerge.cli.{command}")
     if {"-h", "--help"} & set(arguments):
-        _show(options.said().help)
-    if option := options.said().unknown(arguments):
-        fail(unknown_option(option, options.said().keys))
+        _show(options.described().help)
+    if option := options.described().unknown(arguments):
+        fail(unknown_option(option, options.described().keys))
     with ended_by_sigterm():
         parser = options.build_parser()
         config = parser.parse_args(arguments)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from freemerge.cli.commands import COMMANDS, version
+from freemerge.cli.help_cache import CommandHelp
 from freemerge.cli.merge import add_device, add_models, add_selection
-from freemerge.cli.parsing import ENV_PREFIX, OneLineErrors, said_by
-from freemerge.cli.remembered import Said
+from freemerge.cli.options import command_help
+from freemerge.cli.parsing import ENV_PREFIX, OneLineErrors
 
 _EPILOG = """example:
   python -m freemerge advise --base base.safetensors --finetuned a.safetensors b.safetensors
@@ -34,8 +35,8 @@ def build_parser() -> OneLineErrors:
     return parser
 
 
-def said() -> Said:
+def described() -> CommandHelp:
     """The help and the options of `advise`, without importing torch."""
     parser = build_parser()
     parser.add_argument("--version", action="version", version=version(), help="Show freemerge's version and exit.")
-    return said_by(parser)
+    return command_help(parser)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from freemerge.cli.commands import methods, version
-from freemerge.cli.parsing import ENV_PREFIX, OneLineErrors, said_by
-from freemerge.cli.remembered import Said
+from freemerge.cli.help_cache import CommandHelp
+from freemerge.cli.options import command_help
+from freemerge.cli.parsing import ENV_PREFIX, OneLineErrors
 
 _EPILOG = """methods:
 {methods}
@@ -33,12 +34,12 @@ def build_parser() -> OneLineErrors:
     return _make_parser(MergeMethod)
 
 
-def said() -> Said:
+def described() -> CommandHelp:
     """The help and the options of `merge`, without importing torch."""
     parser = _make_parser(str)
     parser.add_argument("--method.help", metavar="CLASS", help="Explain the parameters of a method and exit.")
     parser.add_argument("--version", action="version", version=version(), help="Show freemerge's version and exit.")
-    return said_by(parser)
+    return command_help(parser)
 
 
 def _make_parser(method: type) -> OneLineErrors:

@@ -16,14 +16,15 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import jsonargparse
+import yaml
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace, _typehints
 from jsonargparse._paths import change_to_path_dir
 
+from freemerge.cli.arguments import kind_of, spell_out
 from freemerge.cli.names import closest
+from freemerge.cli.options import groups, options, subcommands
 from freemerge.cli.printing import fail
-from freemerge.cli.problems import explain, options, subcommands
-from freemerge.cli.remembered import Said
-from freemerge.cli.words import kind_of, spell_out
+from freemerge.cli.problems import Problems, innermost
 from freemerge.cli.yaml_text import read_configuration
 
 ENV_PREFIX = "FREEMERGE"
@@ -63,20 +64,24 @@ class OneLineErrors(ArgumentParser):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         defaults = {"allow_abbrev": False, "default_env": True, "env_prefix": ENV_PREFIX}
         super().__init__(*args, **{**defaults, "formatter_class": HelpFormatter, **kwargs})
+        self._problems: Problems | None = None  # of the command line that is being parsed
 
     # jsonargparse's own has other arguments than argparse's, too.
     def parse_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, *more: Any, **kwargs: Any
     ) -> Namespace:
         """Parse arguments; a class that replaces another one starts from its own defaults."""
-        words = list(sys.argv[1:] if args is None else args)
-        command = subcommands(self).get(words[0]) if words else None
+        arguments = list(sys.argv[1:] if args is None else args)
+        command = subcommands(self).get(arguments[0]) if arguments else None
         try:
-            words = [words[0], *spell_out(words[1:], command)] if command else spell_out(words, self)
+            arguments = [arguments[0], *spell_out(arguments[1:], command)] if command else spell_out(arguments, self)
         except ValueError as error:
-            self.error(str(error))
+            fail(str(error))
+        self._problems = Problems(command or self, arguments[1:] if command else arguments)
+        if isinstance(command, OneLineErrors):
+            command._problems = self._problems
         with _fresh_arguments():
-            return super().parse_args(words, *more, **kwargs)
+            return super().parse_args(arguments, *more, **kwargs)
 
     def parse_path(self, cfg_path: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Namespace:
         """Parse a configuration file in any Unicode encoding, regardless of the locale."""
@@ -86,7 +91,10 @@ class OneLineErrors(ArgumentParser):
         try:
             text = read_configuration(path)
         except ValueError as error:
-            self.error(str(error))
+            fail(str(error))
+        for key, value in (yaml.safe_load(text) or {}).items():
+            if key in groups(self) and not isinstance(value, (dict, str)):  # a string is the path of a file
+                fail(f"{path}: {key}: expected a mapping of its options, got '{'null' if value is None else value}'")
         with change_to_path_dir(jsonargparse.Path(path, mode="fr")):
             return self.parse_string(text, path.name, *args, **kwargs)
 
@@ -107,13 +115,7 @@ class OneLineErrors(ArgumentParser):
         """Print an error as one line and exit with code 2."""
         if not self.exit_on_error:
             super().error(message, ex)
-        fail(explain(message, getattr(ex, "subcommand_parser", None) or self))
-
-
-def said_by(parser: ArgumentParser) -> Said:
-    """The help and the options of a parser without subcommands."""
-    names = {name.strip("-+") for action in parser._actions for name in action.option_strings}
-    return Said(parser.format_help(), options(parser), sorted(names))
+        fail(self._problems.explain(ex or message) if self._problems else innermost(ex or message))
 
 
 @contextmanager

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from freemerge.checkpoints import CheckpointError
+from freemerge.cli.options import options
 from freemerge.cli.parsing import OneLineErrors
-from freemerge.cli.problems import options
 from freemerge.cli.syntax import as_options
 from freemerge.merging import MergeError, MergeWarning
 

@@ -15,7 +15,9 @@ import shutil
 import sys
 import tempfile
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
+from functools import wraps
 from typing import Any
 
 import torch
@@ -34,13 +36,14 @@ import freemerge.quickstart  # noqa: F401
 import freemerge_callbacks  # noqa: F401
 from freemerge.checkpoints import expand
 from freemerge.cli import advise as advise_command
+from freemerge.cli import help_cache
 from freemerge.cli import merge as merge_command
 from freemerge.cli.commands import ABOUT, COMMANDS, OF_CHECKPOINTS
 from freemerge.cli.ending import raised_in
-from freemerge.cli.parsing import OneLineErrors, said_by
+from freemerge.cli.options import command_help
+from freemerge.cli.parsing import OneLineErrors
 from freemerge.cli.printing import print_error
-from freemerge.cli.problems import refusal
-from freemerge.cli.remembered import remember
+from freemerge.cli.problems import innermost
 from freemerge.data import TaskSuite
 from freemerge.evaluation import MultiTaskEvaluator, TaskMetric, write_predictions
 from freemerge.models import FreeModel, has_builtin_backbone, instantiate_and_record
@@ -79,8 +82,31 @@ Files and options override environment variables: FREEMERGE_{command}__TRAINER__
 --print_config shows all settings; --model.help CLASS, --data.help CLASS, … show a class's settings."""
 
 
+def _instantiate(kind: type, /, *args: Any, **kwargs: Any) -> Any:
+    return kind(*args, **kwargs)
+
+
 class _Parser(OneLineErrors, LightningArgumentParser):
-    """Lightning's parser with one-line errors."""
+    """Lightning's parser with one-line errors.
+
+    It notes the first error that a configured class raises in `refusal`: of an option with several types, jsonargparse
+    may raise the error of another type instead.
+    """
+
+    refusal: Exception | None = None
+
+    def add_instantiator(self, instantiator: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+        """Register a function that makes objects of a class."""
+
+        @wraps(instantiator)  # jsonargparse looks at its signature
+        def make(*given: Any, **named: Any) -> Any:
+            try:
+                return instantiator(*given, **named)
+            except Exception as error:
+                self.refusal = self.refusal or error
+                raise
+
+        super().add_instantiator(make, *args, **kwargs)
 
 
 class FreemergeCLI(LightningCLI):
@@ -88,12 +114,12 @@ class FreemergeCLI(LightningCLI):
 
     Args:
         args: the arguments; None for those of the process.
-        remembers: whether to cache the command's help and options, see `freemerge.cli.remembered`.
+        caches_help: whether to cache the command's help and options, see `freemerge.cli.help_cache`.
     """
 
-    def __init__(self, args: list[str] | None = None, remembers: bool = False) -> None:
+    def __init__(self, args: list[str] | None = None, caches_help: bool = False) -> None:
         self._arguments = list(sys.argv[1:] if args is None else args)
-        self._remembers = remembers
+        self._caches_help = caches_help
         set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
         super().__init__(
             FineTuner,
@@ -154,12 +180,13 @@ class FreemergeCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Let modules remember their class and arguments, so that a saved folder can record them."""
         self.parser.add_instantiator(instantiate_and_record, torch.nn.Module)
+        self.parser.add_instantiator(_instantiate, object)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse the arguments, without Lightning's warning when `main` is called from Python."""
-        if self._remembers:
+        if self._caches_help:
             for command, each in self._subcommand_parsers.items():
-                remember(command, said_by(each))
+                help_cache.store(command, command_help(each))
         assert isinstance(parser, _Parser)  # as `__init__` says to Lightning
         assert args is None or isinstance(args, list)  # likewise
         self.config = parser.parse_args(args)
@@ -192,6 +219,11 @@ class FreemergeCLI(LightningCLI):
             trainer.logger = False
         try:
             super().instantiate_classes()
+        except ValueError as error:
+            assert isinstance(self.parser, _Parser)  # as `__init__` says to Lightning
+            if self.parser.refusal is None or _origin(error) != "jsonargparse":
+                raise
+            raise ValueError(innermost(self.parser.refusal)) from error
         finally:
             trainer.logger = configured
 
@@ -366,18 +398,18 @@ def quieten() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
-def run(args: list[str], remembers: bool = False) -> int:
+def run(args: list[str], caches_help: bool = False) -> int:
     """Run one of the commands; returns the exit code.
 
     Args:
         args: the arguments.
-        remembers: see `FreemergeCLI`.
+        caches_help: see `FreemergeCLI`.
     """
     quieten()
     own_process()
     guest = in_process_group()
     try:
-        FreemergeCLI(args, remembers)
+        FreemergeCLI(args, caches_help)
     except CheckError as error:
         for fault in error.faults:
             print_error(fault)
@@ -386,7 +418,7 @@ def run(args: list[str], remembers: bool = False) -> int:
         origin = _origin(error)
         if origin not in ("freemerge", "freemerge_callbacks", "lightning", "jsonargparse"):
             raise  # not raised by these packages, so the user needs the traceback
-        print_error(refusal(str(error)) if origin == "jsonargparse" else error)
+        print_error(innermost(error) if origin == "jsonargparse" else error)
         return 2
     except OSError as error:
         if error.errno not in _PATH_ERRORS or error.filename is None:

@@ -11,8 +11,8 @@ import pytest
 import freemerge
 from freemerge import merging
 from freemerge.cli.commands import COMMANDS, OF_CHECKPOINTS, methods
-from freemerge.cli.merge import build_parser, said
-from freemerge.cli.problems import options
+from freemerge.cli.merge import build_parser, described
+from freemerge.cli.options import options
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -61,7 +61,7 @@ def test_the_methods_of_the_help_are_those_there_are() -> None:
 
 
 def test_the_help_of_merge_has_every_option_of_its_parser() -> None:
-    text = said().help
+    text = described().help
     for option in set(options(build_parser())) - {"help", "method"}:
         assert re.search(rf"\n  --{option}[ ,]", text), option  # Python 3.13 writes "--overrides, --overrides+"
     assert "\n  --method METHOD" in text

@@ -7,6 +7,8 @@ import pytest
 import yaml
 
 from freemerge.cli import main
+from freemerge.cli.merge import build_parser
+from freemerge.cli.problems import Problems, innermost
 
 ROOT = Path(__file__).parent.parent.parent
 TINY = yaml.safe_load((ROOT / "tests" / "tiny.yaml").read_text())
@@ -44,7 +46,20 @@ def fails(capsys, arguments: list[str]) -> str:
         (["--router.hidden=-1"], "router.hidden: must be at least 0, got -1"),
         (["--router.directions=-3"], "router.directions: must be at least 0, got -3"),
         (["bars"], "unexpected argument 'bars'; options begin with --"),
-        (["--config", "nowhere.yaml"], "config: File does not exist: "),
+        (["--merge.free"], "--merge.free needs a value"),
+        (["--run.stages", "merge", "evalute"], "run.stages[1]: expected one of pretrain, finetune, merge, experts"),
+        (["--experts.kind", "lowrank"], "got 'lowrank'; did you mean 'low_rank'?"),
+        (["--experts.schedule", "cosin"], "got 'cosin'; did you mean 'cosine'?"),
+        (["--trainer.callbacks+=EarlyStopping"], "trainer.callbacks: EarlyStopping needs monitor"),
+        (["--finetune.trainer", "{max_epoch: 3}"], "'finetune.trainer.max_epoch'; did you mean 'finetune.trainer.max"),
+        (["--tune.space", "{scale: {lo: 1, high: 2}}"], "tune.space.scale: Range has no parameter 'lo'; did you mean"),
+        (["--tune.space", "{scale: 3}"], "tune.space.scale: expected Range, got '3'"),
+        # Classes that refuse their arguments
+        (["--model.warmup=3"], "of the steps, in [0, 1], got 3.0"),
+        (["--merge.methods", "{a: {class_path: Ties, init_args: {density: 7}}}"], "must lie in (0, 1], got 7.0"),
+        (["--data.tasks", "[nope]"], "TinySuite has no task 'nope'"),
+        (["--model.backbone.config.hidden_size", "x"], "'hidden_size' expected int, got str"),
+        (["--config", "nowhere.yaml"], "config: there is no file nowhere.yaml"),
     ],
 )  # fmt: skip
 def test_on_the_command_line(options: list[str], message: str, capsys) -> None:
@@ -73,6 +88,9 @@ def _edit(config: dict, path: str, value: object) -> None:
         ("model/init_arg", {}, "not by 'init_arg'; did you mean 'init_args'?"),
         ("merge/methods", {"x": {"class_path": "pcb-merging"}}, "no class 'pcb-merging'; did you mean 'PCBMerging'?"),
         ("merge/methods", {"x": {"class_path": "Ties", "init_args": {"densty": 1}}}, "did you mean 'density'?"),
+        ("merge/scales", ["a", 1], "merge.scales[0]: expected float, got 'a'"),
+        ("router", 3, "wrong.yaml: router: expected a mapping of its options, got '3'"),
+        ("router", None, "wrong.yaml: router: expected a mapping of its options, got 'null'"),
         ("trainer/callbacks", [{"class_path": "ModelCheckpoint", "init_args": {"monitr": "x"}}], "mean 'monitor'?"),
     ],
 )  # fmt: skip
@@ -105,10 +123,32 @@ def test_a_file_that_is_no_yaml_is_named(capsys, tmp_path) -> None:
         (["merge", "--method", "PCBMerging", "--method.ratio", "x"], "method.ratio: expected float, got 'x'"),
         (["merge", "--method", "Dare", "--base", "a", "--finetuned", "[b]", "--output", "c"], "Dare needs method"),
         (["merge", "--finetuned", "3"], "finetuned: expected "),
+        (["merge", "--dtype"], "--dtype needs a value"),
+        (["merge", "--shard_size", "--base", "a"], "--shard_size needs a value"),
+        (["merge", "--config", "no.yaml"], "config: there is no file no.yaml"),
+        (["merge", "--method", "dare_ties"], "did you mean --method Dare --method.method Ties?"),
     ],
 )  # fmt: skip
 def test_of_commands_and_methods(arguments: list[str], message: str, capsys) -> None:
     assert message in fails(capsys, arguments)
+
+
+def test_a_wrong_value_in_the_environment_is_named(monkeypatch, capsys) -> None:
+    monkeypatch.setenv("FREEMERGE_MERGE__EMBEDDINGS", "bse")
+    arguments = ["merge", "--base", "a", "--finetuned", "b", "--method", "Ties", "--output", "c"]
+    assert "embeddings: expected one of error, base, common, got 'bse'; did you mean 'base'?" in fails(
+        capsys, arguments
+    )
+
+
+def test_an_error_that_is_not_found_in_the_options_is_its_innermost_message() -> None:
+    problems = Problems(build_parser(), [])
+    problems.required = []
+    wrapper = TypeError("wrapped")
+    wrapper.__cause__ = ValueError("the cause\n  in two lines")
+    assert problems.explain(wrapper) == "the cause in two lines"
+    assert problems.explain("two\n  lines") == "two lines"
+    assert len(innermost("x" * 999)) == 300
 
 
 def test_an_error_in_other_peoples_code_keeps_its_traceback(monkeypatch) -> None:

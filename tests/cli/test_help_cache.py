@@ -1,4 +1,4 @@
-"""The help of a command on Lightning's CLI is built once, and remembered until other code is installed."""
+"""The help of a command on Lightning's CLI is built once, and cached until other code is installed."""
 
 import os
 import subprocess
@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from freemerge.cli import main, remembered
-from freemerge.cli.remembered import Said
+from freemerge.cli import help_cache, main
+from freemerge.cli.help_cache import CommandHelp
 
 SCRIPT = """
 import sys
@@ -27,7 +27,7 @@ def cache(tmp_path, monkeypatch) -> Path:
     """An empty cache, and a process that may use it."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("COLUMNS", "90")
-    monkeypatch.setattr(remembered, "is_fresh", lambda: True)
+    monkeypatch.setattr(help_cache, "is_fresh", lambda: True)
     return tmp_path
 
 
@@ -56,35 +56,35 @@ def test_the_second_help_is_the_first_one_and_imports_nothing_large(cache, capsy
     assert done.stderr == "error: there is no option '--experts.densty'; did you mean '--experts.density'?\n"
 
 
-def test_other_code_another_width_and_a_damaged_file_are_not_what_was_remembered(cache, monkeypatch) -> None:
-    said = Said("help", ["a"], ["a"])
-    remembered.remember("fit", said)
-    assert remembered.recall("fit") == said
-    assert remembered.recall("test") is None
+def test_other_code_another_width_and_a_damaged_file_make_the_cache_stale(cache, monkeypatch) -> None:
+    described = CommandHelp("help", ["a"], ["a"])
+    help_cache.store("fit", described)
+    assert help_cache.load("fit") == described
+    assert help_cache.load("test") is None
     monkeypatch.setenv("COLUMNS", "70")
-    assert remembered.recall("fit") is None
+    assert help_cache.load("fit") is None
     monkeypatch.setenv("COLUMNS", "90")
     installed = cache / "site"
     (installed / "lightning-9.0.dist-info").mkdir(parents=True)
     (installed / "lightning").mkdir()
     (installed / "lightning" / "__init__.py").write_text("")
     monkeypatch.syspath_prepend(installed)
-    assert remembered.recall("fit") is None
+    assert help_cache.load("fit") is None
     monkeypatch.undo()
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
     (cache / "freemerge" / "help" / "fit.json").write_text("[")
-    assert remembered.recall("fit") is None
+    assert help_cache.load("fit") is None
 
 
 def test_a_folder_that_a_package_adds_to_the_path_is_no_other_code(cache, monkeypatch) -> None:
-    before = remembered._fingerprint()
+    before = help_cache._fingerprint()
     (cache / "_vendor" / "tomli-2.0.dist-info").mkdir(parents=True)
     monkeypatch.setattr(sys, "path", [*sys.path, str(cache / "_vendor")])  # importing setuptools does this
-    assert remembered._fingerprint() == before
+    assert help_cache._fingerprint() == before
 
 
 def test_a_changed_source_file_is_other_code(cache, monkeypatch) -> None:
-    before = remembered._fingerprint()
+    before = help_cache._fingerprint()
     stat = Path.stat
 
     def later(path: Path, **kwargs) -> os.stat_result:
@@ -94,25 +94,25 @@ def test_a_changed_source_file_is_other_code(cache, monkeypatch) -> None:
         return os.stat_result((*status[:6], status.st_size + 1, *status[7:]))
 
     monkeypatch.setattr(Path, "stat", later)
-    assert remembered._fingerprint() != before
+    assert help_cache._fingerprint() != before
 
 
 def test_a_cache_that_cannot_be_written_is_no_error(cache, monkeypatch) -> None:
     (cache / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache / "file"))
-    remembered.remember("fit", Said("help", [], []))
-    assert remembered.recall("fit") is None
+    help_cache.store("fit", CommandHelp("help", [], []))
+    assert help_cache.load("fit") is None
 
 
 def test_a_process_with_settings_in_its_environment_or_own_classes_is_not_fresh(monkeypatch) -> None:
     monkeypatch.delitem(sys.modules, "lightning", raising=False)
     monkeypatch.delenv("FREEMERGE_CI_VENV", raising=False)
-    assert remembered.is_fresh()
+    assert help_cache.is_fresh()
     monkeypatch.setenv("FREEMERGE_FIT__TRAINER__MAX_EPOCHS", "3")
-    assert not remembered.is_fresh()
+    assert not help_cache.is_fresh()
     monkeypatch.delenv("FREEMERGE_FIT__TRAINER__MAX_EPOCHS")
     monkeypatch.setitem(sys.modules, "lightning", sys)
-    assert not remembered.is_fresh()
+    assert not help_cache.is_fresh()
 
 
 @pytest.mark.parametrize(
@@ -131,4 +131,4 @@ def test_a_process_with_settings_in_its_environment_or_own_classes_is_not_fresh(
 def test_a_class_has_arguments_of_its_own_and_a_group_has_not(word: str, unknown: str | None) -> None:
     options = ["h", "help", "model", "model.help", "trainer", "trainer.max_epochs", "trainer.callbacks",
                "trainer.callbacks.help"]  # fmt: skip
-    assert Said("", [], options).unknown([word, "x"]) == unknown
+    assert CommandHelp("", [], options).unknown([word, "x"]) == unknown

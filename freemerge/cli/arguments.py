@@ -18,11 +18,11 @@ from jsonargparse import ArgumentParser
 from freemerge.cli.yaml_text import check_names, in_brackets
 
 
-def spell_out(words: Sequence[str], parser: ArgumentParser) -> list[str]:
+def spell_out(arguments: Sequence[str], parser: ArgumentParser) -> list[str]:
     """Rewrite a command line so that each option has one value.
 
     Args:
-        words: the words as typed, without the command.
+        arguments: the command line as typed, without the command.
         parser: the command's parser; the types of its options tell flags and lists apart.
 
     Returns:
@@ -42,20 +42,20 @@ def spell_out(words: Sequence[str], parser: ArgumentParser) -> list[str]:
     places: dict[str, int] = {}  # option → index of its list in `result`
     names: dict[str, list[str]] = {}  # option → its values so far
     index = 0
-    while index < len(words):
-        option, equals, value = words[index].partition("=")
+    while index < len(arguments):
+        option, equals, value = arguments[index].partition("=")
         index += 1
         kind = kinds.get(option)
         if kind is None:
-            result.append([words[index - 1]])
+            result.append([arguments[index - 1]])
             continue
         if kind == "flag":
-            bare = not equals and (index == len(words) or _is_option(words[index]))
-            result.append([option, "true"] if bare else [words[index - 1]])
+            bare = not equals and (index == len(arguments) or _is_option(arguments[index]))
+            result.append([option, "true"] if bare else [arguments[index - 1]])
             continue
         values = [value] if equals else []
-        while index < len(words) and not _is_option(words[index]):
-            values.append(words[index])
+        while index < len(arguments) and not _is_option(arguments[index]):
+            values.append(arguments[index])
             index += 1
         whole = _as_one_value(values, option, kind)
         if whole is not None or not values:

@@ -11,12 +11,12 @@ PARSER = build_parser()
 REST = ["--base", "base", "--method", "Ties", "--output", "o"]
 
 
-def parsed(*words: str, option: str):
-    return PARSER.parse_args([*REST, *(["--finetuned", "m"] if option != "finetuned" else []), *words])[option]
+def parsed(*arguments: str, option: str):
+    return PARSER.parse_args([*REST, *(["--finetuned", "m"] if option != "finetuned" else []), *arguments])[option]
 
 
 @pytest.mark.parametrize(
-    ("words", "expected"),
+    ("arguments", "expected"),
     [
         (["--finetuned", "a"], ["a"]),
         (["--finetuned", "a", "b"], ["a", "b"]),
@@ -35,12 +35,12 @@ def parsed(*words: str, option: str):
         (["--finetuned", "~/a", "2024", "null"], ["~/a", "2024", "null"]),
     ],
 )  # fmt: skip
-def test_models(words, expected) -> None:
-    assert parsed(*words, option="finetuned") == expected
+def test_models(arguments, expected) -> None:
+    assert parsed(*arguments, option="finetuned") == expected
 
 
 @pytest.mark.parametrize(
-    ("words", "expected"),
+    ("arguments", "expected"),
     [
         ([], None),
         (["--include", "null"], None),
@@ -50,8 +50,8 @@ def test_models(words, expected) -> None:
         (["--include", "[layers.*, re:head.*]"], ["layers.*", "re:head.*"]),
     ],
 )
-def test_patterns(words, expected) -> None:
-    assert parsed(*words, option="include") == expected
+def test_patterns(arguments, expected) -> None:
+    assert parsed(*arguments, option="include") == expected
 
 
 @pytest.mark.parametrize("option", ["overwrite", "resume", "hash_inputs", "dry_run"])
@@ -66,7 +66,7 @@ def test_flags(option, value, expected) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("arguments", "message"),
     [
         (["--include", "[*_proj.weight]"],
          "--include '[*_proj.weight]': YAML reads * at the beginning of a word as syntax; quote it, "
@@ -83,9 +83,9 @@ def test_flags(option, value, expected) -> None:
         (["left", "right"], "unexpected argument 'left'"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_meant_is_one_line(words, message, capsys) -> None:
+def test_what_cannot_be_meant_is_one_line(arguments, message, capsys) -> None:
     with pytest.raises(SystemExit) as stop:
-        PARSER.parse_args([*REST, *words])
+        PARSER.parse_args([*REST, *arguments])
     assert stop.value.code == 2
     error = capsys.readouterr().err
     assert message in error

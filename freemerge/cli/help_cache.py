@@ -24,7 +24,7 @@ _DESCRIBED = ("jsonargparse", "lightning", "torch", "torchmetrics", "torchvision
 _SHOWN_BY = ("NO_COLOR", "FORCE_COLOR", "PYTHON_COLORS", "TERM", "COLUMNS")
 
 
-class Said(NamedTuple):
+class CommandHelp(NamedTuple):
     """A command's help and options.
 
     Args:
@@ -37,17 +37,17 @@ class Said(NamedTuple):
     keys: list[str]
     options: list[str]
 
-    def unknown(self, words: Sequence[str]) -> str | None:
-        """The first unknown option among the words; None if all are known.
+    def unknown(self, arguments: Sequence[str]) -> str | None:
+        """The first unknown option on a command line; None if all are known.
 
         Arguments of a configurable class (`--model.backbone`, given `--model`) are left to the parser.
         """
         groups = {name.rpartition(".")[0] for name in self.options if not name.endswith(".help")}
         classes = tuple(f"{name}." for name in self.options if name not in groups)
-        for word in words:
-            name = word.partition("=")[0][2:].removesuffix("+")
-            if word.startswith("--") and name and name not in self.options and not name.startswith(classes):
-                return word.partition("=")[0]
+        for argument in arguments:
+            name = argument.partition("=")[0][2:].removesuffix("+")
+            if argument.startswith("--") and name and name not in self.options and not name.startswith(classes):
+                return argument.partition("=")[0]
         return None
 
 
@@ -56,13 +56,13 @@ def is_fresh() -> bool:
     return "lightning" not in sys.modules and not any(name.startswith("FREEMERGE_") for name in os.environ)
 
 
-def recall(command: str) -> Said | None:
+def load(command: str) -> CommandHelp | None:
     """The cached help and options of a command; None if there are none, or the installed code has changed."""
     try:
         kept = json.loads(_path(command).read_text(encoding="utf-8"))
         if kept.pop("fingerprint") != _fingerprint():
             return None
-        return Said(**kept)
+        return CommandHelp(**kept)
     except (
         OSError,
         ValueError,
@@ -74,13 +74,13 @@ def recall(command: str) -> Said | None:
         return None
 
 
-def remember(command: str, said: Said) -> None:
+def store(command: str, described: CommandHelp) -> None:
     """Cache a command's help and options; does nothing if the cache cannot be written."""
     with suppress(OSError, RuntimeError):
         path = _path(command)
         path.parent.mkdir(parents=True, exist_ok=True)
         draft = path.with_name(f".{path.name}.{os.getpid()}")
-        draft.write_text(json.dumps({"fingerprint": _fingerprint(), **said._asdict()}), encoding="utf-8")
+        draft.write_text(json.dumps({"fingerprint": _fingerprint(), **described._asdict()}), encoding="utf-8")
         os.replace(draft, path)
 
 
