@@ -1,4 +1,4 @@
-"""The suite's pipeline: stages, their folders, and what they can be told."""
+"""The suite's pipeline: its stages, their folders and their settings."""
 
 from freemerge.pipeline.checks import CheckError
 from freemerge.pipeline.others import Others

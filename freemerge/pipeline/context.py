@@ -1,4 +1,4 @@
-"""What all stages of a run share: its files, its settings, its console, and the fits with their Trainers."""
+"""The context that all stages of a run share: files, settings, console, and fits with their Trainers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from freemerge.data import TaskSuite
 from freemerge.errors import NotFiniteError
 from freemerge.evaluation import mean_score
 from freemerge.pipeline.dependencies import dependencies
-from freemerge.pipeline.loggers import LogConfiguration, end_run, running_elsewhere
+from freemerge.pipeline.loggers import LogConfiguration, active_wandb_run, end_wandb_run
 from freemerge.pipeline.measure import Measure
 from freemerge.pipeline.progress import Progress
 from freemerge.pipeline.ranks import is_first
@@ -45,7 +45,7 @@ class Fit(NamedTuple):
 
     Args:
         best: the checkpoint of the best weights; empty if none was written.
-        value: the monitored metric at the end; None if it was not measured.
+        value: the monitored metric at the end of the fit; None if it was not measured.
     """
 
     best: str
@@ -53,7 +53,7 @@ class Fit(NamedTuple):
 
 
 class RunContext:
-    """One run over a suite, as its stages see it; see `SuiteRun` for the arguments."""
+    """The state of a run that its stages use; `SuiteRun` documents the arguments."""
 
     def __init__(
         self,
@@ -92,21 +92,31 @@ class RunContext:
 
     @cached_property
     def measure(self) -> Measure:
-        """Evaluation, where the configuration's Trainer would compute."""
+        """Evaluation on the device that the configured Trainer uses."""
         return Measure(self.files, self.make_trainer.bare().strategy.root_device)
 
     def done(self, stage: StageFolder) -> bool:
         """Whether a stage is finished already; prints a line if so."""
-        record = stage.record() if self.ckpt_path is None else None  # a checkpoint to go on from means: go on
+        record = stage.record() if self.ckpt_path is None else None  # `ckpt_path` asks to continue the fit
         if record is not None:
             self.progress.done(stage.name, record["seconds"])
             self.console.print(f"[dim]{escape(stage.name)}: done already ({record['seconds']:.0f} s then)[/dim]")
         return record is not None
 
     def begin(self, stage: StageFolder) -> Path | None:
-        """Make the stage's folder ready; refuse to empty finished results that went out of date since the run began.
+        """Prepare the stage's folder.
 
-        Results made from a deleted file are such a case: whether they would come out the same is not known beforehand.
+        The plan at the start of the run cannot know whether a stage changes whose inputs are made again, for example
+        because a file was deleted. Therefore finished results are compared once more here.
+
+        Args:
+            stage: the stage that begins.
+
+        Returns:
+            The checkpoint to resume from; None to start anew.
+
+        Raises:
+            ValueError: finished results would be replaced, and `overwrite` is off.
         """
 
         def check() -> None:
@@ -126,7 +136,7 @@ class RunContext:
         self.console.print(f"{stage.name}: {numbers + ', ' if numbers else ''}{record['seconds']:.0f} s", markup=False)
 
     def with_bar(self, scales: Sequence[float], what: str) -> Iterable[float]:
-        """A grid of scales, with a bar that goes away when it is through."""
+        """Iterate over a grid of scales with a progress bar, which disappears at the end."""
         quiet = not self.console.is_terminal
         return track(scales, what, console=self.console, transient=True, disable=quiet)
 
@@ -134,7 +144,7 @@ class RunContext:
         """Print the mean score of a candidate on validation data."""
         metrics = list(dict.fromkeys(self.measure.metrics.values()))
         mean = metrics[0] if len(metrics) == 1 else f"score ({', '.join(metrics)})"
-        # Of perplexity the inverse is averaged, the mean probability of a token.
+        # For perplexity, the mean is over its inverse: the mean probability of a token.
         mean = mean.replace("perplexity", "1/perplexity")
         self.console.print(f"{what}: mean val {mean} {score:.3f}", markup=False)
 
@@ -148,10 +158,20 @@ class RunContext:
         monitor: str,
         mode: str = "max",
     ) -> Fit:
-        """One Trainer fit, resumed if it was interrupted; prints what it is fitting.
+        """Run one Trainer fit, and print its name and progress.
+
+        Args:
+            stage: the stage of the fit.
+            module: the module to fit.
+            data: its data.
+            overrides: the stage's Trainer arguments, over those of all fits.
+            resume: the checkpoint to resume from; None to start anew.
+            monitor: the metric by which the best checkpoint is chosen.
+            mode: `max` or `min`: whether higher or lower is better.
 
         Raises:
-            KeyboardInterrupt: with what has stopped, where it goes on, if the user has pressed Ctrl-C.
+            KeyboardInterrupt: the user pressed Ctrl-C; the message says which fit stopped and at which step.
+            NotFiniteError: losses, outputs or weights became NaN or infinite.
         """
         best = BestCheckpoint(
             dirpath=stage.checkpoints,
@@ -174,7 +194,7 @@ class RunContext:
         where = [self.progress.place(stage.name), self.progress.left(), f"from {ckpt_path}" if ckpt_path else ""]
         notes = ", ".join(note for note in where if note)
         self.console.print(f"[bold]{escape(stage.name)}[/bold]" + (f" [dim]({escape(notes)})[/dim]" if notes else ""))
-        others_run = running_elsewhere()
+        wandb_run = active_wandb_run()
         before = signal.getsignal(signal.SIGINT)
         try:
             with stopped_by_ctrl_c(last, self.console.print) if kept else nullcontext():
@@ -187,26 +207,26 @@ class RunContext:
         except SystemExit:
             if not trainer.interrupted:
                 raise
-            signal.signal(signal.SIGINT, before)  # which Lightning has shut out
+            signal.signal(signal.SIGINT, before)  # Lightning has replaced the handler
             raise KeyboardInterrupt(f"{stage.name} stopped at once") from None
         finally:
-            end_run(others_run)
+            end_wandb_run(wandb_run)
         value = trainer.callback_metrics.get(monitor)
         return Fit(best_of(trainer), last.metrics.get(monitor) if value is None else float(value))
 
     def _configuration(self, stage: StageFolder) -> dict[str, Any]:
-        """The configuration that a fit's loggers record: everything its result depends on, without hashes of files."""
+        """The configuration that loggers record: everything that the fit depends on, without hashes of files."""
         said = ("seed", "freemerge", "task", "tasks", "batch_size", "model", "trainer", *STAGES)
         merged = {"free": self.settings.merge.free} if "merged" in stage.inputs else {}
         return {"stage": stage.name} | {key: stage.inputs[key] for key in said if key in stage.inputs} | merged
 
     def write(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
-        """Write tensors of any device to a file, by the first rank."""
+        """Write tensors to a file on rank 0; they may be on any device."""
         if is_first():
             save_checkpoint(path, {name: tensor.detach().cpu() for name, tensor in tensors.items()})
 
     def seed_stage(self, stage: StageFolder) -> None:
-        """Seed everything from the run's seed and the stage's name."""
+        """Seed all random generators from the run's seed and the stage's name."""
         digest = hashlib.sha256(f"{self.seed}:{stage.name}".encode()).digest()
         L.seed_everything(int.from_bytes(digest[:4], "big"), workers=True, verbose=False)
 
@@ -215,7 +235,7 @@ class RunContext:
         self.console.print(f"[yellow]note:[/yellow] {escape(message)}", soft_wrap=True)
 
     def mean_score(self, scores: Callable[[], Mapping[str, float]]) -> float | None:
-        """The mean score by which a candidate is chosen; None if its outputs are NaN or infinite."""
+        """The mean score of a candidate over the tasks; None if its outputs are NaN or infinite."""
         try:
             return mean_score(scores(), self.measure.metrics)
         except NotFiniteError:
@@ -223,6 +243,7 @@ class RunContext:
 
 
 def would_replace(folder: Path, reason: str) -> str:
+    """The message that finished results would be replaced."""
     return (
         f"{folder}: finished results would be replaced: {reason}; add --run.overwrite true to do them again, or choose "
         "another --run.folder"

@@ -1,7 +1,8 @@
-"""What a run's results depend on, beside the data and the base: models, Trainer and settings as plain data.
+"""The configuration that a run's results depend on: models, Trainer and settings as plain data.
 
 Everything is read from the objects themselves, so a run has the same keys whether a configuration file or a Python
-program made them. What says where and how visibly a fit runs is left out, and so are defaults of the Trainer.
+program made them. Arguments that only place or show a fit are left out, and so are the Trainer's defaults. Data and
+base weights are hashed elsewhere (`freemerge.pipeline.store.artifacts`).
 """
 
 from __future__ import annotations
@@ -33,16 +34,19 @@ _NOT_RESULTS = frozenset({
     "training", "gradient_checkpointing", "name_or_path", "warnings_issued",  # of transformers' models
     "head", "objective", "prepare_data_per_node", "allow_zero_length_dataloader_with_multiple_devices",
 })  # fmt: skip
-"""Attributes of modules that change no result, or that each task sets anew."""
+"""Attributes of modules that change no result, or that are set for each task."""
 
 
 def dependencies(tuner: FineTuner, trainer: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
-    """Key of the configuration (model, trainer, pretrain, …) → what it says, as plain data.
+    """The configuration by top-level key (model, trainer, pretrain, …), as plain data.
 
     Args:
         tuner: the template; the weights of its backbone are not included.
         trainer: arguments of the Trainer.
         settings: the stages' settings.
+
+    Returns:
+        Key → plain data, which JSON can hold.
     """
     stages = {field.name: getattr(settings, field.name) for field in fields(settings)}
     return {
@@ -69,21 +73,21 @@ def _model(tuner: FineTuner) -> dict[str, Any]:
 def _trainer(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments that differ from the Trainer's defaults and may change a result."""
     defaults = {name: parameter.default for name, parameter in inspect.signature(L.Trainer.__init__).parameters.items()}
-    said = {}
+    given = {}
     for name, value in arguments.items():
         if name in _PRESENTATION or value is defaults.get(name) or (name == "callbacks" and not value):
             continue
         described = plain([value] if name == "callbacks" and not isinstance(value, (list, tuple)) else value)
         if described != plain(defaults.get(name)):
-            said[name] = described
-    return said
+            given[name] = described
+    return given
 
 
 def _settings(stage: Any) -> dict[str, Any]:
     left_out = ("cache", "share")  # a place, and the former name of `fraction`
     values = {field.name: getattr(stage, field.name) for field in fields(stage) if field.name not in left_out}
-    said = {name: value for name, value in values.items() if name not in ("trainer", "optimizer", "schedule")}
-    described = plain(said)
+    others = {name: value for name, value in values.items() if name not in ("trainer", "optimizer", "schedule")}
+    described = plain(others)
     if "trainer" in values:
         described["trainer"] = _trainer(values["trainer"])
     if isinstance(stage, FitSettings):
@@ -92,10 +96,10 @@ def _settings(stage: Any) -> dict[str, Any]:
 
 
 def _optimization(optimizer: Callable | None, schedule: Any) -> dict[str, Any]:
-    """An optimizer and a schedule by what they make: a class with its arguments, a partial or a lambda may be meant."""
+    """Describe an optimizer and a schedule by what they make: a class, a partial and a lambda may mean the same."""
     try:
         made = (optimizer or torch.optim.AdamW)([nn.Parameter(torch.zeros(2, 2))])
-    except Exception:  # it wants parameters of the model; what is said of it must do
+    except Exception:  # it needs the model's own parameters: describe the function instead
         return {"optimizer": plain(optimizer), "schedule": plain(schedule)}
     groups = [{key: plain(value) for key, value in group.items() if key != "params"} for group in made.param_groups]
     one = groups[0] if len(groups) == 1 else {"groups": groups}
@@ -108,7 +112,7 @@ def _optimization(optimizer: Callable | None, schedule: Any) -> dict[str, Any]:
 
 
 def _public(module: nn.Module) -> dict[str, Any]:
-    """A module's own attributes; parameters, submodules and what is private are not among them."""
+    """A module's public attributes, without parameters and submodules."""
     return {
         name: value for name, value in vars(module).items() if not name.startswith("_") and name not in _NOT_RESULTS
     }
@@ -130,34 +134,37 @@ def _is_simple(value: Any) -> bool:
     return value is None or isinstance(value, (str, int, float, bool)) or inspect.isroutine(value)
 
 
-def plain(value: Any, around: tuple[int, ...] = ()) -> Any:
-    """Any value as plain data that is equal for equal values, in every process and wherever files are.
+def plain(value: Any, parents: tuple[int, ...] = ()) -> Any:
+    """Convert a value to plain data that is equal for equal values, in every process and wherever files are.
 
     Args:
-        value: the value. Objects count by their class and their public attributes.
-        around: the ids of the objects that it is an attribute of.
+        value: the value. An object becomes its class and its public attributes.
+        parents: the ids of the objects that contain it, which end a recursion.
+
+    Returns:
+        Data that JSON can hold.
     """
     if value is None or isinstance(value, (bool, int)):
         return value
     if isinstance(value, float):
         return int(value) if value.is_integer() else value
     if isinstance(value, (str, Path)):
-        return _without_place(str(value))
+        return _without_folder(str(value))
     if isinstance(value, Enum):
-        return plain(value.value, around)
+        return plain(value.value, parents)
     if isinstance(value, Tensor):
         return hash_tensors({"": value})
     if isinstance(value, (torch.dtype, torch.device)):
         return str(value)
-    if id(value) in around:
+    if id(value) in parents:
         return class_name(type(value))
-    around = (*around, id(value))
+    parents = (*parents, id(value))
     if isinstance(value, Mapping):
-        return {str(key): plain(item, around) for key, item in value.items()}
+        return {str(key): plain(item, parents) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [plain(item, around) for item in value]
+        return [plain(item, parents) for item in value]
     if isinstance(value, (set, frozenset)):
-        return sorted((plain(item, around) for item in value), key=json.dumps)
+        return sorted((plain(item, parents) for item in value), key=json.dumps)
     if isinstance(value, partial):
         return {"function": plain(value.func), "args": plain(value.args), "keywords": plain(value.keywords)}
     if isinstance(value, nn.Module):
@@ -165,14 +172,14 @@ def plain(value: Any, around: tuple[int, ...] = ()) -> Any:
     if hasattr(value, "__qualname__"):
         return _function(value)
     if callable(getattr(value, "to_dict", None)):  # a configuration of PEFT or transformers
-        return {"class": class_name(type(value)), **plain(value.to_dict(), around)}
+        return {"class": class_name(type(value)), **plain(value.to_dict(), parents)}
     names = [field.name for field in fields(value)] if is_dataclass(value) else list(getattr(value, "__dict__", ()))
     attributes = {name: getattr(value, name) for name in names if not name.startswith("_")}
-    return {"class": class_name(type(value)), **plain(attributes, around)}
+    return {"class": class_name(type(value)), **plain(attributes, parents)}
 
 
 def _function(function: Any) -> str:
-    """A class or function by its name; a lambda, which has none, by its code."""
+    """The name of a class or function; for a lambda, its place and a hash of its code."""
     code = getattr(function, "__code__", None)
     if function.__qualname__.endswith("<lambda>") and code is not None:
         digest = hashlib.sha256(code.co_code + repr((code.co_consts, code.co_names)).encode()).hexdigest()
@@ -180,6 +187,6 @@ def _function(function: Any) -> str:
     return class_name(function)
 
 
-def _without_place(text: str) -> str:
-    """A file or folder by its name alone, as its content counts elsewhere."""
+def _without_folder(text: str) -> str:
+    """The name of a file or folder without its path; its content is hashed elsewhere."""
     return Path(text).name if "/" in text and Path(text).exists() else text

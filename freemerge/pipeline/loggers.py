@@ -1,4 +1,4 @@
-"""Loggers with a run for each fit, named after it."""
+"""Loggers: each fit is a run of its own, named after the fit."""
 
 from __future__ import annotations
 
@@ -16,26 +16,30 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger, Logger
 
 LoggerSpec = bool | str | Mapping[str, Any] | Logger | Callable[[str], Logger] | None
-"""A logger as `make_loggers` takes it."""
+"""The specification of a logger, see `make_loggers`."""
 
 LoggerSpecs = LoggerSpec | list[LoggerSpec] | tuple[LoggerSpec, ...]
-"""One, or several."""
+"""The specification of one or several loggers."""
 
-_NAMES = ("run_name", "name")  # what loggers call the argument for a run's name; MLFlowLogger has both
+_NAMES = ("run_name", "name")  # the arguments for a run's name; MLFlowLogger has both
 
 
 def make_loggers(spec: LoggerSpecs, folder: Path, name: str) -> bool | list[Logger]:
-    """The loggers of one fit.
+    """Make the loggers of one fit.
 
     Args:
-        spec: None or True for a CSVLogger in the fit's folder; False for no logger; `class_path` and `init_args` of one
-            as in Lightning's configurations; a function from a fit's name to its logger; a logger, of which each fit
-            gets a copy as it is; or a list of these.
+        spec: None or True for a CSVLogger in the fit's folder; False for no logger; `class_path` and `init_args` as in
+            Lightning's configurations; a function from the fit's name to its logger; a logger, which is copied for each
+            fit; or a list of these.
         folder: the fit's folder.
-        name: the fit's name, such as `finetune/birds`. Where a configuration names the run, this comes behind a slash.
+        name: the fit's name, such as `finetune/birds`. If the configuration names the run, it is appended to that name
+            after a slash.
+
+    Returns:
+        The loggers; False if there are none.
 
     Raises:
-        ValueError: there is no such logger.
+        ValueError: a configuration names no logger, or has wrong arguments.
     """
     if spec is False:
         return False
@@ -49,7 +53,15 @@ def has_logger(spec: LoggerSpecs) -> bool:
 
 
 def check_loggers(where: str, spec: LoggerSpecs) -> None:
-    """Raise a ValueError that begins with `where` if a configuration of loggers is wrong; none is made."""
+    """Check the configuration of loggers without making one.
+
+    Args:
+        where: the configuration key, for the message.
+        spec: the specification, see `make_loggers`.
+
+    Raises:
+        ValueError: the configuration is wrong; the message begins with `where`.
+    """
     for each in spec if isinstance(spec, (list, tuple)) else [spec]:
         if isinstance(each, (str, Mapping)):
             try:
@@ -59,7 +71,7 @@ def check_loggers(where: str, spec: LoggerSpecs) -> None:
 
 
 def _make(spec: LoggerSpec, folder: Path, name: str) -> Logger:
-    if spec is None or isinstance(spec, bool):  # True: whoever wants none has been left out
+    if spec is None or isinstance(spec, bool):  # `make_loggers` leaves out False
         return CSVLogger(folder, name="logs")  # a resumed fit gets a version of its own
     if isinstance(spec, (str, Mapping)):
         config, kind = _read(spec)
@@ -70,7 +82,7 @@ def _make(spec: LoggerSpec, folder: Path, name: str) -> Logger:
             is_default = given is None or given == parameters[called].default
             config.logger.init_args[called] = name if is_default else f"{given}/{name}"
         parser = _parser()
-        # Its name since jsonargparse 4.49; the older one is deprecated.
+        # `instantiate` is the method's name since jsonargparse 4.49; the older one is deprecated.
         return getattr(parser, "instantiate", parser.instantiate_classes)(config).logger
     return copy.deepcopy(spec) if isinstance(spec, Logger) else spec(name)
 
@@ -93,10 +105,10 @@ def _parser() -> ArgumentParser:
 
 
 class LogConfiguration(Callback):
-    """Tells a fit's loggers what the fit depends on, beside the hyperparameters of its module.
+    """Logs the configuration that a fit depends on, in addition to the hyperparameters of its module.
 
     Args:
-        configuration: plain data.
+        configuration: the configuration, as plain data.
     """
 
     def __init__(self, configuration: Mapping[str, Any]) -> None:
@@ -107,17 +119,17 @@ class LogConfiguration(Callback):
             logger.log_hyperparams(self.configuration)
 
 
-def running_elsewhere() -> Any:
-    """The run of W&B that is under way in this process, whoever began it; None if there is none."""
+def active_wandb_run() -> Any:
+    """The active W&B run of this process, whoever started it; None if there is none."""
     return getattr(sys.modules.get("wandb"), "run", None)
 
 
-def end_run(before: Any) -> None:
-    """End the run of W&B that a fit began, as the next fit would go on in it.
+def end_wandb_run(before: Any) -> None:
+    """End the W&B run that a fit started; otherwise the next fit would continue it.
 
     Args:
-        before: what `running_elsewhere` said before the fit.
+        before: the result of `active_wandb_run` before the fit.
     """
-    now = running_elsewhere()
+    now = active_wandb_run()
     if now is not None and now is not before:
         now.finish()

@@ -1,4 +1,4 @@
-"""Measuring a run's models on all tasks, each by its own metric."""
+"""Evaluation of a run's models on all tasks, each by its own metric."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Measure:
 
     @property
     def metrics(self) -> dict[str, str]:
-        """Task → name of its metric, of all tasks."""
+        """Task → name of its metric, held-out tasks included."""
         return {task: TaskMetric.of(self.suite.task(task)).name for task in (*self.suite.names, *self.suite.held_out)}
 
     def _evaluate(self, predict: Predict, loaders: Mapping[str, Any]) -> dict[str, float]:
@@ -48,20 +48,30 @@ class Measure:
     def shared(
         self, weights: Mapping[str, Tensor], heads: Mapping[str, nn.Module], loaders: Mapping[str, Any]
     ) -> dict[str, float]:
-        """One backbone for all tasks, each with its own head."""
+        """Task → score of one backbone with each task's own head.
+
+        Args:
+            weights: the backbone's weights.
+            heads: task → head.
+            loaders: task → loader; these tasks are evaluated.
+        """
         backbone = self.files.backbone(weights).eval().to(self.device)
         heads = {task: head.eval().to(self.device) for task, head in heads.items()}
         return self._evaluate(lambda inputs, task: heads[task](backbone(inputs)), loaders)
 
     @property
     def has_own_statistics(self) -> bool:
-        """Whether the backbone has batch norm, whose statistics are measured after a merge."""
+        """Whether the backbone has batch norm whose statistics are measured again after a merge."""
         return bool(self.files.settings.merge.batch_norm_batches and batch_norms(self.files.tuner.backbone))
 
     def with_own_statistics(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Merged weights with batch norm's statistics measured on their own activations, on all tasks' training data.
+        """Measure the batch norm statistics of merged weights on training data of all tasks.
 
-        Weights of a backbone without batch norm come back as they are.
+        Args:
+            weights: weights of the backbone.
+
+        Returns:
+            The weights with the measured statistics; the same weights if the backbone has no batch norm.
         """
         if not self.has_own_statistics:
             return weights
@@ -69,14 +79,14 @@ class Measure:
         backbone = self.files.backbone(weights).to(self.device)
         mixture = self.suite.mixture(batch_size=self.suite.batch_size)
         mixture.setup()
-        with isolate_rng(include_cuda=False):  # the same augmentations each time, and none that changes other draws
+        with isolate_rng(include_cuda=False):  # the same augmentations each time; other draws stay as they are
             torch.manual_seed(self.files.seed)
             measured = reestimate_batch_norm(backbone.model, mixture.train_dataloader(), self.device, batches)
         stored = {name: round_to(tensor, weights[name].dtype, name, IN_MEMORY) for name, tensor in measured.items()}
         return {**weights, **{name: tensor.to(weights[name].device) for name, tensor in stored.items()}}
 
     def individual(self, loaders: Mapping[str, Any]) -> dict[str, float]:
-        """Each task's own fine-tuned model."""
+        """Task → score of its own fine-tuned model."""
         scores: dict[str, float] = {}
         heads = self.files.heads(shared=False)
         for task, weights in self.files.finetuned_weights().items():
@@ -86,7 +96,13 @@ class Measure:
     def free(
         self, model: FreeModel, loaders: Mapping[str, Any], told: Literal["task", "head", "nothing"]
     ) -> dict[str, float]:
-        """Scores of a FREE model that is given each sample's task, or only the head to use, or neither."""
+        """Task → score of a FREE model.
+
+        Args:
+            model: the model.
+            loaders: task → loader.
+            told: what the model is told of each sample: its task, only the head to use, or nothing.
+        """
         model = model.eval().to(self.device)
         return self._evaluate(
             lambda inputs, task: model(inputs) if told == "nothing" else model(inputs, **{told: task}), loaders

@@ -1,4 +1,4 @@
-"""Further processes of the same command, one for each device beyond the first."""
+"""Further processes of the same command: one for each device after the first."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from collections.abc import Sequence
 
 
 class Others:
-    """Processes that run `python -m freemerge` with arguments of their own, and end with this one.
+    """Processes that run `python -m freemerge`, and end when this process ends.
 
     Args:
-        commands: the arguments of each.
+        commands: the arguments of each process.
     """
 
     def __init__(self, commands: Sequence[Sequence[str]]) -> None:
@@ -19,14 +19,14 @@ class Others:
         self._running: list[subprocess.Popen] = []
 
     def start(self) -> None:
-        """Start them."""
+        """Start the processes."""
         self._running = [subprocess.Popen([sys.executable, "-m", "freemerge", *each]) for each in self.commands]
 
     def join(self) -> None:
-        """Wait for all of them; if this process is interrupted, they end too.
+        """Wait for all processes; if this process is interrupted, end them.
 
         Raises:
-            ValueError: one has failed, and said why on stderr.
+            ValueError: one of them failed; it has printed why on stderr.
         """
         try:
             codes = [process.wait() for process in self._running]
@@ -36,7 +36,7 @@ class Others:
             raise ValueError(f"tune: a process of another device ended with exit code {next(filter(None, codes))}")
 
     def stop(self) -> None:
-        """End those that still run."""
+        """End the processes that still run."""
         for process in self._running:
             if process.poll() is None:
                 process.terminate()

@@ -1,4 +1,4 @@
-"""A run seeds the whole process for each of its fits; for a caller in Python the process is then as it was."""
+"""A run seeds the whole process for each fit; afterwards the caller's random state is restored."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from contextlib import contextmanager
 import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 
-_SEEDS = ("PL_GLOBAL_SEED", "PL_SEED_WORKERS")  # where `seed_everything` leaves the seed for processes to come
+_SEEDS = ("PL_GLOBAL_SEED", "PL_SEED_WORKERS")  # `seed_everything` stores the seed here for child processes
 
 
 @contextmanager
 def seeds_put_back() -> Iterator[None]:
-    """Random numbers, and the seed in the environment, are afterwards as they were before."""
+    """Restore the random state, and the seed in the environment, at the end of the block."""
     before = {name: os.environ.get(name) for name in _SEEDS}
     with isolate_rng(include_cuda=torch.cuda.is_initialized()):
         try:

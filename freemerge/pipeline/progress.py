@@ -7,7 +7,7 @@ from statistics import fmean
 
 
 class Progress:
-    """The stages of a run in their order, and what those that are done took.
+    """The stages of a run in their order, and the durations of the finished ones.
 
     Args:
         names: the stages' names, such as `finetune birds`; the first word is the kind of stage.
@@ -19,17 +19,22 @@ class Progress:
         self._seconds: dict[str, list[float]] = {}
 
     def place(self, name: str) -> str:
-        """`2 of 9`; nothing for a stage that is not of this run."""
+        """The position of a stage, such as `2 of 9`; "" for a stage that is not part of this run."""
         return f"{self.names.index(name) + 1} of {len(self.names)}" if name in self.names else ""
 
     def done(self, name: str, seconds: float) -> None:
-        """Note what a stage took, now or in an earlier run."""
+        """Record the duration of a stage in seconds, in this run or an earlier one."""
         self._seconds.setdefault(_kind(name), []).append(seconds)
         if name in self._ahead:
             self._ahead.remove(name)
 
     def left(self) -> str:
-        """`about 3 min left`; `at least …` where a kind of stage is ahead of which none was done; empty if none was."""
+        """An estimate of the time left, such as `about 3 min left`.
+
+        Returns:
+            The estimate; it begins with `at least` if no stage of some remaining kind is finished yet, and is empty if
+            that holds for all remaining kinds.
+        """
         known = [fmean(self._seconds[_kind(name)]) for name in self._ahead if _kind(name) in self._seconds]
         if not known:
             return ""
@@ -38,7 +43,7 @@ class Progress:
 
 
 def _kind(name: str) -> str:
-    """Stages of a kind take about as long as each other; experts are extracted in one and trained in others."""
+    """The kind of a stage; stages of one kind take about equally long. Extraction and training of experts differ."""
     return name if name == "experts extracted" else name.split()[0]
 
 

@@ -1,4 +1,4 @@
-"""Which of the processes of a run this one is."""
+"""The rank of this process among the processes of a run."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 
 def is_first() -> bool:
-    """Whether this process is the first, as Lightning counts them: by the launcher's environment, then by its group."""
+    """Whether this process has rank 0, by the launcher's environment or, later, by the process group."""
     return getattr(rank_zero_only, "rank", 0) == 0

@@ -1,4 +1,4 @@
-"""The report of a run: every model that its stages left behind, on all tasks' test data."""
+"""The report of a run: all its models, evaluated on all tasks' test data."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from freemerge.training import FineTuner
 
 
 def make_report(files: Artifacts, measure: Measure, model: FreeModel | None) -> Report:
-    """Evaluate everything.
+    """Evaluate all models of a run, and make the report.
 
     Args:
         files: the run's files.
-        measure: evaluation.
-        model: the finished FREE model; None where there are no experts: the report then ends with the merged models.
+        measure: evaluates the models.
+        model: the finished FREE model; None if there are no experts, so that the report ends with the merged models.
 
     Raises:
-        ValueError: a stage has not been done.
+        ValueError: a stage that the report needs is not finished.
     """
     suite = files.suite
     merge_record = files.require(files.merge_stage())["results"]
@@ -68,11 +68,14 @@ def make_report(files: Artifacts, measure: Measure, model: FreeModel | None) -> 
 
 
 def doubts_of(report: Report, free: str) -> list[str]:
-    """What a reader of a report should not overlook: where experts do not help.
+    """Notes on a report: whether the experts do not help.
 
     Args:
-        report: of a whole run, or of one without experts.
-        free: name of the line of the merged backbone that carries the experts.
+        report: the report, with or without experts.
+        free: name of the row of the merged backbone that carries the experts.
+
+    Returns:
+        The notes, one line each.
     """
     named = {row.name: row for row in report.rows}
     trained, merged = named.get("FREE trained (oracle)"), named[free]
@@ -85,7 +88,7 @@ def doubts_of(report: Report, free: str) -> list[str]:
 
 
 def base_name(tuner: FineTuner) -> str:
-    """What the base is called in a report: it depends on where the heads come from that it is evaluated under."""
+    """The name of the base's row in a report, with the kind of heads that it is evaluated with."""
     if isinstance(tuner.backbone, LanguageBackbone):
         return "base (zero-shot)"
     heads = {"probe": "probe", "zero_shot": "zero-shot", "linear": "fine-tuned heads"}
@@ -93,7 +96,7 @@ def base_name(tuner: FineTuner) -> str:
 
 
 def title(measure: Measure) -> str:
-    """What a report of the suite's test data begins with."""
+    """The title of a report on the suite's test data."""
     accuracies = set(measure.metrics.values()) == {"accuracy"}
     return f"{type(measure.suite).__name__}: test {'accuracy' if accuracies else 'scores'} (%)"
 

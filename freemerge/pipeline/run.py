@@ -2,7 +2,7 @@
 
     pretrain → finetune (each task) → merge (each method) → experts (each task) → router → evaluate
 
-Every stage has its own folder in the run's, is skipped if it is done, and resumes where it was interrupted
+Every stage has its own folder in the run's folder, is skipped if it is finished, and resumes where it was interrupted
 (`StageFolder`). Finished results are replaced only with `overwrite` (`make_plan`), and only one process at a time works
 in a run's folder (`only_run`). Every fit has a new Trainer, so all of Lightning's flags keep their meaning.
 
@@ -47,7 +47,7 @@ class SuiteRun(RunContext):
             data, is pretrained to become the base.
         suite: the tasks.
         folder: the run's folder.
-        trainer: arguments of the Trainer, of which each fit makes a new one; by default Lightning's own.
+        trainer: arguments of the Trainer; each fit makes a new Trainer with them. Default: Lightning's defaults.
         settings: the stages' settings.
         seed: seed of the run; each stage's seed derives from it and the stage's name, so skipping one changes no other.
         ckpt_path: checkpoint to resume from, if the stages to run have exactly one fit.
@@ -58,19 +58,22 @@ class SuiteRun(RunContext):
         trainer_class: the class of the Trainer, or a function that makes one.
 
     Raises:
-        ValueError: if the Trainer has no such argument.
+        ValueError: `trainer` has an argument that Lightning's Trainer does not have.
     """
 
     def run(self, stages: Sequence[str] = STAGES) -> Report | None:
-        """Run the chosen stages in their order; what is done already is skipped.
+        """Run the chosen stages in their order; finished stages are skipped.
+
+        Args:
+            stages: names of the stages.
 
         Returns:
             The report, if `evaluate` is among the stages.
 
         Raises:
-            ValueError: for an unknown stage, a `ckpt_path` that could mean several fits, finished results that other
-                settings would replace, or another run in the folder.
-            CheckError: a ValueError with everything that would stop a stage later on.
+            ValueError: a stage is unknown, `ckpt_path` could mean several fits, finished results would be replaced, or
+                another run is working in the folder.
+            CheckError: a stage would fail later; the error, a ValueError, lists all faults.
         """
         unknown = [stage for stage in stages if stage not in STAGES]
         if unknown:
@@ -93,10 +96,10 @@ class SuiteRun(RunContext):
             return report
 
     def _check_finished(self) -> None:
-        """Refuse at once what would replace finished results."""
+        """Raise an error if finished results would be replaced."""
 
         def check() -> list[str]:
-            # Ranks that a fit launched look at folders that rank 0 is at work in.
+            # Rank 0 may already be writing to these folders when a fit has launched the other ranks.
             if not is_first():
                 return []
             plan = make_plan(self.files.stages(), lambda name: name.split()[0] in self.stages)
@@ -107,7 +110,7 @@ class SuiteRun(RunContext):
         self.extended = set(from_rank_zero(check))
 
     def _planned(self) -> list[str]:
-        """The names of the stages to be done, in their order."""
+        """The names of the stages of this run, in their order."""
         tasks = self.suite.names
         names = {
             "pretrain": ["pretrain"] if self.files.pretrains else [],
@@ -133,10 +136,10 @@ class SuiteRun(RunContext):
             )
 
     def _check(self) -> None:
-        """Refuse at once what would fail after hours, and say what is unusual."""
+        """Raise an error if a stage would fail after hours, and print what is unusual."""
 
         def check() -> list[str]:
-            if not is_first():  # ranks that a fit launched
+            if not is_first():  # rank 0 has checked before it launched the others
                 return []
             return check_run(self.files, self.stages, self.make_trainer)
 
@@ -144,13 +147,13 @@ class SuiteRun(RunContext):
             self.doubt(doubt)
 
     def tune(self, others: Others | None = None) -> Report | None:
-        """Search for a method's parameters on validation data; not a stage, as nothing else depends on it.
+        """Search for a method's parameters on validation data. It is not a stage, because no stage depends on it.
 
         Args:
-            others: processes that search along.
+            others: further processes that take part in the search.
 
         Returns:
-            The report; None where this process only takes part in a search.
+            The report; None if this process only takes part in the search of another one.
         """
         make_writable(self.folder, "run.folder")
         with seeds_put_back():

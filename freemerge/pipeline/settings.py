@@ -22,14 +22,22 @@ Stage = Literal["pretrain", "finetune", "merge", "experts", "router", "evaluate"
 STAGES: tuple[Stage, ...] = ("pretrain", "finetune", "merge", "experts", "router", "evaluate")
 
 TrainerArguments = dict[str, Any]
-if not TYPE_CHECKING:  # so that a configuration's callbacks, profiler, … are checked and made as those of `trainer` are
+if not TYPE_CHECKING:  # the parser checks and instantiates callbacks, profilers, … as those of `trainer`
     _HINTS = {name: hint for name, hint in get_type_hints(L.Trainer.__init__).items() if name != "return"}
-    _HINTS["logger"] = bool | str | dict[str, Any] | list[str | dict[str, Any]] | None  # made anew for each fit
+    _HINTS["logger"] = bool | str | dict[str, Any] | list[str | dict[str, Any]] | None  # each fit makes its own
     TrainerArguments = TypedDict("TrainerArguments", _HINTS, total=False)
 
 
 def check_trainer(where: str, overrides: dict[str, Any]) -> None:
-    """Raise a ValueError if `overrides` has a key that Lightning's Trainer does not know, or no logger as `logger`."""
+    """Check the Trainer arguments of a stage.
+
+    Args:
+        where: the stage, for the message.
+        overrides: the arguments.
+
+    Raises:
+        ValueError: the Trainer has no such argument, or `logger` is not the configuration of a logger.
+    """
     known = inspect.signature(L.Trainer.__init__).parameters
     check_loggers(f"{where}.trainer.logger", overrides.get("logger"))
     for key in overrides:
@@ -100,7 +108,7 @@ class FinetuneSettings:
 
 
 def default_methods() -> dict[str, MergeMethod]:
-    """Line of the report → merging method, by default."""
+    """The default methods: row of the report → merging method."""
     return {
         "average": WeightAverage(),
         "task arithmetic": TaskArithmetic(),
@@ -115,12 +123,12 @@ class MergeSettings:
     """The stage that merges the task vectors with every method, each at its best scale on validation data.
 
     Args:
-        methods: line of the report → merging method; if not given, plain averaging, task arithmetic, TIES, PCB and FR.
+        methods: row of the report → merging method; if not given, plain averaging, task arithmetic, TIES, PCB and FR.
         scales: the grid of scales, the same for every method that has one. Of a method with a scale for each task, what
             each of them is multiplied by.
         free: the method whose merged backbone carries the experts.
         batch_norm_batches: batches of all tasks' training data on which a merged backbone's batch norm, if it has any,
-            is measured anew; 0 leaves the merged statistics.
+            is measured again; 0 keeps the merged statistics.
         statistics_samples: training samples of each task on which methods with `statistics: collect` (RegMean,
             FisherMerging) are measured.
     """
@@ -145,7 +153,7 @@ class MergeSettings:
 
     @property
     def lines(self) -> dict[str, MergeMethod]:
-        """Line of the report → method: those given, or the default ones."""
+        """Row of the report → method: the configured methods, or the default ones."""
         return default_methods() if self.methods is None else self.methods
 
 
@@ -170,8 +178,8 @@ class ExpertsSettings(FitSettings):
         logit_weight: weight of the logits' loss.
         temperature: temperature of the softened logits.
         cache_teacher: compute the teacher's features of each input once and keep them: for data without augmentation.
-        mixup: largest share of another input that is blended into each, for teacher and student alike; for images, and
-            not with `cache_teacher`. Few data then go a longer way, in more epochs.
+        mixup: largest fraction of another input that is blended into each, for teacher and student alike; for images,
+            and not with `cache_teacher`. It helps with few training data, if there are more epochs.
     """
 
     kind: Literal["sparse", "low_rank"] | type[Expert] = "sparse"
@@ -196,12 +204,20 @@ class ExpertsSettings(FitSettings):
         self._check_kind()
 
     def cut(self, residual: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> Expert:
-        """An expert of this kind and size from a task's residual against the merged backbone, before training."""
+        """Extract an expert of this kind and size, before training.
+
+        Args:
+            residual: the task's weights minus those of the merged backbone, by name.
+            metadata: text to store with the expert.
+
+        Returns:
+            The expert.
+        """
         return self._extraction(residual, **self.extraction).tagged(**(metadata or {}))
 
     @property
     def extraction(self) -> dict[str, Any]:
-        """The arguments that this kind of expert is extracted with."""
+        """The keyword arguments of the extraction."""
         given = {name: getattr(self, name) for name in ("density", "scope", "vectors", "rescale")}
         known = inspect.signature(self._extraction).parameters
         return {name: value for name, value in given.items() if name in known} | self.arguments
@@ -213,7 +229,7 @@ class ExpertsSettings(FitSettings):
         return named[self.kind] if isinstance(self.kind, str) else self.kind.extract
 
     def _check_kind(self) -> None:
-        """Raise a ValueError if files could not name the class, or if its `extract` does not take the arguments."""
+        """Raise a ValueError if files cannot name the class, or if its `extract` does not take the arguments."""
         if not isinstance(self.kind, str):
             try:
                 kind_of(self.kind)

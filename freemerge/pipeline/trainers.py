@@ -1,12 +1,12 @@
-"""Every fit's own Trainer, from one set of arguments.
+"""A new Trainer for each fit, from one set of arguments.
 
-The Trainer is Lightning's with all of its arguments. What differs, because a run is many fits:
+It is Lightning's Trainer with all of its arguments. Because a run consists of many fits:
 
-- Callbacks are copied for each fit, so that nothing of one task's fit is left in the next.
-- Loggers get a run for each fit, named after it: `finetune/birds`, `experts/birds`, `router`.
-- A ModelCheckpoint writes to a folder for each fit. One that monitors something takes the place of freemerge's own, and
-  its best checkpoint is what `finetune.weights: best` means.
-- The model is summarized once.
+- Callbacks are copied for each fit, so that no state of one fit remains in the next.
+- Loggers start a run for each fit, named after it: `finetune/birds`, `experts/birds`, `router`.
+- A ModelCheckpoint writes to a folder for each fit. One that monitors a metric replaces freemerge's own, and
+  `finetune.weights: best` uses its best checkpoint.
+- Only the first fit prints the model summary.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ class MakeTrainer:
     """Makes a fresh Trainer for each fit, with its own copies of callbacks and loggers.
 
     Args:
-        arguments: of the Trainer; `logger` may also be what `make_loggers` takes.
-        trainer_class: the class of the Trainer, or what makes one.
+        arguments: arguments of the Trainer; `logger` is as in `make_loggers`.
+        trainer_class: the class of the Trainer, or a function that makes one.
     """
 
     def __init__(self, arguments: Mapping[str, Any], trainer_class: Callable[..., L.Trainer] = L.Trainer) -> None:
@@ -40,14 +40,14 @@ class MakeTrainer:
     def __call__(
         self, folder: Path, name: str, overrides: Mapping[str, Any], callbacks: Sequence[Callback]
     ) -> L.Trainer:
-        """A Trainer for a fit.
+        """Make the Trainer of one fit.
 
         Args:
-            folder: where it logs and keeps checkpoints, unless the arguments say otherwise.
-            name: of the fit, such as `finetune/birds`.
-            overrides: arguments over those of all fits.
-            callbacks: further callbacks. A `BestCheckpoint` among them gives way to a ModelCheckpoint of the arguments'
-                that monitors something.
+            folder: the folder of logs and checkpoints, unless the arguments set one.
+            name: name of the fit, such as `finetune/birds`.
+            overrides: arguments that override those of all fits.
+            callbacks: further callbacks. A `BestCheckpoint` among them is left out if the arguments have a
+                ModelCheckpoint that monitors a metric.
         """
         given = {**self.arguments, **overrides}
         logger = make_loggers(given.pop("logger", None), folder, name)
@@ -73,7 +73,7 @@ class MakeTrainer:
         return self.trainer_class(**{**copy.deepcopy(given), "logger": False})
 
     def bare(self) -> L.Trainer:
-        """A Trainer without callbacks and loggers, which says where those of these arguments compute."""
+        """A Trainer without callbacks and loggers; it tells which devices the fits will use."""
         bare = {
             name: value for name, value in self.arguments.items() if name not in ("callbacks", "logger", "profiler")
         }
@@ -81,20 +81,20 @@ class MakeTrainer:
 
 
 def as_list(callbacks: Any) -> list[Callback]:
-    """A Trainer's argument `callbacks` as a list."""
+    """The Trainer's argument `callbacks` as a list."""
     if callbacks is None:
         return []
     return list(callbacks) if isinstance(callbacks, (list, tuple)) else [callbacks]
 
 
 def best_of(trainer: L.Trainer) -> str:
-    """The best checkpoint of a fit, by its first ModelCheckpoint that monitors something; empty if there is none."""
+    """The best checkpoint of a fit, by its first ModelCheckpoint that monitors a metric; "" if there is none."""
     monitoring = [each for each in trainer.checkpoint_callbacks if isinstance(each, ModelCheckpoint) and each.monitor]
     return monitoring[0].best_model_path if monitoring else ""
 
 
 def _move(checkpoint: ModelCheckpoint, folder: Path, name: str) -> None:
-    """Have a ModelCheckpoint write to a folder of this fit's own, the same when the fit is resumed."""
+    """Let a ModelCheckpoint write to this fit's own folder, which stays the same when the fit is resumed."""
     if checkpoint.dirpath is None:
         checkpoint.dirpath = str(folder / "checkpoints" / "own")
     else:

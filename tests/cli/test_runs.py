@@ -94,7 +94,7 @@ def test_another_base_is_not_taken_for_the_one_that_models_were_tuned_from(copy:
     before = files(copy)
     assert fit(copy) == 2
     message = error(capsys)
-    for part in ("finished results would be replaced", "finetune corners, finetune bars", "base has another content"):
+    for part in ("finished results would be replaced", "finetune corners, finetune bars", "base has changed"):
         assert part in message
     assert "--run.overwrite true" in message
     assert files(copy) == before

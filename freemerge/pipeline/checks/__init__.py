@@ -1,7 +1,7 @@
-"""Before the first fit: everything that would fail, or disappoint, after hours.
+"""Checks before the first fit: they find what would fail, or give poor results, after hours.
 
-A few real samples of each task go through the real backbone, a head, the loss, the metric and the router. All that is
-found is said together; what is done already is not looked at again.
+A few real samples of each task go through the real backbone, a head, the loss, the metric and the router. All findings
+are reported together. Finished stages are not checked again.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ __all__ = ["CheckError", "check_run"]
 
 
 def check_run(files: Artifacts, stages: Sequence[str], make_trainer: MakeTrainer) -> list[str]:
-    """Look for what would stop the chosen stages.
+    """Find everything that would stop the chosen stages.
 
     Args:
         files: the run's files.
@@ -44,10 +44,10 @@ def check_run(files: Artifacts, stages: Sequence[str], make_trainer: MakeTrainer
             devices' processes do not exist yet.
 
     Returns:
-        What is unusual and stops nothing, one line each.
+        The doubts: unusual findings that do not stop the run, one line each.
 
     Raises:
-        CheckError: with everything that would.
+        CheckError: something would stop a stage; the error lists all faults.
     """
     findings = Findings()
     check_stages(files, stages, findings)
@@ -62,16 +62,16 @@ def check_run(files: Artifacts, stages: Sequence[str], make_trainer: MakeTrainer
     if pending & {"experts", "router"}:
         check_router_settings(files, findings)
     if pending - {"evaluate"}:
-        # Random draws of datasets, heads and routers are for nothing but the look: the stages see other ones.
+        # The checks draw random numbers for datasets, heads and routers; the stages must not see different ones for it.
         with isolate_rng(include_cuda=False), torch.no_grad():
-            _Look(files, pending, make_trainer, findings).run()
+            _DataChecks(files, pending, make_trainer, findings).run()
     if findings.faults:
         raise CheckError(findings.faults)
     return findings.doubts
 
 
 def _pending(files: Artifacts, stages: Sequence[str]) -> set[str]:
-    """The chosen stages that have something to do."""
+    """The chosen stages that are not finished."""
     tasks = files.suite.names
     folders = {
         "pretrain": [files.pretrain_stage()] if files.pretrains else [],
@@ -88,14 +88,14 @@ def _pending(files: Artifacts, stages: Sequence[str]) -> set[str]:
     }
 
 
-class _Look:
-    """The look at data and model.
+class _DataChecks:
+    """The checks that need the data and the model.
 
     Args:
         files: the run's files.
-        pending: the stages that have something to do.
+        pending: the stages that are not finished.
         make_trainer: makes the Trainers of the run.
-        findings: where to say what is found.
+        findings: receives the faults and doubts.
     """
 
     def __init__(self, files: Artifacts, pending: set[str], make_trainer: MakeTrainer, findings: Findings) -> None:
@@ -111,7 +111,7 @@ class _Look:
         self.logged: dict[str, dict[str, tuple[str, ...]]] = {"pretrain": {}, "finetune": {}}
 
     def run(self) -> None:
-        """Look at every task, and at all of them together."""
+        """Check each task, then all tasks together."""
         files, suite = self.files, self.files.suite
         suite.prepare_data()
         tuner = files.tuner
@@ -137,7 +137,11 @@ class _Look:
             tuner.backbone.to("cpu").train(was_training)
 
     def _task(self, stage: str, data: TaskData, tuner: FineTuner, splits: tuple[str, ...]) -> Inputs | None:
-        """Look at one task; a few of its training inputs, if they can be used."""
+        """Check one task.
+
+        Returns:
+            A few of its training inputs; None if they cannot be used.
+        """
         before = len(self.findings.faults)
         try:
             task = data.task
@@ -146,7 +150,7 @@ class _Look:
             if tuner.head_kind == "zero_shot":
                 self._zero_shot(tuner, task)
             samples = Samples(data, self.findings)
-        except ValueError as error:  # data that cannot be used, or that this model is not for; in one line each
+        except ValueError as error:  # the data cannot be used, or do not suit this model; each error is one line
             self.findings.fault(error if data.name in str(error) else f"task {data.name!r}: {error}")
             return None
         samples.check_pixels(tuner.backbone)
@@ -159,10 +163,10 @@ class _Look:
         return samples.few("train")[0]
 
     def _zero_shot(self, tuner: FineTuner, task: Task) -> None:
-        """The text tower makes a head of class names; one of them says enough."""
+        """Check that the text tower makes a head from class names; one name is enough."""
         if task.kind != "classification":
-            tuner.frozen_head(task)  # says what is wrong
-        assert isinstance(tuner.backbone, ImageTextBackbone)  # or there would be no such FineTuner
+            tuner.frozen_head(task)  # raises the error that explains why
+        assert isinstance(tuner.backbone, ImageTextBackbone)  # FineTuner refuses zero-shot heads of other backbones
         tuner.backbone.class_head(task.class_names[:1], (task.templates or tuner.templates)[:1])
 
     def _held_out(self, name: str) -> None:
@@ -174,7 +178,7 @@ class _Look:
             self.findings.fault(error)
 
     def _adapter(self) -> None:
-        """An adapter fits the model: of all tasks, or of none."""
+        """Check that the adapter fits the model; one task is enough."""
         if self.files.tuner.peft is not None and "finetune" in self.pending and not self.findings.faults:
             try:
                 self.files.tuner.for_task(self.files.suite.task(self.files.suite.names[0]))
@@ -182,7 +186,7 @@ class _Look:
                 self.findings.fault(error)
 
     def _fits(self) -> None:
-        """Check the Trainer of every fit that is to come."""
+        """Check the Trainers of all fits that are not finished."""
         kind = type(self.files.tuner)
         more, settings = kind if may_log_more(kind, "logged") else None, self.files.settings
         metrics = {

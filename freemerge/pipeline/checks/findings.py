@@ -1,4 +1,4 @@
-"""What a look at a run found before its first fit."""
+"""The findings of the checks before a run's first fit."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from freemerge.errors import one_line
 
 
 class CheckError(ValueError):
-    """A run that would fail after hours, and why.
+    """A run would fail after hours.
 
     Args:
         faults: one line each: task, setting, expected, found, what to do.
@@ -21,17 +21,17 @@ class CheckError(ValueError):
 
 @dataclass
 class Findings:
-    """Faults stop a run before it begins; doubts are said, and it goes on."""
+    """The findings of the checks: faults stop the run before it begins, doubts are printed and do not."""
 
     faults: list[str] = field(default_factory=list)
     doubts: list[str] = field(default_factory=list)
 
     def fault(self, message: object) -> None:
-        """Add a fault, once."""
+        """Add a fault, unless it is already there."""
         _add(self.faults, message)
 
     def doubt(self, message: object) -> None:
-        """Add a doubt, once."""
+        """Add a doubt, unless it is already there."""
         _add(self.doubts, message)
 
 

@@ -1,4 +1,4 @@
-"""A task's labels: of the right type, in range, and enough of them to choose and to measure by."""
+"""Checks of a task's labels: type, range, and whether there are enough for validation and test."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from freemerge.pipeline.checks.findings import Findings
 
 
 def check_labels(task: Task, findings: Findings, splits: tuple[str, ...]) -> None:
-    """Look at all labels of a task, where its datasets have them at hand.
+    """Check all labels of a task that its datasets hold in memory.
 
     Args:
         task: the task.
-        findings: where to say it.
-        splits: those that a stage will read, of train, val and test.
+        findings: receives the faults and doubts.
+        splits: the splits that a stage will read, of train, val and test.
     """
     known: dict[str, Tensor] = {}
     for split in splits:
@@ -41,7 +41,7 @@ _USE = {
 
 
 def labels_of(dataset: Dataset) -> Tensor | None:
-    """All labels of a dataset, (N,), if it has them in memory, as `labels` or `targets`; None if not."""
+    """All labels (N,) of a dataset that holds them in memory, as `labels` or `targets`; None for others."""
     if isinstance(dataset, Subset):
         labels = labels_of(dataset.dataset)
         return None if labels is None else labels[torch.as_tensor(dataset.indices)]
@@ -53,13 +53,16 @@ def labels_of(dataset: Dataset) -> Tensor | None:
 
 
 def check_values(task: Task, split: str, labels: Any, findings: Findings) -> bool:
-    """Whether labels are what the kind of task asks for; a fault if not.
+    """Check that labels have the type, shape and range of their kind of task.
 
     Args:
         task: the task.
-        split: where they are from.
-        labels: (N,) of the dataset or of a batch; for language modelling (B, L).
-        findings: where to say it.
+        split: the split that they are from.
+        labels: the labels of a dataset or of a batch, (N,); for language modelling (B, L).
+        findings: receives a fault.
+
+    Returns:
+        Whether they have.
     """
     where = f"task {task.name!r}, {split}"
     if not isinstance(labels, Tensor):

@@ -1,4 +1,4 @@
-"""A few real samples of a task, through the real backbone and a head: the shapes, types and values that a fit meets."""
+"""Checks that pass a few real samples of a task through the real backbone and a head, as a fit does."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ class Samples:
 
     Args:
         data: the task's data module.
-        findings: where to say what is wrong.
+        findings: receives the faults and doubts.
     """
 
     def __init__(self, data: TaskData, findings: Findings) -> None:
         self.task = data.task
         self.findings = findings
-        data.num_workers = 0  # for one batch, processes take longer than they save
+        data.num_workers = 0  # starting workers takes longer than one batch
         self.batches: dict[str, Inputs] = {}
         self.labels: dict[str, Tensor] = {}
         for split in ("train", "val"):
@@ -65,7 +65,14 @@ class Samples:
         self.batches[split], self.labels[split] = inputs, labels
 
     def few(self, split: str) -> tuple[Inputs, Tensor]:
-        """The samples that go through the model: the longest of a dataset of texts, otherwise the first."""
+        """The samples that go through the model: the longest texts if lengths are known, otherwise the first.
+
+        Args:
+            split: `train` or `val`.
+
+        Returns:
+            Inputs and labels of at most two samples.
+        """
         dataset = getattr(self.task, split)
         lengths = lengths_of(dataset)
         if lengths is None:
@@ -78,7 +85,7 @@ class Samples:
     # -- checks -------------------------------------------------------------------------------------------------------
 
     def check_pixels(self, backbone: Backbone) -> None:
-        """Images come as numbers that a model expects: floating point, of a spread near 1."""
+        """Check that images are floating point, with a mean near 0 and a standard deviation near 1."""
         for split, inputs in self.batches.items():
             images = [part for part in tensors_of(inputs) if part.dim() == 4]
             for part in images:
@@ -91,12 +98,12 @@ class Samples:
                     self.findings.doubt(f"task {self.task.name!r}: {split} images {doubt}")
 
     def check_model(self, tuner: FineTuner, device: torch.device, may_fail: bool) -> None:
-        """The backbone takes the inputs, the head its features, and loss and metric the outputs.
+        """Check that backbone, head, loss and metric compute on the samples.
 
         Args:
-            tuner: whose backbone is on `device`.
+            tuner: the module; its backbone is on `device`.
             device: where to compute.
-            may_fail: the run computes elsewhere: what fails here is no more than a doubt.
+            may_fail: whether the run computes on another device, so that a failure here is only a doubt.
         """
         for split in self.batches:
             inputs, labels = self.few(split)
@@ -133,18 +140,18 @@ class Samples:
             metrics = objective.make_metrics().to(features.device)
             objective.update(metrics, outputs, labels)
             loss = objective.loss(outputs, labels)
-        except Exception as error:  # heads and metrics of anybody's own may raise anything
+        except Exception as error:  # user-defined heads and metrics may raise anything
             self.findings.fault(
                 f"{where}: head, loss or {self.task.metric} cannot be computed from features {tuple(features.shape)} "
                 f"of a backbone whose feature_dim is {tuner.backbone.feature_dim}: {_reason(error)}"
             )
             return
-        if not bool(loss.isfinite()) and not own:  # of a text that was cut off before its target there is none
+        if not bool(loss.isfinite()) and not own:  # a text that was cut off before its target has no loss
             self.findings.fault(f"{where}: the loss is {float(loss):g} before any training; look at labels and inputs")
 
 
 def cast_for(backbone: Backbone, inputs: Inputs) -> Inputs:
-    """Inputs in the precision of the weights, as a Trainer's precision makes them."""
+    """Inputs cast to the dtype of the backbone's weights, as the Trainer's precision plugin casts them."""
     dtype = next((each.dtype for each in backbone.parameters() if each.is_floating_point()), torch.float32)
     if isinstance(inputs, Tensor):
         return inputs.to(dtype) if inputs.is_floating_point() else inputs
@@ -154,7 +161,7 @@ def cast_for(backbone: Backbone, inputs: Inputs) -> Inputs:
 
 
 def _unusual(images: Tensor, pretrained: bool) -> str | None:
-    """What is unusual about the values of images (B, C, H, W)."""
+    """Describe what is unusual about the values of images (B, C, H, W); None if nothing is."""
     low, high = float(images.min()), float(images.max())
     mean, spread = float(images.float().mean()), float(images.float().std())
     if high > 20 and low >= 0:
@@ -175,7 +182,7 @@ def _unusual(images: Tensor, pretrained: bool) -> str | None:
 
 
 def describe(inputs: Inputs) -> str:
-    """`float32 (3, 32, 32)` of one sample's inputs, by name where they have names."""
+    """Describe the dtype and the shape of one sample's inputs, such as `float32 (3, 32, 32)`; named inputs by name."""
     if isinstance(inputs, Tensor):
         return f"{str(inputs.dtype).removeprefix('torch.')} {tuple(inputs.shape[1:])}"
     if isinstance(inputs, Mapping):
@@ -184,7 +191,7 @@ def describe(inputs: Inputs) -> str:
 
 
 def _model_name(backbone: Backbone) -> str:
-    """Its class, and what it says of its inputs."""
+    """The class of the backbone's model, and the image size and channels from its configuration."""
     config = getattr(backbone.model, "config", None)
     config = getattr(config, "vision_config", config)
     size, channels = getattr(config, "image_size", None), getattr(config, "num_channels", None)
@@ -195,7 +202,7 @@ def _model_name(backbone: Backbone) -> str:
 
 
 def _advice(backbone: Backbone, inputs: Inputs) -> str:
-    """What to do about inputs that a model does not take."""
+    """Suggest what to do about inputs that the model cannot take."""
     ids = inputs.get("input_ids") if isinstance(inputs, Mapping) else None
     if isinstance(ids, Tensor) and batch_size(inputs):
         return _token_advice(backbone, ids)

@@ -1,4 +1,4 @@
-"""The chosen stages and their settings, without a look at any data."""
+"""Checks of the chosen stages and their settings that need no data."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from freemerge.tuning import Space
 
 
 def check_stages(files: Artifacts, stages: Sequence[str], findings: Findings) -> None:
-    """Every stage finds what it reads: made before, or by an earlier one of the chosen stages."""
+    """Check that everything a stage reads exists, or is made by an earlier one of the chosen stages."""
     base = ["pretrain"] if files.pretrains and not files.base_path.is_file() else []
     needs = {
         "finetune": base,
@@ -36,7 +36,7 @@ def check_stages(files: Artifacts, stages: Sequence[str], findings: Findings) ->
         "router": ["merge"] if files.settings.router.kind == "early" else [],
         "evaluate": [*base, "finetune", "merge"],
     }
-    if "experts" in stages:  # an evaluation of experts is one of the FREE model, with its router
+    if "experts" in stages:  # with experts, `evaluate` measures the FREE model, which needs its router
         needs["evaluate"] += ["router"]
     missing: dict[str, list[str]] = {}
     for stage in stages:
@@ -61,7 +61,7 @@ def _is_missing(files: Artifacts, stage: str) -> bool:
 
 
 def _cannot_be_there(folder: StageFolder) -> bool:
-    """Whether a result is not there, and will not be once what it was made from is made again."""
+    """Whether a stage's result is missing, and would still be missing after the stages before it have run again."""
     finished = folder.finished()
     if finished is None:
         return True
@@ -72,7 +72,7 @@ def _cannot_be_there(folder: StageFolder) -> bool:
 
 
 def check_finished_models(files: Artifacts, findings: Findings) -> None:
-    """The finished models are of tasks of this suite and of this base; only names and shapes are read."""
+    """Check that the finished models belong to this suite's tasks and to this base; only names and shapes are read."""
     settings = files.settings.finetune
     if not settings.models:
         return
@@ -98,7 +98,7 @@ def check_finished_models(files: Artifacts, findings: Findings) -> None:
 
 
 def check_merge(files: Artifacts, findings: Findings) -> None:
-    """The methods' parameters suit the number of tasks, and each has a file of its own."""
+    """Check that the methods' parameters suit the tasks, and that each method writes a file of its own."""
     settings, tasks = files.settings.merge, files.suite.names
     paths: dict[str, str] = {}
     for name, method in settings.lines.items():
@@ -120,7 +120,7 @@ def check_merge(files: Artifacts, findings: Findings) -> None:
 
 
 def check_router_settings(files: Artifacts, findings: Findings) -> None:
-    """As many experts can be mixed as there are tasks."""
+    """Check that `top_n` is not larger than the number of tasks."""
     most, wanted = len(files.suite.names), files.settings.router.top_n
     if wanted > most:
         tasks = "there is one task" if most == 1 else f"there are {most} tasks"
@@ -128,7 +128,7 @@ def check_router_settings(files: Artifacts, findings: Findings) -> None:
 
 
 def check_experts_settings(files: Artifacts, findings: Findings) -> None:
-    """The density lets a low-rank expert hold something."""
+    """Check that the density is large enough for a low-rank expert to hold at least one direction."""
     settings, weights = files.settings.experts, files.tuner.backbone.weights()
     shapes = [tuple(each.shape) for each in weights.values() if each.is_floating_point() and each.numel()]
     if not shapes:
@@ -150,7 +150,7 @@ def check_experts_settings(files: Artifacts, findings: Findings) -> None:
 
 
 def check_tune(files: Artifacts, findings: Findings) -> None:
-    """A search that the configuration sets up for later can be begun."""
+    """Check the settings of a later `tune` command, if the configuration has any."""
     if files.settings.tune.line is None and files.settings.tune.method is None and files.settings.tune.space is None:
         return
     try:

@@ -1,4 +1,4 @@
-"""What the stages over all tasks ask of them: one batch of all tasks' inputs, a router's point, experts' losses."""
+"""Checks of the stages that use all tasks: a mixed batch, the router's inputs, and mixup for experts."""
 
 from __future__ import annotations
 
@@ -15,13 +15,16 @@ from freemerge.pipeline.settings import ExpertsSettings, RouterSettings
 
 
 def check_mixture(inputs: Mapping[str, Inputs], wanted_by: str, instead: str, findings: Findings) -> Inputs | None:
-    """All tasks' inputs as one batch, as a router is trained on them; None, and a fault, if they cannot be one.
+    """Join all tasks' inputs into one batch, as router training does.
 
     Args:
         inputs: task → a few samples.
-        wanted_by: the setting that asks for it.
-        instead: what to do without.
-        findings: where to say it.
+        wanted_by: the setting that needs the batch.
+        instead: what the user can do to avoid it.
+        findings: receives a fault.
+
+    Returns:
+        The batch; None if the inputs cannot be joined.
     """
     try:
         return join(list(inputs.values()))
@@ -44,15 +47,15 @@ def check_router(
     device: torch.device,
     findings: Findings,
 ) -> None:
-    """A router of the configured kind computes on a batch of all tasks.
+    """Check that a router of the configured kind computes on a batch of all tasks.
 
     Args:
         inputs: a few samples of each task.
-        names: the tasks.
-        settings: the router's.
-        backbone: on `device`.
+        names: names of the tasks.
+        settings: the router's settings.
+        backbone: the backbone, on `device`.
         device: where to compute.
-        findings: where to say it.
+        findings: receives a fault.
     """
     if settings.kind == "conv":
         if not isinstance(inputs, Tensor) or inputs.dim() != 4 or not inputs.is_floating_point():
@@ -77,7 +80,7 @@ def check_router(
 
 
 def check_expert_inputs(task: str, inputs: Inputs, settings: ExpertsSettings, findings: Findings) -> None:
-    """Mixup has images to blend."""
+    """Check that mixup, if it is on, has images to blend."""
     if settings.mixup > 0 and not (isinstance(inputs, Tensor) and inputs.is_floating_point()):
         findings.fault(f"experts.mixup is for images, but {_no_images(task, inputs)}; set it to 0")
 

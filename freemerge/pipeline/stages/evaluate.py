@@ -1,4 +1,4 @@
-"""The stage `evaluate`: everything on test data; the FREE model, the report and the picture."""
+"""The stage `evaluate`: evaluate all models on test data; write the FREE model, the report and the picture."""
 
 from __future__ import annotations
 
@@ -10,10 +10,16 @@ from freemerge.pipeline.reporting import doubts_of, make_report
 
 
 def evaluate(run: RunContext) -> Report:
-    """Evaluate everything on all tasks' test data; write the FREE model, the report and the picture.
+    """Evaluate all models on all tasks' test data; write the FREE model, the report and the picture.
 
-    Where there are no experts, because their stages were left out, the report ends with the merged models, and the
-    FREE model is the merged backbone with its heads; it takes the place of none that has experts.
+    If the stages of the experts were left out, the report ends with the merged models, and the FREE model is the merged
+    backbone with its heads. It does not replace an existing FREE model with experts.
+
+    Args:
+        run: the run.
+
+    Returns:
+        The report.
     """
     model = run.files.free_model() if run.files.has_experts() or "experts" in run.stages else None
     report = make_report(run.files, run.measure, model)

@@ -18,7 +18,7 @@ from freemerge.training import (
 
 
 def experts(run: RunContext) -> None:
-    """Extract every task's expert from its residual, then train it against its teacher."""
+    """Extract each task's expert from its residual, then train it against its fine-tuned model, the teacher."""
     extraction = run.files.extraction_stage()
     if not run.done(extraction):
         _extract_experts(run, extraction)

@@ -1,4 +1,4 @@
-"""The stage `finetune`: the base on each task, or finished models of the tasks, which gives the individual models."""
+"""The stage `finetune`: fine-tune the base on each task, or take finished models, as the individual models."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from freemerge.training import FineTuner
 
 
 def finetune(run: RunContext) -> None:
-    """Fine-tune the base on each task, unless a finished model is given: the individual models."""
+    """Make each task's individual model: fine-tune the base, unless a finished model is given."""
     for task in run.suite.names:
         stage = run.files.finetune_stage(task)
         if run.done(stage):
@@ -48,7 +48,7 @@ def finetune(run: RunContext) -> None:
 def _fit(
     run: RunContext, stage: StageFolder, tuner: FineTuner, data: L.LightningDataModule, resume: Path | None
 ) -> float | None:
-    """Fine-tune; the monitored metric."""
+    """Fine-tune the base on a task; returns the monitored metric."""
     fit = run.fit(stage, tuner, data, run.settings.finetune.trainer, resume, tuner.monitor, tuner.monitor_mode)
     if run.settings.finetune.weights == "best" and fit.best:
         tuner.load_state_dict(torch.load(fit.best, map_location="cpu", weights_only=True)["state_dict"])
@@ -63,7 +63,7 @@ def _take(
     data: L.LightningDataModule,
     resume: Path | None,
 ) -> float:
-    """Take a finished model, with a head that is made from the base; the monitored metric."""
+    """Take a finished model, with a head that is made from the base; returns the monitored metric."""
     if not tuner.head_ready:  # it is fitted before the first step; the weights after that step are not used
         settings = {**run.settings.finetune.trainer, "max_steps": 1, "limit_val_batches": 0, "callbacks": []}
         run.fit(stage, tuner, data, settings, resume, tuner.monitor, tuner.monitor_mode)
@@ -79,7 +79,7 @@ def _measure(run: RunContext, task: str, tuner: FineTuner, weights: Mapping[str,
 
 
 def _compare_with_base(run: RunContext, task: str, tuner: FineTuner, value: float, advice: str) -> None:
-    """Say so where a fine-tuned model is worse than the base, under the same head."""
+    """Print a note if a fine-tuned model is worse than the base with the same head."""
     assert tuner.objective is not None
     base = _measure(run, task, tuner, run.files.base_weights())
     metric = tuner.objective.metric

@@ -1,4 +1,4 @@
-"""Held-out tasks: a head for each, though nothing was fine-tuned on them."""
+"""Heads for held-out tasks, on which nothing was fine-tuned."""
 
 from __future__ import annotations
 
@@ -10,15 +10,17 @@ from freemerge.pipeline.store.artifacts import Artifacts
 
 
 def held_out_heads(files: Artifacts, device: torch.device) -> dict[str, nn.Module]:
-    """Task → head, for the suite's held-out tasks.
+    """Make a head for each of the suite's held-out tasks.
 
-    A held-out task takes the head that it shares with merged tasks, or one of its class names where heads are made of
-    them, or the model's own; otherwise a probe of the base's features of its own training data. No weight of the
-    backbone ever sees it.
+    It is the head that the task shares with merged tasks, a head made from its class names, or the model's own;
+    otherwise a probe fitted on the base's features of the task's training data. The backbone never trains on the task.
 
     Args:
         files: the run's files.
         device: where to compute features.
+
+    Returns:
+        Task → head.
     """
     heads: dict[str, nn.Module] = {}
     for task in files.suite.held_out:

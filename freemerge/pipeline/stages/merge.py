@@ -12,7 +12,7 @@ from freemerge.pipeline.stages.statistics import collect_statistics
 
 
 def merge_all(run: RunContext) -> None:
-    """Merge the task vectors by every method, at the scale that does best on validation data."""
+    """Merge the task vectors with every method, at the scale with the best mean score on validation data."""
     stage = run.files.merge_stage()
     if run.done(stage):
         return

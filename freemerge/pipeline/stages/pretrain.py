@@ -34,7 +34,7 @@ def pretrain(run: RunContext) -> None:
     if is_first() and not (done and own.is_file()):
         copy_file(made, own)
     if in_process_group():
-        dist.barrier()  # nobody reads it before it is there
+        dist.barrier()  # no rank may read the file before it exists
 
 
 def _pretrain(run: RunContext, stage: StageFolder) -> None:
@@ -51,7 +51,7 @@ def _pretrain(run: RunContext, stage: StageFolder) -> None:
 
 
 def _pretrained_before(run: RunContext, stage: StageFolder) -> bool:
-    """Take the base from the cache of pretrained backbones, if another run has put it there."""
+    """Take the base from the cache of pretrained backbones, if it is there."""
     if run.settings.pretrain.cache is None or stage.begun() == stage.key:
         return False
     kept = find(stage, expand(run.settings.pretrain.cache))
@@ -61,7 +61,7 @@ def _pretrained_before(run: RunContext, stage: StageFolder) -> bool:
     if is_first():
         copy_file(kept.path / "base.safetensors", stage.path / "base.safetensors")
     record = kept.finished()
-    assert record is not None  # `find` gives finished stages alone
+    assert record is not None  # `find` returns only finished stages
     stage.finish(record["results"])
     run.console.print(f"{stage.name}: taken from {kept.path}", markup=False)
     return True

@@ -1,4 +1,4 @@
-"""What `merge` measures before it merges, on the tasks' data, for methods with `statistics: collect`.
+"""Statistics of the tasks' data that `merge` collects first, for methods with `statistics: collect`.
 
 - RegMean: Gram matrices of the individual models' layers, on training inputs.
 - FisherMerging: squared gradients of the individual models, on training inputs.
@@ -39,14 +39,14 @@ from freemerge.tuning import learn_coefficients
 
 
 def collect_statistics(run: RunContext) -> None:
-    """Measure and write what the methods of the stage `merge` ask for; every rank waits for the first."""
+    """Collect and write the statistics that methods of the stage `merge` need; all ranks wait for rank 0."""
     for method in run.files.collected.values():
         from_rank_zero(partial(_write, run, method))
         run.console.print(f"merge: measured {method.measures.replace('_', ' ')}", markup=False)
 
 
 def _write(run: RunContext, method: MeasuredMethod) -> None:
-    with isolate_rng(include_cuda=False):  # the same augmentations each time, and none that changes other draws
+    with isolate_rng(include_cuda=False):  # the same augmentations each time; other draws stay as they are
         torch.manual_seed(run.seed)
         for task, table in _learned(run, method) if isinstance(method, AdaMerging) else _measured(run, method):
             path = run.files.statistics_path(method, task)
@@ -55,7 +55,7 @@ def _write(run: RunContext, method: MeasuredMethod) -> None:
 
 
 def _measured(run: RunContext, method: MeasuredMethod) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """Each task with the statistics of its individual model, one model at a time."""
+    """Yield each task with the statistics of its individual model, one model at a time."""
     device = run.measure.device
     for task in run.suite.names:
         backbone = run.files.backbone(run.files.finetuned(task)).eval().to(device)
@@ -68,7 +68,7 @@ def _measured(run: RunContext, method: MeasuredMethod) -> Iterator[tuple[str, di
 
 
 def _learned(run: RunContext, method: AdaMerging) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """Each task with its coefficients, which are learned together."""
+    """Yield each task with its coefficients; all coefficients are learned together."""
     device, tasks = run.measure.device, run.suite.names
     start, finetuned = run.files.base_weights(), run.files.finetuned_weights()
     begun = run.measure.with_own_statistics(merge(start, finetuned, TaskArithmetic(method.initial)))
@@ -104,7 +104,7 @@ def _seed(run: RunContext, task: str) -> int:
 
 
 def _unlabelled(dataset: Dataset, size: int, seed: int, device: torch.device) -> Iterator[Inputs]:
-    """Batches of inputs for ever, shuffled anew in each pass."""
+    """Yield batches of inputs without end, shuffled again in each pass."""
     generator = torch.Generator().manual_seed(seed)
     loader: DataLoader = DataLoader(dataset, size, shuffle=True, generator=generator, collate_fn=collate)
     while True:
@@ -113,7 +113,7 @@ def _unlabelled(dataset: Dataset, size: int, seed: int, device: torch.device) ->
 
 
 def _batches(run: RunContext, task: str, device: torch.device) -> Iterator[tuple[Inputs, Tensor]]:
-    """Training batches on the device, with as many samples in all as the settings say."""
+    """Yield training batches on the device, up to the configured number of samples."""
     left = run.settings.merge.statistics_samples
     data = run.suite.for_task(task)
     data.prepare_data()
@@ -128,7 +128,7 @@ def _batches(run: RunContext, task: str, device: torch.device) -> Iterator[tuple
 
 @torch.no_grad()
 def gram_matrices(backbone: Backbone, batches: Iterator[tuple[Inputs, Tensor]]) -> dict[str, Tensor]:
-    """Gram matrices of the inputs of a backbone's layers, by the names of their weights."""
+    """Compute the Gram matrices of the inputs of a backbone's layers, by the names of their weights."""
     with GramMatrices(measurable_layers(backbone.model)) as grams:
         for inputs, _ in batches:
             backbone(inputs)
@@ -138,7 +138,7 @@ def gram_matrices(backbone: Backbone, batches: Iterator[tuple[Inputs, Tensor]]) 
 def squared_gradients(
     backbone: Backbone, head: nn.Module, task: Task, batches: Iterator[tuple[Inputs, Tensor]], seed: int
 ) -> dict[str, Tensor]:
-    """Mean squared gradients of log p(y|x) of a backbone's weights, y drawn from the model.
+    """Compute the mean squared gradients of log p(y|x) for a backbone's weights; y is drawn from the model.
 
     Args:
         backbone: the fine-tuned backbone.

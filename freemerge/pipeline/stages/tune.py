@@ -1,10 +1,10 @@
-"""`tune`: the search for one method's parameters, judged on validation data alone.
+"""`tune`: the search for one method's parameters on validation data.
 
     <run>/tune/<method>/   study.journal, merged.safetensors, merge.yaml, report.json
 
 A trial costs one evaluation: the task vectors stay in memory, and trials share the statistics (`merging.candidates`).
-Several processes may search together, each on its own device. The process that finishes the search evaluates the chosen
-point once on test data, beside the method as configured.
+Several processes can search together, each on its own device. The process that finishes the search evaluates the chosen
+point and the method as configured, once, on test data.
 """
 
 from __future__ import annotations
@@ -38,10 +38,13 @@ from freemerge.tuning import Search, Space, Trial, default_ranges, searchers
 
 
 def chosen_method(settings: Settings) -> tuple[str, MergeMethod]:
-    """The method to tune, and what it is called.
+    """The method to tune, with its name.
+
+    Args:
+        settings: the stages' settings.
 
     Raises:
-        ValueError: there is no such line in `merge.methods`.
+        ValueError: `merge.methods` has no method of that name.
     """
     if settings.tune.method is not None:
         return type(settings.tune.method).__name__, settings.tune.method
@@ -57,7 +60,7 @@ class Tuning:
 
     Args:
         files: the run's files.
-        measure: evaluation, on the device of this process.
+        measure: evaluates models, on the device of this process.
         console: where to say how it goes.
         overwrite: search anew where one with other settings, or over other models, was finished.
     """
@@ -67,7 +70,7 @@ class Tuning:
         self.settings = files.settings.tune
         self.overwrite = overwrite
         self.measure = measure
-        # The others of an srun or torchrun only search along; the first brings it to its end.
+        # With srun or torchrun, rank 0 finishes the search; the other ranks only take part.
         self.searches_only = self.settings.part == "search" or not is_first()
         self.console = Console(quiet=True) if self.searches_only else console
         self.models = expand(self.settings.models) if self.settings.models else None
@@ -80,7 +83,7 @@ class Tuning:
         self.stage = files.tune_stage(self.name, self._inputs())
 
     def _inputs(self) -> dict[str, Any]:
-        """What the search depends on; the budget is not among it, so that a larger one goes on."""
+        """What the search depends on, without the budget, so that a larger budget continues the search."""
         weights = {"base": self.base, **self.finetuned}
         return {
             "method": describe_method(self._configured),
@@ -92,13 +95,13 @@ class Tuning:
         }
 
     def run(self, others: Others | None = None) -> Report | None:
-        """Search until the budget is used up, and evaluate what was found.
+        """Search until the budget is used up, and evaluate the best point.
 
         Args:
-            others: processes that search along.
+            others: further processes that take part in the search.
 
         Returns:
-            The report; None where this process only takes part.
+            The report; None if this process only takes part.
         """
         self.stage.path.parent.mkdir(parents=True, exist_ok=True)
         turn = FileLock(f"{self.stage.path}.lock")
@@ -124,12 +127,12 @@ class Tuning:
             return None
         search.wait()
         with turn:
-            if (report := self._finished()) is None:  # else another process was told to bring it to its end, and did
+            if (report := self._finished()) is None:  # otherwise the process that finishes the search has done so
                 report = self._finish(search)
         return self._show(report, f"{len(search.trials())} trials")
 
     def _finished(self) -> Report | None:
-        """What an earlier command found, if it had at least this one's budget."""
+        """The result of an earlier command that had at least this budget; None if there is none."""
         record = self.stage.record()
         if record is None or record["results"]["trials"] < self.settings.trials:
             return None
@@ -157,7 +160,7 @@ class Tuning:
         return self.stage.path / "study.journal"
 
     def _grid_scale(self) -> float | None:
-        """The one λ that the merge stage found by its grid, if it was done for this method."""
+        """The λ that the merge stage chose for this method from its grid; None if it did not run."""
         if self.models is not None or self.settings.method is not None:
             return None
         record = self.files.merge_stage().record()
@@ -165,11 +168,11 @@ class Tuning:
 
     @cached_property
     def candidates(self) -> Candidates:
-        """The fine-tuned models, to be merged again and again."""
+        """The fine-tuned models in memory, which every trial merges."""
         return Candidates(self.base, self.finetuned)
 
     def _try(self, search: Search, others: Others | None) -> None:
-        """Try points on validation data, together with others if there are any."""
+        """Evaluate points on validation data, together with other processes if there are any."""
         if others is not None:
             others.start()
         loaders = self.measure.loaders("val")
@@ -191,7 +194,7 @@ class Tuning:
         began = time.monotonic()
         search.run(objective, self.settings.trials, self.settings.seconds, report)
         if others is not None:
-            others.join()  # and, where one of them died at a trial, try another point in its stead
+            others.join()  # and replace the trials of processes that died
             left = self.settings.seconds and self.settings.seconds - (time.monotonic() - began)
             search.run(objective, self.settings.trials, left, report)
 
@@ -200,7 +203,7 @@ class Tuning:
         return self.measure.with_own_statistics(self.candidates.merge(method))
 
     def _individual(self, loaders: Mapping[str, Any]) -> dict[str, float]:
-        """Each task's own fine-tuned model, under the head that it was fine-tuned with."""
+        """Task → score of its own fine-tuned model, with the head that it was fine-tuned with."""
         scores: dict[str, float] = {}
         heads = self.files.heads(shared=False, run=self.models)
         for task, weights in self.finetuned.items():
@@ -208,20 +211,20 @@ class Tuning:
         return scores
 
     def _value(self, scores: Mapping[str, float], individual: Mapping[str, float]) -> float:
-        """What a trial is judged by; more is better, whatever the tasks' metrics."""
+        """The value of a trial; higher is better, whatever the tasks' metrics."""
         metrics = self.measure.metrics
         if self.settings.goal == "mean":
             return mean_score(scores, metrics)
-        shares = []
+        ratios = []
         for task, score in scores.items():
             best = comparable(individual[task], metrics[task])
-            shares.append(comparable(score, metrics[task]) / best if best else 0.0)
-        return min(shares) if self.settings.goal == "worst" else sum(shares) / len(shares)
+            ratios.append(comparable(score, metrics[task]) / best if best else 0.0)
+        return min(ratios) if self.settings.goal == "worst" else sum(ratios) / len(ratios)
 
-    # -- what was found -----------------------------------------------------------------------------------------------
+    # -- the result ---------------------------------------------------------------------------------------------------
 
     def _finish(self, search: Search) -> Report:
-        """Evaluate on test data, once, and write everything."""
+        """Evaluate on test data, once, and write the results."""
         trials, best = search.trials(), search.best()
         chosen = self.space.apply(best.point)
         merged = self._merged(chosen)
@@ -271,7 +274,7 @@ class Tuning:
         return report
 
     def _write_merge(self, chosen: MergeMethod) -> None:
-        """The configuration of a `merge` that makes the tuned model again, where its inputs are files."""
+        """Write the configuration of a `merge` that makes the tuned model again, with its inputs if they are files."""
         path = self.stage.path / "merge.yaml"
         config: dict[str, Any] = {"method": describe_method(chosen)}
         folder = self.models or self.files.folder
@@ -286,12 +289,12 @@ class Tuning:
         text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
         lines = [f"# python -m freemerge merge --config {path}"]
         if self.measure.has_own_statistics:
-            lines.append("# It merges batch norm's statistics; merged.safetensors has them measured anew.")
+            lines.append("# It merges batch norm's statistics; merged.safetensors has them measured again.")
         path.write_text("\n".join([*lines, text]), encoding="utf-8")
 
     def _show(self, report: Report, how: str) -> Report:
         report.print(self.console)
-        self.console.print(f"[dim]{self.stage.path}: {how}; merge.yaml there merges with what was found[/dim]")
+        self.console.print(f"[dim]{self.stage.path}: {how}; merge.yaml there makes the tuned model again[/dim]")
         return report
 
 

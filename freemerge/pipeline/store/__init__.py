@@ -1,1 +1,1 @@
-"""The files of a run: each stage's folder, the keys of its contents, the lock, what would be replaced."""
+"""The files of a run: stage folders and their keys, the lock, and the plan of what would be replaced."""

@@ -1,4 +1,4 @@
-"""What the stages of a run depend on and leave behind: their folders and keys, and what is read back from them."""
+"""The artifacts of a run: the folder and key of each stage, and the models that are read back from them."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ class Artifacts:
     """The files of a run.
 
     Args:
-        tuner: the template that is fine-tuned on each task; its backbone is the base, or, where the suite has
-            pretraining data, what is pretrained to become the base.
+        tuner: the template that is fine-tuned on each task; its backbone is the base or, if the suite has pretraining
+            data, is pretrained to become the base.
         suite: the tasks.
         folder: the run's folder.
         settings: the stages' settings.
         config: the configuration as plain data, by top-level key (model, trainer, pretrain, …); stages depend on it.
-        seed: of every stage's randomness.
+        seed: the run's seed.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class Artifacts:
         self.config = config
         self.seed = seed
 
-    # -- what earlier stages left behind ------------------------------------------------------------------------------
+    # -- the results of earlier stages --------------------------------------------------------------------------------
 
     def base_tuner(self) -> FineTuner:
         """A copy of the template with the base's weights."""
@@ -60,7 +60,7 @@ class Artifacts:
         return tuner
 
     def base_weights(self) -> dict[str, Tensor]:
-        """The base: the run's own, or as the template's backbone came."""
+        """The weights of the base: the run's own, or those that the template's backbone was loaded with."""
         if not self.pretrains:
             return self.tuner.backbone.weights()
         if not self.base_path.is_file():
@@ -69,21 +69,21 @@ class Artifacts:
 
     @property
     def pretrains(self) -> bool:
-        """Whether the base is pretrained here: not where it came pretrained, or the suite has no data for it."""
+        """Whether this run pretrains the base: it is not pretrained, and the suite has pretraining data."""
         return not self.tuner.backbone.pretrained and self.suite.has_pretraining
 
     @property
     def base_path(self) -> Path:
-        """The run's own base, once it is there; every later stage reads this file."""
+        """The file of the run's own base, which all later stages read if it exists."""
         own = self.folder / "base.safetensors"
         return own if own.is_file() else self.folder / "pretrain" / "base.safetensors"
 
     def finetuned_weights(self) -> dict[str, dict[str, Tensor]]:
-        """Task → weights of its individual model's backbone."""
+        """Task → weights of the backbone of its individual model."""
         return {task: self.finetuned(task) for task in self.suite.names}
 
     def finetuned(self, task: str) -> dict[str, Tensor]:
-        """Weights of one task's individual model's backbone."""
+        """The weights of the backbone of one task's individual model."""
         return load_checkpoint(self._require_folder(self.finetune_stage(task)) / "backbone.safetensors")
 
     def finished(self, run: Path | None = None) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
@@ -120,7 +120,7 @@ class Artifacts:
         return heads
 
     def _head(self, task: str, state: dict[str, Tensor]) -> nn.Module:
-        """A head with these weights: linear, the model's own, or whatever the template's class makes."""
+        """A head with these weights: linear, the model's own, or what the template's `make_head` returns."""
         if not self.tuner.makes_own_heads:
             return _linear(state) if state else nn.Identity()
         head = self.tuner.make_head(self.suite.task(task).num_outputs)
@@ -133,7 +133,7 @@ class Artifacts:
         return load_checkpoint(self.merged_path(self.settings.merge.free))
 
     def free_model(self) -> FreeModel:
-        """The FREE model as its files say it is."""
+        """The FREE model, from the files of the stages."""
         merged, experts = self.free_weights(), {}
         for task in self.suite.names:
             self.require(self.expert_stage(task))
@@ -148,7 +148,7 @@ class Artifacts:
         ).eval()
 
     def merged_model(self) -> FreeModel:
-        """The merged backbone with the tasks' heads, without experts and router: it is told each sample's task."""
+        """The merged backbone with the tasks' heads, without experts and router; callers name each sample's task."""
         names = {task: self.suite.task(task).class_names for task in self.suite.names}
         return FreeModel(self.backbone(self.free_weights()), self.heads(), class_names=_given(names)).eval()
 
@@ -178,7 +178,7 @@ class Artifacts:
         }
 
     def stages(self) -> list[Callable[[], StageFolder]]:
-        """What makes each stage, in order; a stage's key depends on what the earlier ones have written by then."""
+        """Functions that make each stage, in order; a stage's key depends on the current files of earlier stages."""
         tasks = self.suite.names
         return [
             *([self.pretrain_stage] if self.pretrains else []),
@@ -190,7 +190,7 @@ class Artifacts:
         ]
 
     def pretrain_stage(self) -> StageFolder:
-        """The base, where it is pretrained here."""
+        """The stage that pretrains the base."""
         settings = self.settings.pretrain
         inputs = self._key("trainer", "pretrain") | {
             "backbone": self._backbone_hash,
@@ -207,7 +207,7 @@ class Artifacts:
         return content(self.base_path) if self.pretrains else self._backbone_hash
 
     def finetune_stage(self, task: str) -> StageFolder:
-        """A task's fit: backbone.safetensors and head.safetensors."""
+        """The fine-tuning of a task: backbone.safetensors and head.safetensors."""
         group = self.suite.head_group(task)
         own = dict(self.config.get("finetune") or {})
         taken = {"model": own.pop("models", {}).get(task), "exclude": own.pop("exclude", None)}  # not of other tasks
@@ -216,7 +216,7 @@ class Artifacts:
             **({"taken": taken | {"content": self._content_of_model(task)}} if taken["model"] else {}),
             "base": self._base_content(),
             "task": task,
-            # A head that is shared is fitted to the data of its whole group; other tasks do not count.
+            # A shared head is fitted to the data of its whole group; other tasks have no effect.
             "group": {member: self.suite.task_fingerprint(member) for member in group},
             "batch_size": self.suite.batch_size,
             "order": list(group),
@@ -232,12 +232,12 @@ class Artifacts:
         """
         settings = self.settings.finetune
         source = self._places[settings.models[task]]
-        # The mean of one model is itself, with all that a merge checks, matches and computes of adapters.
+        # The average of one model is that model; merging it also checks it, matches names and applies adapters.
         return merge(self.base_weights(), [source], WeightAverage(), exclude=settings.exclude)
 
     @cached_property
     def _places(self) -> dict[str, Path]:
-        """Finished model, as the settings name it → its local path; looked up on the Hub once."""
+        """Finished model, as the settings name it → its local path; each is looked up on the Hub only once."""
         return {source: locate(source) for source in self.settings.finetune.models.values()}
 
     def _content_of_model(self, task: str) -> dict[str, str]:
@@ -246,7 +246,7 @@ class Artifacts:
         return {file.name: content(file) for file in files if file.suffix in (".safetensors", ".bin", ".pt", ".ckpt")}
 
     def _of_all_tasks(self) -> dict[str, Any]:
-        """The content of all that fine-tuning left, and the data that it is judged on."""
+        """The content of all files of fine-tuning, and the validation data."""
         tasks, stages = self.suite.names, {task: self.folder / "finetune" / task for task in self.suite.names}
         return {
             "tasks": list(tasks),
@@ -260,14 +260,14 @@ class Artifacts:
         return tuple(f"finetune {task}" for task in self.suite.names)
 
     def merge_stage(self) -> StageFolder:
-        """The merged backbones, and how their scales were chosen."""
+        """The stage that merges, with the search for the scales."""
         inputs = self._key("merge") | {"base": self._base_content()} | self._of_all_tasks()
         if inputs["merge"] and not self.collected:
             inputs["merge"] = {name: said for name, said in inputs["merge"].items() if name != "statistics_samples"}
         return StageFolder(self.folder / "merge", "merge", inputs, self._all_finetuned())
 
     def extraction_stage(self) -> StageFolder:
-        """The experts before training, and how their scale was chosen."""
+        """The stage that extracts the experts, with the search for their scale."""
         settings = self.settings.experts
         inputs = self._key() | self._of_all_tasks() | {
             "base": self._base_content(),
@@ -280,7 +280,7 @@ class Artifacts:
         return StageFolder(self.folder / "extracted", "experts extracted", inputs, ("merge",))
 
     def expert_stage(self, task: str) -> StageFolder:
-        """A task's trained expert."""
+        """The stage that trains a task's expert."""
         group = self.suite.head_group(task)
         inputs = self._key("trainer", "experts") | {
             "task": task,
@@ -294,14 +294,14 @@ class Artifacts:
         return StageFolder(self.folder / "experts" / task, f"experts {task}", inputs, ("experts extracted",))
 
     def router_stage(self) -> StageFolder:
-        """The router."""
+        """The stage that trains the router."""
         tasks = self.suite.names
         inputs = self._key("trainer", "router") | {
             "tasks": list(tasks),
             "data": {task: self.suite.task_fingerprint(task) for task in tasks},
             "batch_size": self.settings.router.batch_size or self.suite.batch_size,
         }
-        early = self.settings.router.kind == "early"  # it looks at the merged backbone
+        early = self.settings.router.kind == "early"  # it uses features of the merged backbone
         if early:
             inputs["merged"] = self._merged_content()
         return StageFolder(self.folder / "router", "router", inputs, ("merge",) if early else ())
@@ -310,23 +310,23 @@ class Artifacts:
         return content(self.merged_path(self.settings.merge.free))
 
     def tune_stage(self, name: str, inputs: Mapping[str, Any]) -> StageFolder:
-        """The search for a method's parameters.
+        """The folder of the search for a method's parameters.
 
         Args:
-            name: what is tuned.
-            inputs: what the search depends on, beside the data and the seed.
+            name: name of the tuned method.
+            inputs: what the search depends on, in addition to the data and the seed.
         """
         data = {task: self.suite.task_fingerprint(task) for task in self.suite.names}
         inputs = self._key() | {"order": list(data), "task_data": data, **inputs}
         return StageFolder(self.folder / "tune" / _file_name(name), f"tune {name}", inputs)
 
     def statistics_path(self, method: MeasuredMethod, task: str) -> Path:
-        """Statistics of a task's individual model that a method merges by."""
+        """The file of a task's statistics that a method needs."""
         return self.folder / "merge" / "statistics" / f"{task}.{method.collected_as}.safetensors"
 
     @property
     def collected(self) -> dict[str, MeasuredMethod]:
-        """The statistics that the stage `merge` is asked to collect: their name → a method that asks for them."""
+        """The statistics that the stage `merge` collects: their name → a method that needs them."""
         found: dict[str, MeasuredMethod] = {}
         for method in self.settings.merge.lines.values():
             self.with_statistics(method, found)
@@ -348,15 +348,15 @@ class Artifacts:
         return collected(method, paths)
 
     def merged_path(self, method: str) -> Path:
-        """The backbone merged by the method of that name."""
+        """The file of the backbone that the method of that name merged."""
         return self.folder / "merge" / f"{_file_name(method)}.safetensors"
 
     def extracted_path(self, task: str) -> Path:
-        """A task's expert before training."""
+        """The file of a task's expert before training."""
         return self.folder / "extracted" / f"{task}.safetensors"
 
     def expert_path(self, task: str) -> Path:
-        """A task's expert after training."""
+        """The file of a task's expert after training."""
         return self.folder / "experts" / task / "expert.safetensors"
 
     def has_experts(self) -> bool:
@@ -365,7 +365,14 @@ class Artifacts:
         return all(stage.record() is not None for stage in stages)
 
     def require(self, stage: StageFolder) -> dict[str, Any]:
-        """The record of a stage that must have been done; a ValueError that says what to add if it has not."""
+        """The record of a finished stage.
+
+        Args:
+            stage: the stage.
+
+        Raises:
+            ValueError: it is not finished; the message says what to add to `run.stages`.
+        """
         record = stage.record()
         if record is None:
             raise ValueError(
@@ -384,7 +391,7 @@ def _given(class_names: Mapping[str, Sequence[str]]) -> dict[str, Sequence[str]]
 
 
 def _mean(tensors: Sequence[Tensor]) -> Tensor:
-    """Of weights of one head that several tasks share; a count is the first's."""
+    """The mean of the weights of a head that several tasks share; integers, such as counts, are the first task's."""
     return torch.stack(list(tensors)).mean(dim=0) if tensors[0].is_floating_point() else tensors[0]
 
 

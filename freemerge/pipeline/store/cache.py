@@ -12,7 +12,7 @@ _FILES = ("base.safetensors", "stage.json")
 
 
 def find(stage: StageFolder, cache: Path) -> StageFolder | None:
-    """What the cache has of a stage; None if it has nothing.
+    """Find a stage in the cache; None if it is not there.
 
     Args:
         stage: the pretrain stage of a run.
@@ -23,7 +23,7 @@ def find(stage: StageFolder, cache: Path) -> StageFolder | None:
 
 
 def store(stage: StageFolder, cache: Path) -> None:
-    """Put a finished stage into the cache, all at once; what another run has put there meanwhile stays."""
+    """Put a finished stage into the cache, atomically; an entry that another run has put there stays."""
     kept = _place(stage, cache)
     draft = kept.path.with_name(f".{kept.path.name}.{os.getpid()}.partial")
     draft.mkdir(parents=True)

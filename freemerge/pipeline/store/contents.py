@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 def content_hash(path: Path) -> str:
-    """SHA-256 of a file's content, remembered as long as its size and time stay the same.
+    """SHA-256 of a file's content, cached as long as its size and time stay the same.
 
     safetensors writes metadata in an order that differs from one process to the next, so the header counts sorted.
     """
@@ -22,7 +22,7 @@ def content_hash(path: Path) -> str:
 def _content_hash(path: Path, size: int, modified: int) -> str:
     with path.open("rb") as file:
         header = file.read(min(int.from_bytes(file.read(8), "little"), size))
-        with suppress(ValueError):  # damaged, which is said when it is read
+        with suppress(ValueError):  # damaged: the error is raised when the file is read
             header = json.dumps(json.loads(header), sort_keys=True).encode()
         digest = hashlib.sha256(header)
         while chunk := file.read(1 << 20):

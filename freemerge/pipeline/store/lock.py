@@ -59,7 +59,7 @@ def _holder(folder: Path) -> dict[str, Any] | None:
 
 
 def _is_alive(holder: dict[str, Any] | None) -> bool:
-    """Whether the process may be there; on another machine there is no telling."""
+    """Whether the process may exist; a process on another machine is assumed to exist."""
     if holder is None or holder["host"] != socket.gethostname():
         return True
     try:

@@ -1,7 +1,7 @@
-"""Before anything runs: which finished stages would be done again, and why.
+"""The plan of a run: which finished stages would run again, and why.
 
-Nothing finished is replaced because a setting changed, unless that is asked for. What only takes in further tasks (the
-merge of more models, the router among more tasks, and what is made from these) is an extension, and needs no asking.
+Finished results are replaced only if the user asks for it. An exception is an extension by further tasks: the merge of
+more models, the router for more tasks, and the stages that read these.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ PER_TASK = frozenset({"tasks", "models", "heads", "data", "head_groups"})
 
 @dataclass
 class Plan:
-    """What would become of the finished stages.
+    """The plan for the finished stages of a run.
 
     Args:
-        replaced: name of a stage → why it would be done again; a fit with a checkpoint counts as finished here.
-        extended: names of the stages that are done again for more tasks.
-        unsettled: names of the stages that read what is yet to be made, and may have to be done again.
+        replaced: name of a stage → why it would run again; an interrupted fit with a checkpoint is treated as finished.
+        extended: names of the stages that run again for further tasks.
+        unsettled: names of the stages that read files which do not exist yet, and may have to run again.
     """
 
     replaced: dict[str, str] = field(default_factory=dict)
@@ -40,11 +40,14 @@ class Plan:
 
 
 def make_plan(stages: Iterable[Callable[[], StageFolder]], wanted: Callable[[str], bool]) -> Plan:
-    """Look at all stages in their order.
+    """Make the plan of a run.
 
     Args:
-        stages: each makes its stage.
-        wanted: whether the stage of that name is to be run.
+        stages: functions that make the stages, in their order.
+        wanted: tells whether the stage of a name is to run.
+
+    Returns:
+        The plan.
     """
     plan = Plan()
     for make in stages:
@@ -69,11 +72,14 @@ def make_plan(stages: Iterable[Callable[[], StageFolder]], wanted: Callable[[str
 
 
 def difference(finished: Mapping[str, Any], inputs: Mapping[str, Any]) -> str | None:
-    """Why a stage that is finished must be done again; None if only further tasks are the reason, or none is known yet.
+    """Describe why a finished stage must run again.
 
     Args:
         finished: its record.
-        inputs: what it would be made from now.
+        inputs: its inputs now.
+
+    Returns:
+        The reason; None if it is only an extension by further tasks, or if no reason is known yet.
     """
     if "files" not in finished:
         return "made by an earlier version of freemerge, which kept no record of the files"
@@ -86,7 +92,7 @@ def difference(finished: Mapping[str, Any], inputs: Mapping[str, Any]) -> str | 
 
 
 def is_extension(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
-    """Whether new inputs are the old ones, in their order, and those of further tasks."""
+    """Whether the new inputs are the old ones, in the same order, plus those of further tasks."""
     before, after = old.get("tasks"), new.get("tasks")
     if not before or not after or len(after) <= len(before):
         return False
@@ -102,7 +108,7 @@ def is_extension(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
 
 
 def _differences(old: Any, new: Any, path: str = "") -> Iterable[str]:
-    """`key: old → new` of all that differs; what is yet to be made differs from nothing."""
+    """Yield all differences as `key: old → new`; files that do not exist yet are not compared."""
     if old == new or new == NOT_MADE:
         return
     if isinstance(old, Mapping) and isinstance(new, Mapping):
@@ -110,7 +116,7 @@ def _differences(old: Any, new: Any, path: str = "") -> Iterable[str]:
             yield from _differences(old.get(key), new.get(key), f"{path}.{key}" if path else str(key))
         return
     if _is_hash(old) and _is_hash(new):
-        yield f"{path} has another content"
+        yield f"{path} has changed"
     else:
         yield f"{path}: {_short(old)} → {_short(new)}"
 

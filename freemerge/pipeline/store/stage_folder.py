@@ -1,9 +1,10 @@
-"""Stage folders: what has been done, from what, and whether it can be skipped or resumed.
+"""Stage folders: the results of a stage, with a record of its inputs, so that it can be skipped or resumed.
 
 A stage's key is a hash of everything its result depends on: its settings, and the content of the files that it reads.
 `stage.json` with that key is written last, so its presence means that the folder is whole. `started.json` with that key
 means that a fit was interrupted there and may go on from its last checkpoint; with another key the folder is stale and
-is emptied. Whether something finished may be emptied is asked before (`freemerge.pipeline.store.replacing`).
+is emptied. The plan of the run decides before whether finished results may be emptied (`freemerge.pipeline.store.
+replacing`).
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from freemerge.pipeline.store.contents import content_hash
 from freemerge.runtime.process_group import in_process_group
 
 NOT_MADE = "not made yet"
-"""Stands in a stage's inputs for the content of a file that an earlier stage has yet to write."""
+"""The placeholder, in a stage's inputs, for a file that an earlier stage has not written yet."""
 
 
 def from_rank_zero(compute: Any) -> Any:
@@ -56,14 +57,14 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def make_writable(folder: Path, setting: str) -> None:
-    """Make a folder, and a file in it that is deleted again: what cannot be written shows before any work.
+    """Make a folder and test that it can be written, before any work is done.
 
     Args:
         folder: the folder.
-        setting: what it is called in a configuration.
+        setting: its configuration key, for the message.
 
     Raises:
-        ValueError: if the folder cannot be made or written.
+        ValueError: the folder cannot be made or written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -74,19 +75,19 @@ def make_writable(folder: Path, setting: str) -> None:
 
 
 def copy_file(source: Path, target: Path) -> None:
-    """Copy a file atomically, its times included, so that what is remembered of its content holds for the copy."""
+    """Copy a file atomically, with its modification time, so that the cached hash of its content stays valid."""
     temporary = target.with_name(f".{target.name}.partial")
     shutil.copy2(source, temporary)
     os.replace(temporary, target)
 
 
 class StageFolder:
-    """One stage of a run, and the folder its results are in.
+    """One stage of a run, and the folder of its results.
 
     Args:
         path: the folder.
-        name: what the stage is called in messages.
-        inputs: everything the result depends on, as plain data.
+        name: name of the stage in messages.
+        inputs: everything that the result depends on, as plain data.
         made_from: names of the stages whose files it reads.
     """
 
@@ -95,26 +96,26 @@ class StageFolder:
         self.name = name
         self.made_from = made_from
         canonical = json.dumps(dict(inputs), sort_keys=True, ensure_ascii=False, default=str)
-        self.inputs = json.loads(canonical)  # as `stage.json` will give them back
+        self.inputs = json.loads(canonical)  # as they will be read from `stage.json`
         self.key = hashlib.sha256(canonical.encode()).hexdigest()
         self._began = time.monotonic()
 
     @property
     def checkpoints(self) -> Path:
-        """Where the stage's fit keeps its checkpoints."""
+        """The folder of the fit's checkpoints."""
         return self.path / "checkpoints"
 
     @property
     def last_checkpoint(self) -> Path | None:
-        """What an interrupted fit can go on from."""
-        # A checkpoint that is a folder is replaced in two steps, between which there is only the one before.
+        """The checkpoint that an interrupted fit can resume from; None if there is none."""
+        # A sharded checkpoint is a folder, which is replaced in two steps; in between only the previous one exists.
         for name in ("last.ckpt", "last.ckpt.before"):
             if (self.checkpoints / name).exists():
                 return self.checkpoints / name
         return None
 
     def record(self) -> dict[str, Any] | None:
-        """What `finish` recorded, if the stage is done; None if it is not, or was done from other inputs."""
+        """The record of `finish`; None if the stage is not finished, or was finished with other inputs."""
         return from_rank_zero(self._record)
 
     def _record(self) -> dict[str, Any] | None:
@@ -122,7 +123,7 @@ class StageFolder:
         return recorded if recorded is not None and recorded["key"] == self.key else None
 
     def finished(self) -> dict[str, Any] | None:
-        """What was recorded when a stage finished here, from whatever inputs; None if a file of its results is gone."""
+        """The record of the finished stage, whatever its inputs; None if there is none or a result file is missing."""
         recorded = _read_json(self.path / "stage.json")
         if recorded is None or any(not (self.path / name).is_file() for name in recorded.get("files", {})):
             return None
@@ -134,25 +135,25 @@ class StageFolder:
         return started["key"] if started is not None and self.last_checkpoint is not None else None
 
     def is_stale(self) -> bool:
-        """Whether `begin` will empty the folder, as what it holds was made from other inputs."""
+        """Whether `begin` will empty the folder, because its files were made from other inputs."""
         current = self._current()
         return current is not None and current["key"] != self.key
 
     def _current(self) -> dict[str, Any] | None:
-        """What says whose the folder is: the stage that began in it last."""
+        """The file that records which stage last began in the folder."""
         return _read_json(self.path / "started.json") or _read_json(self.path / "stage.json")
 
     def begin(self, ckpt_path: str | None = None) -> Path | None:
-        """Make the folder ready for the stage to be done in it.
+        """Prepare the folder for the stage.
 
         Args:
             ckpt_path: checkpoint that the caller wants to resume from.
 
         Returns:
-            The checkpoint to resume from: `ckpt_path`, or the last one if this very stage was interrupted here.
+            The checkpoint to resume from: `ckpt_path`, or the last one if a fit with the same key was interrupted here.
 
         Raises:
-            ValueError: if the folder holds something else, or `ckpt_path` lies in it and would be lost.
+            ValueError: the folder holds other files, or `ckpt_path` lies in it and would be deleted.
         """
         self._began = time.monotonic()
         resume = from_rank_zero(lambda: self._prepare(ckpt_path))
@@ -180,14 +181,21 @@ class StageFolder:
         return str(last) if same and interrupted and last is not None else None
 
     def _empty(self) -> None:
-        """Remove everything; first aside, so that what is killed meanwhile leaves no half of a folder."""
+        """Delete the folder; it is renamed first, so that an interruption leaves no half-empty folder."""
         aside = self.path.with_name(f".{self.path.name}.removed")
         shutil.rmtree(aside, ignore_errors=True)
         os.replace(self.path, aside)
         shutil.rmtree(aside)
 
     def finish(self, results: Mapping[str, Any]) -> dict[str, Any]:
-        """Record that the stage is done, and the content of its files; returns the record."""
+        """Record that the stage is finished, with the hashes of its files.
+
+        Args:
+            results: values to record.
+
+        Returns:
+            The record.
+        """
         record = {
             "stage": self.name,
             "key": self.key,
@@ -200,12 +208,12 @@ class StageFolder:
             write_json(self.path / "stage.json", record)
             (self.path / "started.json").unlink(missing_ok=True)
         if in_process_group():
-            dist.barrier()  # nobody reads the results before they are complete
+            dist.barrier()  # no rank may read the results before they are complete
         return record
 
 
 def content(path: Path) -> str:
-    """SHA-256 of a file that a stage wrote, or `NOT_MADE`; read only where its stage's record does not tell."""
+    """SHA-256 of a file that a stage wrote, or `NOT_MADE`; the file is read only if its stage's record has no hash."""
     try:
         status = path.stat()
     except FileNotFoundError:

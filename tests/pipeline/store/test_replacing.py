@@ -23,7 +23,7 @@ def test_a_reason_names_what_differs() -> None:
     assert (
         difference(finished, {**MERGE, "base": "1", "models": {"a": "3", "c": "2"}}) == "models.a: 1 → 3, base: 0 → 1"
     )
-    assert difference({"files": {}, "inputs": {"x": "a" * 64}}, {"x": "b" * 64}) == "x has another content"
+    assert difference({"files": {}, "inputs": {"x": "a" * 64}}, {"x": "b" * 64}) == "x has changed"
 
 
 def test_what_is_made_from_something_that_is_replaced_is_replaced(tmp_path) -> None:
