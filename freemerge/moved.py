@@ -37,7 +37,7 @@ _MOVED = {
     "data.photographs": "quickstart.photographs",
     "data.quickstart": "quickstart.suite",
     "data.quickstart_glyphs": "quickstart.glyph_tasks",
-    "data.quickstart_pictures": "quickstart.picture_tasks",
+    "data.quickstart_pictures": "quickstart.image_tasks",
     "data.quickstart_pretraining": "quickstart.pretraining",
     "distributed": "runtime.process_group",
     "experts.exclusive": "experts.running.locks",
@@ -110,6 +110,7 @@ _MOVED = {
     "pipeline.lock": "pipeline.store.lock",
     "pipeline.plan": "pipeline.store.replacing",
     "pipeline.tune": "pipeline.stages.tune",
+    "quickstart.picture_tasks": "quickstart.image_tasks",
 }
 
 # (module, name) of what has moved or been renamed → its current module and name.

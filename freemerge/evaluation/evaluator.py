@@ -1,4 +1,4 @@
-"""MultiTaskEvaluator: evaluate or run one finished model through Lightning's `validate`, `test` and `predict`."""
+"""MultiTaskEvaluator: evaluates one finished model with Lightning's `validate`, `test` and `predict`."""
 
 from __future__ import annotations
 
@@ -16,13 +16,19 @@ from freemerge.models import FreeModel, FreeOutput, LanguageBackbone
 
 
 class MultiTaskEvaluator(L.LightningModule):
-    """Evaluates a FreeModel on a suite: every dataloader is one task, in the suite's order.
+    """Evaluates a FreeModel on a suite: each dataloader has the data of one task, in the suite's order.
 
     Args:
-        model: the model; it routes each sample by itself. One without a router is told each sample's task.
+        model: the model. It routes each sample; a model without a router is given each sample's task.
         tasks: the task of each dataloader, in order.
-        oracle: name the true task to the model instead of letting it route.
-        metrics: task name → its metric; accuracy for those not named.
+        oracle: give the true task to the model instead of letting it route.
+        metrics: task name → metric; tasks without an entry use accuracy.
+
+    Attributes:
+        results: task name → value of its metric in the latest evaluation.
+
+    Raises:
+        ValueError: if the model lacks one of the tasks.
     """
 
     def __init__(
@@ -35,7 +41,7 @@ class MultiTaskEvaluator(L.LightningModule):
         super().__init__()
         unknown = [task for task in tasks if task not in model.tasks]
         if unknown:
-            raise ValueError(f"the model has no task {', '.join(unknown)}; it has {', '.join(model.tasks)}")
+            raise ValueError(f"the model has no task {', '.join(unknown)}; its tasks: {', '.join(model.tasks)}")
         self.model = model
         self.tasks = tasks
         self.oracle = oracle or model.router is None
@@ -51,6 +57,15 @@ class MultiTaskEvaluator(L.LightningModule):
         self._task_model: tuple[str, LanguageBackbone] | None = None
 
     def forward(self, inputs: Inputs, task: str | None = None) -> FreeOutput:
+        """Run the model on a batch.
+
+        Args:
+            inputs: a batch.
+            task: the task of all samples; None routes each sample.
+
+        Returns:
+            The model's output.
+        """
         return self.model(inputs, task=task)
 
     def _step(self, batch: tuple[Inputs, Tensor], batch_idx: int, dataloader_idx: int) -> None:
@@ -61,29 +76,52 @@ class MultiTaskEvaluator(L.LightningModule):
         self.metrics.update(task, output, labels[:keep])
 
     def _own_samples(self, batch_idx: int, size: int, dataloader_idx: int) -> int:
-        """How many leading samples of this batch are not padding of the distributed sampler.
+        """How many leading samples of this batch are not repetitions added by the distributed sampler.
 
-        The sampler deals samples out in turn (without shuffling: rank + world · position) and repeats some at the end.
+        Without shuffling, the sampler gives rank r the samples r + world · position, and repeats some at the end.
         """
         world = self.trainer.world_size
         if world == 1:
             return size
         loaders = self.trainer.val_dataloaders if self.trainer.validating else self.trainer.test_dataloaders
-        assert loaders is not None  # a step is run by Lightning, on batches of its loaders
+        assert loaders is not None  # Lightning sets them before it runs a step
         loader = list(loaders.values())[dataloader_idx]
         total, first = len(loader.dataset), self.trainer.global_rank + world * batch_idx * loader.batch_size
         return max(0, min(size, -(-(total - first) // world)))
 
     def validation_step(self, batch: tuple[Inputs, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Add a batch to the metrics of its task.
+
+        Args:
+            batch: (inputs, labels).
+            batch_idx: index of the batch in its loader.
+            dataloader_idx: index of the task.
+        """
         self._step(batch, batch_idx, dataloader_idx)
 
     def test_step(self, batch: tuple[Inputs, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Add a batch to the metrics of its task.
+
+        Args:
+            batch: (inputs, labels).
+            batch_idx: index of the batch in its loader.
+            dataloader_idx: index of the task.
+        """
         self._step(batch, batch_idx, dataloader_idx)
 
     def predict_step(
         self, batch: tuple[Inputs, Tensor], batch_idx: int, dataloader_idx: int = 0
     ) -> FreeOutput | list[list[int]]:
-        """Predictions come from the inputs alone, routed unless `oracle`; of a language model, its answers' tokens."""
+        """Predict a batch; each sample is routed unless `oracle` is set.
+
+        Args:
+            batch: (inputs, labels). Of the labels, only a language model's are used, to find where its answer starts.
+            batch_idx: ignored.
+            dataloader_idx: index of the task.
+
+        Returns:
+            The model's output, or the tokens of a language model's answers.
+        """
         inputs, labels = batch
         task = self.tasks[dataloader_idx]
         if isinstance(backbone := self.model.backbone, LanguageBackbone):
@@ -91,12 +129,12 @@ class MultiTaskEvaluator(L.LightningModule):
         return self.model(inputs, task=task if self.oracle else None)
 
     def _language_model(self, task: str, backbone: LanguageBackbone) -> LanguageBackbone:
-        """The backbone with a task's expert; the one of the task before is dropped."""
+        """The backbone with a task's expert. Only that of the latest task is kept."""
         if task not in self.model.packed_experts:
             return backbone
         if self._task_model is None or self._task_model[0] != task:
             changed = self.model.task_model(task).backbone
-            assert isinstance(changed, LanguageBackbone)  # a copy of the other
+            assert isinstance(changed, LanguageBackbone)  # a copy of `backbone`
             self._task_model = (task, changed)
         return self._task_model[1]
 
@@ -111,17 +149,22 @@ class MultiTaskEvaluator(L.LightningModule):
         self.log(f"{split}/{mean}", mean_score(self.results, {task: named[task].name for task in self.tasks}))
 
     def on_validation_epoch_end(self) -> None:
+        """Compute the metrics, and log `val/<task>/<metric>` and their mean."""
         self._log_results("val")
 
     def on_test_epoch_end(self) -> None:
+        """Compute the metrics, and log `test/<task>/<metric>` and their mean."""
         self._log_results("test")
 
 
 def _answers(inputs: Inputs, labels: Tensor) -> Tensor:
-    """Which tokens (B, L) of a causal model's inputs are the wanted answer: what the loss is of, unless that is all."""
-    asked = labels != IGNORED
+    """The tokens of a causal model's inputs that are the answer: bool (B, L).
+
+    They are the tokens with a loss; if all tokens of a text have one, it has no answer.
+    """
+    labelled = labels != IGNORED
     given = named(inputs)
-    padding = ~given["attention_mask"].bool() if "attention_mask" in given else torch.zeros_like(asked)
-    if padding.shape != asked.shape:  # the labels are of a decoder
-        return asked
-    return asked & ~(asked | padding).all(dim=1, keepdim=True)
+    padding = ~given["attention_mask"].bool() if "attention_mask" in given else torch.zeros_like(labelled)
+    if padding.shape != labelled.shape:  # the labels belong to a decoder
+        return labelled
+    return labelled & ~(labelled | padding).all(dim=1, keepdim=True)

@@ -1,4 +1,4 @@
-"""The multi-task evaluation loop: one model, every task, one number each."""
+"""The multi-task evaluation loop: one model, and one metric for each task."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from freemerge.models import FreeOutput
 from freemerge.runtime.process_group import rank_and_world
 
 Predict = Callable[[Inputs, str], Any]
+"""(inputs, task name) → a model's output."""
 
 
 @torch.no_grad()
@@ -29,46 +30,47 @@ def evaluate(
     device: torch.device | str = "cpu",
     metrics: Mapping[str, TaskMetric | str | Metric] | None = None,
 ) -> dict[str, float]:
-    """Evaluate one metric of a model on every task: accuracy, or the task's own metric.
+    """Evaluate a model on every task with one metric per task.
 
-    Under several ranks each evaluates every world-th batch: no sample is padded in or counted twice, so the result is
-    exact for any size. All ranks must call it, with loaders that are not sharded themselves, and all get the result.
+    With several ranks, each rank evaluates every world-th batch. No sample is repeated, so the result is exact for any
+    number of samples. All ranks must call this with complete loaders (without a distributed sampler), and all get the
+    result.
 
     Args:
-        predict: (inputs on `device`, task name) → logits (B, C) in the task's label space, a FreeOutput, or what else
-            the task's metric reads.
+        predict: called with inputs on `device` and a task name; returns logits (B, C) in the task's label space, a
+            FreeOutput, or any other output that the task's metric accepts.
         loaders: task name → iterable of (inputs, labels).
-        label_space: the tasks and their classes; may hold more tasks than `loaders`.
-        device: where to compute.
-        metrics: task name → its metric, where that is not accuracy; see `MultiTaskMetrics`.
+        label_space: the tasks and their classes; it can have more tasks than `loaders`.
+        device: the device to compute on.
+        metrics: task name → metric, for tasks whose metric is not accuracy; see `MultiTaskMetrics`.
 
     Returns:
         Task name → value of its metric, for the tasks of `loaders`.
 
     Raises:
-        NotFiniteError: an output is NaN or +∞ on any rank: a score of it would mean nothing.
+        NotFiniteError: if an output is NaN or +∞ on any rank.
     """
     rank, world = rank_and_world()
-    counting = MultiTaskMetrics(label_space, metrics).to(device)
+    totals = MultiTaskMetrics(label_space, metrics).to(device)
     bad = torch.zeros(len(loaders), dtype=torch.int, device=device)  # batches with NaN or infinite outputs, by task
     for index, (task, loader) in enumerate(loaders.items()):
         for inputs, labels in islice(loader, rank, None, world):
             labels = labels.to(device) if isinstance(labels, Tensor) else labels
             output = predict(to_device(inputs, device), task)
-            bad[index] += _is_no_number(output)
-            counting.update(task, output, labels)
+            bad[index] += _is_not_finite(output)
+            totals.update(task, output, labels)
     if world > 1:
         dist.all_reduce(bad)
     if wrong := [task for task, count in zip(loaders, bad.tolist(), strict=True) if count]:
         raise NotFiniteError(
-            f"outputs for task {', '.join(map(repr, wrong))} are NaN or infinite, so there is no score: look at the "
-            "weights (a merge at too large a scale, batch norm's statistics), the inputs and the precision"
+            f"outputs for task {', '.join(map(repr, wrong))} are NaN or infinite, so there is no score: check the "
+            "weights (a merge with too large a scale, batch-norm statistics), the inputs and the precision"
         )
-    return counting.compute(loaders)
+    return totals.compute(loaders)
 
 
-def _is_no_number(output: Any) -> Tensor | bool:
-    """Whether an output holds NaN or +∞; −∞ is how a model rules an answer out."""
+def _is_not_finite(output: Any) -> Tensor | bool:
+    """Whether an output contains NaN or +∞. −∞ is allowed: models use it to exclude a class or token."""
     values = output.logits if isinstance(output, FreeOutput) else output
     if not isinstance(values, Tensor) or not values.is_floating_point():
         return False

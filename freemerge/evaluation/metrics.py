@@ -1,9 +1,9 @@
 """Metrics of several tasks at once, exact on any number of ranks.
 
-A routed model may take a sample for another task's. So that accuracy means the same for every model, classes are
-compared in the union of all label spaces: class c of task t is the global class offset(t) + c, and a prediction counts
-only if both its task and its class are right. For a model that is told the task this is plain accuracy, macro-F1 or
-Matthews correlation. What is no class (a number, tokens) is compared as it is.
+A router can send a sample to another task. Classes are therefore compared in the union of all label spaces, where class
+c of task t is the global class offset(t) + c: a prediction is right only if both its task and its class are right. For
+a model that is given the task, this is the ordinary accuracy, macro-F1 or Matthews correlation. Predictions that are
+not classes (numbers, tokens) are compared directly.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class LabelSpace:
     """The union of several tasks' label spaces.
 
     Args:
-        num_classes: task name → number of classes; the order counts.
+        num_classes: task name → number of classes; the order of the tasks determines the global classes.
     """
 
     def __init__(self, num_classes: Mapping[str, int]) -> None:
@@ -36,24 +36,35 @@ class LabelSpace:
         self.size = int(self._offsets[-1])
 
     def to_global(self, task: str, labels: Tensor) -> Tensor:
-        """Labels (B,) of one task → global classes (B,)."""
+        """Convert a task's labels to global classes.
+
+        Args:
+            task: the task.
+            labels: int64 (B,).
+
+        Returns:
+            int64 (B,).
+        """
         return labels + int(self._offsets[self.tasks.index(task)])
 
     def predictions(self, task: str, output: Tensor | FreeOutput) -> Tensor:
-        """A model's output for a batch of `task` → the global classes (B,) it predicts.
+        """The global classes that a model predicts for a batch.
 
         Args:
-            task: the task the batch comes from, whose label space plain logits are in.
-            output: logits (B, C) of that task's head, or what a FreeModel returned, whose routed tasks count.
+            task: the task of the batch.
+            output: logits (B, C) of this task's head, or a FreeModel's output, which contains the chosen tasks.
+
+        Returns:
+            int64 (B,).
 
         Raises:
-            ValueError: if a FreeModel's tasks are not these.
+            ValueError: if the FreeModel has a task that is not in this label space.
         """
         if isinstance(output, FreeOutput):
             missing = [name for name in output.tasks if name not in self.num_classes]
             if missing:
                 raise ValueError(
-                    f"the model routes to {', '.join(missing)}, not among the tasks: {', '.join(self.tasks)}"
+                    f"the model routes to {', '.join(missing)}, which is not among the tasks {', '.join(self.tasks)}"
                 )
             offsets = torch.stack([self._offsets[self.tasks.index(name)] for name in output.tasks])
             return output.labels + offsets.to(output.task.device)[output.task]
@@ -61,15 +72,15 @@ class LabelSpace:
 
 
 class MultiTaskMetrics(nn.Module):
-    """A metric per task, kept apart.
+    """One metric per task.
 
     Args:
-        label_space: the tasks and their classes; 0 classes for tasks that have none.
-        metrics: task name → its metric (`TaskMetric`, or how it is written); accuracy for those not named. Or a metric
-            of torchmetrics, which is given the model's output and the labels; see `aligned`.
+        label_space: the tasks and their classes; 0 classes for tasks that are not classifications.
+        metrics: task name → metric: a `TaskMetric`, its text form, or a torchmetrics metric, which gets the model's
+            output and the labels (see `aligned`). Tasks without an entry use accuracy.
 
     Raises:
-        ValueError: there is no such metric or task.
+        ValueError: if there is no such metric or task.
     """
 
     def __init__(self, label_space: LabelSpace, metrics: Mapping[str, TaskMetric | str | Metric] | None = None) -> None:
@@ -96,11 +107,11 @@ class MultiTaskMetrics(nn.Module):
 
         Args:
             task: the task.
-            output: what the model returned: a FreeOutput, or what the task's metric reads (`task_metrics`).
-            labels: the true labels of this kind of task.
+            output: the model's output: a FreeOutput, or what the task's metric accepts (see `TaskMetric.read`).
+            labels: the true labels.
 
         Raises:
-            ValueError: the output does not fit the metric.
+            ValueError: if the output does not fit the metric.
         """
         metric = self.named.get(task)
         if metric is None:
@@ -114,39 +125,49 @@ class MultiTaskMetrics(nn.Module):
             self.per_task[task].update(*metric.read(output, labels))
 
     def _own_outputs(self, task: str, output: FreeOutput, labels: Tensor) -> Tensor:
-        """A FreeModel's logits (B, C) in this task's label space, its numbers (B, 1) or its tokens (B, L, V)."""
-        if output.logits.dim() == 3:  # of a language model, whose tokens are the same for all tasks
+        """A FreeModel's logits (B, C) in this task's label space, numbers (B, 1), or logits of tokens (B, L, V)."""
+        if output.logits.dim() == 3:  # a language model, whose vocabulary is the same for all tasks
             return output.logits
         width = max(self.label_space.num_classes[task], 1)
         logits = output.logits[:, :width].clone()
         if self.named[task].kind == "classification":
-            # Where another task's head has answered, the true class is not among the answers: it comes last.
+            # If another task's head has answered, the true class is ranked last.
             elsewhere = output.task != output.tasks.index(task)
             logits[elsewhere] = -one_hot(labels[elsewhere], width).to(logits.dtype)
         return logits
 
     def compute(self, tasks: Iterable[str] | None = None) -> dict[str, float]:
-        """Task name → value, over all ranks where there are several. Every rank must call it.
+        """Compute the metrics over all ranks; every rank must call this.
 
         Args:
-            tasks: which; None for all.
+            tasks: the tasks; None for all.
+
+        Returns:
+            Task name → value.
         """
         with warnings.catch_warnings():
-            # A rank may have had no batch of a small task; the others' count for it.
+            # A rank may have had no batch of a small task; the result then comes from the other ranks.
             warnings.filterwarnings("ignore", message=".*compute.* was called before the .*update")
             return {task: float(self.per_task[task].compute()) for task in (tasks or self.per_task)}
 
     def reset(self) -> None:
-        """Start over."""
+        """Reset all metrics to their initial state."""
         for metric in self.per_task.values():
             metric.reset()
 
 
 def aligned(output: Any, labels: Any) -> tuple[Any, Any]:
-    """Outputs and labels in the shapes that torchmetrics compares, where they are tensors whose shapes differ.
+    """Bring outputs and labels into shapes that torchmetrics can compare.
 
-    - One of them has a dimension of size 1 after the batch's that the other has not, (B, 1) for (B,): it is left out.
-    - The classes of dense outputs are last, (B, L, C) for labels (B, L): they become dimension 1.
+    - If one of them has an extra dimension of size 1 after the batch dimension, (B, 1) instead of (B,), it is removed.
+    - If the classes of dense outputs are the last dimension, (B, L, C) for labels (B, L), they become dimension 1.
+
+    Args:
+        output: a model's output; only tensors are changed.
+        labels: the labels.
+
+    Returns:
+        (output, labels) in matching shapes, or unchanged.
     """
     if not (isinstance(output, Tensor) and isinstance(labels, Tensor)):
         return output, labels

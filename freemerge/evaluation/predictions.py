@@ -1,4 +1,4 @@
-"""Predictions as a table: the name of each sample and the model's prediction for it."""
+"""Predictions as a table: each sample's name and prediction."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ def write_predictions(
     rank: int = 0,
     world: int = 1,
 ) -> None:
-    """Write a CSV file, one line per test sample.
+    """Write predictions to a CSV file, one row per test sample.
 
-    | column | what |
+    | column | content |
     |---|---|
-    | loader | the task whose test data the sample is of |
-    | index | its place in them |
-    | sample | its file, or its row in a table; empty where the source does not say |
-    | routed_task | the task whose head has answered |
-    | class, probability | of a classification |
-    | value | the number of a regression, the text of a language model |
+    | loader | the task whose test data contain the sample |
+    | index | the sample's index in them |
+    | sample | its file, or its row in a table; empty if unknown |
+    | routed_task | the task whose head made the prediction |
+    | class, probability | the prediction of a classification |
+    | value | the number of a regression, or the text of a language model |
 
     Args:
-        path: the file.
-        model: what has predicted.
+        path: the file to write.
+        model: the model that made the predictions.
         tasks: task name → task, in the order of the loaders.
-        predictions: task name → batches in the order of its test data, as `MultiTaskEvaluator.predict_step` gives them.
-        rank: which of the processes this is: it has had every world-th sample.
-        world: how many processes there are.
+        predictions: task name → results of `MultiTaskEvaluator.predict_step`, in the order of the task's test data.
+        rank: this process's rank; it has predicted every world-th sample.
+        world: the number of processes.
     """
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
@@ -46,8 +46,8 @@ def write_predictions(
         for name, batches in predictions.items():
             task = tasks[name]
             samples = names_of(task.test)
-            said = (row for batch in batches for row in _rows(model, task, batch))
-            for position, row in enumerate(said):
+            rows = (row for batch in batches for row in _rows(model, task, batch))
+            for position, row in enumerate(rows):
                 index = rank + world * position
                 writer.writerow([name, index, samples[index] if samples is not None else "", *row])
 

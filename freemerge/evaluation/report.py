@@ -1,4 +1,7 @@
-"""The report: every model on every task, as a table on the terminal, as JSON, and as a picture."""
+"""The report: every model on every task, as a table on the terminal, as JSON, and as a chart.
+
+Table and chart are drawn by rich and matplotlib; only the split of wide tables into several is ours.
+"""
 
 from __future__ import annotations
 
@@ -17,10 +20,10 @@ from rich.text import Text
 
 from freemerge.checkpoints import expand
 
-_Column = tuple[str, Iterable[str]]  # its heading and its cells
+_Column = tuple[str, Iterable[str]]  # heading and cells
 
-_WIDTH = 100  # of lines that are not written to a terminal
-_MOST_BARS = 8  # tasks; of more, bars are too thin to be told apart
+_WIDTH = 100  # characters per line if the output is not a terminal
+_MAX_BAR_TASKS = 8  # with more tasks, the bars would be too thin
 
 
 @dataclass(frozen=True)
@@ -28,13 +31,13 @@ class Row:
     """One row of the report.
 
     Args:
-        name: what was evaluated.
+        name: the name of the evaluated model.
         scores: task name → value of the task's metric, such as accuracy in [0, 1].
-        extra_bytes: bytes on disk beyond one backbone and the heads, which every model needs; None where the notion
-            does not apply.
-        chosen: hyperparameters chosen on validation data, with the validation score that chose them.
-        kind: `model` for lines to be compared with the individual models, `router` for routing accuracy.
-        held_out: likewise for tasks that were not merged; they count in no average.
+        extra_bytes: bytes on disk in addition to one backbone and the heads, which every model needs; None if this does
+            not apply.
+        chosen: hyperparameters chosen on validation data, and their validation score.
+        kind: `model` for rows that are compared with the individual models, `router` for routing accuracy.
+        held_out: scores of tasks that were not merged; averages do not include them.
     """
 
     name: str
@@ -47,15 +50,15 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """All rows, measured on one split.
+    """The results of all models on one split.
 
     Args:
         title: the heading.
-        rows: the lines; the one named `reference` holds each task's own fine-tuned model.
-        search: method → every candidate that was tried on validation data, with its mean accuracy.
-        settings: what else is needed to reproduce the numbers (seed, sizes, versions).
-        reference: name of the line that normalized scores are relative to.
-        metrics: task → name of its metric, where that is not accuracy.
+        rows: the results; the row named `reference` has each task's own fine-tuned model.
+        search: method → all candidates that were tried on validation data, with their mean scores.
+        settings: everything else that is needed to reproduce the numbers (seed, sizes, versions).
+        reference: name of the row that normalized scores are relative to.
+        metrics: task → name of its metric, for tasks whose metric is not accuracy.
     """
 
     title: str
@@ -66,20 +69,51 @@ class Report:
     metrics: dict[str, str] = field(default_factory=dict)
 
     def row(self, name: str) -> Row:
-        """The line of that name."""
+        """Find a row by name.
+
+        Args:
+            name: the row's name.
+
+        Returns:
+            The row.
+
+        Raises:
+            StopIteration: if there is no such row.
+        """
         return next(row for row in self.rows if row.name == name)
 
     def average(self, row: Row) -> float:
-        """Mean over the tasks of scores in which more is better."""
+        """The mean score of a row; perplexities enter as their inverse, so that higher is better.
+
+        Args:
+            row: a row of this report.
+
+        Returns:
+            The mean over the merged tasks.
+        """
         return mean_score(row.scores, self.metrics if row.kind == "model" else {})
 
     def normalized(self, row: Row) -> float:
-        """Mean over tasks of score ÷ the individual model's; 0 where the latter is 0."""
+        """The normalized score of a row: the mean over tasks of score / individual score.
+
+        Args:
+            row: a row of kind `model`.
+
+        Returns:
+            The mean; a task whose individual score is 0 contributes 0.
+        """
         scores, best = self._comparable(row), self._comparable(self.row(self.reference))
         return sum(score / best[task] if best[task] else 0.0 for task, score in scores.items()) / len(scores)
 
     def worst_drop(self, row: Row) -> tuple[float, str]:
-        """The largest loss of score against the individual model (negative for a loss), and the task it is on."""
+        """The largest drop of a row below the individual models.
+
+        Args:
+            row: a row of kind `model`.
+
+        Returns:
+            The difference of the scores, negative for a drop, and its task.
+        """
         best = self._comparable(self.row(self.reference))
         return min((score - best[task], task) for task, score in self._comparable(row).items())
 
@@ -87,7 +121,11 @@ class Report:
         return {task: comparable(score, self.metrics.get(task, "accuracy")) for task, score in row.scores.items()}
 
     def as_dict(self) -> dict[str, Any]:
-        """The report as plain data; scores as their metrics give them (accuracy in [0, 1]), sizes in bytes."""
+        """The report as plain data.
+
+        Returns:
+            JSON-compatible values: scores as the metrics define them (accuracy in [0, 1]), sizes in bytes.
+        """
         rows = []
         for row in self.rows:
             entry: dict[str, Any] = {"name": row.name, "kind": row.kind, "scores": row.scores}
@@ -111,21 +149,25 @@ class Report:
         return [*self.rows[0].scores, *held_out]
 
     def write_json(self, path: str | Path) -> None:
-        """Write `as_dict` atomically."""
+        """Write `as_dict` to a JSON file, atomically.
+
+        Args:
+            path: the file.
+        """
         path = expand(path)
         temporary = path.with_name(f".{path.name}.partial")
         temporary.write_text(json.dumps(self.as_dict(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         os.replace(temporary, path)
 
     def tables(self, width: int) -> list[Table]:
-        """The report as rich tables, scores in percent, perplexities as they are.
+        """The report as rich tables, with scores in percent and unchanged perplexities.
 
         Args:
-            width: characters in a line. If one table of everything is wider, there are tables of some tasks each, and
-                one of the averages.
+            width: characters per line. If a single table would be wider, the tasks are divided among several tables,
+                and the averages are in the last.
 
         Returns:
-            The tables; each fits, unless one column alone does not.
+            The tables; each fits into the width, unless a single column does not.
         """
         tasks: list[_Column] = [
             (self._heading(task), [self._cell(row, task) for row in self.rows]) for task in self._tasks
@@ -145,13 +187,13 @@ class Report:
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
         table.add_column("", no_wrap=True)
         for heading, _ in columns:
-            table.add_column(Text(heading), justify="right", no_wrap=True)  # plain: a name may look like markup
+            table.add_column(Text(heading), justify="right", no_wrap=True)  # Text, because a name may look like markup
         for row, *cells in zip(self.rows, *(cells for _, cells in columns), strict=True):
             table.add_row(Text(row.name), *map(Text, cells), style="dim" if row.kind == "router" else None)
         return table
 
     def _summary(self, row: Row) -> list[str]:
-        """Average, normalized, worst drop, extra bytes."""
+        """The cells of average, normalized score, worst drop and extra bytes."""
         cells = [f"{100 * self.average(row):.1f}", "", ""]
         if row.kind == "model":
             drop, task = self.worst_drop(row)
@@ -159,7 +201,7 @@ class Report:
         return [*cells, format_bytes(row.extra_bytes) if row.extra_bytes is not None else ""]
 
     def _heading(self, task: str) -> str:
-        """The task, its metric where that is not accuracy, and whether it was held out."""
+        """The task, with its metric if that is not accuracy, and whether it was held out."""
         notes = [self.metrics[task]] if self.metrics.get(task, "accuracy") != "accuracy" else []
         notes += ["held out"] if task not in self.rows[0].scores else []
         return f"{task} ({', '.join(notes)})" if notes else task
@@ -172,7 +214,11 @@ class Report:
         return f"{score:.3g}" if is_perplexity else f"{100 * score:.1f}"
 
     def print(self, console: Console) -> None:
-        """Print title and tables, as wide as the terminal, or 100 where there is none; nothing is cut off."""
+        """Print title and tables in the terminal's width, or in 100 characters without a terminal; nothing is cut off.
+
+        Args:
+            console: the console; its width is restored.
+        """
         own = console.width
         console.print(Text(self.title, style="bold"), soft_wrap=True)
         tables = self.tables(own if console.is_terminal else max(own, _WIDTH))
@@ -184,7 +230,11 @@ class Report:
             console.width = own
 
     def plot(self, path: str | Path) -> None:
-        """Draw all models on all tasks, and write them as an image: as bars, or as a grid for many tasks."""
+        """Draw a chart of all models on all tasks: bars, or a heat map for more than 8 tasks.
+
+        Args:
+            path: the image file to write.
+        """
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
 
@@ -192,7 +242,7 @@ class Report:
         groups = [*self.rows[0].scores, "average"]
         values = [[100 * value for value in [*self._comparable(row).values(), self.average(row)]] for row in models]
         label = "score (%)" if set(self.metrics.values()) - {"accuracy"} else "accuracy (%)"
-        grid = len(groups) - 1 > _MOST_BARS
+        grid = len(groups) - 1 > _MAX_BAR_TASKS
         size = (3.5 + 0.62 * len(groups), 2.2 + 0.34 * len(models)) if grid else (max(8.0, 1.9 * len(groups)), 4.5)
         figure = Figure(figsize=size, layout="constrained")
         FigureCanvasAgg(figure)
@@ -209,7 +259,7 @@ class Report:
 
 
 def _draw_bars(axes: Any, values: list[list[float]], names: list[str], groups: list[str]) -> None:
-    """A group of bars for each task, and one for the average."""
+    """Draw a group of bars for each task, and one for the average."""
     width = 0.84 / len(values)
     for index, (heights, name) in enumerate(zip(values, names, strict=True)):
         positions = [group + (index - (len(values) - 1) / 2) * width for group in range(len(groups))]
@@ -219,13 +269,13 @@ def _draw_bars(axes: Any, values: list[list[float]], names: list[str], groups: l
     axes.set_axisbelow(True)
     axes.grid(axis="y", alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.axvline(len(groups) - 1.5, color="0.8", linewidth=1)  # sets the average apart from the tasks
+    axes.axvline(len(groups) - 1.5, color="0.8", linewidth=1)  # separates the average from the tasks
 
 
 def _draw_grid(
     axes: Any, values: list[list[float]], names: list[str], groups: list[str], reference: list[float]
 ) -> None:
-    """A line for each model, a column for each task: the scores, coloured by their distance to the reference's."""
+    """Draw a row for each model and a column for each task, coloured by the difference to the reference."""
     distances = [[value - best for value, best in zip(row, reference, strict=True)] for row in values]
     largest = max(1.0, *(abs(value) for row in distances for value in row))
     image = axes.imshow(distances, cmap="RdBu", vmin=-largest, vmax=largest, aspect="auto")
@@ -237,12 +287,12 @@ def _draw_grid(
     axes.set_yticks(range(len(names)), names)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
-    axes.axvline(len(groups) - 1.5, color="w", linewidth=3)  # sets the average apart from the tasks
+    axes.axvline(len(groups) - 1.5, color="w", linewidth=3)  # separates the average from the tasks
     axes.figure.colorbar(image, label="points above or below individual", fraction=0.03, pad=0.01)
 
 
 def _width(table: Table) -> int:
-    """Characters that a table takes when nothing is cut off."""
+    """The width in characters of a table of which nothing is cut off."""
     console = Console(width=10_000)
     return Measurement.get(console, console.options, table).maximum
 
@@ -254,7 +304,14 @@ def _colour(index: int, count: int) -> tuple[float, float, float, float]:
 
 
 def format_bytes(count: int) -> str:
-    """1234567 → '1.2 MB' (powers of ten)."""
+    """Write a size with a unit, in powers of ten.
+
+    Args:
+        count: bytes.
+
+    Returns:
+        For instance `1.2 MB`.
+    """
     size = float(count)
     for unit in ("B", "kB", "MB", "GB"):
         if size < 999.5:
@@ -264,16 +321,27 @@ def format_bytes(count: int) -> str:
 
 
 def comparable(score: float, metric: str) -> float:
-    """A score in which more is better: of perplexity its inverse, the mean probability that a token is given."""
+    """Convert a metric's value to a score in which higher is better.
+
+    Args:
+        score: the value.
+        metric: the metric's name.
+
+    Returns:
+        For perplexity its inverse, the geometric mean of the tokens' probabilities; else the value itself.
+    """
     return 1 / score if metric == "perplexity" else score
 
 
 def mean_score(scores: Mapping[str, float], metrics: Mapping[str, str] | None = None) -> float:
-    """Mean over tasks: what the searches on validation data maximise.
+    """The mean score over tasks, which searches on validation data maximise.
 
     Args:
         scores: task → value of its metric.
-        metrics: task → name of its metric, where that is not accuracy.
+        metrics: task → name of its metric, for tasks whose metric is not accuracy.
+
+    Returns:
+        The mean of the `comparable` scores.
     """
     metrics = metrics or {}
     return sum(comparable(score, metrics.get(task, "accuracy")) for task, score in scores.items()) / len(scores)

@@ -18,12 +18,13 @@ from freemerge.runtime.process_group import rank_and_world
 
 @dataclass(frozen=True)
 class Routing:
-    """How samples were routed.
+    """The router's confusion matrix and abstentions.
 
     Args:
         tasks: the K tasks.
-        counts: (K, K) int64, samples of each task (row) by the task they were routed to (column), abstained or not.
-        abstained: (K,) int64, the samples of each task that the router abstained on.
+        counts: int64 (K, K), samples of each task (row) by their most likely task (column), including samples that the
+            router abstained on.
+        abstained: int64 (K,), samples of each task that the router abstained on.
     """
 
     tasks: tuple[str, ...]
@@ -33,11 +34,15 @@ class Routing:
     @property
     def accuracy(self) -> dict[str, float]:
         """Task → fraction of its samples that were routed to it."""
-        shares = self.counts.diag() / self.counts.sum(dim=1).clamp(min=1)
-        return dict(zip(self.tasks, shares.tolist(), strict=True))
+        fractions = self.counts.diag() / self.counts.sum(dim=1).clamp(min=1)
+        return dict(zip(self.tasks, fractions.tolist(), strict=True))
 
     def as_dict(self) -> dict[str, Any]:
-        """Task → the number of its samples by the task they were routed to, and how many the router abstained on."""
+        """The counts as plain data.
+
+        Returns:
+            Task → `routed_to`, its samples by the task they were routed to, and `abstained`.
+        """
         return {
             task: {
                 "routed_to": dict(zip(self.tasks, row.tolist(), strict=True)),
@@ -51,12 +56,15 @@ class Routing:
 def evaluate_routing(model: FreeModel, loaders: Mapping[str, Iterable], device: torch.device | str = "cpu") -> Routing:
     """Route every sample of every task, without running any expert.
 
-    Under several ranks each takes every world-th batch, and all get the sums.
+    With several ranks, each routes every world-th batch, and all get the sums.
 
     Args:
         model: the model, on `device`.
         loaders: task name → iterable of (inputs, labels).
-        device: where to compute.
+        device: the device to compute on.
+
+    Returns:
+        The counts.
     """
     rank, world = rank_and_world()
     tasks = model.tasks

@@ -1,4 +1,4 @@
-"""The demo suite and all that only it needs."""
+"""The quickstart suite: six small tasks made from files in installed packages, and the code that only it needs."""
 
 from freemerge.quickstart.suite import QuickstartSuite
 

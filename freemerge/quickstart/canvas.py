@@ -1,4 +1,4 @@
-"""From pictures to the quickstart's images: distort, shrink, vary the light, quantize."""
+"""Makes the quickstart's images from larger originals: distortion, downscaling, contrast, noise, quantization."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from freemerge.data import ArrayDataset, Augmentation, Compose, GaussianNoise, R
 SIDE = 32
 """Side of an image in pixels."""
 
-# One normalisation for the whole suite, because one backbone sees all of it.
+# One normalisation for the whole suite, because one backbone is used for all tasks.
 MEAN, STD = 0.3, 0.3
 
 
 @dataclass(frozen=True)
 class Distortion:
-    """How differently the same picture may come out.
+    """The ranges of the random distortions of an original.
 
     Args:
-        degrees: Rotation, uniform in ±degrees.
-        scale: Zoom, uniform in [low, high].
-        shift: Shift in x and y, uniform in ±shift of the side.
-        shear: Horizontal shear, uniform in ±shear.
-        noise: Standard deviation of the pixel noise on the scale [0, 1].
-        contrast: Factor of the contrast, uniform in [low, high].
-        brightness: Brightness, uniform in ±brightness.
+        degrees: rotation, uniform in ±degrees.
+        scale: zoom, uniform in [low, high].
+        shift: shift in x and y, uniform in ±shift of the side.
+        shear: horizontal shear, uniform in ±shear.
+        noise: standard deviation of the pixel noise on the scale [0, 1].
+        contrast: factor of the contrast, uniform in [low, high].
+        brightness: brightness, uniform in ±brightness.
     """
 
     degrees: float = 10.0
@@ -40,14 +40,14 @@ class Distortion:
     brightness: float = 0.05
 
 
-def render(pictures: Tensor, distortion: Distortion, seed: int, *keys: object) -> Tensor:
-    """Makes images of pictures, each distorted in its own way.
+def render(originals: Tensor, distortion: Distortion, seed: int, *keys: object) -> Tensor:
+    """Make one image of each original, with random distortions.
 
     Args:
-        pictures: uint8 (N, 1, H, W).
-        distortion: How much.
-        seed: The suite's seed.
-        *keys: What the randomness is for, such as a task and a split.
+        originals: uint8 (N, 1, H, W).
+        distortion: the ranges of the distortions.
+        seed: the suite's seed.
+        *keys: keys of the random stream, such as a task and a split.
 
     Returns:
         uint8 (N, 1, SIDE, SIDE).
@@ -59,7 +59,7 @@ def render(pictures: Tensor, distortion: Distortion, seed: int, *keys: object) -
         GaussianNoise(distortion.noise, generator),
     )
     parts = []
-    for part in pictures.split(1024):  # bounds the memory of the sampling grids
+    for part in originals.split(1024):  # bounds the memory of the sampling grids
         images = warp(part.float() / 255)
         images = F.interpolate(images, (SIDE, SIDE), mode="area")
         parts.append((light(images) * 255).round().to(torch.uint8))
@@ -67,14 +67,14 @@ def render(pictures: Tensor, distortion: Distortion, seed: int, *keys: object) -
 
 
 def dataset(images: Tensor, labels: list[int], augment: Augmentation | None = None) -> ArrayDataset:
-    """A dataset of the suite.
+    """Make a dataset of the suite.
 
     Args:
         images: uint8 (N, 1, SIDE, SIDE).
         labels: N class indices.
-        augment: For a training set.
+        augment: augmentation; for training sets only.
 
     Returns:
-        The dataset, normalised as all of the suite is.
+        The dataset, with the suite's normalisation.
     """
     return ArrayDataset(images, torch.tensor(labels, dtype=torch.int64), MEAN, STD, augment)

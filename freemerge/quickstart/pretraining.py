@@ -1,7 +1,7 @@
-"""The quickstart's pretraining task: instances as classes, from nothing that a validation or test set uses.
+"""The quickstart's pretraining task: instance discrimination, on data that no validation or test set uses.
 
-A class is one character in any of the training fonts, one text in one font, or one region of a photograph. To tell
-hundreds of instances apart, a backbone must learn strokes, their arrangement and textures; it learns none of the tasks.
+A class is one character in any of the training fonts, one text in one font, or one region of a photograph. To
+distinguish hundreds of instances, a backbone must learn strokes, their arrangement and textures, but none of the tasks.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from freemerge.data import Compose, GaussianNoise, RandomAffine, Task, derive_se
 from freemerge.quickstart.canvas import SIDE, Distortion, dataset, render
 from freemerge.quickstart.glyph_tasks import SCRIPT_FONT, TRAIN_FONTS, script_characters, typeface_words
 from freemerge.quickstart.glyphs import distinct_characters, draw_glyph, draw_text, shape, stack
+from freemerge.quickstart.image_tasks import CROP
 from freemerge.quickstart.photographs import PHOTOGRAPHS, Rectangle, cells, crop, random_rectangles
-from freemerge.quickstart.picture_tasks import CROP
 
-# Characters that belong to no task: drawn in several fonts, they teach what a font may change.
+# Characters of no task (Greek, Cyrillic, mathematics). Drawn in several fonts, they teach invariance to the font.
 EXTRA_RANGES = ((0x0391, 0x03C9), (0x0410, 0x044F), (0x2200, 0x22A5))
 
 LETTERS = 15
@@ -34,13 +34,20 @@ PER_CLASS = {"train": 44, "val": 2, "test": 2}
 
 @dataclass(frozen=True)
 class Source:
-    """One class of glyph pictures: a character (one line) or a text (two), in any of some fonts."""
+    """One class of drawings: a character (one line) or a text (two lines), in one of several fonts."""
 
     fonts: tuple[str, ...]
     lines: tuple[str, ...]
 
     def draw(self, rng: random.Random) -> np.ndarray:
-        """Another picture of the class: uint8 (CANVAS, CANVAS)."""
+        """Make a new drawing of the class.
+
+        Args:
+            rng: chooses the font and its size.
+
+        Returns:
+            uint8 (CANVAS, CANVAS).
+        """
         font = rng.choice(self.fonts)
         if len(self.lines) == 1:
             return draw_glyph(font, self.lines[0], rng.randint(36, 50))
@@ -48,21 +55,21 @@ class Source:
 
 
 def _glyph_sources(seed: int, rng: random.Random) -> dict[str, Source]:
-    """Class name → how to draw it, for characters and texts."""
+    """Class name → source of its drawings, for characters and texts."""
     scripts = script_characters(seed)
-    held_out = {shape(SCRIPT_FONT, c) for dealt in scripts.values() for c in dealt["val"] + dealt["test"]}
+    held_out = {shape(SCRIPT_FONT, c) for splits in scripts.values() for c in splits["val"] + splits["test"]}
     letters = "".join(rng.sample(string.ascii_lowercase, LETTERS))
     latin, words = letters + letters.upper(), typeface_words(seed)["train"]
     extra = distinct_characters(EXTRA_RANGES, taken=frozenset(held_out))
     sources: dict[str, Source] = {}
     for character in [*latin, *string.digits, *rng.sample(extra, EXTRA_CHARACTERS)]:
-        # Computer Modern's tables have other symbols in the places of most non-Latin characters.
+        # Computer Modern's fonts have other symbols at the code points of most non-Latin characters.
         families = TRAIN_FONTS if character.isascii() else [f for f in TRAIN_FONTS if "Modern" not in f]
-        # An O may look just like a character of some script's test set, in that set's font.
+        # In the scripts' font, an O may look exactly like a character of a script's test set.
         fonts = tuple(font for font in families if shape(font, character) not in held_out | {b""})
         sources[f"character {character}"] = Source(fonts, (character,))
-    for dealt in scripts.values():
-        for character in rng.sample(dealt["train"], min(CHARACTERS_PER_SCRIPT, len(dealt["train"]))):
+    for splits in scripts.values():
+        for character in rng.sample(splits["train"], min(CHARACTERS_PER_SCRIPT, len(splits["train"]))):
             sources[f"character {character}"] = Source((SCRIPT_FONT,), (character,))
     for _ in range(TEXTS):
         lines = tuple(rng.sample(words, 2))
@@ -72,7 +79,7 @@ def _glyph_sources(seed: int, rng: random.Random) -> dict[str, Source]:
 
 
 def _regions(seed: int) -> dict[str, tuple[str, Rectangle]]:
-    """Class name → a photograph and a cell of it that no validation or test crop of `textures` comes from."""
+    """Class name → (photograph, a cell that is not used by validation or test crops of `textures`)."""
     regions = {}
     for name in PHOTOGRAPHS:
         for number, region in enumerate(cells(name, seed)["train"][:REGIONS_PER_PHOTOGRAPH]):
@@ -81,13 +88,13 @@ def _regions(seed: int) -> dict[str, tuple[str, Rectangle]]:
 
 
 def build_pretraining(seed: int) -> Task:
-    """Which character, text or region: one class each.
+    """Build the pretraining task: recognise a character, text or region; each is a class.
 
     Args:
-        seed: The suite's seed.
+        seed: the suite's seed.
 
     Returns:
-        The task. Its own val and test sets are further images of the same classes.
+        The task. Its val and test sets have other images of the same classes.
     """
     rng = random.Random(derive_seed(seed, "pretraining"))
     sources, regions = _glyph_sources(seed, rng), _regions(seed)

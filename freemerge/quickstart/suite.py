@@ -1,18 +1,18 @@
-"""Six small tasks that need no download, for the first run, the tests and the benchmarks of this project.
+"""The quickstart suite: six small tasks without a download, for a first run, the tests and the benchmarks.
 
-All images are 32×32 grey, and a glance at one tells which task it belongs to, as a router needs:
+All images are 32×32 grey. Images of different tasks look clearly different, so that a router can distinguish them:
 
 - `digits`: handwritten digits (scikit-learn's), rotated and shifted.
-- `letters`: capital letters; the fonts of the test set are in no other set.
-- `scripts`: which of ten scripts four characters are from; the characters of the test set are in no other set.
-- `typefaces`: which of eight typefaces two short words are set in; the words of the test set are in no other set.
-- `textures`: which of nine photographs a crop is from; each set has its own regions of each photograph.
-- `faces`: which way up a face is, or that it is none (scikit-image's excerpt of Labeled Faces in the Wild).
+- `letters`: capital letters; the test set has fonts of its own.
+- `scripts`: the script of four characters, one of ten; the test set has characters of its own.
+- `typefaces`: the typeface of two short words, one of eight; the test set has words of its own.
+- `textures`: the photograph that a crop comes from, one of nine; each split has regions of its own.
+- `faces`: the orientation of a face, or not a face (scikit-image's subset of Labeled Faces in the Wild).
 
-`pretraining()` is a larger task made of what no test or validation set uses: characters and regions, each a class of
-its own. A backbone pretrained on it knows strokes and textures, but not the tasks.
+`pretraining()` is a larger task on data that no test or validation set uses: each character and region is a class. A
+backbone pretrained on it has learnt strokes and textures, but not the tasks.
 
-Pictures come from the wheels of scikit-learn, scikit-image and matplotlib. Everything is determined by the seed.
+Images and fonts come from the wheels of scikit-learn, scikit-image and matplotlib. The seed determines everything.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from typing import ClassVar
 
 from freemerge.data import Task, TaskSuite
 from freemerge.quickstart import glyph_tasks as glyphs
-from freemerge.quickstart import picture_tasks as pictures
+from freemerge.quickstart import image_tasks as images
 from freemerge.quickstart.glyphs import FONTS, font_path
 from freemerge.quickstart.photographs import PHOTOGRAPHS, packaged_file
 from freemerge.quickstart.pretraining import build_pretraining
 
 _BUILDERS = {
-    "digits": pictures.build_digits,
+    "digits": images.build_digits,
     "letters": glyphs.build_letters,
     "scripts": glyphs.build_scripts,
     "typefaces": glyphs.build_typefaces,
-    "textures": pictures.build_textures,
-    "faces": pictures.build_faces,
+    "textures": images.build_textures,
+    "faces": images.build_faces,
 }
 
 
@@ -40,13 +40,13 @@ class QuickstartSuite(TaskSuite):
     """Six tasks of 32×32 grey images: digits, letters, scripts, typefaces, textures, faces.
 
     Args:
-        tasks: Which tasks, in this order; None is all of them.
-        batch_size: Images per training batch, of each task.
-        eval_batch_size: Images per batch of validation, test and prediction.
-        num_workers: Worker processes per loader. The data are in memory, so none is fastest.
-        seed: Determines the data and the order of training.
-        held_out: Tasks that are evaluated but neither fine-tuned on nor merged: out-of-domain.
-        shared_heads: Groups of tasks with the same classes that share one head.
+        tasks: the selected tasks, in order; None selects all.
+        batch_size: images per training batch of each task.
+        eval_batch_size: images per batch of validation, test and prediction.
+        num_workers: worker processes per loader; the data are in memory, so 0 is fastest.
+        seed: seed of the data and of the training order.
+        held_out: out-of-domain tasks: evaluated, but neither fine-tuned on nor merged.
+        shared_heads: groups of tasks with the same classes that share one head.
     """
 
     TASKS: ClassVar[tuple[str, ...]] = tuple(_BUILDERS)
@@ -67,10 +67,15 @@ class QuickstartSuite(TaskSuite):
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
+        """(channels, height, width) of every image."""
         return (1, 32, 32)
 
     def prepare_data(self) -> None:
-        """Checks that the installed packages ship the pictures and fonts, so that a fault shows before any work."""
+        """Check that the installed packages contain the images and fonts.
+
+        Raises:
+            NotShipped: if a package or a file is missing.
+        """
         for font in FONTS:
             font_path(font)
         for package, folder, file, _ in PHOTOGRAPHS.values():
@@ -78,10 +83,22 @@ class QuickstartSuite(TaskSuite):
         packaged_file("skimage", "data", "lfw_subset.npy")
 
     def build(self, name: str) -> Task:
+        """Build one task.
+
+        Args:
+            name: one of `TASKS`.
+
+        Returns:
+            The task.
+        """
         return _BUILDERS[name](self.seed)
 
     def pretraining(self) -> Task:
-        """Characters and regions of photographs, each a class; built on first use."""
+        """The pretraining task: characters and regions of photographs, each a class; built on first use.
+
+        Returns:
+            The task.
+        """
         if self._pretraining_task is None:
             self._pretraining_task = build_pretraining(self.seed)
         return self._pretraining_task

@@ -1,4 +1,4 @@
-"""Metrics, the loop, the evaluator and the report, against counts and sums by hand."""
+"""Metrics, the loop, the evaluator and the report, against counts and sums written out."""
 
 import io
 import json
@@ -26,13 +26,13 @@ from tests.tiny import TinySuite, tiny_backbone
 SPACE = LabelSpace({"a": 2, "b": 3})
 
 
-def test_label_space_puts_the_tasks_side_by_side() -> None:
+def test_label_space_offsets_each_tasks_classes() -> None:
     assert SPACE.size == 5
     assert SPACE.to_global("b", torch.tensor([0, 2])).tolist() == [2, 4]
     assert SPACE.predictions("b", torch.tensor([[0.0, 2.0, 1.0]])).tolist() == [3]
 
 
-def test_a_routed_sample_counts_only_if_task_and_class_are_right() -> None:
+def test_a_prediction_is_right_only_if_task_and_class_are() -> None:
     inf = float("-inf")
     logits = torch.tensor([[0.0, 1.0, inf], [0.0, 0.0, 9.0], [0.0, 1.0, inf], [0.0, 5.0, 1.0]])
     output = FreeOutput(torch.tensor([0, 1, 0, 1]), logits, None, ("a", "b"))
@@ -47,9 +47,9 @@ def test_a_routed_sample_counts_only_if_task_and_class_are_right() -> None:
     assert metrics.compute() == {"a": 1.0, "b": 0.0}
 
 
-def test_a_model_of_other_tasks_is_refused() -> None:
+def test_a_model_with_other_tasks_is_refused() -> None:
     output = FreeOutput(torch.tensor([0]), torch.zeros(1, 2), None, ("z",))
-    with pytest.raises(ValueError, match="routes to z, not among the tasks: a, b"):
+    with pytest.raises(ValueError, match="routes to z, which is not among the tasks a, b"):
         SPACE.predictions("a", output)
 
 
@@ -77,7 +77,7 @@ def free_model() -> FreeModel:
 
 
 @pytest.mark.parametrize("oracle", [False, True])
-def test_lightnings_test_gives_the_loops_numbers(free_model: FreeModel, oracle: bool) -> None:
+def test_the_evaluator_and_the_loop_give_the_same_numbers(free_model: FreeModel, oracle: bool) -> None:
     suite = TinySuite(eval_batch_size=8)
     evaluator = MultiTaskEvaluator(free_model, suite.names, oracle=oracle)
     trainer = L.Trainer(accelerator="cpu", devices=1, logger=False, enable_progress_bar=False)
@@ -92,8 +92,8 @@ def test_lightnings_test_gives_the_loops_numbers(free_model: FreeModel, oracle: 
     assert logged["test/mean_acc"] == pytest.approx(sum(direct.values()) / 2)
 
 
-def test_the_evaluator_refuses_tasks_the_model_has_not(free_model: FreeModel) -> None:
-    with pytest.raises(ValueError, match="the model has no task digits; it has corners, bars"):
+def test_the_evaluator_refuses_tasks_that_the_model_lacks(free_model: FreeModel) -> None:
+    with pytest.raises(ValueError, match="the model has no task digits; its tasks: corners, bars"):
         MultiTaskEvaluator(free_model, ("digits",))
 
 
@@ -111,7 +111,7 @@ def report() -> Report:
     )
 
 
-def test_the_reports_numbers(report: Report, tmp_path) -> None:
+def test_the_numbers_of_the_report(report: Report, tmp_path) -> None:
     row = report.row("FR")
     assert report.average(row) == pytest.approx(0.75)
     assert report.normalized(row) == pytest.approx((0.6 / 0.8 + 1.0) / 2)
@@ -127,7 +127,7 @@ def test_the_reports_numbers(report: Report, tmp_path) -> None:
     assert not list(tmp_path.glob(".*"))
 
 
-def test_the_table_is_whole_on_a_narrow_terminal(report: Report) -> None:
+def test_the_table_is_complete_on_a_narrow_terminal(report: Report) -> None:
     console = Console(width=20, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     report.print(console)
     text = console.export_text()
@@ -137,7 +137,7 @@ def test_the_table_is_whole_on_a_narrow_terminal(report: Report) -> None:
     assert console.width == 20
 
 
-def test_the_picture_is_a_png_of_some_size(report: Report, tmp_path) -> None:
+def test_the_chart_is_written_as_png(report: Report, tmp_path) -> None:
     report.plot(tmp_path / "report.png")
     data = (tmp_path / "report.png").read_bytes()
     assert data.startswith(b"\x89PNG")
@@ -153,7 +153,7 @@ def _many(tasks: int) -> Report:
 
 @pytest.mark.parametrize("tasks", [1, 2, 20])
 @pytest.mark.parametrize("width", [80, 100])
-def test_lines_fit_the_terminal_and_every_cell_is_there(tasks: int, width: int) -> None:
+def test_lines_fit_the_terminal_and_no_cell_is_missing(tasks: int, width: int) -> None:
     console = Console(width=width, record=True, force_terminal=True, file=io.StringIO())
     _many(tasks).print(console)
     lines = console.export_text().splitlines()
@@ -168,7 +168,7 @@ def test_lines_fit_the_terminal_and_every_cell_is_there(tasks: int, width: int) 
 
 
 @pytest.mark.parametrize("tasks", [2, 8, 9, 20])
-def test_pictures_of_few_and_of_many_tasks_show_every_number(tasks: int, tmp_path) -> None:
+def test_charts_of_few_and_of_many_tasks_show_every_number(tasks: int, tmp_path) -> None:
     from matplotlib.figure import Figure
 
     drawn: list[Figure] = []
@@ -199,7 +199,7 @@ def test_sizes_are_readable() -> None:
     ]  # fmt: skip
 
 
-def test_routing_counts_who_is_taken_for_whom_and_where_the_router_abstains(free_model: FreeModel) -> None:
+def test_routing_counts_confusions_and_abstentions(free_model: FreeModel) -> None:
     suite = TinySuite(eval_batch_size=16)
     suite.setup()
     data = suite.test_dataloader()

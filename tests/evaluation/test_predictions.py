@@ -1,4 +1,4 @@
-"""Predictions: which file or row each is of, and what language models answer."""
+"""Predictions: the names of samples, and the answers of language models."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.configs import tiny_files
 from tests.configs.test_configs import QWEN, T5
 
 
-def test_samples_of_pictures_are_called_by_their_files(tmp_path: Path) -> None:
+def test_samples_of_image_files_are_named_by_file(tmp_path: Path) -> None:
     folder = Path(tiny_files.write_image_folders(tmp_path / "birds"))
     task = ImageFolderSource(folder=str(folder), image_size=8).build("birds", seed=0)
     names = names_of(task.test)
@@ -24,7 +24,7 @@ def test_samples_of_pictures_are_called_by_their_files(tmp_path: Path) -> None:
     assert list(names_of(Subset(task.test, [2, 0]))) == [names[2], names[0]]
 
 
-def test_samples_of_arrays_are_called_by_their_places(tmp_path: Path) -> None:
+def test_samples_of_arrays_are_named_by_index(tmp_path: Path) -> None:
     tiny_files.write_npz(tmp_path / "one.npz")
     source = NpzSource(path=str(tmp_path / "one.npz"), test_size=3)
     assert names_of(source.build("one", seed=0).test) == [
@@ -33,7 +33,7 @@ def test_samples_of_arrays_are_called_by_their_places(tmp_path: Path) -> None:
 
 
 def _places(source: NpzSource, path: Path) -> list[int]:
-    """Where in the file the test images are."""
+    """The indices of the test images in the file."""
     import numpy as np
 
     arrays = np.load(path)["test_images"]
@@ -44,7 +44,7 @@ def _places(source: NpzSource, path: Path) -> list[int]:
 
 @pytest.mark.parametrize("suffix", ["csv", "tsv", "jsonl", "parquet"])
 @pytest.mark.parametrize("per_split", [False, True])
-def test_samples_of_tables_are_called_by_their_rows(tmp_path: Path, suffix: str, per_split: bool) -> None:
+def test_samples_of_tables_are_named_by_row(tmp_path: Path, suffix: str, per_split: bool) -> None:
     tokenizer, rows = tiny_files.write_tokenizer(tmp_path / "tokenizer"), tiny_files.rows()
     columns = ["text", "label"] if per_split else ["split", "text", "label"]
     parts = {split: [row for row in rows if row["split"] == split] for split in ("train", "test")}
@@ -70,14 +70,14 @@ def test_samples_of_tables_are_called_by_their_rows(tmp_path: Path, suffix: str,
 
 
 @pytest.mark.parametrize("config", [QWEN, T5], ids=["causal_lm", "seq2seq"])
-def test_answers_are_those_of_each_prompt_alone(config: dict) -> None:
+def test_answers_in_a_batch_equal_those_of_single_prompts(config: dict) -> None:
     torch.manual_seed(0)
     backbone = LanguageBackbone(config=config).eval()
     prompts = [torch.randint(4, 20, (length,)) for length in (3, 7, 5)]
     ids, mask = torch.zeros(3, 9, dtype=torch.long), torch.zeros(3, 9, dtype=torch.long)
     asked = torch.zeros(3, 9, dtype=torch.bool)
     for row, prompt in enumerate(prompts):
-        answer = 2 if backbone.kind == "causal_lm" else 0  # which must not be looked at
+        answer = 2 if backbone.kind == "causal_lm" else 0  # the evaluation must not read these
         ids[row, : len(prompt)] = prompt
         ids[row, len(prompt) : len(prompt) + answer] = 4 + row
         mask[row, : len(prompt) + answer] = 1

@@ -1,4 +1,4 @@
-"""The quickstart suite: determinism, disjointness in every sense it claims, shapes and sizes."""
+"""The quickstart suite: determinism, disjoint splits, shapes and sizes."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from freemerge.quickstart.glyph_tasks import (
     typeface_words,
 )
 from freemerge.quickstart.glyphs import FONTS, coverage, draw_glyph, draw_grid, draw_text, font_path, shape
+from freemerge.quickstart.image_tasks import TEXTURES, face_parts, texture_rectangles
 from freemerge.quickstart.photographs import PHOTOGRAPHS, cells, packaged_file, photograph
-from freemerge.quickstart.picture_tasks import TEXTURES, face_parts, texture_rectangles
 
 SPLITS = ("train", "val", "test")
 CLASSES = {"digits": 10, "letters": 26, "scripts": 10, "typefaces": 8, "textures": 9, "faces": 5}
@@ -46,7 +46,7 @@ def disjoint(*parts) -> bool:
     return all(not set(a) & set(b) for a, b in itertools.combinations(parts, 2))
 
 
-# ---- what a task is made of
+# ---- tasks
 
 
 def test_tasks(suite: QuickstartSuite) -> None:
@@ -80,7 +80,7 @@ def test_sizes(everything: dict[str, Task]) -> None:
             assert 100 <= len(task.val) <= 300, name
             assert 300 <= len(task.test) <= 600, name
             assert 900 <= len(task.train) <= 2500, name
-            # Balanced classes: the share of the commonest is the accuracy of a model that learned nothing.
+            # Balanced classes: the fraction of the most frequent class is the accuracy of a constant prediction.
             commonest = Counter(task.test.labels.tolist()).most_common(1)[0][1]
             assert commonest <= 1.25 * len(task.test) / task.num_classes, name
     task = everything["pretraining"]
@@ -92,7 +92,7 @@ def test_sizes(everything: dict[str, Task]) -> None:
 
 
 @pytest.mark.parametrize("name", ["digits", "letters", "faces"])
-def test_the_seed_decides(suite: QuickstartSuite, name: str) -> None:
+def test_the_seed_determines_the_images(suite: QuickstartSuite, name: str) -> None:
     same, other = QuickstartSuite().task(name), QuickstartSuite(seed=1).task(name)
     for split in SPLITS:
         data = getattr(suite.task(name), split)
@@ -101,13 +101,13 @@ def test_the_seed_decides(suite: QuickstartSuite, name: str) -> None:
         assert not torch.equal(data.images, getattr(other, split).images)
 
 
-def test_the_seed_decides_what_goes_where() -> None:
+def test_the_seed_determines_the_splits() -> None:
     assert script_characters(5) == script_characters(5) != script_characters(6)
     assert typeface_words(5) == typeface_words(5) != typeface_words(6)
     assert texture_rectangles(5) == texture_rectangles(5) != texture_rectangles(6)
 
 
-def test_building_ignores_and_spares_the_global_generators() -> None:
+def test_building_neither_uses_nor_changes_the_global_generators() -> None:
     import random
 
     states = []
@@ -150,7 +150,7 @@ def test_characters_of_the_scripts(seed: int) -> None:
     dealt = script_characters(seed)
     assert list(dealt) == list(SCRIPTS)
     looks = [shape(SCRIPT_FONT, c) for parts in dealt.values() for part in parts.values() for c in part]
-    assert len(looks) == len(set(looks))  # not only the code points differ
+    assert len(looks) == len(set(looks))  # the shapes differ, not only the code points
     assert b"" not in looks
     assert min(len(parts[split]) for parts in dealt.values() for split in SPLITS) >= 4
 
@@ -176,7 +176,7 @@ def test_regions_of_the_textures(seed: int) -> None:
                 assert top >= 0
                 assert right <= width
                 assert bottom <= height
-                # One pixel around it belongs to no other split either.
+                # Not even the pixels around it belong to another split.
                 area = owner[max(0, top - 1) : bottom + 1, max(0, left - 1) : right + 1]
                 assert set(area.unique().tolist()) <= {0, value}, (name, split)
                 owner[top:bottom, left:right] = value
@@ -186,7 +186,7 @@ def test_faces_and_their_mirror_images_stay_together(everything: dict[str, Task]
     parts = face_parts(0)
     assert disjoint(*parts.values())
     assert sorted(i for part in parts.values() for i in part) == list(range(100))
-    assert len(parts["test"]) >= 30  # of faces, and as many of others
+    assert len(parts["test"]) >= 30  # of faces; there are as many of other things
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -209,7 +209,7 @@ def test_pretraining_uses_nothing_held_out(seed: int) -> None:
         assert region in cells(name, seed)["train"]
 
 
-# ---- pictures
+# ---- drawings and photographs
 
 
 def test_glyphs_are_centred_and_fit() -> None:
@@ -252,7 +252,7 @@ def test_missing_files_are_explained() -> None:
         packaged_file("no_such_package", "a")
 
 
-def test_a_command_without_the_quickstarts_extra_is_one_line(tmp_path, monkeypatch, capsys) -> None:
+def test_without_the_quickstart_extra_the_error_is_one_line(tmp_path, monkeypatch, capsys) -> None:
     from freemerge.cli import main
     from freemerge.quickstart import photographs
 
@@ -265,15 +265,15 @@ def test_a_command_without_the_quickstarts_extra_is_one_line(tmp_path, monkeypat
     assert "Traceback" not in said
 
 
-def test_cells_must_be_dealt_out_in_full() -> None:
+def test_every_cell_belongs_to_a_split() -> None:
     with pytest.raises(ValueError, match="25 cells"):
-        cells("brick", 0, shares=(1, 1, 1))
+        cells("brick", 0, counts=(1, 1, 1))
 
 
-# ---- as a whole
+# ---- the whole suite
 
 
-def test_a_glance_tells_the_task(suite: QuickstartSuite) -> None:
+def test_tasks_are_easily_distinguished(suite: QuickstartSuite) -> None:
     """A nearest-mean classifier over a few plain statistics knows most tasks, so a router has an easy life."""
 
     def statistics(images: torch.Tensor) -> torch.Tensor:

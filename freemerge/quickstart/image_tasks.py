@@ -1,4 +1,4 @@
-"""The quickstart's tasks on pictures that somebody took or wrote: `digits`, `textures` and `faces`."""
+"""The quickstart's tasks on photographs and handwriting: `digits`, `textures` and `faces`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from freemerge.data import Compose, GaussianNoise, RandomAffine, RandomContrast,
 from freemerge.quickstart.canvas import SIDE, Distortion, dataset, render
 from freemerge.quickstart.photographs import Rectangle, cells, crop, packaged_file, random_rectangles
 
-# Photographs that look alike all over: what a crop shows must say which it is from.
+# Photographs of uniform content, so that any crop shows which photograph it comes from.
 TEXTURES = (
     "brick",
     "grass",
@@ -27,73 +27,75 @@ TEXTURES = (
 )
 
 CROP = 56
-"""Side of a texture crop in photograph pixels, before it is shrunk to an image."""
+"""Side of a texture crop in pixels of the photograph, before it is downscaled."""
 
 
-def _enlarge(pictures: np.ndarray, side: int) -> Tensor:
+def _enlarge(originals: np.ndarray, side: int) -> Tensor:
     """float (N, h, w) in [0, 1] → uint8 (N, 1, side, side)."""
-    images = torch.from_numpy(pictures.astype(np.float32)).unsqueeze(1)
+    images = torch.from_numpy(originals.astype(np.float32)).unsqueeze(1)
     images = F.interpolate(images, (side, side), mode="bicubic", antialias=True)
     return (images.clamp(0, 1) * 255).round().to(torch.uint8)
 
 
 def build_digits(seed: int) -> Task:
-    """Which handwritten digit: 10 classes, scikit-learn's 8×8 digits enlarged, rotated and shifted.
+    """Build the task `digits`: recognise a handwritten digit.
+
+    10 classes; the images are scikit-learn's 8×8 digits, enlarged, rotated and shifted.
 
     Args:
-        seed: The suite's seed.
+        seed: the suite's seed.
 
     Returns:
         The task.
     """
-    from sklearn.datasets import load_digits  # here, because it takes a second to import
+    from sklearn.datasets import load_digits  # imported here, because it takes a second
 
     data = load_digits()
-    # A border, so that a rotated digit stays inside the image.
-    pictures = F.pad(_enlarge(data.images / 16, 52), (6, 6, 6, 6))
-    order = list(range(len(pictures)))
+    # With a border, a rotated digit stays inside the image.
+    originals = F.pad(_enlarge(data.images / 16, 52), (6, 6, 6, 6))
+    order = list(range(len(originals)))
     random.Random(derive_seed(seed, "digits")).shuffle(order)
     distortion = Distortion(degrees=22, scale=(0.75, 1.1), shift=0.08, shear=0.2)
     augment = Compose(RandomAffine(10, (0.9, 1.1), 0.06, 0.1), GaussianNoise(0.04))
     sets = {}
     for split, part in (("train", order[:1047]), ("val", order[1047:1297]), ("test", order[1297:])):
-        images = render(pictures[part], distortion, seed, "digits", split)
+        images = render(originals[part], distortion, seed, "digits", split)
         sets[split] = dataset(images, data.target[part].tolist(), augment if split == "train" else None)
     return Task("digits", tuple(str(digit) for digit in range(10)), sets["train"], sets["val"], sets["test"])
 
 
 def texture_rectangles(seed: int) -> dict[str, dict[str, list[Rectangle]]]:
-    """Where the crops of `textures` are.
+    """The rectangles of the crops of `textures`.
 
     Args:
-        seed: The suite's seed.
+        seed: the suite's seed.
 
     Returns:
-        split → photograph → rectangles; those of different splits are apart.
+        split → photograph → rectangles; rectangles of different splits do not overlap.
     """
-    places: dict[str, dict[str, list[Rectangle]]] = {}
+    rectangles: dict[str, dict[str, list[Rectangle]]] = {}
     for split, count in (("train", 240), ("val", 28), ("test", 56)):
-        places[split] = {}
+        rectangles[split] = {}
         for name in TEXTURES:
             generator = random.Random(derive_seed(seed, "textures", name, split))
-            places[split][name] = random_rectangles(name, cells(name, seed)[split], count, CROP, generator, 8.0)
-    return places
+            rectangles[split][name] = random_rectangles(name, cells(name, seed)[split], count, CROP, generator, 8.0)
+    return rectangles
 
 
 def build_textures(seed: int) -> Task:
-    """Which photograph a crop is from: 9 classes.
+    """Build the task `textures`: recognise the photograph that a crop comes from. 9 classes.
 
     Args:
-        seed: The suite's seed.
+        seed: the suite's seed.
 
     Returns:
         The task.
     """
-    places = texture_rectangles(seed)
+    rectangles = texture_rectangles(seed)
     distortion = Distortion(0, (1, 1), shift=0, shear=0, noise=0.02, contrast=(0.85, 1.0), brightness=0.04)
     augment = Compose(RandomFlip(), RandomAffine(5, (1.0, 1.2), 0.05), RandomContrast((0.9, 1.1), 0.03))
     sets = {}
-    for split, photographs in places.items():
+    for split, photographs in rectangles.items():
         crops = [crop(name, where, SIDE) for name, squares in photographs.items() for where in squares]
         labels = [label for label, squares in enumerate(photographs.values()) for _ in squares]
         images = render(torch.stack(crops), distortion, seed, "textures", split)
@@ -102,16 +104,16 @@ def build_textures(seed: int) -> Task:
 
 
 def _medallion() -> Tensor:
-    """uint8 (SIDE, SIDE): 1 in the inscribed circle. It tells these pictures from crops of `textures` at a glance."""
+    """A circular mask, uint8 (SIDE, SIDE), that makes images of `faces` look different from crops of `textures`."""
     axis = torch.arange(SIDE) - (SIDE - 1) / 2
     return (axis[:, None] ** 2 + axis[None, :] ** 2 <= (SIDE / 2) ** 2).to(torch.uint8)
 
 
 def face_parts(seed: int) -> dict[str, list[int]]:
-    """Deals the 100 faces out to the splits, and the 100 other pictures likewise.
+    """Divide the 100 faces among the splits; the same division applies to the 100 images of other things.
 
     Args:
-        seed: The suite's seed.
+        seed: the suite's seed.
 
     Returns:
         split → indices below 100.
@@ -122,18 +124,18 @@ def face_parts(seed: int) -> dict[str, list[int]]:
 
 
 def build_faces(seed: int) -> Task:
-    """Which way up a face in a circle is, or that it is none: 5 classes.
+    """Build the task `faces`: recognise the orientation of a face, or that the image is not a face. 5 classes.
 
-    A picture's copies (turned, mirrored, distorted) are all in the same set.
+    All copies of an original (rotated, mirrored, distorted) are in the same split.
 
     Args:
-        seed: The suite's seed.
+        seed: the suite's seed.
 
     Returns:
         The task.
     """
-    pictures = np.load(packaged_file("skimage", "data", "lfw_subset.npy"))  # (200, 25, 25): 100 faces, 100 others
-    pictures = _enlarge(pictures, 2 * SIDE)
+    originals = np.load(packaged_file("skimage", "data", "lfw_subset.npy"))  # (200, 25, 25): 100 faces, 100 others
+    originals = _enlarge(originals, 2 * SIDE)
     distortion = Distortion(degrees=12, scale=(1.0, 1.2), shift=0.04, shear=0.0)
     augment = Compose(RandomAffine(8, (0.95, 1.1), 0.06), RandomContrast((0.7, 1.2), 0.1), GaussianNoise(0.03))
     sets = {}
@@ -142,10 +144,10 @@ def build_faces(seed: int) -> Task:
         chosen, labels = [], []
         for index in part:
             for label in range(5):
-                # The others are turned at random, lest their own upright shadows give them away.
+                # Other images are rotated at random; otherwise their upright shadows would reveal the class.
                 turns, source = (label - 1, index) if label else (index % 4, index + 100)
-                picture = pictures[source]
-                chosen += [view.rot90(turns, (1, 2)) for view in (picture, picture.flip(2))] * copies
+                original = originals[source]
+                chosen += [view.rot90(turns, (1, 2)) for view in (original, original.flip(2))] * copies
                 labels += [label] * (2 * copies)
         images = render(torch.stack(chosen), distortion, seed, "faces", split) * _medallion()
         sets[split] = dataset(images, labels, augment if split == "train" else None)
