@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from freemerge import FineTuner, SuiteRun
 from freemerge.checkpoints import load_checkpoint
 from freemerge.cli import main
+from freemerge.data import Task
 from freemerge.merging import (
     SVC,
     AdaMerging,
@@ -24,11 +25,23 @@ from freemerge.merging import (
     merge,
     rescaled,
 )
+from freemerge.models import LanguageBackbone
 from freemerge.pipeline import MergeSettings, Settings
 from freemerge.pipeline.checks.findings import Findings
 from freemerge.pipeline.checks.stages import check_merge
+from freemerge.pipeline.stages.statistics import squared_gradients
 from tests.tiny import TinySuite, tiny_backbone
 
+LLAMA = {
+    "model_type": "llama",
+    "vocab_size": 40,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "tie_word_embeddings": True,
+}
 TINY = Path(__file__).parent.parent / "tiny.yaml"
 TRAINER = {
     "accelerator": "cpu",
@@ -136,6 +149,38 @@ def test_only_classes_have_an_entropy(tmp_path):
 def test_other_learning_is_another_file():
     names = {AdaMerging("collect", **change).collected_as for change in ({}, {"steps": 7}, {"rate": 0.1})}
     assert len(names) == 3
+
+
+def test_a_search_says_what_was_not_collected(tmp_path):
+    run = make_run(tmp_path, {"sum": TaskArithmetic()})
+    run.run(["finetune"])
+    run.settings.tune.method = SVC(RegMean("collect"))
+    with pytest.raises(ValueError, match=r"corners\.gram_matrices\.safetensors is not there: .* that is RegMean"):
+        run.tune()
+
+
+def test_the_squared_gradients_of_a_language_model_are_of_the_tokens_that_count():
+    """Each output answers for the next token; prompts, with labels of −100, have no part."""
+    torch.manual_seed(0)
+    backbone = LanguageBackbone(config=LLAMA).eval()
+    tokens = torch.randint(0, 40, (3, 7))
+    labels = torch.where(torch.arange(7) < 3, -100, tokens)
+    inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+    task = Task("t", (), None, None, None, kind="causal_lm")
+    found = squared_gradients(backbone, torch.nn.Identity(), task, iter([(inputs, labels)]), seed=0)
+    generator = torch.Generator().manual_seed(0)
+    expected = {name: torch.zeros_like(value) for name, value in backbone.model.named_parameters()}
+    for index in range(3):
+        outputs = backbone({name: value[index : index + 1] for name, value in inputs.items()})[0, 2:-1]
+        logs = outputs.log_softmax(-1)
+        drawn = torch.multinomial(logs.detach().exp(), 1, generator=generator)
+        backbone.zero_grad()
+        logs.gather(1, drawn).sum().backward()
+        for name, value in backbone.model.named_parameters():
+            expected[name] += value.grad.square() / 3
+    assert found.keys() == expected.keys()  # the tied head has no entry of its own
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-9)
 
 
 def test_a_configuration_says_it_in_one_line(tmp_path, capsys):

@@ -18,8 +18,8 @@ _ROWS = 1 << 22  # values of X that are multiplied at a time, so that unfolded p
 def measurable_layers(module: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
     """The layers whose inputs can be measured, by name: linear ones, and convolutions over images without groups.
 
-    Layers that a module computes without calling them, as torch's attention does with its projections, stay without
-    statistics, and RegMean averages them.
+    Weights that a module uses without calling a layer, as torch's attention does with its projections and stacked
+    experts with theirs, stay without statistics, and RegMean averages them.
     """
     return {
         name: layer

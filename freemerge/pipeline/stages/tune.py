@@ -26,7 +26,7 @@ from torch import Tensor
 import freemerge
 from freemerge.checkpoints import expand, hash_tensors, save_checkpoint
 from freemerge.evaluation import Report, Row, comparable, mean_score
-from freemerge.merging import Candidates, MergeMethod, describe_method, get_field, rescaled
+from freemerge.merging import Candidates, MeasuredMethod, MergeMethod, describe_method, get_field, rescaled
 from freemerge.pipeline.measure import Measure
 from freemerge.pipeline.others import Others
 from freemerge.pipeline.ranks import is_first
@@ -55,6 +55,19 @@ def chosen_method(settings: Settings) -> tuple[str, MergeMethod]:
     return name, methods[name]
 
 
+def _check_collected(files: Artifacts, asked: Mapping[str, MeasuredMethod], run: Path | None) -> None:
+    """Raise a ValueError if the stage `merge` has not collected the statistics that a method merges by."""
+    for method in asked.values():
+        for task in files.suite.names:
+            path = files.statistics_path(method, task, run)
+            if not path.is_file():
+                kind = type(method).__name__
+                raise ValueError(
+                    f"tune: {path} is not there: the stage `merge` collects it for a line of merge.methods that is "
+                    f"{kind} with `statistics: collect`; add one, and run `fit` with it first"
+                )
+
+
 class Tuning:
     """The search over a run's fine-tuned models.
 
@@ -75,7 +88,9 @@ class Tuning:
         self.console = Console(quiet=True) if self.searches_only else console
         self.models = expand(self.settings.models) if self.settings.models else None
         self.name, self._configured = chosen_method(files.settings)
-        self.method = files.with_statistics(self._configured)
+        asked: dict[str, MeasuredMethod] = {}
+        self.method = files.with_statistics(self._configured, asked, self.models)
+        _check_collected(files, asked, self.models)
         tasks = files.suite.names
         self.space = Space(self.method, tasks, self.settings.space or default_ranges(self.method))
         self.base, self.finetuned = files.finished(self.models)

@@ -320,9 +320,9 @@ class Artifacts:
         inputs = self._key() | {"order": list(data), "task_data": data, **inputs}
         return StageFolder(self.folder / "tune" / _file_name(name), f"tune {name}", inputs)
 
-    def statistics_path(self, method: MeasuredMethod, task: str) -> Path:
-        """The file of a task's statistics that a method needs."""
-        return self.folder / "merge" / "statistics" / f"{task}.{method.collected_as}.safetensors"
+    def statistics_path(self, method: MeasuredMethod, task: str, run: Path | None = None) -> Path:
+        """The file of a task's statistics that a method needs; see `finished` for `run`."""
+        return (run or self.folder) / "merge" / "statistics" / f"{task}.{method.collected_as}.safetensors"
 
     @property
     def collected(self) -> dict[str, MeasuredMethod]:
@@ -332,18 +332,21 @@ class Artifacts:
             self.with_statistics(method, found)
         return dict(sorted(found.items()))
 
-    def with_statistics(self, method: MergeMethod, found: dict[str, MeasuredMethod] | None = None) -> MergeMethod:
+    def with_statistics(
+        self, method: MergeMethod, found: dict[str, MeasuredMethod] | None = None, run: Path | None = None
+    ) -> MergeMethod:
         """A method with the files of its statistics, where it asks to collect them.
 
         Args:
             method: how to merge.
             found: what it asks for is added here.
+            run: see `finished`.
         """
 
         def paths(measured: MeasuredMethod) -> list[str]:
             if found is not None:
                 found.setdefault(measured.collected_as, measured)
-            return [str(self.statistics_path(measured, task)) for task in self.suite.names]
+            return [str(self.statistics_path(measured, task, run)) for task in self.suite.names]
 
         return collected(method, paths)
 
