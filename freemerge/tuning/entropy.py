@@ -96,7 +96,7 @@ def entropy_gradient(
         for task, batch in inputs.items():
             loss = entropy(predict[task](merged, batch)).mean()
             loss.backward()
-            value += float(loss)
+            value += float(loss.detach())
     gradient = torch.zeros_like(coefficients)
     for column, (name, tensor) in enumerate(merged.items()):
         if tensor.grad is not None:
