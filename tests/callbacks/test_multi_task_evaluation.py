@@ -213,7 +213,7 @@ def test_mistakes_are_found_before_training(tmp_path, other, arguments, message)
 
 
 def test_each_task_has_its_own_metric(tmp_path):
-    """Regression, macro-F1, the module's own head, and a metric of torchmetrics, which gets outputs as they are."""
+    """Regression, macro-F1, the module's own head, and a torchmetrics metric, which gets unchanged outputs."""
     torch.manual_seed(3)
     numbers = TensorDataset(torch.randn(23, 6), torch.randn(23))
     loaders = {"a": LOADERS["a"], "b": LOADERS["b"], "n": DataLoader(numbers, batch_size=8), "m": LOADERS["b"]}
@@ -252,7 +252,7 @@ class Texts(nn.Module):
 
 
 class TextClassifier(Plain):
-    """Batches are dicts, as Hugging Face's collators make them; its forward takes the dict and returns a dict."""
+    """Batches are dicts, as from Hugging Face's collators; the forward takes a dict and returns a dict."""
 
     def __init__(self):
         super().__init__(Texts())
@@ -285,7 +285,7 @@ def test_batch_norm_is_measured_again_with_the_merged_weights(tmp_path):
 
     weights = {name: value.clone() for name, value in module().backbone.state_dict().items()}
     for name in ("0.weight", "4.weight"):
-        weights[name] *= 3  # as unlike to their statistics as a merge's
+        weights[name] *= 3  # activations unlike the stored statistics, as after a merge
     save_checkpoint(tmp_path / "m.safetensors", weights)
     train = {"a": make_loader(0, 40, seed=7), "b": make_loader(1, 24, seed=8)}
     heads = make_heads()
@@ -305,7 +305,7 @@ def test_batch_norm_is_measured_again_with_the_merged_weights(tmp_path):
     backbone[1].running_mean, backbone[1].running_var = first.mean(0), first.var(0)
     batches = [x for loader in train.values() for x, _ in loader]
     second = []
-    for x in batches:  # within the pass a layer normalises by the batch, as in training
+    for x in batches:  # during the measurement, layers normalise by the batch, as in training
         backbone[1].train()
         backbone[1].momentum = 0.0
         second.append(backbone[4](backbone[2](backbone[1](backbone[0](x)))).detach())
@@ -383,7 +383,7 @@ def test_a_compiled_backbone(tmp_path, other):
 
 
 def test_a_wrapped_backbone_with_tied_weights(tmp_path):
-    """The base's file names the wrapped model's tensors and holds tied ones once, as a Hugging Face folder does."""
+    """The base's file has the names of the wrapped model and tied tensors once, like a Hugging Face folder."""
     start, changed = Tied(), Tied()
     save_checkpoint(tmp_path / "base.safetensors", start.state_dict())
     changed.load_state_dict({name: value * 1.1 for name, value in start.state_dict().items()})
@@ -420,7 +420,7 @@ def test_tied_initial_weights_and_a_resumed_fit(tmp_path):
         TaskArithmetic(scale=[1.0, 0.0]), [str(tmp_path / "other.safetensors")], str(tmp_path / "m.safetensors")
     )
     fit(tmp_path, Plain(Tied()), merge, last, epochs=1, enable_checkpointing=True)
-    save_checkpoint(merge.base.kept, Tied().state_dict())  # as if the first fit had been interrupted before its merge
+    save_checkpoint(merge.base.kept, Tied().state_dict())  # the state of a fit that was interrupted before its merge
     merge.overwrite = True
     resumed = Plain(Tied())
     make_trainer(tmp_path, merge).fit(resumed, make_loader(0), ckpt_path=tmp_path / "last.ckpt")

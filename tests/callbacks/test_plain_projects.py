@@ -92,7 +92,7 @@ def logged(trainer, column):
 
 @pytest.mark.parametrize("name", CALLBACKS)
 def test_in_a_plain_project_stopped_and_resumed(folder, name):
-    """Two epochs, then two more from the checkpoint, are worth four."""
+    """Two epochs and two more from the checkpoint give the same result as four."""
     whole, _ = run(name)
     wanted = {path.name: load_checkpoint(path) for path in folder.glob("*.safetensors")}
     shutil.rmtree("checkpoints")

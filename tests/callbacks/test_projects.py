@@ -1,4 +1,4 @@
-"""The callbacks in projects of the shapes that people have: objects as hyperparameters, dicts as batches, …"""
+"""The callbacks in typical projects: objects as hyperparameters, dicts as batches, several optimizers and others."""
 
 import copy
 
@@ -58,7 +58,7 @@ def test_a_hydra_like_project_with_a_data_module_for_each_task(tmp_path):
         inputs, labels = map(torch.stack, zip(*own.data_val, strict=True))
         accuracy = float((expected(inputs).argmax(1) == labels).float().mean())
         assert trainer.callbacks[2].results[task] == pytest.approx(accuracy)
-        assert preview.results[task] == pytest.approx(accuracy)  # the last validation saw the last weights
+        assert preview.results[task] == pytest.approx(accuracy)  # the last validation used the last weights
 
 
 def test_remote_sensing_classification_with_one_logit(tmp_path):
@@ -117,7 +117,7 @@ def test_two_optimizers_and_manual_optimization(tmp_path):
 
 
 def test_glue_like_batches_and_a_head_inside_the_merged_model(tmp_path):
-    """With the whole model merged but for its head, the trained head is evaluated, not the base's."""
+    """If everything except the head is merged, the trained head is evaluated, not the base's."""
     start = glue_like.GLUETransformer()
     start.model.save_pretrained(tmp_path / "base")
     other = moved(start.model)
@@ -139,7 +139,7 @@ def test_glue_like_batches_and_a_head_inside_the_merged_model(tmp_path):
         assert evaluation.results[task] == pytest.approx(wanted)
         assert preview.results[task] == pytest.approx(wanted)
     written = load_checkpoint(tmp_path / "m.safetensors")
-    assert torch.equal(written["classifier.weight"], start.model.classifier.weight)  # the file has the base's
+    assert torch.equal(written["classifier.weight"], start.model.classifier.weight)  # the file has the base's head
 
 
 def test_an_encoder_that_returns_a_model_output_and_a_head_for_each_task(tmp_path):
@@ -265,7 +265,7 @@ def test_a_data_module_of_all_tasks(tmp_path):
 
 @pytest.mark.parametrize("first", ["average", "preview"])
 def test_a_preview_sees_the_weights_that_are_validated(tmp_path, first):
-    """A moving average exchanges the weights for the validation; where it stands in the list makes no difference."""
+    """A moving average replaces the weights during validation; the order of the callbacks does not matter."""
     from lightning.pytorch.callbacks import EMAWeightAveraging
 
     module = TwoOptimizers()

@@ -1,4 +1,4 @@
-"""MergeAtFitEnd with a folder that several jobs share: the last to finish merges them all."""
+"""MergeAtFitEnd with a folder that several jobs share: the last job to finish merges all models."""
 
 import multiprocessing
 import subprocess
@@ -62,7 +62,7 @@ def test_others_in_addition_to_a_registry_and_the_evaluation_of_the_last_job(tmp
         fit(tmp_path, callback, 0, evaluation)
         results.append(evaluation.results)
     assert [model["name"] for model in callback.report["finetuned"]] == ["a", "b", str(other)]
-    assert set(results[0]) == set(results[1]) == {"x"}  # the first job's is of its own weights
+    assert set(results[0]) == set(results[1]) == {"x"}  # the first job has evaluated its own weights
 
 
 def finish(folder, task, names, start):
@@ -78,7 +78,7 @@ def finish(folder, task, names, start):
 
 
 def test_jobs_that_finish_at_the_same_time(tmp_path):
-    """Each registers and looks whether it is the last; one finds that it is, and not before all are there."""
+    """Each job registers and checks whether it is the last; exactly one is, after all have registered."""
     context, names = multiprocessing.get_context("fork"), [f"t{index}" for index in range(6)]
     start = context.Barrier(len(names))
     jobs = [context.Process(target=finish, args=(tmp_path, name, names, start)) for name in names]
@@ -118,7 +118,7 @@ def test_a_job_that_dies_while_it_merges_blocks_no_other(tmp_path, monkeypatch):
 
 
 def test_a_job_that_died_after_it_registered_resumes(tmp_path):
-    """Its merge failed (a full disk, say); fitted again from its last checkpoint, it merges."""
+    """Its merge failed, for instance because of a full disk; resumed from its last checkpoint, the job merges."""
     fit(tmp_path, job(tmp_path, "a", ("a", "b"), WeightAverage()))
     last = job(tmp_path, "b", ("a", "b"), WeightAverage())
     checkpoint = ModelCheckpoint(dirpath=tmp_path / "ckpt", save_last=True)
@@ -150,7 +150,7 @@ def test_two_jobs_with_the_same_task(tmp_path):
     record = TaskRecord("a", "weights", "h", None, {})
     registry = Registry(str(tmp_path), "a", 2, "Somebody")
     registry.register(record, {"w": torch.zeros(3)}, False)
-    registry.register(record, {"w": torch.zeros(3)}, False)  # the same weights, from a second callback of one fit
+    registry.register(record, {"w": torch.zeros(3)}, False)  # a second callback of the same fit has the same weights
     with pytest.raises(ValueError, match=r"another job has registered the task 'a' in .* since this fit began"):
         registry.register(record, {"w": torch.ones(3)}, False)
     registry.register(record, {"w": torch.ones(3)}, True)

@@ -1,4 +1,4 @@
-"""StatisticsAtFitEnd: what it measures is what the final weights give on the task's data, and it changes nothing."""
+"""StatisticsAtFitEnd: the statistics are those of the final weights on the task's data; the fit is unchanged."""
 
 import lightning as L
 import pytest
@@ -94,7 +94,7 @@ def test_two_fits_and_their_merge(tmp_path, statistics, method):
 
 
 class Numbers(L.LightningDataModule):
-    """Other data than those of the fit, in dicts."""
+    """Data other than those of the fit, in dicts."""
 
     def val_dataloader(self):
         samples = [{"pixels": inputs, "labels": label} for inputs, label in make_data(1, count=24, seed=9)]

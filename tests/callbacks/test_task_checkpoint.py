@@ -90,7 +90,7 @@ def test_its_files_are_merged_and_evaluated(tmp_path, save):
 
 
 def test_a_task_vector_is_added_to_a_given_base(tmp_path):
-    """The base's names lie one level deeper than the backbone's, as a Hugging Face folder's in a wrapper."""
+    """The base's names are one level deeper than the backbone's, like those of a Hugging Face folder in a wrapper."""
     save_checkpoint(tmp_path / "base.safetensors", make_backbone().state_dict())
     base = str(tmp_path / "base.safetensors")
     keep = TaskCheckpoint(
@@ -134,7 +134,7 @@ def test_another_base_is_refused_before_training(tmp_path, given):
 @pytest.mark.parametrize("save", ["weights", "task_vector"])
 @pytest.mark.parametrize("dtype", [None, "bfloat16"])
 def test_any_later_merge_refuses_another_base(tmp_path, save, dtype, capsys):
-    """So does `python -m freemerge merge`; the base may come in another wrapper or precision, or with a head."""
+    """`python -m freemerge merge` refuses it too; the base can have another wrapper or precision, or a head."""
     save_checkpoint(tmp_path / "base.safetensors", make_backbone().state_dict() | {"score.weight": torch.ones(2, 8)})
     other = {name: value + 1e-3 for name, value in make_backbone().state_dict().items()}
     save_checkpoint(tmp_path / "other.safetensors", other)
@@ -146,7 +146,7 @@ def test_any_later_merge_refuses_another_base(tmp_path, save, dtype, capsys):
     record = read_record(path)
     assert set(record.dtypes) == set(base_of_all)
     with pytest.raises(MergeError, match=r"the task 'a' was fine-tuned from another base than .*base \(hash"):
-        merge(base_of_all, [path], WeightAverage())  # its head began with other random numbers
+        merge(base_of_all, [path], WeightAverage())  # its head has another random initialisation
 
     keep = TaskCheckpoint(path, task="a", save=save, dtype=dtype, overwrite=True)
     module = fit(tmp_path, [keep])

@@ -28,7 +28,7 @@ def loader(token: int) -> DataLoader:
 
 
 class GLUETransformer(L.LightningModule):
-    """The model of transformers holds encoder and head."""
+    """The transformers model contains encoder and head."""
 
     def __init__(self, model: BertForSequenceClassification | None = None) -> None:
         super().__init__()

@@ -13,11 +13,11 @@ from torch.utils.data import DataLoader, TensorDataset, random_split
 
 
 class DigitsModule(L.LightningModule):
-    """`self.net` is called by `forward`; it holds its own last layer."""
+    """`self.net` is called by `forward`; it contains its own last layer."""
 
     def __init__(self, net: nn.Module, optimizer: partial, config: DictConfig, folder: Path) -> None:
         super().__init__()
-        self.save_hyperparameters(logger=False)  # objects and all, as the templates do
+        self.save_hyperparameters(logger=False)  # including objects, as in the templates
         self.net = net
         self.criterion = nn.CrossEntropyLoss()
 

@@ -1,4 +1,4 @@
-"""Projects in the shape of remote-sensing libraries: batches are dicts that carry more than images and labels."""
+"""Projects in the shape of remote-sensing libraries: batches are dicts with more than images and labels."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A project in the shape of self-supervised libraries: two views of an image, no labels, file names beside them."""
+"""A project in the shape of self-supervised libraries: two views of an image, no labels, and file names."""
 
 from __future__ import annotations
 

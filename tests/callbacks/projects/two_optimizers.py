@@ -25,7 +25,7 @@ class TwoOptimizers(L.LightningModule):
         of_head.zero_grad()
         self.manual_backward(loss)
         of_head.step()
-        if batch_idx % 2:  # the backbone moves with every second batch
+        if batch_idx % 2:  # the backbone is updated with every second batch
             of_backbone.step()
 
     def validation_step(self, batch, batch_idx):
