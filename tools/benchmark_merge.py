@@ -58,6 +58,7 @@ METHODS = {  # name → (method, largest multiple of the floor)
     "IsoC": ("IsoC()", 8.0),
     "IsoCTS": ("IsoCTS()", 8.0),
     "ACE": ("ACEMerging()", 8.0),
+    "balanced": ("BalancedMerging()", None),
     "WUDI": ("WUDIMerging()", None),
 }
 SLOW = {
@@ -65,6 +66,7 @@ SLOW = {
     "IsoC",
     "IsoCTS",
     "ACE",
+    "balanced",
     "WUDI",
     "FR, PCB",
 }  # spectra and covariances of weights; five passes of K transforms: minutes

@@ -19,6 +19,7 @@ from freemerge.merging.methods.ace import ACEMerging
 from freemerge.merging.methods.ada_merging import AdaMerging
 from freemerge.merging.methods.angles import AngleMethod
 from freemerge.merging.methods.arcee_fusion import ArceeFusion
+from freemerge.merging.methods.balanced import BalancedMerging
 from freemerge.merging.methods.base import MergeMethod
 from freemerge.merging.methods.breadcrumbs import Breadcrumbs
 from freemerge.merging.methods.consensus import Consensus
@@ -65,6 +66,7 @@ __all__ = [
     "Advice",
     "AngleMethod",
     "ArceeFusion",
+    "BalancedMerging",
     "Breadcrumbs",
     "Butterworth",
     "Candidates",

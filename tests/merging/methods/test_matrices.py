@@ -7,6 +7,7 @@ import torch
 
 from freemerge.merging import (
     ACEMerging,
+    BalancedMerging,
     FRMerging,
     HighPass,
     IsoC,
@@ -26,6 +27,7 @@ METHODS = [
     IsoCTS(1.2),
     ACEMerging(),
     ACEMerging(form="released"),
+    BalancedMerging(),
     WUDIMerging(solver="exact"),
     WUDIMerging(learning_rate=1e-3, steps=20),
 ]
