@@ -12,7 +12,7 @@ _EPILOG = """example:
   python -m freemerge advise --base base.safetensors --finetuned a.safetensors b.safetensors
 
 Nothing is written. Norms, cosines and signs are of all values; leading directions and frequencies of a sample of the
-matrices. The method it names is the one that gained most in the tables of BENCHMARKS.md."""
+matrices. The method it names is the one that gained most in the tables of docs/benchmarks."""
 
 
 def build_parser() -> OneLineErrors:

@@ -1,4 +1,4 @@
-"""Tables of results: for the terminal, or in Markdown for BENCHMARKS.md."""
+"""Tables of results: for the terminal, or in Markdown for docs/benchmarks."""
 
 from __future__ import annotations
 

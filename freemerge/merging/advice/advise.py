@@ -37,7 +37,7 @@ class Advice:
         relations: the measurements.
         warnings: what is known to harm a merge of such models, one line each.
         method: the method to begin with, at the scale to begin with.
-        reason: why, and which tables of BENCHMARKS.md say so.
+        reason: why, and which pages of docs/benchmarks support it.
     """
 
     relations: Relations
@@ -214,6 +214,6 @@ def suggest(relations: Relations) -> tuple[MergeMethod, str]:
     line, tables = best_line()
     gains = "; ".join(f"{table.averages[line] - table.base:+.1f} points, “{table.title}”" for table in tables)
     return LINES[line](), (
-        f"of the methods measured on several suites, {line} gained most over the base (BENCHMARKS.md: {gains}). The "
+        f"of the methods measured on several suites, {line} gained most over the base (docs/benchmarks: {gains}). The "
         "scale is the default of its paper; the tables chose theirs on validation data, so try smaller ones too"
     )

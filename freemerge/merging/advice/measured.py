@@ -1,7 +1,6 @@
-"""What BENCHMARKS.md measured: accuracies of merging methods, each at the scale that validation data chose.
+"""Accuracies of merging methods from docs/benchmarks, each at the scale that validation data chose.
 
-The tests compare every number with BENCHMARKS.md. A further table there is a further entry here, and the advice
-follows.
+The tests compare every number with the page. To extend the advice, add an entry here for each new table there.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ class Measured(NamedTuple):
     """One table of accuracies.
 
     Args:
-        title: its heading in BENCHMARKS.md.
+        title: the heading of its page in docs/benchmarks.
         base: the base's mean accuracy over the tasks, in percent.
         averages: line of the table → mean accuracy of the merge.
     """

@@ -1,4 +1,4 @@
-"""Warnings and suggestions follow from the measurements and from BENCHMARKS.md."""
+"""Warnings and suggestions follow from the measurements and from docs/benchmarks."""
 
 import json
 import re
@@ -10,7 +10,7 @@ import torch
 from freemerge.merging import MergeMethod, PCBMerging, TaskArithmetic, advise
 from freemerge.merging.advice.measured import LINES, TABLES, best_line
 
-BENCHMARKS = (Path(__file__).parents[3] / "BENCHMARKS.md").read_text(encoding="utf-8")
+BENCHMARKS = Path(__file__).parents[3] / "docs" / "benchmarks"
 
 
 def normal(*shape, seed):
@@ -72,9 +72,10 @@ def test_one_model_is_itself(base):
 
 
 def test_the_numbers_are_those_of_the_benchmarks():
+    pages = [path.read_text(encoding="utf-8") for path in BENCHMARKS.glob("*.md")]
     for table in TABLES:
-        section = BENCHMARKS.split(f"### {table.title}\n")[1].split("\n### ")[0]
-        rows = dict(re.findall(r"^\| ([\w ]+?) \| \d+ \| [\d.]+ \| ([\d.]+) \|", section, flags=re.MULTILINE))
+        (page,) = [page for page in pages if page.startswith(f"# {table.title}\n")]
+        rows = dict(re.findall(r"^\| ([\w ]+?) \| \d+ \| [\d.]+ \| ([\d.]+) \|", page, flags=re.MULTILINE))
         assert float(rows["base"]) == table.base
         assert {line: float(rows[line]) for line in LINES if line in rows} == table.averages
 
