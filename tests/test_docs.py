@@ -16,7 +16,6 @@ def links(page: Path) -> list[str]:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_link_leads_to_a_file(page: Path) -> None:
-    assert links(page)
     assert [link for link in links(page) if not (page.parent / link).exists()] == []
 
 
