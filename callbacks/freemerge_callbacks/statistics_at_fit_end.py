@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from freemerge.checkpoints import expand, save_checkpoint
 from freemerge.inputs import batch_size, select, to_device
-from freemerge.merging import GramMatrices, SquaredGradients, Statistics, draw_log_probability, measurable_layers
+from freemerge.merging import GramMatrices, SquaredGradients, draw_log_probability, measurable_layers
 from freemerge_callbacks._adapters import has_adapters, plain_names
 from freemerge_callbacks._batches import BatchFormat
 from freemerge_callbacks._best import best_checkpoint, best_state, completed
@@ -27,6 +27,7 @@ from freemerge_callbacks._ranks import on_rank_zero
 from freemerge_callbacks._weights import get_part, is_dev_run, is_sharded, refuse_placeholders, whole_state
 
 _WHO = "StatisticsAtFitEnd"
+_Measured = Literal["gram_matrices", "squared_gradients"]
 
 
 class StatisticsAtFitEnd(Callback):
@@ -66,7 +67,7 @@ class StatisticsAtFitEnd(Callback):
     def __init__(
         self,
         output: str,
-        statistics: Statistics = "gram_matrices",
+        statistics: _Measured = "gram_matrices",
         samples: int = 256,
         loader: DataLoader | L.LightningDataModule | None = None,
         backbone: str = "backbone",
@@ -105,8 +106,8 @@ class StatisticsAtFitEnd(Callback):
         if stage != "fit" or is_dev_run(trainer):
             return
         self.saved_path = None
-        if self.statistics not in get_args(Statistics):
-            raise ValueError(f"{_WHO}: `statistics` must be one of {get_args(Statistics)}, got {self.statistics!r}")
+        if self.statistics not in get_args(_Measured):
+            raise ValueError(f"{_WHO}: `statistics` must be one of {get_args(_Measured)}, got {self.statistics!r}")
         if self.samples < 1:
             raise ValueError(f"{_WHO}: `samples` must be at least 1, got {self.samples}")
         if self.weights not in ("last", "best"):

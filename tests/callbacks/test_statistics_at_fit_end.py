@@ -157,6 +157,7 @@ def test_errors_come_before_training(tmp_path):
         ({"output": "a.pt"}, "must be a .safetensors file"),
         ({"output": "a.safetensors", "samples": 0}, "`samples` must be at least 1, got 0"),
         ({"output": "a.safetensors", "statistics": "grams"}, "`statistics` must be one of"),
+        ({"output": "a.safetensors", "statistics": "coefficients"}, "`statistics` must be one of"),
         ({"output": "a.safetensors", "weights": "best"}, "weights='best' needs a ModelCheckpoint"),
         ({"output": "a.safetensors", "backbone": "encoder"}, "has no submodule 'encoder'"),
     ]:

@@ -27,8 +27,8 @@ class MeasuredMethod(MergeMethod):
     Args:
         statistics: the files' paths, in the order of the models: checkpoints of any kind that freemerge reads, with a
             tensor under the name of the weight that it belongs to. A weight without statistics is averaged.
-            freemerge_callbacks.StatisticsAtFitEnd writes such files. "collect" in a run over a suite, which then
-            measures them itself before the merge.
+            freemerge_callbacks.StatisticsAtFitEnd writes those of RegMean and FisherMerging. "collect" in a run over a
+            suite, which measures them itself before the merge and writes them to `merge/statistics`.
         scale: multiplies the result.
     """
 
@@ -50,7 +50,8 @@ class MeasuredMethod(MergeMethod):
         if self.statistics == "collect":
             raise MergeError(
                 f'{type(self).__name__}: statistics="collect" is for runs over a suite (fit, tune), which have data; '
-                "list a file for each model, as freemerge_callbacks.StatisticsAtFitEnd writes them"
+                f"list a file with the {self.measures.replace('_', ' ')} of each model, as a run writes them to "
+                "merge/statistics"
             )
         if len(self.statistics) != len(labels):
             raise MergeError(
