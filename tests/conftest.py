@@ -1,4 +1,4 @@
-"""What holds for all tests: no model hub, and one thread, which tiny models run fastest on."""
+"""Settings of all tests: no model hub, and one thread, the fastest choice for tiny models."""
 
 import os
 

@@ -44,7 +44,7 @@ def test_fit_on_two_processes_reports_what_one_process_measures(tmp_path) -> Non
 
 
 def start_as_srun_does(arguments: list[str], nodes: int, port: int) -> list[subprocess.Popen]:
-    """One process for each of several "nodes", all of them this machine, with what SLURM tells its tasks."""
+    """Start one process per simulated node on this machine, with the environment that SLURM sets."""
     slurm = {
         "SLURM_JOB_ID": "1", "SLURM_JOB_NAME": "freemerge", "SLURM_NTASKS": str(nodes), "SLURM_NTASKS_PER_NODE": "1",
         "SLURM_NNODES": str(nodes), "SLURM_NODELIST": "127.0.0.1", "SLURM_LOCALID": "0", "MASTER_PORT": str(port),
@@ -63,7 +63,7 @@ def start_as_srun_does(arguments: list[str], nodes: int, port: int) -> list[subp
 
 
 def run_as_srun_does(arguments: list[str], nodes: int) -> list[tuple[str, str]]:
-    """What each node prints, on stdout and stderr."""
+    """The output of each node on stdout and stderr."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -73,8 +73,8 @@ def run_as_srun_does(arguments: list[str], nodes: int) -> list[tuple[str, str]]:
     return printed
 
 
-def test_readmes_slurm_script_runs_on_two_nodes(tmp_path) -> None:
-    """About 40 s: the script's own command, on two processes that believe to be nodes, twice."""
+def test_the_slurm_script_of_readme_runs_on_two_nodes(tmp_path) -> None:
+    """About 40 s: the script's own command, twice, on two processes that act as nodes."""
     readme = (ROOT / "README.md").read_text()
     script = next(block for block in re.findall(r"```bash\n(.*?)```", readme, flags=re.DOTALL) if "#SBATCH" in block)
     options = dict(re.findall(r"#SBATCH --([\w-]+)=(\S+)", script))
@@ -84,7 +84,7 @@ def test_readmes_slurm_script_runs_on_two_nodes(tmp_path) -> None:
     given = dict(zip(arguments[1::2], arguments[2::2], strict=True))
     assert given["--trainer.num_nodes"] == options["nodes"]
     assert given["--trainer.devices"] == options["ntasks-per-node"] == options["gpus-per-node"]
-    # The same on what there is here: this machine's CPU, one process a node.
+    # The same on this machine's CPU, one process per node.
     here = {"--config": TINY, "--trainer.num_nodes": "2", "--trainer.devices": "1", "--run.folder": str(tmp_path)}
     own = [arguments[0], *(part for pair in {**given, **here}.items() for part in pair)]
     printed = run_as_srun_does(own, nodes=2)
@@ -92,7 +92,7 @@ def test_readmes_slurm_script_runs_on_two_nodes(tmp_path) -> None:
     assert printed[1][0] == ""  # only the first node prints
     assert "MEMBER: 2/2" in printed[0][1] + printed[1][1]
     report = (tmp_path / "report.json").read_text()
-    # Without any fit to meet at: the second node must not look for a merge that the first one has yet to write.
+    # No fit synchronizes the nodes here: the second must wait for the merge that the first writes.
     for stage in ("merge", "extracted"):
         shutil.rmtree(tmp_path / stage)
     run_as_srun_does([*own, "--run.stages", "[merge, experts, evaluate]"], nodes=2)
@@ -100,7 +100,7 @@ def test_readmes_slurm_script_runs_on_two_nodes(tmp_path) -> None:
 
 
 def test_a_command_leaves_no_process_group_behind(tmp_path) -> None:
-    """Gloo's threads abort a process now and then whose interpreter ends before they do."""
+    """Gloo's threads sometimes abort a process whose interpreter ends before they do."""
     watch = "import atexit, torch.distributed as d; atexit.register(lambda: print('group left:', d.is_initialized()))"
     (tmp_path / "sitecustomize.py").write_text(watch)
     own = ["--config", TINY, "--run.folder", str(tmp_path / "run"), "--run.stages", "[pretrain]"]

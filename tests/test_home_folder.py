@@ -1,4 +1,4 @@
-"""A leading ~ is the home folder wherever a path is given; nothing makes a folder that is called ~."""
+"""A leading ~ means the home folder in every path; no folder named ~ is created."""
 
 from pathlib import Path
 
@@ -25,7 +25,7 @@ TINY = str(Path(__file__).parent / "tiny.yaml")
 
 @pytest.fixture
 def home(tmp_path, monkeypatch):
-    """The home folder, while the working directory is another; afterwards that one is looked at."""
+    """A home folder outside the working directory; afterwards the working directory must be unchanged."""
     home, here = tmp_path / "home", tmp_path / "here"
     home.mkdir()
     here.mkdir()
@@ -35,7 +35,7 @@ def home(tmp_path, monkeypatch):
     assert not (here / "~").exists()
 
 
-def test_a_run_its_logs_and_its_cache_lie_in_the_home_folder(home) -> None:
+def test_a_run_its_logs_and_its_cache_may_be_in_the_home_folder(home) -> None:
     fit = ["fit", "--config", TINY, "--run.folder", "~/run", "--run.stages", "[pretrain]", "--trainer.max_epochs", "1"]
     assert main([*fit, "--pretrain.cache", "~/cache", "--trainer.default_root_dir", "~/root"]) == 0
     assert {path.name for path in (home / "run").iterdir()} >= {"config.yaml", "pretrain", "base.safetensors"}
@@ -43,13 +43,13 @@ def test_a_run_its_logs_and_its_cache_lie_in_the_home_folder(home) -> None:
     assert list((home / "cache").rglob("base.safetensors"))
 
 
-def test_a_checkpoint_to_go_on_from_is_looked_for_in_the_home_folder(home) -> None:
+def test_a_checkpoint_to_resume_from_may_be_in_the_home_folder(home) -> None:
     tuner = FineTuner(tiny_backbone())
     run = SuiteRun(tuner, TinySuite(), "~/run", {"default_root_dir": home}, ckpt_path="~/a.ckpt")
     assert (run.folder, run.ckpt_path) == (home / "run", str(home / "a.ckpt"))
 
 
-def test_the_models_that_tune_takes_are_looked_for_in_the_home_folder(home, capsys) -> None:
+def test_models_for_tune_may_be_in_the_home_folder(home, capsys) -> None:
     assert main(["tune", "--config", TINY, "--run.folder", "~/run", "--tune.models", "~/finished"]) == 2
     assert str(home / "finished") in capsys.readouterr().err
 
@@ -71,7 +71,7 @@ def test_a_free_model(home) -> None:
     assert torch.equal(again.heads["a"].weight, model.heads["a"].weight)
 
 
-def test_sources_of_data_and_what_determines_them(home) -> None:
+def test_data_sources_and_their_keys(home) -> None:
     pixels = np.arange(12 * 4, dtype=np.uint8).reshape(12, 2, 2)
     labels = np.tile([0, 1], 6)
     np.savez(home / "a.npz", **{f"{split}_{what}": value for split in ("train", "val", "test")

@@ -11,7 +11,7 @@ from freemerge.inputs import batch_size, device_of, join, select, to_device
 TOKENS = {"input_ids": torch.tensor([[5, 6, 7], [8, 9, 0]]), "attention_mask": torch.tensor([[1, 1, 1], [1, 1, 0]])}
 
 
-def test_both_kinds_answer_alike() -> None:
+def test_tensors_and_dicts_behave_alike() -> None:
     images = torch.randn(2, 1, 4, 4)
     for inputs in (images, TOKENS):
         assert batch_size(inputs) == 2
@@ -31,7 +31,7 @@ def test_join_pads_tokens_on_the_right() -> None:
     assert labelled["labels"].tolist() == [[3, -100], [1, 2]]
 
 
-def test_join_refuses_what_cannot_be_one_batch() -> None:
+def test_join_refuses_incompatible_batches() -> None:
     with pytest.raises(
         ValueError, match=r"cannot concatenate batches of different structure: .*1, 4, 4.* and .*3, 4, 4"
     ):
@@ -46,7 +46,7 @@ def test_a_token_dataset_pads_each_batch_to_its_own_longest() -> None:
     assert batch.inputs["input_ids"].tolist() == [[4, 0], [5, 6]]
     assert batch.inputs["labels"].tolist() == batch.labels.tolist() == [[8, 9], [1, -100]]
     assert batch.labels.dtype == torch.int64
-    by_sample = collate([data[1], data[2]])  # what a Subset of somebody else's gives
+    by_sample = collate([data[1], data[2]])  # as a Subset of another library returns it
     assert by_sample[0]["input_ids"].tolist() == [[4, 0], [5, 6]]
     assert by_sample[1].tolist() == batch.labels.tolist()
     with pytest.raises(ValueError, match="2 labels for 3 texts in 'input_ids'"):
@@ -89,7 +89,7 @@ class _Pair(NamedTuple):
     text: torch.Tensor
 
 
-def test_named_tuples_stay_what_they_are() -> None:
+def test_named_tuples_keep_their_type() -> None:
     joined = join([_Pair(torch.zeros(1), torch.ones(1, 1)), _Pair(torch.ones(2), torch.ones(2, 2))])
     assert type(joined) is _Pair
     assert joined.image.tolist() == [0, 1, 1]

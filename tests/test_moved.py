@@ -1,4 +1,4 @@
-"""Old names of modules and classes, as saved configurations and programs have them, lead to today's."""
+"""Old names of modules and classes in saved configurations and programs resolve to the present ones."""
 
 import subprocess
 import sys
@@ -14,7 +14,7 @@ def test_every_old_module_is_the_new_one(name):
     assert import_module(f"freemerge.{name}") is import_module(f"freemerge.{moved._MOVED[name]}")
 
 
-def test_what_is_inside_a_package_that_moved_is_not_loaded_twice():
+def test_modules_of_a_moved_package_are_not_loaded_twice():
     old, new = (import_module(f"freemerge.checkpoints.{room}adapters.lora") for room in ("", "formats."))
     assert old is new
 
@@ -33,7 +33,7 @@ def test_a_class_renamed_in_a_module_that_moved_is_found_by_its_old_path():
     assert Familiarity is OutOfDistributionScore
 
 
-def test_what_never_was_is_not_there():
+def test_unknown_names_do_not_exist():
     with pytest.raises(ModuleNotFoundError, match=r"No module named 'freemerge\.merging\.nothing'"):
         import_module("freemerge.merging.nothing")
     with pytest.raises(AttributeError, match=r"module 'freemerge\.data' has no attribute 'Nothing'"):
@@ -41,7 +41,7 @@ def test_what_never_was_is_not_there():
 
 
 def test_an_old_class_path_on_the_command_line(tmp_path):
-    """As a configuration of an earlier version names it, in a process that has imported nothing."""
+    """A class path from an earlier version's configuration, in a process that has imported nothing."""
     from safetensors.torch import save_file
     from torch import ones, zeros
 

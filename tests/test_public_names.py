@@ -18,7 +18,7 @@ TOOLBOXES = {"tensors", "runtime"}
 
 
 def imports(path):
-    """(module, name) of everything that a file imports from freemerge; the name is None for a module as a whole."""
+    """(module, name) of each import from freemerge in a file; the name is None for a whole module."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "freemerge":
             yield from ((node.module, alias.name) for alias in node.names)
@@ -39,7 +39,7 @@ def test_only_exported_names_are_imported(path):
 
 
 @pytest.mark.parametrize("path", ROOM_FILES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_rooms_are_entered_by_their_doors(path):
+def test_packages_are_imported_by_their_exports(path):
     own = path.relative_to(ROOT / "freemerge").parts[0]
     for module, name in imports(path):
         _, room, *inside = [*module.split("."), ""]
@@ -49,5 +49,5 @@ def test_rooms_are_entered_by_their_doors(path):
         assert name is None or not name.startswith("_"), f"{module}.{name} is private"
 
 
-def test_there_is_something_to_look_at():
+def test_the_checks_see_imports():
     assert sum(1 for path in FILES for _ in imports(path)) > 60

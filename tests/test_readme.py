@@ -1,4 +1,4 @@
-"""What README tells people to type, and to write, works."""
+"""README's commands, configurations and programs work."""
 
 import re
 import shlex
@@ -76,7 +76,7 @@ def test_the_suite_and_the_configuration_of_readme_go_together(tmp_path, monkeyp
 
 
 def test_the_python_program_of_readme_runs(tmp_path, monkeypatch, capsys) -> None:
-    """On a tiny model and tiny pictures, which take the place of what it names; twice, as a folder goes on."""
+    """Run twice, with a tiny model and tiny images instead of the named ones; the second run resumes."""
     monkeypatch.chdir(tmp_path)
     for task in ("birds", "planes"):
         tiny_files.write_image_folders(tmp_path / "data" / task)
@@ -123,7 +123,7 @@ def test_the_overrides_and_the_method_of_readme_merge(tmp_path, monkeypatch) -> 
     torch.testing.assert_close(load_checkpoint("median.safetensors")["norm"], smaller)
 
 
-def test_the_search_of_readme_can_be_told(tmp_path, capsys) -> None:
+def test_the_tuning_configuration_of_readme_parses(tmp_path, capsys) -> None:
     (tmp_path / "tune.yaml").write_text(next(block for block in blocks("yaml") if block.startswith("tune:")))
     tiny = str(ROOT / "tests" / "tiny.yaml")
     with pytest.raises(SystemExit) as stop:

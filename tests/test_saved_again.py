@@ -1,4 +1,4 @@
-"""Files of ours that somebody has saved again with safetensors open, with and without their metadata: each kind."""
+"""freemerge's files of every kind open after safetensors saved them again, with and without metadata."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Only the command line may change the process: the library, the callbacks and the pipeline from Python do not."""
+"""The library, the callbacks and the pipeline leave the process unchanged; only the command line may change it."""
 
 import json
 import os
@@ -12,7 +12,7 @@ PROGRAM = Path(__file__).parent / "unchanged_process.py"
 
 
 @pytest.mark.parametrize("what", ["merges", "callbacks", "models"])
-def test_nothing_of_the_process_changes(what, tmp_path):
+def test_the_process_is_unchanged(what, tmp_path):
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PL_")}
     command = [sys.executable, str(PROGRAM), what, str(tmp_path)]
     done = subprocess.run(command, cwd=PROGRAM.parents[1], env=environment, capture_output=True, text=True)

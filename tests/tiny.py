@@ -1,4 +1,4 @@
-"""A suite and a backbone so small that a whole run over them takes seconds: real classes, real training, tiny sizes."""
+"""A suite and a backbone so small that a whole run takes seconds: real classes, real training, tiny sizes."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ class TinySuite(TaskSuite):
 
 
 class NamesSuite(TinySuite):
-    """The same two under names that mean something to Python, torch or a state dict, and beyond ASCII."""
+    """The same two tasks under names with a meaning in Python, torch or state dicts, and non-ASCII names."""
 
     TASKS: ClassVar[tuple[str, ...]] = ("type", "v1.0 ü")
 
@@ -96,7 +96,7 @@ class NamesSuite(TinySuite):
 
 
 class OddNamesSuite(NamesSuite):
-    """Under names that look like markup, a format, a number, or an option."""
+    """The same two tasks under names that look like markup, a format, a number or an option."""
 
     TASKS: ClassVar[tuple[str, ...]] = ("[bold] 'a': {b}", "--1.5%s")
 
@@ -105,7 +105,7 @@ class OddNamesSuite(NamesSuite):
 
 
 class SlowSuite(TinySuite):
-    """The same, whose validation takes half a second: long enough for a second process to take part in a search."""
+    """The same suite with validation slowed to half a second, so that a second process can join a search."""
 
     def val_dataloader(self):
         return {task: _Slow(loader) for task, loader in super().val_dataloader().items()}

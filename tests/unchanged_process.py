@@ -1,4 +1,4 @@
-"""Uses the library as a program of somebody else's does, and prints what that changed in the process, as JSON.
+"""Use the library as another program would, and print what changed in the process, as JSON.
 
 python tests/unchanged_process.py merges|callbacks|models FOLDER
 """
@@ -27,7 +27,7 @@ import torch
 
 
 def mapped() -> bool:
-    """Whether the C library still takes a block of 31 MiB from the system: no setting of a merge has changed that."""
+    """Whether the C library still allocates 31 MiB from the system: a merge must not change this setting."""
     library = ctypes.CDLL(None)
     library.malloc.restype, library.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
     start = library.malloc(31 << 20)  # kept: freeing it would change the threshold
@@ -37,7 +37,7 @@ def mapped() -> bool:
 
 
 def state() -> dict[str, Any]:
-    """All of a process that a library might change."""
+    """All state of a process that a library might change."""
     mask = os.umask(0)
     os.umask(mask)
     return {
@@ -66,7 +66,7 @@ def state() -> dict[str, Any]:
 
 
 def changes(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
-    """What has another value; loggers that were not there before do not count."""
+    """The values that differ; new loggers are ignored."""
     found = []
     for name, value in before.items():
         now = after[name]
@@ -113,7 +113,7 @@ def callbacks(folder: Path) -> dict[str, list[str]]:
     save_checkpoint(other[0], {name: value + 0.1 for name, value in make_backbone().state_dict().items()})
 
     def fitted(*chosen: Any) -> dict[str, Any]:
-        """The state after a fit; Lightning changes it, too, so that it is compared with a fit's without callbacks."""
+        """The state after a fit. Lightning changes it too, so the reference is a fit without callbacks."""
         torch.manual_seed(0)
         make_trainer(folder, *chosen).fit(Validated(), make_loader(0), make_loader(0))
         return state()

@@ -19,7 +19,7 @@ def commit(repository: str, revision: str) -> str:
 
 
 class Hub(BaseHTTPRequestHandler):
-    """Answers what huggingface_hub asks of models: information, lists of files, files.
+    """Answers huggingface_hub's requests about models: information, lists of files, files.
 
     DIRECTORY/org/name/REVISION/ holds the files. Each request is one line of DIRECTORY/requests.txt.
     """
@@ -67,7 +67,7 @@ class Hub(BaseHTTPRequestHandler):
             self._refuse(404, "RepoNotFound")
 
     def _folder(self, repository: str, revision: str) -> Path | None:
-        """The files of a revision, which may be a name or a commit; None if it has been refused."""
+        """The files of a revision (a name or a commit); None if the request has been refused."""
         if repository == "org/gated":
             self._refuse(403, "GatedRepo")
             return None

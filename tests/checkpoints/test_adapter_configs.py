@@ -1,4 +1,4 @@
-"""Settings of adapters that no program wrote: each is either understood or refused in one line, at once."""
+"""Adapter settings that no program writes: each is understood, or refused at once in one line."""
 
 import json
 import random
@@ -30,7 +30,7 @@ def write_adapter(folder, config, tensors=PAIR):
 
 
 def read(folder):
-    """All differences of an adapter to the base."""
+    """All differences of an adapter from the base."""
     adapter = open_checkpoint(folder).on(open_checkpoint(BASE))
     return {name: adapter.tensor(name) for name in adapter.names}
 
@@ -98,7 +98,7 @@ def test_wrong_types_and_sizes(tmp_path, config, message):
         ),
     ],
 )
-def test_tensors_that_are_no_adapter(tmp_path, tensors, config, message):
+def test_invalid_adapter_tensors(tmp_path, tensors, config, message):
     with pytest.raises(CheckpointError, match=message):
         read(write_adapter(tmp_path / "a", config, tensors))
 
@@ -111,7 +111,7 @@ def test_text_that_is_not_utf8(tmp_path):
 
 
 def test_patterns_are_matched_as_peft_does(tmp_path):
-    """The end of a name from a dot, the first that fits; a dot is any character."""
+    """A pattern matches the end of a name after a dot; the first match applies, and a dot matches any character."""
     for pattern, scale in (
         ({"q": 16}, 4.0),
         ({"h.q": 16}, 4.0),
@@ -145,7 +145,7 @@ def test_a_pattern_that_takes_too_long(tmp_path, monkeypatch):
 
 
 def test_settings_changed_at_random(tmp_path):
-    """Each is read or refused in one line: no other exception, no hang."""
+    """Each variant is read or refused in one line, without another exception or a hang."""
     generator = random.Random(0)
     values = [
         None, True, False, 0, -1, 1, 3.5, 10**39, 10**400, float("nan"), float("inf"), "", "q", "(", HANGS, "LORA",

@@ -67,7 +67,7 @@ def test_scales(tmp_path):
         torch.testing.assert_close(adapter.tensor(f"{name}.weight"), alpha / math.sqrt(4) * (b @ a))
 
 
-def test_what_is_trained_whole_and_biases_of_factors(tmp_path):
+def test_modules_to_save_and_biases_of_factors(tmp_path):
     a, b = factors()
     tensors = {
         "q.lora_A.weight": a,
@@ -92,7 +92,7 @@ def test_what_is_trained_whole_and_biases_of_factors(tmp_path):
 
 @settings(max_examples=40, deadline=None)
 @given(transposed=st.booleans(), data=st.data())
-def test_runs_are_parts_of_the_whole(tmp_path_factory, transposed, data):
+def test_chunks_are_parts_of_the_whole(tmp_path_factory, transposed, data):
     a, b = factors()
     folder = write_adapter(
         tmp_path_factory.mktemp("a"), {"q.lora_A.weight": a, "q.lora_B.weight": b}, fan_in_fan_out=transposed
@@ -163,7 +163,7 @@ def test_what_is_refused(tmp_path, tensors, config, message):
         open_checkpoint(folder)
 
 
-def test_an_adapter_is_no_model(tmp_path):
+def test_an_adapter_is_not_a_model(tmp_path):
     a, b = factors()
     folder = write_adapter(tmp_path / "a", {"q.lora_A.weight": a, "q.lora_B.weight": b})
     with pytest.raises(CheckpointError, match="is an adapter, not a model; merge it with its base"):

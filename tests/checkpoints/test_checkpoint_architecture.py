@@ -1,4 +1,4 @@
-"""Where the tensors of a file lie in the model that transformers makes of it."""
+"""The mapping from a file's tensors to those of the model that transformers builds."""
 
 import json
 

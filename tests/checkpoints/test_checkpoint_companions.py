@@ -1,4 +1,4 @@
-"""What lies around a model's weights: everything that belongs to it is taken, and what stays is named."""
+"""A model's companions: every file that belongs to it is copied, and files left behind are named."""
 
 import json
 import os
@@ -29,7 +29,7 @@ def make(folder, names):
         (folder / name).touch()
 
 
-def test_all_is_taken_but_weights_caches_and_training(tmp_path):
+def test_all_files_but_weights_caches_and_leftovers_of_training_are_companions(tmp_path):
     make(tmp_path, [*TAKEN, *WEIGHTS, *OWN, *LEFT, *FOLDERS])
     found = find_companions(tmp_path)
     assert sorted(found.files) == sorted([*TAKEN, *WEIGHTS])
@@ -51,7 +51,7 @@ def test_shards_of_any_name_are_the_models_own(tmp_path):
     assert list(find_companions(tmp_path).files) == ["head.safetensors"]
 
 
-def test_other_models_inside_are_not_of_this_one(tmp_path):
+def test_other_models_in_subfolders_are_left_out(tmp_path):
     make(tmp_path, ["config.json", "tuned/model.safetensors", "b.safetensors", "merged/freemerge.json", "merged/a.py"])
     found = find_companions(tmp_path, [tmp_path / "tuned", tmp_path / "b.safetensors"])
     assert (list(found.files), found.modules, found.left_out) == (["config.json"], [], ["merged/"])

@@ -1,4 +1,4 @@
-"""Damaged files: each is one line that names the file, and none becomes another model in silence."""
+"""Damaged files give an error of one line that names the file; none is read as a different model."""
 
 import contextlib
 import itertools
@@ -27,7 +27,7 @@ TENSORS = {
 
 
 def outcome(path):
-    """The table of a file, or the one line that says why there is none."""
+    """The table of a file, or the line of the error if it cannot be read."""
     try:
         checkpoint = open_checkpoint(path)
     except CheckpointError as error:
@@ -41,7 +41,7 @@ def header_of(path):
 
 
 def damaged(data, stop):
-    """Every byte of the header, with each of its bits flipped, and as some characters that JSON knows."""
+    """Every byte of the header with each bit flipped, and replaced by characters with a meaning in JSON."""
     for position in range(stop):
         values = {data[position] ^ (1 << bit) for bit in range(8)} | set(b'"{}[],:0 9\\')
         for value in values - {data[position]}:
@@ -64,7 +64,7 @@ def test_any_damage_to_the_head_of_our_own_files_is_seen(tmp_path):
 
 
 def test_damage_to_the_head_of_other_files_is_seen_or_changes_words_only(tmp_path):
-    """A file without a digest: where an entry's name, kind of number or order of axes is changed, nothing can tell."""
+    """Without a digest, changes to a tensor's name, dtype or order of axes cannot be detected."""
     path = tmp_path / "m.safetensors"
     safetensors.torch.save_file(TENSORS, path, {"note": "x"})
     start, size = header_of(path), path.stat().st_size
@@ -85,7 +85,7 @@ def test_damage_to_the_head_of_other_files_is_seen_or_changes_words_only(tmp_pat
 
 
 def test_a_flipped_bit_in_the_values_is_seen(tmp_path):
-    """Every bit of our own files, and never by chance in an undamaged one."""
+    """Every flipped bit of freemerge's own files is detected, and undamaged files never raise an error."""
     path = tmp_path / "m.safetensors"
     save_checkpoint(path, TENSORS)
     data, start = path.read_bytes(), header_of(path)
@@ -112,7 +112,7 @@ def test_a_merge_of_damaged_values_writes_nothing(tmp_path):
 
 
 @given(content=st.binary(max_size=40), cuts=st.lists(st.integers(0, 40)))
-def test_sums_of_runs_add_up(content, cuts):
+def test_checksums_of_chunks_combine(content, cuts):
     padded = content + bytes(-len(content) % 8)
     expected = sum(int.from_bytes(padded[i : i + 8], "little") for i in range(0, len(padded), 8)) % 2**64
     data = np.frombuffer(content, dtype=np.uint8)
@@ -125,7 +125,7 @@ def test_sums_of_runs_add_up(content, cuts):
 @settings(max_examples=200, deadline=None)
 @given(data=st.data())
 def test_what_is_accepted_is_what_safetensors_accepts(tmp_path_factory, data):
-    """Any table of small numbers: accepted by both with the same content, or by neither (or by them alone)."""
+    """Any table of small numbers: accepted by both with equal content, by neither, or by safetensors only."""
     numbers = st.integers(-1, 9) | st.sampled_from([2**31, 2**63, 2**64, 1.5, True, None, "2"])
     entry = st.fixed_dictionaries(
         {
@@ -171,14 +171,14 @@ BAD_TABLES = [
 
 
 @pytest.mark.parametrize(("table", "size", "message"), BAD_TABLES)
-def test_tables_that_cannot_be(table, size, message):
+def test_impossible_tables_are_refused(table, size, message):
     text = table if isinstance(table, bytes) else json.dumps(table).encode()
     with pytest.raises(ValueError, match=message):
         parse_header(text, size)
 
 
 def shards(folder, **changes):
-    """Two shards and their index, in which some tensors are said to lie elsewhere."""
+    """Two shards and an index that assigns some tensors to the wrong shard."""
     folder.mkdir()
     files = {"model-1.safetensors": {"a": torch.zeros(1)}, "model-2.safetensors": {"b": torch.ones(1)}}
     for file, tensors in files.items():
@@ -204,7 +204,7 @@ def test_an_index_that_does_not_fit_its_shards(tmp_path):
         ]
     ):
         folder = shards(tmp_path / str(number), **changes)
-        if message is None:  # the shard is not named at all, as when an index is of another model
+        if message is None:  # the index names another shard only, as if it belonged to another model
             save_checkpoint(folder / "model-1.safetensors", {"a": torch.zeros(1), "b": torch.ones(1)})
             message = r"does not list the tensor 'b', which model-1\.safetensors holds"
         with pytest.raises(CheckpointError, match=message):
@@ -224,7 +224,7 @@ def test_the_same_for_torch_files(tmp_path):
 
 
 def test_a_stale_file_beside_an_index(tmp_path):
-    """transformers loads the one, other tools load the other."""
+    """transformers loads one of the two, other tools the other."""
     folder = shards(tmp_path / "model")
     save_checkpoint(folder / "model.safetensors", {"a": torch.full((1,), 5.0), "b": torch.ones(1)})
     with pytest.raises(CheckpointError, match=r"has both model\.safetensors and model\.safetensors\.index\.json"):

@@ -1,4 +1,4 @@
-"""Checkpoints of torch.distributed.checkpoint: read without processes, by runs, and without running their code."""
+"""Checkpoints of torch.distributed.checkpoint are read in one process, in chunks, without running their code."""
 
 import itertools
 import os
@@ -20,7 +20,7 @@ from freemerge.merging import WeightAverage, merge
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
-    """What two processes write: by Lightning's ModelParallelStrategy, and plain. It takes their start-up."""
+    """Checkpoints written by two processes: by Lightning's ModelParallelStrategy, and by torch directly."""
     folder = tmp_path_factory.mktemp("distributed")
     script = Path(__file__).with_name("write_distributed.py")
     done = subprocess.run([sys.executable, str(script), str(folder)], capture_output=True, text=True, timeout=300)
@@ -30,7 +30,7 @@ def written(tmp_path_factory):
 
 @pytest.fixture
 def folder(tmp_path):
-    """A small checkpoint of one process."""
+    """A small checkpoint written by one process."""
     tensors = {"w": torch.arange(12.0).view(3, 4), "b": torch.ones(3).bfloat16()}
     dcp.save(
         {"model": tensors, "optimizer": {"step": torch.ones(1), "lr": 0.1}}, checkpoint_id=tmp_path / "d", no_dist=True
@@ -101,7 +101,7 @@ def test_code_in_the_metadata_never_runs(folder, capfd, content):
 
 
 def test_code_in_a_block_never_runs(folder, capfd):
-    """Even where a block of a tensor should be."""
+    """Even if the code is in place of a tensor's block."""
     for path in folder.glob("*.distcp"):
         evil = folder / "evil.pt"
         torch.save(Code(), evil)
@@ -120,7 +120,7 @@ def load_or_error(folder):
 
 @pytest.mark.parametrize("name", [".metadata", "__0_0.distcp"])
 def test_every_flipped_byte_is_one_line_or_harmless(folder, name):
-    """Flips in a tensor's values are no part of any table, so they cannot be seen here."""
+    """Flips in a tensor's values are in no table and cannot be detected here."""
     good = load_checkpoint(folder)
     path = folder / name
     data = path.read_bytes()
@@ -135,10 +135,10 @@ def test_every_flipped_byte_is_one_line_or_harmless(folder, name):
             assert sum(t.nbytes for t in outcome.values()) in (sum(t.nbytes for t in good.values()), 48, 6)
 
 
-def test_what_is_missing_or_short(folder):
+def test_missing_and_truncated_files(folder):
     path = folder / "__0_0.distcp"
     data = path.read_bytes()
-    path.write_bytes(data[: len(data) // 4])  # the optimizer's state, at the end, is nothing to us
+    path.write_bytes(data[: len(data) // 4])  # the optimizer's state at the end is not read
     with pytest.raises(CheckpointError, match=r"__0_0\.distcp: truncated: \.metadata promises"):
         open_checkpoint(folder)
     path.unlink()
@@ -176,7 +176,7 @@ def test_gaps_between_blocks(folder):
 @settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_tilings(data):
-    """A grid of blocks tiles; without one of its blocks, or with one of them moved, it does not."""
+    """A grid of blocks covers the tensor; with one block missing or moved it does not."""
     edges = [
         sorted({0, size, *data.draw(st.lists(st.integers(0, size), max_size=2))})
         for size in data.draw(st.lists(st.integers(1, 5), min_size=1, max_size=3))
@@ -213,7 +213,7 @@ def test_any_flipped_bit_of_the_values_is_seen(tmp_path):
 
 
 def test_a_pickle_whose_memo_would_be_gigabytes_is_small_and_one_line(folder):
-    """A number in the pickle says how large the table of what it remembers is; that of C makes it so at once."""
+    """The pickle states the size of its memo table, which the C unpickler would allocate at once."""
     (folder / ".metadata").write_bytes(b"\x80\x02N" + b"r" + (0x7FFFFFF0).to_bytes(4, "little") + b".")
     script = (
         "import resource\nresource.setrlimit(resource.RLIMIT_AS, (12 << 30, 12 << 30))\n"

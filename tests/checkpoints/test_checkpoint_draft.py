@@ -1,4 +1,4 @@
-"""A draft takes its place whole or not at all, and can be taken up again."""
+"""A draft replaces the output completely or not at all, and can be resumed."""
 
 import os
 
@@ -46,7 +46,7 @@ def test_two_writers(tmp_path, draft):
     assert torch.equal(load_checkpoint(tmp_path / "m.safetensors")["b"], B)
 
 
-def test_what_is_missing_or_twice_is_an_error(draft):
+def test_missing_and_repeated_tensors_are_errors(draft):
     draft.begin("key")
     draft.write("a", 0, A.view(-1)[:5])
     with pytest.raises(ValueError, match="the tensor 'a' were written twice"):
@@ -93,7 +93,7 @@ def test_without_resume_an_interrupted_draft_is_removed(tmp_path, draft):
     assert os.listdir(tmp_path) == []
 
 
-def test_nobody_else_writes_the_same_model(tmp_path, draft):
+def test_a_second_writer_is_refused(tmp_path, draft):
     draft.begin("key")
     with pytest.raises(CheckpointError, match=r"m.safetensors: another process is writing it now"):
         Draft(tmp_path / "m.safetensors", SHARDS).begin("key")

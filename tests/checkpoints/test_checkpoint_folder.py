@@ -1,4 +1,4 @@
-"""Hugging Face folders: shards, index, companions; refused, swapped or absent, never half there."""
+"""Hugging Face folders: shards, index, companions; never partly written."""
 
 import json
 import os
@@ -46,7 +46,7 @@ def test_sizes(size, count):
 
 
 @pytest.mark.parametrize("size", ["", "big", "-1GB", "0", "5 PB"])
-def test_sizes_that_are_none(size):
+def test_invalid_sizes(size):
     with pytest.raises(CheckpointError, match="shard_size must be a size"):
         parse_size(size)
 
@@ -75,10 +75,10 @@ def test_a_tensor_larger_than_a_shard_has_its_own(tensors):
     assert list(shards["model-00007-of-00007.safetensors"]) == ["head", "bytes"]
 
 
-def test_what_exists_is_refused(tmp_path, tensors):
+def test_an_existing_output_is_refused(tmp_path, tensors):
     path = tmp_path / "model"
     path.mkdir()
-    write(path, tensors)  # an empty folder is nobody's loss
+    write(path, tensors)  # replacing an empty folder loses nothing
     with pytest.raises(CheckpointError, match="model: exists already; choose another output"):
         write(path, tensors)
     changed = tensors | {"head": torch.zeros(3)}
@@ -103,7 +103,7 @@ def test_a_folder_is_replaced_as_a_whole(tmp_path, tensors, swap, monkeypatch):
         monkeypatch.setattr(draft_module, "_exchange", lambda first, second: False)
     write(tmp_path / "model", tensors, shard_size=900)
     write(tmp_path / "model", tensors, overwrite=True)
-    # No stale shards or index beside the new file, which transformers would rather load.
+    # No stale shards or index remain, which transformers would load instead of the new file.
     assert sorted(os.listdir(tmp_path / "model")) == ["config.json", "freemerge.json", "model.safetensors"]
     assert os.listdir(tmp_path) == ["model"]
 

@@ -1,4 +1,4 @@
-"""Every format users have opens to the same tensors, lazily, and broken files say what is wrong."""
+"""Every format opens lazily to the same tensors, and errors of broken files name the problem."""
 
 import json
 import struct
@@ -121,7 +121,7 @@ def test_an_ambiguous_prefix_is_an_error():
         CheckpointError, match=r"c: holds the base's tensors under 'ema\.' and under 'net\.'; say which"
     ):
         open_checkpoint(state, label="c").relative_to(["a.weight", "a.bias"])
-    # A name more decides, and so do the names as they are.
+    # An additional name decides, and so do names without a prefix.
     assert open_checkpoint(state | {"net.c": torch.ones(1)}).relative_to(["a.weight", "a.bias", "c"]).names[-1] == "c"
     assert (
         len(open_checkpoint(state | {"a.weight": torch.ones(1), "a.bias": torch.ones(1)}).relative_to(["a.bias"])) == 6
@@ -173,7 +173,7 @@ def test_a_loaded_checkpoint_owns_its_memory(tmp_path):
 
 
 def test_only_what_is_read_is_opened(tmp_path, tensors):
-    """Opening reads the header alone: the data may even be garbage."""
+    """Opening reads only the header; the data may even be garbage."""
     path = write(tmp_path, tensors, "safetensors")
     size = path.stat().st_size
     header = 8 + struct.unpack("<Q", path.read_bytes()[:8])[0]
@@ -231,7 +231,7 @@ def test_broken_headers(tmp_path, table, message):
     assert "b.safetensors" in str(caught.value)
 
 
-def test_files_that_are_not_there(tmp_path):
+def test_missing_files(tmp_path):
     with pytest.raises(CheckpointError, match=r"no\.safetensors: does not exist; check the path"):
         open_checkpoint(tmp_path / "no.safetensors")
     with pytest.raises(CheckpointError, match=r"no weights in this folder; expected one of model\.safetensors"):
@@ -261,7 +261,7 @@ def test_the_same_tensor_in_two_shards(tmp_path):
         open_checkpoint(tmp_path)
 
 
-def test_things_that_are_no_models(tmp_path):
+def test_invalid_models(tmp_path):
     with pytest.raises(TypeError, match="a model is a state dict, a module or a path, not a int"):
         open_checkpoint(3)
     with pytest.raises(CheckpointError, match="mine: the entry 'lr' is a float, not a tensor"):

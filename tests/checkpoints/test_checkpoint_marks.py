@@ -1,4 +1,4 @@
-"""Names with the marks of wrappers, and state dicts that hold adapters which are not merged."""
+"""Tensor names with wrappers' prefixes, and state dicts with unmerged adapters."""
 
 import pytest
 import torch
@@ -31,7 +31,7 @@ def _tuned(base):
     ],
 )
 @pytest.mark.parametrize("in_base", [False, True])
-def test_marks_of_wrappers_are_no_part_of_a_name(mark, in_base):
+def test_wrapper_prefixes_are_removed(mark, in_base):
     base = Net().state_dict()
     tuned = _tuned(base)
     marked = {mark(name): value for name, value in (base if in_base else tuned).items()}
@@ -49,7 +49,7 @@ def test_a_layer_that_is_called_module_keeps_its_name():
     assert without_marks(checkpoint, base).names == ("module.weight", "weight")
 
 
-def test_names_that_would_be_the_same_without_marks_keep_them():
+def test_prefixes_that_distinguish_names_are_kept():
     both = {"a._orig_mod.weight": torch.zeros(2), "a.weight": torch.zeros(2)}
     assert without_marks(open_checkpoint(both), ["a.weight"]).names == tuple(both)
 

@@ -1,4 +1,4 @@
-"""Tensors in memory whose values cannot be read one by one are refused by name; views are read as what they show."""
+"""Tensors in memory without readable values are refused by name; views are read with the values they show."""
 
 import pytest
 import torch
@@ -45,9 +45,9 @@ REFUSED = {
 }
 
 
-@pytest.mark.filterwarnings("ignore")  # torch says of nested, quantized and CSR tensors that they may change
+@pytest.mark.filterwarnings("ignore")  # torch warns that nested, quantized and CSR tensors may change
 @pytest.mark.parametrize(("make", "message"), REFUSED.values(), ids=REFUSED)
-def test_what_cannot_be_read_is_refused_by_name(make, message, tmp_path):
+def test_unreadable_tensors_are_refused_by_name(make, message, tmp_path):
     tensors = {"good": torch.ones(2), "a.weight": make()}
     expected = f"mine: the tensor 'a.weight' {message}.* first$"
     with pytest.raises(CheckpointError, match=expected):
@@ -60,7 +60,7 @@ def test_what_cannot_be_read_is_refused_by_name(make, message, tmp_path):
 
 
 def test_a_tensor_made_of_others_is_refused():
-    """As a distributed tensor is, whose own memory is that of one process."""
+    """Like a distributed tensor, whose local memory is that of one process."""
 
     class Sharded(torch.Tensor):
         def __tensor_flatten__(self):
@@ -89,7 +89,7 @@ def save(path, tensors):
     return path
 
 
-def test_what_only_looks_odd_is_read():
+def test_unusual_but_readable_tensors_are_read():
     class Named(torch.Tensor):
         pass
 

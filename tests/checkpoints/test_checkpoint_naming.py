@@ -1,4 +1,4 @@
-"""Tensors that are cut, put together and turned on the way from one naming to another, whole and in runs."""
+"""Tensors that are split, joined and transposed between two namings, read whole and in chunks."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ EXPERTS, WIDE, NARROW = 3, 4, 5
 
 
 def make_table():
-    """Files: a matrix up.E and gate.E for each expert, and down turned. Modules: one tensor of both, and down."""
+    """Files: matrices up.E and gate.E per expert, and down transposed. Modules: one tensor of both, and down."""
     blocks, sources = [], {}
     for expert in range(EXPERTS):
         for part, name in enumerate(("gate", "up")):
@@ -37,7 +37,7 @@ def make_tensors():
 
 
 @pytest.mark.parametrize("back", [False, True])
-def test_every_tensor_and_every_run_of_it(back):
+def test_every_tensor_and_every_chunk(back):
     files, modules = make_tensors()
     table = make_table().inverse if back else make_table()
     given, expected = (modules, files) if back else (files, modules)
@@ -64,15 +64,15 @@ def test_what_an_adapter_does_not_change_is_zero():
     assert torch.equal(found.read_range("experts", 0, 9), torch.zeros(9))
 
 
-def test_weights_of_which_some_are_not_there_keep_their_names():
+def test_incomplete_groups_of_weights_keep_their_names():
     files, _ = make_tensors()
     del files["up.1"]
     found = make_table().translate(open_checkpoint(files))
     assert set(found.names) == (files.keys() - {"norm", "down"}) | {"layer.norm", "layer.down"}
 
 
-def test_of_a_large_tensor_only_the_run_is_read():
-    """An expert's rows are read for a run inside of it, and nothing else."""
+def test_only_the_needed_chunk_of_a_large_tensor_is_read():
+    """For a chunk within one expert, only that expert's rows are read."""
     files, _ = make_tensors()
     opened, asked = open_checkpoint(files), []
     read = opened._read

@@ -1,4 +1,4 @@
-"""Paths as people write them: the home folder, links that stay links, folders of the Hugging Face cache."""
+"""Paths: the home folder, links that stay links, folders of the Hugging Face cache."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""Files of ours that others open, change and save again with the metadata kept: they are what they hold now."""
+"""freemerge's files that another tool changed and saved with their metadata are read with their new values."""
 
 import json
 import struct
@@ -31,7 +31,7 @@ CHANGES = {
 
 
 def save_again(old, new, change=lambda tensors: tensors):
-    """What a user of safetensors does."""
+    """Change the file as a user of safetensors would."""
     with safe_open(old, "pt") as file:
         tensors = change({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
         save_file(tensors, new, metadata=file.metadata())
@@ -40,8 +40,8 @@ def save_again(old, new, change=lambda tensors: tensors):
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 @pytest.mark.parametrize("tied", [False, True], ids=["", "tied"])
-def test_what_is_saved_again_is_read_as_it_is(change, tied, tmp_path):
-    """Whatever order safetensors gives to the tensors and the metadata: it is another each time."""
+def test_files_saved_again_are_read_with_their_new_values(change, tied, tmp_path):
+    """For any order of tensors and metadata, which safetensors varies between runs."""
     save_checkpoint(tmp_path / "old.safetensors", TENSORS | ({"head": TENSORS["b.weight"]} if tied else {}))
     for _ in range(3):
         expected = save_again(tmp_path / "old.safetensors", tmp_path / "new.safetensors", change)
@@ -54,7 +54,7 @@ def test_what_is_saved_again_is_read_as_it_is(change, tied, tmp_path):
 
 
 def test_a_header_that_a_tool_writes_as_plain_json(tmp_path):
-    """With spaces behind commas and colons, as `json.dumps` writes them."""
+    """With spaces after commas and colons, as `json.dumps` writes them."""
     path = tmp_path / "m.safetensors"
     save_checkpoint(path, TENSORS, {"note": "old"})
     data = path.read_bytes()
@@ -68,7 +68,7 @@ def test_a_header_that_a_tool_writes_as_plain_json(tmp_path):
     assert all(torch.equal(found[name], tensor) for name, tensor in TENSORS.items())
 
 
-def test_saved_again_by_ourselves_it_is_guarded_again(tmp_path):
+def test_saving_with_freemerge_restores_the_checksums(tmp_path):
     save_checkpoint(tmp_path / "old.safetensors", TENSORS, {"note": "x"})
     save_again(tmp_path / "old.safetensors", tmp_path / "new.safetensors", CHANGES["one more"])
     again = open_checkpoint(tmp_path / "new.safetensors")
@@ -119,7 +119,7 @@ def test_a_task_vector_by_other_names_is_not_taken_for_weights(tmp_path):
     [{"seed": "?"}, {"metrics": None}, {"dtypes": '{"w": "float33"}'}, {"dtypes": "[]"}, {"holds": "more"},
      {"seed": "[" * 100_000}],
 )  # fmt: skip
-def test_a_record_that_is_not_whole(change, tmp_path):
+def test_an_incomplete_record(change, tmp_path):
     path = tmp_path / "task.safetensors"
     write_task_file(path, TaskRecord("digits", "weights", "0" * 64, None, {}), {"w": torch.ones(2)}, {})
     with safe_open(path, "pt") as file:

@@ -1,4 +1,4 @@
-"""Saving is atomic and exact; hashes depend on the weights alone."""
+"""Saving is atomic and exact; hashes depend only on the weights."""
 
 import os
 import stat
@@ -78,7 +78,7 @@ def test_a_new_file_has_ordinary_permissions(tmp_path):
     assert mode[0] == mode[1]
 
 
-def test_the_hash_sees_weights_and_nothing_else(tmp_path):
+def test_the_hash_depends_only_on_weights(tmp_path):
     tensors = {"b": torch.randn(3, 4), "a": torch.ones(2, dtype=torch.int64)}
     value = hash_tensors(tensors)
     assert len(value) == 64

@@ -1,4 +1,4 @@
-"""Headers and indexes that nobody wrote in good faith: one line within a moment, or a model that can be read."""
+"""Malicious headers and indexes give an error of one line at once, or a readable model."""
 
 import json
 import os
@@ -29,7 +29,7 @@ ODD = [
 
 
 def read_all(path):
-    """Open and read a file; the one line that says why that cannot be done, or None."""
+    """Open and read a file; return the line of the error, or None."""
     began, message = time.process_time(), None
     try:
         checkpoint = open_checkpoint(path)
@@ -44,7 +44,7 @@ def read_all(path):
 
 
 def mutated(value, chance: random.Random):
-    """The same JSON with a part somewhere in it replaced, removed, doubled or put elsewhere."""
+    """The same JSON with a random part replaced, removed, duplicated or moved."""
     if isinstance(value, dict) and value and chance.random() < 0.8:
         keys = list(value)
         key = chance.choice(keys)
@@ -63,7 +63,7 @@ def mutated(value, chance: random.Random):
 
 
 def scratched(text: bytes, chance: random.Random) -> bytes:
-    """The same bytes with a few of them changed, removed or doubled."""
+    """The same bytes with a few of them changed, removed or duplicated."""
     for _ in range(chance.randrange(1, 4)):
         position = chance.randrange(len(text) + 1)
         action = chance.randrange(4)
@@ -73,7 +73,7 @@ def scratched(text: bytes, chance: random.Random) -> bytes:
 
 
 def with_header(text: bytes, data: bytes, chance: random.Random) -> bytes:
-    """A file of this header, whose length is now and then a lie, and now and then cut."""
+    """A file with this header, sometimes with a wrong length and sometimes truncated."""
     length = (
         len(text) if chance.random() < 0.9 else chance.choice([0, 1, len(text) - 1, len(text) + 9, 2**40, 2**64 - 1])
     )
@@ -148,15 +148,15 @@ def test_json_that_is_nested_deeply(nested, place, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["x" * 300 + ".safetensors", "a\nb.safetensors", "a\x00b", "\ud800", "ä" * 5000])
-def test_names_of_shards_that_are_none(name, tmp_path):
+def test_invalid_shard_names(name, tmp_path):
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
     message = read_all(tmp_path)
     assert "model.safetensors.index.json" in message
     assert "missing" in message or "cannot be a file here (File name too long); do not trust this index" in message
 
 
-def test_many_entries_take_a_moment():
-    """Work that grows with the square of the file's length would take hours here."""
+def test_many_entries_take_linear_time():
+    """Work quadratic in the file's length would take hours here."""
     many = ",".join(f'"{index}":{{"dtype":"U8","shape":[0],"data_offsets":[0,0]}}' for index in range(10_000))
     last = '"9999":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}'
     long = json.dumps({"a": {"dtype": "U8", "shape": [2**62] * 100_000, "data_offsets": [0, 8]}})

@@ -1,4 +1,4 @@
-"""Ids of the Hub stand wherever a path does: with huggingface_hub's own client, against a server on loopback."""
+"""Hub ids are accepted like paths; tested with huggingface_hub's client against a server on loopback."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def ask(names: list[str], address: str, cache: Path, where: Path, **more: str) -
     return json.loads(done.stdout)
 
 
-def test_ids_revisions_subfolders_and_what_is_refused(hub, tmp_path: Path) -> None:
+def test_ids_revisions_subfolders_and_errors(hub, tmp_path: Path) -> None:
     root, address = hub
     (tmp_path / "runs").mkdir()
     names = ["org/base", "org/base@v1", "org/pickled", "org/many/small", "org/nobody", "org/base@v2", "org/gated",
@@ -105,7 +105,7 @@ def test_ids_revisions_subfolders_and_what_is_refused(hub, tmp_path: Path) -> No
     assert not [name for name in ("model.onnx", "many/resolve/main/large") if name in asked]
     fetched = [line for line in asked.splitlines() if "org/base/resolve" in line]
     assert not any("pytorch_model.bin" in line for line in fetched)
-    # What is in the cache is found without the Hub, what is not is refused.
+    # Without the Hub, cached files are found and others refused.
     offline = ask(
         ["org/base", "org/base@v1", "org/many/large"], address, tmp_path / "cache", tmp_path, HF_HUB_OFFLINE="1"
     )

@@ -1,4 +1,4 @@
-"""Files of `torch.save` that hold more than tensors, or other values than were written; none of their code runs."""
+"""Files of `torch.save` with objects besides tensors or with damaged values; none of their code runs."""
 
 import functools
 import os
@@ -64,7 +64,7 @@ def test_ties_are_seen_past_objects(tmp_path):
 
 
 class Harmful:
-    """Makes a pickle that calls what it is told to."""
+    """A pickle of this object calls the given function."""
 
     def __init__(self, *call: object) -> None:
         self.call = call
@@ -85,7 +85,7 @@ def harmful_calls(mark: pathlib.Path) -> dict[str, Harmful]:
 
 @pytest.mark.parametrize("kind", harmful_calls(pathlib.Path("x")))
 @pytest.mark.parametrize("place", ["beside", "inside"])
-def test_what_a_pickle_would_call_is_not_called(tmp_path, kind, place):
+def test_a_pickle_cannot_call_functions(tmp_path, kind, place):
     mark = tmp_path / "mark"
     harmful = harmful_calls(mark)[kind]
     content = {"state_dict": STATE, "x": harmful} if place == "beside" else {"state_dict": {**STATE, "x": harmful}}
@@ -115,7 +115,7 @@ def test_no_module_is_imported_because_a_file_names_it(tmp_path):
 
 
 def test_a_tensor_that_reaches_beyond_its_storage_is_one_line(tmp_path):
-    """Offset, sizes and strides are what the file says."""
+    """The file defines offset, sizes and strides."""
     torch.save({"state_dict": {"w": torch.zeros(4)}, "x": pathlib.Path("/")}, tmp_path / "a.ckpt")
     with zipfile.ZipFile(tmp_path / "a.ckpt") as archive:
         records = {info.filename: archive.read(info) for info in archive.infolist()}
@@ -153,7 +153,7 @@ def test_any_flipped_bit_of_the_values_is_seen(tmp_path):
             checkpoint.read_range("w", 0, 3)
 
 
-def test_a_file_without_sums_is_read(tmp_path):
+def test_a_file_without_checksums_is_read(tmp_path):
     before = torch.serialization.get_crc32_options()
     torch.serialization.set_crc32_options(False)
     try:
@@ -173,7 +173,7 @@ def test_a_compressed_record_is_refused_before_it_is_unpacked(tmp_path):
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_damage_anywhere_is_one_line_or_harmless(tmp_path):
-    """Seeded changes of some bytes, and ends that are cut off."""
+    """Seeded changes of some bytes, and truncated files."""
     torch.save({"state_dict": STATE, "x": pathlib.Path("/")}, tmp_path / "a.ckpt")
     whole, random = (tmp_path / "a.ckpt").read_bytes(), Random(0)
     refused = []
@@ -188,7 +188,7 @@ def test_damage_anywhere_is_one_line_or_harmless(tmp_path):
             found = load_checkpoint(tmp_path / "b.ckpt")
         except CheckpointError as error:
             refused.append(str(error))
-        else:  # what was changed was padding, or the name of what is passed over
+        else:  # the change was in padding, or in the name of a skipped object
             assert found.keys() == STATE.keys()
             assert all(torch.equal(found[name].float(), tensor.float()) for name, tensor in STATE.items())
     assert len(refused) > 100

@@ -67,7 +67,7 @@ def test_a_yaml_file_with_names_and_patterns(files, tmp_path, base, models):
     merged = load_checkpoint(files["output"])
     assert merged["norm.bias"].dtype == torch.bfloat16
     assert torch.equal(merged["embed.weight"], base["embed.weight"].bfloat16())
-    # What the parser saves, it reads again.
+    # The parser can read the configuration that it saves.
     (tmp_path / "again.yaml").write_text(build_parser().dump(parsed))
     again = build_parser().parse_args(["--config", str(tmp_path / "again.yaml")])
     assert again.method == parsed.method
@@ -92,7 +92,7 @@ def test_errors_are_one_line_and_exit_code_2(files, capsys, change, message):
 
 
 def test_options_of_what_is_written_arrive(files, tmp_path, capsys):
-    """Each of them changes what the command does."""
+    """Each option changes the command's result."""
 
     def command(output, *options):
         start = ["--base", files["base"], "--finetuned", f"[{files['0']}]", "--method", "TaskArithmetic"]
@@ -143,7 +143,7 @@ def test_a_merge_needs_neither_lightning_nor_transformers():
     ],
 )
 def test_a_method_behind_another_has_its_own_defaults(options, expected):
-    """The parser hands the parameters of a default object on to a class chosen instead; no method must catch any."""
+    """The parser passes a default object's parameters on to a class chosen instead; no method may receive them."""
     parser = build_parser()
     parsed = parser.parse_args(["--base", "a", "--finetuned", "[b]", "--output", "c", "--method", *options])
     assert parser.instantiate_classes(parsed).method == expected

@@ -18,7 +18,7 @@ def write_adapter(folder, tensors, **config):
 
 @pytest.fixture
 def adapters(tmp_path, base):
-    """Three adapters of the embedding and the convolution, and the full models that they stand for."""
+    """Three adapters of the embedding and the convolution, and the equivalent full models."""
     generator = torch.Generator().manual_seed(5)
     paths, models = {}, {}
     for name in "abc":
@@ -69,7 +69,7 @@ def test_one_adapter_is_folded_into_the_base(tmp_path, base, adapters):
 
 
 def test_names_under_a_prefix(tmp_path, base):
-    """PEFT wrapped a model with a head; the base is its backbone."""
+    """PEFT wrapped a model with a head; the base is the backbone without it."""
     tensors = {"bert.embed.lora_A.weight": torch.ones(1, 6), "bert.embed.lora_B.weight": torch.ones(20, 1)}
     path = write_adapter(tmp_path / "x", tensors | {"classifier.weight": torch.ones(3)})
     merged = merge(base, [path], TaskArithmetic(1.0))

@@ -1,4 +1,4 @@
-"""Adapters that PEFT writes are merged into what PEFT's own `merge_and_unload` makes of them."""
+"""Adapters written by PEFT merge to the result of PEFT's own `merge_and_unload`."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from freemerge.merging import PCBMerging, TaskArithmetic, WeightAverage, merge
 
 
 def gpt2():
-    """Layers that hold their weights as (inputs, outputs), square ones among them, and a head that does not."""
+    """Layers with weights (inputs, outputs), some of them square, and a head with (outputs, inputs)."""
     config = transformers.GPT2Config(
         n_layer=2, n_head=2, n_embd=8, vocab_size=11, n_positions=16, tie_word_embeddings=False
     )
@@ -92,7 +92,7 @@ CASES = {
 
 
 def write(folder, build, config, seed=0):
-    """An adapter with random values, saved, and the tensors that PEFT makes of it."""
+    """A saved adapter with random values, and the tensors of the model that PEFT merges it into."""
     torch.manual_seed(0)
     model = build()
     base = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
@@ -120,14 +120,14 @@ def test_peft_agrees(tmp_path, case):
 
 
 def test_torch_attention_is_refused(tmp_path):
-    """PEFT 0.21 adds the difference of its out_proj twice, in training too: which is meant cannot be known."""
+    """PEFT 0.21 adds the difference of out_proj twice, also in training, so the intended weights are ambiguous."""
     base, _ = write(tmp_path / "adapter", Vision, LoraConfig(r=2, target_modules=["attention"]))
     with pytest.raises(CheckpointError, match=r"out_proj.* is of torch's MultiheadAttention"):
         merge(base, [tmp_path / "adapter"], TaskArithmetic(1.0))
 
 
 @pytest.mark.parametrize("case", ["dora", "dora, conv1d, rslora", "ia3 with biases", "ia3, conv1d", "tokens"])
-def test_runs_are_parts_of_the_whole(tmp_path, case):
+def test_chunks_are_parts_of_the_whole(tmp_path, case):
     base, _ = write(tmp_path / "adapter", *CASES[case])
     adapter = open_checkpoint(tmp_path / "adapter").on(open_checkpoint(base))
     for name in adapter.deltas:
@@ -138,7 +138,7 @@ def test_runs_are_parts_of_the_whole(tmp_path, case):
 
 
 def test_adapters_of_every_kind_beside_a_full_model(tmp_path):
-    """By a global method, from files, under a prefix, and the same as from the full models that PEFT makes."""
+    """With a global method, from files, under a prefix: equal to the merge of the full models that PEFT computes."""
     kinds = ["llama", "dora", "ia3", "tokens"]
     written = {kind: write(tmp_path / kind, *CASES[kind], seed=index) for index, kind in enumerate(kinds)}
     base, full = written["llama"]
@@ -155,7 +155,7 @@ def test_adapters_of_every_kind_beside_a_full_model(tmp_path):
             assert close.float().mean() > 0.99, name
 
 
-def test_a_change_that_needs_its_base_says_so(tmp_path):
+def test_differences_that_depend_on_the_base_are_marked(tmp_path):
     base, expected = write(tmp_path / "adapter", *CASES["ia3"])
     alone = open_checkpoint(tmp_path / "adapter")
     name = "model.layers.0.self_attn.k_proj.weight"
@@ -166,7 +166,7 @@ def test_a_change_that_needs_its_base_says_so(tmp_path):
         bound = alone.under(prefix).on(other) if prefix else alone.on(other)
         assert bound.label == str(tmp_path / "adapter")
         torch.testing.assert_close(other.tensor(prefix + name) + bound.tensor(prefix + name), expected[name])
-    # The same adapter on two bases: nothing of the first is remembered.
+    # The same adapter on two bases: no state of the first is kept.
     for scale in (1.0, 3.0):
         scaled = open_checkpoint({key: tensor * scale for key, tensor in base.items()})
         torch.testing.assert_close(alone.on(scaled).tensor(name), scale * bound.tensor("net." + name))
@@ -180,7 +180,7 @@ def test_the_wrong_base(tmp_path):
 
 
 class Mixed(nn.Module):
-    """Layers of both orientations, one of them square, by names that say nothing."""
+    """Layers of both orientations, one of them square; names do not reveal the orientation."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Adapters that PEFT computes (LoHa, LoKr, VeRA, OFT, AdaLoRA, …) are merged into what its `merge_and_unload` makes."""
+"""Adapters computed through PEFT (LoHa, LoKr, VeRA, OFT, AdaLoRA, …) merge as with its `merge_and_unload`."""
 
 import importlib.util
 import json
@@ -25,7 +25,7 @@ class Net(nn.Module):
 
 
 def gpt2():
-    """Layers that hold their weights as (inputs, outputs)."""
+    """Layers with weights (inputs, outputs)."""
     config = transformers.GPT2Config(
         n_layer=2, n_head=2, n_embd=8, vocab_size=11, n_positions=16, tie_word_embeddings=False
     )
@@ -75,7 +75,7 @@ CASES = {
 
 
 def write(folder, build, config, seed=0):
-    """An adapter with random values, saved; the base, and what PEFT makes of the saved adapter."""
+    """A saved adapter with random values, the base, and the model that PEFT merges the adapter into."""
     torch.manual_seed(0)
     model = build()
     base = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
@@ -127,7 +127,7 @@ def test_adalora_whose_training_has_dropped_ranks(tmp_path):
 
 
 @pytest.mark.parametrize("case", ["loha", "oft", "road", "vera"])
-def test_runs_are_parts_of_the_whole(tmp_path, case):
+def test_chunks_are_parts_of_the_whole(tmp_path, case):
     base, _ = write(tmp_path / "a", *CASES[case])
     adapter = open_checkpoint(tmp_path / "a").on(open_checkpoint(base))
     for name in adapter.deltas:

@@ -18,12 +18,12 @@ PREFIX = "base_model.model."
 
 
 def mixtral():
-    """Experts that lie as (outputs, inputs)."""
+    """Experts with weights (outputs, inputs)."""
     return transformers.MixtralForCausalLM(transformers.MixtralConfig(num_local_experts=3, **TEXT))
 
 
 def gpt_oss():
-    """Experts that lie as (inputs, outputs), and have biases."""
+    """Experts with weights (inputs, outputs) and biases."""
     return transformers.GptOssForCausalLM(transformers.GptOssConfig(num_local_experts=3, head_dim=4, **TEXT))
 
 
@@ -46,7 +46,7 @@ CASES = {
 
 
 def write(folder, build, parameters, settings, seed=0):
-    """An adapter with random values, the base, and what PEFT makes of both."""
+    """An adapter with random values, the base, and the model that PEFT merges them into."""
     torch.manual_seed(0)
     model = build()
     base = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
@@ -73,7 +73,7 @@ def test_peft_agrees(tmp_path, case):
 
 
 @pytest.mark.parametrize("case", ["patterns", "gpt-oss with biases"])
-def test_runs_are_parts_of_the_whole(tmp_path, case):
+def test_chunks_are_parts_of_the_whole(tmp_path, case):
     base, _ = write(tmp_path / "a", *CASES[case])
     adapter = open_checkpoint(tmp_path / "a").on(open_checkpoint(base))
     for name in (name for name in adapter.deltas if "experts" in name):
@@ -94,8 +94,8 @@ def test_from_files_by_a_global_method(tmp_path):
 
 
 @pytest.mark.parametrize("parameters", [["experts.gate_up_proj"], ["gate_up_proj_bias", "down_proj_bias"]])
-def test_what_shapes_do_not_tell_the_model_does(tmp_path, parameters):
-    """Experts that are square, biases of one length: which is which, the base's config.json says."""
+def test_the_model_resolves_ambiguous_shapes(tmp_path, parameters):
+    """Square experts and biases of equal lengths: the base's config.json tells them apart."""
 
     def square():
         config = transformers.GptOssConfig(num_local_experts=3, head_dim=4, **TEXT | {"intermediate_size": 4})
@@ -112,7 +112,7 @@ def test_what_shapes_do_not_tell_the_model_does(tmp_path, parameters):
 
 
 def write_square(folder, tensors=None, **config):
-    """An adapter of experts whose matrices are square, of rank 2, by hand."""
+    """A hand-written adapter of rank 2 for experts with square matrices."""
     generator = torch.Generator().manual_seed(3)
     right, left = torch.randn(6, 4, generator=generator), torch.randn(4, 6, generator=generator)
     folder.mkdir()
@@ -123,8 +123,8 @@ def write_square(folder, tensors=None, **config):
     return left.view(4, 2, 3), right.view(3, 2, 4)
 
 
-def test_what_peft_meant_before_it_swapped_the_sides(tmp_path):
-    """Up to 0.18 the first side of an expert's matrix was taken for its inputs, whatever it was."""
+def test_adapters_from_before_peft_swapped_the_dimensions(tmp_path):
+    """Until 0.18 PEFT took the first dimension of an expert's matrix for its inputs."""
     left, right = write_square(tmp_path / "a", peft_version="0.18.1")
     merged = merge({"experts.up": torch.zeros(3, 4, 4)}, [tmp_path / "a"], TaskArithmetic(1.0))
     torch.testing.assert_close(merged["experts.up"], 2 * torch.einsum("ore,eri->eio", left, right))

@@ -1,4 +1,4 @@
-"""What is free within the heaps is given back, between two chunks of work, while a merge runs."""
+"""While a merge runs, free memory within the heaps is returned to the system between chunks of work."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""Memory for large tensors: of any size and dtype, and used again within its bound."""
+"""Pools of memory for large tensors: any size and dtype, reused, bounded."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ def test_fresh_memory_is_like_any_other(shape, dtype):
     assert bool((tensor == 3).all())
 
 
-def test_a_pool_lends_again_what_it_got_back():
+def test_a_pool_reuses_returned_memory():
     pool = Pool(limit=1000)
     first, second = pool.take(400), pool.take(300)
     assert first.data_ptr() != second.data_ptr()
@@ -26,7 +26,7 @@ def test_a_pool_lends_again_what_it_got_back():
     assert len(pool.take(250)) == 250  # none was left
 
 
-def test_a_pool_keeps_its_bound_and_no_memory_that_is_much_too_large():
+def test_a_pool_respects_its_bound_and_drops_oversized_memory():
     pool = Pool(limit=1000)
     large = pool.take(900)
     pool.give(large)
@@ -40,7 +40,7 @@ def test_a_pool_keeps_its_bound_and_no_memory_that_is_much_too_large():
     assert len(pool.take(800)) == 800
 
 
-def test_damage_is_seen_by_who_reads_run_by_run(tmp_path):
+def test_damage_is_detected_when_reading_by_chunks(tmp_path):
     path = tmp_path / "model.safetensors"
     save_checkpoint(path, {"w": torch.arange(1000, dtype=torch.bfloat16), "x": torch.ones(3)})
     data = bytearray(path.read_bytes())
@@ -54,7 +54,7 @@ def test_damage_is_seen_by_who_reads_run_by_run(tmp_path):
         checkpoint.read_range("w", start, start + 100)
     with pytest.raises(CheckpointError, match="'w' are not those that were written"):
         checkpoint.read_range("w", 900, 1000)
-    # A run by itself, or out of order, says nothing of the whole.
+    # A single chunk, or chunks out of order, cannot verify the whole tensor.
     assert len(open_checkpoint(path).read_range("w", 900, 1000)) == 100
     checkpoint = open_checkpoint(path)
     for start in (0, 200, 100, 900):

@@ -1,4 +1,4 @@
-"""Sums of covariances and what is divided by them, against float64."""
+"""Sums of covariances, and division by them, against float64."""
 
 import numpy as np
 import pytest
@@ -35,7 +35,7 @@ def test_divide(room):
         torch.testing.assert_close(factor @ factor.T, covariance, atol=1e-3, rtol=1e-4)
 
 
-def test_divide_by_what_is_singular():
+def test_division_by_singular_covariances():
     samples = torch.zeros(20, 6)
     samples[:, :4] = draw(20, 4)
     covariance = samples.T @ samples

@@ -1,4 +1,4 @@
-"""Truncated singular value decompositions: against the exact one, with spectra of every kind."""
+"""Truncated singular value decompositions against the exact one, for spectra of every kind."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Streamed order statistics equal those of a full sort, bit by bit."""
+"""Streamed order statistics equal those of a full sort, bit for bit."""
 
 import numpy as np
 import pytest
@@ -48,7 +48,7 @@ def kinds(rows, total, generator):
 
 
 class Spy:
-    """Counts the calls of a method."""
+    """Count the calls of a method."""
 
     def __init__(self, method):
         self.calls = 0
@@ -64,7 +64,7 @@ class Spy:
 
 @pytest.fixture
 def small_batches(monkeypatch):
-    """Batches so small that a few thousand values are a long stream."""
+    """Make batches so small that a few thousand values form a long stream."""
     for name in ("_BATCH", "_PARTITIONED", "_PARTITIONED_DESPITE_SAMPLE"):
         monkeypatch.setattr(f"freemerge.tensors.order_statistics.{name}", 256)
 
@@ -76,7 +76,7 @@ def test_exact_for_every_kind_of_values(small_batches, kind):
     cuts = [1, 2, 500, 500, 700]
     assert assert_exact(values, ranks, cuts) == 1  # few enough to collect
     assert assert_exact(values, ranks, cuts, values[:, ::3]) == 1
-    # A sample that misleads costs passes and nothing else.
+    # A misleading sample costs passes and nothing else.
     assert assert_exact(values, ranks, cuts, values[:, :1] + 5) <= 3
     assert assert_exact(values, ranks, cuts, torch.zeros(2, 1000)) <= 3
 
@@ -84,7 +84,7 @@ def test_exact_for_every_kind_of_values(small_batches, kind):
 @pytest.mark.parametrize("on_device", [False, True])
 @pytest.mark.parametrize("kind", kinds(1, 4, None))
 def test_counting_is_as_exact_as_collecting(small_batches, kind, on_device, monkeypatch):
-    if on_device:  # the way that counts on a GPU, which runs anywhere
+    if on_device:  # the code path for GPUs, which counts; it runs on every device
         monkeypatch.setattr("freemerge.tensors.brackets.Bracket.see", Bracket._see_on_device)
     values = kinds(2, 1201, torch.Generator().manual_seed(0))[kind]
     monkeypatch.setattr("freemerge.tensors.brackets._COLLECTED", 0)
@@ -108,7 +108,7 @@ def test_a_bracket_that_holds_more_than_expected_is_given_up(small_batches, monk
     monkeypatch.setattr("freemerge.tensors.brackets._COLLECTED", 200)
     monkeypatch.setattr("freemerge.tensors.brackets.Bracket.see", spy := Spy(Bracket.see))
     far = torch.linspace(9, 20, 5000)[None]
-    sample = torch.cat([-far, values[:, :10], far], dim=1)  # as if nearly nothing lay in the middle
+    sample = torch.cat([-far, values[:, :10], far], dim=1)  # as if the bracket were expected to hold almost no value
     assert assert_exact(values, [600], [], sample) == 3
     assert spy.calls == 3 * 5
 
@@ -135,14 +135,14 @@ def test_exact_for_any_floats(values, data):
 
 
 @pytest.mark.parametrize("kind", kinds(1, 2, torch.Generator()))
-def test_the_value_of_a_rank_among_what_is_collected(kind, monkeypatch):
+def test_the_value_of_a_rank_among_collected_values(kind, monkeypatch):
     monkeypatch.setattr("freemerge.tensors.brackets._BLOCK", 100)
     values = kinds(1, 1001, torch.Generator().manual_seed(0))[kind][0].numpy()
     ordered = np.sort(values)
     assert all(_of_rank(values, rank) == ordered[rank] for rank in (0, 1, 250, 500, 998, 1000))
 
 
-def test_what_fits_in_a_batch_takes_one_pass():
+def test_values_that_fit_in_a_batch_take_one_pass():
     assert assert_exact(torch.randn(2, 1000), [3, 500], [10]) == 1
 
 
@@ -157,7 +157,7 @@ def test_a_large_stream(monkeypatch):
 
 
 @pytest.mark.parametrize("cut", [True, False])
-def test_of_every_tensor(cut):
+def test_order_statistics_within_each_tensor(cut):
     generator = torch.Generator().manual_seed(0)
     sizes = (1, 0, 36, 5000, 70_000, 1_300_000)
     tensors = {str(size): torch.randn(2, size, generator=generator) for size in sizes}
@@ -182,7 +182,7 @@ def test_keys_sort_like_the_values():
     assert [_float(int(key)) for key in keys] == values.tolist()
 
 
-def test_ranks_that_no_value_has(small_batches):
+def test_ranks_out_of_range(small_batches):
     for total in (10, 1000):
         for rank in (-1, total):
             with pytest.raises(ValueError, match=f"there is no value of rank {rank} among {total}"):

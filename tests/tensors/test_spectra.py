@@ -1,4 +1,4 @@
-"""Singular values by way of the Gram matrix: as good as a decomposition in float64, as far as float32's rounding."""
+"""Singular values from the Gram matrix agree with a float64 decomposition up to float32 rounding."""
 
 import numpy as np
 import pytest
@@ -8,7 +8,7 @@ from freemerge.tensors.spectra import leading_components, left_spectrum, roundin
 
 
 def spectral(rows: int, columns: int, values: list[float]) -> torch.Tensor:
-    """A matrix of these singular values."""
+    """A matrix with these singular values."""
     generator = torch.Generator().manual_seed(0)
     draw = torch.randn(max(rows, columns), max(rows, columns), dtype=torch.float64, generator=generator)
     u, _, vh = torch.linalg.svd(draw[:rows, :columns], full_matrices=False)
@@ -25,7 +25,7 @@ def test_values_over_five_orders_of_magnitude_are_those_of_a_decomposition(colum
     np.testing.assert_allclose(np.abs(u[:, :11].T @ directions.numpy()), np.eye(11), atol=1e-6)
 
 
-def test_what_is_below_the_tolerance_is_left_out():
+def test_singular_values_below_the_tolerance_are_left_out():
     matrix = spectral(9, 30, [1.0, 0.5, 1e-3])
     assert len(left_spectrum(matrix, rounding(9, 30))[1]) == 3
     assert len(left_spectrum(matrix, 0.01)[1]) == 2
@@ -49,7 +49,7 @@ def test_the_nearest_isometry_is_the_polar_factor(shape):
 @pytest.mark.parametrize("least", [0.5, 0.1, 0.02])
 @pytest.mark.parametrize("columns", [40, 300])
 def test_leading_components_are_those_of_a_decomposition(least, columns):
-    """Of matrices whose Gram matrix tells them in float32, and of one whose does not."""
+    """For matrices whose Gram matrix determines them in float32, and for one where it does not."""
     matrix = spectral(40, columns, np.geomspace(1.0, least, 10).tolist() + [least / 4] * 30)
     u, s, vh = np.linalg.svd(matrix.double().numpy(), full_matrices=False)
     side, values, rows = leading_components(matrix, 10, rounding(40, columns))
@@ -59,7 +59,7 @@ def test_leading_components_are_those_of_a_decomposition(least, columns):
         np.testing.assert_allclose(factor @ factor.T, np.eye(10), atol=2e-5)
 
 
-def test_leading_components_of_less_than_asked_for():
+def test_fewer_leading_components_than_requested():
     matrix = spectral(9, 30, [1.0, 0.5])
     side, values, rows = leading_components(matrix, 4, rounding(9, 30))
     assert (side.shape, values.shape, rows.shape) == ((9, 2), (2,), (2, 30))

@@ -1,4 +1,4 @@
-"""The DINOv2 model that is read from an ONNX graph computes what the exported one does."""
+"""The DINOv2 model read from an ONNX graph computes the same outputs as the exported model."""
 
 from pathlib import Path
 

@@ -67,7 +67,7 @@ def test_added_tokens(base):
     assert advice.relations.parameters == 16 * 16 + 10 * 4
 
 
-def test_one_model_is_itself(base):
+def test_a_single_model_is_suggested_at_scale_one(base):
     assert advise(base, {"a": moved(base, 10)}).method == TaskArithmetic(1.0)
 
 

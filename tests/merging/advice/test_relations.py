@@ -25,7 +25,7 @@ def base():
 
 @pytest.fixture
 def models(base):
-    """Three models; the second leaves some values as they are."""
+    """Three fine-tuned models; the second leaves some values unchanged."""
     found = {}
     for index, label in enumerate("abc"):
         moved = {
@@ -103,7 +103,7 @@ def test_low_frequencies_are_what_the_filter_removes(base, models, filter):
         assert found.low_frequency[index] == pytest.approx(removed / energy, abs=1e-5)
 
 
-def test_noise_keeps_what_chance_says(base):
+def test_noise_has_the_energy_expected_by_chance(base):
     base = {"layer.weight": torch.zeros(256, 128)}
     found = advise(base, {"noise": {"layer.weight": normal(256, 128, seed=5)}}, filter=HighPass(0.3)).relations
     assert found.low_frequency[0] == pytest.approx(found.low_frequency_chance, abs=0.01)
@@ -116,7 +116,7 @@ def test_numbers_do_not_depend_on_threads(base, models):
     assert advise(base, models) == alone
 
 
-def test_matrices_that_nobody_changed_say_nothing():
+def test_unchanged_matrices_are_ignored():
     base = {f"{layer}.weight": normal(16, 12, seed=layer) for layer in range(30)}
     direction = torch.outer(normal(16, seed=50), normal(12, seed=51))
     models = {label: dict(base) for label in "ab"}
@@ -135,16 +135,16 @@ def test_no_matrix_is_sampled_twice():
     assert 10 <= len(set(found.matrices)) == len(found.matrices) <= 12
 
 
-def test_stacked_experts_are_seen_by_their_first(base):
+def test_stacked_experts_are_represented_by_the_first(base):
     base = {"mlp.experts.down_proj": normal(3, 12, 8, seed=0)}
     change = torch.zeros(3, 12, 8)
     change[0] = torch.outer(normal(12, seed=1), normal(8, seed=2))
     tuned = {"mlp.experts.down_proj": base["mlp.experts.down_proj"] + change}
     found = advise(base, {"a": tuned, "b": tuned}).relations
-    assert found.left_overlap[0][1] == pytest.approx(1, abs=1e-5)  # of rank 1: what is only rounding does not count
+    assert found.left_overlap[0][1] == pytest.approx(1, abs=1e-5)  # of rank 1: directions of rounding error are ignored
 
 
-def test_what_does_not_fit_is_the_error_of_a_merge(base, models):
+def test_incompatible_models_raise_the_error_of_a_merge(base, models):
     del models["b"]["layer.bias"]
     with pytest.raises(MergeError, match=r"b: .*layer\.bias"):
         advise(base, models)

@@ -1,4 +1,4 @@
-"""Quantized models are refused, by the layout of every method's tensors and by what the configuration says."""
+"""Quantized models are refused, recognized by the layout of their tensors or by their configuration."""
 
 import json
 
@@ -45,7 +45,7 @@ WITHOUT_SCALES = {
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_quantized_models_are_refused(kind):
-    """Their codes and scales could be merged, each by itself, into nonsense."""
+    """Merging codes and scales separately would give meaningless weights."""
     model = KINDS[kind] | {"norm.weight": torch.ones(4)}
     with pytest.raises(
         MergeError, match=r"base: the tensor '[qe]\..*' is quantized, its scales are in '[qe]\..*'; dequ"
@@ -75,7 +75,7 @@ def test_a_quantized_fine_tuned_model_is_refused_too():
         # CLIP and Swin in fp8 as a whole, whose scales are weights of their own.
         {"text.weight": FP8, "logit_scale": torch.ones(()), "projection": FP8, "block.layer_scale.gamma": FP8},
         {"block.gamma": FP8, "block.scale": FP8[0]},
-        # Integers that are no codes: positions, indices, masks.
+        # Integers that are not codes: positions, indices, masks.
         {"embeddings.position_ids": torch.arange(4)[None], "embeddings.scale": SCALE},
         {"attn.relative_position_index": INT32, "attn.logit_scale": SCALE, "attn.relative_position_bias_table": ONES},
         {
@@ -131,12 +131,12 @@ def test_a_configuration_that_says_quantized_is_refused(tmp_path, files, says):
 
 
 @pytest.mark.parametrize("config", [{"quantization_config": None}, {"quantization_config": {}}, [], {"text_config": 1}])
-def test_a_configuration_that_says_nothing_is_none(tmp_path, config):
+def test_a_configuration_without_quantization_is_accepted(tmp_path, config):
     merge(write(tmp_path / "m", PLAIN, {"config.json": config}), [PLAIN], WeightAverage())
 
 
 def test_an_adapter_beside_the_configuration_of_its_quantized_base_is_merged(tmp_path):
-    """As a QLoRA training leaves it: the adapter's own tensors are plain, and so is the base of the merge."""
+    """As QLoRA training saves it: neither the adapter's tensors nor the base of the merge are quantized."""
     config = {"peft_type": "LORA", "r": 1, "lora_alpha": 2, "target_modules": ["q"]}
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "adapter_config.json").write_text(json.dumps(config))

@@ -51,8 +51,8 @@ def test_no_older_weights_stay_in_the_output(tmp_path, base, models, sizes):
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("whose", ["base", "model"])
 @pytest.mark.parametrize("adapter", [False, True])
-def test_no_value_that_is_none_passes(tmp_path, base, models, value, whose, adapter):
-    """NaN experts pass in both."""
+def test_nan_is_refused(tmp_path, base, models, value, whose, adapter):
+    """Both tools accept experts that are NaN."""
     broken = {name: tensor.clone() for name, tensor in (base if whose == "base" else models[0]).items()}
     broken["embed.weight"][3, 2] = value
     inputs = (broken, models) if whose == "base" else (base, [broken, *models[1:]])
@@ -63,7 +63,7 @@ def test_no_value_that_is_none_passes(tmp_path, base, models, value, whose, adap
 
 
 def test_nothing_of_the_callers_is_changed(base, models, method):
-    """FusionBench's task arithmetic adds to the base that it was given."""
+    """FusionBench's task arithmetic changes the given base in place."""
     before = [{name: tensor.clone() for name, tensor in model.items()} for model in (base, *models)]
     merge(base, models, method)
     for model, copy in zip((base, *models), before, strict=True):
@@ -71,7 +71,7 @@ def test_nothing_of_the_callers_is_changed(base, models, method):
 
 
 def test_transposed_and_renamed_parameters_are_refused(base, models):
-    """FusionBench's TIES flattens whatever it is given."""
+    """FusionBench's TIES flattens tensors without comparing names or shapes."""
     turned = models[0] | {"embed.weight": models[0]["embed.weight"].T.contiguous()}
     for embeddings in ("error", "base", "common"):
         with pytest.raises(MergeError, match=r"'embed.weight' has shape \[6, 20\], expected \[20, 6\]"):
@@ -82,7 +82,7 @@ def test_transposed_and_renamed_parameters_are_refused(base, models):
 
 
 def test_relative_paths_work_to_the_end(tmp_path, base, models, monkeypatch):
-    """mergekit failed on them at the model card, after the weights were written."""
+    """mergekit failed on them while writing the model card, after the weights."""
     (tmp_path / "in").mkdir()
     save_checkpoint(tmp_path / "in" / "base.safetensors", base)
     save_checkpoint(tmp_path / "in" / "tuned.safetensors", models[0])
@@ -111,8 +111,8 @@ def unreadable(label, shapes):
         ({"a": (2, 2), "b": (2,)}, {"output_format": "lora"}, "needs the rank"),
     ],
 )
-def test_whatever_can_be_known_before_is_said_before(tmp_path, shapes, arguments, message):
-    """Errors after an hour of work: not one value is read here."""
+def test_errors_known_in_advance_come_before_any_work(tmp_path, shapes, arguments, message):
+    """These errors must not appear after an hour of work: no value is read before them."""
     base = unreadable("base", {"a": (2, 2), "b": (2,)})
     with pytest.raises(MergeError, match=message):
         merge(base, [unreadable("model", shapes)], PCBMerging(), output=tmp_path / "out", **arguments)
@@ -120,7 +120,7 @@ def test_whatever_can_be_known_before_is_said_before(tmp_path, shapes, arguments
 
 
 def test_factors_are_never_merged_with_each_other(tmp_path):
-    """PEFT's linear, ties and dare act on A and B apart: the product of the means is not the mean of the products."""
+    """PEFT's linear, ties and dare merge A and B separately, but a product of means is not the mean of products."""
     generator = torch.Generator().manual_seed(0)
     base = {"q.weight": torch.zeros(8, 6)}
     products, paths = [], []
@@ -138,7 +138,7 @@ def test_factors_are_never_merged_with_each_other(tmp_path):
         torch.testing.assert_close(found, (products[0] + products[1]) / 2)
 
 
-def test_complex_numbers_that_were_trained_are_not_left_out_unsaid():
+def test_trained_complex_tensors_are_not_silently_left_out():
     base = {"w": torch.zeros(2), "wave": torch.tensor([1 + 2j, 3 - 4j])}
     tuned = {"w": torch.ones(2), "wave": base["wave"] + 1j}
     for wave in (tuned["wave"], tuned["wave"].to(torch.complex128), tuned["wave"][:1]):

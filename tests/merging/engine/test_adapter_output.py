@@ -1,4 +1,4 @@
-"""A merge written as a LoRA adapter: PEFT loads it, and it is the merged model up to the error that is reported."""
+"""A merge written as a LoRA adapter: loaded by PEFT, it equals the merged model up to the reported error."""
 
 import json
 import os
@@ -48,7 +48,7 @@ def untied():
 @pytest.mark.parametrize("build", [untied, gpt2, bert, Vision])
 @pytest.mark.parametrize("rank", [2, 20])
 def test_peft_loads_it_onto_the_base(tmp_path, build, rank):
-    """Everything has changed: matrices both ways round, embeddings, convolutions, biases, norms."""
+    """All tensors differ from the base: matrices of both orientations, embeddings, convolutions, biases, norms."""
     model, base = make(build)
     skip = ("position_ids", "attention.in_proj")
     models = tuned(base, (1, 2), names=lambda name: not any(part in name for part in skip))
@@ -72,8 +72,8 @@ def test_peft_loads_it_onto_the_base(tmp_path, build, rank):
 
 
 @pytest.mark.parametrize("build", [bert, gpt2])
-def test_what_is_read_again_is_what_was_written(tmp_path, build):
-    """The written adapter, merged into the base, is the merged model: our own reading agrees."""
+def test_the_written_adapter_reads_back(tmp_path, build):
+    """freemerge reads the written adapter and merges it into the base: the result is the merged model."""
     _, base = make(build)
     models = tuned(base, (1, 2))
     output = merge(base, models, Ties(), output=tmp_path / "a", output_format="lora", rank=20)
@@ -131,7 +131,7 @@ def test_the_folder_its_record_and_its_card(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["a", "base.safetensors"]
 
 
-def test_what_an_adapter_cannot_hold(tmp_path):
+def test_changes_that_an_adapter_cannot_hold_are_refused(tmp_path):
     _, base = make(llama)
     base["lm_head.weight"] = base["model.embed_tokens.weight"]
     arguments = {"output": tmp_path / "a", "output_format": "lora", "rank": 2}
@@ -182,7 +182,7 @@ def test_arguments(tmp_path, base, models, arguments, message):
         merge(base, models, WeightAverage(), **{"output": tmp_path / "o"} | arguments)
 
 
-def test_the_command_says_what_is_lost(tmp_path, capsys):
+def test_the_command_reports_the_approximation_error(tmp_path, capsys):
     _, base = make(untied)
     save_checkpoint(tmp_path / "base.safetensors", base)
     save_checkpoint(tmp_path / "tuned.safetensors", tuned(base, (1,))[0])

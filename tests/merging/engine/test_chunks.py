@@ -1,4 +1,4 @@
-"""Chunks, samples, read-ahead: the same numbers in bounded memory, in as few passes as promised."""
+"""Chunks, samples and read-ahead: equal results in bounded memory, with the promised number of passes."""
 
 import subprocess
 import sys
@@ -36,7 +36,7 @@ def tiny_chunks(monkeypatch):
         monkeypatch.setattr(f"freemerge.tensors.order_statistics.{name}", 50)
 
 
-def test_pieces_change_nothing(base, models, method, request):
+def test_chunks_change_no_result(base, models, method, request):
     base["transposed"] = torch.randn(5, 7).T
     base["none"] = torch.zeros(0, 3)
     for model in models:
@@ -55,7 +55,7 @@ def test_pieces_change_nothing(base, models, method, request):
     order=st.randoms(use_true_random=False),
     data=st.data(),
 )
-def test_a_run_of_a_tensor_of_any_strides(shape, order, data):
+def test_chunks_of_tensors_with_any_strides(shape, order, data):
     axes = list(range(len(shape)))
     order.shuffle(axes)
     tensor = torch.arange(float(torch.Size(shape).numel())).reshape(shape).permute(axes)
@@ -64,7 +64,7 @@ def test_a_run_of_a_tensor_of_any_strides(shape, order, data):
     assert torch.equal(flat_range(tensor, start, stop), tensor.flatten()[start:stop])
 
 
-def test_pieces_cover_every_value_once():
+def test_chunks_cover_every_value_once():
     shapes = {"a": torch.Size([3, 5]), "b": torch.Size([]), "c": torch.Size([0, 2]), "d": torch.Size([40])}
     found = list(chunks(shapes, models=3, size=30))
     assert [(chunk.name, chunk.start, chunk.stop) for chunk in found] == [
@@ -73,7 +73,7 @@ def test_pieces_cover_every_value_once():
 
 
 class Counted(Vectors):
-    """Vectors in memory that count the values that are read."""
+    """Task vectors in memory that count how many values are read."""
 
     def __init__(self, tensors):
         self.seen = 0
@@ -109,7 +109,7 @@ class Counted(Vectors):
     ],
     ids=repr,
 )
-def test_a_survey_makes_as_many_passes_as_it_says(method, passes, monkeypatch):
+def test_statistics_take_the_promised_number_of_passes(method, passes, monkeypatch):
     monkeypatch.setattr("freemerge.tensors.brackets._COLLECTED", 1 << 18)  # as if the model were larger
     generator = torch.Generator().manual_seed(0)
     # Tensors of different sizes and scales, as in a real model, and more values than fit in a batch.
@@ -131,7 +131,7 @@ def test_samples_are_spread_over_the_model_and_repeat():
     assert torch.equal(small, tensors["c"])
 
 
-def test_vectors_without_pieces_are_cut_from_whole_tensors():
+def test_vectors_without_chunks_are_cut_from_whole_tensors():
     tensors = {"a": torch.randn(2, 3, 4), "b": torch.randn(2)}
     vectors = Vectors("ab", {name: t.shape[1:] for name, t in tensors.items()}, tensors.__getitem__)
     assert [chunk.shape for chunk in vectors.chunks()] == [(2, 12), (2, 1)]
@@ -177,7 +177,7 @@ def test_errors_of_the_reading_thread_arrive_and_it_ends():
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from Linux's /proc")
 def test_memory_does_not_grow_with_the_model(tmp_path):
-    """A tensor of 32 MiB in bfloat16, base and three models: 256 MiB in float32, and the merge needs a part of it."""
+    """A tensor of 32 MiB in bfloat16, base and three models: 256 MiB in float32; the merge needs less."""
     weight = torch.empty(2048, 8192, dtype=torch.bfloat16)
     for name in "abcd":
         save_checkpoint(tmp_path / f"{name}.safetensors", {"w": weight.normal_()})
@@ -195,7 +195,7 @@ print((peak() - before) / 1024)
     assert 1 < float(done.stdout) < 160
 
 
-def test_files_are_read_piece_by_piece(tmp_path, tiny_chunks, base, models):
+def test_files_are_read_chunk_by_chunk(tmp_path, tiny_chunks, base, models):
     paths = []
     for index, state in enumerate((base, *models)):
         paths.append(tmp_path / f"{index}.safetensors")

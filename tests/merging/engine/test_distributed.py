@@ -1,4 +1,4 @@
-"""Several processes share a merge, an interrupted one goes on, and a dry run tells what would be done."""
+"""Several processes divide a merge, an interrupted merge resumes, and a dry run prints the plan."""
 
 import json
 import os

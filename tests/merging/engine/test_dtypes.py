@@ -46,7 +46,7 @@ def test_narrow_models_merge_as_their_values_in_float32_do(base, models, method,
 
 @pytest.mark.parametrize("dtype", NARROW)
 def test_files_of_every_precision_in_and_out(tmp_path, base, models, dtype):
-    """The base in one precision, models in others, the output in a third: from files, and folders."""
+    """The base, the models and the output each have another precision, in files and in folders."""
     stored = narrow([base, *models], dtype)
     save_checkpoint(tmp_path / "base.safetensors", base)
     paths = []
@@ -73,7 +73,7 @@ def test_one_model_comes_through_bit_for_bit(base, models, dtype):
 @settings(max_examples=100, deadline=None)
 @given(value=st.floats(width=32, allow_nan=False, allow_infinity=False))
 def test_a_value_fits_or_is_an_error(dtype, value):
-    """torch makes of too large a value infinity, NaN or its largest number, by dtype and version."""
+    """Depending on dtype and version, torch turns a value that overflows into infinity, NaN or the largest number."""
     top = torch.finfo(dtype).max
     if abs(value) < largest(dtype):
         rounded = float(round_to(torch.tensor([value]), dtype, "w"))
@@ -94,13 +94,13 @@ def test_the_edges(dtype):
         with pytest.raises(MergeError, match="do not fit into"):
             round_to(torch.tensor([0.0, value]), dtype, "w")
     assert round_to(torch.zeros(0), dtype, "w").shape == (0,)
-    # NaN and infinity are not made here; whoever checks the inputs and the result finds them.
+    # NaN and infinity come from the inputs here; the checks of inputs and result report them.
     assert torch.isnan(round_to(torch.tensor([math.nan]), dtype, "w").float()).all()
 
 
 @pytest.mark.parametrize("memory", [None, 0])
 def test_an_overflow_is_the_same_error_in_searches_and_in_memory(memory):
-    """60 000 + 2 · 4 000 is more than float16 has; 60 000 + 0.5 · 4 000 is not."""
+    """60 000 + 2 · 4 000 overflows float16; 60 000 + 0.5 · 4 000 does not."""
     base = {"w": torch.tensor([60000.0, 1.0], dtype=torch.float16), "bn.running_var": torch.ones(1).half()}
     tuned = {"w": torch.tensor([64000.0, 2.0], dtype=torch.float16), "bn.running_var": torch.ones(1).half()}
     candidates, vector = Candidates(base, {"a": tuned}, memory=memory), task_vector(base, tuned)
@@ -122,7 +122,7 @@ def test_an_overflow_is_the_same_error_in_searches_and_in_memory(memory):
             apply_task_vector(base, infinite)
 
 
-def test_what_a_method_makes_infinite_is_an_error_in_a_search_too():
+def test_infinite_results_are_an_error_in_searches_too():
     base, tuned = {"w": torch.zeros(2)}, {"w": torch.full((2,), 3e38)}
     for merged in (Candidates(base, {"a": tuned}).merge, lambda method: merge(base, [tuned], method)):
         with pytest.raises(MergeError, match="TaskArithmetic: the merged tensor 'w' has NaN or infinite values"):

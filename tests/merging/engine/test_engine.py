@@ -122,7 +122,7 @@ def test_tied_tensors_stay_tied(tmp_path):
     merge(base, [model], WeightAverage(), output=tmp_path / "o.safetensors")
     loaded = load_checkpoint(tmp_path / "o.safetensors")
     assert loaded["wte"] is loaded["head"]
-    # A model that was fine-tuned with the tie cut is merged with it cut.
+    # A model fine-tuned without the tie is merged without it.
     cut = merge(base, [model, {"wte": tuned, "head": -tuned}], WeightAverage())
     assert not torch.equal(cut["wte"], cut["head"])
     # The tied tensor counts once in a global method.
@@ -221,7 +221,7 @@ def test_large_finite_values_are_not_mistaken_for_infinities(base):
     assert torch.isfinite(large["w"]).all()
 
 
-def test_calls_that_make_no_sense(tmp_path, base, models):
+def test_invalid_calls(tmp_path, base, models):
     for finetuned, message in [
         ([], "there is no fine-tuned model to merge; name at least one"),
         ("model.safetensors", r"must be a list or a dict; write \['model.safetensors'\]"),

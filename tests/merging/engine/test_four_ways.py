@@ -38,7 +38,7 @@ OTHERS = [in_a_file, in_a_search, in_a_search_without_memory]
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("count", [1, 3])
 def test_the_same_values(base, models, method, tmp_path, count, dtype):
-    """To the last bit, of one model and of three, whether its own values come through or not."""
+    """Bit-identical for one model and for three, including models that are returned unchanged."""
     try:
         method.check("abc"[:count])
     except MergeError as refusal:
@@ -57,7 +57,7 @@ def test_the_same_values(base, models, method, tmp_path, count, dtype):
 
 
 @pytest.mark.parametrize("method", [METHODS[0], METHODS[5], METHODS[11], METHODS[-4]], ids=repr)
-def test_an_adapter_whose_rank_is_enough_has_them_up_to_rounding(tmp_path, method):
+def test_an_adapter_of_sufficient_rank_agrees_up_to_rounding(tmp_path, method):
     model, base = make(untied)
     models = dict(zip("ab", tuned(base, (1, 2)), strict=True))
     expected = in_memory(base, models, method, tmp_path)
@@ -68,7 +68,7 @@ def test_an_adapter_whose_rank_is_enough_has_them_up_to_rounding(tmp_path, metho
 
 @pytest.mark.parametrize("way", [in_memory, *OTHERS, in_an_adapter])
 def test_the_same_errors(tmp_path, way):
-    """A value that does not fit into float16, and one that the method makes infinite."""
+    """Errors of a value that overflows float16 and of a method that returns infinity."""
     _, base = make(untied)
     name = "model.layers.0.mlp.up_proj.weight"
     half = {key: tensor.half() for key, tensor in base.items()}

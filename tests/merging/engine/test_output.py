@@ -1,4 +1,4 @@
-"""A merged model on disk: what transformers loads, what it was made of, and what a kill leaves."""
+"""A merged model on disk: transformers loads it, its record is complete, and a kill leaves the old or the new one."""
 
 import json
 import os

@@ -1,6 +1,6 @@
-"""A merge never loses or corrupts anything: kills, full disks, broken inputs, outputs in the wrong place.
+"""A merge never loses or corrupts files: kills, full disks, broken inputs, outputs in the wrong place.
 
-Every failure is one line on stderr that names the file, with an exit code other than 0, and leaves all as it was.
+Every failure is one line on stderr that names the file, has a nonzero exit code, and leaves all files unchanged.
 """
 
 import json
@@ -186,7 +186,7 @@ def test_an_output_that_is_an_input_folder_is_refused(tmp_path, inputs, which, p
 @pytest.mark.parametrize("which", [0, 1])
 @pytest.mark.parametrize("output", ["model.safetensors", "new.safetensors", "new", "deeper/new"])
 def test_an_output_inside_an_input_folder_is_refused(tmp_path, inputs, which, output, capsys, monkeypatch):
-    """`model.safetensors` beside shards is what transformers would load from then on: the input would be lost."""
+    """transformers would prefer `model.safetensors` to the shards beside it, so the input would be lost."""
     line = arguments(inputs, inputs[which] / output)
     assert_refused(tmp_path, capsys, monkeypatch, line, [inputs[which] / output])
 
@@ -235,7 +235,7 @@ def test_a_file_size_limit_is_one_line_and_leaves_nothing(tmp_path, inputs, outp
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system with half a megabyte, where we may mount one."""
+    """A file system of half a megabyte, if the test may mount one."""
     place = tmp_path / "disk"
     place.mkdir()
     mounted = os.geteuid() == 0 and subprocess.run(
@@ -342,7 +342,7 @@ for before in ("absent", "old"):
 
 @pytest.fixture(scope="module", params=OUTPUTS)
 def kills(request, tmp_path_factory):
-    """What was found after each of many kills, and after the merge that followed it."""
+    """The state after each of many kills, and after the merge that follows each."""
     folder = tmp_path_factory.mktemp("kills")
     inputs = [folder / "base", folder / "model"]
     for index, path in enumerate(inputs):

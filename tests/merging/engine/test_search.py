@@ -1,4 +1,4 @@
-"""Merging the same models again and again: the same results, with as few surveys as can be."""
+"""Repeated merges of the same models: equal results with the fewest possible statistics passes."""
 
 from dataclasses import dataclass
 
@@ -14,7 +14,7 @@ from tests.merging.merging_models import METHODS
 
 @dataclass(frozen=True)
 class Clipped(MergeMethod):
-    """Clips what it has scaled; says nothing of being linear."""
+    """Clips after scaling and does not set `linear_in_scale`."""
 
     scale: float = 1.0
 
@@ -24,7 +24,7 @@ class Clipped(MergeMethod):
 
 @dataclass(frozen=True)
 class ClippedArithmetic(TaskArithmetic):
-    """The same as a subclass of a method that is linear."""
+    """The same, as a subclass of a method with `linear_in_scale`."""
 
     def combine(self, name, deltas, statistics):
         return super().combine(name, deltas, statistics).clamp(-0.05, 0.05)
@@ -36,7 +36,7 @@ def test_a_candidate_is_what_merge_makes(base, models, method, memory):
     candidates = Candidates(base, named, memory=memory)
     assert candidates.in_memory == (memory is None)
     expected = merge(base, named, method)
-    for _ in range(2):  # a method that overwrites what it is given must not spoil the next merge
+    for _ in range(2):  # a method that overwrites its inputs must not change the next merge
         merged = candidates.merge(method)
         assert list(merged) == list(expected)
         for name in base:
@@ -44,7 +44,7 @@ def test_a_candidate_is_what_merge_makes(base, models, method, memory):
             assert merged[name].dtype == expected[name].dtype
 
 
-def test_candidates_that_agree_in_what_is_surveyed_share_a_survey(base, models):
+def test_candidates_with_equal_statistics_parameters_share_statistics(base, models):
     candidates = Candidates(base, dict(zip("abc", models, strict=True)))
     for scale in (1.0, 0.5, [0.1, 0.2, 0.3]):
         candidates.merge(PCBMerging(0.2, scale))
@@ -93,8 +93,8 @@ def test_what_does_not_fit_is_refused(base, models):
         (Ties(scale=0.7), lambda factor: Ties(scale=factor)),
     ],
 )
-def test_over_scales_it_is_as_merged_anew(base, models, method, at):
-    """Ties between tensors and statistics included, which do not follow λ."""
+def test_a_search_over_scales_equals_separate_merges(base, models, method, at):
+    """Including tied tensors and batch-norm statistics, which do not depend on λ."""
     for each in (base, *models):
         each["bn.running_mean"], each["tied.weight"] = each["norm.bias"].clone(), each["embed.weight"]
     named = dict(zip("abc", models, strict=True))
@@ -106,7 +106,7 @@ def test_over_scales_it_is_as_merged_anew(base, models, method, at):
 
 
 @pytest.mark.parametrize("method", [method for method in METHODS if has_scale(method)], ids=repr)
-def test_what_is_said_to_be_linear_is(base, models, method):
+def test_methods_declared_linear_are_linear(base, models, method):
     assert is_linear(method)
     candidates = Candidates(base, dict(zip("abc", models, strict=True)))
     one, three = (candidates.merge(rescaled(method, factor)) for factor in (1.0, 3.0))

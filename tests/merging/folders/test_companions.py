@@ -1,4 +1,4 @@
-"""What fine-tuned models have otherwise than the base is said, and taken when it is asked for."""
+"""Differences of the fine-tuned models' companions from the base's are reported, and used on request."""
 
 import json
 import warnings
@@ -29,7 +29,7 @@ def write(folder, files=None, rows=4, **config):
 
 
 def note_of(tmp_path, base, models, **arguments):
-    """What a merge says, once, or None."""
+    """The note that a merge prints, at most once, or None."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         output = merge(base, models, WeightAverage(), output=tmp_path / "o", overwrite=True, **arguments)
@@ -39,8 +39,8 @@ def note_of(tmp_path, base, models, **arguments):
     return said[0] if said else None
 
 
-def test_models_that_say_the_same_as_the_base_are_no_word_worth(tmp_path):
-    """Other versions of transformers write other keys, and training changes some that a use does not depend on."""
+def test_models_that_agree_with_the_base_give_no_note(tmp_path):
+    """Keys differ between versions of transformers, and training changes some that do not affect use."""
     base = write(tmp_path / "base", {"tokenizer_config.json": {"eos_token": "</s>", "name_or_path": "x"}}, dropout=0.1)
     newer = {"rope_theta": None, "rope_parameters": {"rope_theta": 10000, "rope_type": "default"}, "new_key": 3}
     tokens = {"tokenizer_config.json": {"eos_token": {"content": "</s>"}, "backend": "rust", "pad_token": None}}
@@ -50,7 +50,7 @@ def test_models_that_say_the_same_as_the_base_are_no_word_worth(tmp_path):
     assert note_of(tmp_path, base, [write(tmp_path / "b"), {"embed_tokens.weight": torch.ones(4, 2)}]) is None
 
 
-def test_what_all_models_have_otherwise_is_said(tmp_path):
+def test_differences_shared_by_all_models_are_reported(tmp_path):
     base = write(tmp_path / "base", {"generation_config.json": {"eos_token_id": 2}, "tokenizer_config.json": {}})
     files = {
         "generation_config.json": {"eos_token_id": [2, 7], "transformers_version": "5"},
@@ -67,7 +67,7 @@ def test_what_all_models_have_otherwise_is_said(tmp_path):
         f"base: none); the result has the base's, companions_from='{models[0]}' takes that model's"
     )
     assert note_of(tmp_path, base, models, companions_from="base") is None
-    # Where one of them has the base's, the base's is as good as any; one without such a file says nothing.
+    # If one model agrees with the base, the base's is kept; a model without such a file is ignored.
     third = write(tmp_path / "c", {"generation_config.json": {"eos_token_id": 2}})
     note = note_of(tmp_path, base, [*models, third])
     assert "eos_token " in note
@@ -84,14 +84,14 @@ def test_what_all_models_have_otherwise_is_said(tmp_path):
         ({"layer_norm_eps": 1e-3}, ["layer_norm_eps 0.001 of config.json (the base: 1e-05)"]),
     ],
 )
-def test_how_positions_are_turned_is_said_wherever_it_is_written(tmp_path, config, says):
+def test_rope_settings_are_compared_in_every_notation(tmp_path, config, says):
     base = write(tmp_path / "base", layer_norm_eps=1e-5)
     note = note_of(tmp_path, base, [write(tmp_path / "a", **{"layer_norm_eps": 1e-5, **config})])
     assert all(part in note for part in says)
     assert note.count("(the base") == len(says)
 
 
-def test_added_tokens_are_said(tmp_path):
+def test_added_tokens_are_reported(tmp_path):
     vocabulary = {"vocab": {"a": 0, "b": 1}}
     base = write(
         tmp_path / "base", {"tokenizer.json": {"model": vocabulary, "added_tokens": [{"content": "<s>", "id": 2}]}}
@@ -101,7 +101,7 @@ def test_added_tokens_are_said(tmp_path):
     assert 'added tokens ["<|im_end|>"];' in note_of(tmp_path, base, [model])
 
 
-def test_templates_that_differ_from_each_other_are_said(tmp_path):
+def test_different_templates_are_reported(tmp_path):
     base = write(tmp_path / "base")
     models = [write(tmp_path / name, {"tokenizer_config.json": {"chat_template": name}}) for name in "ab"]
     assert note_of(tmp_path, base, models).startswith(
@@ -109,7 +109,7 @@ def test_templates_that_differ_from_each_other_are_said(tmp_path):
     )
 
 
-def test_the_files_of_a_model_are_taken(tmp_path):
+def test_companions_come_from_the_chosen_model(tmp_path):
     old = {"tokenizer.model": "old", "special_tokens_map.json": "{}", "chat_template.jinja": "old", "LICENSE": "free"}
     base = write(tmp_path / "base", old, text_config={"dtype": "float32"})
     new = {"tokenizer.json": "{}", "tokenizer_config.json": {"chat_template": "new"}, "generation_config.json": "{}"}
@@ -118,7 +118,7 @@ def test_the_files_of_a_model_are_taken(tmp_path):
     for origin in (str(model), "tuned"):
         assert note_of(tmp_path, base, [model, base], companions_from=origin) is None
         record = json.loads((tmp_path / "o" / "freemerge.json").read_text())
-        # No mixture of two tokenizers, nor a template of the base beside the model's.
+        # Tokenizers are not mixed, and the base's template is not kept beside the model's.
         assert record["files"]["copied"] == sorted(["LICENSE", "config.json", *new])
         assert record["files"]["from"] == str(model)
         # The weights are named and typed as the base's, so these keys are the base's.
@@ -137,7 +137,7 @@ def test_a_template_alone_leaves_the_bases_tokenizer(tmp_path):
     assert copied == ["chat_template.json", "config.json", "tokenizer.json"]
 
 
-def test_whose_files_cannot_be_taken(tmp_path):
+def test_invalid_choices_of_companions(tmp_path):
     base, longer = write(tmp_path / "base"), write(tmp_path / "longer", rows=6)
     plain = {"embed_tokens.weight": torch.ones(4, 2)}
     models = {"longer": longer, "plain": plain}
@@ -169,7 +169,7 @@ def test_weights_of_another_kind_are_not_chosen_by_chance(tmp_path):
         assert (tmp_path / "o" / "linear.pt").read_text() == content
 
 
-def test_the_command_says_it_and_takes_it(tmp_path, capsys):
+def test_the_command_reports_differences_and_takes_companions(tmp_path, capsys):
     base, model = write(tmp_path / "base"), write(tmp_path / "a", {"chat_template.jinja": "new"})
     arguments = ["--base", str(base), "--finetuned", f"[{model}]", "--method", "WeightAverage", "--overwrite", "true"]
     arguments += ["--output", str(tmp_path / "o")]

@@ -16,7 +16,7 @@ BASE = {"layer.weight": torch.zeros(2, 2), "layer.bias": torch.zeros(2)}
 
 
 def write(folder, *, value=0.0, dense=None, config=None):
-    """A model whose values are all the same, with a dense layer of its own or without."""
+    """A model of constant values, with or without a dense layer."""
     save_checkpoint(folder / "model.safetensors", {name: tensor + value for name, tensor in BASE.items()})
     (folder / "config.json").write_text(json.dumps(config or {"model_type": "own"}))
     if dense is not None:
@@ -47,7 +47,7 @@ def test_a_linked_folder_is_written_where_the_link_leads(tmp_path, inputs):
         assert load_checkpoint(tmp_path / "disk" / "v1")["layer.bias"].tolist() == [4 * scale] * 2
     assert sorted(os.listdir(tmp_path)) == ["a", "b", "base", "current", "disk"]
     assert os.listdir(tmp_path / "disk") == ["v1"]
-    # Another result in its place leaves the folder alone that the link led to.
+    # Another output in its place leaves the link's former target unchanged.
     link.unlink()
     merge(*inputs, TaskArithmetic(2.0), output=link)
     assert load_checkpoint(tmp_path / "disk" / "v1")["layer.bias"].tolist() == [2, 2]
@@ -65,7 +65,7 @@ def test_a_linked_file_and_a_link_to_nothing_yet(tmp_path, inputs):
 
 
 def test_a_linked_draft_is_not_followed(tmp_path, inputs):
-    """What an older version left behind: its clearing would empty the folder that the link leads to."""
+    """Left by an older version: clearing it would empty the folder that the link leads to."""
     (tmp_path / "kept").mkdir()
     (tmp_path / "kept" / "thesis.tex").touch()
     (tmp_path / ".merged.partial").symlink_to(tmp_path / "kept")
@@ -117,14 +117,14 @@ def test_a_part_may_be_left_out_or_untouched(tmp_path):
     assert load_checkpoint(output / "2_Dense")["linear.weight"].unique().tolist() == [7]
 
 
-def test_a_part_that_the_result_cannot_hold_is_said(tmp_path):
+def test_a_part_that_the_result_cannot_hold_is_reported(tmp_path):
     base, model = write(tmp_path / "base", dense=1.0), write(tmp_path / "a", value=1.0, dense=2.0)
     for output in (None, tmp_path / "o.safetensors"):
         with pytest.warns(MergeWarning, match=r"the weights in 2_Dense/ are not part of the result; write a folder"):
             merge(base, [model], WeightAverage(), output=output)
 
 
-def test_a_part_that_the_base_has_not_is_named(tmp_path, inputs):
+def test_a_part_missing_from_the_base_is_named(tmp_path, inputs):
     model = write(tmp_path / "c", dense=1.0)
     with pytest.raises(MergeError, match=r"c: the tensor '2_Dense/linear.weight' with shape \[3, 2\] is not in"):
         merge(inputs[0], [model], WeightAverage(), output=tmp_path / "o")
@@ -229,7 +229,7 @@ def test_a_broken_configuration_is_one_line_before_any_work(tmp_path, inputs, co
 @pytest.mark.parametrize(
     "config", [{"dtype": 5, "text_config": []}, {"dtype": {"a": 1}}, {"text_config": {"dtype": 1}}]
 )
-def test_odd_types_in_a_configuration_do_no_harm(tmp_path, config):
+def test_odd_types_in_a_configuration_are_ignored(tmp_path, config):
     base = write(tmp_path / "base", config=config)
     output = merge(base, [base], WeightAverage(), output=tmp_path / "o", dtype="bfloat16")
     assert json.loads((output / "config.json").read_text())["dtype"] == "bfloat16"

@@ -1,4 +1,4 @@
-"""An adapter is written for the modules of the model, whatever the base's files call its tensors: PEFT applies all."""
+"""Adapters use the model's module names, whatever the tensor names in the base's files: PEFT applies every change."""
 
 import json
 import shutil
@@ -142,7 +142,7 @@ def make(folder, case, seeds=(1,), changed=lambda name: True):
 
 
 def load(kind, base, adapter):
-    """What PEFT makes of the base and the adapter; a warning of PEFT about either is an error."""
+    """The base with the adapter as PEFT computes it; any warning of PEFT is an error."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         model = PeftModel.from_pretrained(kind.from_pretrained(base), adapter).merge_and_unload()
@@ -153,7 +153,7 @@ def load(kind, base, adapter):
 
 @pytest.mark.parametrize("case", CASES)
 def test_peft_applies_every_change(tmp_path, case):
-    """Everything has changed, but what no adapter can hold; the rank is larger than any matrix."""
+    """Every tensor that an adapter can hold differs from the base; the rank exceeds that of any matrix."""
     exclude = OF_NO_ADAPTER.get(case)
     kind, paths = make(tmp_path, case, seeds=(1, 2))
     whole = merge(tmp_path / "base", paths, WeightAverage(), exclude=exclude, output=tmp_path / "whole")
@@ -206,7 +206,7 @@ def test_stacked_experts_as_peft_stores_them(tmp_path):
 
 
 def test_a_part_of_the_experts(tmp_path):
-    """What is left out of a stacked tensor stays as in the base."""
+    """Excluded parts of a stacked tensor keep the base's values."""
     kind, paths = make(tmp_path, "mixtral")
     exclude = ["*experts.1.*", "*gate.weight"]
     whole = merge(tmp_path / "base", paths, WeightAverage(), exclude=exclude, output=tmp_path / "whole")
@@ -220,7 +220,7 @@ def test_a_part_of_the_experts(tmp_path):
 
 
 def test_tasks_and_bases(tmp_path):
-    """PEFT finds the class, and the name of the base on the Hub that the inputs were trained on."""
+    """PEFT finds the model class and the Hub id of the base that the inputs were trained on."""
     kind, _ = make(tmp_path, "mixtral")
     paths = []
     for seed in range(2):
@@ -237,7 +237,7 @@ def test_tasks_and_bases(tmp_path):
 
 
 def test_without_a_name_on_the_hub_the_base_is_a_path(tmp_path, monkeypatch):
-    """A whole one, of the folder, whatever was given."""
+    """The absolute path of the folder, however the base was given."""
     _, paths = make(tmp_path, "mixtral", changed=lambda name: "q_proj" in name)
     monkeypatch.chdir(tmp_path)
     adapter = merge("base/model.safetensors", paths, WeightAverage(), output="a", output_format="lora", rank=8)
@@ -270,7 +270,7 @@ def test_a_base_of_the_hubs_cache(tmp_path):
     assert json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"] == "someone/neox"
 
 
-def test_what_is_read_again_is_what_was_written(tmp_path):
+def test_the_written_adapter_reads_back(tmp_path):
     """The adapter of gpt-oss, whose files have the names of its modules."""
     _, paths = make(tmp_path, "gpt-oss", changed=lambda name: "sinks" not in name)
     adapter = merge(tmp_path / "base", paths, WeightAverage(), output=tmp_path / "a", output_format="lora", rank=12)
@@ -320,7 +320,7 @@ def test_from_adapters_of_modules_to_files_and_to_an_adapter(tmp_path, case):
 
 
 def test_tensors_of_no_module(tmp_path):
-    """A buffer of an old file is no matter, if it has not changed."""
+    """An unchanged buffer of an old file is ignored."""
     kind, paths = make(tmp_path, "gpt-neox")
     for folder, mystery in ((tmp_path / "base", 1.0), (paths[0], 2.0)):
         file = folder / "model.safetensors"

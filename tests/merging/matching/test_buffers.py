@@ -1,4 +1,4 @@
-"""What is no weight in a model's file: constants that come and go, and statistics, which are averaged."""
+"""Buffers in a model's file: constants, which may be missing, and batch-norm statistics, which are averaged."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ CONSTANTS = {
 
 
 @pytest.mark.parametrize("where", ["base", "models", "one"])
-def test_constants_never_block_a_merge_and_never_change(where):
+def test_constant_buffers_never_block_a_merge_and_never_change(where):
     base = {WEIGHT: torch.zeros(3, 3)}
     tuned = [{WEIGHT: torch.ones(3, 3)}, {WEIGHT: torch.full((3, 3), 3.0)}]
     if where == "base":
@@ -36,14 +36,14 @@ def test_constants_never_block_a_merge_and_never_change(where):
     assert all(torch.equal(merged[name], value) for name, value in base.items() if name != WEIGHT)
 
 
-def test_what_is_only_called_like_a_mask_is_a_weight():
+def test_weights_named_like_masks_are_merged():
     base, tuned = {WEIGHT: torch.zeros(2), "attn.bias": torch.zeros(4)}, {WEIGHT: torch.zeros(2)}
     with pytest.raises(MergeError, match=r"attn\.bias"):
         merge(base, [tuned], TaskArithmetic())
 
 
 def _normed(scale):
-    """Weights that point apart and variances near zero, as extrapolation takes them below it."""
+    """Opposed weights, and variances so near zero that extrapolation makes them negative."""
     torch.manual_seed(int(scale * 10))
     return {
         WEIGHT: torch.randn(6, 5) * scale,
@@ -76,7 +76,7 @@ def test_statistics_are_averaged_by_every_method_on_every_path(method, how, tmp_
 
 
 def test_methods_see_no_statistics():
-    """Global order statistics count weights alone: with and without batch norm, the weights are the same."""
+    """Global order statistics count weights only: merged weights are equal with and without batch norm."""
     base, tuned = _normed(0), [_normed(0.1), _normed(0.2), _normed(0.3)]
     alone = [{WEIGHT: model[WEIGHT]} for model in (base, *tuned)]
     for method in METHODS:
@@ -104,6 +104,6 @@ def test_scaled_task_vectors_do_not_take_statistics_beyond_the_model():
         assert torch.equal(found["weight"], torch.full((2,), 1 - 0.5 * scale))
 
 
-def test_measuring_statistics_anew_is_proposed(caplog):
+def test_reestimating_batch_norm_is_suggested(caplog):
     merge(_normed(0), [_normed(0.1)], TaskArithmetic())
     assert "reestimate_batch_norm" in caplog.text

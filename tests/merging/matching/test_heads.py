@@ -1,4 +1,4 @@
-"""Which tensors are called like those of a head: the advice to leave one out must never cost what was trained."""
+"""Which names are those of heads: the advice to exclude a head must never discard trained layers."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Fine-tuned models that call their tensors otherwise than their base: files and modules of transformers."""
+"""Fine-tuned models whose tensor names differ from the base's: names in transformers' files and of its modules."""
 
 import copy
 import json
@@ -86,7 +86,7 @@ def test_a_lightning_checkpoint_on_the_folder_it_began_with(tmp_path, case):
 
 @pytest.mark.parametrize("case", MODELS)
 def test_a_folder_on_a_module(tmp_path, case):
-    """The base in memory has the names of modules, and so has the result."""
+    """The base in memory has module names, and so does the result."""
     model = make(tmp_path / "base", MODELS[case])
     base = type(model).from_pretrained(tmp_path / "base").state_dict()
     model.save_pretrained(tmp_path / "tuned", max_shard_size="20KB")
@@ -136,11 +136,11 @@ def test_gamma_and_beta(tmp_path):
 
 
 def test_names_of_an_earlier_version(tmp_path):
-    """LLaVA's modules were in another order until 4.52; both models may be of that time, or only one."""
+    """LLaVA's modules were arranged differently until transformers 4.52; one model or both may use the old names."""
     model = make(tmp_path / "base", LLAVA)
     model.save_pretrained(tmp_path / "tuned")
     tuned = load_file(tmp_path / "tuned/model.safetensors")
-    assert "language_model.model.norm.weight" in tuned  # these are the names of before
+    assert "language_model.model.norm.weight" in tuned  # these are the old names
     save_file(model.state_dict(), tmp_path / "tuned/model.safetensors", {"format": "pt"})
     merge(tmp_path / "base", [tmp_path / "tuned"], TaskArithmetic(0.5), output=tmp_path / "out")
     base, merged = (load_file(tmp_path / name / "model.safetensors") for name in ("base", "out"))
@@ -148,7 +148,7 @@ def test_names_of_an_earlier_version(tmp_path):
 
 
 def gpt2(tmp_path):
-    """A base as the Hub has it, without the prefix that its module has, and its module."""
+    """A base as on the Hub, without its module's prefix, and the module itself."""
     config = transformers.GPT2Config(vocab_size=13, n_embd=8, n_layer=1, n_head=2, n_positions=8)
     torch.manual_seed(0)
     model = transformers.GPT2LMHeadModel(config)
@@ -176,7 +176,7 @@ def test_a_trained_head_that_the_base_has_tied_is_not_lost(tmp_path, described):
     assert_close(merged, {name: value + 0.5 for name, value in tensors.items()})
 
 
-def test_what_is_no_head_is_never_called_one():
+def test_tensors_of_the_body_are_never_called_a_head():
     base = {"a.weight": torch.zeros(2), "b.weight": torch.zeros(2)}
     other = {"a.weight": torch.ones(2), "b.kernel": torch.ones(2), "head.weight": torch.ones(2)}
     with pytest.raises(MergeError) as caught:
@@ -188,7 +188,7 @@ def test_what_is_no_head_is_never_called_one():
     )
 
 
-def test_keeping_the_bases_is_no_advice_where_names_differ():
+def test_keeping_the_base_is_not_suggested_if_names_differ():
     base = {"a.weight": torch.zeros(2), "b.weight": torch.zeros(2)}
     with pytest.raises(MergeError) as caught:
         merge(base, {"x": {"a.weight": torch.ones(2), "b.kernel": torch.ones(2)}}, TaskArithmetic(1.0))
@@ -209,7 +209,7 @@ def test_misfits_are_named_up_to_ten():
     )
 
 
-def test_the_command_says_what_is_left_out(tmp_path):
+def test_the_command_reports_tensors_left_out(tmp_path):
     save_file({"a.weight": torch.zeros(2)}, tmp_path / "base.safetensors")
     torch.save(
         {"net.a.weight": torch.ones(2), "head.weight": torch.ones(3), "head.bias": torch.ones(1)}, tmp_path / "x.pt"

@@ -1,4 +1,4 @@
-"""Tied weights: stored once, twice or by another name, and changed together or under one name alone."""
+"""Tied weights: stored once, twice or under another name, and changed together or under one name only."""
 
 import json
 import warnings
@@ -77,7 +77,7 @@ def _changed(model, folder):
 
 
 def _adapter(model, folder, **settings):
-    """An adapter of a model with random values, and its logits before it is merged."""
+    """An adapter with random values, and the logits of the model with the adapter attached."""
     module = get_peft_model(model, LoraConfig(r=2, init_lora_weights=False, **settings))
     with torch.no_grad():
         for name, parameter in module.named_parameters():
@@ -90,7 +90,7 @@ def _adapter(model, folder, **settings):
 @pytest.mark.parametrize("kind", MAKERS)
 @pytest.mark.parametrize("twice", ["base", "model"])
 def test_equal_copies_are_dropped(kind, twice, tmp_path):
-    """A file may hold tied tensors by all their names, as older tools write them, beside files that hold them once."""
+    """Some files have tied tensors under all their names, as older tools write them; others have them once."""
     model = MAKERS[kind]()
     model.save_pretrained(tmp_path / "base")
     wanted = _changed(model, tmp_path / "model")
@@ -171,7 +171,7 @@ def test_adapters_change_what_peft_changes(settings, tmp_path):
 
 @pytest.mark.filterwarnings("ignore::freemerge.merging.MergeWarning")
 def test_an_adapter_of_one_name_beside_a_tied_model_and_trained_tokens(tmp_path):
-    """A tied model's change of the embedding is the head's too; an adapter's is not."""
+    """A tied model changes embedding and head together; an adapter changes only one of them."""
     model = _llama()
     model.save_pretrained(tmp_path / "base")
     _changed(model, tmp_path / "model")
@@ -197,7 +197,7 @@ def test_an_adapter_of_one_name_beside_a_tied_model_and_trained_tokens(tmp_path)
 
 @pytest.mark.parametrize("equal", [True, False])
 def test_an_index_that_lists_a_tied_head(equal, tmp_path):
-    """transformers reads such folders where the head is tied, and makes a new head where it is not."""
+    """transformers loads such folders if the head is tied, and initializes a new head otherwise."""
     model = _llama(tied=equal)
     model.save_pretrained(tmp_path / "base")
     model.save_pretrained(tmp_path / "model", max_shard_size=2000)

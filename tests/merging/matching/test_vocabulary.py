@@ -1,4 +1,4 @@
-"""Vocabularies that differ: refused by default, or merged by rows; nothing else may differ in its shape."""
+"""Different vocabularies are refused by default or merged by rows; no other shape may differ."""
 
 import json
 
@@ -19,7 +19,7 @@ ROWS = {"base": 10, "more": 12, "fewer": 8, "same": 10}
 
 @pytest.fixture
 def models():
-    """A base with padding rows, a model with two tokens more, one without the padding, and one like the base."""
+    """A base with padding rows, a model with two more tokens, one without padding, and one like the base."""
     generator = torch.Generator().manual_seed(0)
     base = {
         "embed.wte.weight": torch.randn(10, 4, generator=generator),
@@ -135,7 +135,7 @@ def folder(path, rows, tensor="own.table.weight", **files):
     return path
 
 
-def test_the_configuration_tells_of_names_nobody_knows(tmp_path):
+def test_unknown_embedding_names_are_found_by_the_configuration(tmp_path):
     base, tuned = folder(tmp_path / "base", 6), folder(tmp_path / "tuned", 9)
     assert vocabulary_size(base) == 6
     with pytest.raises(MergeError, match=r"the vocabulary differs: the tensor 'own\.table\.weight' has 6 rows in the"):
@@ -155,7 +155,7 @@ def tokenizer(vocabulary, added=()):
 
 
 def test_rows_of_other_tokens_are_refused(tmp_path):
-    """Tokens that moved make rows incomparable; added and renamed ones do not."""
+    """Rows of moved tokens cannot be compared; those of added and renamed tokens can."""
     name = "wte.weight"
     base = folder(tmp_path / "base", 4, name, tokenizer=tokenizer({"a": 0, "b": 1, "c": 2, "<r>": 3}))
     moved = folder(tmp_path / "moved", 4, name, tokenizer=tokenizer({"b": 0, "a": 1, "c": 2, "<r>": 3}))
@@ -197,7 +197,7 @@ def test_tokenizers_of_all_kinds(tmp_path):
 
 
 def test_an_adapter_of_a_resized_embedding(tmp_path):
-    """Trained after tokens were added: its difference has rows that the base has not."""
+    """Trained after tokens were added, so that its difference has more rows than the base."""
     torch.manual_seed(0)
     config = GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=11, n_positions=16)
     model = GPT2LMHeadModel(config)

@@ -1,4 +1,4 @@
-"""Gram matrices and squared gradients, against the data themselves and against gradients written out."""
+"""Gram matrices and squared gradients against sums over the data and gradients written out."""
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ def test_gram_matrices_of_linear_layers_are_of_all_inputs():
     with GramMatrices(measurable_layers(model)) as grams, torch.no_grad():
         for batch in batches:
             model(batch)
-    model(batches[0])  # outside of the block, nothing is counted
+    model(batches[0])  # outside the block nothing is collected
     first = torch.cat([batch.reshape(-1, 5) for batch in batches]).double()
     second = torch.tanh(first.float() @ model[0].weight.T + model[0].bias).double().detach()
     found = grams.tensors()
@@ -114,7 +114,7 @@ def test_drawn_answers_follow_the_model():
     assert float(-drawn.mean()) == pytest.approx(float(entropy), abs=0.03)  # E[−log p] under p
 
 
-def test_tokens_that_do_not_count_have_no_part():
+def test_ignored_tokens_do_not_contribute():
     outputs = normal(1, 4, 5).requires_grad_()
     counted = torch.tensor([[True, False, True, False]])
     (gradient,) = torch.autograd.grad(

@@ -77,14 +77,14 @@ class TestEquations:
 def test_released_with_norms_far_apart(shape):
     deltas = draw(shape, 3, [1.0, 0.03, 0.01])
     ratio = np.log([np.square(delta).sum() for delta in deltas])
-    assert ratio.var(ddof=1) / ratio.mean() ** 2 > 0.3  # so that the second half of the code is what runs
+    assert ratio.var(ddof=1) / ratio.mean() ** 2 > 0.3  # so that the second half of the code runs
     expected = released(deltas, 0.5)
     result = merged(deltas, ACEMerging(form="released", ridge=0.5))
     np.testing.assert_allclose(result, expected, atol=1e-3 * np.abs(expected).max())
 
 
 def test_tasks_with_inputs_of_their_own_keep_their_outputs():
-    """Inputs in two orthogonal halves: each task's part comes back whole, which an average halves."""
+    """Inputs in two orthogonal halves: each task's part is recovered completely, where an average halves it."""
     first, second = np.zeros((16, 16)), np.zeros((16, 16))
     generator = np.random.default_rng(0)
     first[:, :8], second[:, 8:] = generator.standard_normal((2, 16, 8))
@@ -92,7 +92,7 @@ def test_tasks_with_inputs_of_their_own_keep_their_outputs():
     np.testing.assert_allclose(result, first + second, atol=0.02)
 
 
-def test_models_that_did_not_change_have_no_say():
+def test_unchanged_models_have_no_influence():
     deltas = draw((9, 14), 2)
     expected = merged(deltas, ACEMerging())
     np.testing.assert_allclose(merged([*deltas, np.zeros((9, 14))], ACEMerging()), expected, atol=1e-6)

@@ -1,4 +1,4 @@
-"""What practitioners merge with: SLERP and its kin, Model Stock, SCE, NearSwap, Breadcrumbs with an election."""
+"""Methods of practitioners against their formulas: SLERP and relatives, Model Stock, SCE, NearSwap, Breadcrumbs."""
 
 import math
 
@@ -171,7 +171,7 @@ def multislerp(deltas, weights):
 
 
 def karcher(deltas, weights, iterations=200):
-    """Gradient steps on the sphere, until they end."""
+    """Gradient descent on the sphere until convergence."""
     weights = np.array(weights) / sum(weights)
     directions = units(deltas)
     mean = units([sum(weight * direction for weight, direction in zip(weights, directions, strict=True))])[0]

@@ -87,7 +87,7 @@ class TestDella:
         merged = merge_task_vectors([{"w": normal(100, 100)}], Della(Ties(0.2), drop=0.5))
         assert int((merged["w"] != 0).sum()) == 2000
 
-    def test_any_run_of_the_numbers_can_be_drawn_by_itself(self):
+    def test_any_chunk_of_random_numbers_can_be_drawn_separately(self):
         whole = draw_uniform("x", 0, 1000)
         for start, count in ((0, 10), (1, 10), (7, 9), (8, 8), (13, 987), (999, 1), (500, 0)):
             assert torch.equal(draw_uniform("x", start, count), whole[start : start + count])

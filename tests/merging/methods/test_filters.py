@@ -1,4 +1,4 @@
-"""The filters against the full complex transform, and what they have to be: linear, real, high-pass."""
+"""The filters against the full complex transform; they are linear, real and high-pass."""
 
 import numpy as np
 import pytest
@@ -43,7 +43,7 @@ def test_filters_are_linear(filter_, sides, seed, factor):
 
 
 @pytest.mark.parametrize("filter_", EVERY_FILTER, ids=repr)
-def test_what_is_filtered(filter_):
+def test_which_tensors_are_filtered(filter_):
     for shape in ((), (7,), (0, 3), (3, 0)):
         tensor = torch.randn(shape)
         filtered = filter_(tensor)
@@ -93,7 +93,7 @@ def test_wrong_parameters():
 @pytest.mark.parametrize("shape", [(1, 80), (80, 1), (1, 5, 16), (1, 1), (1, 1, 16), (2, 80)])
 @pytest.mark.parametrize("filter_", [NyquistDisc(), NyquistDisc(0.3), HighPass(0.2), Gaussian(0.1)], ids=repr)
 def test_a_matrix_of_one_row_is_filtered_as_any_other(filter_, shape):
-    """Position embeddings and class tokens of vision transformers are such; here against plain complex transforms."""
+    """For example position embeddings and class tokens of ViTs; compared with plain complex transforms."""
     tensor = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     matrix = tensor.flatten(1).double()
     height, width = matrix.shape

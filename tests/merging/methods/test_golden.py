@@ -1,4 +1,4 @@
-"""The reference numbers: float64 NumPy, computed independently of this project."""
+"""Reference values in tests/golden, computed in float64 NumPy independently of this project."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""What the methods for matrices have in common: convolutions, stacked experts, the filter before the merge."""
+"""Common to all methods for matrices: convolutions, stacked experts, the filter before the merge."""
 
 import dataclasses
 
@@ -56,7 +56,7 @@ class TestEveryMethod:
             alone = merge_task_vectors([{"w": vector[name][expert]} for vector in vectors], method)["w"]
             torch.testing.assert_close(merged[expert], alone, rtol=1e-5, atol=1e-6)
 
-    def test_what_is_no_matrix_is_averaged(self, method):
+    def test_other_tensors_are_averaged(self, method):
         names = {"norm.weight": (7,), "temperature": (), "mlp.experts.down_proj_bias": (4, 6)}
         vectors = [{name: normal(*shape, seed=seed) for name, shape in names.items()} for seed in range(3)]
         merged, mean = merge_task_vectors(vectors, method), merge_task_vectors(vectors, WeightAverage())

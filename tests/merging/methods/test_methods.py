@@ -1,4 +1,4 @@
-"""What holds for every method, and each method against a plain float64 statement of its formulas."""
+"""Properties of every method, and each method against its formulas in plain float64."""
 
 import copy
 import dataclasses
@@ -35,7 +35,7 @@ def vectors_of(base, models):
 
 
 def permuted(method, order):
-    """The method with its per-model numbers in another order."""
+    """The method with its per-model parameters in another order."""
     changes = {}
     for field in dataclasses.fields(method):
         value = getattr(method, field.name)
@@ -96,7 +96,7 @@ def test_one_model_comes_back_bit_for_bit(base, method, size):
         assert torch.equal(merged[name], model[name]), name
 
 
-def test_a_shared_survey_serves_a_search_over_scale(base, models):
+def test_shared_statistics_serve_a_search_over_scale(base, models):
     from freemerge.merging import Vectors
 
     vectors = vectors_of(base, models)
@@ -138,12 +138,12 @@ def plain_ties(values, density, scale):
 
 @settings(max_examples=80, deadline=None)
 @given(values=FLAT, density=st.sampled_from([0.05, 0.2, 0.5, 1.0]))
-def test_ties_is_what_the_paper_says(values, density):
+def test_ties_follows_the_paper(values, density):
     assert_near(merged_flat(values, Ties(density=density, scale=0.7)), plain_ties(values, density, 0.7))
 
 
 def test_ties_per_tensor_trims_each_tensor():
-    """Three tensors of standard deviation 0.5, 1 and 2: over the model, the top fifth is nearly all in the widest."""
+    """Tensors of standard deviation 0.5, 1 and 2: over the model, nearly all of the top fifth is in the widest."""
     generator = torch.Generator().manual_seed(0)
     vector = {str(std): std * torch.randn(10000, generator=generator) for std in (0.5, 1.0, 2.0)}
     kept = {
@@ -195,7 +195,7 @@ def plain_pcb(values, ratio, clip, inter, scale):
     inter=st.sampled_from(["sum", "normalized", "pairwise"]),
     per_model=st.booleans(),
 )
-def test_pcb_is_what_the_paper_says(seed, tasks, total, power, ratio, clip, inter, per_model):
+def test_pcb_follows_the_paper(seed, tasks, total, power, ratio, clip, inter, per_model):
     generator = np.random.default_rng(seed)
     values = (generator.standard_normal((tasks, total)) ** power).astype(np.float32)
     scale = [0.5 + index for index in range(tasks)] if per_model else 1.2
@@ -225,7 +225,7 @@ def test_pcb_per_tensor_merges_each_tensor_as_if_it_were_a_model():
 
 
 @pytest.mark.parametrize("far", [0.0, 0.01, 0.5])
-def test_tanh_of_small_numbers_is_theirs(far):
+def test_tanh_of_small_numbers_is_correctly_rounded(far):
     generator = torch.Generator().manual_seed(0)
     values = (torch.rand(4, 50_000, generator=generator) * 2 - 1) * 3e-4
     share = torch.rand(values.shape, generator=generator) < far
@@ -236,7 +236,7 @@ def test_tanh_of_small_numbers_is_theirs(far):
     torch.testing.assert_close(found.double(), exact, rtol=2e-7, atol=0)
 
 
-def test_a_silent_task_has_no_vote_in_pcb():
+def test_a_zero_task_vector_has_no_influence_in_pcb():
     vector = {"w": torch.randn(200, generator=torch.Generator().manual_seed(0))}
     alone = merge_task_vectors([vector], PCBMerging(inter="sum"))["w"]
     beside = merge_task_vectors([vector, {"w": torch.zeros(200)}], PCBMerging(inter="sum"))["w"]
@@ -256,7 +256,7 @@ def test_fr_merging_alignment_brings_all_tasks_to_the_largest():
 
 
 def test_fr_merging_does_not_amplify_rounding():
-    """The filter removes a constant wholly; what rounding leaves of it must not be brought up."""
+    """The filter removes a constant completely; alignment must not amplify the rounding error that remains."""
     vectors = [{"w": torch.full((16, 16), 0.3)}, {"w": torch.randn(16, 16)}]
     merged = merge_task_vectors(vectors, FRMerging(HighPass(0.1)))["w"]
     torch.testing.assert_close(merged, HighPass(0.1)(vectors[1]["w"]), rtol=0, atol=1e-6)

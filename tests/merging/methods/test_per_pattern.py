@@ -36,14 +36,14 @@ def test_each_method_sees_its_own_tensors(base, models):
         assert torch.equal(merged[name], expected[name]), name
 
 
-def test_the_first_pattern_counts(base, models):
+def test_the_first_matching_pattern_applies(base, models):
     method = PerPattern(WeightAverage(), {"embed.weight": TaskArithmetic(1.0), "*.weight": TaskArithmetic(0.0)})
     merged = merge(base, models, method)
     assert torch.equal(merged["conv.weight"], base["conv.weight"])
     assert torch.equal(merged["embed.weight"], merge(base, models, TaskArithmetic(1.0))["embed.weight"])
 
 
-def test_pieces_only_if_every_method_takes_them():
+def test_chunks_only_if_every_method_accepts_them():
     assert PerPattern(PCBMerging(), {"a": WeightAverage()}).elementwise
     assert not PerPattern(PCBMerging(), {"a": FRMerging()}).elementwise
 
@@ -93,14 +93,14 @@ def test_overrides_change_parameters_for_some_tensors(base, models):
 
 
 @pytest.mark.parametrize("method", [PCBMerging(0.3), Ties(0.4), Dare(Ties(0.4), 0.5), FRMerging(coefficients="mean")])
-def test_an_override_of_the_scale_leaves_a_survey_of_the_whole_model_as_it_is(base, models, method):
+def test_overriding_the_scale_keeps_statistics_of_the_whole_model(base, models, method):
     merged = merge(base, models, method, overrides=[{"match": "embed.*", "scale": 0.25}])
     plain, quarter = merge(base, models, method), merge(base, models, replace(method, scale=0.25))
     for name in base:
         assert torch.equal(merged[name], (quarter if name.startswith("embed") else plain)[name]), name
 
 
-def test_an_override_of_what_a_survey_looks_at_counts_its_own_tensors(base, models):
+def test_overriding_a_statistics_parameter_collects_over_its_own_tensors(base, models):
     merged = merge(base, models, Ties(0.4), overrides=[{"match": "embed.*", "density": 0.1}])
     embed = merge(base, models, Ties(0.1), include=["embed.*"])
     assert torch.equal(merged["embed.weight"], embed["embed.weight"])
@@ -121,12 +121,12 @@ def test_an_override_of_what_a_survey_looks_at_counts_its_own_tensors(base, mode
         ([{"match": "*", "density": 2}], r"Ties: `density` must lie in \(0, 1\], got 2"),
     ],
 )
-def test_overrides_that_cannot_be_meant(base, models, overrides, message):
+def test_invalid_overrides(base, models, overrides, message):
     with pytest.raises(ValueError, match=message):
         merge(base, models, Ties(), overrides=overrides)
 
 
-def test_equal_survey_keys_mean_equal_surveys():
+def test_equal_statistics_keys_mean_equal_statistics():
     assert PCBMerging(0.1, 1.0).statistics_key == PCBMerging(0.1, [1.0, 2.0]).statistics_key
     assert PCBMerging(0.1).statistics_key != PCBMerging(0.2).statistics_key
     assert PCBMerging(filter=HighPass(0.1)).statistics_key != PCBMerging(filter=HighPass(0.2)).statistics_key
@@ -136,7 +136,7 @@ def test_equal_survey_keys_mean_equal_surveys():
     hash(PerPattern(PCBMerging(), {"*": FRMerging(coefficients=[1.0])}).statistics_key)
 
 
-def test_a_method_that_does_not_say_what_its_survey_looks_at_shares_only_with_its_equals():
+def test_methods_without_statistics_fields_share_only_with_equal_methods():
     @dataclass(frozen=True)
     class Silent(MergeMethod):
         scale: float = 1.0

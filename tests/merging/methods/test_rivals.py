@@ -1,4 +1,4 @@
-"""DARE, Breadcrumbs, TSV-Merge, Iso-C and EMR: each against what its paper promises."""
+"""DARE, Breadcrumbs, TSV-Merge, Iso-C and EMR against the claims and steps of their papers."""
 
 import numpy as np
 import pytest
@@ -44,7 +44,7 @@ class TestDare:
         ones = {name: torch.ones_like(tensor) for name, tensor in zero.items()}
         method = Dare(TaskArithmetic(1.0), 0.5)
         alone = merge(zero, {"x": ones}, method)
-        # Other models, other tensors, another order: the same mask.
+        # The same mask with other models, other tensors and another order.
         beside = merge(zero, {"y": zero, "x": ones}, method)
         part = merge(zero, {"x": ones}, method, include=["b"])
         assert torch.equal(alone["a"], beside["a"])
@@ -63,29 +63,29 @@ class TestDare:
         plain, thinned = merge(base, models, method), merge(base, models, Dare(method, 0.0))
         assert all(torch.equal(plain[name], thinned[name]) for name in base)
 
-    def test_the_method_behind_surveys_what_it_will_merge(self):
-        """TIES behind DARE keeps a fifth of all entries of the thinned vector, not of the whole one."""
+    def test_the_wrapped_method_collects_statistics_of_the_thinned_vectors(self):
+        """TIES after DARE keeps a fifth of the entries of the thinned vector, not of the original one."""
         vector = {"w": normal(100, 100), "v": 5 * normal(100)}
         merged = merge_task_vectors([vector], Dare(Ties(0.2), 0.5))
         kept = sum(int((tensor != 0).sum()) for tensor in merged.values())
         assert kept == int(0.2 * 10_100)
 
-    def test_any_run_of_a_mask_can_be_drawn_by_itself(self):
+    def test_any_chunk_of_a_mask_can_be_drawn_separately(self):
         whole = draw_mask("x", 0, 1000, 0.3)
         for start, count in ((0, 10), (1, 10), (7, 9), (8, 8), (13, 987), (999, 1), (500, 0)):
             assert torch.equal(draw_mask("x", start, count, 0.3), whole[start : start + count])
         assert float(draw_mask("y", 12345, 100_000, 0.3).float().mean()) == pytest.approx(0.3, abs=0.01)
         assert draw_mask("x", 5, 9, 1.0).all()
 
-    def test_16_bits_are_not_the_end_of_a_probability(self):
+    def test_probabilities_have_more_than_16_bits(self):
         rare = draw_mask("x", 0, 1 << 22, 2.0**-17)  # 32 in the mean, none or 64 if only 16 bits decided
         assert 12 <= int(rare.sum()) <= 52
         place = int(rare.nonzero()[0])
         assert draw_mask("x", place, 1, 2.0**-17).item()
         assert not draw_mask("x", place + 1, 1, 2.0**-17).item()
 
-    def test_a_mask_stays_what_it_is(self):
-        """Published results must come back: this is the mask of all versions."""
+    def test_masks_are_stable_across_versions(self):
+        """Published results must be reproducible: this mask is the same in all versions."""
         mask = draw_mask("0|1|a|w", 0, 24, 0.5).int().tolist()
         assert "".join(map(str, mask)) == "000111010000000100100100"
 
@@ -152,7 +152,7 @@ def plain_tsv(deltas):
 class TestTSVMerge:
     @pytest.mark.parametrize("shape", [(24, 24), (40, 12), (13, 31)])
     @pytest.mark.parametrize("tasks", [1, 2, 3])
-    def test_is_what_the_paper_says(self, shape, tasks):
+    def test_follows_the_paper(self, shape, tasks):
         deltas = [normal(*shape, seed=index) for index in range(tasks)]
         merged = merge_task_vectors([{"w": delta} for delta in deltas], TSVMerge())["w"]
         np.testing.assert_allclose(merged.numpy(), plain_tsv([delta.numpy() for delta in deltas]), atol=2e-5)
@@ -169,7 +169,7 @@ class TestTSVMerge:
         for name in vector:
             torch.testing.assert_close(merged[name], vector[name], atol=1e-5, rtol=0)
 
-    def test_what_is_no_matrix_is_averaged(self):
+    def test_other_tensors_are_averaged(self):
         vectors = [{"b": normal(5, seed=seed), "s": normal(1, seed=seed).reshape(())} for seed in range(2)]
         merged, mean = merge_task_vectors(vectors, TSVMerge()), merge_task_vectors(vectors, WeightAverage())
         assert all(torch.equal(merged[name], mean[name]) for name in mean)
@@ -202,13 +202,13 @@ class TestIsoC:
         u, _, vh = torch.linalg.svd(total, full_matrices=False)
         torch.testing.assert_close(merged, 1.5 * values.mean() * u @ vh, atol=1e-4, rtol=1e-4)
 
-    def test_directions_of_nothing_are_left_out(self):
+    def test_directions_without_singular_values_are_left_out(self):
         vectors = [{"w": low_rank(20, 20, 2, seed)} for seed in (0, 10)]
         values = torch.linalg.svdvals(merge_task_vectors(vectors, IsoC())["w"])
         assert int((values > 1e-3 * values[0]).sum()) == 4
         assert not merge_task_vectors([{"w": torch.zeros(4, 4)}], IsoC())["w"].any()
 
-    def test_what_is_no_matrix_is_averaged(self):
+    def test_other_tensors_are_averaged(self):
         vectors = [{"b": normal(5, seed=seed)} for seed in range(2)]
         assert torch.equal(merge_task_vectors(vectors, IsoC())["b"], merge_task_vectors(vectors, WeightAverage())["b"])
 

@@ -51,8 +51,8 @@ class TestSVC:
         expected = calibrated(deltas, plain, 0.1, "released")
         np.testing.assert_allclose(merged(deltas, SVC(TSVMerge(), form="released")), expected, atol=2e-3)
 
-    def test_what_was_counted_many_times_counts_once(self, shape):
-        """The sum of equal models is each of them, whatever the scale inside."""
+    def test_shared_directions_are_counted_once(self, shape):
+        """The calibrated sum of equal models is that model, for any scale of the wrapped method."""
         (delta,) = draw(shape, 1)
         for scale in (1.0, 0.3):
             np.testing.assert_allclose(merged([delta] * 4, SVC(TaskArithmetic(scale))), delta, atol=1e-4)
@@ -76,7 +76,7 @@ def test_svc_leaves_the_rest_and_takes_experts_one_by_one():
 class TestSubspaces:
     @pytest.mark.parametrize("wrapper", [KnOTS, CoreSpace])
     def test_nothing_is_lost(self, shape, rank, wrapper):
-        """What is linear merges as it does without."""
+        """Linear methods give the same merge as without a common basis."""
         deltas = draw(shape, 3, rank)
         expected = 0.4 * sum(deltas)
         result = merged(deltas, wrapper(TaskArithmetic(0.8), scale=0.5))
