@@ -1,4 +1,4 @@
-"""Time and memory of expert training: all summed weights at once (`functional_call`), or one layer's at a time (ours).
+"""Time and memory of expert training: all summed weights at once (`functional_call`) or one layer at a time (ours).
 
     python tools/benchmark_expert_training.py            # ViT-B/32, batch 2: some minutes
 
@@ -58,7 +58,7 @@ def train(arguments: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    """Measure kinds and ways."""
+    """Measure each kind of expert with each way of forming the weights."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--shape", default="vit-b32")
     parser.add_argument("--dtype", default="float32")

@@ -4,13 +4,13 @@
         --seed_everything 0 --run.folder runs/vision8/0                      # likewise for further seeds
     python tools/benchmark_experts.py runs/vision8/0 runs/vision8/1 runs/vision8/2
 
-Any suite will do: a run's folder says which it is, and its report holds the individual models, the merges and our
-experts of the size that its configuration asks for. To these come, on the same checkpoints, the rivals and other sizes:
-EMR-Merging, Twin-Merging, FREE experts as released, and ours, extracted and trained. Whatever has a scale gets the
-one that does best on validation data; every row is then measured once on test data, and its bytes are those of files.
+Works with any suite: a run's folder contains its configuration, and its report has the individual models, the merges
+and our experts of the configured size. This script adds, on the same checkpoints, rivals and other sizes: EMR-Merging,
+Twin-Merging, FREE experts as released, and ours, extracted and trained. Scales are chosen on validation data; every row
+is then measured once on test data, and its bytes are those of the files.
 
-Rows are kept in each run's `experts.json` as they are measured, and measured ones are skipped, so that an interrupted
-benchmark goes on. The table and the picture, `experts.png` in the first run's parent folder, show means over the runs.
+Each row is stored in the run's `experts.json` once measured, and skipped the next time, so that an interrupted
+benchmark resumes. The table and the figure, `experts.png` in the first run's parent folder, show means over the runs.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ from freemerge.pipeline import ExpertsSettings
 from freemerge.tensors import select
 from freemerge.training import ExpertTrainer
 
-SCALES = (0.5, 0.7, 1.0, 1.4)  # of extracted experts; the released rescaling and the rivals have none to choose
-WIDE = 4.0  # times the density of an expert that is selected again: what it is trained at for an epoch
+SCALES = (0.5, 0.7, 1.0, 1.4)  # of extracted experts; the released rescaling and the rivals have no scale to choose
+WIDE = 4.0  # density of the first epoch's expert, in multiples of the final density, if the support is selected again
 Experts = dict[str, Expert]
 Row = dict[str, Any]  # scores: task → score; bytes: of each task's file; shared_bytes: of what all tasks share
 
 
 class Benchmark:
-    """One run's checkpoints, and everything that is measured on them."""
+    """One run's checkpoints and their measurements."""
 
     def __init__(self, folder: Path) -> None:
         self.run = FinishedRun(folder).suite_run
@@ -65,7 +65,7 @@ class Benchmark:
     # -- rows ---------------------------------------------------------------------------------------------------------
 
     def reported(self) -> None:
-        """The rows that the run's own report holds."""
+        """Take over the rows of the run's own report."""
         report = json.loads((self.run.folder / "report.json").read_text())
         size = f"{self.settings.kind} {self.settings.density:g}"
         names = {
@@ -84,13 +84,13 @@ class Benchmark:
             }
 
     def head_told(self) -> Row:
-        """The run's own model, which routes each sample to an expert and is told whose head is to answer."""
+        """The run's own model with the head given: the router chooses only the expert."""
         name = f"ours trained, {self.settings.kind} {self.settings.density:g}, routed"
         scores = self.measure.free(self.files.free_model(), self.measure.loaders("test"), told="head")
         return self.rows[name] | {"scores": scores}
 
     def row(self, name: str, make: Callable[[], Row]) -> None:
-        """Measure a row unless it is there; print it."""
+        """Measure a row unless it is stored already; print it."""
         if name not in self.rows:
             self.rows[name] = make()
             self.path.write_text(json.dumps(self.rows, indent=2) + "\n")
@@ -99,7 +99,7 @@ class Benchmark:
         print(f"{self.run.folder}: {name}: {row['bytes']} bytes, {100 * average:.2f}", flush=True)
 
     def emr(self) -> Row:
-        """EMR-Merging: a vector for all, a mask of bits and a scale for each task."""
+        """EMR-Merging: one shared vector, a bit mask and a scale per task."""
         learnt = select(self.base, None, STATISTICS)
         vectors = {
             task: {name: vector[name] for name in learnt if name in vector}
@@ -109,13 +109,13 @@ class Benchmark:
         return self._measured(self.base, experts, sum(tensor.nbytes for tensor in shared.values()))
 
     def twin(self, rank: int) -> Row:
-        """Twin-Merging: what distinguishes a task from the merge, in `rank` directions of each weight."""
+        """Twin-Merging: each task's residual to the merge, in `rank` directions of each weight."""
         merged = load_checkpoint(self.files.merged_path("task arithmetic"))
         residuals = {task: task_vector(merged, weights) for task, weights in self.tuned.items()}
         return self._measured(merged, {task: extract_low_rank(r, rank=rank) for task, r in residuals.items()})
 
     def released(self, density: float) -> Row:
-        """FREE experts as released: of the task vector, row by row, rescaled, on the merge by FR."""
+        """FREE experts as released: entries of the task vector, selected per row and rescaled, added to FR's merge."""
         merged = load_checkpoint(self.files.merged_path("FR"))
         experts = {
             task: extract(task_vector(self.base, weights), density, scope="row", rescale="released")
@@ -124,7 +124,7 @@ class Benchmark:
         return self._measured(merged, experts)
 
     def extracted(self, settings: ExpertsSettings) -> Row:
-        """Ours without training, at the scale that does best on validation data."""
+        """Ours without training, at the scale that is best on validation data."""
         experts = {task: settings.cut(task_vector(self.merged, weights)) for task, weights in self.tuned.items()}
         loaders = self.measure.loaders("val")
         found = {}
@@ -137,10 +137,10 @@ class Benchmark:
         )
 
     def trained(self, settings: ExpertsSettings, wide: float = 1.0) -> Row:
-        """Ours, trained as the run's own were; kept in the run's folder.
+        """Ours, trained like the run's own experts; stored in the run's folder.
 
         Args:
-            settings: what kind, how many values, and how they are trained.
+            settings: kind, number of values and training.
             wide: an expert so many times as large is trained for an epoch first, and the support selected again from
                 what it has become; 1 leaves the residual's.
         """
@@ -167,7 +167,7 @@ class Benchmark:
         folder: Path,
         overrides: Mapping[str, Any] | None = None,
     ) -> Expert:
-        """An expert after its training from `start` on."""
+        """Train an expert from `start`."""
         module = ExpertTrainer(
             self.files.backbone(self.merged), self.files.heads()[task], self.tuned[task], start, **settings.training
         )
@@ -178,7 +178,7 @@ class Benchmark:
     def _measured(
         self, weights: Mapping[str, Tensor], experts: Experts, shared: int = 0, settings: ExpertsSettings | None = None
     ) -> Row:
-        """Accuracies with what the files give back, and their bytes."""
+        """Accuracies of the experts as read from their files, and the files' bytes."""
         path = self.run.folder / "benchmark" / "expert.safetensors"
         sizes, loaded = [], {}
         for task, expert in experts.items():
@@ -194,7 +194,7 @@ class Benchmark:
         return self.measure.free(model, loaders, told="task")
 
     def measure_all(self, arguments: argparse.Namespace) -> None:
-        """All rows."""
+        """Measure all rows."""
         self.reported()
         self.row("ours trained, routed, head told", self.head_told)
         self.row("EMR", self.emr)
@@ -214,7 +214,7 @@ class Benchmark:
                 self.row(f"ours {what}, {kind} {density:g}", partial(make, settings))
 
 
-# -- what several runs say together -----------------------------------------------------------------------------------
+# -- results of several runs -------------------------------------------------------------------------------------------
 
 
 def table(runs: list[Benchmark], markdown: bool) -> None:
@@ -291,7 +291,7 @@ def _expert(text: str) -> tuple[str, float, float | None]:
 
 
 def main() -> None:
-    """Measure every run, print the table, draw the picture."""
+    """Measure every run, print the table, draw the figure."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("runs", type=Path, nargs="+", help="folders of finished runs, of one suite, a seed each")
     parser.add_argument("--twin-ranks", type=int, nargs="*", default=[1, 2, 4])

@@ -4,11 +4,11 @@
     python tools/benchmark_free_model.py --shape vit-b32 --repeat 3
     python tools/benchmark_free_model.py --shape vit-b32 --device cuda --dtype float32 bfloat16
 
-Weights and experts are random; the router runs, but each batch is dealt out evenly. Every figure is a ratio within one
-run: plain and FREE passes alternate, and the median of their ratios is used. `held` is what a model keeps in memory
-between passes; the changed weights that small models keep (`FreeModel.cache_bytes`) are listed apart. `peak` compares
-the largest resident sets of two processes, which load a model and run a batch of 8, each without what its imports take;
-on a GPU it is what torch has allocated there, with the batch itself.
+Weights and experts are random. The router runs, but each batch is divided evenly among the tasks. Every number is a
+ratio within one run: plain and FREE passes alternate, and the median of their ratios is printed. `held` is the memory
+of a model between passes; the changed weights that small models keep (`FreeModel.cache_bytes`) are listed separately.
+`peak` compares the largest resident sets of two processes, which load a model and run a batch of 8, each without what
+its imports take; on a GPU it is what torch has allocated there, with the batch itself.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def write_experts(arguments: argparse.Namespace, folder: Path) -> None:
 
 
 def make_model(arguments: argparse.Namespace, folder: Path, dtype: str) -> FreeModel:
-    """A FREE model with the experts of a folder; its router runs, then deals samples out in turn."""
+    """A FREE model with the experts of a folder; its router runs, then assigns samples to the tasks in turn."""
     backbone = make_backbone(arguments, dtype)
     experts = {path.stem: PackedExpert(load_expert(path)) for path in sorted(folder.iterdir())}
     if arguments.router == "conv":
@@ -99,7 +99,7 @@ def make_model(arguments: argparse.Namespace, folder: Path, dtype: str) -> FreeM
 
 
 def seconds(run: Callable[[], object], device: str) -> float:
-    """How long it takes."""
+    """Seconds of one call."""
     wait = torch.cuda.synchronize if torch.device(device).type == "cuda" else lambda: None
     wait()
     start = time.perf_counter()
@@ -110,7 +110,7 @@ def seconds(run: Callable[[], object], device: str) -> float:
 
 @torch.no_grad()
 def throughput(arguments: argparse.Namespace, folder: Path, dtype: str) -> None:
-    """Print ratios of throughput, and what is held between passes."""
+    """Print ratios of throughput, and the memory held between passes."""
     model = make_model(arguments, folder, dtype)
     images = make_images(arguments, model.backbone, arguments.batch).to(arguments.device)
     head = model.heads["task0"]
@@ -204,7 +204,7 @@ def main() -> None:
                 print(f"{arguments.shape}, {about}")
                 throughput(arguments, Path(folder) / kind, dtype)
                 if arguments.shape == "quickstart":
-                    continue  # smaller than what a resident set can tell
+                    continue  # below the resolution of a resident set
                 plain, free = peaks(arguments, Path(folder) / kind, dtype)
                 print(f"  peak memory                  {free / plain:6.3f} × plain ({plain:.0f} MiB)", flush=True)
 

@@ -4,7 +4,7 @@
     python tools/benchmark_merge.py --case vit --methods Ties PCB --repeat 5
     python tools/benchmark_merge.py --small --repeat 1     # tries it out, in minutes
     python tools/benchmark_merge.py --device cuda          # a GPU's rows as well, skipped where there is none
-    python tools/benchmark_merge.py --device cuda --parts device   # only merges of what lies in its memory already
+    python tools/benchmark_merge.py --device cuda --parts device   # only merges of models in its memory
 
 Two cases: the vision tower of CLIP ViT-B/32 (88 M parameters, float32) with eight fine-tuned models, and a Llama of
 0.35 B (bfloat16, shards with an index) with four. The models are random with the statistics of real ones
@@ -12,10 +12,9 @@ Two cases: the vision tower of CLIP ViT-B/32 (88 M parameters, float32) with eig
 
 Every line is a whole process, imports and the written output included, on two cores; medians over interleaved runs,
 with the inputs in the page cache; peak memory without it (`benchmarks/processes.py`). `floor` is a script that reads
-all models with safetensors, forms base + c·Σ(delta) and writes it (`benchmarks/programs/floor.py`); all multiples are
-of it. `floor, synced` also waits until its output is on the disk, which freemerge's always is.
-
-The limits are those that the project has set itself; `kept` tells whether they are.
+all models with safetensors, forms base + c·Σ(delta) and writes it (`benchmarks/programs/floor.py`); times are given as
+multiples of it. `floor, synced` also waits until its output is on the disk, as freemerge always does. The limits are
+the project's own aims; `kept` says whether they are met.
 """
 
 from __future__ import annotations
@@ -79,7 +78,7 @@ IMPORT_TORCH = [sys.executable, "-c", "import torch, time; print('first', time.m
 
 
 def merge_job(inputs: Inputs, method: str, output: Path, **options: object) -> dict[str, object]:
-    """What `programs/merge_models.py` takes."""
+    """The argument of `programs/merge_models.py`."""
     options = {"overwrite": True, "hash_inputs": False, **options}
     paths = [str(path) for path in inputs.models]
     return {"base": str(inputs.base), "models": paths, "method": method, "output": str(output), "options": options}
@@ -187,7 +186,7 @@ def until_first(usage: Usage) -> float:
 
 
 def planning(arguments: argparse.Namespace) -> Results:
-    """How planning grows with the number of tensors."""
+    """Time of planning against the number of tensors."""
     results = Results(
         "Planning a merge of tiny tensors, base + 5 models",
         ["tensors", "open s", "plan s", "both s", "limit", "kept", "μs per tensor and model"],
@@ -207,7 +206,7 @@ def planning(arguments: argparse.Namespace) -> Results:
 
 
 def on_device(case: Case, arguments: argparse.Namespace) -> Results:
-    """Merges of models that are in the device's memory already, in GB/s."""
+    """Merges of models in the device's memory, in GB/s."""
     methods = {name: METHODS[name][0] for name in arguments.methods}
     job = {
         "case": case.name.partition("-")[0],
@@ -228,7 +227,7 @@ def on_device(case: Case, arguments: argparse.Namespace) -> Results:
 
 
 def device_is_there(device: str) -> bool:
-    """Whether torch has the device and `merge` takes one; says what is missing."""
+    """Whether torch has the device and `merge` accepts one; prints what is missing."""
     code = (
         "import inspect, sys, torch; from freemerge.merging import merge; "
         "print('merge takes no device yet' if 'device' not in inspect.signature(merge).parameters else "

@@ -2,17 +2,17 @@
 
     python tools/benchmark_mergekit.py                            # Llama of 0.35 B, four models: about half an hour
     python tools/benchmark_mergekit.py --small --repeat 1         # tries it out
-    python tools/benchmark_mergekit.py --venv ~/venvs/mergekit    # an environment that has mergekit, or shall get it
+    python tools/benchmark_mergekit.py --venv ~/venvs/mergekit    # an environment with mergekit; created if missing
 
 mergekit's newest release is installed into an environment of its own, once, with the torch that freemerge runs on. Both
-sides read the same Hugging Face folders and write one; both compute in float32 and write bfloat16 (`--dtype
-bfloat16` lets mergekit compute in bfloat16, which its users often do). Whole processes, interleaved, medians; peak
-memory without page cache (`benchmarks/processes.py`). mergekit is run without a tokenizer to copy and without a model
-card, freemerge without hashing its inputs, which mergekit does not do.
+sides read the same Hugging Face folders and write one; both compute in float32 and write bfloat16 (`--dtype bfloat16`
+lets mergekit compute in bfloat16, which its users often do). Whole processes, interleaved, medians; peak memory without
+page cache (`benchmarks/processes.py`). mergekit is run without a tokenizer to copy and without a model card, freemerge
+without hashing its inputs, which mergekit does not do.
 
-The arithmetic is the same for `linear` and for task arithmetic, where all values have to agree up to the last rounding.
-For the others it is as near as the two come: DARE's masks are random and differ; mergekit's TIES and Breadcrumbs keep
-a fixed number of entries of each tensor where several are equal, freemerge keeps all of the equals.
+The arithmetic is the same for `linear` and for task arithmetic, where all values must agree up to the last rounding.
+For the other methods it differs: DARE's masks are random, and among equal entries mergekit's TIES and Breadcrumbs keep
+a fixed number per tensor, while freemerge keeps all of them.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ from benchmarks.tables import NO, YES, Results, machine, met, mib
 
 
 class Pair(NamedTuple):
-    """A merge as mergekit's configuration and as ours."""
+    """A merge as mergekit's configuration and as freemerge's method."""
 
     mergekit: str  # merge_method
     parameters: dict[str, float]  # of each model
     ours: dict[str, str]  # row → method
-    faster: float | None  # at least so many times
+    faster: float | None  # required speed-up
     same: bool = False  # the same arithmetic
 
 
@@ -65,7 +65,7 @@ PAIRS = {
 
 
 def install(venv: Path) -> Path:
-    """The Python of an environment with mergekit; made and filled if it is not there yet."""
+    """The Python of an environment with mergekit, which is created if it is missing."""
     import torch
 
     interpreter = venv / "bin" / "python"
@@ -80,7 +80,7 @@ def install(venv: Path) -> Path:
 
 
 def versions(interpreter: Path) -> str:
-    """What is installed there, for the table's notes."""
+    """The versions installed there, for the table's notes."""
     code = (
         "from importlib.metadata import version; "
         "print(', '.join(f'{name} {version(name)}' for name in ('mergekit', 'torch', 'transformers')))"
@@ -99,7 +99,7 @@ def configuration(pair: Pair, inputs: Inputs, dtype: str) -> str:
 
 
 def main() -> None:
-    """Run both sides of every pair, compare what they wrote, print the table."""
+    """Run both sides of every pair, compare their outputs, print the table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--methods", nargs="+", choices=list(PAIRS), default=list(PAIRS))
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="that mergekit computes in")

@@ -4,7 +4,7 @@
     python tools/benchmark_papers.py --models 4             # half of it
     python tools/benchmark_papers.py --small --repeat 1     # tries it out
 
-The other side is a plain statement of that arithmetic, written for this benchmark
+The other side is a plain implementation of that arithmetic, written for this benchmark
 (`benchmarks/programs/plain_papers.py`): full complex transforms of every task vector for FR, full sorts of the stacked
 task vectors for PCB, all in memory. Both sides are whole processes that read the same files and write the same file;
 runs are interleaved and medians taken; peak memory is without page cache (`benchmarks/processes.py`). The results
@@ -22,16 +22,16 @@ from benchmarks.models import DEFAULT_FOLDER, small, vit, write_case
 from benchmarks.processes import Job, confine, median, program, read_into_cache, remove, run_all
 from benchmarks.tables import Results, machine, met, mib
 
-PAIRS = {  # ours → (the plain statement, at least so many times faster)
+PAIRS = {  # our method → (the plain implementation, required speed-up)
     "FR, align": ("fr-align", 10.0),
     "FR, uniform": ("fr-uniform", 10.0),
     "PCB": ("pcb", 20.0),
 }
-MEMORY = 10.0  # at most this part of the plain statement's peak
+MEMORY = 10.0  # required ratio of the plain implementation's peak memory to ours
 
 
 def main() -> None:
-    """Run both sides of every pair, compare what they wrote, print the table."""
+    """Run both sides of every pair, compare their outputs, print the table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--methods", nargs="+", choices=list(PAIRS), default=list(PAIRS))
     parser.add_argument("--models", type=int, default=8)

@@ -4,13 +4,13 @@
         --run.folder runs/vision8/0
     python tools/benchmark_router.py runs/vision8/0
 
-A run's router is trained anew on all tasks of the suite but one, with the run's settings, and shown test data of these
-and of the one that was left out, whose inputs belong to none of its tasks; and so on for each task. The thresholds
-below which it abstains are chosen, as in a run, on validation data of the tasks that it knows. The last two columns are
-the probability that an input of the suite has a higher confidence, or a higher out-of-distribution score, than one of
-the task left out (the area under the ROC curve).
+For each task of the suite, a router is trained with the run's settings on all other tasks, then evaluated on test data
+of these and of the task left out, whose inputs belong to none of its tasks. The thresholds below which it abstains are
+chosen, as in a run, on validation data of the known tasks. The last two columns are the probability that an input of
+the suite has a higher confidence, or a higher out-of-distribution score, than one of the task left out (the area under
+the ROC curve).
 
-Rows are kept in the run's `router.json`, so that an interrupted benchmark goes on.
+Rows are stored in the run's `router.json`, so that an interrupted benchmark resumes.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from freemerge.training import RouterTrainer
 
 
 def trained_router(run: SuiteRun, folder: Path) -> tuple[RouterTrainer, float]:
-    """A router for the suite's tasks, calibrated, and the threshold of its confidence."""
+    """A calibrated router for the suite's tasks, and its confidence threshold."""
     settings = run.settings.router
     backbone = run.files.backbone(run.files.free_weights()) if settings.kind == "early" else None
     L.seed_everything(run.seed, verbose=False)
@@ -44,14 +44,14 @@ def trained_router(run: SuiteRun, folder: Path) -> tuple[RouterTrainer, float]:
 
 
 def judged(module: RouterTrainer, threshold: float, loader: Iterable) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Most likely tasks, their probabilities, out-of-distribution scores and abstentions of a loader, each (N,)."""
+    """The router's tasks, probabilities, out-of-distribution scores and abstentions on a loader, each (N,)."""
     logits, scores = module.judge(loader)
     confidence, routed = logits.softmax(dim=1).max(dim=1)
     return routed, confidence, scores, module.router.abstains(logits, scores, threshold)
 
 
 def measure(folder: Path, left_out: str) -> dict[str, float]:
-    """One row: shares in [0, 1] of test inputs, tasks counting alike."""
+    """One row: fractions in [0, 1] of test inputs; each task has the same weight."""
     run = FinishedRun(folder, "--data.held_out", json.dumps([left_out])).suite_run
     run.suite.prepare_data()
     run.suite.setup()
@@ -78,7 +78,7 @@ def measure(folder: Path, left_out: str) -> dict[str, float]:
 
 
 def main() -> None:
-    """Measure every task left out, print the table."""
+    """Measure with each task left out, print the table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("run", type=Path, help="folder of a finished run")
     parser.add_argument("--tasks", nargs="*", help="which to leave out; each one if not given")

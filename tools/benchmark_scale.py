@@ -5,9 +5,9 @@
     python tools/benchmark_scale.py --small --repeat 1           # tries it out
 
 The models are Llamas of width 4096 in bfloat16, base and two fine-tuned models. Only an embedding, one layer and a head
-of each lie on the disk (2.7 GB in all). A larger model has the same tensors again: its layers 1, 2, … are read, byte by
+of each are on the disk (2.7 GB in all). A larger model has the same tensors again: its layers 1, 2, … are read, byte by
 byte and as often as a method asks, from the files of layer 0 (`benchmarks/programs/merge_repeated.py`), so the inputs
-come from the page cache. What is written is whole: a folder of shards of up to 14 GB, removed after each run.
+come from the page cache. The output is complete: a folder of shards of up to 14 GB, removed after each run.
 
 Whole processes, interleaved, medians; peak memory without page cache (`benchmarks/processes.py`).
 """
@@ -26,7 +26,7 @@ from benchmarks.tables import Results, machine, mib
 
 
 def slope(sizes: list[float], values: list[float]) -> tuple[float, float]:
-    """Least squares: how much `values` grow per unit of `sizes`, and what fraction of their variance that explains."""
+    """Least squares: the growth of `values` per unit of `sizes`, and the fraction of variance explained (r²)."""
     x, y = sum(sizes) / len(sizes), sum(values) / len(values)
     spread = sum((size - x) ** 2 for size in sizes)
     grows = sum((size - x) * (value - y) for size, value in zip(sizes, values, strict=True)) / spread
@@ -36,7 +36,7 @@ def slope(sizes: list[float], values: list[float]) -> tuple[float, float]:
 
 
 def main() -> None:
-    """Write the layer, merge it as often as each size asks, print the table and the fits."""
+    """Write the layer, merge models of each size, print the table and the fits."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--sizes", nargs="+", type=float, default=[1, 2, 4, 7], help="in B parameters")
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=["TaskArithmetic", "Ties", "PCB"])

@@ -33,7 +33,7 @@ class Case:
     """One fit; or merges where `strategy` is "merge", or routed models where it is "free".
 
     Args:
-        name: how it is called on the command line.
+        name: its name on the command line.
         strategy: the Trainer's.
         accelerator: "cpu" or "cuda".
         ranks: how many devices; 0 for all GPUs.
@@ -73,7 +73,7 @@ CASES = [
 
 
 def run_case(case: Case, folder: Path) -> None:
-    """Run one case and write `results.json`: check → "ok" or what was found."""
+    """Run one case and write `results.json`: check → "ok" or the error."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     warnings.filterwarnings("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -151,7 +151,7 @@ def fit(case: Case, folder: Path) -> None:
 
 
 def fit_checks(case: Case, folder: Path) -> Iterator[tuple]:
-    """What must hold after a fit."""
+    """The checks after a fit."""
     import check_gpu_project as parts
     import torch
 
@@ -187,7 +187,7 @@ def fit_checks(case: Case, folder: Path) -> Iterator[tuple]:
         backbone = parts.make_backbone().eval()
         backbone.load_state_dict(load_checkpoint(folder / "merged.safetensors"))
         heads, files = parts.make_heads(), sorted(folder.glob("results.[0-9]*"))
-        # Another device or precision may see a sample on the other side of a boundary.
+        # On another device or in another precision, a sample may fall on the other side of a decision boundary.
         slack = 0 if (case.accelerator, case.precision) == ("cpu", "32-true") else 1
         for path in files:
             found = torch.load(path, weights_only=True)

@@ -1,4 +1,4 @@
-"""What `check_gpu.py` asks of merges and of routed models on a device: what they give on the CPU."""
+"""Checks for `check_gpu.py`: merges and routed models on a device give the same results as on the CPU."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from freemerge.experts import extract, extract_low_rank
 from freemerge.inputs import select, to_device
 from freemerge.models import EarlyRouter, FreeModel, TransformersBackbone, feature_width
 
-JUMPING = 1e-5  # share of a tensor's entries
+JUMPING = 1e-5  # fraction of a tensor's entries
 METHODS = [
     "TaskArithmetic(0.3)", "WeightAverage()", "FRMerging()", "FRMerging(coefficients='mean')",
     "FRMerging(HighPass(0.2))", "FRMerging(Butterworth(0.1))", "PCBMerging()", "PCBMerging(inter='pairwise')",
@@ -25,7 +25,7 @@ METHODS = [
 
 
 def merge_checks(device: str, folder: Path) -> Iterator[tuple]:
-    """What must hold of merges on a device: they give what they give on the CPU, up to rounding.
+    """Check that merges on a device equal those on the CPU, up to rounding.
 
     Args:
         device: "cuda".
@@ -33,7 +33,7 @@ def merge_checks(device: str, folder: Path) -> Iterator[tuple]:
     """
     generator = torch.Generator().manual_seed(0)
     shapes = {"wide": (192, 2304), "square": (768, 768), "high": (3072, 768), "odd": (33, 65, 3), "bias": (768,)}
-    # Larger than what a GPU computes with at a time, and than what is partitioned in memory.
+    # Larger than a GPU's chunks, and than the chunks that models in memory are partitioned into.
     shapes["vocabulary"] = (9000, 768)
     base = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
     base["half"], base["steps"] = base["square"].bfloat16(), torch.tensor(7)
@@ -61,9 +61,9 @@ def merge_checks(device: str, folder: Path) -> Iterator[tuple]:
             if not value.is_floating_point():
                 assert torch.equal(found[name].cpu(), value), f"{name} was not kept"
                 continue
-            change = (value.float() - base[name].float()).norm()  # what is merged, without what is not
+            change = (value.float() - base[name].float()).norm()  # only tensors that are merged
             differences = (found[name].cpu().float() - value.float()).abs().flatten().sort().values
-            # Rounding may put an entry on the other side of a threshold, where some methods jump.
+            # Rounding may move an entry across a threshold, where some methods are discontinuous.
             error = differences[: max(1, round(len(differences) * (1 - JUMPING)))].norm() / change
             limit = 1e-4 if value.dtype == torch.float32 else 1e-2
             assert error < limit, f"{name} differs by {float(error):.1e} of what the merge changed"
@@ -83,7 +83,7 @@ def merge_checks(device: str, folder: Path) -> Iterator[tuple]:
 
 
 def free_checks(device: str, narrow: bool) -> Iterator[tuple]:
-    """What must hold of routed models on a device: they answer as on the CPU, and their weights come back.
+    """Check that routed models on a device answer as on the CPU and leave their weights unchanged.
 
     Args:
         device: "cuda".
@@ -106,7 +106,7 @@ def free_checks(device: str, narrow: bool) -> Iterator[tuple]:
         router = EarlyRouter(4, "embeddings", feature_width(inputs, backbone, "embeddings")).eval()
         heads = {task: nn.Linear(shape["hidden_size"], 5) for task in "abcd"}
         model = FreeModel(backbone, heads, experts, router, top_n=top_n).eval()
-        with torch.no_grad():  # untrained, it would send everything to one task
+        with torch.no_grad():  # an untrained router would send all samples to one task
             router.head.weight *= 30
             router.head.bias -= model.route(inputs)[0].mean(0)
         return model
@@ -122,13 +122,13 @@ def free_checks(device: str, narrow: bool) -> Iterator[tuple]:
                 some = select(inputs, slice(count))
                 for task in (None, "a", "d"):
                     found = model(to_device(some, device), task=task)
-                    # Narrow numbers may route a sample elsewhere: it is compared with what it was routed to.
+                    # In a narrow dtype a sample may be routed to another task: compare it with that task's result.
                     groups = {task} if task else set(found.task_names)
                     for name in groups:
                         own = torch.tensor([each == name for each in found.task_names])
                         expected = on_cpu(some, task=name if top_n == 1 else task).logits
                         errors = (found.logits.cpu().float() - expected).norm(dim=1) / expected.norm(dim=1)
-                        # A sample's mixture is rounded to sixteenths, and may be rounded the other way.
+                        # A sample's mixture is rounded to sixteenths, possibly in the other direction.
                         near = errors[own].sort().values[: max(1, int(0.8 * own.sum()))] if top_n > 1 else errors[own]
                         assert near.max() < limit, f"{count} inputs, task {task}: differs by {float(near.max()):.1e}"
                     assert task or len(groups) > 1 or count < 44, f"all went to {groups}"

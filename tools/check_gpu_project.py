@@ -15,7 +15,7 @@ INPUTS, WIDTH = 32, 128
 
 
 def make_backbone() -> nn.Sequential:
-    """Always the same; its batch norm has buffers, which DDP's ranks do not agree on when a fit ends."""
+    """The same base every time; its batch-norm buffers differ between DDP's ranks when a fit ends."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
         return nn.Sequential(nn.Linear(INPUTS, WIDTH), nn.BatchNorm1d(WIDTH), nn.ReLU(), nn.Linear(WIDTH, WIDTH))
@@ -39,7 +39,7 @@ def make_heads() -> dict[str, nn.Module]:
 
 
 def make_loader(size: int, classes: int = 2) -> DataLoader:
-    """The class is told by the sum of the inputs."""
+    """The class depends on the sum of the inputs."""
     inputs = torch.randn(size, INPUTS, generator=torch.Generator().manual_seed(size))
     labels = (inputs.sum(1) * classes / 6 + classes / 2).long().clamp(0, classes - 1)
     return DataLoader(TensorDataset(inputs, labels), batch_size=8)
@@ -86,7 +86,7 @@ class Sharded(Small):
 
 
 class DriftApart(Callback):
-    """Makes the ranks' batch-norm statistics differ, as they do when a fit ends with a step of training."""
+    """Makes the ranks' batch-norm statistics differ, as after a fit that ends with a training step."""
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         with torch.no_grad():
@@ -95,7 +95,7 @@ class DriftApart(Callback):
 
 
 class SaveWeights(Callback):
-    """Writes the backbone's weights when a fit ends, gathered and seen from rank 0, to compare with."""
+    """Writes the backbone's weights at the end of a fit, gathered on rank 0, for comparison."""
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -115,7 +115,7 @@ class SaveWeights(Callback):
 
 
 class SaveResults(Callback):
-    """Writes what the callbacks before it found, from each rank."""
+    """Writes the results of the preceding callbacks, from each rank."""
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -127,7 +127,7 @@ class SaveResults(Callback):
 
 
 class LeaveTogether(Callback):
-    """Ends the process group before the processes end: gloo's threads, if still alive then, abort one now and then."""
+    """Ends the process group before the processes end, because running gloo threads sometimes abort a process."""
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if torch.distributed.is_initialized():

@@ -1,9 +1,11 @@
-"""Kill a tiny run at random moments, move its folder each time, add a task on the way, finish it, and compare it to the
-bit with a run that nobody disturbed.
+"""Kill a tiny run at random moments, then compare its results, bit for bit, with those of an undisturbed run.
+
+The run's folder is moved after each kill, and a task is added on the way.
 
     python tools/check_killed_runs.py --kills 50
 
-Each attempt lives for a random time; the last one is left to its end. Exit code 1 where a tensor or the report differs.
+Each attempt is killed after a random time, except the last, which finishes. The exit code is 1 if a tensor or the
+report differs.
 """
 
 from __future__ import annotations
@@ -44,7 +46,7 @@ CONFIG = {
 
 
 def run(kills: int, seed: int, folder: Path) -> tuple[int, list[str]]:
-    """How often the run was killed, and the files in which it differs from an undisturbed one."""
+    """The number of kills, and the files that differ from those of an undisturbed run."""
     torch.set_num_threads(1)
     config, chance = folder / "more.yaml", random.Random(seed)
     config.write_text(yaml.safe_dump(CONFIG))
@@ -59,7 +61,7 @@ def run(kills: int, seed: int, folder: Path) -> tuple[int, list[str]]:
         code = attempt([*arguments, str(place), *first], 0.2 + 1.5 * chance.random())
         if code not in (0, None):
             raise SystemExit(f"attempt {killed} ended with code {code}")
-        if code == 0:  # done before it could be killed: kill it earlier from now on by taking a stage away
+        if code == 0:  # it finished before it was killed: remove a stage, so that the next kills come earlier
             chosen = chance.choice(
                 ["finetune/corners", "merge"] if first else ["finetune/bars", "experts/bars", "router"]
             )

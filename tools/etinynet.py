@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from freemerge.checkpoints import load_checkpoint
 from freemerge.models import Backbone
 
-# (in, out, stride of the first depthwise convolution, dense) of each block
+# per block: (in, out, stride of the first depthwise convolution, dense)
 BLOCKS = (
     *[(32, 32, 1, False)] * 4,
     (32, 128, 2, False),

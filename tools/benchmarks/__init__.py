@@ -1,1 +1,1 @@
-"""What the benchmarks share: the models that they merge, measured processes, tables."""
+"""Shared by the benchmarks: models to merge, measured processes, tables."""

@@ -1,4 +1,4 @@
-"""Whether two programs have written the same model."""
+"""Compare the merged models that two programs have written."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 
 class Difference(NamedTuple):
-    """How two merged models of one base differ."""
+    """Differences between two merged models of one base."""
 
     largest: float  # difference between them
     change: float  # the largest difference between the first and its base, to compare with
@@ -39,7 +39,7 @@ def compare(base: Path, first: Path, second: Path) -> Difference:
         reference, one, other = (tensor.float() for tensor in stored)
         apart = (one - other).abs()
         changed = float((one - reference).abs().max())
-        # Both sides compute in float32, where what is near zero after a subtraction is known less well than it is fine.
+        # In float32, a value near zero after a subtraction is less accurate than its own rounding step.
         step = torch.finfo(stored[0].dtype).eps * torch.maximum(one.abs(), other.abs())
         beyond += int((apart > step + 4 * torch.finfo(torch.float32).eps * (reference.abs() + changed)).sum())
         total += apart.numel()

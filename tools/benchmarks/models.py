@@ -1,10 +1,10 @@
-"""The models that the benchmarks merge: random, of real names and shapes, with the statistics of real fine-tuning.
+"""The models that the benchmarks merge: random, with real names and shapes and the statistics of real fine-tuning.
 
 - The base is N(0, 0.02), norms about one.
 - A task vector has heavy tails (normal × log-normal), a size per model and one per tensor, and is zero in the tensors
   that a fine-tuning leaves frozen: the embedding of every other model.
 - Every tensor has a seed of its own, from its name: the same models on every machine.
-- Written with plain safetensors, and once: a folder that holds the models of the same description is reused.
+- Models are written once, with plain safetensors; a folder with models of the same description is reused.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 DEFAULT_FOLDER = Path(__file__).resolve().parents[2] / "runs" / "benchmarks"
-_VERSION = 1  # of what is written: a change makes folders of before be written anew
+_VERSION = 1  # version of the written models: after a change, existing folders are written again
 _SHARD = 200_000_000
 
 
@@ -33,7 +33,7 @@ class Case:
         dtype: "float32" or "bfloat16".
         models: K.
         config: of the Hugging Face folders; None for plain files, one per model.
-        frozen: names of the tensors that every other model leaves as they are.
+        frozen: names of the tensors that every other model leaves unchanged.
     """
 
     name: str
@@ -56,7 +56,7 @@ class Case:
 
 
 class Inputs(NamedTuple):
-    """Where the models lie: files, or folders."""
+    """The paths of the models: files or folders."""
 
     base: Path
     models: list[Path]
@@ -149,14 +149,14 @@ def llama(models: int = 4, *, layers: int = 24, width: int = 1024, vocabulary: i
 
 
 def small(case: Case) -> Case:
-    """The same names in a size for trying a benchmark out."""
+    """The same tensor names in a small size, to try a benchmark out."""
     if case.config is None:
         return vit(case.models, layers=2, width=128)
     return replace(llama(case.models, layers=2, width=256, vocabulary=1000), title=case.title)
 
 
 def write_case(case: Case, folder: Path) -> Inputs:
-    """Write a case's models below a folder, unless they are there; returns their places."""
+    """Write a case's models into a folder, unless they exist; returns their paths."""
     home = folder / case.name
     suffix = ".safetensors" if case.config is None else ""
     inputs = Inputs(home / f"base{suffix}", [home / f"model{index}{suffix}" for index in range(case.models)])

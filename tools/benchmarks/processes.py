@@ -3,12 +3,12 @@
 Peak memory is the largest sum of RssAnon and RssShmem in `/proc/<pid>/status`: pages that the process has written and
 that the kernel cannot drop. It is not `ru_maxrss` or VmHWM: these count the mapped pages of files as well, so that a
 program that maps its inputs would be charged for the page cache, and `ru_maxrss` is even inherited from the process
-that started this one. The kernel keeps no high-water mark of the anonymous part, so it is sampled, every 2 ms; in
-that time a core can touch a few MiB of new pages at most, which bounds what a sample can miss.
+that started this one. The kernel keeps no high-water mark of the anonymous part, so it is sampled, every 2 ms; in that
+time a core can touch a few MiB of new pages at most, which bounds what a sample can miss.
 
-Runs are interleaved: every round runs each job once, so that a disturbance hits all alike, and medians are taken over
-rounds. Before each run, outside its time, the last output is removed and dirty pages are written back (sync), so that
-nobody pays for what another has left.
+Runs are interleaved: every round runs each job once, so that a disturbance affects all jobs alike, and medians are
+taken over rounds. Before each run, outside its time, the last output is removed and dirty pages are written back
+(sync), so that no run pays for the writes of another.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ _INTERVAL = 0.002  # seconds between samples
 
 
 class Usage(NamedTuple):
-    """What one run, or the median of several, took."""
+    """The resources of one run, or the median of several."""
 
     wall: float  # seconds from the start of the process to its end
-    cpu: float  # seconds of all its threads, in user and kernel mode
+    cpu: float  # CPU seconds of all its threads, in user and kernel mode
     peak: float  # bytes
     printed: str  # what it wrote to stdout
     started: float  # `time.monotonic()` at its start
@@ -63,7 +63,7 @@ def program(name: str, *arguments: str | os.PathLike[str], python: str = sys.exe
 
 
 def confine(cores: int) -> None:
-    """Keep this process and all that it starts on so many cores, with as many threads."""
+    """Restrict this process and its children to a number of cores, with as many threads."""
     available = sorted(os.sched_getaffinity(0))
     if len(available) < cores:
         raise SystemExit(f"error: there are {len(available)} cores, not {cores}; give --cores {len(available)}")
@@ -107,7 +107,7 @@ def run_once(job: Job) -> Usage:
 
 
 def run_all(jobs: Mapping[str, Job], repeat: int) -> dict[str, list[Usage]]:
-    """Run all jobs `repeat` times, interleaved; says on stderr where it is. The last outputs stay."""
+    """Run all jobs `repeat` times, interleaved; prints progress on stderr and keeps the last outputs."""
     found: dict[str, list[Usage]] = {name: [] for name in jobs}
     for turn in range(repeat):
         for name, job in jobs.items():
@@ -118,7 +118,7 @@ def run_all(jobs: Mapping[str, Job], repeat: int) -> dict[str, list[Usage]]:
 
 
 def median(runs: Sequence[Usage]) -> Usage:
-    """Medians of the times; the largest of the peaks, as a sample can only miss one."""
+    """Medians of the times and the largest of the peaks, because sampling can only underestimate a peak."""
     middle = sorted(runs, key=lambda usage: usage.wall)[len(runs) // 2]
     return Usage(
         statistics.median(usage.wall for usage in runs),
@@ -130,7 +130,7 @@ def median(runs: Sequence[Usage]) -> Usage:
 
 
 def remove(path: Path) -> None:
-    """Remove a file or a folder, if it is there."""
+    """Remove a file or a folder if it exists."""
     if path.is_dir():
         shutil.rmtree(path)
     else:
@@ -138,7 +138,7 @@ def remove(path: Path) -> None:
 
 
 def drop_from_cache(files: Sequence[Path]) -> None:
-    """Let the kernel forget the pages of files that it has cached. A hypervisor's own cache is out of reach."""
+    """Drop the kernel's cached pages of files. A hypervisor's own cache is not affected."""
     os.sync()  # dirty pages cannot be dropped
     for path in files:
         handle = os.open(path, os.O_RDONLY)
@@ -149,7 +149,7 @@ def drop_from_cache(files: Sequence[Path]) -> None:
 
 
 def read_into_cache(files: Sequence[Path]) -> None:
-    """Read files once, so that all that follow find them in the page cache."""
+    """Read files once, so that later reads find them in the page cache."""
     for path in files:
         with path.open("rb", buffering=0) as file:
             while file.read(1 << 24):
@@ -157,7 +157,7 @@ def read_into_cache(files: Sequence[Path]) -> None:
 
 
 def high_water() -> float:
-    """MiB of the largest resident set that this process has had, mapped files included; not that of who started it."""
+    """Largest resident set of this process in MiB, mapped files included, without that of its parent."""
     status = Path("/proc/self/status").read_text()
     return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM:")) / 1024
 

@@ -58,7 +58,7 @@ class Results:
 
 
 def met(value: float, limit: float | None, *, at_least: bool = False) -> tuple[str, str]:
-    """The cells for a limit: what it is, and whether a value keeps it."""
+    """The cells for a limit: the limit, and whether a value keeps it."""
     if limit is None:
         return "", ""
     kept = value >= limit if at_least else value <= limit
@@ -71,7 +71,7 @@ def mib(size: float) -> str:
 
 
 def machine(cores: int) -> str:
-    """A line that says what was measured on."""
+    """One line that describes the machine."""
     name = next(
         (
             line.partition(":")[2].strip()

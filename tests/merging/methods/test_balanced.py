@@ -94,7 +94,7 @@ def test_tasks_with_directions_of_their_own_come_back_whole(place):
     np.testing.assert_allclose(result, first + second, atol=0.01)
 
 
-def test_models_that_did_not_change_have_no_say():
+def test_unchanged_models_have_no_influence():
     deltas = draw((9, 14), 2)
     expected = merged(deltas, BalancedMerging())
     np.testing.assert_allclose(merged([*deltas, np.zeros((9, 14))], BalancedMerging()), expected, atol=1e-6)

@@ -1,9 +1,9 @@
-"""When the first tensor of a merge by task arithmetic is merged: prints `first <time.monotonic()>`.
+"""Print the time when task arithmetic has merged its first tensor: `first <time.monotonic()>`.
 
     python first_tensor.py python '{"base": …, …}'      as merge_models.py
     python first_tensor.py command --base … --method …  as `python -m freemerge merge`
 
-Whatever verb of the method the engine calls first, the time is taken when that call returns.
+The time is taken when the engine's first call of a function of the method returns.
 """
 
 import functools

@@ -1,4 +1,4 @@
-"""The least that a merge has to do, as one writes it by hand: base + c·Σ(delta), with plain torch and safetensors.
+"""The minimum work of a merge, hand-written in plain torch and safetensors: base + c·Σ(delta).
 
     python floor.py OUTPUT BASE MODEL... [--sync]
 

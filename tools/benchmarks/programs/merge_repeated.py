@@ -1,4 +1,4 @@
-"""A merge of models whose one layer stands for many: every tensor of every layer is read from the files of the first.
+"""Merge models whose single layer stands for many: tensors of all layers are read from the files of the first.
 
 python merge_repeated.py '{"base": …, "models": […], "layers": 36, "method": "Ties()", "output": …}'
 """

@@ -1,8 +1,9 @@
-"""Merges of models that lie in a device's memory, against a copy within it: prints JSON.
+"""Merge models in a device's memory, and compare with a copy within it; prints JSON.
 
     python on_device.py '{"case": "vit", "small": false, "methods": {…}, "device": "cuda", "repeat": 3}'
 
-The models are drawn there. Prints `{"copy": GB/s, "bytes": of all inputs and the output, "seconds": {method: median}}`.
+The device generates the models. Prints
+`{"copy": GB/s, "bytes": of all inputs and the output, "seconds": {method: median}}`.
 The copy counts what it reads and what it writes, as a merge does.
 """
 
@@ -26,7 +27,7 @@ device = torch.device(job["device"])
 
 
 def seconds(action):
-    """Median of `repeat` runs, after one that is not counted."""
+    """Median of `repeat` runs, after a warm-up run."""
     times = []
     for _ in range(job["repeat"] + 1):
         start = time.perf_counter()

@@ -1,8 +1,8 @@
-"""FR-Merging and PCB-Merging as their released implementations compute them: plainly, with everything in memory.
+"""FR-Merging and PCB-Merging as their released implementations compute them, with all tensors in memory.
 
     python plain_papers.py OUTPUT METHOD BASE MODEL...      METHOD: fr-align, fr-uniform or pcb
 
-An own statement of that arithmetic, from the papers and from what the implementations do:
+Written for this benchmark from the papers and the implementations' behaviour:
 
 - FR: a full complex transform of every task vector's weights, the mask, a full inverse, its real part; the aligned
   (or equal) coefficients, the sum.
@@ -39,7 +39,9 @@ def fr(vectors, align):
         if align:
             sizes = torch.stack([vector[name].abs().mean() for vector in filtered])
             before = torch.stack([vector[name].abs().mean() for vector in vectors])
-            something = sizes > torch.finfo(torch.float32).eps * before  # not the rounding that a filter leaves
+            something = (
+                sizes > torch.finfo(torch.float32).eps * before
+            )  # ignore rounding errors that remain after the filter
             factors = torch.where(something, torch.where(something, sizes, 0.0).max() / sizes, 0.0)
         else:
             factors = torch.full((len(filtered),), UNIFORM_SCALE)
@@ -48,7 +50,7 @@ def fr(vectors, align):
 
 
 def pcb(vectors):
-    """Flatten, clamp, score, keep the best tenth, weigh."""
+    """Flatten, clamp, score, keep the best tenth, weight."""
     flat = torch.stack([torch.cat([tensor.flatten() for tensor in vector.values()]) for vector in vectors])  # (K, D)
     tasks, total = flat.shape
     magnitudes = flat.abs()

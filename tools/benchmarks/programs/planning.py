@@ -1,4 +1,4 @@
-"""How long opening models and planning their merge takes, in seconds: prints `<opening> <planning>`.
+"""Print the seconds of opening models and of planning their merge: `<opening> <planning>`.
 
 python planning.py BASE MODEL...
 """
