@@ -1,4 +1,4 @@
-"""Backbones, the router, and FreeModel, which puts backbone, experts, router and heads together."""
+"""Backbones, routers, and FreeModel, which combines a backbone, experts, a router and heads."""
 
 from freemerge.models.backbones.base import Backbone, extract_features, has_builtin_backbone, load_backbone
 from freemerge.models.backbones.encoder import TransformersBackbone

@@ -1,8 +1,8 @@
-"""Batch normalisation after a merge: its running statistics are measured again.
+"""Re-estimation of batch norm's running statistics after a merge.
 
-The running mean and variance of a fine-tuned model describe that model's activations. Their average over models does
-not describe the merged model's, which is why a merged model with batch norm performs far below its potential until its
-own statistics are measured (REPAIR, arXiv 2211.08403).
+The running mean and variance of a fine-tuned model describe that model's activations; their average over several models
+does not describe the activations of the merged model. A merged model with batch norm therefore performs far below its
+potential until its statistics are re-estimated (REPAIR, arXiv 2211.08403).
 """
 
 from __future__ import annotations
@@ -21,7 +21,11 @@ from freemerge.runtime.process_group import rank_and_world
 
 
 def batch_norms(module: nn.Module) -> dict[str, _BatchNorm]:
-    """The layers whose statistics can be measured, by name."""
+    """The batch norm layers with running statistics, by name.
+
+    Args:
+        module: any module.
+    """
     return {
         name: layer
         for name, layer in module.named_modules()
@@ -36,25 +40,26 @@ def reestimate_batch_norm(
     device: torch.device | str | None = None,
     max_batches: int | None = None,
 ) -> dict[str, Tensor]:
-    """Measure the statistics of a module's batch norms on data; the module is left as it was.
+    """Measure the statistics of a module's batch norms on data; the module itself does not change.
 
-    In one pass every layer normalises by the statistics of the batch, as in training, while all else is in evaluation
-    mode. A layer's statistics are the exact mean and unbiased variance of all that came in over the pass, accumulated
-    in float64 on the CPU, however the data were cut into batches. Under several ranks each takes every world-th batch,
-    and the sums are added up; all ranks must call it with the same batches.
+    Every batch norm normalises by the statistics of the batch, as in training, while all other modules are in
+    evaluation mode. The result is the exact mean and unbiased variance of a layer's inputs over all batches,
+    accumulated in float64 on the CPU. `torch.optim.swa_utils.update_bn` averages the statistics of batches instead, and
+    changes the module. With several ranks, each takes every world-th batch and the sums are added; all ranks must call
+    the function with the same batches.
 
     Args:
         module: any module.
-        batches: batches that are (inputs, …), or inputs alone.
-        device: where to compute; None is where the module is.
-        max_batches: stop after so many.
+        batches: batches of the form (inputs, …), or inputs alone.
+        device: device to compute on; None is the module's.
+        max_batches: maximum number of batches; None uses all.
 
     Returns:
-        `<layer>.running_mean` and `<layer>.running_var` for every batch norm with running statistics, as the module's
-        state dict names them, on the module's devices; empty if there is none, without touching the data.
+        `<layer>.running_mean` and `<layer>.running_var`, (C,) each, for every batch norm with running statistics, named
+        as in the module's state dict and on the module's devices. Empty, without reading the data, if there is none.
 
     Raises:
-        ValueError: if there is no batch.
+        ValueError: if a batch norm gets fewer than two values per channel.
     """
     layers = batch_norms(module)
     if not layers:
@@ -63,10 +68,10 @@ def reestimate_batch_norm(
     device = device or next(module.parameters()).device
     sums = {name: torch.zeros(3, layer.num_features, dtype=torch.float64) for name, layer in layers.items()}
     modes = {part: part.training for part in module.modules()}
-    hooks = [layer.register_forward_pre_hook(_adding_to(sums[name])) for name, layer in layers.items()]
+    hooks = [layer.register_forward_pre_hook(_accumulator(sums[name])) for name, layer in layers.items()]
     try:
         module.eval()
-        for layer in layers.values():  # with these two, a layer uses the batch's statistics and keeps its own
+        for layer in layers.values():  # use the batch's statistics and leave the running ones unchanged
             layer.training, layer.track_running_stats = True, False
         for batch in islice(batches, rank, max_batches, world):
             inputs = batch[0] if isinstance(batch, (tuple, list)) else batch
@@ -80,7 +85,7 @@ def reestimate_batch_norm(
             part.training = training
     measured = {}
     for name, layer in layers.items():
-        count, total, squares = _over_ranks(sums[name], device) if world > 1 else sums[name]
+        count, total, squares = _sum_over_ranks(sums[name], device) if world > 1 else sums[name]
         if float(count[0]) < 2:
             raise ValueError("batch norm cannot be re-estimated: there are no data")
         mean = total / count
@@ -90,11 +95,11 @@ def reestimate_batch_norm(
     return measured
 
 
-def _adding_to(sums: Tensor) -> Any:
+def _accumulator(sums: Tensor) -> Any:
     """A hook that adds count, sum and sum of squares of each channel of a layer's input (B, C, …) to `sums` (3, C)."""
 
     def hook(layer: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        values = arguments[0].transpose(0, 1).flatten(1).float()  # (C, B · places)
+        values = arguments[0].transpose(0, 1).flatten(1).float()  # (C, B · positions)
         variance, mean = torch.var_mean(values, dim=1, correction=0)
         mean, variance, count = mean.double().cpu(), variance.double().cpu(), values.shape[1]
         sums.add_(torch.stack([torch.full_like(mean, count), count * mean, count * (variance + mean.square())]))
@@ -102,7 +107,8 @@ def _adding_to(sums: Tensor) -> Any:
     return hook
 
 
-def _over_ranks(sums: Tensor, device: torch.device | str) -> Tensor:
+def _sum_over_ranks(sums: Tensor, device: torch.device | str) -> Tensor:
+    """The sum over all ranks, on the CPU; `device` is where the ranks communicate."""
     sums = sums.to(device)
     dist.all_reduce(sums)
     return sums.cpu()

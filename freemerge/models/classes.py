@@ -1,6 +1,7 @@
-"""Classes that a folder names: freemerge's own by their names, all others by module path.
+"""Classes that a model folder refers to: freemerge's own by name, all others by import path.
 
-A folder never imports anything by itself, as importing runs code: only if its caller says so.
+Importing a module runs its code, so a class from outside freemerge is imported only if the caller of a loading function
+allows it.
 """
 
 from __future__ import annotations
@@ -17,31 +18,35 @@ from freemerge.names import class_name
 
 
 def is_builtin(name: str) -> bool:
-    """Whether a folder's name of a class is one of freemerge's own classes."""
+    """Whether the name of a class in a folder refers to freemerge's own classes.
+
+    Args:
+        name: `Class` or `package.module.Class`.
+    """
     return "." not in name
 
 
-def import_class(name: str, where: str, what: str, give: str, trust: bool) -> type:
-    """A class from outside freemerge.
+def import_class(name: str, where: str, what: str, remedy: str, trust: bool) -> type:
+    """Import a class from outside freemerge.
 
     Args:
         name: `package.module.Class`.
         where: the folder, for messages.
-        what: what it is the class of, for messages.
-        give: what the caller can do instead, such as `pass router=…`.
-        trust: whether the caller has said that what the folder names may be imported.
+        what: the object whose class it is, such as `the router`, for messages.
+        remedy: what the caller can do instead, such as `pass router=…`, for messages.
+        trust: whether the caller allows classes to be imported.
 
     Raises:
-        CheckpointError: if it may not be imported, or cannot.
+        CheckpointError: if the class may not or cannot be imported.
     """
     if not trust:
         raise CheckpointError(
-            f"{where}: {what} is a {name}, and a folder runs no code by itself; {give}, or say "
-            "trust_remote_code=True if that class may be imported"
+            f"{where}: {what} is a {name}, which is not imported by default, as this runs its code; {remedy}, or pass "
+            "trust_remote_code=True to allow the import"
         )
     module, _, attribute = name.rpartition(".")
     try:
-        while True:  # a class within a class
+        while True:  # the last parts may be nested classes
             try:
                 found: Any = import_module(module)
                 break
@@ -53,27 +58,34 @@ def import_class(name: str, where: str, what: str, give: str, trust: bool) -> ty
         for part in attribute.split("."):
             found = getattr(found, part)
     except (ImportError, AttributeError) as error:
-        raise CheckpointError(f"{where}: {what} is a {name}, which cannot be imported ({error}); {give}") from error
+        raise CheckpointError(f"{where}: {what} is a {name}, which cannot be imported ({error}); {remedy}") from error
     if not isinstance(found, type):
-        raise CheckpointError(f"{where}: {what} is a {name}, which is no class; {give}")
+        raise CheckpointError(f"{where}: {what} is a {name}, which is not a class; {remedy}")
     return found
 
 
-def make(kind: type, arguments: Any, where: str, what: str, give: str) -> Any:
-    """An object of a class from outside freemerge, from the arguments that its `recipe` wrote.
+def instantiate(kind: type, arguments: Any, where: str, what: str, remedy: str) -> Any:
+    """Build an object of a class from outside freemerge.
+
+    Args:
+        kind: the class.
+        arguments: the arguments that the object's `recipe()` returned when it was saved.
+        where: the folder, for messages.
+        what: the object, such as `the router`, for messages.
+        remedy: what the caller can do instead, such as `pass router=…`, for messages.
 
     Raises:
-        CheckpointError: if there are none, or the class does not take them.
+        CheckpointError: if there are no arguments, or the class does not accept them.
     """
     if not isinstance(arguments, dict):
         raise CheckpointError(
-            f"{where}: {what} is a {class_name(kind)}, which says in no `recipe()` what it is made of; {give}"
+            f"{where}: {what} is a {class_name(kind)}, without a `recipe()` that returns its arguments; {remedy}"
         )
     try:
         return kind(**arguments)
     except (TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(
-            f"{where}: {what} is a {class_name(kind)} that cannot be made ({error}); {give}"
+            f"{where}: {what} is a {class_name(kind)} that cannot be built ({error}); {remedy}"
         ) from error
 
 
@@ -82,7 +94,16 @@ _Made = TypeVar("_Made")
 
 
 def instantiate_and_record(class_type: type[_Made], *args: Any, **kwargs: Any) -> _Made:
-    """`class_type(*args, **kwargs)`, which remembers plain arguments: a configuration's way to build a module."""
+    """Build an object and record its arguments, so that a saved folder can contain them.
+
+    Args:
+        class_type: the class.
+        *args: positional arguments; with any, nothing is recorded.
+        **kwargs: keyword arguments, which are recorded if JSON can represent them.
+
+    Returns:
+        The object.
+    """
     made = class_type(*args, **kwargs)
     with suppress(TypeError, ValueError, AttributeError):
         json.dumps(kwargs)
@@ -92,10 +113,17 @@ def instantiate_and_record(class_type: type[_Made], *args: Any, **kwargs: Any) -
 
 
 def class_and_arguments(module: nn.Module, what: str) -> dict[str, Any] | None:
-    """A module's class and arguments, as its `recipe()` gives or a configuration gave them; None if neither does.
+    """A module's class and arguments, from its `recipe()` or from the configuration that built it.
+
+    Args:
+        module: the module.
+        what: the module, for messages.
+
+    Returns:
+        `class` and `arguments`; None if neither source has them.
 
     Raises:
-        ValueError: if `recipe()` gives nothing that JSON can hold.
+        ValueError: if JSON cannot represent the result of `recipe()`.
     """
     arguments = recipe_arguments(module, what)
     if arguments is None:
@@ -104,15 +132,24 @@ def class_and_arguments(module: nn.Module, what: str) -> dict[str, Any] | None:
 
 
 def recipe_arguments(module: nn.Module, what: str) -> dict[str, Any] | None:
-    """What an object's `recipe()` says it is made of; None if it has none.
+    """The constructor arguments that a module's `recipe()` returns.
+
+    Args:
+        module: the module.
+        what: the module, for messages.
+
+    Returns:
+        The arguments; None if the module has no `recipe()` or it returns None.
 
     Raises:
-        ValueError: if that is nothing that JSON can hold.
+        ValueError: if JSON cannot represent them.
     """
     recipe = getattr(module, "recipe", None)
     arguments = recipe() if callable(recipe) else None
     try:
         json.dumps(arguments)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{what}: {type(module).__name__}.recipe() must give plain data ({error})") from error
+        raise ValueError(
+            f"{what}: {type(module).__name__}.recipe() must return JSON-serialisable data ({error})"
+        ) from error
     return arguments

@@ -1,11 +1,11 @@
-"""Experts as entries of a state dict: their packed tensors as they are, nothing copied.
+"""Experts as entries of a state dict, which hold the packed tensors without a copy.
 
-    experts.layout              JSON as uint8: for each task, what makes its expert again from its tensors
-    experts.<task>.<part>       codes, scales, gaps, …, in the bytes that the model keeps
+    experts.layout              JSON as uint8: for each task, the data that rebuild its expert from its tensors
+    experts.<task>.<part>       the packed tensors: codes, scales, gaps, …
     experts_shared.<i>.<name>   the task vectors that masked experts share
 
-Torch's distributed checkpoints look up each key of a state as attributes of attributes; `StateKeys` has these.
-They are no buffers: `half()` would round the scales, and a distributed model would send them all around in each pass.
+Torch's distributed checkpoints look up each key of a state dict as nested attributes, which `StateKeys` provides. The
+tensors are not buffers, because `half()` would round the scales and DDP would broadcast buffers in each pass.
 """
 
 from __future__ import annotations
@@ -23,16 +23,20 @@ LAYOUT = "experts.layout"
 
 
 def is_expert_key(key: str) -> bool:
-    """Whether a key of a FreeModel's state dict, without prefix, is one of these."""
+    """Whether a key of a FreeModel's state dict belongs to its experts.
+
+    Args:
+        key: the key, without a prefix.
+    """
     return key.startswith(("experts.", "experts_shared."))
 
 
 class StateKeys:
-    """Keys of a state dict as attributes of attributes: `keys.experts.a.codes` is there, a wrong name is not.
+    """Keys of a state dict as nested attributes: `keys.experts.a.codes` exists, an unknown name raises AttributeError.
 
     Args:
         keys: the keys.
-        prefix: what the attributes that have led here make of them.
+        prefix: the part of a key that earlier attributes have resolved.
     """
 
     __slots__ = ("_state_keys", "_state_prefix")
@@ -40,7 +44,7 @@ class StateKeys:
     def __init__(self, keys: Collection[str], prefix: str = "") -> None:
         self._state_keys, self._state_prefix = keys, prefix
 
-    def __getattribute__(self, name: str) -> Any:  # tasks may have names that every object has, too
+    def __getattribute__(self, name: str) -> Any:  # also for tasks with the names of object attributes
         get = object.__getattribute__
         keys, key = get(self, "_state_keys"), get(self, "_state_prefix") + name
         if any(other == key or other.startswith(f"{key}.") for other in keys):
@@ -49,7 +53,13 @@ class StateKeys:
 
 
 def experts_to_state(experts: Mapping[str, PackedExpert]) -> dict[str, Tensor]:
-    """Task → expert as entries of a state dict.
+    """Convert experts to entries of a state dict.
+
+    Args:
+        experts: task → expert.
+
+    Returns:
+        State key → tensor, not copied.
 
     Raises:
         ValueError: if the class of an expert has no `KIND` of its own.
@@ -72,17 +82,17 @@ def experts_to_state(experts: Mapping[str, PackedExpert]) -> dict[str, Tensor]:
 def experts_from_state(
     state: Mapping[str, Tensor], take: Callable[[Tensor], Tensor]
 ) -> tuple[dict[str, PackedExpert], list[str]]:
-    """The inverse of `experts_to_state`.
+    """Convert entries of a state dict to experts: the inverse of `experts_to_state`.
 
     Args:
-        state: entries of a state dict, `experts.layout` among them.
-        take: a tensor of the state → the one that the model keeps.
+        state: state key → tensor, with `experts.layout`.
+        take: a tensor of the state dict → the tensor that the model stores.
 
     Returns:
-        Task → expert, and the keys that the state lacks; without experts, where it lacks some.
+        Task → expert, and the missing keys. If keys are missing, there are no experts.
 
     Raises:
-        ValueError: if tensors do not fit the layout.
+        ValueError: if tensors do not match the layout.
     """
     layouts = json.loads(state[LAYOUT].cpu().numpy().tobytes())
     vectors: dict[str, dict[str, Tensor]] = {}

@@ -1,16 +1,16 @@
-"""FreeModel: the merged backbone, an expert and a head per task, and the router, in one module.
+"""`FreeModel`: the merged backbone, an expert and a head per task, and a router, in one module.
 
-    FreeModel(inputs)              routes each sample, runs each expert's group, returns routed tasks and logits
-    FreeModel(inputs, task="x")    uses task x's expert and head for the whole batch
-    FreeModel(inputs, head="x")    routes each sample to an expert, and answers by task x's head
+    model(inputs)              routes each sample and returns the routed tasks and their logits
+    model(inputs, task="x")    uses the expert and head of task x for the whole batch
+    model(inputs, head="x")    routes each sample to an expert, and uses the head of task x for the whole batch
 
-- There is one backbone in memory, and each expert in the bytes of its file. Low-rank experts run side by side in one
-  pass, where the backbone allows it; others change one layer at a time, while it computes. Of a small model, changed
-  weights are kept for the next pass, up to `cache_bytes`.
-- What a sample gets depends on the sample alone, never on its neighbours in the batch.
-- Computing changes nothing in the model, so threads may share it, and models may share a backbone, at the same time.
-  Only a backbone that is compiled has to be changed itself, by one thread at a time.
-- A sample with too low a confidence of the router, or an out-of-distribution one, gets the plain merged backbone.
+- There is one backbone in memory, and the experts are stored in the compact form of their files. Low-rank experts run
+  in one pass if the backbone allows it; other experts change one layer at a time while it computes. The changed weights
+  of small models are cached for later passes, up to `cache_bytes`.
+- The result for a sample depends on the sample alone, not on the other samples of its batch.
+- A forward pass changes nothing in the model. Threads can share a model, and models can share a backbone, and compute
+  at the same time. Only a compiled backbone is changed in place, by one thread at a time.
+- A sample for which the router's confidence is too low, or which is out-of-distribution, gets no expert.
 """
 
 from __future__ import annotations
@@ -47,22 +47,22 @@ from freemerge.models.routers import Router
 from freemerge.names import check_task_name
 
 _CACHE_BYTES = 64 << 20
-_SHARES = 16  # soft routing's weights are multiples of 1/16, so that like samples can share a forward pass
+_STEPS = 16  # soft routing's weights are multiples of 1/16, so that similar samples share a forward pass
 
 
 @dataclass  # not frozen: Lightning moves predictions to the CPU field by field
 class FreeOutput:
-    """What a FreeModel says of a batch.
+    """The result of a FreeModel for a batch.
 
     Args:
-        task: (B,) int64, whose head has answered: an index into `tasks`, of the task each sample was routed to unless
-            the caller named a task or head.
-        logits: (B, C) of that task's head, where C is the largest number of classes; −inf past a head's own classes.
-            (B, L, V) of a language model, which has its own head.
-        router_logits: (B, K), or None if the caller named the task.
+        task: (B,) int64, the task whose head computed the logits, as an index into `tasks`: the task that each sample
+            was routed to, or the task or head that the caller named.
+        logits: (B, C) of that task's head, where C is the largest number of classes; −inf beyond a head's own classes.
+            (B, L, V) for a language model, which has its own head.
+        router_logits: (B, K); None if the caller named the task.
         tasks: the K task names.
-        abstained: (B,) bool, where the router's confidence was too low or the input out-of-distribution: no expert
-            was used, and `task` is only the best guess. None if the caller named the task.
+        abstained: (B,) bool, True where the router's confidence was too low or the input looked out-of-distribution:
+            no expert was used, and `task` is only the most likely one. None if the caller named the task.
     """
 
     task: Tensor
@@ -73,12 +73,12 @@ class FreeOutput:
 
     @property
     def task_names(self) -> list[str]:
-        """The task whose head has answered each sample, by name."""
+        """The name of each sample's task."""
         return [self.tasks[i] for i in self.task.tolist()]
 
     @property
     def labels(self) -> Tensor:
-        """(B,) int64, the most likely class in that task's own label space; (B, L) tokens of a language model."""
+        """The most likely class in the label space of each sample's task, (B,) int64; (B, L) for a language model."""
         return self.logits.argmax(dim=-1)
 
 
@@ -86,21 +86,22 @@ class FreeModel(nn.Module):
     """One merged backbone that serves many tasks (FREE-Merging, arXiv 2411.16815).
 
     Args:
-        backbone: the backbone with the merged weights loaded.
-        heads: task name → head, features (B, F) → logits (B, C_k); their order is the order of the tasks.
-        experts: task name → expert, packed already or not; tasks without one use the merged backbone as it is.
-        router: inputs → task logits (B, K); without one, the task must be named in each call.
-        class_names: task name → names of its classes, kept for whoever uses the model.
-        threshold: the router abstains where its most likely task is less probable than this, and where an input is less
-            familiar than `router.out_of_distribution.threshold`.
-        top_n: how many of the most likely tasks' experts are mixed, weighted by their probabilities (rounded to
-            sixteenths); 1 takes the most likely one's, as the paper does.
+        backbone: the backbone with the merged weights.
+        heads: task name → head, features (B, F) → logits (B, C_k); defines the order of the tasks.
+        experts: task name → expert, packed or not; tasks without an expert use the merged backbone.
+        router: inputs → task logits (B, K); without a router, each call must name the task.
+        class_names: task name → names of its classes, stored for users of the model.
+        threshold: minimum probability of the most likely task, in [0, 1]; the router abstains below it, and below
+            `router.out_of_distribution.threshold`.
+        top_n: number of the most likely tasks whose experts are mixed, weighted by their probabilities rounded to
+            sixteenths; 1 uses the most likely task's expert, as the paper does.
 
     Raises:
-        ValueError: if an expert names no task or does not fit the backbone, or the router has another number of tasks.
+        ValueError: if an expert has no head or does not match the backbone, the router has another number of tasks, or
+            an argument is out of range.
     """
 
-    _one_pass = True  # whether low-rank experts run side by side where they can
+    _one_pass = True  # whether low-rank experts may run in one pass
 
     def __init__(
         self,
@@ -123,18 +124,18 @@ class FreeModel(nn.Module):
         self.top_n = top_n
         self._check_experts(experts or {})
         if router is not None and router.num_tasks != len(self.heads):
-            raise ValueError(f"FreeModel: the router knows {router.num_tasks} tasks, there are {len(self.heads)} heads")
+            raise ValueError(f"FreeModel: the router has {router.num_tasks} tasks, there are {len(self.heads)} heads")
         if not 0.0 <= threshold <= 1.0:
-            raise ValueError(f"FreeModel: threshold is a probability, in [0, 1], got {threshold}")
+            raise ValueError(f"FreeModel: threshold must be in [0, 1], got {threshold}")
         if not 1 <= top_n <= len(self.heads):
             raise ValueError(f"FreeModel: top_n must be between 1 and the {len(self.heads)} tasks, got {top_n}")
         self._packed = {
             task: expert if isinstance(expert, PackedExpert) else PackedExpert(expert)
             for task, expert in (experts or {}).items()
         }
-        self._kept = WeightCache(_CACHE_BYTES)
+        self._cache = WeightCache(_CACHE_BYTES)
 
-    # -- what it is made of -------------------------------------------------------------------------------------------
+    # -- parts --------------------------------------------------------------------------------------------------------
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -143,49 +144,61 @@ class FreeModel(nn.Module):
 
     @property
     def experts(self) -> dict[str, Expert]:
-        """Task name → expert, unpacked for the caller; the model keeps them packed."""
+        """Task name → expert, unpacked for each access; the model stores them packed."""
         return {task: packed.unpacked() for task, packed in self._packed.items()}
 
     @property
     def packed_experts(self) -> dict[str, PackedExpert]:
-        """Task name → expert as the model keeps it."""
+        """Task name → packed expert."""
         return dict(self._packed)
 
     @property
     def expert_bytes(self) -> int:
-        """Bytes in memory that all experts take."""
+        """Bytes in memory of all experts."""
         return sum(packed.num_bytes for packed in self._packed.values())
 
     @property
     def cache_bytes(self) -> int:
-        """How many bytes of changed weights are kept between passes at most; 64 MiB unless set, none if set to 0.
+        """The maximum size in bytes of the cache of changed weights; 64 MiB by default, 0 disables the cache.
 
-        They make passes of small models faster; what passes give is the same. Nothing is kept of an expert whose
-        weights do not fit, nor while gradients are computed.
+        The cache makes passes of small models faster without changing results. Experts whose weights do not fit are
+        not cached, and nothing is cached while gradients are computed.
+
+        Raises:
+            ValueError: if it is set to a negative number.
         """
-        return self._kept.limit
+        return self._cache.limit
 
     @cache_bytes.setter
     def cache_bytes(self, limit: int) -> None:
         if limit < 0:
             raise ValueError(f"FreeModel: cache_bytes must not be negative, got {limit}")
-        self._kept = WeightCache(limit)
+        self._cache = WeightCache(limit)
 
     @property
     def cached_bytes(self) -> int:
-        """Bytes of changed weights that are kept now, with the copies that tell whether they still hold."""
-        return self._kept.num_bytes
+        """Current size in bytes of the cache, including the copies that its entries are validated against."""
+        return self._cache.num_bytes
 
     def num_outputs(self, task: str) -> int:
-        """How many outputs a task's head has."""
+        """The number of outputs of a task's head.
+
+        Args:
+            task: name of the task.
+
+        Raises:
+            ValueError: if the task is unknown.
+        """
         self._check(task)
         return self._outputs(self.heads[task])
 
     def task_model(self, task: str) -> TaskModel:
-        """One task's backbone, its expert added for good, with its head: a plain module of its own.
+        """Extract one task's model: a copy of the backbone with the expert added permanently, and the head.
 
-        It computes what `model(inputs, task=…)` does, and holds nothing that `torch.compile` or `torch.export` could
-        stumble over.
+        It computes the same as `model(inputs, task=…)` and is a plain module for `torch.compile` and `torch.export`.
+
+        Args:
+            task: name of the task.
 
         Raises:
             ValueError: if the task is unknown.
@@ -199,10 +212,10 @@ class FreeModel(nn.Module):
 
     @contextmanager
     def undisturbed(self) -> Iterator[None]:
-        """While a block runs, no other thread computes with the model.
+        """Keep other threads from computing with the model for the duration of a block.
 
-        Whatever writes to the live weights beside threads that compute belongs in such a block. The model's own
-        methods do this by themselves.
+        Code that writes to the model's weights while threads compute must run in such a block. The model's own methods
+        use it themselves.
         """
         with exclusive(self.backbone.model):
             yield
@@ -214,11 +227,11 @@ class FreeModel(nn.Module):
     def load_state_dict(self, *args, **kwargs):
         with self.undisturbed():
             drop_replicas(self.backbone)
-            self._kept.clear()
+            self._cache.clear()
             return super().load_state_dict(*args, **kwargs)
 
     def _fqn_modifiers(self) -> dict[str, str]:
-        """Where torch's distributed checkpoints look up the keys of a state that belong to no module."""
+        """Where torch's distributed checkpoints look up the state keys of experts, which belong to no module."""
         return {"experts": "_state_keys", "experts_shared": "_state_keys"}
 
     @property
@@ -243,21 +256,24 @@ class FreeModel(nn.Module):
             missing += [prefix + key for key in experts_to_state(self._packed)]
             unexpected += [own[key] for key in state]
             warnings.warn(
-                "FreeModel: the state has no experts: it was saved before they were part of it, or of another model. "
-                "With strict=False the model keeps its own, which is right only if they were made for these weights",
+                "FreeModel: the state dict has no experts; it is older than they are, or from another model. With "
+                "strict=False the model keeps its own experts, which is correct only if they belong to these weights",
                 stacklevel=2,
             )
 
     def _take_experts(self, state: Mapping[str, Tensor], local_metadata: Mapping[str, object]) -> list[str]:
-        """Have the experts of a state instead of its own; returns the keys that it lacks, if any, and has its own then.
+        """Replace the model's experts by those of a state dict.
+
+        Returns:
+            The keys that the state dict lacks; if there are any, the model keeps its own experts.
 
         Raises:
-            ValueError: if they do not fit; the model keeps its own.
+            ValueError: if the experts do not match the model; it keeps its own.
         """
         device = next(self.parameters()).device
-        as_they_are = local_metadata.get("assign_to_params_buffers", False)
+        assign = local_metadata.get("assign_to_params_buffers", False)
         experts, lacking = experts_from_state(
-            state, (lambda tensor: tensor) if as_they_are else (lambda tensor: tensor.to(device, copy=True))
+            state, (lambda tensor: tensor) if assign else (lambda tensor: tensor.to(device, copy=True))
         )
         if not lacking:
             self._check_experts(experts)
@@ -265,7 +281,7 @@ class FreeModel(nn.Module):
         return lacking
 
     def _check_experts(self, experts: Mapping[str, Expert | PackedExpert]) -> None:
-        """Raise a ValueError if an expert names no task or does not fit the backbone."""
+        """Raise a ValueError if an expert has no head or does not match the backbone."""
         weights = self.backbone.weights()
         for task, expert in experts.items():
             if task not in self.heads:
@@ -277,7 +293,7 @@ class FreeModel(nn.Module):
     def _apply(self, fn, recurse: bool = True):
         with self.undisturbed():
             drop_replicas(self.backbone)
-            self._kept.clear()
+            self._cache.clear()
             super()._apply(fn, recurse)
             device = next(self.parameters()).device
             for packed in self._packed.values():
@@ -285,34 +301,38 @@ class FreeModel(nn.Module):
         return self
 
     def __deepcopy__(self, memo: dict) -> FreeModel:
-        twin = self.__class__.__new__(self.__class__)
-        memo[id(self)] = twin
+        copied = self.__class__.__new__(self.__class__)
+        memo[id(self)] = copied
         with exclusive(self.backbone.model).shared():
-            twin.__dict__ = copy.deepcopy(self.__dict__, memo)
-        return twin
+            copied.__dict__ = copy.deepcopy(self.__dict__, memo)
+        return copied
 
     def _check(self, task: str) -> None:
+        """Raise a ValueError if a task is unknown."""
         if task not in self.heads:
             raise ValueError(f"FreeModel: unknown task {task!r}; tasks: {', '.join(self.tasks)}")
 
     # -- forward ------------------------------------------------------------------------------------------------------
 
     def forward(self, inputs: Inputs, task: str | None = None, head: str | None = None) -> FreeOutput:
-        """Logits of a batch, each sample by its own task's expert and head.
+        """Compute logits, each sample with the expert and head of its own task.
 
         Args:
-            inputs: a batch (B, …), a tensor or a dict of tensors; B may be 0.
-            task: use this task for every sample instead of the router.
-            head: the router chooses each sample's expert, and this task's head answers: for who knows what to ask of
-                an input but not where it comes from, and as papers measure routed models.
+            inputs: a batch (B, …), a tensor or a dictionary of tensors; B may be 0.
+            task: name of the task to use for every sample instead of the router's choice.
+            head: name of the task whose head to use for every sample, while the router chooses the experts: for inputs
+                whose label space is known but whose origin is not, and for comparison with papers.
+
+        Returns:
+            Routed tasks and logits; see `FreeOutput`.
 
         Raises:
-            ValueError: if a task is unknown, both are named, or no task is and there is no router; if the backbone is
-                sharded.
+            ValueError: if a task is unknown, `task` and `head` are both given, neither is given and there is no router,
+                or the backbone is sharded.
             OverflowError: if an expert makes a weight larger than float16 can hold.
         """
         if task is not None and head is not None:
-            raise ValueError("FreeModel: task names the head as well; give task or head, not both")
+            raise ValueError("FreeModel: `task` also selects the head; pass `task` or `head`, not both")
         if head is not None:
             self._check(head)
         size, device = batch_size(inputs), device_of(inputs)
@@ -325,32 +345,35 @@ class FreeModel(nn.Module):
         router_logits, abstained = self.route(inputs)
         probabilities = router_logits.float().softmax(dim=1)
         routed = probabilities.argmax(dim=1)
-        shares = self._shares(probabilities, routed).masked_fill(abstained[:, None], 0)  # (B, K)
-        features = self._mixed(inputs, shares.cpu()) if size else None
-        answering = routed if head is None else torch.full_like(routed, self.tasks.index(head))
-        return FreeOutput(answering, self._logits(features, answering), router_logits, self.tasks, abstained)
+        sixteenths = self._sixteenths(probabilities, routed).masked_fill(abstained[:, None], 0)  # (B, K)
+        features = self._routed_features(inputs, sixteenths.cpu()) if size else None
+        chosen = routed if head is None else torch.full_like(routed, self.tasks.index(head))
+        return FreeOutput(chosen, self._logits(features, chosen), router_logits, self.tasks, abstained)
 
-    def _mixed(self, inputs: Inputs, shares: Tensor) -> Tensor:
-        """Features (B, F), samples that share their experts together.
+    def _routed_features(self, inputs: Inputs, sixteenths: Tensor) -> Tensor:
+        """Features (B, F) of samples with given weights of the experts; samples with equal weights run together.
 
         Args:
             inputs: B ≥ 1 samples.
-            shares: (B, K) int64 on the CPU, sixteenths of each expert.
+            sixteenths: (B, K) int64 on the CPU, the weight of each expert in sixteenths.
         """
-        groups, of = shares.unique(dim=0, return_inverse=True)
-        weights = [
-            {self.tasks[k]: share / _SHARES for k, share in enumerate(group) if share} for group in groups.tolist()
-        ]
-        if len(groups) == 1:
-            return self._grouped(inputs, [(weights[0], len(of))])
-        order, device = of.argsort(stable=True), device_of(inputs)  # the groups side by side
-        grouped = self._grouped(
-            select(inputs, order.to(device)), list(zip(weights, of.bincount().tolist(), strict=True))
-        )
+        rows, group_of = sixteenths.unique(dim=0, return_inverse=True)
+        weights = [{self.tasks[k]: count / _STEPS for k, count in enumerate(row) if count} for row in rows.tolist()]
+        if len(rows) == 1:
+            return self._grouped_features(inputs, [(weights[0], len(group_of))])
+        order, device = group_of.argsort(stable=True), device_of(inputs)  # group by group
+        sizes = group_of.bincount().tolist()
+        grouped = self._grouped_features(select(inputs, order.to(device)), list(zip(weights, sizes, strict=True)))
         return grouped[order.argsort().to(device)]
 
     def route(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
-        """What the router says: task logits (B, K), and where it abstains, (B,) bool.
+        """Run the router.
+
+        Args:
+            inputs: a batch (B, …); B may be 0.
+
+        Returns:
+            Task logits (B, K), and (B,) bool, True where the router abstains.
 
         Raises:
             ValueError: if there is no router.
@@ -364,76 +387,92 @@ class FreeModel(nn.Module):
         return logits, self.router.abstains(logits, scores, self.threshold)
 
     def features(self, inputs: Inputs, task: str) -> Tensor:
-        """Features (B, F) of the merged backbone with `task`'s expert; the weights are afterwards what they were."""
-        return self._grouped(inputs, [({task: 1.0}, batch_size(inputs))])
+        """The features of the merged backbone with one task's expert.
 
-    def _shares(self, probabilities: Tensor, routed: Tensor) -> Tensor:
-        """How many sixteenths of each expert every sample gets: (B, K) int64."""
-        shares = torch.zeros_like(probabilities, dtype=torch.long)
+        Args:
+            inputs: B ≥ 1 samples.
+            task: name of the task; without an expert, the merged backbone is used.
+
+        Returns:
+            (B, F).
+        """
+        return self._grouped_features(inputs, [({task: 1.0}, batch_size(inputs))])
+
+    def _sixteenths(self, probabilities: Tensor, routed: Tensor) -> Tensor:
+        """The weight of each expert for every sample in sixteenths, (B, K) int64."""
+        weights = torch.zeros_like(probabilities, dtype=torch.long)
         if self.top_n == 1:
-            return shares.scatter_(1, routed[:, None], _SHARES)
+            return weights.scatter_(1, routed[:, None], _STEPS)
         top, which = probabilities.topk(self.top_n, dim=1)  # (B, n)
-        rounded = (top / top.sum(dim=1, keepdim=True) * _SHARES).round().long()
-        rounded[:, 0] += _SHARES - rounded.sum(dim=1)  # they add up to one
-        return shares.scatter_(1, which, rounded)
+        rounded = (top / top.sum(dim=1, keepdim=True) * _STEPS).round().long()
+        rounded[:, 0] += _STEPS - rounded.sum(dim=1)  # the weights sum to one
+        return weights.scatter_(1, which, rounded)
 
-    def _grouped(self, inputs: Inputs, groups: Sequence[tuple[Mapping[str, float], int]]) -> Tensor:
+    def _grouped_features(self, inputs: Inputs, groups: Sequence[tuple[Mapping[str, float], int]]) -> Tensor:
         """Features (B, F) of the backbone with Σ w · expert added to its weights, for each group of samples.
 
         Args:
-            inputs: B ≥ 1 samples, group by group.
+            inputs: B ≥ 1 samples, ordered by group.
             groups: task → w, and the number of samples.
         """
         chosen = [(self._expert(weights), count) for weights, count in groups]
         one_pass = self._one_pass and not self.training
-        return run_groups(self.backbone, self.backbone.model, inputs, chosen, one_pass, self._kept)
+        return run_groups(self.backbone, self.backbone.model, inputs, chosen, one_pass, self._cache)
 
     def _expert(self, weights: Mapping[str, float]) -> Expert | PackedExpert | Mixture | None:
-        """Σ w · expert, or the expert itself, packed, if it is one alone; None if there is none."""
+        """Σ w · expert; the packed expert itself if it is the only one with w = 1; None if no task has an expert."""
         packed = {task: self._packed[task] for task in weights if task in self._packed}
         if len(packed) == 1 and all(weights[task] == 1.0 for task in packed):
             return next(iter(packed.values()))
         if not packed:
             return None
-        live, shares = self.backbone.weights(), [weights[task] for task in packed]
+        live, factors = self.backbone.weights(), [weights[task] for task in packed]
         experts = [one.unpacked() for one in packed.values()]
         if mixable(experts):
-            return mix([by_first_names(expert, live) for expert in experts], shares)
-        return Mixture(experts, shares, live)
+            return mix([by_first_names(expert, live) for expert in experts], factors)
+        return Mixture(experts, factors, live)
 
-    def _logits(self, features: Tensor | None, answering: Tensor) -> Tensor:
-        """(B, F) → (B, C), each sample by the head of the task `answering` names; −inf past its own classes."""
+    def _logits(self, features: Tensor | None, chosen: Tensor) -> Tensor:
+        """(B, F) → (B, C), each sample by the head of its task in `chosen` (B,); −inf beyond the head's classes."""
         width = max(self._outputs(head) for head in self.heads.values())
         if features is None:  # an empty batch
-            return torch.empty((0, width), device=answering.device)
+            return torch.empty((0, width), device=chosen.device)
         logits: Tensor | None = None
-        on_cpu = answering.cpu()
+        on_cpu = chosen.cpu()
         for index in on_cpu.unique().tolist():
-            group = (on_cpu == index).nonzero().squeeze(1).to(answering.device)
+            group = (on_cpu == index).nonzero().squeeze(1).to(chosen.device)
             outputs = self.heads[self.tasks[index]](features[group])  # (b, C_k)
             if logits is None:
                 logits = outputs.new_full((len(features), *outputs.shape[1:-1], width), float("-inf"))
             logits[group, ..., : outputs.shape[-1]] = outputs
-        assert logits is not None  # there is a sample, so some head has answered
+        assert logits is not None  # there is at least one sample
         return logits
 
     @torch.no_grad()
     def _outputs(self, head: nn.Module) -> int:
-        """How many outputs a head has; one that does not say it is asked once."""
+        """The number of outputs of a head: its `out_features`, or the width of its result for a zero vector."""
         if isinstance(known := getattr(head, "out_features", None), int):
             return known
         if head not in _widths:
             like = next(self.backbone.parameters())
-            twin = copy.deepcopy(head).eval()
-            _widths[head] = twin(torch.zeros(1, self.backbone.feature_dim, dtype=like.dtype, device=like.device)).shape[
-                -1
-            ]
+            zeros = torch.zeros(1, self.backbone.feature_dim, dtype=like.dtype, device=like.device)
+            _widths[head] = copy.deepcopy(head).eval()(zeros).shape[-1]
         return _widths[head]
 
     # -- files --------------------------------------------------------------------------------------------------------
 
     def save_pretrained(self, directory):
-        """Write the model to a folder; see `freemerge.models.free_folder`."""
+        """Write the model to a folder.
+
+        Args:
+            directory: the folder, created if it is missing. A FREE model in it is replaced; other files stay.
+
+        Returns:
+            The folder.
+
+        Raises:
+            ValueError: if a part of the model cannot be saved; nothing is written then.
+        """
         from freemerge.models.free_folder import save_free_model
 
         with exclusive(self.backbone.model).shared():
@@ -449,21 +488,37 @@ class FreeModel(nn.Module):
         router: Router | None = None,
         trust_remote_code: bool = False,
     ) -> FreeModel:
-        """Load a folder written by `save_pretrained`; see `freemerge.models.free_folder`."""
+        """Load a folder written by `save_pretrained`.
+
+        Args:
+            directory: the folder, or the model's name on the Hub (`org/name`, `org/name@revision`).
+            backbone: an object for a backbone of a class of your own; it gets the folder's weights.
+            heads: task → object for a head of a class of your own; they get the folder's weights.
+            router: an object for a router of a class of your own; it gets the folder's weights.
+            trust_remote_code: whether classes from outside freemerge that the folder names may be imported, which runs
+                their code.
+
+        Returns:
+            The model, in evaluation mode.
+
+        Raises:
+            CheckpointError: if the folder is not a FREE model, its files do not match each other, or it names a class
+                that may not or cannot be imported.
+        """
         from freemerge.models.free_folder import load_free_model
 
         return load_free_model(directory, backbone, heads=heads, router=router, trust_remote_code=trust_remote_code)
 
 
 _widths: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
-"""Head that does not say how many outputs it has → how many these are."""
+"""Head without `out_features` → its number of outputs."""
 
 
 class TaskModel(nn.Module):
-    """One task's model: inputs → logits (B, C).
+    """The model of one task: inputs → logits (B, C).
 
     Args:
-        backbone: with the task's weights.
+        backbone: the backbone with the task's weights.
         head: features (B, F) → logits (B, C).
     """
 
@@ -473,5 +528,12 @@ class TaskModel(nn.Module):
         self.head = head
 
     def forward(self, inputs: Inputs) -> Tensor:
-        """Logits (B, C) of a batch."""
+        """The logits of a batch.
+
+        Args:
+            inputs: (B, …).
+
+        Returns:
+            (B, C).
+        """
         return self.head(self.backbone(inputs))

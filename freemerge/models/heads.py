@@ -1,7 +1,7 @@
-"""Heads in a folder: what they are, as plain data.
+"""Descriptions of heads in model folders as plain data.
 
-Layers of `torch.nn` and sequences of them are described by their arguments. Any other head is named by its class, with
-the arguments that its `recipe()` gives, where it has one.
+Layers of `torch.nn` and sequences of them are described by their constructor arguments, and any other head by its class
+and the arguments that its `recipe()` returns, if it has one.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from freemerge.checkpoints import CheckpointError
-from freemerge.models.classes import import_class, make, recipe_arguments
+from freemerge.models.classes import import_class, instantiate, recipe_arguments
 from freemerge.names import class_name
 
 _ATTRIBUTES: dict[type[nn.Module], tuple[str, ...]] = {
@@ -33,16 +33,19 @@ _LAYERS = {layer.__name__: layer for layer in _ATTRIBUTES}
 
 
 def describe_head(head: nn.Module, what: str) -> dict[str, Any]:
-    """A head as plain data.
+    """Describe a head as plain data.
 
     Args:
         head: the head.
-        what: how messages call it.
+        what: the head, such as `the head of 'a'`, for messages.
+
+    Returns:
+        `class` with `arguments`, or with `layers` for a sequence; JSON-serialisable.
 
     Raises:
-        ValueError: if its `recipe()` gives what JSON cannot hold.
+        ValueError: if JSON cannot represent the result of the head's `recipe()`.
     """
-    described = _of_layers(head)
+    described = _describe_layers(head)
     if described is not None:
         with torch.device("meta"):
             again = build_head(described, "", what, "")
@@ -52,12 +55,13 @@ def describe_head(head: nn.Module, what: str) -> dict[str, Any]:
     return {"class": f"{type(head).__module__}.{type(head).__qualname__}", "arguments": recipe_arguments(head, what)}
 
 
-def _of_layers(module: nn.Module) -> dict[str, Any] | None:
+def _describe_layers(module: nn.Module) -> dict[str, Any] | None:
+    """The description of a layer of `torch.nn` or a sequence of such layers; None for other modules."""
     kind = type(module)
-    if vars(module).get("forward") is not None:  # of this very object
+    if vars(module).get("forward") is not None:  # the instance has a `forward` of its own
         return None
     if kind is nn.Sequential:
-        layers = [[name, _of_layers(layer)] for name, layer in module.named_children()]
+        layers = [[name, _describe_layers(layer)] for name, layer in module.named_children()]
         return None if any(layer is None for _, layer in layers) else {"class": "Sequential", "layers": layers}
     if kind not in _ATTRIBUTES:
         return None
@@ -68,30 +72,32 @@ def _of_layers(module: nn.Module) -> dict[str, Any] | None:
     return {"class": kind.__name__, "arguments": arguments}
 
 
-def build_head(described: Mapping[str, Any], where: str, what: str, give: str, trust: bool = False) -> nn.Module:
-    """A head, untrained, from its description.
+def build_head(described: Mapping[str, Any], where: str, what: str, remedy: str, trust: bool = False) -> nn.Module:
+    """Build an untrained head from its description.
 
     Args:
-        described: what `describe_head` said.
+        described: the result of `describe_head`.
         where: the folder, for messages.
-        what: what it is, for messages.
-        give: what the caller can do instead, such as `pass heads={"a": …}`.
-        trust: whether classes that are not torch's may be imported.
+        what: the head, such as `the head of 'a'`, for messages.
+        remedy: what the caller can do instead, such as `pass heads={"a": …}`, for messages.
+        trust: whether classes from outside torch may be imported.
 
     Raises:
-        CheckpointError: if it is of another class that may not be imported, or cannot be made.
+        CheckpointError: if the head's class may not be imported, is unknown, or cannot be built.
     """
     name, arguments = str(described.get("class")), described.get("arguments")
     if name == "Sequential":
         sequence = nn.Sequential()
         for key, layer in described["layers"]:
-            sequence.add_module(key, build_head(layer, where, what, give, trust))
+            sequence.add_module(key, build_head(layer, where, what, remedy, trust))
         return sequence
     if name in _LAYERS:
         return _LAYERS[name](**described["arguments"])
     if "." not in name:
-        raise CheckpointError(f"{where}: {what} is a {name!r}, which this version does not know; update freemerge")
-    kind = import_class(name, where, what, give, trust)
+        raise CheckpointError(
+            f"{where}: {what} is a {name!r}, which this version of freemerge does not know; update freemerge"
+        )
+    kind = import_class(name, where, what, remedy, trust)
     if not issubclass(kind, nn.Module):
-        raise CheckpointError(f"{where}: {what} is a {class_name(kind)}, which is no nn.Module; {give}")
-    return make(kind, arguments, where, what, give)
+        raise CheckpointError(f"{where}: {what} is a {class_name(kind)}, which is not an nn.Module; {remedy}")
+    return instantiate(kind, arguments, where, what, remedy)

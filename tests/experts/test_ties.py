@@ -129,7 +129,7 @@ def test_experts_that_call_a_tied_weight_differently_mix(expert_kind: str) -> No
     backbone, inputs = backbone_of("gpt2"), some_inputs("gpt2")
     experts = {"a": expert_of(backbone, "first", expert_kind), "b": expert_of(backbone, "last", expert_kind)}
     free = FreeModel(backbone, {"a": nn.Identity(), "b": nn.Identity()}, experts, top_n=2).eval()
-    found = free._grouped(inputs, [({"a": 0.5, "b": 0.25}, 3)])
+    found = free._grouped_features(inputs, [({"a": 0.5, "b": 0.25}, 3)])
     expected = changed_by_hand(backbone, experts["a"].scaled(0.75))(inputs)  # both change the same
     torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-4)
 

@@ -294,15 +294,15 @@ def test_refusals(model: FreeModel, images: torch.Tensor) -> None:
         model(images, task="d")
     with pytest.raises(ValueError, match="unknown task 'd'; tasks: a, b, c"):
         model(images, head="d")
-    with pytest.raises(ValueError, match="give task or head, not both"):
+    with pytest.raises(ValueError, match="pass `task` or `head`, not both"):
         model(images, task="a", head="b")
     with pytest.raises(ValueError, match="no router; name the task"):
         FreeModel(model.backbone, dict(model.heads))(images)
     with pytest.raises(ValueError, match="an expert for 'z' but no head"):
         FreeModel(model.backbone, dict(model.heads), {"z": model.experts["a"]})
-    with pytest.raises(ValueError, match="the router knows 3 tasks, there are 1 heads"):
+    with pytest.raises(ValueError, match="the router has 3 tasks, there are 1 heads"):
         FreeModel(model.backbone, {"a": model.heads["a"]}, router=model.router)
-    with pytest.raises(ValueError, match=r"threshold is a probability, in \[0, 1\], got 2"):
+    with pytest.raises(ValueError, match=r"threshold must be in \[0, 1\], got 2"):
         FreeModel(model.backbone, dict(model.heads), threshold=2.0)
     with pytest.raises(ValueError, match="top_n must be between 1 and the 3 tasks, got 4"):
         FreeModel(model.backbone, dict(model.heads), top_n=4)
@@ -399,7 +399,7 @@ def test_experts_of_several_kinds_mix(model: FreeModel, images: torch.Tensor) ->
     experts = {"a": extract(residuals["a"], 0.1), "b": masked["b"], "c": extract_low_rank(residuals["c"], rank=1)}
     free = FreeModel(model.backbone, dict(model.heads), experts, top_n=2).eval()
     for pair in (("a", "b"), ("a", "c"), ("b", "c")):
-        found = free._grouped(images, [(dict.fromkeys(pair, 0.5), len(images))])
+        found = free._grouped_features(images, [(dict.fromkeys(pair, 0.5), len(images))])
         by_hand = copy.deepcopy(model.backbone)
         for name, weight in by_hand.weights().items():
             zero = torch.zeros_like(weight)

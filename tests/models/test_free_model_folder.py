@@ -127,16 +127,16 @@ def test_classes_of_ones_own_are_passed_or_trusted(tmp_path: Path) -> None:
         assert not torch.equal(model(IMAGES, task="a").logits, plain)
     model.save_pretrained(tmp_path / "m")
     with pytest.raises(
-        CheckpointError, match=r"the backbone is a tests.models.own_parts.OwnBackbone, and a folder runs no"
+        CheckpointError, match=r"the backbone is a tests.models.own_parts.OwnBackbone, which is not imported"
     ):
         FreeModel.from_pretrained(tmp_path / "m")
     with pytest.raises(CheckpointError, match=r"the head of 'a' is a .*OwnHead.*; pass heads={'a': …}"):
         FreeModel.from_pretrained(tmp_path / "m", OwnBackbone())
     with pytest.raises(CheckpointError, match=r"the router is a .*OwnRouter.*; pass router=…"):
         FreeModel.from_pretrained(tmp_path / "m", OwnBackbone(), heads={"a": OwnHead(8, 3)})
-    with pytest.raises(CheckpointError, match="its weights do not fit this OwnBackbone"):
+    with pytest.raises(CheckpointError, match="its weights do not match this OwnBackbone"):
         FreeModel.from_pretrained(tmp_path / "m", OwnBackbone(width=4))
-    with pytest.raises(CheckpointError, match="a head does not fit its file"):
+    with pytest.raises(CheckpointError, match="a head does not match its file"):
         FreeModel.from_pretrained(tmp_path / "m", OwnBackbone(), heads={"a": OwnHead(8, 4)}, router=OwnRouter(2))
     given = FreeModel.from_pretrained(tmp_path / "m", OwnBackbone(), heads={"a": OwnHead(8, 3)}, router=OwnRouter(2))
     trusted = FreeModel.from_pretrained(tmp_path / "m", trust_remote_code=True)
@@ -188,7 +188,7 @@ def test_a_backbone_that_says_nothing_of_itself_is_passed(tmp_path: Path) -> Non
 def test_a_class_derived_from_freemerges_own_is_not_taken_for_it(tmp_path: Path) -> None:
     model = FreeModel(OwnViT(config=VIT, pooling="mean"), {"a": nn.Linear(16, 2)}).eval()
     model.save_pretrained(tmp_path)
-    with pytest.raises(CheckpointError, match=r"own_parts\.OwnViT, and a folder runs no code by itself"):
+    with pytest.raises(CheckpointError, match=r"own_parts\.OwnViT, which is not imported by default"):
         load_backbone(tmp_path)
     trusted = FreeModel.from_pretrained(tmp_path, trust_remote_code=True)
     assert isinstance(trusted.backbone, OwnViT)

@@ -1,4 +1,4 @@
-"""One file for each kind of backbone; `base` says what a backbone is."""
+"""Backbones, one kind per file; `base` has their common class."""
 
 from freemerge.models.backbones.base import Backbone, extract_features, load_backbone
 from freemerge.models.backbones.encoder import TransformersBackbone

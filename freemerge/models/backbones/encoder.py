@@ -1,4 +1,4 @@
-"""TransformersBackbone: any vision or text encoder of the transformers library."""
+"""`TransformersBackbone`: vision and text encoders of the transformers library."""
 
 from __future__ import annotations
 
@@ -13,19 +13,20 @@ from freemerge.models.backbones.hugging_face import Dtype, HuggingFaceBackbone, 
 class TransformersBackbone(HuggingFaceBackbone):
     """A vision or text encoder of the transformers library, from a hub id, a folder, or a configuration.
 
-    A tensor of inputs is taken for images, a dict for what the model takes by name: a tokenizer's output, for instance.
+    Inputs that are a tensor are passed as `pixel_values`, inputs that are a dictionary by name, such as a tokenizer's
+    output.
 
     Args:
-        pretrained: hub id or local folder to load configuration and weights from.
-        config: configuration to build a randomly initialised model from, `model_type` included
-            (for instance `{model_type: vit, hidden_size: 128, …}`). Give either this or `pretrained`.
-        pooling: how token states (B, N, F) become features (B, F): `cls` takes the first token, `mean` averages an
-            image's patch tokens, or a text's tokens where `attention_mask` is 1, `pooler` takes the model's own pooled
+        pretrained: hub id or local folder to load the configuration and weights from.
+        config: configuration of a randomly initialised model, with its `model_type`, for instance
+            `{model_type: vit, hidden_size: 128, …}`. Give either this or `pretrained`.
+        pooling: how token states (B, N, F) become features (B, F): `cls` uses the first token, `mean` the mean of an
+            image's patch tokens or of a text's tokens whose `attention_mask` is 1, `pooler` the model's own pooled
             output.
-        dtype: of the weights while they are fine-tuned and merged, whatever they are stored in.
+        dtype: dtype of the weights in fine-tuning and merging, whatever dtype they are stored in.
 
     Raises:
-        ValueError: if not exactly one of `pretrained` and `config` is given, or it does not lead to a model.
+        ValueError: if not exactly one of `pretrained` and `config` is given, or no model can be loaded or built.
     """
 
     def __init__(
@@ -47,16 +48,21 @@ class TransformersBackbone(HuggingFaceBackbone):
         self.max_tokens = _count_positions(model)
 
     def forward(self, inputs: Inputs) -> Tensor:
+        """The features of a batch; see `Backbone.forward`.
+
+        Raises:
+            ValueError: if a text has more tokens than the model has positions.
+        """
         given = {"pixel_values": inputs} if isinstance(inputs, Tensor) else named(inputs)
         ids = given.get("input_ids")
         if ids is not None and self.max_tokens is not None and ids.shape[1] > self.max_tokens:
             raise ValueError(
-                f"{type(self).__name__}: a text has {ids.shape[1]} tokens, and the model has positions for "
-                f"{self.max_tokens}: set the data's max_length: {self.max_tokens}"
+                f"{type(self).__name__}: a text has {ids.shape[1]} tokens, and the model has {self.max_tokens} "
+                f"positions; set the data's max_length: {self.max_tokens}"
             )
         output = self.model(**given)
         if self.pooling == "pooler":
-            return output.pooler_output.flatten(1)  # some models pool to (B, F, 1, 1)
+            return output.pooler_output.flatten(1)  # some models return (B, F, 1, 1)
         tokens = output.last_hidden_state  # (B, N, F), or (B, F, H, W) of a convolutional network
         if tokens.ndim == 4:
             tokens = tokens.flatten(2).transpose(1, 2)  # (B, H·W, F)
@@ -73,28 +79,28 @@ class TransformersBackbone(HuggingFaceBackbone):
 
 
 def _width(config: Any) -> int:
-    """Width of the last hidden states."""
+    """The width of the last hidden states."""
     return config.hidden_size if hasattr(config, "hidden_size") else config.hidden_sizes[-1]
 
 
 def _count_prefix_tokens(model: nn.Module) -> int:
-    """How many tokens of an image model come before the patches: class, distillation and register tokens."""
+    """The number of tokens of an image model before its patches: class, distillation and register tokens."""
     tokens = ("cls_token", "class_embedding", "distillation_token", "register_tokens")
     found = [tensor for name, tensor in model.named_parameters() if name.rsplit(".", 1)[-1] in tokens]
     return sum(tensor.shape[1] if tensor.ndim == 3 else 1 for tensor in found)
 
 
 def _count_positions(model: nn.Module) -> int | None:
-    """How many tokens of a text have a learned position; None if positions are computed or the inputs are not texts."""
+    """The number of learned positions of a text model; None if positions are computed or the inputs are not texts."""
     for name, module in model.named_modules():
         if name.endswith("embeddings.position_embeddings") and isinstance(module, nn.Embedding):
-            # RoBERTa's positions begin after the padding token's.
+            # RoBERTa's positions begin after that of the padding token.
             return module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
     return None
 
 
 def _pooler_option(config: Any, pooling: str) -> dict[str, bool]:
-    """ViT-like models add a pooler by default; features that do not use it should not carry its untrained weights."""
+    """The argument that leaves out a pooler that the features do not use, as its weights would be untrained."""
     from transformers import MODEL_MAPPING
 
     model_class: Any = MODEL_MAPPING.get(type(config), None)

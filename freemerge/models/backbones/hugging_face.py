@@ -1,4 +1,4 @@
-"""What all backbones from transformers have in common: loading, saving, and a quiet console."""
+"""The common parts of all backbones from transformers: loading, saving, and no progress bars."""
 
 from __future__ import annotations
 
@@ -16,12 +16,16 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 
 
 class HuggingFaceBackbone(Backbone):
-    """Base class of backbones from transformers; their folders are Hugging Face folders, with a recipe beside."""
+    """Base class of backbones from transformers; their folders are Hugging Face folders with an additional recipe."""
 
-    model: Any  # transformers' classes have few methods in common that their base class has
+    model: Any  # the base class of transformers' models lacks methods that all of them have
 
     def save_pretrained(self, directory: str | Path) -> None:
-        """Write the model as a Hugging Face folder, which transformers loads without freemerge."""
+        """Write the model as a Hugging Face folder, which transformers loads without freemerge.
+
+        Args:
+            directory: the folder, created if it is missing.
+        """
         directory = expand(directory)
         with without_progress_bars():
             self.model.save_pretrained(directory)
@@ -29,12 +33,21 @@ class HuggingFaceBackbone(Backbone):
 
     @classmethod
     def from_recipe(cls, directory: str | Path, arguments: dict[str, Any]) -> Backbone:
-        """Build it again from its folder and the rest of its arguments."""
-        build: Any = cls  # every subclass can be built so
+        """Rebuild a backbone from its folder.
+
+        Args:
+            directory: the Hugging Face folder, passed as `pretrained`.
+            arguments: the other arguments of the class.
+        """
+        build: Any = cls  # every subclass has the argument `pretrained`
         return build(pretrained=str(directory), **arguments)
 
     def load_folder(self, directory: str | Path) -> None:
-        """Load the weights of a Hugging Face folder under any names that transformers knows."""
+        """Load the weights of a Hugging Face folder, with all names that transformers can convert.
+
+        Args:
+            directory: the folder.
+        """
         with without_progress_bars():
             weights = (
                 type(self.model).from_pretrained(directory, dtype=next(self.model.parameters()).dtype).state_dict()
@@ -51,18 +64,21 @@ def load_model(
     dtype: str,
     options: Any = None,
 ) -> Any:
-    """A model of transformers in training mode, from a hub id or folder, or a configuration.
+    """Load a model of transformers, or build a randomly initialised one.
 
     Args:
-        who: the beginning of error messages.
-        auto_class: one of transformers' Auto classes, or a function of the model's configuration that chooses one.
+        who: the start of error messages.
+        auto_class: one of transformers' Auto classes, or a function that returns one for the model's configuration.
         pretrained: hub id or local folder.
-        config: configuration, `model_type` included.
-        dtype: of the weights.
-        options: a function of the model's configuration that gives further arguments of the model.
+        config: configuration of a randomly initialised model, with its `model_type`.
+        dtype: name of the weights' dtype.
+        options: a function that returns further arguments of the model for its configuration.
+
+    Returns:
+        The model, in training mode.
 
     Raises:
-        ValueError: if not exactly one of `pretrained` and `config` is given, or it does not lead to a model.
+        ValueError: if not exactly one of `pretrained` and `config` is given, or no model can be loaded or built.
     """
     from transformers import AutoConfig
 
@@ -83,18 +99,19 @@ def load_model(
             return auto.from_config(model_config, **arguments)
         with without_progress_bars():
             model = auto.from_pretrained(pretrained, **arguments)
-    except OSError as error:  # what transformers raises for an unknown id, a missing file, or no connection
-        raise ValueError(f"{who}: {pretrained}: no model could be loaded from there ({_one_line(error)})") from error
-    return model.train()  # transformers hands it out in eval mode, and Lightning keeps the mode: no dropout
+    except OSError as error:  # transformers raises it for an unknown id, a missing file, or no connection
+        raise ValueError(f"{who}: {pretrained}: cannot load a model from it ({_one_line(error)})") from error
+    return model.train()  # transformers returns it in evaluation mode, which Lightning would keep: no dropout
 
 
 def _one_line(error: Exception) -> str:
+    """An error's message on one line."""
     return " ".join(str(error).split())
 
 
 @contextmanager
 def without_progress_bars() -> Iterator[None]:
-    """transformers draws a bar for every file it reads or writes; it would tear a run's own output."""
+    """Hide transformers' progress bars, which would break a run's own output, for the duration of a block."""
     from transformers.utils import logging
 
     were_on = logging.is_progress_bar_enabled()

@@ -1,4 +1,4 @@
-"""ImageTextBackbone: the image tower of CLIP, SigLIP and the like, with the text tower as the source of heads."""
+"""`ImageTextBackbone`: the image tower of CLIP, SigLIP and similar models; the text tower provides the heads."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from freemerge.models.backbones.hugging_face import Dtype, HuggingFaceBackbone, 
 
 
 class TextTower:
-    """The part of the model that is never trained nor merged. Copies of a backbone share it.
+    """The text tower, which is neither trained nor merged; copies of a backbone share it.
 
     Args:
-        model: the model less its image tower.
-        tokenizer: hub id or folder of the tokenizer.
+        model: the model without its image tower.
+        tokenizer: hub id or folder of the tokenizer; None if there is none.
     """
 
     def __init__(self, model: nn.Module, tokenizer: str | None) -> None:
@@ -33,7 +33,13 @@ class TextTower:
 
     @torch.no_grad()
     def embed(self, texts: Sequence[str]) -> Tensor:
-        """Normalised embeddings (N, F) of texts.
+        """Embed texts.
+
+        Args:
+            texts: N texts, truncated to the model's length.
+
+        Returns:
+            (N, F), normalised to length 1.
 
         Raises:
             ValueError: if there is no tokenizer.
@@ -43,30 +49,29 @@ class TextTower:
         if self.tokenizer is None:
             raise ValueError("ImageTextBackbone: a zero-shot head needs `tokenizer` (hub id or folder)")
         tokenizer = AutoTokenizer.from_pretrained(self.tokenizer)
-        # SigLIP was trained on texts padded to its full length, and has no mask to tell padding by.
-        whole = "max_length" if self.model.config.model_type.startswith("siglip") else True
+        # SigLIP was trained on texts padded to its full length, without a mask.
+        padding = "max_length" if self.model.config.model_type.startswith("siglip") else True
         length = self.model.config.text_config.max_position_embeddings
-        tokens = tokenizer(list(texts), padding=whole, truncation=True, max_length=length, return_tensors="pt")
+        tokens = tokenizer(list(texts), padding=padding, truncation=True, max_length=length, return_tensors="pt")
         features = self.model.get_text_features(**tokens)
         return F.normalize(getattr(features, "pooler_output", features), dim=-1)
 
 
 class ImageTextBackbone(HuggingFaceBackbone):
-    """The image tower of a dual encoder: features are its normalised image embeddings (B, F).
+    """The image tower of a dual encoder; its features are normalised image embeddings (B, F).
 
-    What is fine-tuned and merged is the image tower with its projection, under the names it has in the whole model. The
-    text tower stays as it is and gives the heads: one embedding per class, from prompts (zero-shot classification,
-    arXiv 2103.00020).
+    The image tower and its projection are fine-tuned and merged, under their names in the whole model. The text tower
+    does not change and provides the heads: one embedding per class, from prompts (zero-shot classification, arXiv
+    2103.00020).
 
     Args:
-        pretrained: hub id or local folder to load configuration, weights and tokenizer from.
-        config: configuration to build a randomly initialised model from, `model_type` included. Give either this or
-            `pretrained`.
+        pretrained: hub id or local folder to load the configuration, weights and tokenizer from.
+        config: configuration of a randomly initialised model, with its `model_type`. Give either this or `pretrained`.
         tokenizer: hub id or folder of the tokenizer; None is `pretrained`.
-        dtype: of the weights while they are fine-tuned and merged, whatever they are stored in.
+        dtype: dtype of the weights in fine-tuning and merging, whatever dtype they are stored in.
 
     Raises:
-        ValueError: if not exactly one of `pretrained` and `config` is given, or it does not lead to a dual encoder.
+        ValueError: if not exactly one of `pretrained` and `config` is given, or the model is not a dual encoder.
     """
 
     def __init__(
@@ -82,25 +87,29 @@ class ImageTextBackbone(HuggingFaceBackbone):
         whole = load_model(who, AutoModel, pretrained, config, dtype)
         if not (hasattr(whole, "get_image_features") and hasattr(whole, "get_text_features")):
             raise ValueError(f"{who}: {type(whole).__name__} has no image and text towers; use TransformersBackbone")
-        image, text = (_part(whole, of_text) for of_text in (False, True))
-        width = getattr(whole.config, "projection_dim", None)  # SigLIP has none: its tower's own width
+        image, text = (_tower(whole, of_text) for of_text in (False, True))
+        width = getattr(whole.config, "projection_dim", None)  # SigLIP has none, so the tower's own width is used
         super().__init__(image, width or whole.config.vision_config.hidden_size, pretrained=pretrained is not None)
         self.text = TextTower(text, tokenizer or pretrained)
         self.dtype = dtype
 
     def forward(self, inputs: Inputs) -> Tensor:
+        """The features of images (B, C, H, W) → (B, F), normalised to length 1."""
         output = self.model.get_image_features(pixel_values=inputs)
         return F.normalize(getattr(output, "pooler_output", output), dim=-1)
 
     def class_head(self, class_names: Sequence[str], templates: Sequence[str]) -> nn.Linear:
-        """A frozen linear head whose weights are the classes' text embeddings times the model's logit scale.
+        """A frozen linear head from the text embeddings of classes, for zero-shot classification.
 
         Args:
             class_names: C names.
-            templates: prompts with one `{}` each; a class's embedding is the mean over them, normalised again.
+            templates: prompts with one `{}` each; a class's embedding is the normalised mean over all prompts.
 
         Returns:
-            Features (B, F) → logits (B, C): scale · cosine (+ SigLIP's bias).
+            Features (B, F) → logits (B, C) = scale · cosine (+ SigLIP's bias), with the model's logit scale.
+
+        Raises:
+            ValueError: if there is no tokenizer.
         """
         embeddings = []
         for name in class_names:
@@ -118,7 +127,11 @@ class ImageTextBackbone(HuggingFaceBackbone):
         return {"dtype": self.dtype}
 
     def save_pretrained(self, directory: str | Path) -> None:
-        """Write the whole model, both towers, as a Hugging Face folder, with its tokenizer where there is one."""
+        """Write both towers as one Hugging Face folder, with the tokenizer if there is one.
+
+        Args:
+            directory: the folder, created if it is missing.
+        """
         directory = expand(directory)
         whole = copy.copy(self.model)
         whole.__dict__["_modules"] = {**self.model._modules, **self.text.model._modules}
@@ -132,13 +145,13 @@ class ImageTextBackbone(HuggingFaceBackbone):
         self._write_recipe(directory)
 
 
-def _part(whole: nn.Module, of_text: bool) -> nn.Module:
-    """The model with the modules of one tower alone; scale and bias of the logits belong to the text's.
+def _tower(whole: nn.Module, of_text: bool) -> nn.Module:
+    """A copy of the model with the modules of one tower only; the text tower has the scale and bias of the logits.
 
-    Its methods, such as `get_image_features`, stay those of the whole, and so do the names of its weights.
+    Its methods, such as `get_image_features`, and the names of its weights are those of the whole model.
     """
-    part = copy.copy(whole)
+    tower = copy.copy(whole)
     modules = {name: module for name, module in whole._modules.items() if name.startswith("text") == of_text}
-    part.__dict__["_modules"] = modules
-    part.__dict__["_parameters"] = dict(whole._parameters) if of_text else {}
-    return part
+    tower.__dict__["_modules"] = modules
+    tower.__dict__["_parameters"] = dict(whole._parameters) if of_text else {}
+    return tower

@@ -1,4 +1,4 @@
-"""LanguageBackbone: sequence-to-sequence and causal language models, whose head is their own."""
+"""`LanguageBackbone`: sequence-to-sequence and causal language models, which have their own head."""
 
 from __future__ import annotations
 
@@ -13,21 +13,20 @@ from freemerge.models.backbones.hugging_face import Dtype, HuggingFaceBackbone, 
 
 
 class LanguageBackbone(HuggingFaceBackbone):
-    """A language model of the transformers library; its "features" are the logits (B, L, V) of its own head.
+    """A language model of the transformers library; its features are the logits (B, L, V) of its own head.
 
-    With an encoder and a decoder (T5, BART, …) the logits are of the target tokens, which the inputs carry as `labels`;
-    of a causal model (GPT-2, Llama, …) they are of the input tokens, each predicting the next.
+    The logits of an encoder-decoder model (T5, BART, …) are those of the target tokens, which the inputs contain as
+    `labels`. A causal model (GPT-2, Llama, …) has the logits of the next token at each input token.
 
     Args:
-        pretrained: hub id or local folder to load configuration and weights from.
-        config: configuration to build a randomly initialised model from, `model_type` included. Give either this or
-            `pretrained`.
-        dtype: of the weights while they are fine-tuned and merged, whatever they are stored in.
-        auto_class: class of transformers that builds the model; None is AutoModelForSeq2SeqLM or AutoModelForCausalLM
-            as the configuration asks. Models that see images too want AutoModelForImageTextToText.
+        pretrained: hub id or local folder to load the configuration and weights from.
+        config: configuration of a randomly initialised model, with its `model_type`. Give either this or `pretrained`.
+        dtype: dtype of the weights in fine-tuning and merging, whatever dtype they are stored in.
+        auto_class: class of transformers that builds the model; None is AutoModelForSeq2SeqLM or AutoModelForCausalLM,
+            depending on the configuration. Models with image inputs need AutoModelForImageTextToText.
 
     Raises:
-        ValueError: if not exactly one of `pretrained` and `config` is given, or it does not lead to a model.
+        ValueError: if not exactly one of `pretrained` and `config` is given, or no model can be loaded or built.
     """
 
     def __init__(
@@ -53,11 +52,18 @@ class LanguageBackbone(HuggingFaceBackbone):
 
     @property
     def kind(self) -> str:
-        """What kind of task the model is for: `seq2seq` or `causal_lm`."""
+        """The kind of task that the model is for: `seq2seq` or `causal_lm`."""
         return "seq2seq" if self.model.config.is_encoder_decoder else "causal_lm"
 
     def forward(self, inputs: Inputs) -> Tensor:
-        """Logits (B, L, V) of a batch of inputs by name."""
+        """The logits of a batch.
+
+        Args:
+            inputs: by name: `input_ids` (B, L), `attention_mask` (B, L), and `labels` (B, L') of an encoder-decoder.
+
+        Returns:
+            (B, L, V), or (B, L', V) for an encoder-decoder.
+        """
         given = named(inputs)
         labels = given.pop("labels", None)
         if self.kind == "seq2seq":
@@ -65,25 +71,25 @@ class LanguageBackbone(HuggingFaceBackbone):
         return self.model(**given, use_cache=False).logits
 
     @torch.no_grad()
-    def answer(self, inputs: Inputs, asked: Tensor | None = None, max_new_tokens: int = 128) -> list[list[int]]:
-        """Answers to a batch of prompts, by greedy decoding.
+    def answer(self, inputs: Inputs, answer_mask: Tensor | None = None, max_new_tokens: int = 128) -> list[list[int]]:
+        """Generate answers to a batch of prompts by greedy decoding.
 
         Args:
             inputs: by name: `input_ids` (B, L), `attention_mask` (B, L), ….
-            asked: (B, L) bool, for a causal model: the tokens of the inputs that are no part of the prompt, but its
-                answer; they are not shown to the model. None where the inputs are prompts.
-            max_new_tokens: an answer has no more tokens than this.
+            answer_mask: (B, L) bool, for causal models whose inputs contain the answer: True at the answer's tokens,
+                which are removed from the prompt. None if the inputs are prompts only.
+            max_new_tokens: maximum number of tokens of an answer.
 
         Returns:
-            The tokens of each answer, up to its end.
+            The token ids of each answer, up to its end-of-sequence token.
         """
         given = {name: tensor for name, tensor in named(inputs).items() if name != "labels"}
         settings = self.model.generation_config
         ends = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
         pad = next((token for token in (settings.pad_token_id, *ends) if token is not None), 0)
-        first = 1  # the decoder's start
+        first = 1  # after the decoder's start token
         if self.kind == "causal_lm":
-            given |= _prompts(given["input_ids"], given.get("attention_mask"), asked, pad)
+            given |= _prompts(given["input_ids"], given.get("attention_mask"), answer_mask, pad)
             first = given["input_ids"].shape[1]
         tokens = self.model.generate(
             **given, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, pad_token_id=pad
@@ -98,11 +104,11 @@ class LanguageBackbone(HuggingFaceBackbone):
         return {"dtype": self.dtype, "auto_class": self.auto_class}
 
 
-def _prompts(ids: Tensor, mask: Tensor | None, asked: Tensor | None, pad: int) -> dict[str, Tensor]:
-    """The prompts of a batch, padded on the left, as generation needs them: `input_ids` and `attention_mask` (B, P)."""
+def _prompts(ids: Tensor, mask: Tensor | None, answer_mask: Tensor | None, pad: int) -> dict[str, Tensor]:
+    """`input_ids` and `attention_mask` (B, P) of the prompts of a batch, padded on the left as generation requires."""
     kept = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
-    if asked is not None:
-        kept &= ~asked
+    if answer_mask is not None:
+        kept &= ~answer_mask
     rows = [row[keep] for row, keep in zip(ids, kept, strict=True)]
     width = max(1, *(len(row) for row in rows))
     padded = torch.stack([F.pad(row, (width - len(row), 0), value=pad) for row in rows])

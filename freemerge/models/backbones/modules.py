@@ -1,4 +1,4 @@
-"""Backbones that are not from transformers: torchvision's models, and any module of your own."""
+"""Backbones from outside transformers: torchvision's models and any `nn.Module`."""
 
 from __future__ import annotations
 
@@ -11,20 +11,21 @@ from torch import Tensor, nn
 from freemerge.checkpoints import load_checkpoint
 from freemerge.inputs import Inputs, named
 from freemerge.models.backbones.base import WEIGHTS, Backbone
-from freemerge.models.classes import class_and_arguments, import_class, make
+from freemerge.models.classes import class_and_arguments, import_class, instantiate
 
 
 class TorchvisionBackbone(Backbone):
-    """A classification model of torchvision without its last layer: what that layer took are the features.
+    """A classification model of torchvision without its last layer, whose inputs are the features.
 
     Args:
-        name: which model, such as `resnet50` or `convnext_tiny` (`torchvision.models.list_models()`).
-        weights: `DEFAULT`, or a name such as `IMAGENET1K_V2`, downloads pretrained weights; null starts at random.
+        name: name of the model, such as `resnet50` or `convnext_tiny`; see `torchvision.models.list_models()`.
+        weights: `DEFAULT` or a name such as `IMAGENET1K_V2` downloads pretrained weights; null initialises randomly.
         file: local file of weights to load instead, with or without the last layer.
         options: further arguments of the model.
 
     Raises:
-        ValueError: if there is no such model, or it does not end in a linear layer.
+        ValueError: if there is no such model, it cannot be built, it does not end in a linear layer, or `weights` and
+            `file` are both given.
     """
 
     def __init__(
@@ -62,32 +63,38 @@ class TorchvisionBackbone(Backbone):
             self.load_weights({key: tensor for key, tensor in state.items() if not key.startswith(f"{last}.")})
 
     def forward(self, inputs: Inputs) -> Tensor:
+        """The features of images (B, C, H, W) → (B, F)."""
         output = self.model(inputs)
-        return output if isinstance(output, Tensor) else output[0]  # auxiliary outputs of Inception while training
+        return output if isinstance(output, Tensor) else output[0]  # Inception has auxiliary outputs in training
 
     def recipe(self) -> dict[str, Any]:
         return self.arguments
 
     @classmethod
     def from_recipe(cls, directory: str | Path, arguments: dict[str, Any]) -> Backbone:
-        """Build it again from its folder and its arguments."""
+        """Rebuild a backbone from its folder.
+
+        Args:
+            directory: the folder, with the weights.
+            arguments: the other arguments of the class.
+        """
         return cls(**arguments, file=str(Path(directory) / WEIGHTS))
 
 
 class ModuleBackbone(Backbone):
-    """Any `nn.Module`, by class path.
+    """Any `nn.Module`, in configurations by its class path.
 
     Maps (B, F, H, W) and tokens (B, N, F) are averaged to features (B, F).
 
     Args:
         module: the module, without a head.
-        feature_dim: width F of the features; None asks the module's attribute `feature_dim` or `num_features`.
-        features: method of the module that gives the features, such as `forward_features`; None calls the module.
-        file: file of weights to load, in any format that a merge reads; None keeps the module's own.
-        pretrained: whether the weights come from pretraining; None: if there is a `file`.
+        feature_dim: width F of the features; None uses the module's attribute `feature_dim` or `num_features`.
+        features: method of the module that returns the features, such as `forward_features`; None calls the module.
+        file: file of weights to load, in any format that a merge reads; None keeps the module's weights.
+        pretrained: whether the weights are pretrained; None is true if there is a `file`.
 
     Raises:
-        ValueError: if the width of the features is not known, or there is no such method.
+        ValueError: if the width of the features is unknown, or the module has no such method.
     """
 
     def __init__(
@@ -101,7 +108,7 @@ class ModuleBackbone(Backbone):
         who = f"ModuleBackbone: {type(module).__name__}"
         width = feature_dim or getattr(module, "feature_dim", None) or getattr(module, "num_features", None)
         if not isinstance(width, int):
-            raise ValueError(f"{who} does not say how wide its features are; give `feature_dim`")
+            raise ValueError(f"{who} has no `feature_dim` or `num_features`; pass `feature_dim=`")
         if features is not None and not callable(getattr(module, features, None)):
             raise ValueError(f"{who} has no method {features!r}; give the name of one in `features`")
         super().__init__(module, width, pretrained=file is not None if pretrained is None else pretrained)
@@ -110,7 +117,7 @@ class ModuleBackbone(Backbone):
             self.load_weights(load_checkpoint(file))
 
     def recipe(self) -> dict[str, Any] | None:
-        """What it is made of, where the module has a `recipe()` of its own or a configuration has built it."""
+        """The module's class and arguments, from its `recipe()` or its configuration, and the settings."""
         if (made := class_and_arguments(self.model, "ModuleBackbone: the module")) is None:
             return None
         rest = {"feature_dim": self.feature_dim, "features": self.features, "pretrained": self.pretrained}
@@ -118,11 +125,13 @@ class ModuleBackbone(Backbone):
 
     @classmethod
     def resolve(cls, arguments: dict[str, Any], where: str, trust: bool) -> dict[str, Any]:
-        made, what, give = arguments["module"], "the backbone's module", "pass backbone=…"
-        kind = import_class(made["class"], where, what, give, trust)
-        return {**arguments, "module": make(kind, made["arguments"], where, what, give)}
+        """Replace the module's class and arguments by the module; see `Backbone.resolve`."""
+        made, what, remedy = arguments["module"], "the backbone's module", "pass backbone=…"
+        kind = import_class(made["class"], where, what, remedy, trust)
+        return {**arguments, "module": instantiate(kind, made["arguments"], where, what, remedy)}
 
     def forward(self, inputs: Inputs) -> Tensor:
+        """The features of a batch; see `Backbone.forward`."""
         call = self.model if self.features is None else getattr(self.model, self.features)
         output = call(inputs) if isinstance(inputs, Tensor) else call(**named(inputs))
         if output.ndim == 4:

@@ -65,7 +65,7 @@ def test_convolutional_networks_of_transformers_are_pooled_over_places() -> None
 
 
 def test_a_model_that_is_not_there_is_one_line() -> None:
-    with pytest.raises(ValueError, match="TransformersBackbone: /nonexistent: no model could be loaded") as caught:
+    with pytest.raises(ValueError, match="TransformersBackbone: /nonexistent: cannot load a model from it") as caught:
         TransformersBackbone("/nonexistent")
     assert "\n" not in str(caught.value)
 
@@ -208,7 +208,7 @@ def test_any_module_by_its_method(tmp_path) -> None:
     assert not backbone.pretrained
     with pytest.raises(ValueError, match="has no method 'features_of'"):
         ModuleBackbone(module, features="features_of")
-    with pytest.raises(ValueError, match="Linear does not say how wide its features are; give `feature_dim`"):
+    with pytest.raises(ValueError, match="Linear has no `feature_dim` or `num_features`; pass `feature_dim=`"):
         ModuleBackbone(nn.Linear(2, 2))
 
 

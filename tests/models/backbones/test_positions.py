@@ -19,7 +19,7 @@ def test_a_text_longer_than_the_models_positions_is_one_line(kind: str, position
     longer = {name: torch.cat([value, value[:, :1]], dim=1) for name, value in batch.items()}
     with pytest.raises(
         ValueError,
-        match=f"a text has {positions + 1} tokens, and the model has positions for {positions}: set the data",
+        match=f"a text has {positions + 1} tokens, and the model has {positions} positions; set the data",
     ):
         backbone(longer)
 
