@@ -1,6 +1,6 @@
-"""Checks of classes that others write: one line in a test of their own.
+"""Checks for classes of your own, each of which is one line in a test.
 
-Each raises an `AssertionError` whose message says what is wrong and what is expected.
+A failed check raises an `AssertionError` whose message states what is wrong and what is expected.
 """
 
 from importlib import import_module

@@ -1,4 +1,4 @@
-"""What files, training and FreeModel rely on in a kind of expert."""
+"""`check_expert`: whether a kind of expert of your own works with files, training and FreeModel."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from freemerge.experts import Expert, PackedExpert, class_path, kind_of, load_expert, mix, save_expert
 from freemerge.models import FreeModel, ModuleBackbone
 
-_FRESH = """
+_LOAD_SCRIPT = """
 import sys, torch
 from freemerge.experts import load_expert
 shared = torch.load(sys.argv[2])
@@ -31,17 +31,17 @@ def check_expert(
     fresh_process: bool = True,
     **settings: Any,
 ) -> None:
-    """Check a kind of expert as files, training and FreeModel use it.
+    """Check a kind of expert in the ways that files, training and FreeModel use it.
 
     Args:
         kind: the class.
-        make: a residual, tensor name → θ_k − θ_merged, → an expert of it; None takes `kind.extract`.
-        fresh_process: whether its file is also loaded in a process of its own, which imports the class by its path; a
-            class that is defined in a notebook or a function cannot be.
-        **settings: of `kind.extract`.
+        make: function that makes an expert of a residual, tensor name → θ_k − θ_merged; None uses `kind.extract`.
+        fresh_process: whether a new process also loads an expert's file and imports the class by its path. Classes that
+            are defined in a notebook or a function cannot be imported.
+        **settings: arguments of `kind.extract`.
 
     Raises:
-        AssertionError: the kind breaks what others rely on; the message says what.
+        AssertionError: if a check fails; the message names it.
     """
     who = kind.__qualname__
     _require(isinstance(kind, type) and issubclass(kind, Expert), f"{who} is not derived from freemerge.experts.Expert")
@@ -54,7 +54,7 @@ def check_expert(
     weights = {name: tensor.clone() for name, tensor in backbone.weights().items()}
     residual = {name: 0.5 * torch.randn(tensor.shape) for name, tensor in weights.items()}
     expert = make(residual) if make is not None else kind.extract(residual, **settings)
-    _require(type(expert) is kind, f"{who}: extracting it gives a {type(expert).__qualname__}")
+    _require(type(expert) is kind, f"{who}: extracting an expert returns a {type(expert).__qualname__}")
     _check_shapes(who, expert, weights)
     _check_sums(who, expert, weights)
     _check_values(who, expert, weights)
@@ -63,6 +63,7 @@ def check_expert(
 
 
 def _check_shapes(who: str, expert: Expert, weights: Mapping[str, Tensor]) -> None:
+    """`shapes` has tensors of the residual, with their shapes."""
     _require(bool(expert.shapes), f"{who}.shapes is empty: the expert of a residual changes nothing")
     for name, shape in expert.shapes.items():
         _require(name in weights, f"{who}.shapes names {name!r}, which the residual does not have")
@@ -71,14 +72,14 @@ def _check_shapes(who: str, expert: Expert, weights: Mapping[str, Tensor]) -> No
 
 
 def _check_sums(who: str, expert: Expert, weights: Mapping[str, Tensor]) -> None:
-    """`added` gives new tensors like the weights; what it forms is rounded once."""
+    """`added` returns new tensors with the weights' shapes and dtypes, rounded once."""
     changed = False
     for name in expert.shapes:
         weight = weights[name].clone()
         sums = expert.added(name, weight)
-        _require(torch.equal(weight, weights[name]), f"{who}.added changes the weight it is given, {name!r}")
-        _require(sums.shape == weight.shape, f"{who}.added gives {name!r} the shape {tuple(sums.shape)}")
-        _require(sums.dtype == weight.dtype, f"{who}.added gives {name!r} the dtype {sums.dtype}, not its own")
+        _require(torch.equal(weight, weights[name]), f"{who}.added changes its argument, the weight {name!r}")
+        _require(sums.shape == weight.shape, f"{who}.added returns {name!r} with shape {tuple(sums.shape)}")
+        _require(sums.dtype == weight.dtype, f"{who}.added returns {name!r} as {sums.dtype}, expected {weight.dtype}")
         _require(bool(sums.isfinite().all()), f"{who}.added makes {name!r} NaN or infinite")
         _close(f"{who}.added of {name!r} differs from call to call", expert.added(name, weight), sums)
         narrow = weight.bfloat16()
@@ -91,13 +92,13 @@ def _check_sums(who: str, expert: Expert, weights: Mapping[str, Tensor]) -> None
 
 
 def _check_values(who: str, expert: Expert, weights: Mapping[str, Tensor]) -> None:
-    """Values go out and in again, scale what is added, and can be trained."""
+    """Values can be read, replaced, scaled and trained."""
     parts = expert.parts()
     _require(bool(parts), f"{who}.parts() is empty: there are no values to store or train")
     for name, part in parts.items():
         _require(part.is_floating_point(), f"{who}.parts() has {name!r} in {part.dtype}; values are floating point")
     again = expert.with_parts(parts)
-    _require(type(again) is type(expert), f"{who}.with_parts gives a {type(again).__qualname__}")
+    _require(type(again) is type(expert), f"{who}.with_parts returns a {type(again).__qualname__}")
     _same(f"{who}.with_parts(parts()) is another expert", expert, again, weights)
     _same(
         f"{who}.with_values(flat_values()) is another expert", expert, expert.with_values(expert.flat_values()), weights
@@ -108,7 +109,7 @@ def _check_values(who: str, expert: Expert, weights: Mapping[str, Tensor]) -> No
             half = weight + 0.5 * (expert.added(name, weight) - weight)
             _close(f"{who}.scaled(0.5) does not halve what is added to {name!r}", scaled.added(name, weight), half)
     tagged = expert.tagged(task="some task")
-    _require(tagged.metadata.get("task") == "some task", f"{who}: metadata that `tagged` sets are not there")
+    _require(tagged.metadata.get("task") == "some task", f"{who}: `tagged` does not set the metadata")
     values = expert.flat_values().clone().requires_grad_()
     student = expert.with_values(values)
     total = torch.stack([student.added(name, weights[name]).square().sum() for name in expert.shapes]).sum()
@@ -122,31 +123,31 @@ def _check_values(who: str, expert: Expert, weights: Mapping[str, Tensor]) -> No
 
 
 def _check_files(who: str, expert: Expert, fresh_process: bool) -> None:
-    """Packed and stored without rounding it is the same expert, here and in a process that has not imported it."""
+    """Packing and an unrounded file reproduce the expert, also in a process that has not imported its class."""
     shared = expert.shared if type(expert).SHARES else None
     packed = PackedExpert(expert)
-    _same(f"{who}: what PackedExpert unpacks is another expert", expert, packed.unpacked())
+    _same(f"{who}: PackedExpert unpacks another expert", expert, packed.unpacked())
     with tempfile.TemporaryDirectory() as folder:
         path = save_expert(Path(folder) / "expert.safetensors", expert.tagged(task="some task"), "float32")
         loaded = load_expert(path, shared=shared)
         _require(type(loaded) is type(expert), f"{who}: its file is loaded as a {type(loaded).__qualname__}")
         _require(loaded.metadata.get("task") == "some task", f"{who}.restored loses the metadata")
-        _same(f"{who}: what a file of it holds is another expert", expert, loaded)
+        _same(f"{who}: its file contains another expert", expert, loaded)
         if not fresh_process:
             return
         given, found = Path(folder) / "shared.pt", Path(folder) / "dense.pt"
         torch.save(None if shared is None else dict(shared), given)
-        command = [sys.executable, "-c", _FRESH, str(path), str(given), str(found)]
+        command = [sys.executable, "-c", _LOAD_SCRIPT, str(path), str(given), str(found)]
         run = subprocess.run(command, capture_output=True, text=True)
         last = (run.stderr.strip().splitlines() or ["no message"])[-1]
         named = class_path(type(expert)) or who
-        _require(run.returncode == 0, f"{who}: a fresh process cannot load its file by the class path {named} ({last})")
+        _require(run.returncode == 0, f"{who}: a new process cannot load its file by the class path {named} ({last})")
         for name, dense in torch.load(found).items():
-            _close(f"{who}: a fresh process loads another expert", dense, expert.dense()[name])
+            _close(f"{who}: a new process loads another expert", dense, expert.dense()[name])
 
 
 def _check_model(who: str, expert: Expert, backbone: ModuleBackbone) -> None:
-    """FreeModel computes with it, keeps it in its state, and writes it to its folder."""
+    """FreeModel computes with the expert and has it in its state dict."""
     inputs = torch.randn(4, 6)
     model = FreeModel(backbone, {"a": nn.Linear(5, 3), "b": nn.Linear(5, 3)}, {"a": expert}).eval()
     other = copy.deepcopy(backbone)
@@ -155,15 +156,15 @@ def _check_model(who: str, expert: Expert, backbone: ModuleBackbone) -> None:
             if name in expert.shapes:
                 tensor.copy_(expert.added(name, tensor))
         expected = model.heads["a"](other(inputs))
-        _close(f"{who}: FreeModel computes something else with it", model(inputs, task="a").logits, expected)
+        _close(f"{who}: FreeModel returns other logits with it", model(inputs, task="a").logits, expected)
         _close(f"{who}: FreeModel.task_model has other weights", model.task_model("a")(inputs), expected)
-        twin = FreeModel(copy.deepcopy(backbone), {"a": nn.Linear(5, 3), "b": nn.Linear(5, 3)}).eval()
-        twin.load_state_dict(model.state_dict())
-        _close(f"{who}: FreeModel's state_dict does not hold it", twin(inputs, task="a").logits, expected)
+        loaded = FreeModel(copy.deepcopy(backbone), {"a": nn.Linear(5, 3), "b": nn.Linear(5, 3)}).eval()
+        loaded.load_state_dict(model.state_dict())
+        _close(f"{who}: FreeModel's state_dict does not contain it", loaded(inputs, task="a").logits, expected)
 
 
 def _same(message: str, expert: Expert, other: Expert, weights: Mapping[str, Tensor] | None = None) -> None:
-    """The same effect on weights, on zeros unless given."""
+    """Two experts have the same effect on weights, by default on zeros."""
     _require(other.shapes == expert.shapes, f"{message}: it changes other tensors")
     for name, shape in expert.shapes.items():
         weight = torch.zeros(shape) if weights is None else weights[name]

@@ -1,4 +1,4 @@
-"""What the engine relies on in a merging method."""
+"""`check_method`: whether a merging method of your own has the properties that the engine relies on."""
 
 from __future__ import annotations
 
@@ -33,19 +33,19 @@ _Tensors = Mapping[str, Tensor]
 
 
 def check_method(method: MergeMethod, models: int = 3, *, symmetric: bool = True) -> None:
-    """Check a merging method as the engine uses it: in memory, to a file, in a search, whole and in chunks.
+    """Check a merging method in the ways that the engine uses it: in memory, to a file, in a search, and in chunks.
 
-    Small models with tensors of every kind are merged: a matrix, a wide and a tall one, an embedding, a convolution,
-    stacked experts, a vector, a scalar, an integer buffer.
+    The check merges small models with every kind of tensor: square, wide and tall matrices, an embedding, a
+    convolution, stacked experts, a vector, a scalar and an integer buffer.
 
     Args:
-        method: the method, with parameters that suit so many models.
-        models: K, how many fine-tuned models are merged.
-        symmetric: whether the order of the models makes no difference to it; only asked for if none of its parameters
-            is a list with a value for each model.
+        method: the method, with parameters for this number of models.
+        models: number K of fine-tuned models.
+        symmetric: whether the result does not depend on the order of the models. Not checked if a parameter is a list
+            with one value per model.
 
     Raises:
-        AssertionError: the method breaks what the engine relies on; the message says what.
+        AssertionError: if a check fails; the message names it.
     """
     kind = type(method).__name__
     _check_value(kind, method)
@@ -56,7 +56,7 @@ def check_method(method: MergeMethod, models: int = 3, *, symmetric: bool = True
 
 
 def _check_merges(kind: str, method: MergeMethod, models: int, symmetric: bool) -> None:
-    """Every way to merge gives the same finite values, again and again."""
+    """Every way to merge returns the same values, repeatedly."""
     base = _make_base()
     named = {f"model {index}": _finetune(base, index) for index in range(models)}
     before = copy.deepcopy((base, named))
@@ -82,20 +82,20 @@ def _check_merges(kind: str, method: MergeMethod, models: int, symmetric: bool) 
     _same(f"{kind} of models that equal the base is not the base", base, zeros)
     if symmetric and models > 1 and not _has_lists(method):
         other = merge(base, dict(reversed(named.items())), method)
-        message = f"{kind}'s result depends on the order of the models (if it is meant to, say symmetric=False)"
+        message = f"{kind}'s result depends on the order of the models (if this is intended, pass symmetric=False)"
         _same(message, merged, other, tolerance=1e-4)
 
 
 def _check_value(kind: str, method: MergeMethod) -> None:
-    """A method is a plain value: equal to its copies, sent to other processes, written into the record of a merge."""
+    """A method is a plain value: equal to its copies, picklable, immutable, and serialisable in a merge's record."""
     _require(isinstance(method, MergeMethod), f"{kind} is not derived from freemerge.merging.MergeMethod")
-    _require(dataclasses.is_dataclass(method), f"{kind} is no dataclass; decorate it with @dataclass(frozen=True)")
+    _require(dataclasses.is_dataclass(method), f"{kind} is not a dataclass; decorate it with @dataclass(frozen=True)")
     _require(method == copy.deepcopy(method), f"{kind} does not equal its copy; compare its parameters, not identity")
     try:
         sent = pickle.loads(pickle.dumps(method))
     except Exception as error:
         raise AssertionError(f"{kind} cannot be sent to another process: {error}") from None
-    _require(sent == method, f"{kind} comes back changed from another process")
+    _require(sent == method, f"{kind} differs after pickling")
     field = next((field.name for field in dataclasses.fields(method)), None)
     if field is not None:
         try:
@@ -103,7 +103,7 @@ def _check_value(kind: str, method: MergeMethod) -> None:
         except dataclasses.FrozenInstanceError:
             pass
         else:
-            raise AssertionError(f"{kind} can be changed after it is made; decorate it with @dataclass(frozen=True)")
+            raise AssertionError(f"{kind} is mutable; decorate it with @dataclass(frozen=True)")
     try:
         json.dumps(describe_method(method))
     except (TypeError, ValueError) as error:
@@ -111,7 +111,7 @@ def _check_value(kind: str, method: MergeMethod) -> None:
 
 
 def _check_combine(kind: str, method: MergeMethod, base: _Tensors, named: Mapping[str, _Tensors]) -> None:
-    """Whole tensors and, of elementwise methods, chunks: float32, of the tensor's shape, and the same values."""
+    """`combine` returns float32 tensors; chunks of elementwise methods have the same values as whole tensors."""
     reader = _reader(base, named)
     vectors = reader.vectors()
     combiner = Combiner.of(method, vectors)
@@ -130,20 +130,20 @@ def _check_combine(kind: str, method: MergeMethod, base: _Tensors, named: Mappin
 
 
 def _check_scales(kind: str, method: MergeMethod, candidates: Candidates) -> None:
-    """A search over λ gives what merges at each scale give."""
+    """A search over λ has the same results as separate merges."""
     if not has_scale(method):
         return
     factors = [0.5, 1.5]
     for factor, found in zip(factors, candidates.over_scales(method, factors), strict=True):
         expected = candidates.merge(rescaled(method, factor))
-        message = f"{kind} says linear_in_scale, but at scale {factor} its result is another"
+        message = f"{kind} sets linear_in_scale, but its result at scale {factor} differs"
         _same(message, expected, found, tolerance=1e-5)
 
 
 def _check_statistics(kind: str, method: MergeMethod, base: _Tensors, named: Mapping[str, _Tensors]) -> None:
-    """Methods with equal keys share statistics: parameters that the key leaves out must not change them."""
+    """Methods with equal keys share statistics, so parameters outside of the key must not change them."""
     equal = method.statistics_key == copy.deepcopy(method).statistics_key
-    _require(equal, f"{kind}: its copy has another statistics_key, so a search never shares statistics")
+    _require(equal, f"{kind}: its copy has another statistics_key, so a search cannot share statistics")
     if method.statistics_fields is None or not has_scale(method):
         return
     other = rescaled(method, 0.25)
@@ -157,11 +157,13 @@ def _check_statistics(kind: str, method: MergeMethod, base: _Tensors, named: Map
 
 
 def _reader(base: _Tensors, named: Mapping[str, _Tensors]) -> Reader:
+    """A reader of the base and the fine-tuned models."""
     models = [open_checkpoint(model, label=label) for label, model in named.items()]
     return Reader(make_plan(open_checkpoint(base, label="base"), models))
 
 
 def _has_lists(part: object) -> bool:
+    """Whether a method or one of its parameters contains a list or tuple."""
     if isinstance(part, (list, tuple)):
         return True
     if isinstance(part, Mapping):
@@ -179,10 +181,11 @@ def _require(condition: bool, message: str) -> None:
 def _same(message: str, expected: _Tensors, found: _Tensors, tolerance: float = 0.0) -> None:
     for name, tensor in expected.items():
         if not torch.allclose(found[name], tensor, rtol=tolerance, atol=tolerance):
-            raise AssertionError(f"{message}, first in '{name}'")
+            raise AssertionError(f"{message}; the first tensor is '{name}'")
 
 
 def _make_base() -> dict[str, Tensor]:
+    """A base with every kind of tensor."""
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
@@ -203,6 +206,7 @@ def _make_base() -> dict[str, Tensor]:
 
 
 def _finetune(base: _Tensors, seed: int) -> dict[str, Tensor]:
+    """The base with noise on its floating-point tensors."""
     generator = torch.Generator().manual_seed(1 + seed)
     return {
         name: tensor + 0.1 * torch.randn(tensor.shape, generator=generator) if tensor.is_floating_point() else tensor

@@ -1,4 +1,4 @@
-"""`check_source`: whether a task source of your own is one that everything here can use."""
+"""`check_source`: whether a task source of your own works with training, merging and resuming."""
 
 from __future__ import annotations
 
@@ -18,30 +18,30 @@ from freemerge.inputs import IGNORED
 
 
 def check_source(source: TaskSource, seed: int = 0, samples: int = 16, workers: int = 2) -> Task:
-    """Build a task and look at everything that training, merging and resuming rely on.
+    """Build a task and check everything that training, merging and resuming rely on.
 
         def test_birds(tmp_path):
             write_a_few_birds(tmp_path)
             check_source(Birds(root=str(tmp_path)))
 
-    Checked are: that the source can be pickled and identified; that equal seeds build equal tasks; that no split is
-    empty; inputs and labels of some samples of each split; that a batch fetched at once is its samples; that datasets
-    reach loader workers; that test samples are not those of training.
+    The checks are: the source can be pickled and identified; equal seeds build equal tasks; no split is empty; some
+    samples of each split have valid inputs and labels; a batch fetched at once equals its samples; loader workers
+    return the same batches; test samples are not training samples.
 
     Args:
-        source: the source; its data must be there or be fetched by its `prepare`.
-        seed: to build with.
-        samples: so many samples of each split are looked at, evenly spaced.
-        workers: loader processes that must give the same batches as none; 0 leaves this out.
+        source: the source; its data must be present, or its `prepare` must fetch them.
+        seed: the seed to build with.
+        samples: number of samples to check per split, evenly spaced.
+        workers: number of loader processes, which must return the same batches as the main process; 0 skips this check.
 
     Returns:
         The task, for further assertions of your own.
 
     Raises:
-        AssertionError: if something is not as it should be; the message says where, expected and found.
+        AssertionError: if a check fails; the message states where, and what was expected and found.
     """
     where = type(source).__name__
-    _check(isinstance(source, TaskSource), f"{where} is no TaskSource: derive it from freemerge.data.TaskSource")
+    _check(isinstance(source, TaskSource), f"{where} is not a TaskSource; derive it from freemerge.data.TaskSource")
     copy = _pickled(where, source)
     _check_identity(where, source, copy)
     source.prepare()
@@ -50,6 +50,7 @@ def check_source(source: TaskSource, seed: int = 0, samples: int = 16, workers: 
 
 
 def _check_task(where: str, source: TaskSource, copy: TaskSource, seed: int, samples: int, workers: int) -> Task:
+    """Two builds with one seed are equal, and every split is valid."""
     name = "checked"
     task, again = source.build(name, seed), copy.build(name, seed)
     _check(isinstance(task, Task), f"{where}.build returns {type(task).__name__}, expected a freemerge.data.Task")
@@ -58,10 +59,10 @@ def _check_task(where: str, source: TaskSource, copy: TaskSource, seed: int, sam
         (task.kind, task.class_names, task.metric) == (again.kind, again.class_names, again.metric),
         f"{where}: two builds with one seed differ in their kind, classes or metric",
     )
-    looked_at = {split: _check_split(f"{where}, {split}", task, again, split, samples) for split in SPLITS}
-    _check_apart(where, task, looked_at)
+    checked = {split: _check_split(f"{where}, {split}", task, again, split, samples) for split in SPLITS}
+    _check_separate(where, task, checked)
     for split in SPLITS:
-        _check_loading(f"{where}, {split}", getattr(task, split), looked_at[split], workers)
+        _check_loading(f"{where}, {split}", getattr(task, split), checked[split], workers)
     _check(isinstance(source.build(name, seed + 1), Task), f"{where}.build fails with another seed")
     return task
 
@@ -72,27 +73,29 @@ def _check(holds: bool, message: str) -> None:
 
 
 def _pickled(where: str, value: Any) -> Any:
+    """A value after pickling and unpickling."""
     try:
         return pickle.loads(pickle.dumps(value))
-    except Exception as error:  # whatever its own __reduce__ raises
+    except Exception as error:  # a `__reduce__` may raise anything
         raise AssertionError(
-            f"{where} cannot be pickled, as loader workers and processes need ({type(error).__name__}: {error}); "
-            f"lambdas and local functions are the usual reason, functions at module level and functools.partial will do"
+            f"{where} cannot be pickled, which loader workers and processes need ({type(error).__name__}: {error}); "
+            f"lambdas and local functions are the usual reason: use functions at module level or functools.partial"
         ) from error
 
 
 def _check_identity(where: str, source: TaskSource, copy: TaskSource) -> None:
+    """`identity()` is JSON-serialisable and equal for a copy."""
     try:
         first, second = (json.dumps(each.identity(), sort_keys=True) for each in (source, copy))
     except TypeError as error:
-        raise AssertionError(f"{where}.identity() holds what JSON cannot ({error}): return plain values") from error
-    _check(first == second, f"{where}.identity() differs for a copy of the source: it must say what the data are")
+        raise AssertionError(f"{where}.identity() is not JSON-serialisable ({error}); return plain values") from error
+    _check(first == second, f"{where}.identity() differs for a copy of the source; it must describe the data")
     address = re.search(r" at 0x[0-9a-f]+", first)
-    _check(address is None, f"{where}.identity() holds a place in memory ({address and address[0].strip()})")
+    _check(address is None, f"{where}.identity() contains a memory address ({address and address[0].strip()})")
 
 
 def _check_split(where: str, task: Task, again: Task, split: str, samples: int) -> list[int]:
-    """Looks at some samples; returns their indices."""
+    """Check some samples of a split; returns their indices."""
     dataset, other = getattr(task, split), getattr(again, split)
     size = len(dataset)
     _check(size > 0, f"{where}: there are no samples")
@@ -106,18 +109,19 @@ def _check_split(where: str, task: Task, again: Task, split: str, samples: int) 
         _check_label(place, task, label)
         _check(
             _equal((inputs, label), _seeded(place, other, index)),
-            f"{place}: two builds with one seed differ, though torch's generator was seeded alike: draw from `seed`",
+            f"{place}: two builds with one seed differ, with equal generator states; draw random numbers from `seed`",
         )
     return chosen
 
 
 def _seeded(place: str, dataset: Any, index: int) -> tuple[Any, Any]:
-    """A sample, augmented alike each time."""
+    """A sample with torch's generator seeded by its index, so that augmentation is reproducible."""
     torch.manual_seed(index)
     return _sample(place, dataset, index)
 
 
 def _sample(place: str, dataset: Any, index: int) -> tuple[Any, Any]:
+    """A sample as (inputs, label)."""
     sample = dataset[index]
     _check(
         isinstance(sample, (tuple, list)) and len(sample) == 2,
@@ -127,6 +131,7 @@ def _sample(place: str, dataset: Any, index: int) -> tuple[Any, Any]:
 
 
 def _check_inputs(place: str, inputs: Any, first: Any) -> None:
+    """Inputs are finite tensors with the keys or the shape of the first sample's inputs."""
     tensors = inputs if isinstance(inputs, Mapping) else {"inputs": inputs}
     for key, value in tensors.items():
         _check(isinstance(value, Tensor), f"{place}: {key} is a {type(value).__name__}, expected a tensor")
@@ -139,11 +144,12 @@ def _check_inputs(place: str, inputs: Any, first: Any) -> None:
     else:
         _check(
             inputs.shape == first.shape,
-            f"{place} has the shape {tuple(inputs.shape)}, [0] has {tuple(first.shape)}: they cannot be in one batch",
+            f"{place} has the shape {tuple(inputs.shape)}, [0] has {tuple(first.shape)}; they cannot be in one batch",
         )
 
 
 def _check_label(place: str, task: Task, label: Any) -> None:
+    """A label has the dtype, shape and range of the task's kind."""
     label = torch.as_tensor(label)
     if task.kind == "classification":
         _check(
@@ -163,16 +169,16 @@ def _check_label(place: str, task: Task, label: Any) -> None:
         )
 
 
-def _check_apart(where: str, task: Task, looked_at: Mapping[str, list[int]]) -> None:
-    """Test samples are not training samples; a few pictures may be alike, all of them are not by chance."""
-    if isinstance(task.train[0][0], Mapping):  # short texts recur
+def _check_separate(where: str, task: Task, checked: Mapping[str, list[int]]) -> None:
+    """Test samples are not training samples; a few images may be equal by chance, but not all."""
+    if isinstance(task.train[0][0], Mapping):  # short texts occur repeatedly
         return
-    size = len(task.train)  # type: ignore[arg-type] # torch's class has no length, and every dataset of a task has
+    size = len(task.train)  # type: ignore[arg-type] # torch's class has no length; every dataset of a task has one
     train = {_content(_seeded(where, task.train, index)) for index in range(min(size, 2000))}
-    test = [_content(_seeded(where, task.test, index)) for index in looked_at["test"]]
+    test = [_content(_seeded(where, task.test, index)) for index in checked["test"]]
     _check(
         len(set(test)) < 3 or not set(test) <= train,
-        f"{where}: every test sample that was looked at is a training sample too: the splits must be apart",
+        f"{where}: every checked test sample is also a training sample; the splits must be disjoint",
     )
 
 
@@ -181,7 +187,7 @@ def _content(sample: tuple[Any, Any]) -> bytes:
 
 
 def _check_loading(where: str, dataset: Any, chosen: list[int], workers: int) -> None:
-    """A batch is its samples, from here, from a copy and from other processes."""
+    """A batch equals its samples, in this process and in loader workers, and the dataset can be pickled."""
     copy = _pickled(f"the dataset of {where}", dataset)
     _check(len(copy) == len(dataset), f"the dataset of {where} has another length after pickling")
     few = chosen[:4]
@@ -189,7 +195,7 @@ def _check_loading(where: str, dataset: Any, chosen: list[int], workers: int) ->
     whole = _batch(dataset, few)
     _check(
         [_shapes(part) for part in whole] == [_shapes(part) for part in singles] and torch.equal(whole[1], singles[1]),
-        f"{where}: a batch fetched by __getitems__ is not what its samples give one by one",
+        f"{where}: a batch fetched by __getitems__ differs from its single samples",
     )
     if workers:
         loader = DataLoader(Subset(dataset, few), batch_size=2, num_workers=workers, collate_fn=collate)
@@ -197,7 +203,7 @@ def _check_loading(where: str, dataset: Any, chosen: list[int], workers: int) ->
         expected = [_batch(dataset, few[start : start + 2])[1] for start in range(0, len(few), 2)]
         _check(
             all(torch.equal(found, right) for found, right in zip(labels, expected, strict=True)),
-            f"{where}: loader workers give other labels than the main process",
+            f"{where}: loader workers return other labels than the main process",
         )
 
 

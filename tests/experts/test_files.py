@@ -1,4 +1,4 @@
-"""Expert files: exact positions, values within half a step, small files, and clear refusals."""
+"""Expert files: exact positions, values within half a quantization step, small files, and refusals."""
 
 import json
 import subprocess
@@ -19,7 +19,7 @@ from tests.models.own_parts import ShiftExpert
 
 @given(st.lists(st.integers(0, 5000), unique=True, max_size=300))
 @settings(max_examples=100, deadline=None)
-def test_positions_survive_coding(positions: list[int]) -> None:
+def test_positions_round_trip(positions: list[int]) -> None:
     ascending = torch.tensor(sorted(positions), dtype=torch.int64)
     assert torch.equal(decode_positions(encode_positions(ascending)), ascending)
 
@@ -35,13 +35,13 @@ def test_gaps_around_the_escape_byte() -> None:
     encoding=st.sampled_from(["int4", "int8", "bf16", "float32"]),
 )
 @settings(max_examples=200, deadline=None)
-def test_coded_values_are_near_and_coding_them_again_changes_nothing(values: list[float], encoding: str) -> None:
+def test_decoded_values_are_close_and_encoding_them_again_is_exact(values: list[float], encoding: str) -> None:
     parts = [torch.tensor(values), torch.zeros(3), torch.tensor([-1.0, 0.5])]
     sizes = [len(part) for part in parts]
     once = decode_values(*encode_values(parts, encoding), sizes)
     for part, decoded in zip(parts, once, strict=True):
         largest = float(part.abs().max())
-        if encoding == "int4":  # may cut off a large value, but only if all together lose less than by whole steps
+        if encoding == "int4":  # may clip large values if this reduces the total error
             lost = float((decoded - part).double().square().sum())
             assert lost <= len(part) * (largest * 1.001 / 7 / 2) ** 2 + 2.0**-198
             continue
@@ -53,7 +53,7 @@ def test_coded_values_are_near_and_coding_them_again_changes_nothing(values: lis
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.bfloat16, torch.float32])
-def test_deflating_loses_nothing(dtype: torch.dtype) -> None:
+def test_deflating_is_lossless(dtype: torch.dtype) -> None:
     array = (torch.randn(1000, generator=torch.Generator().manual_seed(0)) * 20).to(dtype)
     assert torch.equal(inflate(deflate(array), dtype), array)
     assert inflate(deflate(array[:0]), dtype).shape == (0,)
@@ -101,7 +101,7 @@ def test_every_kind_round_trips(tmp_path, weights, kind: str, values: str) -> No
         assert float((got - part).abs().max()) <= bounds[values]
     if values == "float32":
         assert all(torch.equal(loaded.dense()[name], tensor) for name, tensor in expert.dense().items())
-    again = load_expert(save_expert(tmp_path / "again.safetensors", loaded), shared=shared)  # as it came
+    again = load_expert(save_expert(tmp_path / "again.safetensors", loaded), shared=shared)  # the same encoding
     assert torch.equal(again.flat_values(), loaded.flat_values())
     assert again.metadata["values"] == values
 
@@ -143,7 +143,7 @@ def test_a_masked_expert_needs_the_shared_task_vector(tmp_path, weights) -> None
         load_expert(path)
 
 
-def test_what_is_no_expert_is_refused(tmp_path, weights) -> None:
+def test_other_files_are_refused(tmp_path, weights) -> None:
     with pytest.raises(CheckpointError, match=r"missing\.safetensors: no such expert file"):
         load_expert(tmp_path / "missing.safetensors")
     save_checkpoint(tmp_path / "plain.safetensors", weights)
@@ -166,7 +166,7 @@ def test_what_is_no_expert_is_refused(tmp_path, weights) -> None:
         load_expert(path)
 
 
-def test_a_file_of_somebody_elses_kind_says_what_to_import_and_imports_it_only_if_told_to(tmp_path: Path) -> None:
+def test_a_file_of_a_user_made_kind_is_imported_only_if_allowed(tmp_path: Path) -> None:
     shapes = {"w": (2, 3)}
     path = save_expert(tmp_path / "e.safetensors", ShiftExpert({"w": torch.tensor([0.5])}, shapes), "float32")
     script = (

@@ -1,4 +1,4 @@
-"""Substitution: the same outputs and gradients as with all weights in place, one layer's at a time."""
+"""Layerwise substitution has the outputs and gradients of a model whose weights are all changed."""
 
 import pytest
 import torch
@@ -52,8 +52,8 @@ def test_outputs_and_gradients_are_those_of_the_summed_weights(kind: str) -> Non
     assert all(isinstance(parameter, nn.Parameter) for parameter in module.parameters())
 
 
-def test_autograd_keeps_no_changed_weight() -> None:
-    """Of the tensors kept for the backward pass, none is a changed weight or a view of one."""
+def test_autograd_saves_no_changed_weight() -> None:
+    """No tensor saved for the backward pass is a changed weight or a view of one."""
     module, images = network().requires_grad_(False), torch.randn(5, 2, 4, 4)
     expert = expert_of(module, "low_rank")
     expert = expert.with_values(expert.flat_values().requires_grad_())
@@ -76,7 +76,7 @@ def test_autograd_keeps_no_changed_weight() -> None:
     assert not kept & weights
 
 
-def test_attention_computes_with_its_projection_itself() -> None:
+def test_attention_uses_its_projection_directly() -> None:
     torch.manual_seed(0)
     module, tokens = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval(), torch.randn(2, 3, 8)
     module.requires_grad_(False)
@@ -84,13 +84,13 @@ def test_attention_computes_with_its_projection_itself() -> None:
     expected = functional_call(
         module, {name: expert.added(name, module.get_parameter(name)) for name in expert.shapes}, (tokens.clone(),)
     )
-    module.train()  # its fast path for inference runs no submodule
+    module.train()  # the fast path of inference runs no submodule
     module.dropout.p = module.dropout1.p = module.dropout2.p = module.self_attn.dropout = 0.0
     with substituted(module, expert.shapes, expert.added):
         torch.testing.assert_close(module(tokens), expected)
 
 
-def test_weights_that_another_module_computes_with_are_reported_and_an_error_restores_them() -> None:
+def test_weights_that_a_parent_uses_directly_are_reported_and_restored() -> None:
     class Outer(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -105,7 +105,7 @@ def test_weights_that_another_module_computes_with_are_reported_and_an_error_res
         substituted(module, ["inner.weight"], lambda _, weight: weight + 1),
     ):
         module(torch.ones(1, 3))
-    module.branch = nn.Sequential(nn.Linear(3, 3))  # no part of the pass at all: nothing is lost
+    module.branch = nn.Sequential(nn.Linear(3, 3))  # not part of the pass, so no change is lost
     with substituted(module, ["branch.0.weight"], lambda _, weight: weight + 1):
         module(torch.ones(1, 3))
     own = network()

@@ -1,4 +1,4 @@
-"""Low-rank experts: the best approximation of each weight, within a budget of values."""
+"""Low-rank experts: the best approximation of each weight within a budget of values."""
 
 import pytest
 import torch
@@ -36,7 +36,7 @@ def test_a_full_rank_is_the_whole_tensor() -> None:
     assert all(torch.equal(tensor, tensors[name]) for name, tensor in expert.dense().items())
 
 
-def test_a_density_buys_the_directions_that_explain_most_per_value() -> None:
+def test_a_density_keeps_the_directions_that_explain_most_per_value() -> None:
     tensors = {name: tensor for name, tensor in residual().items() if tensor.dim() > 1}
     expert = extract_low_rank(tensors, density=0.5)
     budget = round(0.5 * (96 + 216))

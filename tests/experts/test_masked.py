@@ -1,4 +1,4 @@
-"""EMR-Merging's experts give what the paper's formula gives, from one bit per entry."""
+"""Masked experts equal the formula of EMR-Merging, with one bit per entry."""
 
 from pathlib import Path
 
@@ -21,7 +21,7 @@ def test_base_and_masked_expert_are_the_papers_task_model() -> None:
     assert all(torch.equal(shared[name], unified[name]) for name in unified)
     for task, vector in vectors.items():
         expected = apply_task_vector(start, emr_task_vector(unified, vector)[0])
-        assert experts[task].shared is shared  # once in memory, for all tasks
+        assert experts[task].shared is shared  # one object for all tasks
         with attached(base, experts[task]):
             for name, tensor in base.state_dict().items():
                 torch.testing.assert_close(tensor, expected[name])

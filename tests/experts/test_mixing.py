@@ -23,7 +23,7 @@ def test_a_mixture_is_the_weighted_sum(kind: str) -> None:
         torch.testing.assert_close(dense[name], expected)
 
 
-def test_what_is_whole_in_one_expert_is_whole_in_the_sum() -> None:
+def test_a_tensor_that_is_whole_in_one_expert_is_whole_in_the_sum() -> None:
     first, second = extract_low_rank(residuals()[0], rank=1), extract_low_rank(residuals()[1], rank=7)
     assert "w" in second.whole
     torch.testing.assert_close(

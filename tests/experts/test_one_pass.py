@@ -1,4 +1,4 @@
-"""Low-rank experts side by side: each group of a batch gets what its own changed weights would give."""
+"""One pass with several low-rank experts: each group has the result of its own changed weights."""
 
 from collections.abc import Callable
 
@@ -42,7 +42,7 @@ def with_changed_weights(model: nn.Module, run: Callable, expert: LowRankExpert 
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("counts", [(4, 1, 3, 1), (9,), (1,)])
 @pytest.mark.parametrize(("make", "inputs"), [(tiny_backbone, images(9)), (tiny_text_backbone, TEXTS)])
-def test_every_group_gets_what_its_changed_weights_give(make, inputs: Inputs, counts: tuple, packed: bool) -> None:
+def test_every_group_has_the_result_of_its_changed_weights(make, inputs: Inputs, counts: tuple, packed: bool) -> None:
     backbone = make().eval()
     before = {name: tensor.clone() for name, tensor in backbone.weights().items()}
     experts = [make_expert(backbone.weights(), seed) for seed in range(len(counts))]
@@ -78,7 +78,7 @@ def test_large_packed_experts_are_unpacked_layer_by_layer(monkeypatch: pytest.Mo
 
 
 class TimeFirst(nn.Module):
-    """A model whose layers see (time, samples, features)."""
+    """A model whose layers have inputs (time, samples, features)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -89,7 +89,7 @@ class TimeFirst(nn.Module):
 
 
 class Functional(nn.Module):
-    """A model that computes with a layer's weight itself."""
+    """A model that uses a layer's weight directly."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -100,18 +100,18 @@ class Functional(nn.Module):
 
 
 @pytest.mark.parametrize("make", [TimeFirst, Functional])
-def test_other_layouts_are_found_out(make: type[nn.Module]) -> None:
+def test_other_layouts_are_detected(make: type[nn.Module]) -> None:
     model = make().eval()
     groups = [(make_expert(model.state_dict(), 0, rank=1), 3), (None, 3)]
     assert not fits_one_pass(model, model, groups, torch.randn(6, 2, 4))
     assert not fits_one_pass(model, model, groups, torch.randn(1, 3, 4))
 
 
-def test_layers_are_themselves_again_after_an_error() -> None:
+def test_layers_are_restored_after_an_error() -> None:
     backbone = tiny_backbone().eval()
     groups = [(make_expert(backbone.weights(), 0), 2), (None, 1)]
     own = backbone.model.layernorm.forward
-    backbone.model.layernorm.forward = lambda inputs: own(inputs)  # somebody else's, which has to come back
+    backbone.model.layernorm.forward = lambda inputs: own(inputs)  # an instance's own `forward`, which must be restored
     mine = backbone.model.layernorm.forward
     with pytest.raises(RuntimeError), in_one_pass(backbone.model, groups):
         backbone(images(3)[:, :, :3])
@@ -144,9 +144,9 @@ def test_a_parameter_of_the_whole_model_makes_the_whole_model_run_group_by_group
 
 
 @torch.no_grad()
-def test_whole_weights_and_factors_of_the_same_layer_are_told_apart() -> None:
+def test_whole_weights_and_factors_of_the_same_layer_are_distinguished() -> None:
     class Shared(nn.Module):
-        """A layer that sees one row, the same for all samples."""
+        """A layer with one input row for all samples."""
 
         def __init__(self) -> None:
             super().__init__()

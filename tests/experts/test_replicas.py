@@ -1,4 +1,4 @@
-"""Twins: modules that share every tensor with their original and leave it as it is."""
+"""Replicas share every tensor with their original and do not change it."""
 
 import gc
 import weakref
@@ -24,7 +24,7 @@ def experts_of(module: nn.Module, kind: str) -> list[Expert]:
 
 
 class Recurrent(nn.Module):
-    """Its layers keep a list of their own of their weights."""
+    """A recurrent layer, which has a list of its weights."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ class Recurrent(nn.Module):
 
 
 class WithLists(nn.Module):
-    """Layers are found by a list, a dictionary, a bound method and a partial; a parameter in a list, too."""
+    """Layers in a list, a dictionary, a bound method and a partial; a parameter in a list."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ class WithLists(nn.Module):
 
 
 class WithClosure(nn.Module):
-    """A function knows a layer."""
+    """A layer in the closure of a function."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -69,7 +69,7 @@ class WithClosure(nn.Module):
 
 
 class Functional(nn.Module):
-    """The module around a layer computes with its weights; parameters lie in a list."""
+    """A parent that uses a layer's weights directly; parameters in a list."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -81,7 +81,7 @@ class Functional(nn.Module):
 
 
 class Normed(nn.Module):
-    """A hook makes the weight from others before each pass."""
+    """A hook computes the weight from others before each pass."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -96,8 +96,8 @@ class Normed(nn.Module):
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*deprecated", "ignore:RNN module weights")
 @pytest.mark.parametrize("kind", ["sparse", "low_rank"])
 @pytest.mark.parametrize("make", [Recurrent, WithLists, WithClosure, Functional, Normed, "encoder"])
-def test_modules_of_every_build_compute_with_each_groups_expert(make: Callable[[], nn.Module] | str, kind: str) -> None:
-    """What a module gives whose state is that of the changed weights."""
+def test_modules_of_any_structure_use_each_groups_expert(make: Callable[[], nn.Module] | str, kind: str) -> None:
+    """The result equals that of a module with the changed weights as its state."""
     torch.manual_seed(0)
     if make == "encoder":
         make = partial(nn.TransformerEncoderLayer, 4, 2, 8, batch_first=True)
@@ -122,7 +122,7 @@ def test_modules_of_every_build_compute_with_each_groups_expert(make: Callable[[
     )
 
 
-def test_a_module_whose_layers_are_known_to_functions_or_compiled_has_no_twin() -> None:
+def test_a_compiled_module_or_one_with_layers_in_closures_has_no_replica() -> None:
     assert make_replica(WithClosure()) is None
     compiled = nn.Sequential(nn.Linear(2, 2))
     assert make_replica(compiled) is not None
@@ -135,7 +135,7 @@ def test_a_module_whose_layers_are_known_to_functions_or_compiled_has_no_twin() 
     assert make_replica(around["inner"]) is None
 
 
-def test_a_twin_follows_what_happens_to_its_original_and_keeps_nothing_of_a_pass() -> None:
+def test_a_replica_follows_changes_of_its_original_and_is_reset_after_a_pass() -> None:
     class Counting(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -193,7 +193,7 @@ def test_gradients_reach_the_originals_parameters() -> None:
         torch.testing.assert_close(ours.grad, expected.grad)
 
 
-def test_kept_twins_do_not_keep_their_original_alive() -> None:
+def test_spare_replicas_do_not_keep_their_original_alive() -> None:
     for bound in (False, True):
         module = nn.Sequential(nn.Linear(2, 2))
         if bound:

@@ -1,4 +1,4 @@
-"""Extraction: exactly the top entries, by model, tensor or row; the released rescaling against the formula."""
+"""Extraction: exactly the top entries of a model, tensor or row, and the released rescaling."""
 
 import math
 
@@ -22,7 +22,7 @@ def residual(seed: int = 0) -> dict[str, torch.Tensor]:
 
 @given(seed=st.integers(0, 1000), density=st.floats(0.01, 1.0), levels=st.integers(1, 50))
 @settings(max_examples=60, deadline=None)
-def test_model_scope_keeps_the_top_of_everything_ties_included(seed: int, density: float, levels: int) -> None:
+def test_model_scope_keeps_the_top_of_the_model_with_ties(seed: int, density: float, levels: int) -> None:
     tensors = {name: (t * levels).round() for name, t in residual(seed).items() if t.is_floating_point()}
     expert = extract(tensors, density)
     flat = torch.cat([t.flatten() for t in tensors.values()]).abs()
@@ -32,22 +32,22 @@ def test_model_scope_keeps_the_top_of_everything_ties_included(seed: int, densit
     kept = torch.cat([expert.values[name] for name in expert.values]).abs().sort(descending=True).values
     assert torch.equal(kept, flat.sort(descending=True).values[:count])
     whole = torch.cat([t.flatten() for t in tensors.values()])
-    assert torch.equal(dense[dense != 0], whole[dense != 0])  # kept entries are kept in place, unchanged
+    assert torch.equal(dense[dense != 0], whole[dense != 0])  # kept entries are unchanged
 
 
-def test_among_equals_the_earlier_position_wins() -> None:
+def test_earlier_positions_are_kept_among_equal_magnitudes() -> None:
     expert = extract({"x": torch.tensor([1.0, -2.0, 2.0, 2.0])}, 0.5)
     assert expert.indices["x"].tolist() == [1, 2]
 
 
-def test_tensor_scope_keeps_its_share_of_each_tensor() -> None:
+def test_tensor_scope_keeps_a_fraction_of_each_tensor() -> None:
     expert = extract(residual(), 0.1, scope="tensor")
     assert {name: len(values) for name, values in expert.values.items()} == {"a.weight": 6, "a.bias": 1, "b.weight": 10}
     tensor = residual()["a.weight"].flatten().abs()
     assert expert.indices["a.weight"].tolist() == sorted(tensor.topk(6).indices.tolist())
 
 
-def test_row_scope_keeps_its_share_of_each_row() -> None:
+def test_row_scope_keeps_a_fraction_of_each_row() -> None:
     expert = extract({"w": residual()["a.weight"]}, 0.2, scope="row")
     assert (expert.dense()["w"] != 0).sum(dim=1).tolist() == [2] * 6
 
@@ -61,15 +61,15 @@ def test_released_rescaling_is_minus_log10_d_times_the_ratio_of_means() -> None:
     torch.testing.assert_close(released.values["w"], plain.values["w"] * mu)
 
 
-def test_density_one_gives_back_the_residual() -> None:
+def test_density_one_keeps_the_residual() -> None:
     tensors = {name: t for name, t in residual().items() if t.is_floating_point()}
     dense = extract(tensors, 1.0).dense()
     assert all(torch.equal(dense[name], tensors[name]) for name in tensors)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_selection_over_a_large_model_is_that_of_a_full_sort(dtype: torch.dtype) -> None:
-    """Large enough for the streamed order statistic to bracket instead of sorting; bfloat16 makes many ties."""
+def test_selection_over_a_large_model_equals_a_full_sort(dtype: torch.dtype) -> None:
+    """Large enough that the streamed order statistic uses brackets instead of sorting; bfloat16 has many ties."""
     generator = torch.Generator().manual_seed(0)
     tensors = {
         name: (scale * torch.randn(shape, generator=generator)).to(dtype)
@@ -83,15 +83,15 @@ def test_selection_over_a_large_model_is_that_of_a_full_sort(dtype: torch.dtype)
     assert torch.equal(found, expected)
 
 
-def test_vectors_ride_along_whole_within_half_the_budget() -> None:
+def test_whole_vectors_are_kept_within_half_the_budget() -> None:
     tensors = {"w": torch.randn(40, 50), "small": torch.full((20,), 1e-3), "large": torch.full((60,), 1e-3)}
-    expert = extract(tensors, 0.05, vectors="whole")  # 104 values: 20 fit into half of them, 80 do not
+    expert = extract(tensors, 0.05, vectors="whole")  # a budget of 104: 20 values fit into its half, 80 do not
     assert {name: len(value) for name, value in expert.values.items()} == {"w": 84, "small": 20}
     assert "small" not in extract(tensors, 0.05, vectors="none").shapes
     assert extract(tensors, 0.05).num_values == 104
 
 
-def test_running_statistics_are_left_out_unless_asked_for() -> None:
+def test_running_statistics_are_left_out_by_default() -> None:
     tensors = {"norm.running_var": torch.full((9,), 9.0), "norm.weight": torch.ones(9)}
     assert set(extract(tensors, 1.0).shapes) == {"norm.weight"}
     assert set(extract(tensors, 1.0, exclude=None).shapes) == {"norm.running_var", "norm.weight"}

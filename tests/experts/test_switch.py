@@ -1,4 +1,4 @@
-"""Switching experts: exact sums in, the merged weights out bit for bit, whatever happens in between."""
+"""Switching experts: attached sums are exact, and the merged weights are restored bit for bit."""
 
 import random
 
@@ -24,7 +24,7 @@ def experts(model: nn.Module, count: int = 3) -> list:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_thousands_of_switches_leave_no_trace(dtype: torch.dtype) -> None:
+def test_thousands_of_switches_change_no_bit(dtype: torch.dtype) -> None:
     model = module(dtype)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     switch, pool, choose = ExpertSwitch(model.state_dict()), experts(model), random.Random(0)
@@ -48,7 +48,7 @@ def test_attached_weights_are_the_float32_sum_rounded_once(dtype: torch.dtype) -
         assert all(torch.equal(expected[name], tensor) for name, tensor in model.state_dict().items())
 
 
-def test_an_exception_inside_restores_the_weights() -> None:
+def test_an_exception_in_the_block_restores_the_weights() -> None:
     model = module(torch.float32)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with pytest.raises(RuntimeError, match="inside"), attached(model, experts(model)[0]):
@@ -56,7 +56,7 @@ def test_an_exception_inside_restores_the_weights() -> None:
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 
-def test_an_expert_that_does_not_fit_changes_nothing() -> None:
+def test_an_expert_that_does_not_match_changes_nothing() -> None:
     model = module(torch.float32)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     switch = ExpertSwitch(model.state_dict())

@@ -1,4 +1,4 @@
-"""Experts of models whose weights are tied: each memory is changed once, whatever names an expert has for it."""
+"""Experts of models with tied weights: each tensor is changed once, under any of its names."""
 
 import copy
 import logging
@@ -46,14 +46,14 @@ def backbone_of(kind: str) -> LanguageBackbone:
 
 
 def names_of_the_embedding(model: nn.Module) -> list[str]:
-    """By storage: a clone in its place says which they are."""
+    """All names of the embedding's storage."""
     state = model.state_dict()
     place = model.get_input_embeddings().weight.data_ptr()
     return [name for name, tensor in state.items() if tensor.data_ptr() == place]
 
 
 def expert_of(backbone: LanguageBackbone, names: str, kind: str) -> Expert:
-    """An expert of the embedding and of one norm, under all the embedding's names, or only its first or last."""
+    """An expert of the embedding and one norm, under all names of the embedding or only its first or last."""
     own = names_of_the_embedding(backbone.model)
     own = {"all": own, "first": own[:1], "last": own[-1:]}[names]
     norm = next(name for name in backbone.weights() if "norm" in name or "ln_" in name)
@@ -61,17 +61,17 @@ def expert_of(backbone: LanguageBackbone, names: str, kind: str) -> Expert:
     change = torch.randn(40, 16, generator=generator)
     residual = dict.fromkeys(own, change) | {norm: torch.randn(16, generator=generator)}
     expert = extract(residual, 0.5) if kind == "sparse" else extract_low_rank(residual, rank=2)
-    return expert.with_values(expert.flat_values().bfloat16().float())  # so that packing loses nothing
+    return expert.with_values(expert.flat_values().bfloat16().float())  # so that packing is lossless
 
 
 def changed_by_hand(backbone: LanguageBackbone, expert: Expert) -> LanguageBackbone:
-    twin, dense = copy.deepcopy(backbone), expert.dense()
-    own = names_of_the_embedding(twin.model)
+    copied, dense = copy.deepcopy(backbone), expert.dense()
+    own = names_of_the_embedding(copied.model)
     with torch.no_grad():
-        twin.model.get_input_embeddings().weight += next(dense[name] for name in own if name in dense)
+        copied.model.get_input_embeddings().weight += next(dense[name] for name in own if name in dense)
         for name in dense.keys() - set(own):
-            twin.model.get_parameter(name).add_(dense[name])
-    return twin
+            copied.model.get_parameter(name).add_(dense[name])
+    return copied
 
 
 def some_inputs(kind: str) -> dict[str, torch.Tensor]:
@@ -86,7 +86,7 @@ def some_inputs(kind: str) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("kind", list(CONFIGS))
 def test_every_way_of_running_changes_a_tied_weight_once(kind: str, names: str, expert_kind: str) -> None:
     backbone, inputs = backbone_of(kind), some_inputs(kind)
-    assert len(names_of_the_embedding(backbone.model)) == NAMES[kind]  # else this shows nothing
+    assert len(names_of_the_embedding(backbone.model)) == NAMES[kind]  # otherwise the test shows nothing
     expert = expert_of(backbone, names, expert_kind)
     before = {name: tensor.clone() for name, tensor in backbone.weights().items()}
     expected = changed_by_hand(backbone, expert)(inputs)
@@ -112,8 +112,8 @@ def test_every_way_of_running_changes_a_tied_weight_once(kind: str, names: str, 
     assert len(names_of_the_embedding(plain)) == NAMES[kind]  # still tied
 
 
-def test_a_tied_head_runs_side_by_side_with_its_embedding() -> None:
-    """GPT-2's head is a linear layer, its embedding is not; the expert of a Hugging Face file names only the latter."""
+def test_a_tied_head_runs_in_one_pass_with_its_embedding() -> None:
+    """GPT-2's head is a linear layer and its embedding is not; Hugging Face files name only the embedding."""
     backbone, inputs = backbone_of("gpt2"), some_inputs("gpt2")
     expert = expert_of(backbone, "first", "low_rank")
     expected, plain = changed_by_hand(backbone, expert)(inputs), backbone(inputs)
@@ -125,12 +125,12 @@ def test_a_tied_head_runs_side_by_side_with_its_embedding() -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("expert_kind", ["sparse", "low_rank"])
-def test_experts_that_call_a_tied_weight_differently_mix(expert_kind: str) -> None:
+def test_experts_with_different_names_of_a_tied_weight_mix(expert_kind: str) -> None:
     backbone, inputs = backbone_of("gpt2"), some_inputs("gpt2")
     experts = {"a": expert_of(backbone, "first", expert_kind), "b": expert_of(backbone, "last", expert_kind)}
     free = FreeModel(backbone, {"a": nn.Identity(), "b": nn.Identity()}, experts, top_n=2).eval()
     found = free._grouped_features(inputs, [({"a": 0.5, "b": 0.25}, 3)])
-    expected = changed_by_hand(backbone, experts["a"].scaled(0.75))(inputs)  # both change the same
+    expected = changed_by_hand(backbone, experts["a"].scaled(0.75))(inputs)  # both change the same tensor
     torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-4)
 
 
@@ -139,19 +139,19 @@ def test_gradients_reach_an_expert_through_both_ends_of_a_tied_weight() -> None:
     expert = expert_of(backbone, "first", "low_rank")
     trainer = ExpertTrainer(copy.deepcopy(backbone), nn.Identity(), backbone.weights(), expert)
     trainer(inputs).square().mean().backward()
-    twin = copy.deepcopy(backbone).requires_grad_(False)
+    copied = copy.deepcopy(backbone).requires_grad_(False)
     values = expert.flat_values().requires_grad_()
     own = expert.with_values(values)
-    weights = {f"model.{name}": tensor for name, tensor in twin.weights().items()}
-    tied = names_of_the_embedding(twin.model)
+    weights = {f"model.{name}": tensor for name, tensor in copied.weights().items()}
+    tied = names_of_the_embedding(copied.model)
     for name in expert.shapes:
-        changed = own.added(name, twin.weights()[name])
+        changed = own.added(name, copied.weights()[name])
         weights |= {f"model.{alias}": changed for alias in (tied if name in tied else [name])}
-    torch.func.functional_call(twin, weights, (inputs,)).square().mean().backward()
+    torch.func.functional_call(copied, weights, (inputs,)).square().mean().backward()
     torch.testing.assert_close(trainer.values.grad, values.grad, atol=1e-6, rtol=1e-4)
 
 
-def test_a_task_vector_is_tied_where_both_models_are_and_an_expert_has_it_once() -> None:
+def test_a_task_vector_is_tied_if_both_models_are_and_an_expert_has_it_once() -> None:
     tied, untied = torch.ones(3), {"a": torch.zeros(3), "b": torch.ones(3)}
     base = {"a": torch.zeros(3)}
     base["b"] = base["a"]
@@ -164,7 +164,7 @@ def test_a_task_vector_is_tied_where_both_models_are_and_an_expert_has_it_once()
 
 
 @torch.no_grad()
-def test_somebody_elses_expert_takes_the_names_of_a_tied_weight_with_all_its_tables() -> None:
+def test_a_user_made_expert_is_renamed_in_all_its_fields() -> None:
     weights = dict.fromkeys(("first", "last"), torch.zeros(2, 3))
     expert = ShiftExpert({"last": torch.ones(1)}, {"last": (2, 3)}, {"task": "a"})
     renamed = by_first_names(expert, weights)

@@ -1,4 +1,4 @@
-"""Classes as users have them outside freemerge: a backbone, a head, a router and an expert."""
+"""User-made classes from outside freemerge: a backbone, a head, a router and an expert."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from freemerge.models import Backbone, Router, TransformersBackbone
 
 
 class OwnBackbone(Backbone):
-    """A network of its own."""
+    """A small network with a recipe."""
 
     def __init__(self, width: int = 8) -> None:
         super().__init__(nn.Sequential(nn.Flatten(), nn.Linear(64, width), nn.Tanh(), nn.Linear(width, width)), width)
@@ -25,21 +25,21 @@ class OwnBackbone(Backbone):
 
 
 class SilentBackbone(OwnBackbone):
-    """One that does not say what it is made of."""
+    """A backbone without a recipe."""
 
     def recipe(self) -> None:
         return None
 
 
 class OwnViT(TransformersBackbone):
-    """One of freemerge's with another forward pass."""
+    """A subclass of a freemerge backbone with another forward pass."""
 
     def forward(self, inputs: Tensor) -> Tensor:
         return 2 * super().forward(inputs)
 
 
 class OwnHead(nn.Module):
-    """Cosines to class vectors; of another width than it takes in."""
+    """Cosines between features and class vectors."""
 
     def __init__(self, width: int, classes: int) -> None:
         super().__init__()
@@ -67,7 +67,7 @@ class OwnRouter(Router):
 
 @dataclass(frozen=True)
 class ShiftExpert(Expert):
-    """Adds one number to all of a tensor."""
+    """Adds one number to all entries of a tensor."""
 
     shifts: dict[str, Tensor]
     shapes: dict[str, tuple[int, ...]]

@@ -1,4 +1,4 @@
-"""Batch norm measured anew: against sums over the whole data, and against torch's own running statistics."""
+"""Re-estimated batch norm: compared with sums over all data and with torch's own running statistics."""
 
 import pytest
 import torch
@@ -17,14 +17,14 @@ def network() -> nn.Sequential:
 
 
 @pytest.mark.parametrize("size", [50, 8])
-def test_the_first_layer_gets_the_exact_statistics_of_all_data(size: int) -> None:
+def test_the_first_layer_has_the_exact_statistics_of_all_data(size: int) -> None:
     measured = reestimate_batch_norm(network(), [(batch, None) for batch in DATA.split(size)])
     variance, mean = torch.var_mean(DATA.double(), dim=(0, 2, 3))
     torch.testing.assert_close(measured["0.running_mean"].double(), mean, rtol=1e-6, atol=0)
     torch.testing.assert_close(measured["0.running_var"].double(), variance, rtol=1e-5, atol=0)
 
 
-def test_one_batch_gives_what_torch_gives_in_every_layer() -> None:
+def test_every_layer_has_torchs_statistics_of_one_batch() -> None:
     module = network()
     reference = network()
     reference[2].eval()
@@ -37,7 +37,7 @@ def test_one_batch_gives_what_torch_gives_in_every_layer() -> None:
         torch.testing.assert_close(tensor, reference.state_dict()[name], rtol=1e-4, atol=1e-5)
 
 
-def test_the_module_is_left_as_it_was() -> None:
+def test_the_module_does_not_change() -> None:
     module = network()
     module[3].eval()
     before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
@@ -51,7 +51,7 @@ def test_the_module_is_left_as_it_was() -> None:
     assert not any(part._forward_pre_hooks for part in module.modules())
 
 
-def test_without_batch_norm_the_data_are_not_touched() -> None:
+def test_without_batch_norm_the_data_are_not_read() -> None:
     def never():
         raise AssertionError("read")
         yield
@@ -60,7 +60,7 @@ def test_without_batch_norm_the_data_are_not_touched() -> None:
     assert batch_norms(nn.BatchNorm1d(2, track_running_stats=False)) == {}
 
 
-def test_no_data_is_an_error_and_max_batches_is_kept() -> None:
+def test_no_data_is_an_error_and_max_batches_is_respected() -> None:
     with pytest.raises(ValueError, match="there are no data"):
         reestimate_batch_norm(network(), [])
     limited = reestimate_batch_norm(network(), list(DATA.split(10)), max_batches=2)

@@ -1,4 +1,4 @@
-"""FreeModel: routing, grouping, exact restoration, and its folder."""
+"""FreeModel: routing, grouping, exact restoration, and folders."""
 
 import copy
 import json
@@ -26,10 +26,10 @@ def model(images: torch.Tensor) -> FreeModel:
         generator = torch.Generator().manual_seed(seed)
         noise = {name: torch.randn(t.shape, generator=generator) for name, t in backbone.weights().items()}
         expert = extract(noise, 0.05)
-        experts[task] = expert.with_values(expert.flat_values().bfloat16().float())  # as a file stores them
+        experts[task] = expert.with_values(expert.flat_values().bfloat16().float())  # exact in a file
     heads = {"a": nn.Linear(16, 3), "b": nn.Linear(16, 5), "c": nn.Linear(16, 2)}
     router = ConvRouter(3, channels=1, width=4).eval()
-    with torch.no_grad():  # untrained, it would send every image to one task
+    with torch.no_grad():  # an untrained router sends every image to one task
         router.head.bias -= router(images).mean(dim=0)
     return FreeModel(backbone, heads, experts, router, {"a": ["x", "y", "z"]}).eval()
 
@@ -59,17 +59,17 @@ def test_a_named_task_uses_its_expert_and_head(model: FreeModel, images: torch.T
 
 
 @torch.no_grad()
-def test_a_mixed_batch_gives_each_sample_what_its_task_would(model: FreeModel, images: torch.Tensor) -> None:
+def test_each_sample_of_a_mixed_batch_has_the_result_of_its_task(model: FreeModel, images: torch.Tensor) -> None:
     output = model(images)
     assert torch.equal(output.task, model.router(images).argmax(dim=1))
-    assert len(output.task.unique()) > 1  # else this shows nothing
+    assert len(output.task.unique()) > 1  # otherwise the test shows nothing
     for i, name in enumerate(output.task_names):
         alone = model(images[i : i + 1], task=name)
         torch.testing.assert_close(output.logits[i], alone.logits[0])
 
 
 @torch.no_grad()
-def test_a_named_head_answers_for_whichever_expert_was_routed_to(model: FreeModel, images: torch.Tensor) -> None:
+def test_a_named_head_is_used_with_every_routed_expert(model: FreeModel, images: torch.Tensor) -> None:
     routed, output = model(images), model(images, head="b")
     assert output.task_names == ["b"] * len(images)
     assert torch.equal(output.router_logits, routed.router_logits)
@@ -82,8 +82,8 @@ def test_a_named_head_answers_for_whichever_expert_was_routed_to(model: FreeMode
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["sparse", "low_rank"])
-def test_ten_thousand_switches_leave_every_bit_in_bfloat16(model: FreeModel, images: torch.Tensor, kind: str) -> None:
-    """Through the model itself; sparse ones with one layer that runs, so that so many passes take seconds."""
+def test_ten_thousand_switches_change_no_bit_in_bfloat16(model: FreeModel, images: torch.Tensor, kind: str) -> None:
+    """Switches through the model; sparse experts with a single layer, so that the passes take seconds."""
     if kind == "low_rank":
         model = with_low_rank_experts(model)
     model = model.to(torch.bfloat16)
@@ -105,7 +105,7 @@ def test_ten_thousand_switches_leave_every_bit_in_bfloat16(model: FreeModel, ima
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["sparse", "low_rank", "mixed"])
-def test_autocast_keeps_no_narrow_copies_of_switched_weights(model: FreeModel, images: torch.Tensor, kind: str) -> None:
+def test_autocast_has_no_outdated_copies_of_switched_weights(model: FreeModel, images: torch.Tensor, kind: str) -> None:
     model = with_low_rank_experts(model) if kind == "low_rank" else model
     model.top_n = 2 if kind == "mixed" else 1
     alone, routed = {}, None
@@ -114,7 +114,7 @@ def test_autocast_keeps_no_narrow_copies_of_switched_weights(model: FreeModel, i
             alone[task] = model(images, task=task).logits
     with torch.autocast("cpu", torch.bfloat16):
         routed = model(images).logits
-    with torch.autocast("cpu", torch.bfloat16):  # all of them within one region
+    with torch.autocast("cpu", torch.bfloat16):  # all calls in one region
         for task in model.tasks:
             assert torch.equal(model(images, task=task).logits, alone[task])
         assert torch.equal(model(images).logits, routed)
@@ -124,7 +124,7 @@ def test_autocast_keeps_no_narrow_copies_of_switched_weights(model: FreeModel, i
 
 @torch.no_grad()
 @pytest.mark.parametrize("top_n", [1, 2])
-def test_a_backbone_of_another_layout_gives_the_same_group_by_group(
+def test_a_backbone_with_another_layout_has_the_same_results_group_by_group(
     model: FreeModel, images: torch.Tensor, top_n: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = with_low_rank_experts(model)
@@ -146,7 +146,7 @@ def with_low_rank_experts(model: FreeModel) -> FreeModel:
 
 
 @torch.no_grad()
-def test_low_rank_experts_give_what_the_summed_weights_do(model: FreeModel, images: torch.Tensor) -> None:
+def test_low_rank_experts_equal_summed_weights(model: FreeModel, images: torch.Tensor) -> None:
     model = with_low_rank_experts(model)
     for task in ("a", "b"):
         expected = by_hand(model, images, task)
@@ -158,7 +158,7 @@ def test_low_rank_experts_give_what_the_summed_weights_do(model: FreeModel, imag
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["sparse", "low_rank"])
-def test_soft_mixing_adds_the_top_experts_by_their_probabilities(
+def test_soft_routing_sums_the_top_experts_by_their_probabilities(
     model: FreeModel, images: torch.Tensor, kind: str
 ) -> None:
     model = with_low_rank_experts(model) if kind == "low_rank" else model
@@ -179,7 +179,7 @@ def test_soft_mixing_adds_the_top_experts_by_their_probabilities(
 
 
 @torch.no_grad()
-def test_an_unsure_router_abstains_to_the_plain_merged_backbone(model: FreeModel, images: torch.Tensor) -> None:
+def test_a_router_with_low_confidence_abstains(model: FreeModel, images: torch.Tensor) -> None:
     confidence = model.route(images)[0].softmax(dim=1).amax(dim=1)
     model.threshold = float(confidence.median())
     output = model(images)
@@ -195,9 +195,7 @@ def test_an_unsure_router_abstains_to_the_plain_merged_backbone(model: FreeModel
 
 
 @torch.no_grad()
-def test_a_strange_input_gets_the_plain_merged_backbone_however_sure_the_router_is(
-    model: FreeModel, images: torch.Tensor
-) -> None:
+def test_an_out_of_distribution_input_gets_no_expert_at_any_confidence(model: FreeModel, images: torch.Tensor) -> None:
     router, tasks = model.router, torch.arange(40) % 3
     router.out_of_distribution.fit(router.head_inputs(images), tasks)
     router.out_of_distribution.threshold.fill_(float(router.judge(images)[1].amin()))
@@ -233,19 +231,19 @@ def test_a_compiled_backbone_sees_the_switched_weights(model: FreeModel, images:
 
 
 @torch.no_grad()
-def test_experts_rest_in_few_bytes_and_a_copy_is_a_model_of_its_own(model: FreeModel, images: torch.Tensor) -> None:
+def test_experts_take_few_bytes_and_a_copy_is_independent(model: FreeModel, images: torch.Tensor) -> None:
     assert model.expert_bytes <= 3.2 * sum(expert.num_values for expert in model.experts.values()) + 400
     expected = model(images, task="a").logits
-    twin = copy.deepcopy(model)
-    for parameter in twin.parameters():
+    copied = copy.deepcopy(model)
+    for parameter in copied.parameters():
         parameter.zero_()
     assert torch.equal(model(images, task="a").logits, expected)
-    assert not torch.equal(twin(images, task="a").logits, expected)
+    assert not torch.equal(copied(images, task="a").logits, expected)
 
 
 @torch.no_grad()
 def test_texts_are_routed_by_the_backbones_own_embeddings() -> None:
-    """Inputs are a dict; padding on the right changes nothing."""
+    """Inputs are a dictionary; padding on the right changes nothing."""
     torch.manual_seed(0)
     backbone = tiny_text_backbone().eval()
     experts = {
@@ -271,7 +269,7 @@ def test_texts_are_routed_by_the_backbones_own_embeddings() -> None:
 
 
 @torch.no_grad()
-def test_packed_experts_are_taken_as_they_are(model: FreeModel, images: torch.Tensor) -> None:
+def test_packed_experts_are_not_copied(model: FreeModel, images: torch.Tensor) -> None:
     packed = {task: PackedExpert(expert) for task, expert in model.experts.items()}
     again = FreeModel(copy.deepcopy(model.backbone), dict(model.heads), packed).eval()
     assert again.expert_bytes == model.expert_bytes
@@ -369,9 +367,7 @@ def test_the_thresholds_let_the_wanted_fraction_of_validation_samples_pass() -> 
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["sparse", "low_rank"])
-def test_an_expert_that_float16_cannot_hold_is_an_error_or_right(
-    model: FreeModel, images: torch.Tensor, kind: str
-) -> None:
+def test_an_expert_that_overflows_float16_is_an_error(model: FreeModel, images: torch.Tensor, kind: str) -> None:
     name = "layernorm.weight"
     change = torch.zeros(16)
     change[3] = 65504.0

@@ -1,4 +1,4 @@
-"""FreeModel: changed weights that are kept between passes."""
+"""FreeModel: the cache of changed weights."""
 
 import copy
 import io
@@ -29,7 +29,7 @@ def make_model() -> FreeModel:
 
 
 def logits(model: FreeModel, images: Tensor) -> Tensor:
-    """Of all tasks in turn, then of a routed batch."""
+    """The logits of each task, then of a routed batch."""
     with torch.no_grad():
         return torch.cat([*(model(images, task=task).logits for task in TASKS), model(images).logits])
 
@@ -40,7 +40,7 @@ def images() -> Tensor:
 
 
 @pytest.mark.parametrize("top_n", [1, 2])
-def test_the_answers_are_the_same_with_and_without(images: Tensor, top_n: int) -> None:
+def test_results_are_the_same_with_and_without_the_cache(images: Tensor, top_n: int) -> None:
     model = make_model()
     model.top_n = top_n
     model.cache_bytes = 0
@@ -54,7 +54,7 @@ def test_the_answers_are_the_same_with_and_without(images: Tensor, top_n: int) -
         model.cache_bytes = -1
 
 
-def test_it_is_no_part_of_the_model(images: Tensor) -> None:
+def test_the_cache_is_not_part_of_the_model(images: Tensor) -> None:
     model = make_model()
     assert model.cache_bytes == 64 << 20
     keys, parameters, buffers = list(model.state_dict()), len(list(model.parameters())), len(list(model.buffers()))
@@ -73,7 +73,7 @@ def test_it_is_no_part_of_the_model(images: Tensor) -> None:
     assert model.cached_bytes
 
 
-def test_moving_and_loading_give_the_memory_back(images: Tensor) -> None:
+def test_moving_and_loading_empty_the_cache(images: Tensor) -> None:
     model, other = make_model(), make_model()
     with torch.no_grad():
         for parameter in other.backbone.parameters():
@@ -88,7 +88,7 @@ def test_moving_and_loading_give_the_memory_back(images: Tensor) -> None:
     assert torch.equal(logits(model, images.double()), logits(other.double(), images.double()))
 
 
-def test_models_that_share_a_backbone_follow_what_happens_to_it(images: Tensor) -> None:
+def test_models_that_share_a_backbone_notice_its_changes(images: Tensor) -> None:
     model = make_model()
     other = FreeModel(model.backbone, dict(model.heads.items()), model.packed_experts, model.router).eval()
     logits(model, images)

@@ -1,4 +1,4 @@
-"""FREE models as folders: every class that can be used comes back, in a fresh process too; nothing is half-written."""
+"""Folders of FREE models: every class round-trips, also in a new process, and nothing is half-written."""
 
 import json
 import os
@@ -26,7 +26,7 @@ def residual_of(backbone: nn.Module, seed: int) -> dict[str, torch.Tensor]:
 
 
 def as_stored(expert: Expert) -> Expert:
-    """With values that a file loses nothing of."""
+    """Experts whose values a file stores exactly."""
     return expert.with_values(expert.flat_values().bfloat16().float())
 
 
@@ -46,7 +46,7 @@ def same(model: FreeModel, again: FreeModel, inputs=IMAGES) -> bool:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_heads_of_any_layers_come_back(tmp_path: Path, dtype: torch.dtype) -> None:
+def test_heads_of_any_layers_round_trip(tmp_path: Path, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     shared = nn.Linear(16, 4)
     heads = {
@@ -72,13 +72,13 @@ def test_heads_of_any_layers_come_back(tmp_path: Path, dtype: torch.dtype) -> No
     assert again.heads["one"] is again.heads["two"]
     if dtype == torch.float32:
         assert same(model, again)
-        assert answers(model)["mlp"].shape == (6, 16)  # the widest, which the features themselves are
+        assert answers(model)["mlp"].shape == (6, 16)  # the width of the features
         with torch.no_grad():
             assert torch.equal(answers(model)["mlp"][:, :5], heads["mlp"](model.backbone(IMAGES)))
         assert model(IMAGES[:0], task="mlp").logits.shape == (0, 16)
 
 
-def test_tasks_may_be_called_anything_that_a_file_can(tmp_path: Path) -> None:
+def test_task_names_may_be_any_file_name(tmp_path: Path) -> None:
     names = ["type", "keys", "v1.0", "forward", "a b", "Straße", "数字", "training", "100%", "_keys", "x%2Ey", "x.y"]
     backbone = tiny_backbone()
     heads = {name: nn.Linear(16, 2 + index) for index, name in enumerate(names)}
@@ -92,19 +92,19 @@ def test_tasks_may_be_called_anything_that_a_file_can(tmp_path: Path) -> None:
     with torch.no_grad():
         assert torch.equal(again(IMAGES).logits, model(IMAGES).logits)
     others = {name: nn.Linear(16, 2 + index) for index, name in enumerate(names)}
-    twin = FreeModel(tiny_backbone(1), others, router=ConvRouter(len(names), 1, width=4)).eval()
-    twin.load_state_dict(model.state_dict())
-    torch.testing.assert_close(answers(twin), answers(model), atol=1e-6, rtol=1e-5)
+    copied = FreeModel(tiny_backbone(1), others, router=ConvRouter(len(names), 1, width=4)).eval()
+    copied.load_state_dict(model.state_dict())
+    torch.testing.assert_close(answers(copied), answers(model), atol=1e-6, rtol=1e-5)
     assert isinstance(model.get_submodule("heads.%type"), nn.Linear)
 
 
 @pytest.mark.parametrize("name", ["", " ", "a/b", "a\\b", "..", "tab\t", "long" * 60])
-def test_names_that_no_file_can_have_are_refused_at_once(name: str) -> None:
+def test_impossible_file_names_are_refused_at_once(name: str) -> None:
     with pytest.raises(ValueError, match=r"FreeModel: (a task has no name|the task|the name of task)"):
         FreeModel(tiny_backbone(), {"a": nn.Linear(16, 2), name: nn.Linear(16, 2)})
 
 
-def test_masked_experts_keep_their_shared_vector_once(tmp_path: Path) -> None:
+def test_masked_experts_store_their_shared_vector_once(tmp_path: Path) -> None:
     backbone = tiny_backbone()
     _, experts = emr_experts({task: residual_of(backbone, seed) for seed, task in enumerate("ab")})
     model = FreeModel(backbone, {task: nn.Linear(16, 3) for task in "ab"}, experts).eval()
@@ -116,7 +116,7 @@ def test_masked_experts_keep_their_shared_vector_once(tmp_path: Path) -> None:
         torch.testing.assert_close(answers(again)[task], logits, atol=0.05, rtol=0.05)  # rescalers are stored in int8
 
 
-def test_classes_of_ones_own_are_passed_or_trusted(tmp_path: Path) -> None:
+def test_user_made_classes_are_passed_or_trusted(tmp_path: Path) -> None:
     torch.manual_seed(0)
     backbone = OwnBackbone()
     shift = ShiftExpert({"1.bias": torch.tensor([0.5])}, {"1.bias": (8,)})
@@ -147,7 +147,7 @@ def test_classes_of_ones_own_are_passed_or_trusted(tmp_path: Path) -> None:
             torch.testing.assert_close(again(IMAGES).logits, model(IMAGES).logits, atol=2e-2, rtol=2e-2)  # router: bf16
 
 
-def test_a_fresh_process_loads_ones_own_classes_only_if_told_to(tmp_path: Path) -> None:
+def test_a_new_process_loads_user_made_classes_only_if_allowed(tmp_path: Path) -> None:
     model = FreeModel(
         OwnBackbone(),
         {"a": OwnHead(8, 3)},
@@ -176,7 +176,7 @@ with torch.no_grad():
     assert done.stdout.split() == ["CheckpointError", "False", "True"], done.stderr
 
 
-def test_a_backbone_that_says_nothing_of_itself_is_passed(tmp_path: Path) -> None:
+def test_a_backbone_without_a_recipe_is_passed(tmp_path: Path) -> None:
     for index, make in enumerate((SilentBackbone, lambda: ModuleBackbone(OwnBackbone().model, 8))):
         model = FreeModel(make(), {"a": nn.Linear(8, 2)}).eval()
         model.save_pretrained(tmp_path / str(index))
@@ -185,7 +185,7 @@ def test_a_backbone_that_says_nothing_of_itself_is_passed(tmp_path: Path) -> Non
         assert same(model, FreeModel.from_pretrained(tmp_path / str(index), make()))
 
 
-def test_a_class_derived_from_freemerges_own_is_not_taken_for_it(tmp_path: Path) -> None:
+def test_a_subclass_of_a_freemerge_class_is_not_mistaken_for_it(tmp_path: Path) -> None:
     model = FreeModel(OwnViT(config=VIT, pooling="mean"), {"a": nn.Linear(16, 2)}).eval()
     model.save_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match=r"own_parts\.OwnViT, which is not imported by default"):
@@ -203,7 +203,7 @@ class Broken(nn.Linear):
         raise RuntimeError("disk full")
 
 
-def test_what_fails_leaves_nothing_and_keeps_what_was_there(tmp_path: Path) -> None:
+def test_a_failed_save_leaves_no_files_and_keeps_the_old_model(tmp_path: Path) -> None:
     good, bad = (FreeModel(tiny_backbone(), {"a": kind(16, 2)}).eval() for kind in (nn.Linear, Broken))
     with pytest.raises(RuntimeError, match="disk full"):
         bad.save_pretrained(tmp_path / "new")
@@ -217,14 +217,14 @@ def test_what_fails_leaves_nothing_and_keeps_what_was_there(tmp_path: Path) -> N
     assert same(good, FreeModel.from_pretrained(tmp_path / "m"))
 
 
-def test_a_file_in_the_folders_place_is_named(tmp_path: Path) -> None:
+def test_saving_to_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "m").write_text("mine")
     with pytest.raises(ValueError, match="is a file; a model is saved as a folder"):
         FreeModel(tiny_backbone(), {"a": nn.Linear(16, 2)}).save_pretrained(tmp_path / "m")
     assert (tmp_path / "m").read_text() == "mine"
 
 
-def test_a_new_model_takes_the_place_of_an_old_one(tmp_path: Path) -> None:
+def test_a_new_model_replaces_an_old_one(tmp_path: Path) -> None:
     backbone = tiny_backbone()
     heads = {task: nn.Linear(16, 2) for task in "ab"}
     experts = {task: extract(residual_of(backbone, 0), 0.05) for task in "ab"}
@@ -271,7 +271,7 @@ T5 = {"model_type": "t5", "vocab_size": 30, "d_model": 16, "d_kv": 8, "d_ff": 24
     ("config", "point"),
     [({**GPT2, "eos_token_id": 2}, "transformer.wte"), ({**T5, "decoder_start_token_id": 0}, "encoder.embed_tokens")],
 )
-def test_a_language_model_answers_each_sample_as_its_task_model_does(tmp_path: Path, config: dict, point: str) -> None:
+def test_a_language_model_computes_each_sample_as_its_task_model(tmp_path: Path, config: dict, point: str) -> None:
     torch.manual_seed(0)
     backbone = LanguageBackbone(config=config).eval()
     residuals = {t: residual_of(backbone, seed) for seed, t in enumerate("ab")}
@@ -289,7 +289,7 @@ def test_a_language_model_answers_each_sample_as_its_task_model_does(tmp_path: P
                 assert output.logits.shape == (4, 6, 30)
                 assert torch.equal(output.labels, output.logits.argmax(dim=2))
                 torch.testing.assert_close(output.logits, expected[task], atol=1e-4, rtol=1e-3)
-            router.head.bias -= model.route(inputs)[0].mean(dim=0)  # untrained, it would send all to one task
+            router.head.bias -= model.route(inputs)[0].mean(dim=0)  # an untrained router sends all to one task
             routed = model(inputs)
             assert len(set(routed.task_names)) == 2
             for i, name in enumerate(routed.task_names):

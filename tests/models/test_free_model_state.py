@@ -20,7 +20,7 @@ IMAGES = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(1))
 
 
 def model_of(seed: int, kind: str | None = "sparse", density: float = 0.1, tasks: str = "ab") -> FreeModel:
-    """Another seed is another backbone, other heads and other experts."""
+    """The seed determines the backbone, heads and experts."""
     backbone = tiny_backbone(seed).eval()
     residuals = {}
     for task in tasks if kind else "":
@@ -42,7 +42,7 @@ def answers(model: FreeModel) -> torch.Tensor:
 
 
 class Project(L.LightningModule):
-    """Somebody's own, that holds a FREE model and trains its heads."""
+    """A user's module that contains a FREE model and trains its heads."""
 
     def __init__(self, seed: int) -> None:
         super().__init__()
@@ -68,7 +68,7 @@ class Project(L.LightningModule):
         ({"kind": None}, {"kind": "low_rank"}),
     ],
 )
-def test_a_loaded_state_brings_its_own_experts(source: dict, target: dict, assign: bool) -> None:
+def test_a_loaded_state_replaces_the_experts(source: dict, target: dict, assign: bool) -> None:
     one, two = model_of(0, **source), model_of(1, **target)
     expected, state = answers(one), copy.deepcopy(one.state_dict())
     assert not torch.allclose(answers(two), expected, atol=0.1)
@@ -77,12 +77,12 @@ def test_a_loaded_state_brings_its_own_experts(source: dict, target: dict, assig
     torch.testing.assert_close(answers(two), expected, atol=1e-6, rtol=1e-5)
     assert two.packed_experts.keys() == one.packed_experts.keys()
     assert two.expert_bytes == one.expert_bytes
-    if not assign:  # a model of its own
+    if not assign:  # independent tensors
         two.half().float()
         assert all(torch.equal(state[key], kept[key]) for key in kept)
 
 
-def test_the_state_holds_the_experts_as_the_model_does(tmp_path: Path) -> None:
+def test_the_state_contains_the_packed_experts(tmp_path: Path) -> None:
     for kind in ("sparse", "low_rank", "masked"):
         model = model_of(0, kind)
         state = model.state_dict()
@@ -99,19 +99,19 @@ def test_the_state_holds_the_experts_as_the_model_does(tmp_path: Path) -> None:
             torch.testing.assert_close(answers(other), answers(model), atol=1e-6, rtol=1e-5)
 
 
-def test_moving_and_narrowing_a_model_leaves_its_experts_exact() -> None:
+def test_moving_and_casting_a_model_leaves_its_experts_exact() -> None:
     model = model_of(0)
     before = {key: t.clone() for key, t in model.state_dict().items() if key.startswith("experts")}
     state = model.to(torch.bfloat16).state_dict()
     assert all(torch.equal(before[key], state[key]) for key in before)
     assert state["heads.a.weight"].dtype == torch.bfloat16
-    assert not {key for key, _ in model.named_buffers() if key.startswith("experts")}  # DDP sends these each pass
-    twin = copy.deepcopy(model)
-    assert all(torch.equal(before[key], twin.state_dict()[key]) for key in before)
-    assert twin.state_dict()["experts.a.codes"].data_ptr() != state["experts.a.codes"].data_ptr()
+    assert not {key for key, _ in model.named_buffers() if key.startswith("experts")}  # DDP broadcasts them
+    copied = copy.deepcopy(model)
+    assert all(torch.equal(before[key], copied.state_dict()[key]) for key in before)
+    assert copied.state_dict()["experts.a.codes"].data_ptr() != state["experts.a.codes"].data_ptr()
 
 
-def test_an_old_state_without_experts_is_named_and_keeps_the_models_own_if_asked() -> None:
+def test_a_state_without_experts_warns_and_strict_false_keeps_the_models_own() -> None:
     one, two = model_of(0), model_of(1)
     own = {task: packed.codes for task, packed in two.packed_experts.items()}
     old = {key: t for key, t in one.state_dict().items() if not key.startswith("experts")}
@@ -124,7 +124,7 @@ def test_an_old_state_without_experts_is_named_and_keeps_the_models_own_if_asked
     assert str(model_of(1, None).load_state_dict(old)) == "<All keys matched successfully>"
 
 
-def test_experts_that_do_not_fit_are_refused_and_change_nothing() -> None:
+def test_experts_that_do_not_match_are_refused_and_change_nothing() -> None:
     one, two = model_of(0), model_of(1)
     own = two.packed_experts
     lacking = {key: t for key, t in one.state_dict().items() if key != "experts.b.gaps"}
@@ -151,7 +151,7 @@ def test_experts_that_do_not_fit_are_refused_and_change_nothing() -> None:
     assert all(two.packed_experts[task] is own[task] for task in own)
 
 
-def test_a_lightning_checkpoint_carries_the_experts(tmp_path: Path) -> None:
+def test_a_lightning_checkpoint_contains_the_experts(tmp_path: Path) -> None:
     one, two = Project(0), Project(1)
     quiet = {
         "accelerator": "cpu", "max_steps": 1, "logger": False, "enable_progress_bar": False,
@@ -175,8 +175,8 @@ NAMES = ["a", "keys", "v1.0", "shared", "codes"]
 
 @pytest.mark.parametrize("kind", ["sparse", "low_rank", "masked"])
 @pytest.mark.parametrize("wrapped", [False, True])
-def test_torchs_distributed_checkpoints_hold_the_experts(kind: str, wrapped: bool, tmp_path: Path) -> None:
-    """`get_model_state_dict` finds every key, whatever the tasks are called; files give another model all of it."""
+def test_torchs_distributed_checkpoints_contain_the_experts(kind: str, wrapped: bool, tmp_path: Path) -> None:
+    """`get_model_state_dict` finds every key for any task names; another model loads all of it from files."""
 
     def make(seed: int) -> tuple[FreeModel, nn.Module]:
         free = model_of(seed, kind)
@@ -189,14 +189,14 @@ def test_torchs_distributed_checkpoints_hold_the_experts(kind: str, wrapped: boo
     distributed.save(state, checkpoint_id=tmp_path / "dcp")
     set_model_state_dict(other, copy.deepcopy(state))
     torch.testing.assert_close(answers(two), expected, atol=1e-6, rtol=1e-5)
-    twin = copy.deepcopy(whole)
+    copied = copy.deepcopy(whole)
     with torch.no_grad():
-        for tensor in twin.state_dict().values():
+        for tensor in copied.state_dict().values():
             tensor.zero_()
-    found = get_model_state_dict(twin)
+    found = get_model_state_dict(copied)
     distributed.load(found, checkpoint_id=tmp_path / "dcp")
-    set_model_state_dict(twin, found)
-    torch.testing.assert_close(answers(twin["free"] if wrapped else twin), expected)
+    set_model_state_dict(copied, found)
+    torch.testing.assert_close(answers(copied["free"] if wrapped else copied), expected)
     if kind != "masked":  # another model's experts have other sizes
         with pytest.raises(CheckpointException, match=r"Size mismatch .* experts\.|Size mismatch .* free\.experts\."):
             distributed.load(get_model_state_dict(make(2)[1]), checkpoint_id=tmp_path / "dcp")

@@ -1,4 +1,4 @@
-"""FreeModel and threads: answers are those of one thread alone, and nothing in the model has changed afterwards."""
+"""FreeModel in threads: results equal those of a single thread, and the model does not change."""
 
 import copy
 import pickle
@@ -44,7 +44,7 @@ def images() -> torch.Tensor:
 
 @contextmanager
 def computing(*works: Callable[[], None]) -> Iterator[list[BaseException]]:
-    """Run each in a thread of its own, over and over, while the block runs; what they raised is in the list."""
+    """Run each function repeatedly in its own thread while the block runs; the list collects their errors."""
     stop, raised, started = threading.Event(), [], threading.Barrier(len(works) + 1)
 
     def repeat(work: Callable[[], None]) -> None:
@@ -70,14 +70,14 @@ def computing(*works: Callable[[], None]) -> Iterator[list[BaseException]]:
 
 
 def expects(call: Callable[[], torch.Tensor]) -> Callable[[], None]:
-    """What it gives now, it must always give."""
+    """A function that asserts that the results never change."""
     with torch.no_grad():
         expected = call()
     return lambda: torch.testing.assert_close(call(), expected, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_threads_get_what_one_alone_gets_and_leave_every_bit(kind: str, images: torch.Tensor) -> None:
+def test_threads_have_the_results_of_one_thread_and_change_no_bit(kind: str, images: torch.Tensor) -> None:
     model = model_of(kind)
     before = {name: tensor.clone() for name, tensor in model.backbone.weights().items()}
     works = [expects(lambda task=task: model(images, task=task).logits) for task in "ab"]
@@ -91,7 +91,7 @@ def test_threads_get_what_one_alone_gets_and_leave_every_bit(kind: str, images: 
 
 
 @pytest.mark.parametrize("kinds", [("sparse", "sparse"), ("sparse", "low_rank"), ("masked", "low_rank")])
-def test_models_that_share_a_backbone_compute_as_each_alone(kinds: tuple[str, str], images: torch.Tensor) -> None:
+def test_models_that_share_a_backbone_do_not_affect_each_other(kinds: tuple[str, str], images: torch.Tensor) -> None:
     backbone = tiny_backbone().eval()
     one, two = (model_of(kind, backbone) for kind in kinds)
     before = {name: tensor.clone() for name, tensor in backbone.weights().items()}
@@ -112,17 +112,17 @@ def test_models_that_share_a_backbone_compute_as_each_alone(kinds: tuple[str, st
 
 
 @pytest.mark.parametrize("kind", ["sparse", "low_rank"])
-def test_what_is_copied_or_saved_meanwhile_is_the_merge(kind: str, images: torch.Tensor, tmp_path) -> None:
+def test_copies_and_files_made_during_passes_have_the_merged_weights(kind: str, images: torch.Tensor, tmp_path) -> None:
     model = model_of(kind)
     before = {name: tensor.clone() for name, tensor in model.backbone.weights().items()}
     with torch.no_grad():
         expected = model(images, task="a").logits
     with computing(*(lambda task=task: model(images, task=task) for task in "ab")) as raised, torch.no_grad():
         for turn in range(10):
-            twin, plain = copy.deepcopy(model), model.task_model("a")
+            copied, plain = copy.deepcopy(model), model.task_model("a")
             with model.undisturbed():
                 state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-            assert all(torch.equal(before[name], tensor) for name, tensor in twin.backbone.weights().items())
+            assert all(torch.equal(before[name], tensor) for name, tensor in copied.backbone.weights().items())
             assert all(torch.equal(before[name], state[f"backbone.model.{name}"]) for name in before)
             torch.testing.assert_close(plain(images), expected, atol=1e-5, rtol=1e-4)
             if turn % 5 == 0:
@@ -134,7 +134,7 @@ def test_what_is_copied_or_saved_meanwhile_is_the_merge(kind: str, images: torch
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_pass_that_fails_leaves_the_model_to_others(kind: str, images: torch.Tensor) -> None:
+def test_a_failed_pass_does_not_block_others(kind: str, images: torch.Tensor) -> None:
     model = model_of(kind)
     work = expects(lambda: model(images, task="a").logits)
     before = {name: tensor.clone() for name, tensor in model.backbone.weights().items()}
@@ -168,8 +168,8 @@ def test_a_model_that_has_computed_can_be_pickled(kind: str, images: torch.Tenso
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", KINDS)
-def test_threads_are_in_the_model_at_the_same_time_and_see_the_merged_weights(kind: str, images: torch.Tensor) -> None:
-    """Each thread waits in the middle of its pass for the others; nothing of the model is different then."""
+def test_threads_compute_at_the_same_time_and_see_the_merged_weights(kind: str, images: torch.Tensor) -> None:
+    """Each thread waits within its pass for the others, while the model has its own weights."""
     model = model_of(kind)
     works = [expects(lambda task=task: model(images, task=task).logits) for task in "abab"]
     live = dict(model.state_dict(keep_vars=True))
@@ -200,7 +200,7 @@ def test_threads_are_in_the_model_at_the_same_time_and_see_the_merged_weights(ki
 
 
 @torch.no_grad()
-def test_what_changes_the_model_waits_for_those_who_compute_and_they_for_it(images: torch.Tensor) -> None:
+def test_changes_wait_for_passes_and_passes_for_changes(images: torch.Tensor) -> None:
     model, other = model_of("sparse"), model_of("sparse", tiny_backbone(1).eval())
     states = [{name: t.clone() for name, t in one.state_dict().items()} for one in (model, other)]
     allowed = [one(images, task="a").logits for one in (model, other)]
@@ -218,7 +218,7 @@ def test_what_changes_the_model_waits_for_those_who_compute_and_they_for_it(imag
 
 
 @torch.no_grad()
-def test_a_compiled_backbone_is_shared_one_thread_at_a_time(images: torch.Tensor) -> None:
+def test_a_compiled_backbone_is_used_by_one_thread_at_a_time(images: torch.Tensor) -> None:
     model = model_of("sparse")
     works = [expects(lambda task=task: model(images, task=task).logits) for task in "ab"]
     model.backbone.model.compile(backend="eager")

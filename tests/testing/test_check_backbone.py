@@ -1,4 +1,4 @@
-"""`check_backbone` passes backbones of ours and of others, and finds what is wrong."""
+"""`check_backbone` accepts correct backbones and names the faults of others."""
 
 import pytest
 import torch
@@ -25,9 +25,9 @@ TOKENS = {
         (OwnBackbone, IMAGES),
         (lambda: OwnViT(config=VIT, pooling="mean"), IMAGES),
     ],
-    ids=["transformers, images", "transformers, texts", "torchvision", "of somebody else", "derived from one of ours"],
+    ids=["transformers, images", "transformers, texts", "torchvision", "user-made", "derived from ours"],
 )
-def test_backbones_that_are_right(make, inputs):
+def test_correct_backbones_pass(make, inputs):
     torch.manual_seed(0)
     check_backbone(make(), inputs)
 
@@ -59,7 +59,7 @@ class Counting(OwnBackbone):
 
 
 class Aside(OwnBackbone):
-    """Computes with what it does not show."""
+    """Computes with weights that `weights()` does not return."""
 
     def __init__(self, width=8):
         super().__init__(width)
@@ -80,7 +80,7 @@ class Forgetful(OwnBackbone):
 
 
 class Blank(Backbone):
-    """Comes back with another forward pass: its recipe leaves an argument out."""
+    """Is rebuilt with another forward pass, because its recipe lacks an argument."""
 
     def __init__(self, factor=1.0):
         super().__init__(nn.Sequential(nn.Flatten(), nn.Linear(64, 4)), 4)
@@ -103,21 +103,21 @@ class Tuples(OwnBackbone):
     [
         (Wide, r"Wide returns features of shape \(3, 16\), expected \(3, 8\)"),
         (Mixing, "Mixing: the features of sample 0 depend on the other samples"),
-        (Dropping, "Dropping in eval mode is not deterministic"),
-        (Counting, "Counting changes its weights when it computes, first 'calls'"),
+        (Dropping, "Dropping is not deterministic in evaluation mode"),
+        (Counting, "Counting changes its weights in a forward pass; the first is 'calls'"),
         (Aside, "Aside: other weights give the same features"),
         (Frozen, "Frozen: no gradient reaches its parameters"),
-        (Forgetful, r"Forgetful cannot be loaded from its own folder: .* let recipe\(\) return"),
-        (lambda: Blank(2.0), "Blank comes back from its folder and computes otherwise"),
+        (Forgetful, r"Forgetful cannot be loaded from its own folder: .* recipe\(\) must return"),
+        (lambda: Blank(2.0), "Blank is loaded from its folder and returns other features"),
         (Tuples, "Tuples returns a tuple, expected a tensor of features"),
     ],
 )
-def test_what_is_wrong_is_named(backbone, message):
+def test_a_fault_is_named(backbone, message):
     torch.manual_seed(0)
     with pytest.raises(AssertionError, match=message):
         check_backbone(backbone(), IMAGES)
 
 
-def test_one_sample_tells_nothing():
+def test_one_sample_is_refused():
     with pytest.raises(AssertionError, match="at least two samples"):
         check_backbone(ModuleBackbone(nn.Flatten(), feature_dim=64), IMAGES[:1])

@@ -1,4 +1,4 @@
-"""`check_expert` passes kinds of ours and of others, and finds what is wrong."""
+"""`check_expert` accepts correct kinds of experts and names the faults of others."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -21,13 +21,13 @@ def masked_of(residual: Mapping[str, Tensor]) -> MaskedExpert:
     return emr_experts({"a": residual, "b": {name: -tensor.flip(0) for name, tensor in residual.items()}})[1]["a"]
 
 
-def test_kinds_that_are_right() -> None:
+def test_correct_kinds_pass() -> None:
     check_expert(SparseExpert, density=0.2, fresh_process=False)
     check_expert(LowRankExpert, rank=1, fresh_process=False)
     check_expert(MaskedExpert, masked_of, fresh_process=False)
 
 
-def test_somebody_elses_kind_is_loaded_in_a_fresh_process() -> None:
+def test_a_user_made_kind_is_loaded_in_a_new_process() -> None:
     check_expert(ShiftExpert, shift_of)
 
 
@@ -80,13 +80,13 @@ class WithoutKind(ShiftExpert):
     [
         (RoundsTwice, "added of a bfloat16 weight is not the float32 sum rounded once, for '0.weight'"),
         (Detached, "added is not differentiable in the values"),
-        (InPlace, "added changes the weight it is given, '0.weight'"),
-        (Forgetful, "what PackedExpert unpacks is another expert, at '0.weight'"),
-        (Unfaithful, "with_parts gives a ShiftExpert"),
+        (InPlace, "added changes its argument, the weight '0.weight'"),
+        (Forgetful, "PackedExpert unpacks another expert, at '0.weight'"),
+        (Unfaithful, "with_parts returns a ShiftExpert"),
         (WithoutKind, "has no KIND of its own"),
     ],
 )
-def test_what_is_wrong_is_named(kind: type[Expert], message: str) -> None:
+def test_a_fault_is_named(kind: type[Expert], message: str) -> None:
     def make(residual: Mapping[str, Tensor]) -> Expert:
         own = shift_of(residual)
         return kind({name: torch.full((1,), 0.3) for name in own.shifts}, own.shapes)

@@ -1,4 +1,4 @@
-"""`check_method` passes every method of ours, and finds what is wrong with others."""
+"""`check_method` accepts all of our methods and names the faults of others."""
 
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -12,13 +12,13 @@ from tests.merging.merging_models import METHODS
 
 
 @pytest.mark.parametrize("method", METHODS, ids=repr)
-def test_every_method_of_ours(method):
+def test_all_of_our_methods_pass(method):
     check_method(method)
 
 
 @dataclass(frozen=True)
 class Sum(MergeMethod):
-    """The plainest method that there is."""
+    """The simplest method."""
 
     scale: float = 1.0
 
@@ -28,7 +28,7 @@ class Sum(MergeMethod):
         return self.scale * deltas.sum(dim=0)
 
 
-def test_a_method_of_somebody_else():
+def test_a_user_made_method_passes():
     check_method(Sum())
     check_method(Sum(0.3), models=2)
 
@@ -121,21 +121,21 @@ class Unsent(Sum):
         (Flat(), "returned shape"),
         (Dice(), "Dice is not deterministic"),
         (Chunky(), "Chunky is elementwise, but chunks of"),
-        (Bent(), "Bent says linear_in_scale"),
+        (Bent(), "Bent sets linear_in_scale"),
         (Forgetful(), "Forgetful: its statistics depend on `scale`"),
         (First(), "First's result depends on the order of the models"),
         (Shifted(), "Shifted of models that equal the base is not the base"),
         (Infinite(), "NaN or infinite"),
-        (Loose(), "Loose can be changed after it is made"),
-        (Plain(), "Plain is no dataclass"),
+        (Loose(), "Loose is mutable"),
+        (Plain(), "Plain is not a dataclass"),
         (Unsent(), "Unsent cannot be sent to another process"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, MergeMethod) else "",
 )
-def test_what_is_wrong_is_named(method, message):
+def test_a_fault_is_named(method, message):
     with pytest.raises(AssertionError, match=message.replace("(", r"\(")):
         check_method(method)
 
 
-def test_a_method_that_is_meant_to_depend_on_the_order():
+def test_a_method_may_depend_on_the_order():
     check_method(First(), symmetric=False)

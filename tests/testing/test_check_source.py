@@ -1,4 +1,4 @@
-"""`check_source` passes for every source of ours, and names what is wrong with one that is not right."""
+"""`check_source` accepts all of our sources and names the faults of others."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def texts(label: str, kind: str) -> Callable[[Path], TaskSource]:
     [npz, folders, torchvision, pooled, pictures, hub_texts, texts("label", "classification"),
      texts("score", "regression"), texts("answer", "seq2seq"), texts("answer", "causal_lm")],
 )  # fmt: skip
-def test_our_own_sources_are_right(make, tmp_path: Path) -> None:
+def test_our_own_sources_pass(make, tmp_path: Path) -> None:
     before = torch.random.get_rng_state()
     assert check_source(make(tmp_path), workers=1).name == "checked"
     assert torch.equal(torch.random.get_rng_state(), before)
@@ -77,7 +77,7 @@ def test_our_own_sources_are_right(make, tmp_path: Path) -> None:
 
 @dataclass(kw_only=True)
 class Own(TaskSource):
-    """A source whose faults can be chosen."""
+    """A source with a selectable fault."""
 
     fault: str = ""
     kept: Any = field(default=None)
@@ -109,13 +109,13 @@ class Own(TaskSource):
 
 
 class Shifted(TensorDataset):
-    """Fetches other samples at once than one by one."""
+    """Returns other samples in a batch than one by one."""
 
     def __getitems__(self, indices: list[int]) -> list:
         return [self[(index + 1) % len(self)] for index in indices]
 
 
-def test_a_right_source_of_somebodys_own_passes() -> None:
+def test_a_correct_user_made_source_passes() -> None:
     assert check_source(Own(), workers=0).class_names == ("a", "b", "c")
 
 
@@ -129,11 +129,11 @@ def test_a_right_source_of_somebodys_own_passes() -> None:
         ("nan", r"Own, train\[7\]: inputs has values that are not finite"),
         ("drawn", r"Own, train\[0\]: two builds with one seed differ"),
         ("empty", "Own, val: there are no samples"),
-        ("leak", "every test sample that was looked at is a training sample too"),
+        ("leak", "every checked test sample is also a training sample"),
         ("triple", r"Own, train is a tuple, expected the pair \(inputs, label\)"),
-        ("batch", "Own, train: a batch fetched by __getitems__ is not what its samples give"),
+        ("batch", "Own, train: a batch fetched by __getitems__ differs from its single samples"),
         ("local", "the dataset of Own, train cannot be pickled, .* lambdas and local functions"),
-        ("repr", r"identity\(\) holds a place in memory|identity\(\) differs for a copy"),
+        ("repr", r"identity\(\) contains a memory address|identity\(\) differs for a copy"),
     ],
 )
 def test_a_fault_is_named(fault: str, message: str) -> None:
@@ -144,5 +144,5 @@ def test_a_fault_is_named(fault: str, message: str) -> None:
 def test_a_source_that_cannot_be_pickled_is_named() -> None:
     with pytest.raises(AssertionError, match="Own cannot be pickled"):
         check_source(Own(kept=lambda: 0))
-    with pytest.raises(AssertionError, match="str is no TaskSource"):
+    with pytest.raises(AssertionError, match="str is not a TaskSource"):
         check_source("a.npz")

@@ -1,4 +1,4 @@
-"""Backbones: pooling, Hugging Face folders both ways, refusals."""
+"""Backbones: pooling, reading and writing Hugging Face folders, refusals."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from freemerge.models import Backbone, TransformersBackbone, extract_features
 from tests.tiny import VIT, TinySuite, tiny_backbone
 
 
-def test_pooling_takes_the_tokens_it_says() -> None:
+def test_pooling_uses_the_documented_tokens() -> None:
     backbone, images = tiny_backbone().eval(), torch.randn(3, 1, 8, 8)
     tokens = backbone.model(pixel_values=images).last_hidden_state
     assert torch.equal(backbone(images), tokens[:, 1:].mean(dim=1))
@@ -44,7 +44,7 @@ def test_weights_share_memory_and_load_copies() -> None:
     assert all(torch.equal(live[name], other[name]) for name in live)
 
 
-def test_exactly_one_source_is_asked_for() -> None:
+def test_exactly_one_source_is_required() -> None:
     with pytest.raises(ValueError, match="either `pretrained`"):
         TransformersBackbone()
     with pytest.raises(ValueError, match="either `pretrained`"):
@@ -59,7 +59,7 @@ def test_any_module_can_be_a_backbone() -> None:
     assert set(backbone.weights()) == {"1.weight", "1.bias"}
 
 
-def test_extract_features_sees_everything_in_order_and_keeps_the_mode() -> None:
+def test_extract_features_covers_all_samples_in_order_and_keeps_the_mode() -> None:
     suite, backbone = TinySuite(), tiny_backbone().train()
     loader = suite.val_dataloader()["bars"]
     features, labels = extract_features(backbone, loader, torch.device("cpu"))

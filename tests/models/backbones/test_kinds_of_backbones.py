@@ -30,7 +30,7 @@ def random(config: dict, **arguments) -> TransformersBackbone:
     return TransformersBackbone(config=config, **arguments).eval()
 
 
-def test_mean_pooling_of_texts_leaves_out_the_padding() -> None:
+def test_mean_pooling_of_texts_ignores_padding() -> None:
     backbone = random(BERT, pooling="mean")
     padded = backbone(TOKENS)
     alone = backbone({name: tensor[1:, :3] for name, tensor in TOKENS.items()})
@@ -49,14 +49,14 @@ def test_mean_pooling_of_texts_leaves_out_the_padding() -> None:
           "patch_size": 2}, 0),
     ],
 )  # fmt: skip
-def test_mean_pooling_of_images_takes_the_patches_alone(config: dict, prefix: int) -> None:
+def test_mean_pooling_of_images_uses_only_patches(config: dict, prefix: int) -> None:
     backbone = random(config, pooling="mean")
     states = backbone.model(pixel_values=IMAGES).last_hidden_state
     assert backbone.prefix_tokens == prefix
     torch.testing.assert_close(backbone(IMAGES), states[:, prefix:].mean(dim=1))
 
 
-def test_convolutional_networks_of_transformers_are_pooled_over_places() -> None:
+def test_convolutional_networks_of_transformers_are_pooled_over_positions() -> None:
     backbone = random(CONVNEXT, pooling="mean")
     images = torch.randn(2, 3, 32, 32)
     features = backbone(images)
@@ -64,7 +64,7 @@ def test_convolutional_networks_of_transformers_are_pooled_over_places() -> None
     torch.testing.assert_close(features, backbone.model(images).last_hidden_state.mean(dim=(2, 3)))
 
 
-def test_a_model_that_is_not_there_is_one_line() -> None:
+def test_a_missing_model_is_a_one_line_error() -> None:
     with pytest.raises(ValueError, match="TransformersBackbone: /nonexistent: cannot load a model from it") as caught:
         TransformersBackbone("/nonexistent")
     assert "\n" not in str(caught.value)
@@ -84,7 +84,7 @@ def clip(tmp_path) -> ImageTextBackbone:
     return ImageTextBackbone(config=CLIP, tokenizer=tiny_files.write_tokenizer(tmp_path / "tokenizer")).eval()
 
 
-def test_a_dual_encoder_gives_what_the_whole_model_gives(clip: ImageTextBackbone, tmp_path) -> None:
+def test_a_dual_encoder_computes_the_same_as_the_whole_model(clip: ImageTextBackbone, tmp_path) -> None:
     from transformers import AutoTokenizer, CLIPModel
 
     clip.save_pretrained(tmp_path / "clip")
@@ -107,10 +107,10 @@ def test_several_prompts_are_averaged(clip: ImageTextBackbone) -> None:
 def test_only_the_image_tower_is_merged_and_copied(clip: ImageTextBackbone) -> None:
     assert all(name.startswith(("vision_model.", "visual_projection.")) for name in clip.weights())
     assert not any(name.startswith("text") for name, _ in clip.named_parameters())
-    twin = copy.deepcopy(clip)
-    assert twin.text is clip.text
-    twin.load_weights({name: tensor + 1 for name, tensor in clip.weights().items()})
-    assert not torch.equal(twin(IMAGES), clip(IMAGES))
+    copied = copy.deepcopy(clip)
+    assert copied.text is clip.text
+    copied.load_weights({name: tensor + 1 for name, tensor in clip.weights().items()})
+    assert not torch.equal(copied(IMAGES), clip(IMAGES))
 
 
 def test_a_dual_encoder_folder_round_trips(clip: ImageTextBackbone, tmp_path) -> None:
@@ -121,7 +121,7 @@ def test_a_dual_encoder_folder_round_trips(clip: ImageTextBackbone, tmp_path) ->
     torch.testing.assert_close(again.class_head(["red"], ["{}"]).weight, clip.class_head(["red"], ["{}"]).weight)
 
 
-def test_what_has_no_two_towers_is_refused() -> None:
+def test_a_model_without_two_towers_is_refused() -> None:
     with pytest.raises(ValueError, match="ViTModel has no image and text towers"):
         ImageTextBackbone(config=VIT)
 
@@ -129,7 +129,7 @@ def test_what_has_no_two_towers_is_refused() -> None:
 # ---- language models
 
 
-def test_language_models_give_their_own_logits() -> None:
+def test_language_models_return_their_own_logits() -> None:
     labels = torch.tensor([[5, 6, 3], [7, 3, -100]])
     for config, kind, length in ((T5, "seq2seq", 3), (QWEN, "causal_lm", 4)):
         torch.manual_seed(0)
@@ -159,7 +159,7 @@ def test_a_language_model_folder_round_trips(tmp_path) -> None:
     [("resnet18", 512, "fc"), ("mobilenet_v3_small", 1024, "classifier.3"), ("vgg11", 4096, "classifier.6"),
      ("densenet121", 1024, "classifier"), ("shufflenet_v2_x0_5", 1024, "fc")],
 )  # fmt: skip
-def test_torchvision_models_lose_their_last_layer_alone(name: str, width: int, last: str, tmp_path) -> None:
+def test_torchvision_models_lose_only_their_last_layer(name: str, width: int, last: str, tmp_path) -> None:
     whole = models.get_model(name, weights=None).eval()
     save_checkpoint(tmp_path / "w.safetensors", whole.state_dict())
     backbone = TorchvisionBackbone(name, file=str(tmp_path / "w.safetensors")).eval()
@@ -196,7 +196,7 @@ class Own(nn.Module):
         return self.head(self.forward_features(images).mean(dim=(2, 3)))
 
 
-def test_any_module_by_its_method(tmp_path) -> None:
+def test_any_module_by_a_method(tmp_path) -> None:
     module = Own()
     backbone = ModuleBackbone(module, features="forward_features")
     assert backbone.feature_dim == 6
@@ -212,7 +212,7 @@ def test_any_module_by_its_method(tmp_path) -> None:
         ModuleBackbone(nn.Linear(2, 2))
 
 
-def test_folders_say_how_to_build_their_backbone_where_that_can_be_said(tmp_path) -> None:
+def test_folders_contain_a_recipe_if_there_is_one(tmp_path) -> None:
     backbone = TorchvisionBackbone("shufflenet_v2_x0_5").eval()
     backbone.save_pretrained(tmp_path / "a")
     images = torch.randn(1, 3, 32, 32)

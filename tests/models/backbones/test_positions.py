@@ -1,4 +1,4 @@
-"""Texts that are longer than an encoder's learned positions."""
+"""Texts with more tokens than an encoder has learned positions."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from freemerge.models import TransformersBackbone
 
 
 @pytest.mark.parametrize(("kind", "positions"), [("bert", 10), ("roberta", 8), ("distilbert", 10)])
-def test_a_text_longer_than_the_models_positions_is_one_line(kind: str, positions: int) -> None:
+def test_a_text_with_too_many_tokens_is_a_one_line_error(kind: str, positions: int) -> None:
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     small = {"dim": 16, "n_layers": 1, "n_heads": 2, "hidden_dim": 16} if kind == "distilbert" else sizes
     config = {"model_type": kind, "vocab_size": 30, "max_position_embeddings": 10, "pad_token_id": 1, **small}
@@ -24,7 +24,7 @@ def test_a_text_longer_than_the_models_positions_is_one_line(kind: str, position
         backbone(longer)
 
 
-def test_rotary_positions_have_no_end() -> None:
+def test_rotary_positions_have_no_limit() -> None:
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     config = {"model_type": "modernbert", "vocab_size": 30, "pad_token_id": 0, "max_position_embeddings": 8, **sizes}
     assert TransformersBackbone(config=config).max_tokens is None
