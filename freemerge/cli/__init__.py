@@ -4,7 +4,7 @@
 - `names`: suggest the right name for a wrong one.
 - `suite`: Lightning's CLI, which runs a suite's pipeline.
 - `merge`, `run_merge`: the merge of finished checkpoints, which starts without Lightning and transformers.
-- `advise`, `run_advise`: what finished checkpoints tell before a merge; it starts as `merge` does.
+- `advise`, `run_advise`: advice on a merge from the finished checkpoints; starts as fast as `merge`.
 - `parsing`, `arguments`, `options`, `yaml_text`: parse options, configuration files and help, for all commands.
 - `problems`, `faults`, `syntax`: explain errors in one line, with suggestions in terms of options.
 - `printing`, `showing`, `ending`: print notes, progress and errors, and end a command cleanly.
@@ -74,7 +74,7 @@ def _run(arguments: list[str]) -> int:
 
 
 def _of_checkpoints(command: str, arguments: list[str]) -> int:
-    """Run a command on finished checkpoints; importing torch, which takes seconds, comes last."""
+    """Run a command on finished checkpoints; torch, whose import takes seconds, is imported last."""
     options = import_module(f"freemerge.cli.{command}")
     if {"-h", "--help"} & set(arguments):
         _show(options.described().help)

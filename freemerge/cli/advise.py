@@ -1,4 +1,4 @@
-"""The options of `python -m freemerge advise`: what finished checkpoints tell before a merge."""
+"""The options of `python -m freemerge advise`: advice on a merge from the finished checkpoints."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""The faults of option values: unknown names, and values that have not the type of their option.
+"""Find the faults of options: unknown names, and values that do not match the type of their option.
 
-The names are compared with the parser's own options and with the parameters of the configured classes; each value is
-given to jsonargparse by itself, and taken apart if it is refused.
+Names are compared with the parser's options and with the parameters of the configured classes. Each value is passed to
+jsonargparse on its own; if it is refused, its items, fields or arguments are checked in turn. jsonargparse has no such
+report: its errors are text for people.
 """
 
 from __future__ import annotations
@@ -22,12 +23,15 @@ from freemerge.cli.options import CLASS_KEYS, options, required, types
 
 
 def faults_of_options(parser: ArgumentParser, values: Mapping[str, Any], group: str = "") -> Iterator[str]:
-    """The faults of options, in their order.
+    """Yield the faults of options, in their order.
 
     Args:
         parser: the parser of the options.
         values: the options' values, as nested mappings.
-        group: the key that `values` are below, with a dot at its end.
+        group: the key of the group that `values` belong to, with a dot at its end.
+
+    Yields:
+        A message for each fault, with a suggestion if a known name is close.
     """
     known = types(parser)
     for name, value in values.items():
@@ -41,7 +45,7 @@ def faults_of_options(parser: ArgumentParser, values: Mapping[str, Any], group: 
 
 
 def _faults_of_value(key: str, value: Any, hint: Any) -> Iterator[str]:
-    """The faults of one value, from the innermost to that of the whole.
+    """Yield the faults inside one value or, if there are none, the fault of the value itself.
 
     Args:
         key: the option.
@@ -54,24 +58,24 @@ def _faults_of_value(key: str, value: Any, hint: Any) -> Iterator[str]:
     for fault in _inner_faults(key, value, hint):
         found = True
         yield fault
-    if not found and "${" not in str(value):  # an interpolation is resolved only in the whole configuration
+    if not found and "${" not in str(value):  # interpolations are resolved only in the whole configuration
         yield _wrong_value(key, value, hint)
 
 
 def _accepts(hint: Any, value: Any) -> bool:
-    """Whether jsonargparse takes a value for a type annotation."""
+    """Whether jsonargparse accepts a value for a type annotation."""
     parser = ArgumentParser(exit_on_error=False)
-    # In a union, as jsonargparse takes anything for a dataclass alone.
+    # As a union, because jsonargparse accepts any value for a dataclass alone.
     parser.add_argument("--value", type=hint if value is None else hint | None)
     try:
         parser.parse_args([f"--value={value}"]) if isinstance(value, str) else parser.parse_object({"value": value})
-    except Exception:  # whatever a class or a type of the user's raises
+    except Exception:  # user-defined types and classes may raise anything
         return False
     return True
 
 
 def _inner_faults(key: str, value: Any, hint: Any) -> Iterator[str]:
-    """The faults inside a list, a mapping or the description of a class."""
+    """Yield the faults inside a list, a mapping or the description of a class."""
     for kind in _alternatives(hint):
         inner = get_args(kind)
         if is_typeddict(kind) and isinstance(value, dict):
@@ -98,15 +102,15 @@ def _faults_of_fields(key: str, value: Mapping[str, Any], fields: type) -> Itera
 
 
 def _faults_of_class(key: str, value: str | Mapping[str, Any], bases: Sequence[type], skipped: int) -> Iterator[str]:
-    """The faults of the description of a class.
+    """Yield the faults of the description of a class.
 
     Args:
         key: the option.
         value: the class's name, or `class_path` and `init_args`.
         bases: the classes that it may derive from.
-        skipped: number of its first parameters that are not configured.
+        skipped: number of its first parameters that cannot be configured, because the caller passes them.
     """
-    given = {"class_path": value} if isinstance(value, str) else value
+    given: Mapping[str, Any] = {"class_path": value} if isinstance(value, str) else value
     if is_dataclass(bases[0]) and not set(given) & set(CLASS_KEYS):  # given by its fields
         given = {"init_args": given}
     if wrong := next((name for name in given if name not in CLASS_KEYS), None):
@@ -132,7 +136,7 @@ def _faults_of_class(key: str, value: str | Mapping[str, Any], bases: Sequence[t
 
 
 def _class_of(key: str, path: str, bases: Sequence[type]) -> type:
-    """The class that an import path or a short name names.
+    """Find the class of an import path or a short name.
 
     Raises:
         ValueError: there is no such module or class, or it derives from none of the bases.
@@ -160,7 +164,7 @@ def _class_of(key: str, path: str, bases: Sequence[type]) -> type:
 
 
 def _wrong_value(key: str, value: Any, hint: Any) -> str:
-    """The message for a value that has not the type of its option."""
+    """The message for a value that does not match the type of its option."""
     choices = _choices(hint)
     others = [_name_of(kind) for kind in _alternatives(hint) if get_origin(kind) is not Literal]
     others.sort(key=lambda name: name == "null")
@@ -171,7 +175,7 @@ def _wrong_value(key: str, value: Any, hint: Any) -> str:
 
 
 def _alternatives(hint: Any) -> list[Any]:
-    """The members of a union; other annotations alone."""
+    """The members of a union; for other annotations, the annotation alone."""
     if get_origin(hint) in (Union, builtin_types.UnionType):
         return [each for member in get_args(hint) for each in _alternatives(member)]
     return [hint]
@@ -184,7 +188,7 @@ def _choices(hint: Any) -> list[str]:
 
 
 def _bases(hint: Any) -> list[type]:
-    """The classes from which a value of an annotation may derive: a class, `type[…]`, or what a function returns."""
+    """The base classes of the values of an annotation: a class, `type[…]`, or the class that a callable returns."""
     origin, inner = get_origin(hint), get_args(hint)
     if origin is type or origin is collections.abc.Callable:
         return [base for kind in _alternatives(inner[-1]) for base in _bases(kind)] if inner else []
@@ -193,7 +197,7 @@ def _bases(hint: Any) -> list[type]:
 
 
 def _positionals(hint: Any) -> int:
-    """How many arguments a function of this annotation is called with."""
+    """The number of arguments of a `Callable` annotation; 0 for others."""
     if get_origin(hint) is not collections.abc.Callable:
         return 0
     parameters = get_args(hint)[0]

@@ -1,6 +1,6 @@
 """A cache of the help and the options of the commands on Lightning's CLI.
 
-Building such a parser takes seconds, because it imports PyTorch, Lightning and all configurable classes. Its help
+Building such a parser takes seconds, because it imports PyTorch, Lightning and all configurable classes. The help
 depends only on the installed code, so it is kept in the user's cache with a fingerprint of that code. If the
 fingerprint differs, or the process has imported classes of its own, the parser is built again.
 """
@@ -19,9 +19,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
-# The packages whose classes and options a help shows
+# The packages whose classes and options appear in the help
 _DESCRIBED = ("jsonargparse", "lightning", "torch", "torchmetrics", "torchvision", "transformers")
-_SHOWN_BY = ("NO_COLOR", "FORCE_COLOR", "PYTHON_COLORS", "TERM", "COLUMNS")
+_TERMINAL = ("NO_COLOR", "FORCE_COLOR", "PYTHON_COLORS", "TERM", "COLUMNS")
 
 
 class CommandHelp(NamedTuple):
@@ -59,10 +59,10 @@ def is_fresh() -> bool:
 def load(command: str) -> CommandHelp | None:
     """The cached help and options of a command; None if there are none, or the installed code has changed."""
     try:
-        kept = json.loads(_path(command).read_text(encoding="utf-8"))
-        if kept.pop("fingerprint") != _fingerprint():
+        cached = json.loads(_path(command).read_text(encoding="utf-8"))
+        if cached.pop("fingerprint") != _fingerprint():
             return None
-        return CommandHelp(**kept)
+        return CommandHelp(**cached)
     except (
         OSError,
         ValueError,
@@ -90,8 +90,8 @@ def _path(command: str) -> Path:
 
 
 def _fingerprint() -> str:
-    """A hash of the installed code and of everything that the layout of a help depends on."""
-    # All of sys.path would be too much: setuptools, for one, adds a folder to it when it is imported.
+    """A hash of the installed code and of everything that the layout of the help depends on."""
+    # Not all of sys.path: setuptools, for example, adds a folder to it when it is imported.
     specs = [spec for name in _DESCRIBED if (spec := PathFinder.find_spec(name)) is not None]
     folders = {Path(folder).parent for spec in specs for folder in spec.submodule_search_locations or ()}
     installed = sorted(str(path) for folder in folders for path in folder.glob("*.dist-info"))
@@ -102,6 +102,6 @@ def _fingerprint() -> str:
         for path in sorted(folder.rglob("*.py")):
             status = path.stat()
             sources.append((str(path), status.st_size, status.st_mtime_ns))
-    shown = [os.environ.get(name) for name in _SHOWN_BY]
+    shown = [os.environ.get(name) for name in _TERMINAL]
     layout = (shutil.get_terminal_size().columns, sys.stdout.isatty(), shown)
     return hashlib.sha256(repr((sys.version, installed, sources, layout)).encode()).hexdigest()

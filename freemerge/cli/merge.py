@@ -121,7 +121,7 @@ def add_selection(group: Any, done: str = "merge", left: str = "that keep the ba
     Args:
         group: the group of options.
         done: what is done with the selected tensors.
-        left: what is said of the others.
+        left: the same for the excluded tensors.
     """
     group.add_argument(
         "--include",

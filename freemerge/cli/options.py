@@ -1,4 +1,4 @@
-"""The options of a parser: their keys, their types, and what a command line, files and the environment set them to."""
+"""The options of a parser: keys, types, and the values on a command line, in files and in the environment."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def command_help(parser: ArgumentParser) -> CommandHelp:
 
 
 def types(parser: ArgumentParser) -> dict[str, Any]:
-    """Key → type annotation, for a parser's options; groups of options are not among them."""
+    """Key → type annotation, for a parser's options without groups."""
     return {dest: type_of(action) for dest, action in _actions(parser).items() if dest not in groups(parser)}
 
 
@@ -44,8 +44,8 @@ def groups(parser: ArgumentParser) -> set[str]:
 
 
 def required(parser: ArgumentParser) -> list[str]:
-    """The keys of the options that a parser requires; to be asked before it parses, as it changes them meanwhile."""
-    names = ("_extra_required_keys", "required_args")  # of jsonargparse since 4.48, and before
+    """The keys of the required options. Call it before parsing: jsonargparse changes `required` while it parses."""
+    names = ("_extra_required_keys", "required_args")  # in jsonargparse since 4.48, and before
     virtual = {key for name in names for key in getattr(parser, name, ())}  # options of LightningCLI's classes
     return sorted({key for key, action in _actions(parser).items() if action.required} | virtual)
 
@@ -61,15 +61,18 @@ def subcommands(parser: ArgumentParser) -> dict[str, ArgumentParser]:
 
 
 def given_values(arguments: Sequence[str], parser: ArgumentParser, folder: Path) -> dict[str, Any]:
-    """What the user set the options to, as nested mappings; invalid keys and values included.
+    """The values that the user gave, as nested mappings; invalid keys and values are included.
 
     Args:
         arguments: the command line without the command, as `spell_out` rewrites it.
         parser: the command's parser.
-        folder: the folder that relative paths of configuration files start from.
+        folder: the folder of relative paths of configuration files.
+
+    Returns:
+        Key → value, or a mapping of the keys below it.
 
     Raises:
-        ValueError: a configuration file cannot be read, or a word is neither an option nor the value of one.
+        ValueError: a configuration file cannot be read, an option has no value, or an argument is not an option.
     """
     values: dict[str, Any] = {}
     for option, text in [*_from_environment(parser), *_pairs(arguments, parser)]:
@@ -84,7 +87,7 @@ def given_values(arguments: Sequence[str], parser: ArgumentParser, folder: Path)
 
 
 def _actions(parser: ArgumentParser) -> dict[str, Action]:
-    """Key → option, without the options for help."""
+    """Key → option, without the options that print help or the configuration."""
     return {
         action.dest: action
         for action in parser._actions
@@ -100,7 +103,7 @@ def _from_environment(parser: ArgumentParser) -> Iterator[tuple[str, str]]:
 
 
 def _pairs(arguments: Sequence[str], parser: ArgumentParser) -> Iterator[tuple[str, str]]:
-    """The options on a command line with their values, without dashes; options that take no value are left out."""
+    """Yield the options on a command line, without dashes, with their values; options without a value are left out."""
     rest = iter(arguments)
     for argument in rest:
         if not argument.startswith("-"):
@@ -124,7 +127,7 @@ def _parsed(text: str) -> Any:
 
 
 def _set(values: dict[str, Any], keys: Sequence[str], value: Any) -> None:
-    """Set one value in nested mappings; below a class, keys are those of its arguments."""
+    """Set one value in nested mappings; keys below a class are its arguments."""
     first, *rest = keys
     if not rest:
         _merge(values, {first: value})
@@ -132,7 +135,7 @@ def _set(values: dict[str, Any], keys: Sequence[str], value: Any) -> None:
     inner = values.get(first)
     if isinstance(inner, str):  # a class by its name alone
         inner = {"class_path": inner}
-    if isinstance(inner, list) and inner:  # options after `--callbacks+=X` set arguments of the last one
+    if isinstance(inner, list) and inner:  # options after `--callbacks+=X` set arguments of the last class
         inner = inner[-1]
     inner = values[first] = dict(inner) if isinstance(inner, dict) else {}
     if "class_path" in inner and rest[0] not in CLASS_KEYS:
@@ -141,11 +144,11 @@ def _set(values: dict[str, Any], keys: Sequence[str], value: Any) -> None:
 
 
 def _merge(values: dict[str, Any], more: dict[str, Any]) -> None:
-    """Add nested mappings to others; later values win, and another class starts from its own defaults."""
+    """Merge nested mappings into others; later values win, and a class that replaces another loses its arguments."""
     for key, value in more.items():
         old = values.get(key)
-        both = isinstance(old, dict) and isinstance(value, dict)
-        if both and old.get("class_path", value.get("class_path")) == value.get("class_path", old.get("class_path")):
-            _merge(old, value)
+        both = (old, value) if isinstance(old, dict) and isinstance(value, dict) else None
+        if both and len({each["class_path"] for each in both if "class_path" in each}) < 2:
+            _merge(*both)
         else:
             values[key] = value

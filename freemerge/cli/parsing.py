@@ -49,7 +49,7 @@ class HelpFormatter(DefaultHelpFormatter, RawDescriptionHelpFormatter):
 
 
 def instantiate(parser: jsonargparse.ArgumentParser, config: jsonargparse.Namespace) -> jsonargparse.Namespace:
-    """Objects in place of the classes that a configuration describes, by the name that this jsonargparse has for it."""
+    """Instantiate the classes of a configuration; the method's name depends on the version of jsonargparse."""
     made: jsonargparse.Namespace = getattr(parser, "instantiate", parser.instantiate_classes)(config)
     return made
 
@@ -66,7 +66,7 @@ class OneLineErrors(ArgumentParser):
         super().__init__(*args, **{**defaults, "formatter_class": HelpFormatter, **kwargs})
         self._problems: Problems | None = None  # of the command line that is being parsed
 
-    # jsonargparse's own has other arguments than argparse's, too.
+    # The signature differs from argparse's, as jsonargparse's own does.
     def parse_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, *more: Any, **kwargs: Any
     ) -> Namespace:

@@ -1,8 +1,8 @@
 """Explain in one line why a parser refused the options, with a suggestion.
 
-jsonargparse offers no structured errors, and the wording of its messages changes between versions. Therefore nothing is
-read out of them: `Problems` checks the options again, against the parser's own names and types (`faults`). A fault that
-this does not find is reported in the innermost words of the library.
+jsonargparse offers no structured errors, and the wording of its messages changes between versions. Therefore `Problems`
+does not parse them, but checks the options again, against the parser's names and types (`faults`). If it finds nothing,
+the message of the first cause is printed.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from freemerge.cli.options import command_help, given_values, options, required
 
 
 class Problems:
-    """The faults of a command line, of the files and of the environment variables that it is read with.
+    """The faults of a command line, and of the files and environment variables that are parsed with it.
 
     Args:
-        parser: the command's parser, which does not parse yet.
+        parser: the command's parser, before it parses.
         arguments: the command line without the command, as `spell_out` rewrites it.
     """
 
@@ -29,13 +29,13 @@ class Problems:
         self.parser = parser
         self.arguments = arguments
         self.required = required(parser)
-        self.folder = Path.cwd()  # the parser changes it while it reads a configuration file
+        self.folder = Path.cwd()  # the parser changes the working directory while it reads a configuration file
 
     def explain(self, error: BaseException | str) -> str:
         """Explain in one line why parsing failed.
 
         Args:
-            error: what the parser raised or said.
+            error: the exception of the parser, or its message.
 
         Returns:
             The first fault that is found in the options, with a suggestion if a known name is close; otherwise the
@@ -43,11 +43,11 @@ class Problems:
         """
         try:
             return next(self._faults(), None) or innermost(error)
-        except Exception:  # the search imports modules that the user named, and these may raise anything
+        except Exception:  # checking imports modules that the user named, which may raise anything
             return innermost(error)
 
     def _faults(self) -> Iterator[str]:
-        """All faults, unknown options first."""
+        """Yield all faults, unknown options first."""
         if option := command_help(self.parser).unknown(self.arguments):
             yield unknown_option(option, options(self.parser))
         try:
@@ -61,7 +61,11 @@ class Problems:
 
 
 def innermost(error: BaseException | str) -> str:
-    """The message of an error's first cause, in one line of at most 300 characters."""
+    """The message of an error's first cause, in one line of at most 300 characters.
+
+    Args:
+        error: the exception, or its message.
+    """
     while isinstance(error, BaseException) and (cause := error.__cause__ or error.__context__) is not None:
         error = cause
     text = " ".join(str(error).split()) or type(error).__name__

@@ -18,8 +18,8 @@ from freemerge.cli.showing import FAILURES, bar, describe, in_options, notes
 from freemerge.merging import MergeMethod, Relations, advise, describe_method
 from freemerge.runtime import own_process
 
-_WIDTH = 120  # of lines that are not written to a terminal
-_PAIRS = 28  # shown; those of eight models
+_WIDTH = 120  # of lines, if the output is not a terminal
+_PAIRS = 28  # at most this many pairs are shown: all pairs of eight models
 
 
 def run(config: jsonargparse.Namespace) -> int:
@@ -54,7 +54,7 @@ def run(config: jsonargparse.Namespace) -> int:
     for table in tables(advice.relations):
         console.print(table)
     for warning in advice.warnings:
-        # The options that messages name are those of a merge.
+        # The messages name options of `merge`.
         console.print(f"[yellow]warning:[/yellow] {escape(in_options(warning, merge.build_parser()))}", soft_wrap=True)
     console.print(f"begin with: {escape(as_words(advice.method))}", soft_wrap=True)
     console.print(f"because {escape(advice.reason)}", soft_wrap=True)
@@ -62,7 +62,7 @@ def run(config: jsonargparse.Namespace) -> int:
 
 
 def tables(relations: Relations) -> list[Table]:
-    """The measurements as rich tables: one of the models, one of their pairs if there are several."""
+    """The measurements as tables: one of the models and, if there are several, one of their pairs."""
     chance = relations.low_frequency_chance
     models = Table(box=box.SIMPLE_HEAD, title=f"{relations.parameters:,} values, ‖base‖ {relations.base_norm:.4g}")
     models.add_column("task vector")
@@ -106,7 +106,7 @@ def tables(relations: Relations) -> list[Table]:
 
 
 def as_words(method: MergeMethod) -> str:
-    """The options of `merge` for a method at its scale."""
+    """The options of `merge` for a method and its scale."""
     name = describe_method(method)["class_path"].rpartition(".")[2]
     scale = getattr(method, "scale", None)
     return f"--method {name}" + ("" if scale is None else f" --method.scale {scale:g}")

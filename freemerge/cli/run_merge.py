@@ -42,7 +42,7 @@ def run(config: jsonargparse.Namespace) -> int:
             names = {
                 **signature(merge).parameters,
                 **signature(merge_to).parameters,
-            }  # the latter has what is written how
+            }  # `merge_to` has the options of the output
             given = {name: config[name] for name in names if name in config}
             computed = {
                 "finetuned": dict(config.finetuned) if isinstance(config.finetuned, dict) else list(config.finetuned),

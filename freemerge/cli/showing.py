@@ -1,4 +1,4 @@
-"""What the commands on finished checkpoints show while they work: notes, a progress bar, an error in one line."""
+"""The output of the commands on finished checkpoints: notes, a progress bar, one-line errors."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from freemerge.cli.syntax import as_options
 from freemerge.merging import MergeError, MergeWarning
 
 FAILURES = (MergeError, CheckpointError, ValueError, OSError, MemoryError, torch.OutOfMemoryError)
-"""What ends a command with one line and exit code 2."""
+"""The errors that end a command with one line and exit code 2."""
 
 
 def describe(error: Exception, parser: OneLineErrors) -> str:
-    """An error's message, in the syntax of the command line.
+    """The message of an error, in the syntax of the command line.
 
     Args:
         error: one of `FAILURES`.
@@ -63,8 +63,8 @@ def bar(label: str, visible: bool) -> Iterator[Callable[[int, int], None] | None
     """A progress bar of the bytes read, with the remaining time; None if it is not visible.
 
     Args:
-        label: what is done.
-        visible: whether there is a terminal to show it on.
+        label: name of the work.
+        visible: whether stderr is a terminal.
     """
     if not visible:
         yield None

@@ -18,7 +18,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from functools import wraps
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from jsonargparse import Namespace, set_parsing_settings
@@ -65,6 +65,7 @@ from freemerge.runtime import own_process
 from freemerge.runtime.process_group import in_process_group
 from freemerge.training import FineTuner
 
+_T = TypeVar("_T")
 _DEV_FOLDER = "_FREEMERGE_DEV_FOLDER"
 _STAGE_SETTINGS = {
     "pretrain": PretrainSettings,
@@ -82,15 +83,16 @@ Files and options override environment variables: FREEMERGE_{command}__TRAINER__
 --print_config shows all settings; --model.help CLASS, --data.help CLASS, … show a class's settings."""
 
 
-def _instantiate(kind: type, /, *args: Any, **kwargs: Any) -> Any:
-    return kind(*args, **kwargs)
+def _instantiate(class_type: type[_T], *args: Any, **kwargs: Any) -> _T:
+    return class_type(*args, **kwargs)
 
 
 class _Parser(OneLineErrors, LightningArgumentParser):
     """Lightning's parser with one-line errors.
 
-    It notes the first error that a configured class raises in `refusal`: of an option with several types, jsonargparse
-    may raise the error of another type instead.
+    Attributes:
+        refusal: the first error that a configured class raised. If an option has several types, jsonargparse may report
+            the error of another type instead.
     """
 
     refusal: Exception | None = None
@@ -98,7 +100,7 @@ class _Parser(OneLineErrors, LightningArgumentParser):
     def add_instantiator(self, instantiator: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
         """Register a function that makes objects of a class."""
 
-        @wraps(instantiator)  # jsonargparse looks at its signature
+        @wraps(instantiator)  # jsonargparse reads its signature
         def make(*given: Any, **named: Any) -> Any:
             try:
                 return instantiator(*given, **named)
@@ -233,12 +235,12 @@ class FreemergeCLI(LightningCLI):
         own = list(given) if isinstance(given, list) else [given]
         return super()._instantiate_trainer({**config, "callbacks": own}, callbacks)
 
-    # -- what the subcommands do --------------------------------------------------------------------------------------
+    # -- the subcommands ----------------------------------------------------------------------------------------------
 
     def fit(self, model: FineTuner, datamodule: TaskSuite, ckpt_path: str | None = None, **_: Any) -> None:
         """Run the suite's stages."""
         settings = self._get(self.config_init, "run")
-        if self._started_from_outside:  # these ranks exist before the first fit, and must not run ahead of rank 0
+        if self._started_from_outside:  # these ranks exist before the first fit and must wait for rank 0
             self.trainer.strategy.setup_environment()
         if self._is_dev_run:
             self._dev_run(model, datamodule, settings.stages)
@@ -426,7 +428,7 @@ def run(args: list[str], caches_help: bool = False) -> int:
         print_error(f"{error.filename}: cannot be read or written ({error.strerror})")
         return 2
     except KeyboardInterrupt as interrupt:
-        rest = f": {interrupt}; the same command goes on from there" if str(interrupt) else ""
+        rest = f": {interrupt}; the same command continues from there" if str(interrupt) else ""
         print(f"interrupted{rest}", file=sys.stderr)
         return 130
     finally:

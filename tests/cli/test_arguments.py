@@ -83,7 +83,7 @@ def test_flags(option, value, expected) -> None:
         (["left", "right"], "unexpected argument 'left'"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_meant_is_one_line(arguments, message, capsys) -> None:
+def test_ambiguous_values_are_refused_in_one_line(arguments, message, capsys) -> None:
     with pytest.raises(SystemExit) as stop:
         PARSER.parse_args([*REST, *arguments])
     assert stop.value.code == 2
@@ -103,13 +103,13 @@ def test_what_cannot_be_meant_is_one_line(arguments, message, capsys) -> None:
         ("passthrough", "there is no class 'passthrough'; known: ACEMerging, "),
     ],
 )  # fmt: skip
-def test_other_tools_names_of_methods(name, message, capsys) -> None:
+def test_names_of_methods_in_other_tools_are_translated(name, message, capsys) -> None:
     with pytest.raises(SystemExit):
         PARSER.parse_args(["--base", "b", "--finetuned", "a", "--output", "o", "--method", name])
     assert message in capsys.readouterr().err
 
 
-def test_what_is_advised_for_dare_with_ties_works(tmp_path, monkeypatch) -> None:
+def test_the_suggested_options_for_dare_with_ties_work(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     save_checkpoint("base.safetensors", {"a": torch.zeros(3)})
     for name, value in (("x", 1.0), ("y", 3.0)):

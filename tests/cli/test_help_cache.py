@@ -43,7 +43,7 @@ def in_another_process(*arguments: str) -> subprocess.CompletedProcess:
     )
 
 
-def test_the_second_help_is_the_first_one_and_imports_nothing_large(cache, capsys) -> None:
+def test_the_cached_help_is_the_same_and_imports_no_large_package(cache, capsys) -> None:
     with pytest.raises(SystemExit) as stop:
         main(["validate", "--help"])
     assert stop.value.code == 0
@@ -76,14 +76,14 @@ def test_other_code_another_width_and_a_damaged_file_make_the_cache_stale(cache,
     assert help_cache.load("fit") is None
 
 
-def test_a_folder_that_a_package_adds_to_the_path_is_no_other_code(cache, monkeypatch) -> None:
+def test_a_folder_added_to_sys_path_keeps_the_cache_valid(cache, monkeypatch) -> None:
     before = help_cache._fingerprint()
     (cache / "_vendor" / "tomli-2.0.dist-info").mkdir(parents=True)
     monkeypatch.setattr(sys, "path", [*sys.path, str(cache / "_vendor")])  # importing setuptools does this
     assert help_cache._fingerprint() == before
 
 
-def test_a_changed_source_file_is_other_code(cache, monkeypatch) -> None:
+def test_a_changed_source_file_makes_the_cache_stale(cache, monkeypatch) -> None:
     before = help_cache._fingerprint()
     stat = Path.stat
 
@@ -128,7 +128,7 @@ def test_a_process_with_settings_in_its_environment_or_own_classes_is_not_fresh(
         ("value", None),
     ],
 )
-def test_a_class_has_arguments_of_its_own_and_a_group_has_not(word: str, unknown: str | None) -> None:
+def test_unknown_options_are_found_in_groups_but_not_in_classes(word: str, unknown: str | None) -> None:
     options = ["h", "help", "model", "model.help", "trainer", "trainer.max_epochs", "trainer.callbacks",
                "trainer.callbacks.help"]  # fmt: skip
     assert CommandHelp("", [], options).unknown([word, "x"]) == unknown

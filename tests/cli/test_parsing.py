@@ -101,7 +101,7 @@ def test_a_class_that_replaces_another_inherits_none_of_its_arguments(tmp_path, 
     assert same["experts"]["optimizer"]["init_args"]["lr"] == 0.5
 
 
-def test_nor_deep_inside_of_another_class(tmp_path, capsys) -> None:
+def test_a_nested_class_that_replaces_another_inherits_no_arguments(tmp_path, capsys) -> None:
     layer = write(
         tmp_path / "a.yaml",
         "model: {class_path: FineTuner, init_args: {optimizer: {class_path: SGD, init_args: {momentum: 0.9}}}}",
@@ -111,7 +111,7 @@ def test_nor_deep_inside_of_another_class(tmp_path, capsys) -> None:
     assert config["model"]["init_args"]["backbone"]["init_args"]["pooling"] == "mean"  # the same class: kept
 
 
-def test_nor_in_merge(tmp_path) -> None:
+def test_a_method_that_replaces_another_inherits_no_arguments(tmp_path) -> None:
     text = "{base: a, finetuned: [b], output: c, method: {class_path: PCBMerging, init_args: {scale: 5.0}}}"
     file = write(tmp_path / "m.yaml", text)
     parser = build_parser()
@@ -123,7 +123,7 @@ def test_nor_in_merge(tmp_path) -> None:
         assert parser.instantiate_classes(parser.parse_args(["--config", file, *options])).method == expected
 
 
-def test_a_method_of_ones_own_needs_no_change_of_freemerge(tmp_path, monkeypatch) -> None:
+def test_a_user_defined_method_is_given_by_its_import_path(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     source = '''
 from dataclasses import dataclass

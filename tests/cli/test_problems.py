@@ -102,7 +102,7 @@ def test_in_a_file(path: str, value: object, message: str, capsys, tmp_path) -> 
     assert message in fails(capsys, ["fit", "--config", str(file)])
 
 
-def test_a_file_that_is_no_yaml_is_named(capsys, tmp_path) -> None:
+def test_a_file_with_invalid_yaml_is_named(capsys, tmp_path) -> None:
     (tmp_path / "wrong.yaml").write_text("a: [1\nb: 2")
     for arguments in (["-c", str(tmp_path / "wrong.yaml")], [f"--config={tmp_path / 'wrong.yaml'}"]):
         assert f"{tmp_path / 'wrong.yaml'}: is not valid YAML: " in fails(capsys, ["fit", *arguments])
@@ -151,7 +151,7 @@ def test_an_error_that_is_not_found_in_the_options_is_its_innermost_message() ->
     assert len(innermost("x" * 999)) == 300
 
 
-def test_an_error_in_other_peoples_code_keeps_its_traceback(monkeypatch) -> None:
+def test_an_error_in_third_party_code_keeps_its_traceback(monkeypatch) -> None:
     monkeypatch.setattr("freemerge.cli.suite.FreemergeCLI", lambda *_: int("x"))
     with pytest.raises(ValueError, match="invalid literal"):  # int is called from here, not from freemerge
         main(["fit"])

@@ -70,7 +70,7 @@ def test_another_run_copies_the_base_from_the_cache(tmp_path, capsys) -> None:
     assert bases[0] == bases[1]
 
 
-def test_a_base_that_is_gone_and_comes_out_the_same_keeps_what_was_made_from_it(copy: Path) -> None:
+def test_a_deleted_base_that_is_reproduced_keeps_the_results_made_from_it(copy: Path) -> None:
     before = times(copy)
     (copy / "base.safetensors").unlink()
     shutil.rmtree(copy / "pretrain")
@@ -78,7 +78,7 @@ def test_a_base_that_is_gone_and_comes_out_the_same_keeps_what_was_made_from_it(
     assert {name for name, moment in times(copy).items() if moment != before[name]} == {"pretrain/stage.json"}
 
 
-def test_experts_that_are_extracted_anew_and_come_out_the_same_are_not_trained_anew(copy: Path) -> None:
+def test_experts_whose_extraction_is_reproduced_are_not_trained_again(copy: Path) -> None:
     """safetensors writes metadata in another order each time: what counts is what they say."""
     before = times(copy)
     for stage in ("merge", "extracted"):
@@ -88,7 +88,7 @@ def test_experts_that_are_extracted_anew_and_come_out_the_same_are_not_trained_a
     assert redone == {"merge/stage.json", "extracted/stage.json"}
 
 
-def test_another_base_is_not_taken_for_the_one_that_models_were_tuned_from(copy: Path, capsys) -> None:
+def test_a_changed_base_is_refused_for_models_tuned_from_the_old_one(copy: Path, capsys) -> None:
     base = copy / "base.safetensors"
     save_checkpoint(base, {name: 2 * tensor for name, tensor in load_checkpoint(base).items()})
     before = files(copy)
@@ -137,7 +137,7 @@ def test_a_fit_that_was_begun_is_not_thrown_away_either(copy: Path, capsys) -> N
     assert "finetune bars (a fit that was begun with other settings)" in error(capsys)
 
 
-def test_where_a_fit_computes_is_no_changed_setting(copy: Path) -> None:
+def test_a_change_of_device_is_not_a_changed_setting(copy: Path) -> None:
     before = times(copy)
     assert fit(copy, "--finetune.trainer", "{accelerator: cpu, enable_progress_bar: false}") == 0
     assert times(copy) == before
@@ -171,7 +171,7 @@ def test_fast_dev_run_runs_everything_and_writes_nothing(copy: Path, tmp_path, c
     assert not (tmp_path / "new").exists()
 
 
-def test_two_runs_in_one_folder_are_one_too_many(copy: Path, capsys) -> None:
+def test_a_second_run_in_the_same_folder_is_refused(copy: Path, capsys) -> None:
     before = files(copy)
     with only_run(copy):
         assert fit(copy) == 2

@@ -221,7 +221,7 @@ def test_a_task_that_the_suite_does_not_have_is_named(tmp_path, capsys) -> None:
     assert "bars" in _one_line(capsys)
 
 
-def test_tasks_whose_names_mean_something_elsewhere_run_to_the_end(tmp_path, capsys) -> None:
+def test_tasks_with_reserved_names_run_to_the_end(tmp_path, capsys) -> None:
     arguments = ["--config", TINY, "--run.folder", str(tmp_path), "--data.class_path", "tests.tiny.NamesSuite"]
     assert main(["fit", *arguments, "--trainer.max_steps", "2", "--merge.scales", "[1.0]"]) == 0
     scores = json.loads((tmp_path / "report.json").read_text())["rows"][-2]["scores"]

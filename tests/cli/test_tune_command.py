@@ -143,7 +143,7 @@ tune:
         ([], "stage 'pretrain' has not been done with this configuration; add pretrain to run.stages"),
     ],
 )
-def test_what_cannot_be_tuned_is_said_in_one_line(options, message, tmp_path, capsys) -> None:
+def test_tune_refuses_wrong_settings_in_one_line(options, message, tmp_path, capsys) -> None:
     with pytest.raises(SystemExit) as stop:
         raise SystemExit(main(["tune", "--config", TINY, "--run.folder", str(tmp_path), *options]))
     assert stop.value.code == 2

@@ -86,7 +86,7 @@ def faults(*arguments: Any, **options: Any) -> list[str]:
     return caught.value.faults
 
 
-def test_a_sound_run_passes_draws_nothing_and_leaves_the_model_as_it_was(tmp_path) -> None:
+def test_a_valid_run_passes_without_random_draws_or_changes_to_the_model(tmp_path) -> None:
     tuner = FineTuner(tiny_backbone())
     before = {name: tensor.clone() for name, tensor in tuner.backbone.weights().items()}
     torch.manual_seed(3)
@@ -145,7 +145,7 @@ def test_tokens_of_another_tokenizer_and_too_long_texts_are_found_by_the_longest
     assert "a text has 60 tokens and the model takes 32: set max_length" in found[0]
 
 
-def test_all_faults_are_found_in_one_look(tmp_path) -> None:
+def test_all_faults_are_found_together(tmp_path) -> None:
     settings = Settings(
         merge=MergeSettings(
             {"one": TaskArithmetic([0.5] * 3), "A b": WeightAverage(), "a_b": WeightAverage()}, free="one"
@@ -207,7 +207,7 @@ def test_a_router_and_mixup_need_inputs_that_suit_them(tmp_path) -> None:
     assert any("experts.mixup is for images" in each and "set it to 0" in each for each in found)
 
 
-def test_a_density_too_low_for_any_direction_says_what_would_do(tmp_path) -> None:
+def test_a_density_too_low_for_any_direction_names_the_least_density(tmp_path) -> None:
     settings = Settings(experts=ExpertsSettings(kind="low_rank", density=1e-4, vectors="none"))
     found = faults(TinySuite(), tmp_path, settings)
     least = float(found[0].rpartition("set it to ")[2].partition(" or more")[0])
@@ -215,7 +215,7 @@ def test_a_density_too_low_for_any_direction_says_what_would_do(tmp_path) -> Non
     assert look(TinySuite(), tmp_path, settings) == []
 
 
-def test_what_is_unusual_is_said_and_stops_nothing(tmp_path) -> None:
+def test_unusual_data_are_doubts_that_do_not_stop_the_run(tmp_path) -> None:
     bytes_like = task((images() + 1) * 127, labels(), val=Samples(images(), torch.zeros(20).long()))
     said = look(GivenSuite(bytes_like), tmp_path)
     assert any("train images go from" in each and "they look like bytes" in each for each in said)
@@ -230,7 +230,7 @@ def test_what_is_unusual_is_said_and_stops_nothing(tmp_path) -> None:
     assert any("pretrained models mostly expect them normalised" in each for each in said)
 
 
-def test_a_backbone_whose_output_is_no_number_is_found(tmp_path) -> None:
+def test_a_backbone_with_nan_outputs_is_found(tmp_path) -> None:
     tuner = FineTuner(tiny_backbone())
     with torch.no_grad():
         next(tuner.backbone.parameters()).fill_(float("nan"))
@@ -250,7 +250,7 @@ class SoundThenNot(TinySuite):
         return replace(sound, train=small, val=small)
 
 
-def test_the_command_line_refuses_before_it_makes_anything(tmp_path, capsys) -> None:
+def test_the_command_line_reports_faults_before_it_writes_anything(tmp_path, capsys) -> None:
     options = ["--data", "tests.pipeline.test_checks.SoundThenNot", "--router.top_n", "5"]
     assert main(["fit", "--config", TINY, *options, "--run.folder", str(tmp_path / "run")]) == 2
     said = capsys.readouterr().err.strip().splitlines()

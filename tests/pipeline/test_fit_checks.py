@@ -104,7 +104,7 @@ def test_a_stages_own_callback_is_checked_against_its_stage(stage, monitor, logg
     ]
 
 
-def test_monitors_that_are_there_pass(tmp_path) -> None:
+def test_logged_monitors_pass(tmp_path) -> None:
     callbacks = [
         EarlyStopping("val/loss"),
         EarlyStopping("train/loss"),
@@ -125,7 +125,7 @@ def test_without_validation_no_stage_logs_its_metrics(tmp_path) -> None:
     assert look(tmp_path, {"callbacks": ModelCheckpoint(monitor="val/loss"), "limit_val_batches": 0}) == []
 
 
-def test_what_own_classes_may_log_is_a_doubt(tmp_path) -> None:
+def test_metrics_that_user_defined_classes_may_log_are_doubts(tmp_path) -> None:
     settings = stage_settings("finetune", {"callbacks": [EarlyStopping("val/mine"), Logger()]})
     (doubt,) = look(tmp_path, {}, settings)
     assert doubt == (
@@ -182,7 +182,7 @@ def test_arguments_that_lightning_refuses_are_found_for_each_stage(tmp_path) -> 
     assert "17-mixed" in fault
 
 
-def test_the_command_line_says_it_before_it_makes_anything(tmp_path, capsys) -> None:
+def test_the_command_line_reports_the_fault_before_it_writes_anything(tmp_path, capsys) -> None:
     overlay = tmp_path / "overlay.yaml"
     callbacks = [{"class_path": "EarlyStopping", "init_args": {"monitor": "val/acc"}}]
     overlay.write_text(yaml.safe_dump({"trainer": {"callbacks": callbacks}}))

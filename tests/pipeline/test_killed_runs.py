@@ -67,7 +67,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path, arguments) -> None:
     out, err = fit.communicate(timeout=60)
     assert fit.returncode == 130, err
     assert "interrupted: pretrain stopped at step" in err
-    assert "the same command goes on from there" in err
+    assert "the same command continues from there" in err
     assert "Traceback" not in err
     assert "Ctrl-C: stopping after this step" in out
     assert not list(last.parent.glob("*.partial"))
