@@ -84,7 +84,8 @@ def _of_checkpoints(command: str, arguments: list[str]) -> int:
         parser = options.build_parser()
         config = parser.parse_args(arguments)
         parser.check_environment()
-        done: int = import_module(f"freemerge.cli.run_{command}").run(config)
+        module = options if hasattr(options, "run") else import_module(f"freemerge.cli.run_{command}")
+        done: int = module.run(config)
         return done
 
 

@@ -18,8 +18,8 @@ COMMANDS = {
     "advise": "Compare finished checkpoints, warn of what harms a merge, and name one to begin with.",
 }
 
-OF_CHECKPOINTS = ("merge", "advise")
-"""The commands that start without Lightning."""
+OF_CHECKPOINTS = tuple(name for name in COMMANDS if (Path(__file__).parent / f"{name}.py").is_file())
+"""The commands with a module of their own: they work on checkpoints and start without Lightning."""
 
 ABOUT = "Fine-tune one backbone on several tasks, merge them, mend the merge with experts."
 

@@ -4,12 +4,14 @@ import inspect
 import re
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
 
 import freemerge
 from freemerge import merging
+from freemerge.cli import advise, commands, main
 from freemerge.cli.commands import COMMANDS, OF_CHECKPOINTS, methods
 from freemerge.cli.merge import build_parser, described
 from freemerge.cli.options import options
@@ -27,8 +29,8 @@ ROOT = Path(__file__).parent.parent.parent
         (["advise", "--help"], 0, "\n  --json [true|false]", ""),
         (["advise", "--bse", "x"], 2, "", "error: there is no option '--bse'; did you mean '--base'?\n"),
         (["merge", "--version"], 0, f"freemerge {freemerge.__version__}\n", ""),
-        ([], 2, "", "error: name a command: fit, validate, test, predict, tune, merge, advise\n"),
-        (["--base", "a"], 2, "", "error: name a command: fit, validate, test, predict, tune, merge, advise\n"),
+        ([], 2, "", f"error: name a command: {', '.join(COMMANDS)}\n"),
+        (["--base", "a"], 2, "", f"error: name a command: {', '.join(COMMANDS)}\n"),
         (["fitt"], 2, "", "error: there is no command 'fitt'; did you mean 'fit'?\n"),
         (["merge", "--bas", "x"], 2, "", "error: there is no option '--bas'; did you mean '--base'?\n"),
     ],
@@ -71,3 +73,15 @@ def test_commands_have_methods() -> None:
     from freemerge.cli.suite import FreemergeCLI
 
     assert all(hasattr(FreemergeCLI, name) for name in COMMANDS if name not in OF_CHECKPOINTS)
+
+
+def test_a_module_and_an_entry_are_a_command(monkeypatch, capsys) -> None:
+    """As CONTRIBUTING.md says: a module with `build_parser`, `described` and `run`."""
+    assert OF_CHECKPOINTS == ("merge", "advise")
+    module = types.ModuleType("freemerge.cli.sizes")
+    module.build_parser, module.described = advise.build_parser, advise.described
+    module.run = lambda config: print(config.base) or 0
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr(commands, "OF_CHECKPOINTS", (*OF_CHECKPOINTS, "sizes"))
+    assert main(["sizes", "--base", "a.safetensors", "--finetuned", "b.safetensors"]) == 0
+    assert capsys.readouterr().out == "a.safetensors\n"
