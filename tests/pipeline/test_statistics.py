@@ -29,7 +29,9 @@ from freemerge.models import LanguageBackbone
 from freemerge.pipeline import MergeSettings, Settings
 from freemerge.pipeline.checks.findings import Findings
 from freemerge.pipeline.checks.stages import check_merge
+from freemerge.pipeline.stages import statistics
 from freemerge.pipeline.stages.statistics import squared_gradients
+from freemerge.pipeline.store import stage_folder
 from tests.tiny import TinySuite, tiny_backbone
 
 LLAMA = {
@@ -144,6 +146,28 @@ def test_only_classes_have_an_entropy(tmp_path):
     findings = Findings()
     check_merge(run.files, findings)
     assert findings.faults == ["merge.methods: ada: AdaMerging learns from classes, and 'bars' is regression"]
+
+
+def test_no_rank_waits_for_another_inside_of_what_rank_0_does_alone(tmp_path, monkeypatch):
+    """Broadcasts within a broadcast's computation, which only rank 0 makes, would be answered by the wrong ones."""
+    inside = []
+
+    def alone(compute):
+        assert not inside, "a collective call while rank 0 computes alone"
+        inside.append(compute)
+        try:
+            return compute()
+        finally:
+            inside.pop()
+
+    methods = {"ada": AdaMerging("collect", steps=1), "f": FisherMerging("collect"), "r": RegMean("collect")}
+    make_run(tmp_path, methods, statistics_samples=4).run(["finetune"])
+    for module in (stage_folder, statistics):
+        monkeypatch.setattr(module, "from_rank_zero", alone)
+    run = make_run(tmp_path, methods, statistics_samples=4)
+    run.begin(run.files.merge_stage())
+    statistics.collect_statistics(run)
+    assert len(list((tmp_path / "merge" / "statistics").iterdir())) == 6
 
 
 def test_other_learning_is_another_file():

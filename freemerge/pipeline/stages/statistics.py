@@ -39,28 +39,21 @@ from freemerge.tuning import learn_coefficients
 
 
 def collect_statistics(run: RunContext) -> None:
-    """Collect and write the statistics that methods of the stage `merge` need; all ranks wait for rank 0."""
+    """Collect the statistics that methods of the stage `merge` need.
+
+    Every rank computes them, as it computes the merges, and rank 0 writes them.
+    """
     for method in run.files.collected.values():
-        start = _start(run, method) if isinstance(method, AdaMerging) else None
-        from_rank_zero(partial(_write, run, method, start))
+        _write(run, method)
+        from_rank_zero(lambda: None)  # no rank may read the files before they are complete
         run.console.print(f"merge: measured {method.measures.replace('_', ' ')}", markup=False)
 
 
-def _start(run: RunContext, method: AdaMerging) -> dict[str, Tensor]:
-    """The merge from which learning starts, with its own batch-norm statistics; every rank must call this."""
-    merged = merge(run.files.base_weights(), run.files.finetuned_weights(), TaskArithmetic(method.initial))
-    return run.measure.with_own_statistics(merged)
-
-
-def _write(run: RunContext, method: MeasuredMethod, start: dict[str, Tensor] | None) -> None:
-    """Collect and write the statistics of all tasks; `start` is that of AdaMerging."""
+def _write(run: RunContext, method: MeasuredMethod) -> None:
+    """Collect and write the statistics of all tasks."""
     with isolate_rng(include_cuda=False):  # the same augmentations each time; other draws stay as they are
         torch.manual_seed(run.seed)
-        if isinstance(method, AdaMerging) and start is not None:
-            tables = _learned(run, method, start)
-        else:
-            tables = _measured(run, method)
-        for task, table in tables:
+        for task, table in _learned(run, method) if isinstance(method, AdaMerging) else _measured(run, method):
             path = run.files.statistics_path(method, task)
             path.parent.mkdir(parents=True, exist_ok=True)
             run.write(path, table)
@@ -79,10 +72,11 @@ def _measured(run: RunContext, method: MeasuredMethod) -> Iterator[tuple[str, di
             yield task, squared_gradients(backbone, head, run.suite.task(task), batches, run.seed)
 
 
-def _learned(run: RunContext, method: AdaMerging, begun: dict[str, Tensor]) -> Iterator[tuple[str, dict[str, Tensor]]]:
+def _learned(run: RunContext, method: AdaMerging) -> Iterator[tuple[str, dict[str, Tensor]]]:
     """Yield each task with its coefficients; all coefficients are learned together."""
     device, tasks = run.measure.device, run.suite.names
     start, finetuned = run.files.base_weights(), run.files.finetuned_weights()
+    begun = run.measure.with_own_statistics(merge(start, finetuned, TaskArithmetic(method.initial)))
     backbone = run.files.backbone(begun).eval().to(device)
     names = [name for name, value in backbone.model.named_parameters() if value.is_floating_point()]
     heads = {task: head.eval().to(device) for task, head in run.files.heads().items()}
