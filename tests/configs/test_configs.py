@@ -1,7 +1,7 @@
 """Every configuration of a fine-tuning runs: two steps of each fit, on a tiny random model and tiny files of its kind.
 
-What a configuration says stays as it is (head, adapter, schedule, kinds of sources, metrics), but for what names
-something to download or takes long: an overlay of a few lines goes over it, as on the command line.
+An overlay of a few lines, as on the command line, replaces the parts that name downloads or take long. The rest of the
+configuration is used unchanged: head, adapter, schedule, kinds of sources, metrics.
 """
 
 from __future__ import annotations
@@ -67,12 +67,12 @@ QWEN = {
 
 
 def backbone(config: dict[str, Any], **arguments: Any) -> dict[str, Any]:
-    """A random model in place of the pretrained one."""
+    """Settings that replace the pretrained model by a random one."""
     return {"model": {"init_args": {"backbone": {"init_args": {"pretrained": None, "config": config, **arguments}}}}}
 
 
 class Overlays:
-    """Configuration → what goes over it; a method for each, which writes the files that it needs."""
+    """Configuration → overlay; one method per configuration, which also writes the files it needs."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -216,7 +216,7 @@ def test_what_is_for_images_is_refused_for_texts_before_anything_is_trained(
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_configuration_runs_and_its_model_is_used(name: str, tmp_path: Path, monkeypatch, capsys) -> None:
-    """All stages that the configuration names; then every other command, and the model in a fresh process."""
+    """Run all stages of the configuration, then every other command, and the model in a fresh process."""
     run = tmp_path / "run"
     overlay = {**COMMON, **getattr(Overlays(tmp_path), name)()}
     (tmp_path / "overlay.yaml").write_text(yaml.safe_dump(overlay))
@@ -239,7 +239,7 @@ def test_a_configuration_runs_and_its_model_is_used(name: str, tmp_path: Path, m
 
 
 def check_files(run: Path, written: dict[str, Any]) -> None:
-    """What the stages have left, and what the report says of it."""
+    """Check the files of the stages, and the report."""
     tasks = [path.name for path in sorted((run / "finetune").iterdir())]
     lines = {row["name"]: row for row in json.loads((run / "report.json").read_text())["rows"]}
     assert set(lines["FR"]["scores"]) == set(tasks)
@@ -258,7 +258,7 @@ def check_files(run: Path, written: dict[str, Any]) -> None:
 
 
 def check_other_commands(arguments: list[str], scores: dict[str, float], capsys) -> None:
-    """`test` measures what the report says; `validate` runs; `predict` writes a line for each test sample."""
+    """`test` gives the report's numbers, `validate` runs, `predict` writes one line per test sample."""
     capsys.readouterr()
     assert main(["test", *arguments]) == 0
     said = " ".join(capsys.readouterr().out.replace("│", " ").split())
@@ -277,7 +277,7 @@ def read_predictions(run: Path) -> list[dict[str, str]]:
 
 
 def check_in_a_fresh_process(run: Path, rows: list[dict[str, str]], trust_remote_code: bool = False) -> None:
-    """A process that has run nothing before says of the first samples of each task what `predict` wrote."""
+    """A fresh process predicts for each task's first samples what `predict` wrote."""
     inputs, suite = {}, suite_of(run)
     for task in suite.names:
         inputs[task] = next(iter(suite[task].predict_dataloader()))[0]
@@ -312,7 +312,7 @@ def in_a_fresh_process(
 
 
 def suite_of(run: Path) -> TaskSuite:
-    """The suite of a run, as its folder says it was."""
+    """The suite of a run, built from the configuration in its folder."""
     parser = ArgumentParser()
     parser.add_subclass_arguments(TaskSuite, "data")
     config = parser.parse_object({"data": yaml.safe_load((run / "config.yaml").read_text())["data"]})

@@ -58,7 +58,7 @@ def write_npz(path: Path, grey: bool = False) -> None:
 
 
 def rows(size: int = 30) -> list[dict[str, str | float]]:
-    """Rows with everything that a table may be asked for."""
+    """Rows with every column that a configuration may select."""
     values = []
     for number in range(size):
         good = number % 2
@@ -76,7 +76,7 @@ def rows(size: int = 30) -> list[dict[str, str | float]]:
 
 
 def write_table(path: Path, columns: list[str], table: list[dict] | None = None) -> str:
-    """Some columns of `rows` as CSV, TSV, JSON lines or Parquet, as the file's name says."""
+    """Some columns of `rows` as CSV, TSV, JSON lines or Parquet, by the file's suffix."""
     chosen = [{column: row[column] for column in columns} for row in (table or rows())]
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".jsonl":
