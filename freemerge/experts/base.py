@@ -168,11 +168,22 @@ class Expert(ABC):
         return self.with_parts({name: chunk.view(own[name].shape) for name, chunk in zip(own, chunks, strict=True)})
 
     def scaled(self: Self, factor: float) -> Self:
-        """The expert with its effect on the weights multiplied by `factor`."""
+        """Scale the expert.
+
+        Args:
+            factor: factor of its effect on the weights.
+        """
         return self.with_values(self.flat_values() * factor)
 
     def to(self: Self, device: torch.device | str) -> Self:
-        """The expert on another device; the same object if it is already there."""
+        """Move the expert.
+
+        Args:
+            device: the device.
+
+        Returns:
+            The expert on the device; the same object if it is already there.
+        """
         moved = {name: part.to(device) for name, part in self.parts().items()}
         if all(moved[name] is part for name, part in self.parts().items()):
             return self

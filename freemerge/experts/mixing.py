@@ -8,7 +8,11 @@ from freemerge.experts.base import Expert
 
 
 def mixable(experts: Sequence[Expert]) -> bool:
-    """Whether a weighted sum of these experts is again an expert of their kind."""
+    """Whether a weighted sum of experts is again an expert of their kind.
+
+    Args:
+        experts: one expert or more.
+    """
     kind = type(experts[0])
     return kind.MIXES and all(type(expert) is kind for expert in experts)
 

@@ -221,10 +221,12 @@ class FreeModel(nn.Module):
             yield
 
     def train(self, mode: bool = True) -> FreeModel:
+        """Set the mode while no other thread computes; see `nn.Module.train`."""
         with self.undisturbed():
             return super().train(mode)
 
     def load_state_dict(self, *args, **kwargs):
+        """Load a state dict, experts included, while no other thread computes; see `nn.Module.load_state_dict`."""
         with self.undisturbed():
             drop_replicas(self.backbone)
             self._cache.clear()

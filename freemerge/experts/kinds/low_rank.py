@@ -61,12 +61,14 @@ class LowRankExpert(Expert):
                 raise ValueError(f"LowRankExpert: tensor {name!r} has shape {tuple(tensor.shape)}")
 
     def parts(self) -> dict[str, Tensor]:
+        """The expert's values; see `Expert.parts`."""
         factors = {}
         for name, left in self.left.items():
             factors[f"{name}:left"], factors[f"{name}:right"] = left, self.right[name]
         return factors | self.whole
 
     def with_parts(self, parts: Mapping[str, Tensor]) -> LowRankExpert:
+        """The expert with other values; see `Expert.with_parts`."""
         return replace(
             self,
             left={name: parts[f"{name}:left"] for name in self.left},
@@ -75,6 +77,7 @@ class LowRankExpert(Expert):
         )
 
     def scaled(self, factor: float) -> LowRankExpert:
+        """The expert with its effect multiplied by `factor`, which scales U and whole tensors only."""
         return replace(
             self,
             left={name: left * factor for name, left in self.left.items()},
@@ -82,6 +85,7 @@ class LowRankExpert(Expert):
         )
 
     def added(self, name: str, weight: Tensor) -> Tensor:
+        """The sum of a weight and the expert; see `Expert.added`."""
         wide = weight.to(working_dtype(weight.dtype))
         if name in self.whole:
             return (wide + self.whole[name]).to(weight.dtype)
@@ -89,6 +93,7 @@ class LowRankExpert(Expert):
         return torch.addmm(wide.reshape(matrix_shape(weight.shape)), left, right).view(weight.shape).to(weight.dtype)
 
     def structure(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """What a file needs in addition to the values; see `Expert.structure`."""
         ranks = {name: left.shape[1] for name, left in self.left.items()}
         return {"layout": [[name, list(shape), ranks.get(name, 0)] for name, shape in self.shapes.items()]}, {}
 
@@ -100,6 +105,7 @@ class LowRankExpert(Expert):
         parts: Mapping[str, Tensor],
         metadata: Mapping[str, str],
     ) -> LowRankExpert:
+        """Rebuild an expert from a file; see `Expert.restored`."""
         shapes = {name: tuple(shape) for name, shape, _ in plain["layout"]}
         ranks = {name: rank for name, _, rank in plain["layout"] if rank}
         if {*parts} != {f"{name}:{side}" for name in ranks for side in ("left", "right")} | (shapes.keys() - ranks):
@@ -125,6 +131,7 @@ class LowRankExpert(Expert):
 
     @classmethod
     def mixed(cls, experts: Sequence[LowRankExpert], weights: Sequence[float]) -> LowRankExpert:
+        """The weighted sum of experts; see `Expert.mixed`."""
         shapes = {name: shape for expert in experts for name, shape in expert.shapes.items()}
         left, right, whole = {}, {}, {}
         for name, shape in shapes.items():

@@ -41,12 +41,15 @@ class MaskedExpert(Expert):
     SHARES = True
 
     def parts(self) -> dict[str, Tensor]:
+        """The expert's values; see `Expert.parts`."""
         return {"rescaler": self.rescaler}
 
     def with_parts(self, parts: Mapping[str, Tensor]) -> MaskedExpert:
+        """The expert with other values; see `Expert.with_parts`."""
         return replace(self, rescaler=parts["rescaler"].view(1))
 
     def to(self, device: torch.device | str) -> MaskedExpert:
+        """The expert on another device; see `Expert.to`."""
         moved = super().to(device)
         if moved is self:
             return self
@@ -57,11 +60,13 @@ class MaskedExpert(Expert):
         )
 
     def added(self, name: str, weight: Tensor) -> Tensor:
+        """The sum of a weight and the expert; see `Expert.added`."""
         mask = _unpack_bits(self.masks[name], weight.numel()).view(weight.shape)
         wide = weight.to(working_dtype(weight.dtype))
         return (wide + self.rescaler * mask * self.shared[name]).to(weight.dtype)
 
     def structure(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """What a file needs in addition to the values; see `Expert.structure`."""
         layout = [[name, list(shape)] for name, shape in self.shapes.items()]
         return {"layout": layout}, {"masks": torch.cat([mask.cpu() for mask in self.masks.values()])}
 

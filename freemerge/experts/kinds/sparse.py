@@ -52,18 +52,22 @@ class SparseExpert(Expert):
                 )
 
     def parts(self) -> dict[str, Tensor]:
+        """The expert's values; see `Expert.parts`."""
         return self.values
 
     def with_parts(self, parts: Mapping[str, Tensor]) -> SparseExpert:
+        """The expert with other values; see `Expert.with_parts`."""
         return replace(self, values={name: parts[name] for name in self.values})
 
     def to(self, device: torch.device | str) -> SparseExpert:
+        """The expert on another device; see `Expert.to`."""
         moved = super().to(device)
         if moved is self:
             return self
         return replace(moved, indices={name: index.to(device) for name, index in self.indices.items()})
 
     def added(self, name: str, weight: Tensor) -> Tensor:
+        """The sum of a weight and the expert; see `Expert.added`."""
         flat = weight.reshape(-1)
         index, value = self.indices[name], self.values[name]
         if weight.dtype == working_dtype(weight.dtype):  # no rounding needed; cheaper in training
@@ -71,6 +75,7 @@ class SparseExpert(Expert):
         return flat.index_copy(0, index, (flat[index].float() + value).to(weight.dtype)).view(weight.shape)
 
     def structure(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """What a file needs in addition to the values; see `Expert.structure`."""
         offset, positions = 0, []
         for name, shape in self.shapes.items():
             positions.append(self.indices[name].cpu() + offset)
@@ -86,6 +91,7 @@ class SparseExpert(Expert):
         parts: Mapping[str, Tensor],
         metadata: Mapping[str, str],
     ) -> SparseExpert:
+        """Rebuild an expert from a file; see `Expert.restored`."""
         shapes = {name: tuple(shape) for name, shape in plain["layout"]}
         positions = decode_positions(arrays["gaps"])
         ends = torch.tensor([math.prod(shape) for shape in shapes.values()], device=positions.device).cumsum(0)
@@ -114,6 +120,7 @@ class SparseExpert(Expert):
 
     @classmethod
     def mixed(cls, experts: Sequence[SparseExpert], weights: Sequence[float]) -> SparseExpert:
+        """The weighted sum of experts; see `Expert.mixed`."""
         shapes = {name: shape for expert in experts for name, shape in expert.shapes.items()}
         indices, values = {}, {}
         for name in shapes:

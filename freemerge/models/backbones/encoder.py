@@ -75,6 +75,7 @@ class TransformersBackbone(HuggingFaceBackbone):
         return tokens[:, self.prefix_tokens :].mean(dim=1)
 
     def recipe(self) -> dict[str, Any]:
+        """The constructor arguments that a folder stores; see `Backbone.recipe`."""
         return {"pooling": self.pooling, "dtype": self.dtype}
 
 

@@ -124,6 +124,7 @@ class ImageTextBackbone(HuggingFaceBackbone):
         return head.requires_grad_(False)
 
     def recipe(self) -> dict[str, Any]:
+        """The constructor arguments that a folder stores; see `Backbone.recipe`."""
         return {"dtype": self.dtype}
 
     def save_pretrained(self, directory: str | Path) -> None:

@@ -101,6 +101,7 @@ class LanguageBackbone(HuggingFaceBackbone):
         return answers
 
     def recipe(self) -> dict[str, Any]:
+        """The constructor arguments that a folder stores; see `Backbone.recipe`."""
         return {"dtype": self.dtype, "auto_class": self.auto_class}
 
 

@@ -68,6 +68,7 @@ class TorchvisionBackbone(Backbone):
         return output if isinstance(output, Tensor) else output[0]  # Inception has auxiliary outputs in training
 
     def recipe(self) -> dict[str, Any]:
+        """The constructor arguments that a folder stores; see `Backbone.recipe`."""
         return self.arguments
 
     @classmethod
