@@ -2,11 +2,11 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests import processes
 
 PROGRAM = Path(__file__).parent / "unchanged_process.py"
 
@@ -14,8 +14,7 @@ PROGRAM = Path(__file__).parent / "unchanged_process.py"
 @pytest.mark.parametrize("what", ["merges", "callbacks", "models"])
 def test_the_process_is_unchanged(what, tmp_path):
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PL_")}
-    command = [sys.executable, str(PROGRAM), what, str(tmp_path)]
-    done = subprocess.run(command, cwd=PROGRAM.parents[1], env=environment, capture_output=True, text=True)
+    done = processes.run(PROGRAM, what, tmp_path, env=environment)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout.splitlines()[-1])
     assert len(report) >= 4

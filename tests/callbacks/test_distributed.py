@@ -1,14 +1,12 @@
 """Two processes: the same file, bit for bit, and exact accuracies."""
 
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -18,6 +16,7 @@ from freemerge.merging import FRMerging, merge
 from freemerge_callbacks import MergeAtFitEnd, MergePreview, MultiTaskEvaluation, TaskCheckpoint
 from freemerge_callbacks._predicting import check_loaders
 from freemerge_callbacks._ranks import on_rank_zero
+from tests import processes
 from tests.callbacks.callbacks_project import (
     LeaveTogether,
     SaveResults,
@@ -33,6 +32,7 @@ ROOT = Path(__file__).parents[2]
 
 def test_two_processes_write_the_same_file_as_one(tmp_path, other):
     torch.manual_seed(1)
+    processes.forkserver()  # what Lightning starts begins with the large packages imported
     heads = {"a": nn.Linear(8, 2), "b": nn.Linear(8, 3)}
     loaders = {"a": make_loader(0, 53, seed=4, batch_size=8), "b": make_loader(1, 5, seed=5, batch_size=8)}
     save_checkpoint(tmp_path / "base.safetensors", make_backbone().state_dict())
@@ -45,7 +45,7 @@ def test_two_processes_write_the_same_file_as_one(tmp_path, other):
         SaveResults(str(tmp_path)),
         LeaveTogether(),
     ]
-    trainer = make_trainer(tmp_path, *callbacks, strategy="ddp_spawn", devices=2, epochs=1)
+    trainer = make_trainer(tmp_path, *callbacks, strategy=DDPStrategy(start_method="forkserver"), devices=2, epochs=1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         trainer.fit(Validated(), make_loader(0), make_loader(0))
@@ -72,13 +72,12 @@ def test_two_processes_write_the_same_file_as_one(tmp_path, other):
 
 
 def test_the_tool_that_checks_every_strategy():
-    """About 30 s: ddp and ModelParallelStrategy start their second process as a command, with all its imports.
+    """ddp and ModelParallelStrategy start their second process as a command, with all its imports.
 
     Each fit's merge is shared by both ranks, and its file compared with that of one process with the same weights.
     """
     only = ["cpu-ddp", "cpu-model-parallel", "gpu-merge"]
-    command = [sys.executable, str(ROOT / "tools" / "check_gpu.py"), "--only", *only]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    done = processes.run(ROOT / "tools" / "check_gpu.py", "--only", *only, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = [line.split() for line in done.stdout.splitlines() if "×" in line or "cuda" in line]
     cpu = [row for row in rows if "cuda" not in row]

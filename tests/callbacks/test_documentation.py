@@ -1,8 +1,6 @@
 """The README's examples run as printed, YAML builds every callback, and --help describes every argument."""
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import jsonargparse
@@ -16,6 +14,7 @@ from freemerge import merging
 from freemerge.checkpoints import load_checkpoint
 from freemerge.data import QuickstartSuite
 from freemerge_callbacks import MergeAtFitEnd, MergePreview, MultiTaskEvaluation, TaskCheckpoint
+from tests import processes
 
 README = Path(__file__).parents[2] / "callbacks" / "README.md"
 EXAMPLES = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
@@ -24,6 +23,7 @@ IMPORTS = """
 import sys, lightning
 before = set(sys.modules)
 import freemerge_callbacks
+from tests import processes
 found = {".".join(name.split(".")[:2]) for name in set(sys.modules) - before if "callbacks" not in name}
 rooms = ("checkpoints", "data", "errors", "inputs", "merging", "moved", "names", "runtime", "tensors")
 assert found == {"freemerge", *("freemerge." + room for room in rooms)}, found
@@ -61,8 +61,7 @@ YAML = """
 
 def test_the_first_example_is_a_whole_project(tmp_path):
     assert len(EXAMPLES[0].splitlines()) <= 40
-    run = [sys.executable, "-c", IMPORTS + EXAMPLES[0]]
-    done = subprocess.run(run, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    done = processes.run("-c", IMPORTS + EXAMPLES[0], cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     path, results = done.stdout.strip().splitlines()[-1].split(" ", 1)
     assert list(load_checkpoint(tmp_path / path)) == ["0.weight", "0.bias", "2.weight", "2.bias"]

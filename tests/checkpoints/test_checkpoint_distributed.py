@@ -16,14 +16,14 @@ from hypothesis import strategies as st
 from freemerge.checkpoints import CheckpointError, load_checkpoint, open_checkpoint
 from freemerge.checkpoints.formats.distributed_files import _Block, _tiles
 from freemerge.merging import WeightAverage, merge
+from tests import processes
 
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
     """Checkpoints written by two processes: by Lightning's ModelParallelStrategy, and by torch directly."""
     folder = tmp_path_factory.mktemp("distributed")
-    script = Path(__file__).with_name("write_distributed.py")
-    done = subprocess.run([sys.executable, str(script), str(folder)], capture_output=True, text=True, timeout=300)
+    done = processes.run(Path(__file__).with_name("write_distributed.py"), folder)
     assert done.returncode == 0, done.stderr
     return folder
 

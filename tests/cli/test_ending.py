@@ -1,7 +1,6 @@
 """How a merge ends that is stopped from outside, or has nowhere to write."""
 
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -11,6 +10,7 @@ import pytest
 import torch
 
 from freemerge.checkpoints import load_checkpoint, save_checkpoint
+from tests import processes
 
 METHOD = """
 import os
@@ -45,14 +45,10 @@ def models(tmp_path: Path) -> Path:
 
 
 def _merge(folder: Path, *words: str, **more) -> subprocess.CompletedProcess[str]:
-    root = Path(__file__).parents[2]
-    paths = os.pathsep.join([str(root), str(root / "callbacks")])
-    environment = {**os.environ, "PYTHONPATH": paths, **more.pop("env", {})}
+    environment = {**os.environ, **more.pop("env", {})}
     inputs = ["--base", "base.safetensors", "--finetuned", "x.safetensors", "y.safetensors"]
-    return subprocess.run(
-        [sys.executable, "-m", "freemerge", "merge", *inputs, "--method", "stopped.Stopped", *words],
-        cwd=folder, env=environment, stderr=subprocess.PIPE, text=True, timeout=100, **more,
-    )  # fmt: skip
+    command = ["-m", "freemerge", "merge", *inputs, "--method", "stopped.Stopped", *words]
+    return processes.run(*command, cwd=folder, env=environment, **more)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -92,8 +88,7 @@ def test_an_output_that_cannot_be_written_is_one_line(output, models) -> None:
 
 def test_a_file_that_outgrows_what_may_be_written_is_one_line_and_leaves_nothing(models) -> None:
     before = set(models.iterdir())
-    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))  # noqa: E731
-    ended = _merge(models, "--output", "out.safetensors", preexec_fn=limit)
+    ended = _merge(models, "--output", "out.safetensors", file_size=20_000)
     assert ended.returncode == 2
     assert ended.stderr == "error: out.safetensors: cannot be written: File too large\n"
     assert {path for path in models.iterdir() if path.name != "__pycache__"} == before
@@ -101,8 +96,10 @@ def test_a_file_that_outgrows_what_may_be_written_is_one_line_and_leaves_nothing
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has a file that is always full")
 @pytest.mark.parametrize("unbuffered", ["", "1"])
-def test_help_that_cannot_be_written_is_one_line(unbuffered, models) -> None:
+def test_help_that_cannot_be_written_is_one_line(unbuffered) -> None:
     with open("/dev/full", "wb") as full:
-        ended = _merge(models, "--help", stdout=full, env={"PYTHONUNBUFFERED": unbuffered})
+        command = [sys.executable, "-m", "freemerge", "merge", "--help"]
+        environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+        ended = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, env=environment, text=True)
     assert ended.returncode == 2
     assert ended.stderr == "error: the output cannot be written: No space left on device\n"

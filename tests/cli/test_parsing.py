@@ -226,7 +226,7 @@ def test_the_help_of_fit_has_a_group_for_each_part(capsys) -> None:
 
 
 def test_a_merge_by_two_processes_writes_the_same_file_and_one_line(tmp_path) -> None:
-    """About 10 s: torchrun starts two processes."""
+    """torchrun starts two processes."""
     generator = torch.Generator().manual_seed(0)
     for name in ("base", "a", "b"):
         tensors = {f"{layer}.weight": torch.randn(16, 16, generator=generator) for layer in range(4)}

@@ -14,6 +14,7 @@ from freemerge.checkpoints import load_checkpoint
 from freemerge.cli import main
 from freemerge.merging import TaskArithmetic, merge
 from freemerge.models import FreeModel
+from tests import processes
 from tests.tiny import OddNamesSuite, TinySuite
 
 ROOT = Path(__file__).parent.parent.parent
@@ -133,7 +134,7 @@ make = MakeTrainer.__call__
 MakeTrainer.__call__ = lambda self, *given: make(self, *given[:-1], [*given[-1], Kill()])
 main(["fit", "--config", {TINY!r}, "--run.folder", {str(tmp_path)!r}])
 """
-    killed = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    killed = processes.run("-c", script)
     assert killed.returncode == -9, killed.stderr
     assert (tmp_path / "finetune" / "bars" / "started.json").exists()
     assert not (tmp_path / "finetune" / "bars" / "stage.json").exists()

@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import socket
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -19,6 +18,7 @@ from freemerge.merging import FRMerging
 from freemerge.pipeline.measure import Measure
 from freemerge.pipeline.others import Others
 from freemerge.tuning import Range, Search, Space, searchers
+from tests import processes
 
 ROOT = Path(__file__).parent.parent.parent
 TINY = str(ROOT / "tests" / "tiny.yaml")
@@ -165,11 +165,9 @@ def owners(folder: Path) -> list[str]:
 
 
 def test_two_processes_search_together_and_one_brings_it_to_its_end(run: Path, tmp_path, capsys) -> None:
-    """About 20 s: the other process imports everything anew."""
     options = ["tune", "--config", TINY, "--run.folder", str(tmp_path), "--tune.models", str(run)]
     options += ["--tune.trials", "24", "--data", "tests.tiny.SlowSuite"]
-    command = [sys.executable, "-m", "freemerge", *options, "--tune.part", "search"]
-    other = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    other = processes.Started("-m", "freemerge", *options, "--tune.part", "search")
     while other.poll() is None and not owners(tmp_path / "tune" / "fr"):
         time.sleep(0.1)
     assert main(options) == 0

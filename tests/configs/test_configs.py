@@ -9,7 +9,6 @@ from __future__ import annotations
 import csv
 import json
 import math
-import multiprocessing
 import re
 import sys
 from contextlib import nullcontext
@@ -25,6 +24,7 @@ from freemerge.checkpoints import CheckpointError, load_checkpoint
 from freemerge.cli import main
 from freemerge.data import TaskSuite
 from freemerge.models import FreeModel
+from tests import processes
 from tests.configs import tiny_files
 
 ROOT = Path(__file__).parent.parent.parent
@@ -281,9 +281,7 @@ def check_in_a_fresh_process(run: Path, rows: list[dict[str, str]], trust_remote
     inputs, suite = {}, suite_of(run)
     for task in suite.names:
         inputs[task] = next(iter(suite[task].predict_dataloader()))[0]
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["freemerge.models"])
-    with context.Pool(1) as pool:
+    with processes.forkserver().Pool(1) as pool:
         said = pool.apply(in_a_fresh_process, (str(run / "free_model"), inputs, trust_remote_code))
     for task, values in said.items():
         own = [row for row in rows if row["loader"] == task][: len(values)]

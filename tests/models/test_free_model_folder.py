@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +11,7 @@ from torch import nn
 from freemerge.checkpoints import CheckpointError, load_checkpoint
 from freemerge.experts import Expert, emr_experts, extract, extract_low_rank
 from freemerge.models import ConvRouter, EarlyRouter, FreeModel, LanguageBackbone, ModuleBackbone, load_backbone
+from tests import processes
 from tests.models.own_parts import OwnBackbone, OwnHead, OwnRouter, OwnViT, ShiftExpert, SilentBackbone
 from tests.tiny import VIT, tiny_backbone
 
@@ -169,10 +168,7 @@ with torch.no_grad():
 """
     torch.save(IMAGES, tmp_path / "images.pt")
     path = os.pathsep.join([str(ROOT), str(ROOT / "callbacks")])
-    done = subprocess.run(
-        [sys.executable, "-c", script, str(tmp_path)],
-        capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path}, cwd=tmp_path, check=False,
-    )  # fmt: skip
+    done = processes.run("-c", script, tmp_path, env={**os.environ, "PYTHONPATH": path}, cwd=tmp_path)
     assert done.stdout.split() == ["CheckpointError", "False", "True"], done.stderr
 
 

@@ -3,8 +3,6 @@
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -13,6 +11,7 @@ import yaml
 
 from freemerge.cli import main
 from freemerge.pipeline.store.contents import content_hash
+from tests import processes
 from tests.tiny import VIT
 
 ROOT = Path(__file__).parent.parent.parent
@@ -43,9 +42,8 @@ def contents(folder: Path) -> dict[str, str]:
 
 def test_a_killed_moved_and_extended_run_gives_the_bits_of_an_undisturbed_one(tmp_path, arguments) -> None:
     assert main([*arguments, str(tmp_path / "whole")]) == 0
-    killed = [sys.executable, "tests/pipeline/killed.py", "4", "7", *arguments, str(tmp_path / "killed")]
-    done = subprocess.run([*killed, "--data.tasks", "[corners]", "--run.stages", "[pretrain, finetune, merge]"],
-                          cwd=ROOT, capture_output=True, text=True, timeout=300)  # fmt: skip
+    killed = ["tests/pipeline/killed.py", "4", "7", *arguments, str(tmp_path / "killed")]
+    done = processes.run(*killed, "--data.tasks", "[corners]", "--run.stages", "[pretrain, finetune, merge]")
     assert done.returncode == 0, done.stderr
     moved = tmp_path / "elsewhere" / "moved"
     moved.parent.mkdir()
@@ -57,9 +55,9 @@ def test_a_killed_moved_and_extended_run_gives_the_bits_of_an_undisturbed_one(tm
 
 def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path, arguments) -> None:
     folder = tmp_path / "run"
-    command = [sys.executable, "-m", "freemerge", *arguments, str(folder), "--run.stages", "[pretrain]",
+    command = ["-m", "freemerge", *arguments, str(folder), "--run.stages", "[pretrain]",
                "--run.checkpoint_steps", "null", "--trainer.max_epochs", "100000"]  # fmt: skip
-    fit = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    fit = processes.Started(*command)
     last = folder / "pretrain" / "checkpoints" / "last.ckpt"
     while not last.exists() and fit.poll() is None:
         time.sleep(0.02)

@@ -2,8 +2,6 @@
 
 import contextlib
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import lightning as L
@@ -16,6 +14,7 @@ from freemerge.data.augment import RandomAffine
 from freemerge.data.loaders import ShuffleSampler, training_loader
 from freemerge.data.resumable import random_state, set_random_state
 from freemerge.training.resume import BestCheckpoint, EpochStart, ResumeCheckpoint, _replace
+from tests import processes
 
 
 def loader(workers: int = 0):
@@ -151,9 +150,8 @@ def test_a_sharded_checkpoint_replaces_the_previous_one(tmp_path) -> None:
 
 
 def test_each_rank_resumes_with_its_own_random_numbers(tmp_path) -> None:
-    """About 15 s: two processes, three fits."""
-    script = Path(__file__).with_name("two_ranks.py")
-    done = subprocess.run([sys.executable, script, tmp_path], capture_output=True, text=True, timeout=300)
+    """Two processes, three fits."""
+    done = processes.run(Path(__file__).with_name("two_ranks.py"), tmp_path)
     assert done.returncode == 0, done.stderr
     for stop in (2, 4):
         for rank in (0, 1):

@@ -12,6 +12,7 @@ from freemerge.checkpoints import save_checkpoint
 from freemerge.merging import FRMerging, MergeError, PCBMerging, TaskArithmetic, Ties, merge
 from freemerge.runtime import threads
 from freemerge.runtime.processes import Processes
+from tests import processes
 from tests.merging.merging_models import METHODS
 
 GLOBAL = {"PCBMerging": PCBMerging(ratio=0.3), "FRMerging": FRMerging(coefficients="mean"), "Ties": Ties(0.3)}
@@ -121,8 +122,7 @@ merge(f"{folder}/base.safetensors", [f"{folder}/a.safetensors", f"{folder}/b.saf
 
 @pytest.mark.parametrize("output", ["m.safetensors", "m"])
 def test_a_killed_merge_is_resumed(tmp_path, inputs, output, monkeypatch):
-    command = [sys.executable, "-c", INTERRUPTED, str(tmp_path), output]
-    assert subprocess.run(command, timeout=120).returncode == -9
+    assert processes.run("-c", INTERRUPTED, tmp_path, output).returncode == -9
     assert not (tmp_path / output).exists()
     from freemerge.checkpoints.writing import draft
 

@@ -2,7 +2,6 @@
 
 import json
 import os
-import subprocess
 import sys
 
 import pytest
@@ -13,6 +12,7 @@ from freemerge.cli.merge import build_parser
 from freemerge.cli.run_merge import run
 from freemerge.merging import FRMerging, Gaussian, PCBMerging, TaskArithmetic, WeightAverage, merge
 from freemerge.merging.engine.record import describe_method
+from tests import processes
 from tests.merging.merging_models import METHODS
 
 
@@ -185,8 +185,8 @@ print("then", is_whole(3.0))
 
 @pytest.mark.skipif(sys.platform != "linux", reason="folders are swapped in one step on Linux")
 def test_a_kill_leaves_the_old_folder_or_the_new(tmp_path):
-    arguments = [sys.executable, "-c", KILL, str(tmp_path / "merged")]
-    done = subprocess.run(arguments, check=True, capture_output=True, text=True, timeout=120)
+    done = processes.run("-c", KILL, tmp_path / "merged")
+    assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == [
         "before the first shard True",
         "in a shard True",

@@ -13,6 +13,7 @@ import safetensors.torch
 import torch
 
 from freemerge.__main__ import main
+from tests import processes
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="limits and mounts are Linux's")
 OUTPUTS = ["merged.safetensors", "merged"]
@@ -199,20 +200,10 @@ def test_an_output_below_or_instead_of_a_file_is_refused(tmp_path, inputs, outpu
 
 # -- what the system refuses: in processes of their own ----------------------------------------------------------------
 
-LIMITED = """
-import ctypes, os, resource, sys
-if sys.argv[1] != "unlimited":
-    resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]),) * 2)
-drop_from_bounding_set, dac_override = 24, 1
-ctypes.CDLL(None).prctl(drop_from_bounding_set, dac_override, 0, 0, 0)  # root then obeys permissions, as others do
-os.execv(sys.executable, [sys.executable, "-m", "freemerge", *sys.argv[2:]])
-"""
 
-
-def run(line, limit="unlimited"):
+def run(line, file_size=None):
     """`python -m freemerge` with a limit on the size of a file, and without root's power over permissions."""
-    command = [sys.executable, "-c", LIMITED, str(limit), *line]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    return processes.run("-m", "freemerge", *line, file_size=file_size, obeys_permissions=True)
 
 
 def assert_failed(done, *expected):
@@ -228,7 +219,7 @@ def assert_failed(done, *expected):
 @pytest.mark.parametrize("output", OUTPUTS)
 def test_a_file_size_limit_is_one_line_and_leaves_nothing(tmp_path, inputs, output):
     before = everything_below(tmp_path)
-    failed = run(arguments(inputs, tmp_path / output), limit=150_000)
+    failed = run(arguments(inputs, tmp_path / output), file_size=150_000)
     assert_failed(failed, tmp_path / output, "File too large")
     assert everything_below(tmp_path) == before
 
@@ -347,8 +338,7 @@ def kills(request, tmp_path_factory):
     inputs = [folder / "base", folder / "model"]
     for index, path in enumerate(inputs):
         write_shards(path, make_model(index))
-    command = [sys.executable, "-c", KILLS, *map(str, inputs), str(folder), request.param]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    done = processes.run("-c", KILLS, *inputs, folder, request.param)
     assert done.returncode == 0, done.stderr
     return request.param, [json.loads(line) for line in done.stdout.splitlines()]
 
