@@ -104,7 +104,7 @@ def test_a_command_leaves_no_process_group_behind(tmp_path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "freemerge", "fit", *own, "--trainer.strategy", "ddp"],
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *filter(None, [os.getenv("PYTHONPATH")])])},
         capture_output=True,
         text=True,
         timeout=300,

@@ -1,6 +1,5 @@
 """MergeAtFitEnd with a folder that several jobs share: the last job to finish merges all models."""
 
-import multiprocessing
 import subprocess
 import sys
 import threading
@@ -17,6 +16,7 @@ from freemerge.merging import TaskArithmetic, WeightAverage, merge
 from freemerge_callbacks import MergeAtFitEnd, MultiTaskEvaluation
 from freemerge_callbacks import _registry as registries
 from freemerge_callbacks._registry import Registry
+from tests import processes
 from tests.callbacks.callbacks_project import Plain, make_backbone, make_loader, make_trainer
 
 METHOD = TaskArithmetic(scale=[0.5, 0.3, 0.2])
@@ -79,7 +79,7 @@ def finish(folder, task, names, start):
 
 def test_jobs_that_finish_at_the_same_time(tmp_path):
     """Each job registers and checks whether it is the last; exactly one is, after all have registered."""
-    context, names = multiprocessing.get_context("fork"), [f"t{index}" for index in range(6)]
+    context, names = processes.forkserver(), [f"t{index}" for index in range(6)]
     start = context.Barrier(len(names))
     jobs = [context.Process(target=finish, args=(tmp_path, name, names, start)) for name in names]
     for each in jobs:

@@ -14,6 +14,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from freemerge.data import Task
 from freemerge.evaluation import ExactMatch, LabelSpace, MultiTaskMetrics, TaskMetric, evaluate, metric_for
 from freemerge.models import FreeOutput
+from tests import processes
 
 SIZES = (5, 7)  # not divisible by two ranks; with batches of four, the second rank gets a batch of 1 or 3
 BATCH = 4
@@ -90,7 +91,7 @@ def test_every_metric_equals_the_reference_library():
 
 
 def test_two_ranks_give_the_same_numbers(tmp_path):
-    context = torch.multiprocessing.get_context("fork")  # fork keeps the imported modules: one second instead of twenty
+    context = processes.forkserver()
     ranks = [context.Process(target=rank, args=(index, tmp_path)) for index in range(2)]
     for each in ranks:
         each.start()
