@@ -65,7 +65,7 @@ def font_path(font: str) -> Path:
 
     path = Path(matplotlib.get_data_path(), "fonts", "ttf", f"{FONTS[font]}.ttf")
     if not path.is_file():
-        raise NotShipped(f"matplotlib {matplotlib.__version__} does not ship {path}: reinstall matplotlib ≥ 3.8")
+        raise NotShipped(f"matplotlib {matplotlib.__version__} does not ship {path}: reinstall matplotlib ≥ 3.11")
     return path
 
 

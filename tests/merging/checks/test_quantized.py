@@ -17,7 +17,6 @@ KINDS = {  # how each method's files look
     "static fp8": {"q.weight": FP8, "q.weight_scale": torch.ones(1), "q.input_scale": torch.ones(1)},
     "fp8 of torchtitan": {"q.weight": FP8, "q.scale_weight": torch.ones(1)},
     "stacked experts in fp8": {"e.up_proj": FP8[None], "e.up_proj_scale_inv": torch.ones(1, 1, 1)},
-    "MXFP8": {"e.up_proj": FP8[None], "e.up_proj_scale": torch.ones(1, 4, 1).to(torch.float8_e8m0fnu)},
     "MXFP4": {"e.up_blocks": UINT8, "e.up_scales": UINT8[0]},
     "NVFP4 of ModelOpt": {"q.weight": UINT8, "q.weight_scale": FP8, "q.weight_scale_2": torch.ones(1)},
     "compressed": {"q.weight_packed": INT32, "q.weight_scale": torch.ones(4)},
@@ -35,6 +34,8 @@ KINDS = {  # how each method's files look
     "MLX": {"q.weight": INT32, "q.scales": SCALE, "q.biases": SCALE},
     "EXL2": {"q.q_weight": INT32, "q.q_scale": INT32, "q.q_scale_max": torch.ones(4)},
 }
+if hasattr(torch, "float8_e8m0fnu"):  # torch ≥ 2.7
+    KINDS["MXFP8"] = {"e.up_proj": FP8[None], "e.up_proj_scale": torch.ones(1, 4, 1).to(torch.float8_e8m0fnu)}
 WITHOUT_SCALES = {
     "SpQR": {"q.dense_weights": ONES.long(), "q.row_offsets": torch.arange(4)},
     "Marlin": {"q.B": INT32, "q.s": SCALE},
