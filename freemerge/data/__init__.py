@@ -24,7 +24,7 @@ from freemerge.data.sources.source import SPLITS
 from freemerge.data.sources.texts import load_tokenizer
 from freemerge.data.suite import SuiteTask, TaskSuite
 from freemerge.data.task_metrics import ExactMatch, TaskMetric, metric_for
-from freemerge.data.tasks import Kind, Task
+from freemerge.data.tasks import Kind, Task, check_templates
 from freemerge.data.tokens import TokenDataset
 from freemerge.moved import names_that_moved
 
@@ -64,6 +64,7 @@ __all__ = [
     "TextTableSuite",
     "TokenDataset",
     "TorchvisionSource",
+    "check_templates",
     "collate",
     "derive_seed",
     "lengths_of",

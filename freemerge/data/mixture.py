@@ -107,6 +107,18 @@ class TaskData(L.LightningDataModule):
         dataset = JoinedDataset([task.train for task in self._head_tasks()])
         return evaluation_loader(dataset, self.eval_batch_size, self.num_workers)
 
+    def drawn_dataloader(self) -> DataLoader:
+        """The training data of this task and of all that share its head, in an order drawn by the seed.
+
+        No loader of the Trainer's: every rank sees all of it.
+        """
+        tasks = [self.task] if self._head_tasks is None else self._head_tasks()
+        dataset = JoinedDataset([task.train for task in tasks]) if len(tasks) > 1 else tasks[0].train
+        size = len(dataset)  # type: ignore[arg-type]
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, "drawn", *(task.name for task in tasks)))
+        order = torch.randperm(size, generator=generator)
+        return evaluation_loader(Subset(dataset, order.tolist()), self.batch_size, in_order=True)
+
     def val_dataloader(self) -> DataLoader:
         """The validation data; texts are grouped by length."""
         return evaluation_loader(self.task.val, self.eval_batch_size, self.num_workers)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -125,6 +126,9 @@ class NpzSuite(SourceSuite):
         std: divides the difference: one number, or one per channel.
         augment: augmentations of training batches, in order: transforms of `torchvision.transforms.v2`, classes of
             `freemerge.data.augment`, or callables of float32 (B, C, H, W) in [0, 1].
+        class_names: task → readable class names for a zero-shot head, reports and predictions: a list in the order of
+            the classes, or class → name. Other tasks and classes keep the names that the data give.
+        templates: task → prompts with one `{}` for a zero-shot head, which averages them.
         train_size: number of training samples of each task, drawn with the seed; None takes all.
         val_size: likewise for validation.
         test_size: likewise for test.
@@ -157,6 +161,8 @@ class NpzSuite(SourceSuite):
         held_out: list[str] | None = None,
         shared_heads: list[list[str]] | None = None,
         pretraining: str | None = None,
+        class_names: dict[str, list[str] | dict[str, str]] | None = None,
+        templates: dict[str, list[str]] | None = None,
     ) -> None:
         read = partial(
             NpzSource,
@@ -170,7 +176,12 @@ class NpzSuite(SourceSuite):
             test_size=test_size,
         )
         files = _files(folder, (".npz",))
-        sources: dict[str, TaskSource] = {name: read(path=path) for name, path in files.items()}
+        _check_tasks(folder, files, class_names=class_names, templates=templates)
+        names, prompts = class_names or {}, templates or {}
+        sources: dict[str, TaskSource] = {
+            name: read(path=path, class_names=names.get(name), templates=prompts.get(name))
+            for name, path in files.items()
+        }
         source: TaskSource | None = None
         if pretraining is not None:
             pooled = pretraining == "pooled"
@@ -191,6 +202,9 @@ class TextTableSuite(SourceSuite):
         split: the column with the values train, val and test.
         kind: kind of task: classification, regression, seq2seq or causal_lm.
         metrics: task → its metric; other tasks use the default of `kind`.
+        class_names: task → readable class names for a zero-shot head, reports and predictions: a list in the order of
+            the classes, or class → name. Other tasks and classes keep the names that the data give.
+        templates: task → prompts with one `{}` for a zero-shot head, which averages them.
         max_length: texts are truncated to this many tokens.
         max_target_length: targets of `seq2seq` are truncated to this many tokens.
         train_size: number of training samples of each task, drawn with the seed; None takes all.
@@ -225,6 +239,8 @@ class TextTableSuite(SourceSuite):
         seed: int = 0,
         held_out: list[str] | None = None,
         shared_heads: list[list[str]] | None = None,
+        class_names: dict[str, list[str] | dict[str, str]] | None = None,
+        templates: dict[str, list[str]] | None = None,
     ) -> None:
         read = partial(
             TextTableSource,
@@ -240,12 +256,20 @@ class TextTableSuite(SourceSuite):
             test_size=test_size,
         )
         files = _files(folder, (".csv", ".tsv", ".jsonl", ".parquet", ".csv.gz", ".tsv.gz", ".jsonl.gz"))
-        if unknown := set(metrics or {}) - set(files):
-            raise ValueError(f"{folder}: metrics names {sorted(unknown)[0]!r}; tasks: {', '.join(files)}")
+        _check_tasks(folder, files, metrics=metrics, class_names=class_names, templates=templates)
+        judged, names, prompts = metrics or {}, class_names or {}, templates or {}
         sources: dict[str, TaskSource] = {
-            name: read(path=path, metric=(metrics or {}).get(name)) for name, path in files.items()
+            name: read(path=path, metric=judged.get(name), class_names=names.get(name), templates=prompts.get(name))
+            for name, path in files.items()
         }
         super().__init__(sources, tasks, batch_size, eval_batch_size, num_workers, seed, held_out, shared_heads)
+
+
+def _check_tasks(folder: str, tasks: Mapping[str, str], **said: Mapping[str, Any] | None) -> None:
+    """Raise a ValueError if something is said of a task that is not there."""
+    for key, by_task in said.items():
+        if unknown := sorted(set(by_task or {}) - set(tasks)):
+            raise ValueError(f"{folder}: {key} names {unknown[0]!r}; tasks: {', '.join(tasks)}")
 
 
 def _files(folder: str, suffixes: tuple[str, ...]) -> dict[str, str]:

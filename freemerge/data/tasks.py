@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -36,7 +37,7 @@ class Task:
         test: dataset for the final number only; it shares no sample with `train` and `val`.
         kind: `classification`, `regression`, `seq2seq` or `causal_lm`.
         metric: the task's metric; None takes the kind's default: accuracy, pearson, exact_match or perplexity.
-        templates: prompts with one `{}` each, which a zero-shot text head fills with class names.
+        templates: prompts with one `{}` each, which a zero-shot head fills with class names.
         tokenizer: hub id or folder of the tokenizer that made the inputs; it decodes a language model's predictions.
 
     Raises:
@@ -61,9 +62,7 @@ class Task:
         if (self.kind == "classification") != bool(self.class_names):
             found = f"{len(self.class_names)} class names" if self.class_names else "no class names"
             raise ValueError(f"task {self.name!r}: a {self.kind} task with {found}")
-        for template in self.templates:
-            if template.count("{}") != 1:
-                raise ValueError(f"task {self.name!r}: a template needs exactly one {{}}, got {template!r}")
+        check_templates(f"task {self.name!r}", self.templates)
 
     @property
     def num_classes(self) -> int:
@@ -74,6 +73,13 @@ class Task:
     def num_outputs(self) -> int:
         """A head's outputs per sample: the number of classes, 1 for regression, 0 if the model has its own head."""
         return 1 if self.kind == "regression" else self.num_classes
+
+
+def check_templates(where: str, templates: Sequence[str]) -> None:
+    """Raise a ValueError if a prompt has not exactly one place for a class's name."""
+    for template in templates:
+        if template.count("{}") != 1:
+            raise ValueError(f"{where}: a template needs exactly one {{}}, got {template!r}")
 
 
 def check_kind(where: str, kind: str, metric: str | None) -> None:

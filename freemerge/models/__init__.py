@@ -7,14 +7,17 @@ from freemerge.models.backbones.language import LanguageBackbone
 from freemerge.models.backbones.modules import ModuleBackbone, TorchvisionBackbone
 from freemerge.models.batch_norm import batch_norms, reestimate_batch_norm
 from freemerge.models.by_task import TaskModules
+from freemerge.models.class_heads import CosineHead, prototypes
 from freemerge.models.classes import instantiate_and_record
 from freemerge.models.free_folder import has_experts
 from freemerge.models.free_model import FreeModel, FreeOutput, TaskModel
+from freemerge.models.heads import head_from_state
 from freemerge.models.routers import ConvRouter, EarlyRouter, Router, choose_thresholds, feature_width, make_router
 
 __all__ = [
     "Backbone",
     "ConvRouter",
+    "CosineHead",
     "EarlyRouter",
     "FreeModel",
     "FreeOutput",
@@ -32,8 +35,10 @@ __all__ = [
     "feature_width",
     "has_builtin_backbone",
     "has_experts",
+    "head_from_state",
     "instantiate_and_record",
     "load_backbone",
     "make_router",
+    "prototypes",
     "reestimate_batch_norm",
 ]

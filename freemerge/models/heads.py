@@ -1,7 +1,7 @@
 """Descriptions of heads in model folders as plain data.
 
-Layers of `torch.nn` and sequences of them are described by their constructor arguments, and any other head by its class
-and the arguments that its `recipe()` returns, if it has one.
+Layers of `torch.nn`, heads by cosine and sequences of them are described by their constructor arguments, and any other
+head by its class and the arguments that its `recipe()` returns, if it has one.
 """
 
 from __future__ import annotations
@@ -10,14 +10,16 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from freemerge.checkpoints import CheckpointError
+from freemerge.models.class_heads import CosineHead
 from freemerge.models.classes import import_class, instantiate, recipe_arguments
 from freemerge.names import class_name
 
 _ATTRIBUTES: dict[type[nn.Module], tuple[str, ...]] = {
     nn.Linear: ("in_features", "out_features"),
+    CosineHead: ("in_features", "out_features"),
     nn.LayerNorm: ("normalized_shape", "eps", "elementwise_affine"),
     nn.BatchNorm1d: ("num_features", "eps", "momentum", "affine", "track_running_stats"),
     nn.Dropout: ("p",),
@@ -30,6 +32,14 @@ _ATTRIBUTES: dict[type[nn.Module], tuple[str, ...]] = {
     **dict.fromkeys((nn.Identity, nn.ReLU, nn.SiLU, nn.Tanh, nn.Sigmoid, nn.Softplus), ()),
 }
 _LAYERS = {layer.__name__: layer for layer in _ATTRIBUTES}
+
+
+def head_from_state(state: Mapping[str, Tensor]) -> nn.Linear | CosineHead:
+    """A head of freemerge's own, from its tensors alone: linear, or by cosine."""
+    outputs, width = state["weight"].shape
+    head = CosineHead(width, outputs) if "scale" in state else nn.Linear(width, outputs)
+    head.load_state_dict(dict(state))
+    return head
 
 
 def describe_head(head: nn.Module, what: str) -> dict[str, Any]:

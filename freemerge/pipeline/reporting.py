@@ -91,7 +91,7 @@ def base_name(tuner: FineTuner) -> str:
     """The name of the base's row in a report, with the kind of heads that it is evaluated with."""
     if isinstance(tuner.backbone, LanguageBackbone):
         return "base (zero-shot)"
-    heads = {"probe": "probe", "zero_shot": "zero-shot", "linear": "fine-tuned heads"}
+    heads = {"probe": "probe", "zero_shot": "zero-shot", "prototypes": "prototypes", "linear": "fine-tuned heads"}
     return f"base ({heads[tuner.head_kind]})"
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
@@ -12,14 +13,22 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from freemerge.checkpoints import expand
-from freemerge.data import Task, TaskData, TaskMetric
+from freemerge.data import Task, TaskData, TaskMetric, check_templates, load_tokenizer
 from freemerge.inputs import Inputs, batch_size
-from freemerge.models import Backbone, ImageTextBackbone, LanguageBackbone, extract_features
+from freemerge.models import (
+    Backbone,
+    CosineHead,
+    ImageTextBackbone,
+    LanguageBackbone,
+    extract_features,
+    head_from_state,
+    prototypes,
+)
 from freemerge.training.adapters import add_adapter, has_adapter, merged_weights, peft_config
 from freemerge.training.objectives import Objective
 from freemerge.training.optimization import OptimizedModule, Schedule
 
-HeadKind = Literal["probe", "linear", "zero_shot"]
+HeadKind = Literal["probe", "linear", "zero_shot", "prototypes"]
 _OBJECTS = ("backbone", "optimizer", "_instantiator", "_class_path")  # LightningCLI adds the last two
 _TASK = "freemerge_task"
 _NO_TASK = 'FineTuner: there is no head; pass `num_classes`, or the data of one task: datamodule=suite["birds"]'
@@ -39,7 +48,9 @@ class FineTuner(OptimizedModule):
         num_classes: number of classes C; not needed with a suite or the data module of one task.
         head: kind of head. `probe`: a linear probe, fitted on the base's features at the start of the fit and frozen,
             so that the task vector contains everything that is learnt. `linear`: a linear layer, initialised at random
-            and trained. `zero_shot`: the text embeddings of the class names, frozen; needs an `ImageTextBackbone`. A
+            and trained. `zero_shot`: the cosine with the embeddings of the class names in prompts, frozen; a text
+            encoder embeds them itself before it is fine-tuned, an `ImageTextBackbone` with its text tower.
+            `prototypes`: the cosine with the mean features of a few training samples of each class, frozen. A
             `LanguageBackbone` uses the model's own head.
         optimizer: makes the optimizer; None is AdamW.
         schedule: learning rate schedule after the warm-up.
@@ -48,7 +59,11 @@ class FineTuner(OptimizedModule):
         peft: trains a PEFT adapter and merges it into the weights afterwards: `{kind: lora, r: 8, …}`, `{kind: ia3,
             …}`, or `{class_path: peft.LoraConfig, init_args: {…}}`; null trains all weights.
         gradient_checkpointing: save memory by recomputing activations in the backward pass.
-        templates: prompts of a zero-shot head for tasks without their own, with one `{}` for the class name.
+        templates: prompts of a zero-shot head for tasks without their own, with one `{}` for the class name. None is
+            `a photo of a {}.` for an `ImageTextBackbone`, and the class name alone for texts.
+        logit_scale: factor of the cosines of `zero_shot` and `prototypes`; None is the model's own for an
+            `ImageTextBackbone`, and 20 for others.
+        prototype_samples: number of training samples of each class that `prototypes` averages.
 
     Raises:
         ValueError: if an option is invalid, or the head does not suit the backbone.
@@ -66,21 +81,34 @@ class FineTuner(OptimizedModule):
         peft: dict[str, Any] | None = None,
         gradient_checkpointing: bool = False,
         templates: list[str] | None = None,
+        logit_scale: float | None = None,
+        prototype_samples: int = 16,
     ) -> None:
         super().__init__(optimizer, schedule, warmup)
         # Plain data only, because checkpoints are read with weights_only; objects are passed to `load_from_checkpoint`.
         self.save_hyperparameters(ignore=[*_OBJECTS, *(["schedule"] if callable(schedule) else [])])
-        if head not in ("probe", "linear", "zero_shot"):
-            raise ValueError(f"FineTuner: head must be 'probe', 'linear' or 'zero_shot', got {head!r}")
-        if head == "zero_shot" and not isinstance(backbone, ImageTextBackbone):
+        if head not in get_args(HeadKind):
+            raise ValueError(f"FineTuner: head must be one of {', '.join(get_args(HeadKind))}, got {head!r}")
+        if head == "zero_shot" and not backbone.reads_texts:
             raise ValueError(
-                f"FineTuner: a zero-shot head needs an ImageTextBackbone, got {type(backbone).__name__}; use 'probe'"
+                "FineTuner: a zero-shot head needs a text encoder or an ImageTextBackbone, got "
+                f"{type(backbone).__name__} of {type(backbone.model).__name__}; use 'prototypes' or 'probe'"
             )
+        if head == "prototypes" and isinstance(backbone, LanguageBackbone):
+            raise ValueError("FineTuner: a LanguageBackbone has its own head; leave `head` out")
+        if logit_scale is not None and not 0 < logit_scale < float("inf"):
+            raise ValueError(f"FineTuner: logit_scale must be above 0, got {logit_scale}")
+        if prototype_samples < 1:
+            raise ValueError(f"FineTuner: prototype_samples must be at least 1, got {prototype_samples}")
         self.backbone = backbone
         self.head_kind = head
         self.label_smoothing = label_smoothing
         self.peft = None if peft is None else peft_config(peft)
-        self.templates = tuple(templates or ("a photo of a {}.",))
+        usual = "a photo of a {}." if isinstance(backbone, ImageTextBackbone) else "{}"
+        self.templates = tuple(templates or (usual,))
+        check_templates("FineTuner", self.templates)
+        self.logit_scale = logit_scale
+        self.prototype_samples = prototype_samples
         if gradient_checkpointing:
             backbone.enable_gradient_checkpointing()
         # In the state dict, so that a resumed fit does not refit the probe on a partly fine-tuned backbone.
@@ -111,7 +139,7 @@ class FineTuner(OptimizedModule):
 
     def _set_task(self, task: Task | int) -> None:
         objective, head = self.objective_of(task), self.frozen_head(task)
-        self._prepare(objective, self.make_head(objective.num_outputs) if head is None else head)
+        self._prepare(objective, self.new_head(objective.num_outputs) if head is None else head)
         if head is None:
             self._own_head().requires_grad_(self.head_kind == "linear")
         self.head_ready.fill_(head is not None or self.head_kind == "linear")
@@ -133,6 +161,22 @@ class FineTuner(OptimizedModule):
             A module that maps features (B, F) to (B, num_outputs).
         """
         return nn.Linear(self.backbone.feature_dim, num_outputs)
+
+    def new_head(self, num_outputs: int) -> nn.Module:
+        """A head of this tuner's kind before it is fitted.
+
+        Args:
+            num_outputs: classes C; 1 for a regression.
+        """
+        if isinstance(self.backbone, LanguageBackbone):
+            return nn.Identity()
+        if self.head_kind in ("zero_shot", "prototypes"):
+            return CosineHead(self.backbone.feature_dim, num_outputs, *self._scale)
+        return self.make_head(num_outputs)
+
+    @property
+    def _scale(self) -> tuple[float, ...]:
+        return () if self.logit_scale is None else (self.logit_scale,)
 
     @property
     def makes_own_heads(self) -> bool:
@@ -160,6 +204,11 @@ class FineTuner(OptimizedModule):
                 f"FineTuner: this {who} is for {' and '.join(sorted(wanted))}, but the task is {objective.kind}, which "
                 f"needs a {needed} of that kind"
             )
+        if self.head_kind in ("zero_shot", "prototypes") and objective.kind != "classification":
+            raise ValueError(
+                f"FineTuner: head {self.head_kind!r} needs a classification, and the task is a {objective.kind}; "
+                "use 'probe'"
+            )
         return objective
 
     def frozen_head(self, task: Task | int) -> nn.Module | None:
@@ -178,10 +227,35 @@ class FineTuner(OptimizedModule):
             return nn.Identity()
         if self.head_kind != "zero_shot":
             return None
-        assert isinstance(self.backbone, ImageTextBackbone)  # checked in the constructor
-        if isinstance(task, int) or task.kind != "classification":
+        if isinstance(task, int):
             raise ValueError("FineTuner: a zero-shot head needs the class names of a classification task")
-        return self.backbone.class_head(task.class_names, task.templates or self.templates)
+        self.objective_of(task)
+        return self.zero_shot_head(task, task.class_names)
+
+    def zero_shot_head(self, task: Task, class_names: Sequence[str]) -> nn.Module:
+        """A frozen head of some of a task's classes, from their names in the task's prompts.
+
+        Raises:
+            ValueError: if the backbone cannot embed them.
+        """
+        tokenizer = None if task.tokenizer is None else load_tokenizer(task.tokenizer)
+        templates = task.templates or self.templates
+        return self.backbone.class_head(class_names, templates, tokenizer, self.logit_scale)
+
+    def fit_head(self, data: TaskData, device: torch.device) -> nn.Module:
+        """A probe or prototypes from the base's features of a task's training data; the backbone is on `device`.
+
+        Raises:
+            ValueError: if a class of prototypes has no training sample.
+        """
+        objective = self.objective_of(data.task)
+        if self.head_kind == "prototypes":
+            return self._prototype_head(data.drawn_dataloader(), objective.num_outputs, device)
+        return objective.fit_probe(*extract_features(self.backbone, data.train_dataloader(), device))
+
+    def _prototype_head(self, loader: Any, num_classes: int, device: torch.device) -> nn.Module:
+        means = prototypes(self.backbone, loader, num_classes, self.prototype_samples, device)
+        return CosineHead.of(means, *self._scale)
 
     def _own_objective(self) -> Objective:
         if self.objective is None:
@@ -297,17 +371,25 @@ class FineTuner(OptimizedModule):
         task = checkpoint[_TASK]
         metric = TaskMetric(task["kind"], task["metric"])
         objective = Objective(task["kind"], task["num_outputs"], metric, self.label_smoothing)
-        own_head = isinstance(self.backbone, LanguageBackbone)
-        self._prepare(objective, nn.Identity() if own_head else self.make_head(objective.num_outputs))
+        if self.head_kind == "zero_shot":  # its class depends on the backbone's
+            prefix, saved = "head.", checkpoint["state_dict"]
+            state = {name.removeprefix(prefix): saved[name] for name in saved if name.startswith(prefix)}
+            self._prepare(objective, head_from_state(state))
+        else:
+            self._prepare(objective, self.new_head(objective.num_outputs))
         self._own_head().requires_grad_(self.head_kind == "linear")
 
     def on_train_start(self) -> None:
-        """Fit the probe on the base's features of the training data, unless the head comes from a checkpoint."""
+        """Fit the head to the base's features of the training data, unless it comes from a checkpoint."""
         if self.head_ready:
             return
-        features, labels = self._features_for_head()
-        probe = self._own_objective().fit_probe(features, labels)
-        self._own_head().load_state_dict(self.trainer.strategy.broadcast(probe.state_dict()))
+        objective, data = self._own_objective(), getattr(self.trainer, "datamodule", None)
+        if self.head_kind == "prototypes":
+            drawn = data.drawn_dataloader() if isinstance(data, TaskData) else self.trainer.train_dataloader
+            head = self._prototype_head(drawn, objective.num_outputs, self.device)
+        else:
+            head = objective.fit_probe(*self._features_for_head())
+        self._own_head().load_state_dict(self.trainer.strategy.broadcast(head.state_dict()))
         self.head_ready.fill_(True)
 
     def _features_for_head(self) -> tuple[Tensor, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import re
 
 import numpy as np
 import pytest
@@ -405,3 +406,56 @@ def test_a_task_checks_its_parts() -> None:
     with pytest.raises(ValueError, match=r"exactly one \{\}"):
         Task("a", ("x", "y"), *parts, templates=("a photo",))
     assert Task("a", ("x", "y"), *parts, metric="recall@5").metric == "recall@5"
+
+
+# ---- names and prompts of classes
+
+
+def test_classes_are_called_what_the_configuration_says(tmp_path, tokenizer: str) -> None:
+    path = tiny_files.write_table(tmp_path / "t.csv", ["split", "text", "label"])
+    whole = TextTableSource(path=path, tokenizer=tokenizer).build("t", 0)
+    told = {"class_names": {"no": "a bad one"}, "templates": ["{} it is", "it is {}"]}
+    some = TextTableSource(path=path, tokenizer=tokenizer, **told).build("t", 0)
+    assert some.class_names == ("a bad one", "yes")
+    assert some.templates == ("{} it is", "it is {}")
+    assert torch.equal(some.train.labels, whole.train.labels)  # labels are what they were
+    in_order = TextTableSource(path=path, tokenizer=tokenizer, class_names=["bad", "good"]).build("t", 0)
+    assert in_order.class_names == ("bad", "good")
+    tiny_files.write_npz(tmp_path / "n.npz")
+    pictures = NpzSource(path=str(tmp_path / "n.npz"), class_names={"red": "a red tile"}).build("n", 0)
+    assert pictures.class_names == ("a red tile", "green", "blue")
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ({"yess": "good"}, "class_names names 'yess', which is no class; did you mean 'yes'?"),
+        ({"perhaps": "good"}, "class_names names 'perhaps', which is no class; there are no, yes"),
+        (["good"], "class_names has 1 names for 2 classes, in this order: no, yes"),
+        ({"no": "yes"}, "class_names: two classes are called 'yes'"),
+    ],
+)
+def test_names_that_do_not_fit_the_classes_are_refused(tmp_path, tokenizer: str, names, message: str) -> None:
+    path = tiny_files.write_table(tmp_path / "t.csv", ["split", "text", "label"])
+    with pytest.raises(ValueError, match=re.escape(message)):
+        TextTableSource(path=path, tokenizer=tokenizer, class_names=names).build("t", 0)
+    with pytest.raises(ValueError, match=re.escape("TextTableSource: a template needs exactly one {}, got 'it is'")):
+        TextTableSource(path=path, tokenizer=tokenizer, templates=["it is"])
+
+
+def test_suites_of_folders_take_names_and_prompts_by_task(tmp_path, tokenizer: str) -> None:
+    for name in ("a", "b"):
+        tiny_files.write_table(tmp_path / "texts" / f"{name}.csv", ["split", "text", "label"])
+        (tmp_path / "pictures").mkdir(exist_ok=True)
+        tiny_files.write_npz(tmp_path / "pictures" / f"{name}.npz")
+    for suite, old, new in (
+        (lambda **told: TextTableSuite(str(tmp_path / "texts"), tokenizer, **told), ("no", "yes"), ["bad", "good"]),
+        (lambda **told: NpzSuite(str(tmp_path / "pictures"), **told), tuple(tiny_files.COLOURS), ["r", "g", "b"]),
+    ):
+        told = suite(class_names={"b": new}, templates={"a": ["it is {}"]})
+        assert [told.task(name).class_names for name in "ab"] == [old, tuple(new)]
+        assert [told.task(name).templates for name in "ab"] == [("it is {}",), ()]
+        with pytest.raises(ValueError, match="templates names 'c'; tasks: a, b"):
+            suite(templates={"c": ["{}"]})
+        with pytest.raises(ValueError, match="class_names names 'c'; tasks: a, b"):
+            suite(class_names={"c": new})

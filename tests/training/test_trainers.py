@@ -78,7 +78,7 @@ def test_finetuner_trains_a_linear_head(tmp_path) -> None:
 
 
 def test_finetuner_refusals(tmp_path) -> None:
-    with pytest.raises(ValueError, match="head must be 'probe', 'linear' or 'zero_shot', got 'mlp'"):
+    with pytest.raises(ValueError, match="head must be one of probe, linear, zero_shot, prototypes, got 'mlp'"):
         FineTuner(tiny_backbone(), head="mlp")
     with pytest.raises(ValueError, match="pass `num_classes`"):
         trainer(tmp_path, max_epochs=1).fit(FineTuner(tiny_backbone()), datamodule=TinySuite())

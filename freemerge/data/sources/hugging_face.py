@@ -204,7 +204,8 @@ class HuggingFaceImageSource(HuggingFaceSource, ImageSource):
             for split, (origin, chosen) in self.split_samples(sizes, name, seed).items()
         }
         train, val, test = (datasets[split] for split in SPLITS)
-        return Task(name, tuple(names), train, val, test, metric=self.metric, templates=tuple(self.templates or ()))
+        called, templates = self.named(name, names), tuple(self.templates or ())
+        return Task(name, called, train, val, test, metric=self.metric, templates=templates)
 
     def _fetch(self, part: Any, index: dict[str, int] | None, row: int) -> tuple[Any, Any]:
         sample = part[row]

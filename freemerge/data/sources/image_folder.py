@@ -94,7 +94,8 @@ class ImageFolderSource(ImageSource):
             for split, (origin, index) in selected.items()
         }
         train, val, test = (datasets[split] for split in SPLITS)
-        return Task(name, classes, train, val, test, metric=self.metric, templates=tuple(self.templates or ()))
+        called, templates = self.named(name, classes), tuple(self.templates or ())
+        return Task(name, called, train, val, test, metric=self.metric, templates=templates)
 
 
 class _Fetch:

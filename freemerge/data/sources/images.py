@@ -5,11 +5,11 @@
 from dataclasses import dataclass
 
 from freemerge.data.arrays import Augmentation, Preprocessing
-from freemerge.data.sources.source import TaskSource
+from freemerge.data.sources.classes import ClassSource
 
 
 @dataclass(kw_only=True)
-class ImageSource(TaskSource):
+class ImageSource(ClassSource):
     """Base class of image sources.
 
     Args:
@@ -20,7 +20,6 @@ class ImageSource(TaskSource):
         augment: augmentations of training batches, in order, before resizing: transforms of
             `torchvision.transforms.v2`, classes of `freemerge.data.augment`, or your own callables of float32
             (B, C, H, W) in [0, 1].
-        templates: prompts with one `{}` for a zero-shot text head, such as `a photo of a {}.`.
         metric: the task's metric; None is accuracy.
     """
 
@@ -29,7 +28,6 @@ class ImageSource(TaskSource):
     mean: float | list[float] = 0.5
     std: float | list[float] = 0.5
     augment: list[Augmentation] | None = None
-    templates: list[str] | None = None
     metric: str | None = None
 
     def preprocessing(self, split: str) -> Preprocessing:

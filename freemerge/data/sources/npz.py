@@ -70,7 +70,8 @@ class NpzSource(ImageSource):
             if split == "test":
                 datasets[split].sample_names = [f"{origin}_images[{i}]" for i in index.tolist()]
         train, val, test = (datasets[split] for split in SPLITS)
-        return Task(name, names, train, val, test, metric=self.metric, templates=tuple(self.templates or ()))
+        called, templates = self.named(name, names), tuple(self.templates or ())
+        return Task(name, called, train, val, test, metric=self.metric, templates=templates)
 
     def _read(self) -> dict[str, np.ndarray]:
         """Read the arrays that this source uses; other names map to empty arrays."""

@@ -12,6 +12,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from freemerge.checkpoints import expand, expand_name
 from freemerge.data.errors import DataError, DataWarning, reason_of
+from freemerge.data.sources.classes import ClassSource
 from freemerge.data.sources.columns import (
     as_text,
     check_labels_present,
@@ -20,7 +21,7 @@ from freemerge.data.sources.columns import (
     read_texts,
     warn_about_empty_texts,
 )
-from freemerge.data.sources.source import SPLITS, TaskSource
+from freemerge.data.sources.source import SPLITS
 from freemerge.data.sources.tables import Table
 from freemerge.data.tasks import Kind, Task, check_kind
 from freemerge.data.tokens import TokenDataset
@@ -31,7 +32,7 @@ _CUT_WARNING_FRACTION = 0.1
 
 
 @dataclass(kw_only=True)
-class TextSource(TaskSource):
+class TextSource(ClassSource):
     """Base class of text sources.
 
     The label column contains a class for `classification`, a number for `regression`, and a target text for `seq2seq`
@@ -43,8 +44,8 @@ class TextSource(TaskSource):
         text: one or two text columns; None takes all columns except `label` and `split`. A second column without any
             text is ignored.
         label: the label column; null for a `causal_lm` without targets.
-        classes: the class names, or a file with one per line; None takes them from the data. A label is a class name or
-            a class index.
+        classes: the classes as the labels name them, or a file with one per line; None takes them from the data. A
+            label is one of these names or a class index.
         kind: kind of task: classification, regression, seq2seq or causal_lm.
         metric: the task's metric; None takes the kind's default.
         max_length: texts are truncated to this many tokens; for `causal_lm`, text and target together.
@@ -109,7 +110,17 @@ class TextSource(TaskSource):
         origin, index = selected["test"]
         datasets["test"].sample_names = [tables[origin].row_name(row) for row in index.tolist()]
         train, val, test = (datasets[split] for split in SPLITS)
-        return Task(name, class_names, train, val, test, kind=self.kind, metric=self.metric, tokenizer=self.tokenizer)
+        return Task(
+            name,
+            self.named(name, class_names),
+            train,
+            val,
+            test,
+            kind=self.kind,
+            metric=self.metric,
+            templates=tuple(self.templates or ()),
+            tokenizer=self.tokenizer,
+        )
 
     def _text_columns(self, name: str, tables: Mapping[str, Table]) -> list[str]:
         known = list(tables["train"]) if "train" in tables else []

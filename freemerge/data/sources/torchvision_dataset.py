@@ -79,7 +79,8 @@ class TorchvisionSource(ImageSource):
             for split, (origin, index) in self.split_samples(sizes, name, seed).items()
         }
         train, val, test = (datasets[split] for split in SPLITS)
-        return Task(name, tuple(classes), train, val, test, metric=self.metric, templates=tuple(self.templates or ()))
+        called, templates = self.named(name, classes), tuple(self.templates or ())
+        return Task(name, called, train, val, test, metric=self.metric, templates=templates)
 
     def _class(self) -> type:
         from torchvision import datasets

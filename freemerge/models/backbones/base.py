@@ -7,6 +7,7 @@ file can be loaded by the library that the model comes from.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from freemerge.checkpoints import CheckpointError, expand, load_checkpoint, save_checkpoint
 from freemerge.inputs import Inputs, named, to_device
+from freemerge.models.class_heads import LOGIT_SCALE, CosineHead, class_embeddings, embed_texts
 from freemerge.models.classes import import_class, is_builtin
 from freemerge.names import class_name
 
@@ -76,6 +78,36 @@ class Backbone(nn.Module):
         if enable is None or not getattr(self.model, "supports_gradient_checkpointing", True):
             raise ValueError(f"gradient_checkpointing: {type(self.model).__name__} does not support it; leave it out")
         enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # reentrant: no gradients for frozen inputs
+
+    @property
+    def reads_texts(self) -> bool:
+        """Whether it can embed the names of classes, for a zero-shot head; a module of one's own is believed to."""
+        return True
+
+    def class_head(
+        self, class_names: Sequence[str], templates: Sequence[str], tokenizer: Any = None, scale: float | None = None
+    ) -> nn.Module:
+        """A frozen zero-shot head: logits are scale · cosine of the features with the embeddings of the class names.
+
+        Args:
+            class_names: C names.
+            templates: prompts with one `{}` each; a class's embedding is the mean over them.
+            tokenizer: the model's, of transformers.
+            scale: what cosines are multiplied by; None is 20.
+
+        Returns:
+            Features (B, F) → logits (B, C).
+
+        Raises:
+            ValueError: if there is no tokenizer.
+        """
+        if tokenizer is None:
+            raise ValueError(
+                f"a zero-shot head embeds class names, and this {type(self).__name__} needs the tokenizer of a task of "
+                "texts for that; for images use an ImageTextBackbone, or head 'prototypes'"
+            )
+        embeddings = class_embeddings(lambda texts: embed_texts(self, texts, tokenizer), class_names, templates)
+        return CosineHead.of(embeddings, LOGIT_SCALE if scale is None else scale)
 
     # -- as a folder --------------------------------------------------------------------------------------------------
 

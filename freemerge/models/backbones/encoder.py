@@ -74,6 +74,10 @@ class TransformersBackbone(HuggingFaceBackbone):
             return (tokens * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
         return tokens[:, self.prefix_tokens :].mean(dim=1)
 
+    @property
+    def reads_texts(self) -> bool:
+        return self.model.main_input_name == "input_ids"
+
     def recipe(self) -> dict[str, Any]:
         """The constructor arguments that a folder stores; see `Backbone.recipe`."""
         return {"pooling": self.pooling, "dtype": self.dtype}

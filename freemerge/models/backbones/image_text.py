@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from freemerge.checkpoints import expand, expand_name
 from freemerge.inputs import Inputs
 from freemerge.models.backbones.hugging_face import Dtype, HuggingFaceBackbone, load_model, without_progress_bars
+from freemerge.models.class_heads import class_embeddings
 
 
 class TextTower:
@@ -98,12 +99,16 @@ class ImageTextBackbone(HuggingFaceBackbone):
         output = self.model.get_image_features(pixel_values=inputs)
         return F.normalize(getattr(output, "pooler_output", output), dim=-1)
 
-    def class_head(self, class_names: Sequence[str], templates: Sequence[str]) -> nn.Linear:
-        """A frozen linear head from the text embeddings of classes, for zero-shot classification.
+    def class_head(
+        self, class_names: Sequence[str], templates: Sequence[str], tokenizer: Any = None, scale: float | None = None
+    ) -> nn.Linear:
+        """A frozen linear head whose weights are the classes' text embeddings times the logit scale.
 
         Args:
             class_names: C names.
             templates: prompts with one `{}` each; a class's embedding is the normalised mean over all prompts.
+            tokenizer: not used; the text tower has its own.
+            scale: what cosines are multiplied by; None is what the model was trained with.
 
         Returns:
             Features (B, F) → logits (B, C) = scale · cosine (+ SigLIP's bias), with the model's logit scale.
@@ -111,15 +116,13 @@ class ImageTextBackbone(HuggingFaceBackbone):
         Raises:
             ValueError: if there is no tokenizer.
         """
-        embeddings = []
-        for name in class_names:
-            prompts = [template.format(name.replace("_", " ")) for template in templates]
-            embeddings.append(F.normalize(self.text.embed(prompts).mean(dim=0), dim=0))
-        scale = getattr(self.text.model, "logit_scale", None)
+        trained = getattr(self.text.model, "logit_scale", None)
+        if scale is None:
+            scale = 1.0 if trained is None else float(trained.exp())
         bias = getattr(self.text.model, "logit_bias", None)
         head = nn.Linear(self.feature_dim, len(class_names))
         with torch.no_grad():
-            head.weight.copy_(torch.stack(embeddings) * (scale.exp() if scale is not None else 1.0))
+            head.weight.copy_(class_embeddings(self.text.embed, class_names, templates) * scale)
             head.bias.fill_(float(bias) if bias is not None else 0.0)
         return head.requires_grad_(False)
 

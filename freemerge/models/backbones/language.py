@@ -55,6 +55,10 @@ class LanguageBackbone(HuggingFaceBackbone):
         """The kind of task that the model is for: `seq2seq` or `causal_lm`."""
         return "seq2seq" if self.model.config.is_encoder_decoder else "causal_lm"
 
+    @property
+    def reads_texts(self) -> bool:
+        return False  # as features: it has a head of its own
+
     def forward(self, inputs: Inputs) -> Tensor:
         """The logits of a batch.
 

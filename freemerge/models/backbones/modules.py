@@ -67,6 +67,10 @@ class TorchvisionBackbone(Backbone):
         output = self.model(inputs)
         return output if isinstance(output, Tensor) else output[0]  # Inception has auxiliary outputs in training
 
+    @property
+    def reads_texts(self) -> bool:
+        return False
+
     def recipe(self) -> dict[str, Any]:
         """The constructor arguments that a folder stores; see `Backbone.recipe`."""
         return self.arguments

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 
-from freemerge.data import Task, TaskData
+from freemerge.data import TaskData
 from freemerge.inputs import Inputs, select
-from freemerge.models import ImageTextBackbone, batch_norms
+from freemerge.models import batch_norms
 from freemerge.pipeline.checks.findings import CheckError, Findings
 from freemerge.pipeline.checks.fits import StageMetrics, check_fits, may_log_more
 from freemerge.pipeline.checks.labels import check_labels
@@ -148,7 +148,7 @@ class _DataChecks:
             check_labels(task, self.findings, splits)
             self.logged[stage][data.name] = tuner.logged(task)
             if tuner.head_kind == "zero_shot":
-                self._zero_shot(tuner, task)
+                tuner.zero_shot_head(task, task.class_names[:1])  # one of them says enough
             samples = Samples(data, self.findings)
         except ValueError as error:  # the data cannot be used, or do not suit this model; each error is one line
             self.findings.fault(error if data.name in str(error) else f"task {data.name!r}: {error}")
@@ -161,13 +161,6 @@ class _DataChecks:
         if "experts" in self.pending:
             check_expert_inputs(data.name, samples.batches["train"], self.files.settings.experts, self.findings)
         return samples.few("train")[0]
-
-    def _zero_shot(self, tuner: FineTuner, task: Task) -> None:
-        """Check that the text tower makes a head from class names; one name is enough."""
-        if task.kind != "classification":
-            tuner.frozen_head(task)  # raises the error that explains why
-        assert isinstance(tuner.backbone, ImageTextBackbone)  # FineTuner refuses zero-shot heads of other backbones
-        tuner.backbone.class_head(task.class_names[:1], (task.templates or tuner.templates)[:1])
 
     def _held_out(self, name: str) -> None:
         try:

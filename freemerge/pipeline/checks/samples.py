@@ -135,7 +135,7 @@ class Samples:
         try:
             objective = tuner.objective_of(self.task)
             own = self.task.kind in ("seq2seq", "causal_lm")
-            head = torch.nn.Identity() if own else tuner.make_head(objective.num_outputs).to(features.device)
+            head = tuner.new_head(objective.num_outputs).to(features.device)
             outputs = head(features.float())
             metrics = objective.make_metrics().to(features.device)
             objective.update(metrics, outputs, labels)

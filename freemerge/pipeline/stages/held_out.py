@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from freemerge.models import extract_features
 from freemerge.pipeline.store.artifacts import Artifacts
 
 
@@ -13,7 +12,8 @@ def held_out_heads(files: Artifacts, device: torch.device) -> dict[str, nn.Modul
     """Make a head for each of the suite's held-out tasks.
 
     It is the head that the task shares with merged tasks, a head made from its class names, or the model's own;
-    otherwise a probe fitted on the base's features of the task's training data. The backbone never trains on the task.
+    otherwise a probe or prototypes of the base's features of the task's training data. The backbone never trains on the
+    task.
 
     Args:
         files: the run's files.
@@ -30,10 +30,9 @@ def held_out_heads(files: Artifacts, device: torch.device) -> dict[str, nn.Modul
             continue
         tuner = files.base_tuner()
         data = files.suite.for_task(task)
-        objective = tuner.objective_of(data.task)
         head = tuner.frozen_head(data.task)
         if head is None:
-            backbone = tuner.backbone.to(device)
-            head = objective.fit_probe(*extract_features(backbone, data.train_dataloader(), device))
+            tuner.backbone.to(device)
+            head = tuner.fit_head(data, device)
         heads[task] = head
     return heads

@@ -16,7 +16,7 @@ from freemerge.checkpoints import hash_tensors, load_checkpoint, locate
 from freemerge.data import TaskSuite
 from freemerge.experts import PackedExpert, class_path, load_expert
 from freemerge.merging import MeasuredMethod, MergeMethod, WeightAverage, collected, merge
-from freemerge.models import Backbone, ConvRouter, EarlyRouter, FreeModel, Router, feature_width
+from freemerge.models import Backbone, ConvRouter, EarlyRouter, FreeModel, Router, feature_width, head_from_state
 from freemerge.pipeline.settings import Settings
 from freemerge.pipeline.store.stage_folder import StageFolder, content
 from freemerge.training import FineTuner
@@ -120,9 +120,9 @@ class Artifacts:
         return heads
 
     def _head(self, task: str, state: dict[str, Tensor]) -> nn.Module:
-        """A head with these weights: linear, the model's own, or what the template's `make_head` returns."""
+        """A head with these weights: linear, by cosine, the model's own, or what the template's `make_head` returns."""
         if not self.tuner.makes_own_heads:
-            return _linear(state) if state else nn.Identity()
+            return head_from_state(state) if state else nn.Identity()
         head = self.tuner.make_head(self.suite.task(task).num_outputs)
         head.load_state_dict(state)
         return head
@@ -396,13 +396,6 @@ def _given(class_names: Mapping[str, Sequence[str]]) -> dict[str, Sequence[str]]
 def _mean(tensors: Sequence[Tensor]) -> Tensor:
     """The mean of the weights of a head that several tasks share; integers, such as counts, are the first task's."""
     return torch.stack(list(tensors)).mean(dim=0) if tensors[0].is_floating_point() else tensors[0]
-
-
-def _linear(state: Mapping[str, Tensor]) -> nn.Linear:
-    outputs, width = state["weight"].shape
-    head = nn.Linear(width, outputs)
-    head.load_state_dict(state)
-    return head
 
 
 def _file_name(name: str) -> str:
