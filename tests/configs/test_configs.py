@@ -245,7 +245,7 @@ def test_a_configuration_runs_and_its_model_is_used(name: str, tmp_path: Path, m
     rows = read_predictions(run)
     assert all(row["sample"] for row in rows)
     own = name == "own_module"  # a folder imports nobody's module by itself
-    with pytest.raises(CheckpointError, match="SqueezeNet, and a folder runs no code") if own else nullcontext():
+    with pytest.raises(CheckpointError, match="SqueezeNet, which is not imported by default") if own else nullcontext():
         check_in_a_fresh_process(run, rows)
     if own:
         check_in_a_fresh_process(run, rows, trust_remote_code=True)

@@ -55,7 +55,7 @@ def test_a_module_that_a_configuration_built_is_built_again_if_trusted(tmp_path:
     model = run_all(tmp_path, "FineTuner", NET, capsys, trust_remote_code=True)
     assert isinstance(model.backbone.model, OwnNet)
     assert model.backbone.model.slope == 0.5
-    with pytest.raises(CheckpointError, match=r"the backbone's module is a .*OwnNet, and a folder runs no code"):
+    with pytest.raises(CheckpointError, match=r"the backbone's module is a .*OwnNet, which is not imported by default"):
         FreeModel.from_pretrained(tmp_path / "run" / "free_model")
 
 
