@@ -14,6 +14,7 @@ from jsonargparse import ArgumentParser
 from freemerge.cli.help_cache import CommandHelp
 from freemerge.cli.yaml_text import read_configuration
 
+_PRINTING = ("help", "print_config")  # options that print, and have no value
 CLASS_KEYS = ("class_path", "init_args", "dict_kwargs")
 """The keys that describe a configured class."""
 
@@ -22,7 +23,7 @@ def options(parser: ArgumentParser) -> list[str]:
     """The keys of the options of a parser and its subcommands, such as `trainer.max_epochs`, and of their groups."""
     keys: dict[str, None] = {}
     for each in (parser, *subcommands(parser).values()):
-        for dest in _actions(each):
+        for dest in (*_actions(each), *_PRINTING):
             keys |= dict.fromkeys((dest.partition(".")[0], dest))
     return list(keys)
 
@@ -91,7 +92,7 @@ def _actions(parser: ArgumentParser) -> dict[str, Action]:
     return {
         action.dest: action
         for action in parser._actions
-        if action.dest not in (SUPPRESS, "help", "print_config") and not action.dest.endswith(".help")
+        if action.dest not in (SUPPRESS, *_PRINTING) and not action.dest.endswith(".help")
     }
 
 
