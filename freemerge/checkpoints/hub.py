@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 
-from freemerge.checkpoints.places import expand, snapshot
+from freemerge.checkpoints.places import expand, packaged, snapshot
 from freemerge.errors import CheckpointError
 
 _ID = re.compile(r"(?P<repository>[\w][\w.-]*/[\w][\w.-]*)(?:@(?P<revision>[\w.+-]+))?(?:/(?P<subfolder>[^@]+))?")
@@ -25,9 +25,9 @@ def locate(source: str | os.PathLike[str]) -> Path:
     """The local path of a model; one of the Hub is downloaded into the Hub's cache, unless it is there.
 
     Args:
-        source: a path; a folder `models--org--name` of the Hub's cache; or an id of the Hub: `org/name`,
-            `org/name@revision`, either with `/subfolder`. What exists as a path is a path, and so is what begins with a
-            folder that exists.
+        source: a path; a folder `models--org--name` of the Hub's cache; `package:folder` for a folder inside an
+            installed package; or an id of the Hub: `org/name`, `org/name@revision`, either with `/subfolder`. What
+            exists as a path is a path, and so is what begins with a folder that exists.
 
     Returns:
         The path. It does not exist if `source` looks like a path and does not exist.
@@ -37,6 +37,8 @@ def locate(source: str | os.PathLike[str]) -> Path:
             not hold the model.
     """
     path = expand(source)
+    if isinstance(source, str) and (inside := packaged(source)) is not None:
+        return inside
     if path.exists() or not isinstance(source, str) or (named := _ID.fullmatch(source)) is None:
         return snapshot(path)
     if Path(source.partition("/")[0]).exists() or source.endswith(_ENDINGS):

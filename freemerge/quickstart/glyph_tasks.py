@@ -6,7 +6,7 @@ import random
 import string
 
 from freemerge.data import Compose, GaussianNoise, RandomAffine, Task, derive_seed
-from freemerge.quickstart.canvas import Distortion, dataset, render
+from freemerge.quickstart.canvas import SPLIT_SEED, Distortion, dataset, render
 from freemerge.quickstart.glyphs import FONTS, distinct_characters, draw_glyph, draw_grid, draw_text, shape, stack
 
 # ---- letters: the fonts of each split. Every family has fonts in the training set, but no test font is among them.
@@ -71,11 +71,8 @@ def build_letters(seed: int) -> Task:
     return Task("letters", tuple(string.ascii_uppercase), sets["train"], sets["val"], sets["test"])
 
 
-def script_characters(seed: int) -> dict[str, dict[str, tuple[str, ...]]]:
-    """Divide the characters of each script among the splits.
-
-    Args:
-        seed: the suite's seed.
+def script_characters() -> dict[str, dict[str, tuple[str, ...]]]:
+    """Divide the characters of each script among the splits, with `SPLIT_SEED`.
 
     Returns:
         script → split → characters; 60 % train, 20 % val, the rest test.
@@ -85,7 +82,7 @@ def script_characters(seed: int) -> dict[str, dict[str, tuple[str, ...]]]:
     for script, ranges in SCRIPTS.items():
         characters = list(distinct_characters(ranges, SCRIPT_FONT, frozenset(taken)))
         taken |= {shape(SCRIPT_FONT, character) for character in characters}
-        random.Random(derive_seed(seed, "scripts", script)).shuffle(characters)
+        random.Random(derive_seed(SPLIT_SEED, "scripts", script)).shuffle(characters)
         first, second = len(characters) * 60 // 100, len(characters) * 80 // 100
         characters_of[script] = {
             "train": tuple(characters[:first]),
@@ -107,7 +104,7 @@ def build_scripts(seed: int) -> Task:
         The task.
     """
     distortion = Distortion(degrees=6, scale=(0.9, 1.1), shift=0.05, shear=0.08)
-    characters_of = script_characters(seed)
+    characters_of = script_characters()
     sets = {}
     for split, per_class in (("train", 200), ("val", 25), ("test", 50)):
         generator = random.Random(derive_seed(seed, "scripts", split))
@@ -122,16 +119,13 @@ def build_scripts(seed: int) -> Task:
     return Task("scripts", tuple(SCRIPTS), sets["train"], sets["val"], sets["test"])
 
 
-def typeface_words(seed: int) -> dict[str, tuple[str, ...]]:
-    """Make up the words of `typefaces`.
-
-    Args:
-        seed: the suite's seed.
+def typeface_words() -> dict[str, tuple[str, ...]]:
+    """Make up the words of `typefaces` and divide them among the splits, with `SPLIT_SEED`.
 
     Returns:
         split → words of three upper- or lower-case letters; ignoring case, each word is in one split only.
     """
-    generator = random.Random(derive_seed(seed, "typefaces"))
+    generator = random.Random(derive_seed(SPLIT_SEED, "typefaces"))
     words = [a + b + c for a in string.ascii_lowercase for b in string.ascii_lowercase for c in string.ascii_lowercase]
     generator.shuffle(words)
     cased = ["".join(generator.choice((c, c.upper())) for c in word) for word in words[:3000]]
@@ -149,7 +143,7 @@ def build_typefaces(seed: int) -> Task:
     """
     distortion = Distortion(degrees=3, scale=(0.9, 1.1), shift=0.05, shear=0.0)
     augment = Compose(RandomAffine(2, (0.95, 1.05), 0.06), GaussianNoise(0.03))
-    words = typeface_words(seed)
+    words = typeface_words()
     sets = {}
     for split, per_class in (("train", 260), ("val", 30), ("test", 60)):
         generator = random.Random(derive_seed(seed, "typefaces", split))

@@ -78,7 +78,7 @@ def texture_rectangles(seed: int) -> dict[str, dict[str, list[Rectangle]]]:
         rectangles[split] = {}
         for name in TEXTURES:
             generator = random.Random(derive_seed(seed, "textures", name, split))
-            rectangles[split][name] = random_rectangles(name, cells(name, seed)[split], count, CROP, generator, 8.0)
+            rectangles[split][name] = random_rectangles(name, cells(name)[split], count, CROP, generator, 8.0)
     return rectangles
 
 

@@ -20,6 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from freemerge.data import derive_seed
+from freemerge.quickstart.canvas import SPLIT_SEED
 
 # Name → (package, folder in it, file, integer downscaling factor).
 PHOTOGRAPHS: dict[str, tuple[str, str, str, int]] = {
@@ -94,13 +95,12 @@ def photograph(name: str) -> np.ndarray:
 
 
 def cells(
-    name: str, seed: int, grid: int = 5, margin: int = 2, counts: Sequence[int] = (14, 4, 7)
+    name: str, grid: int = 5, margin: int = 2, counts: Sequence[int] = (14, 4, 7)
 ) -> dict[str, list[Rectangle]]:
-    """Divide a photograph into cells, and the cells among the splits.
+    """Divide a photograph into cells, and the cells among the splits, with `SPLIT_SEED`.
 
     Args:
         name: a key of `PHOTOGRAPHS`.
-        seed: seed of the division.
         grid: cells per side.
         margin: unused pixels along each side of a cell.
         counts: the numbers of cells of train, val and test; their sum must be grid².
@@ -121,7 +121,7 @@ def cells(
         for j in range(grid)
         for i in range(grid)
     ]
-    random.Random(derive_seed(seed, "cells", name)).shuffle(every)
+    random.Random(derive_seed(SPLIT_SEED, "cells", name)).shuffle(every)
     ends = [sum(counts[: i + 1]) for i in range(3)]
     return {split: every[end - count : end] for split, count, end in zip(SPLITS, counts, ends, strict=True)}
 

@@ -54,12 +54,12 @@ class Source:
         return draw_text(font, self.lines, rng.randint(29, 33))
 
 
-def _glyph_sources(seed: int, rng: random.Random) -> dict[str, Source]:
+def _glyph_sources(rng: random.Random) -> dict[str, Source]:
     """Class name → source of its drawings, for characters and texts."""
-    scripts = script_characters(seed)
+    scripts = script_characters()
     held_out = {shape(SCRIPT_FONT, c) for splits in scripts.values() for c in splits["val"] + splits["test"]}
     letters = "".join(rng.sample(string.ascii_lowercase, LETTERS))
-    latin, words = letters + letters.upper(), typeface_words(seed)["train"]
+    latin, words = letters + letters.upper(), typeface_words()["train"]
     extra = distinct_characters(EXTRA_RANGES, taken=frozenset(held_out))
     sources: dict[str, Source] = {}
     for character in [*latin, *string.digits, *rng.sample(extra, EXTRA_CHARACTERS)]:
@@ -78,11 +78,11 @@ def _glyph_sources(seed: int, rng: random.Random) -> dict[str, Source]:
     return sources
 
 
-def _regions(seed: int) -> dict[str, tuple[str, Rectangle]]:
+def _regions() -> dict[str, tuple[str, Rectangle]]:
     """Class name → (photograph, a cell that is not used by validation or test crops of `textures`)."""
     regions = {}
     for name in PHOTOGRAPHS:
-        for number, region in enumerate(cells(name, seed)["train"][:REGIONS_PER_PHOTOGRAPH]):
+        for number, region in enumerate(cells(name)["train"][:REGIONS_PER_PHOTOGRAPH]):
             regions[f"{name} {number}"] = (name, region)
     return regions
 
@@ -97,7 +97,7 @@ def build_pretraining(seed: int) -> Task:
         The task. Its val and test sets have other images of the same classes.
     """
     rng = random.Random(derive_seed(seed, "pretraining"))
-    sources, regions = _glyph_sources(seed, rng), _regions(seed)
+    sources, regions = _glyph_sources(rng), _regions()
     names = (*sources, *regions)
     glyph = Distortion(degrees=12, scale=(0.8, 1.15), shift=0.07, shear=0.15)
     photo = Distortion(degrees=0, scale=(1, 1), shift=0, shear=0, noise=0.02, contrast=(0.85, 1.0), brightness=0.04)

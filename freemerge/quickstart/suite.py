@@ -50,7 +50,7 @@ class QuickstartSuite(TaskSuite):
     """
 
     TASKS: ClassVar[tuple[str, ...]] = tuple(_BUILDERS)
-    DATA_VERSION: ClassVar[int] = 1
+    DATA_VERSION: ClassVar[int] = 2
 
     def __init__(
         self,

@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from freemerge.checkpoints import CheckpointError, load_checkpoint, open_checkpoint, save_checkpoint
+from freemerge.checkpoints import CheckpointError, expand_name, load_checkpoint, open_checkpoint, save_checkpoint
 from freemerge.checkpoints.formats.task_files import read_record
 from freemerge.checkpoints.places import landing
 
@@ -75,3 +75,23 @@ def test_a_snapshot_whose_blob_is_gone_and_a_folder_of_models(tmp_path):
     (folder / "0_Transformer" / "config.json").write_text("{}")
     with pytest.raises(CheckpointError, match=r"no weights in this folder; .* or give one of the folders inside: 0_Tr"):
         open_checkpoint(folder)
+
+
+def test_a_folder_inside_a_package(tmp_path, monkeypatch) -> None:
+    place = tmp_path / "packed_models"
+    (place / "small").mkdir(parents=True)
+    (place / "__init__.py").write_text("raise RuntimeError('it is found without being imported')")
+    save_checkpoint(place / "small" / "model.safetensors", {"weight": torch.ones(2)})
+    monkeypatch.syspath_prepend(tmp_path)
+    assert expand_name("packed_models:small") == str(place / "small")
+    assert open_checkpoint("packed_models:small").tensor("weight").tolist() == [1.0, 1.0]
+    for name, message in [
+        ("packed_models:large", r"packed_models:large: the package packed_models has no large; its folder is "),
+        ("no_such_models:small", r"no_such_models:small: there is no package no_such_models; install it"),
+        ("no_such.models:small", r"there is no package no_such\.models"),
+    ]:
+        with pytest.raises(CheckpointError, match=message):
+            open_checkpoint(name)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "packed_models:own").mkdir()
+    assert expand_name("packed_models:own") == "packed_models:own"  # a path that exists is a path
