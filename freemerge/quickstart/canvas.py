@@ -14,7 +14,7 @@ SIDE = 32
 """Side of an image in pixels."""
 
 SPLIT_SEED = 0
-"""The seed that divides characters, words and regions of photographs among the splits, for every seed of the suite alike:
+"""The seed that divides characters, words and regions of photographs among the splits, whatever the suite's seed is:
 the base that freemerge ships was pretrained on training parts only."""
 
 # One normalisation for the whole suite, because one backbone is used for all tasks.

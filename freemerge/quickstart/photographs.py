@@ -94,9 +94,7 @@ def photograph(name: str) -> np.ndarray:
         return np.asarray(image.convert("L").reduce(reduction))
 
 
-def cells(
-    name: str, grid: int = 5, margin: int = 2, counts: Sequence[int] = (14, 4, 7)
-) -> dict[str, list[Rectangle]]:
+def cells(name: str, grid: int = 5, margin: int = 2, counts: Sequence[int] = (14, 4, 7)) -> dict[str, list[Rectangle]]:
     """Divide a photograph into cells, and the cells among the splits, with `SPLIT_SEED`.
 
     Args:

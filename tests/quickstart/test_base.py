@@ -41,8 +41,9 @@ def test_the_base_is_small_and_pretrained() -> None:
     suite = QuickstartSuite()
     for name in ("letters", "textures"):
         task = suite.task(name)
-        assert nearest_prototype_accuracy(base, task) > 0.55
-        assert nearest_prototype_accuracy(random, task) < 0.4
+        accuracy = nearest_prototype_accuracy(base, task)
+        assert accuracy > 0.55
+        assert accuracy > nearest_prototype_accuracy(random, task) + 0.1
 
 
 def test_the_recipe_and_its_tool_make_such_a_folder(tmp_path: Path, monkeypatch, capsys) -> None:
