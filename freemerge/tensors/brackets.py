@@ -76,7 +76,7 @@ class Bracket:
         """Count the values on their device, copying only the counts."""
         within, below = _within_on_device(values, self.low, self.high)
         bits = (within + 0.0).view(torch.int32)
-        bins = self._bins((bits ^ ((bits >> np.int32(31)) & 0x7FFFFFFF)).long())
+        bins = self._bins((bits ^ ((bits >> 31) & 0x7FFFFFFF)).long())
         counts = torch.bincount(bins, minlength=len(self._counts)).cpu().numpy()
         with self._lock:
             self._below += below
@@ -228,10 +228,10 @@ def make_brackets(sample: Tensor, ranks: Sequence[int], total: int) -> list[list
 def _key(values: np.ndarray | np.float32) -> np.ndarray:
     """float32 → int32 in the same order: the bits, with those of negative numbers reversed; −0 and +0 are one."""
     bits = (np.asarray(values, dtype=np.float32) + np.float32(0)).view(np.int32)
-    return bits ^ ((bits >> np.int32(31)) & np.int32(0x7FFFFFFF))
+    return bits ^ ((bits >> 31) & np.int32(0x7FFFFFFF))
 
 
 def _float(key: int) -> float:
     """The inverse of `_key`, which is its own inverse on bits."""
     bits = np.array(key, dtype=np.int32)
-    return float((bits ^ ((bits >> np.int32(31)) & np.int32(0x7FFFFFFF))).view(np.float32))
+    return float((bits ^ ((bits >> 31) & np.int32(0x7FFFFFFF))).view(np.float32))
