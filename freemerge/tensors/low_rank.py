@@ -63,8 +63,8 @@ def _decompose_subspace(matrix: Tensor, rank: int, width: int) -> tuple[Tensor, 
         if energy - captured <= max(_GAIN * (total - energy), _NOISE * total):
             break
         captured = energy
-        turned, _ = torch.linalg.qr(inner.T)
-        basis, _ = torch.linalg.qr(matrix @ turned)
+        directions, _ = torch.linalg.qr(inner.T)
+        basis, _ = torch.linalg.qr(matrix @ directions)
     u, s, vh = torch.linalg.svd(basis.T @ matrix, full_matrices=False)
     return basis @ u, s, vh
 

@@ -71,15 +71,15 @@ def test_a_tensor_made_of_others_is_refused():
 
 def test_conjugate_and_negative_views_are_their_values(tmp_path):
     wave = torch.tensor([1 + 2j, 3 - 4j])
-    tensors = {"wave": wave, "turned": wave.conj(), "below": wave.conj().imag, "w": torch.ones(2)}
+    tensors = {"wave": wave, "conjugate": wave.conj(), "below": wave.conj().imag, "w": torch.ones(2)}
     for found in (
         load_checkpoint(save(tmp_path / "m.safetensors", tensors)),
         merge(tensors, [tensors], TaskArithmetic()),
     ):
-        assert found["turned"].tolist() == [1 - 2j, 3 + 4j]
+        assert found["conjugate"].tolist() == [1 - 2j, 3 + 4j]
         assert found["wave"].tolist() == [1 + 2j, 3 - 4j]
         assert found["below"].tolist() == [-2.0, 4.0]
-    assert open_checkpoint(tensors).read_range("turned", 1, 2).tolist() == [3 + 4j]
+    assert open_checkpoint(tensors).read_range("conjugate", 1, 2).tolist() == [3 + 4j]
     assert open_checkpoint(tensors).tied == {}
 
 
@@ -94,7 +94,7 @@ def test_unusual_but_readable_tensors_are_read():
 
     tensors = {
         "expanded": torch.ones(1, 3).expand(2, 3),
-        "turned": torch.arange(6.0).view(2, 3).T,
+        "transposed": torch.arange(6.0).view(2, 3).T,
         "parameter": nn.Parameter(torch.ones(2)),
         "named": torch.ones(2).as_subclass(Named),
         "empty": torch.ones(0, 3),

@@ -18,10 +18,10 @@ def make_table():
             place = (2 * expert + part) * WIDE * NARROW
             blocks.append(Block.make(f"{name}.{expert}", (WIDE, NARROW), 0, (NARROW, 1), place, (NARROW, 1)))
             sources[f"{name}.{expert}"] = (WIDE, NARROW)
-    turned = Block.make("down", (NARROW, WIDE), 0, (1, NARROW), 0, (WIDE, 1))
+    transposed = Block.make("down", (NARROW, WIDE), 0, (1, NARROW), 0, (WIDE, 1))
     return Table(
         {"norm": "layer.norm"},
-        {"experts": tuple(blocks), "layer.down": (turned,)},
+        {"experts": tuple(blocks), "layer.down": (transposed,)},
         sources | {"down": (WIDE, NARROW)},
         {"experts": (EXPERTS, 2 * WIDE, NARROW), "layer.down": (NARROW, WIDE)},
     )

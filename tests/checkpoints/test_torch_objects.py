@@ -20,7 +20,7 @@ STATE = {
     "w": torch.arange(12.0).view(3, 4),
     "narrow": torch.randn(3, 5).bfloat16(),
     "fp8": torch.randn(4).to(torch.float8_e4m3fn),
-    "turned": torch.randn(4, 3).T,
+    "transposed": torch.randn(4, 3).T,
     "counts": torch.arange(5),
 }
 

@@ -47,7 +47,7 @@ class Module(LightningModule):
         placements = {"rows": Shard(0), "columns": Shard(1), "vector": Shard(0), "copies": Replicate()}
         state = {name: distribute_tensor(value, mesh, [placements[name]]) for name, value in whole.items()}
         plain = {
-            "turned": torch.randn(4, 3, generator=generator).T,
+            "transposed": torch.randn(4, 3, generator=generator).T,
             "scalar": torch.tensor(3),
             "empty": torch.ones(0, 2),
         }

@@ -222,7 +222,7 @@ def test_what_is_for_images_is_refused_for_texts_before_anything_is_trained(
     arguments = ["fit", "--config", "configs/text_lora.yaml", "--config", str(tmp_path / "overlay.yaml"), option]
     assert main([*arguments, "--run.folder", str(tmp_path / "run")]) == 2
     said = " ".join(capsys.readouterr().err.split())
-    assert "is for images, but the inputs of task 'acceptable' are no images (C, H, W)" in said
+    assert "is for images, but the inputs of task 'acceptable' are not images (C, H, W)" in said
     assert said.endswith(f"they have the keys input_ids, attention_mask; {instead}")
     assert not (tmp_path / "run" / "finetune").exists()
 

@@ -105,12 +105,12 @@ def test_a_valid_run_passes_without_random_draws_or_changes_to_the_model(tmp_pat
         (task(images(size=16), labels()), r"task 'bars', train: ViTModel \(image_size 8, num_channels 1\) cannot take"),
         (task(images(channels=3), labels()), "set the data's image_size and channels"),
         (task((images() * 100 + 100).byte(), labels()), "images are uint8, expected float32"),
-        (task(images(), labels() + 1), "labels go from 1 to 2, expected 0 to 1 .* labels count from 0: subtract 1"),
-        (task(images(), labels(classes=3)), "labels go from 0 to 2, expected 0 to 1 for the 2 classes"),
-        (task(images(), labels() - 1), "labels go from -1 to 0"),
+        (task(images(), labels() + 1), "labels range from 1 to 2, expected 0 to 1 .* labels count from 0: subtract 1"),
+        (task(images(), labels(classes=3)), "labels range from 0 to 2, expected 0 to 1 for the 2 classes"),
+        (task(images(), labels() - 1), "labels range from -1 to 0"),
         (task(images(), labels().float()), "labels are float32, a classification wants int64; set the task's kind"),
         (task(images(), labels()[:, None]), r"labels have shape \(16, 1\), a classification wants one class's index"),
-        (task(images() / 0, labels()), "the first batch holds NaN or infinite values"),
+        (task(images() / 0, labels()), "the first batch contains NaN or infinite values"),
         (task(images(), labels(), val=Samples(images(0), labels(0))), "its val data are empty"),
         (task(images(), labels(), test=Samples(images(0), labels(0))), "its test data are empty"),
         (
@@ -159,7 +159,7 @@ def test_all_faults_are_found_together(tmp_path) -> None:
         "merge.methods: 'A b' and 'a_b' would both be a_b.safetensors",
         "router.top_n: 3 experts cannot be mixed where there are 2 tasks",
         "TaskArithmetic has no parameter 'scal'; did you mean 'scale'?",
-        "task 'bars', train: labels go from 5 to 6",
+        "task 'bars', train: labels range from 5 to 6",
     ):
         assert any(expected in each for each in found), (expected, found)
 
@@ -257,6 +257,6 @@ def test_the_command_line_reports_faults_before_it_writes_anything(tmp_path, cap
     assert [line.partition(":")[0] for line in said] == ["error"] * len(said)
     assert len(said) == 3
     assert "router.top_n: 5" in said[0]
-    assert "task 'bars', train: labels go from 7 to 7, expected 0 to 1" in said[1]
+    assert "task 'bars', train: labels range from 7 to 7, expected 0 to 1" in said[1]
     made = {path.name for path in (tmp_path / "run").rglob("*")} if (tmp_path / "run").exists() else set()
     assert not made & {"pretrain", "finetune", "stage.json"}

@@ -46,7 +46,7 @@ class Block(NamedTuple):
         steps, sizes, strides = zip(*merged, strict=True)
         return Block(source, sizes, offset, strides, place, steps)
 
-    def turned(self, target: str) -> Block:
+    def inverted(self, target: str) -> Block:
         """The same values with source and target exchanged; `target` is the new source's name."""
         return Block.make(target, self.sizes, self.place, self.steps, self.offset, self.strides)
 

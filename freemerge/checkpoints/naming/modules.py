@@ -90,7 +90,7 @@ def _make_table(architecture: Architecture, names: Iterable[str], places: dict[s
     for name, place in cut.items():
         steps = [prod(place.shape[dim + 1 :]) for dim in range(len(place.shape))]
         block = Block.make(place.tensor, place.shape, place.offset, place.stride, 0, steps)
-        blocks.setdefault(place.tensor, []).append(block.turned(name))
+        blocks.setdefault(place.tensor, []).append(block.inverted(name))
     assembled = {target: tuple(each) for target, each in blocks.items() if target not in taken}
     targets = {target: tuple(architecture.tensors[target].shape) for target in assembled}
     sources = {name: place.shape for name, place in cut.items() if place.tensor in assembled}

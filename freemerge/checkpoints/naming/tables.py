@@ -38,7 +38,7 @@ class Table:
         assembled: dict[str, list[Block]] = {source: [] for source in self.sources}
         for target, blocks in self.assembled.items():
             for block in blocks:
-                assembled[block.source].append(block.turned(target))
+                assembled[block.source].append(block.inverted(target))
         back = {target: source for source, target in self.renamed.items()}
         return Table(back, {name: tuple(blocks) for name, blocks in assembled.items()}, self.targets, self.sources)
 

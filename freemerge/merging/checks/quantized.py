@@ -74,8 +74,8 @@ def _find_entry(folder: Path) -> tuple[Path, str] | None:
             if table.get(entry):
                 return folder / "config.json", _method(table[entry]) or entry
     for name in _BESIDE:
-        if beside := find_object(folder / name):
-            return folder / name, _method(beside) or "without the name of a method"
+        if settings := find_object(folder / name):
+            return folder / name, _method(settings) or "without the name of a method"
     return None
 
 
@@ -99,16 +99,16 @@ def _pair(checkpoint: Checkpoint, codes: Iterable[str]) -> Iterable[tuple[str, s
     """Code tensors, each with the tensor that they need; None for integers with the name of weights."""
     if not codes:
         return
-    beside: dict[str, list[str]] = defaultdict(list)  # module → names of possible scales
+    scales: dict[str, list[str]] = defaultdict(list)  # module → names of possible scales
     for name in (*checkpoint.names, *checkpoint.tied):
         if _SCALES.intersection(re.split(r"[._]", name.lower())) and not _OTHER_SCALES.fullmatch(name):
             module = name.rpartition(".")[0]
-            beside[module].append(name)
-            beside[module.rpartition(".")[0]].append(name)  # `centroids.weight`, `weight.absmax`
+            scales[module].append(name)
+            scales[module.rpartition(".")[0]].append(name)  # `centroids.weight`, `weight.absmax`
     for code in codes:
         module, _, last = code.rpartition(".")
         dtype = checkpoint.spec(code).dtype
-        for name in beside.get(module, ()):
+        for name in scales.get(module, ()):
             # In a model that was cast to fp8 as a whole, scale parameters are fp8 too.
             if name != code and not (dtype.is_floating_point and checkpoint.spec(name).dtype == dtype):
                 yield code, name

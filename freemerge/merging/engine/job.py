@@ -26,7 +26,7 @@ from freemerge.merging.engine.plan import Plan, make_plan
 from freemerge.merging.engine.reader import Reader
 from freemerge.merging.engine.record import make_record
 from freemerge.merging.folders.choice import Files, choose_files
-from freemerge.merging.folders.parts import describe_parts, look_around
+from freemerge.merging.folders.parts import companions_of, describe_parts
 from freemerge.merging.matching.vocabulary import Embeddings
 from freemerge.merging.methods.base import MergeMethod
 from freemerge.merging.methods.per_pattern import with_overrides
@@ -47,7 +47,7 @@ class Job:
         processes: the processes that share the work.
         include: the given patterns, for the record.
         exclude: likewise.
-        beside: the files beside the weights, for a model folder.
+        companions: the other files of a model folder.
         layout: the layout of the base's modules, for an adapter.
     """
 
@@ -57,7 +57,7 @@ class Job:
     processes: Processes
     include: Sequence[str] | None
     exclude: Sequence[str] | None
-    beside: Files | None
+    companions: Files | None
     layout: Layout | None
 
     @property
@@ -70,7 +70,7 @@ class Job:
         record = make_record(
             self.plan, self.method, include=self.include, exclude=self.exclude, hash_inputs=hash_inputs
         )
-        return record if self.beside is None else {**record, "files": self.beside.record()}
+        return record if self.companions is None else {**record, "files": self.companions.record()}
 
 
 def label_sources(finetuned: Sequence[Source] | Mapping[str, Source]) -> list[tuple[str | None, Source]]:
@@ -114,7 +114,7 @@ def prepare(
     with _collector_paused():
         opened = open_checkpoint(base, label=None if isinstance(base, (str, os.PathLike)) else "base")
         models = [open_checkpoint(source, label=label) for label, source in labelled]
-        found = look_around(sources, [opened, *models])
+        found = companions_of(sources, [opened, *models])
         folder = output if output is not None and output.is_folder else None
         plan = make_plan(
             opened,
@@ -126,7 +126,7 @@ def prepare(
             parse_device(device),
             [each.modules for each in found] if folder is not None else None,
         )
-        beside = choose_files(found, plan, folder.companions_from) if folder is not None else None
+        companions = choose_files(found, plan, folder.companions_from) if folder is not None else None
         layout = _read_layout(plan, output) if output is not None and output.is_adapter else None
     method.check([model.label for model in plan.models])
     if len(models) > 1 and any(map(is_statistic, plan.averaged)):
@@ -140,7 +140,7 @@ def prepare(
     processes = Processes(distributed)
     try:
         processes.first(lambda: check_bases(opened, plan.models))
-        note = beside.note if beside is not None else describe_parts(found[1:])
+        note = companions.note if companions is not None else describe_parts(found[1:])
         if note and processes.rank == 0:
             warnings.warn(note, MergeWarning, stacklevel=3)
         reader = Reader(plan)
@@ -148,7 +148,7 @@ def prepare(
     except BaseException:
         processes.close()
         raise
-    return Job(method, reader, meter, processes, include, exclude, beside, layout)
+    return Job(method, reader, meter, processes, include, exclude, companions, layout)
 
 
 def _read_layout(plan: Plan, output: Output) -> Layout:

@@ -42,7 +42,7 @@ def plan_files(job: Job, output: Output | None) -> dict[str, dict[str, TensorSpe
         return {}
     if output.is_file:
         return {landing(output.path).name: job.plan.specs}
-    return plan_shards(job.plan.specs, output.shard_bytes, job.beside.modules if job.beside else ())
+    return plan_shards(job.plan.specs, output.shard_bytes, job.companions.modules if job.companions else ())
 
 
 def _write_adapter(job: Job, output: Output) -> None:
@@ -78,8 +78,8 @@ def _write_adapter(job: Job, output: Output) -> None:
 
 
 def _write_model(job: Job, output: Output) -> None:
-    """Write a file, or a folder with the files beside the weights; the processes share the tensors."""
-    plan, processes, beside = job.plan, job.processes, job.beside
+    """Write a file, or a folder with its companions; the processes share the tensors."""
+    plan, processes, companions = job.plan, job.processes, job.companions
     shards = plan_files(job, output)
     draft = Draft(output.path, shards, plan.tied, processes.rank)
 
@@ -95,8 +95,8 @@ def _write_model(job: Job, output: Output) -> None:
 
     record = processes.first(begin)
     try:
-        if beside is not None:
-            processes.first(lambda: draft.copy(beside.copied))
+        if companions is not None:
+            processes.first(lambda: draft.copy(companions.copied))
         draft.open()
         combiner = Combiner.of(job.method, job.meter.vectors(processes), plan.averaged)
         executor = Executor(job.reader, combiner, draft, job.meter)
@@ -104,8 +104,8 @@ def _write_model(job: Job, output: Output) -> None:
         own = processes.share({name: plan.specs[name].shape for name in names})
         processes.together(lambda: write(own))
         files = None
-        if beside is not None:
-            files = {**beside.made, **make_files(record, output.path.name), **make_index(shards)}
+        if companions is not None:
+            files = {**companions.made, **make_files(record, output.path.name), **make_index(shards)}
         processes.first(lambda: draft.commit(files))
     except BaseException:
         if processes.rank == 0 and not output.resume:

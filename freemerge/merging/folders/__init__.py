@@ -1,1 +1,1 @@
-"""The files of a model's folder beside its weights."""
+"""The companions of a model's weights: the other files of its folder."""

@@ -1,4 +1,4 @@
-"""Differences between base and fine-tuned models in the files around the weights, such as a chat template.
+"""Differences between base and fine-tuned models in their companion files, such as a chat template.
 
 The result takes the base's files, so differences that all fine-tuned models share would be lost silently. Settings that
 do not affect the use of a model (names, dtypes, dropout, labels of a head) are ignored.
@@ -35,8 +35,8 @@ def describe_differences(base: Companions, models: Mapping[str, Companions]) -> 
     """One line about differences between the base and the fine-tuned models; None if there are none.
 
     Args:
-        base: the files around the base.
-        models: label → the files around the fine-tuned model.
+        base: the base's companions.
+        models: label → the fine-tuned model's companions.
     """
     own = _read_traits(base)
     others = [traits for traits in map(_read_traits, models.values()) if traits]
@@ -67,7 +67,7 @@ def describe_differences(base: Companions, models: Mapping[str, Companions]) -> 
         said.append("every fine-tuned model has a different chat template, and none has the base's")
     if not said:
         return None
-    first = next(label for label, around in models.items() if around.files)
+    first = next(label for label, companions in models.items() if companions.files)
     return f"{'; '.join(said)}; the result has the base's, companions_from={first!r} takes that model's"
 
 
@@ -80,28 +80,28 @@ def differing_weights(base: Companions, models: Mapping[str, Companions]) -> tup
     return None
 
 
-def _read_traits(around: Companions) -> dict[str, dict[str, Any]]:
-    """File → key → value, for the settings around a model that affect its use."""
+def _read_traits(companions: Companions) -> dict[str, dict[str, Any]]:
+    """File → key → value, for the settings among a model's companions that affect its use."""
     traits: dict[str, dict[str, Any]] = {}
-    for name, path in around.files.items():
+    for name, path in companions.files.items():
         if name in ("config.json", "generation_config.json") or re.fullmatch(r"(\w*processor)_config\.json", name):
             traits[name] = _flat(find_object(path) or {})
-    found = find_object(around.files[_TOKENIZER]) if _TOKENIZER in around.files else None
+    found = find_object(companions.files[_TOKENIZER]) if _TOKENIZER in companions.files else None
     if found is not None:
         tokens = {key: value for key, value in found.items() if key.endswith("_token")}
         traits[_TOKENIZER] = {
             key: value.get("content") if isinstance(value, dict) else value for key, value in tokens.items()
         }
-    if found is not None or any(name in around.files for name in _TEMPLATES):
-        traits["template"] = {_TEMPLATE: _read_template(around, found or {})}
+    if found is not None or any(name in companions.files for name in _TEMPLATES):
+        traits["template"] = {_TEMPLATE: _read_template(companions, found or {})}
     return {name: table for name, table in traits.items() if table}
 
 
-def _read_template(around: Companions, tokenizer: Mapping[str, Any]) -> Any:
-    if _TEMPLATES[0] in around.files:
-        with around.files[_TEMPLATES[0]].open("rb") as file:
+def _read_template(companions: Companions, tokenizer: Mapping[str, Any]) -> Any:
+    if _TEMPLATES[0] in companions.files:
+        with companions.files[_TEMPLATES[0]].open("rb") as file:
             return file.read(1 << 20).decode(errors="replace")
-    table = find_object(around.files[_TEMPLATES[1]]) if _TEMPLATES[1] in around.files else None
+    table = find_object(companions.files[_TEMPLATES[1]]) if _TEMPLATES[1] in companions.files else None
     return (table or tokenizer).get("chat_template")
 
 
@@ -137,11 +137,11 @@ def _added_tokens(base: Companions, model: Companions) -> list[str] | None:
     return sorted(_read_tokens(model) - before) if before else None
 
 
-def _read_tokens(around: Companions, vocabulary: bool = False) -> set[str]:
+def _read_tokens(companions: Companions, vocabulary: bool = False) -> set[str]:
     """The tokens added to a tokenizer and, optionally, those of its own vocabulary."""
     found: set[str] = set()
     for name in _ADDED:
-        table = (find_object(around.files[name]) if name in around.files else None) or {}
+        table = (find_object(companions.files[name]) if name in companions.files else None) or {}
         if name == "added_tokens.json":
             found |= table.keys()
         for entries in (table.get("added_tokens"), table.get("added_tokens_decoder")):
@@ -166,13 +166,13 @@ def _short(value: Any) -> str:
 
 def _shared_files(base: Companions, models: Sequence[Companions]) -> Iterator[str]:
     """Files that are identical in all models with a folder and differ from the base's."""
-    around = [model for model in models if model.files]
-    first = around[0].files if around else {}
-    parts = tuple(f"{module}/" for model in around for module in model.modules if module not in base.modules)
+    companions = [model for model in models if model.files]
+    first = companions[0].files if companions else {}
+    parts = tuple(f"{module}/" for model in companions for module in model.modules if module not in base.modules)
     known = ("config.json", "generation_config.json", *_ADDED, *_TEMPLATES)  # compared by their contents
     for name, path in first.items():
         if name in base.files or name in known or name.startswith(parts):
             continue
-        others = [model.files.get(name) for model in around[1:]]
+        others = [model.files.get(name) for model in companions[1:]]
         if all(other is not None and filecmp.cmp(path, other, shallow=False) for other in others):
             yield name

@@ -1,4 +1,4 @@
-"""The files of a merged model's folder beside its weights: the base's, or a fine-tuned model's."""
+"""The companions of a merged model's weights: the other files of the base's folder, or of a fine-tuned model's."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _TOKENIZER = re.compile(
 
 
 class Files(NamedTuple):
-    """The files of a merged model's folder beside its weights."""
+    """The companions of a merged model's weights: the other files of its folder."""
 
     copied: dict[str, Path]  # relative path → full path
     made: dict[str, bytes]  # name → contents, for files that are not copied unchanged
@@ -48,11 +48,11 @@ class Files(NamedTuple):
         }
 
 
-def choose_files(around: Sequence[Companions], plan: Plan, origin: str | None = None) -> Files:
+def choose_files(companions: Sequence[Companions], plan: Plan, origin: str | None = None) -> Files:
     """Choose the files of the result: the base's, or a fine-tuned model's with the base's where it has none.
 
     Args:
-        around: the files around the base and around each model, see `look_around`.
+        companions: the companions of the base and of each model, see `companions_of`.
         plan: the merge.
         origin: name, path or last part of the path of the fine-tuned model whose files to take; "base" for the base's
             without a warning; None for the base's with a warning about differences.
@@ -62,7 +62,7 @@ def choose_files(around: Sequence[Companions], plan: Plan, origin: str | None = 
             base's differs in a model and `origin` is None. CheckpointError: `config.json` has to be changed but cannot
             be read.
     """
-    base, *others = around
+    base, *others = companions
     named = dict(zip((model.label for model in plan.models), others, strict=True))
     label = None if origin is None or (origin == "base" and origin not in named) else _find_label(named, origin)
     note = None

@@ -1,4 +1,4 @@
-"""The files around the weights of the models, and the parts of models with separate weights."""
+"""The companions of the models' weights, and the parts of models with separate weights."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from freemerge.checkpoints.opening import WEIGHT_FILES, Source
 _NONE = Companions({}, [], [], [])
 
 
-def look_around(sources: Sequence[Source], checkpoints: Sequence[Checkpoint]) -> list[Companions]:
-    """List the files around the weights of each model that has a configuration.
+def companions_of(sources: Sequence[Source], checkpoints: Sequence[Checkpoint]) -> list[Companions]:
+    """List the companions of each model that has a configuration.
 
     Args:
         sources: the models as given; paths may lie inside one another.

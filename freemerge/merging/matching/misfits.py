@@ -109,8 +109,8 @@ def _sentence(base: Checkpoint, misfit: Misfit, alike: Sequence[Misfit], aligned
         advice = (
             f"exclude=['{name}'] keeps the base's"
             if lost is None
-            else f"it has '{lost.name}', which the base has not: one of the two calls its tensors otherwise, or it is "
-            "not the base of this model"
+            else f"it has '{lost.name}', which is not in the base: the two name their tensors differently, or this is "
+            "not the model's base"
         )
         return f"is missing; {base.label} has it with shape {list(base.spec(name).shape)}; {advice}"
     if kind == "dtype":
@@ -138,6 +138,6 @@ def _sentence(base: Checkpoint, misfit: Misfit, alike: Sequence[Misfit], aligned
         )
     where = "" if base.folder else "; if there is a folder with its config.json, give that, for names to be matched"
     return (
-        f"{shape}is not in {base.label}, and what was trained there would be lost: one of the two calls its tensors "
-        f"otherwise, or it is not the base of this model{where}"
+        f"{shape}is not in {base.label}, and what was trained there would be lost: the two name their tensors "
+        f"differently, or this is not the model's base{where}"
     )

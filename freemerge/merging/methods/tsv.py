@@ -37,8 +37,9 @@ class TSVMerge(MatrixMethod):
 
     def combine_matrix(self, name: str, matrices: Tensor) -> Tensor:
         wide = matrices.shape[1] <= matrices.shape[2]
-        turned = matrices if wide else matrices.mT  # (K, s, l), s ≤ l: singular vectors have a short and a long side
-        short, values, long = _leading(turned, max(1, turned.shape[1] // len(turned)))
+        # (K, s, l), s ≤ l: singular vectors have a short and a long side
+        oriented = matrices if wide else matrices.mT
+        short, values, long = _leading(oriented, max(1, oriented.shape[1] // len(oriented)))
         if not len(values):
             return torch.zeros_like(matrices[0])
         to_nearest_orthonormal_(short)

@@ -96,7 +96,7 @@ def check_values(task: Task, split: str, labels: Any, findings: Findings) -> boo
     if low < 0 or high >= classes:
         one_based = "; labels count from 0: subtract 1" if low == 1 and high == classes else ""
         findings.fault(
-            f"{where}: labels go from {low} to {high}, expected 0 to {classes - 1} for the {classes} classes"
+            f"{where}: labels range from {low} to {high}, expected 0 to {classes - 1} for the {classes} classes"
             f"{one_based or '; name all classes, or mend the labels'}"
         )
         return False

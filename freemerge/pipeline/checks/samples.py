@@ -59,7 +59,7 @@ class Samples:
             return
         if any(part.is_floating_point() and not bool(part.isfinite().all()) for part in tensors_of(inputs)):
             self.findings.fault(
-                f"{where}: the first batch holds NaN or infinite values; mend the data or their normalisation"
+                f"{where}: the first batch contains NaN or infinite values; correct the data or their normalisation"
             )
             return
         self.batches[split], self.labels[split] = inputs, labels

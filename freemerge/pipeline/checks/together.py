@@ -87,4 +87,4 @@ def check_expert_inputs(task: str, inputs: Inputs, settings: ExpertsSettings, fi
 
 def _no_images(task: str, inputs: Inputs) -> str:
     found = f"have the keys {', '.join(inputs)}" if isinstance(inputs, Mapping) else f"are {describe(inputs)}"
-    return f"the inputs of task {task!r} are no images (C, H, W): they {found}"
+    return f"the inputs of task {task!r} are not images (C, H, W): they {found}"

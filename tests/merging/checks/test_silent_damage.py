@@ -72,10 +72,10 @@ def test_nothing_of_the_callers_is_changed(base, models, method):
 
 def test_transposed_and_renamed_parameters_are_refused(base, models):
     """FusionBench's TIES flattens tensors without comparing names or shapes."""
-    turned = models[0] | {"embed.weight": models[0]["embed.weight"].T.contiguous()}
+    transposed = models[0] | {"embed.weight": models[0]["embed.weight"].T.contiguous()}
     for embeddings in ("error", "base", "common"):
         with pytest.raises(MergeError, match=r"'embed.weight' has shape \[6, 20\], expected \[20, 6\]"):
-            merge(base, [turned], WeightAverage(), embeddings=embeddings)
+            merge(base, [transposed], WeightAverage(), embeddings=embeddings)
     renamed = {name.replace("embed", "embedding"): tensor for name, tensor in models[0].items()}
     with pytest.raises(MergeError, match=r"the tensor 'embed.weight' is missing"):
         merge(base, [renamed], WeightAverage())

@@ -210,11 +210,11 @@ def test_the_command_reports_the_approximation_error(tmp_path, capsys):
         ({"embed_out.weight": (9, 4)}, Layer.LINEAR),
         ({"lm_head.weight": (9, 4)}, Layer.LINEAR),
         ({"time_embed.weight": (4, 4), "time_embed.bias": (4,)}, Layer.LINEAR),
-        ({"h.c_fc.weight": (4, 9), "h.c_fc.bias": (9,)}, Layer.TURNED),
+        ({"h.c_fc.weight": (4, 9), "h.c_fc.bias": (9,)}, Layer.TRANSPOSED),
         ({"h.c_fc.weight": (9, 4), "h.c_fc.bias": (9,)}, Layer.LINEAR),
         (
             {"h.c_proj.weight": (4, 4), "h.c_proj.bias": (4,), "h.c_fc.weight": (4, 9), "h.c_fc.bias": (9,)},
-            Layer.TURNED,
+            Layer.TRANSPOSED,
         ),
         (
             {"h.c_proj.weight": (4, 4), "h.c_proj.bias": (4,), "h.c_fc.weight": (9, 4), "h.c_fc.bias": (9,)},

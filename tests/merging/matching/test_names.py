@@ -182,8 +182,8 @@ def test_tensors_of_the_body_are_never_called_a_head():
     with pytest.raises(MergeError) as caught:
         merge(base, {"x": other}, TaskArithmetic(1.0), exclude=["b.weight"])
     assert str(caught.value) == (
-        "x: the tensor 'b.kernel' with shape [2] is not in base, and what was trained there would be lost: one of the "
-        "two calls its tensors otherwise, or it is not the base of this model; if there is a folder with its "
+        "x: the tensor 'b.kernel' with shape [2] is not in base, and what was trained there would be lost: the two "
+        "name their tensors differently, or this is not the model's base; if there is a folder with its "
         "config.json, give that, for names to be matched; nor do these fit: 'head.weight' (not in the base)"
     )
 
@@ -193,8 +193,8 @@ def test_keeping_the_base_is_not_suggested_if_names_differ():
     with pytest.raises(MergeError) as caught:
         merge(base, {"x": {"a.weight": torch.ones(2), "b.kernel": torch.ones(2)}}, TaskArithmetic(1.0))
     assert str(caught.value) == (
-        "x: the tensor 'b.weight' is missing; base has it with shape [2]; it has 'b.kernel', which the base has not: "
-        "one of the two calls its tensors otherwise, or it is not the base of this model; nor do these fit: 'b.kernel' "
+        "x: the tensor 'b.weight' is missing; base has it with shape [2]; it has 'b.kernel', which is not in the "
+        "base: the two name their tensors differently, or this is not the model's base; nor do these fit: 'b.kernel' "
         "(not in the base)"
     )
 

@@ -114,8 +114,8 @@ def test_files_and_their_record(tmp_path, models):
 def test_other_shapes_stay_errors(models, mode):
     base = models["base"]
     wide = {"embed.wte.weight": torch.ones(10, 5)}
-    turned = {"embed.wte.weight": torch.ones(4, 10)}
-    for changed in (wide, turned, {"w": torch.ones(4)}, {"embed.wte.weight": torch.ones(10)}):
+    transposed = {"embed.wte.weight": torch.ones(4, 10)}
+    for changed in (wide, transposed, {"w": torch.ones(4)}, {"embed.wte.weight": torch.ones(10)}):
         with pytest.raises(MergeError, match=r"has shape .*, expected .* as in base"):
             merge(base, [models["same"] | changed], WeightAverage(), embeddings=mode)
     # A position has no token, and neither has a class: their names are not those of embeddings.

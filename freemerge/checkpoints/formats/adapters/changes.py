@@ -28,7 +28,7 @@ class Change(ABC):
     optional = False  # whether the base may lack the tensor; then there is no change
 
     @property
-    def turned(self) -> bool:
+    def transposed(self) -> bool:
         """Whether the base stores the weight transposed, as (inputs, outputs)."""
         return False
 
@@ -41,10 +41,10 @@ class Change(ABC):
         """The difference, (*shape) float32, or a chunk (start, stop) of it in row-major order, (stop − start,)."""
 
     def orientations(self, base: tuple[int, ...]) -> tuple[bool, ...]:
-        """The values of `turned` with which the change fits the base: none, one, or both if the base's is square."""
-        return (self.turned,)
+        """The values of `transposed` with which the change fits the base: none, one, or both for a square base."""
+        return (self.transposed,)
 
-    def turn(self, turned: bool) -> Change:
+    def transposed_to(self, transposed: bool) -> Change:
         """The same change for a base with this orientation of the weight."""
         return self
 
@@ -66,14 +66,14 @@ class Scaled(Change):
         weights: the adapter's file.
         stored: the name of the vector l in the file.
         inputs: whether l scales the inputs of a layer (feed-forward) rather than its outputs.
-        turned: see `Change`.
+        transposed: see `Change`.
         optional: see `Change`.
     """
 
     weights: Checkpoint
     stored: str
     inputs: bool
-    turned: bool = False
+    transposed: bool = False
     optional: bool = False
     needs_base = True
 
@@ -84,19 +84,19 @@ class Scaled(Change):
         length = torch.Size(self.weights.spec(self.stored).shape).numel()
         if len(base) != 2:  # convolutions and biases have only one orientation
             return (False,)
-        return tuple(turned for turned in (False, True) if base[self._axis(base, turned)] == length)
+        return tuple(transposed for transposed in (False, True) if base[self._axis(base, transposed)] == length)
 
-    def turn(self, turned: bool) -> Scaled:
-        return replace(self, turned=turned)
+    def transposed_to(self, transposed: bool) -> Scaled:
+        return replace(self, transposed=transposed)
 
     def read(self, shape: tuple[int, ...], run: Run, base: BaseReader) -> Tensor:
-        axis = self._axis(shape, self.turned)
+        axis = self._axis(shape, self.transposed)
         factors = self.weights.tensor(self.stored).float().flatten() - 1
         factors = factors.view([-1 if dim == axis else 1 for dim in range(len(shape))]).expand(shape)
         return base(run) * (factors if run is None else flat_range(factors, *run))
 
-    def _axis(self, shape: tuple[int, ...], turned: bool) -> int:
-        return int(self.inputs != turned)
+    def _axis(self, shape: tuple[int, ...], transposed: bool) -> int:
+        return int(self.inputs != transposed)
 
 
 @dataclass(frozen=True)

@@ -17,16 +17,16 @@ class Layer(Enum):
     """Kinds of layers, by how PEFT applies the factors."""
 
     LINEAR = "linear"  # ΔW = B·A
-    TURNED = "turned"  # a linear layer whose weight is stored as (inputs, outputs): ΔW = (B·A)ᵀ
+    TRANSPOSED = "transposed"  # a linear layer whose weight is stored as (inputs, outputs): ΔW = (B·A)ᵀ
     EMBEDDING = "embedding"  # ΔW = (B·A)ᵀ, under different names
     CONVOLUTION = "convolution"  # ΔW = B·A over the outputs × everything else
     PARAMETER = "parameter"  # of a module that is not a layer: ΔW = B·A, or ΔW_e = B_e·A_e for each e of a stack
-    PARAMETER_TURNED = "parameter, turned"  # a stack whose matrices are stored as (inputs, outputs)
+    PARAMETER_TRANSPOSED = "parameter, transposed"  # a stack whose matrices are stored as (inputs, outputs)
 
     @property
     def is_parameter(self) -> bool:
         """Whether PEFT adapts it as a parameter (`target_parameters`) rather than as a module."""
-        return self in (Layer.PARAMETER, Layer.PARAMETER_TURNED)
+        return self in (Layer.PARAMETER, Layer.PARAMETER_TRANSPOSED)
 
 
 def find_layer(base: Checkpoint, name: str) -> Layer | None:
@@ -48,10 +48,10 @@ def find_layer(base: Checkpoint, name: str) -> Layer | None:
         return None if depthwise else Layer.CONVOLUTION
     if _EMBEDDING.fullmatch(module) and not base.has(f"{module}.bias"):
         return Layer.EMBEDDING
-    return Layer.TURNED if is_turned(base, name) else Layer.LINEAR
+    return Layer.TRANSPOSED if is_transposed(base, name) else Layer.LINEAR
 
 
-def is_turned(base: Checkpoint, name: str) -> bool | None:
+def is_transposed(base: Checkpoint, name: str) -> bool | None:
     """Whether a matrix is stored as (inputs, outputs); None if this is unknown.
 
     Args:

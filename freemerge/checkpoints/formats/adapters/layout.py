@@ -176,7 +176,7 @@ def _find_kind(owner: nn.Module, name: str) -> Layer | None:
         if isinstance(owner, nn.Linear):
             return Layer.LINEAR
         if isinstance(owner, Conv1D):
-            return Layer.TURNED
+            return Layer.TRANSPOSED
         if isinstance(owner, nn.Embedding):
             # Subclasses may look rows up differently than PEFT would, such as shifted positions.
             plain = type(owner).forward is nn.Embedding.forward or hasattr(owner, "embed_scale")
@@ -185,10 +185,10 @@ def _find_kind(owner: nn.Module, name: str) -> Layer | None:
             return Layer.CONVOLUTION if owner.groups == 1 else None
     if tensor.dim() > 3 or isinstance(owner, nn.MultiheadAttention) or next(_inner(owner), None) is not None:
         return None
-    turned = tensor.dim() == 3 and bool(getattr(owner, "is_transposed", False))
-    if turned and tensor.shape[0] == 1:
+    transposed = tensor.dim() == 3 and bool(getattr(owner, "is_transposed", False))
+    if transposed and tensor.shape[0] == 1:
         return None  # PEFT treats a single expert as a plain matrix
-    return Layer.PARAMETER_TURNED if turned else Layer.PARAMETER
+    return Layer.PARAMETER_TRANSPOSED if transposed else Layer.PARAMETER
 
 
 def _inner(module: nn.Module) -> Iterator[nn.Parameter]:

@@ -27,8 +27,8 @@ class LowRank(Change):
         right: the name of A in the file, (r, n) or (r, n, …).
         scale: s.
         recent: cache of the factors that were read last, for the next chunk of their tensor.
-        turned: whether the base stores the transpose, (n, m).
-        fixed: whether `turned` is known independently of the base's shape.
+        transposed: whether the base stores the transpose, (n, m).
+        fixed: whether `transposed` is known independently of the base's shape.
     """
 
     weights: Checkpoint
@@ -36,26 +36,26 @@ class LowRank(Change):
     right: str
     scale: float
     recent: dict[str, Tensor] = field(repr=False)
-    turned: bool = False
+    transposed: bool = False
     fixed: bool = False
 
     def shape(self, base: tuple[int, ...] | None) -> tuple[int, ...]:
-        return self._shape(self.turned)
+        return self._shape(self.transposed)
 
     def orientations(self, base: tuple[int, ...]) -> tuple[bool, ...]:
         if self.fixed or len(self._shape(False)) != 2:
-            return (self.turned,)
-        return tuple(turned for turned in (False, True) if self._shape(turned) == base)
+            return (self.transposed,)
+        return tuple(transposed for transposed in (False, True) if self._shape(transposed) == base)
 
-    def turn(self, turned: bool) -> LowRank:
-        return replace(self, turned=turned)
+    def transposed_to(self, transposed: bool) -> LowRank:
+        return replace(self, transposed=transposed)
 
     def read(self, shape: tuple[int, ...], run: Run, base: BaseReader) -> Tensor:
         """s · left @ right, or a chunk of its values, computed from only the rows that it contains."""
         columns = torch.Size(shape[1:]).numel()
         start, stop = run or (0, shape[0] * columns)
         first, last = start // columns, -(-stop // columns)
-        if self.turned:  # ΔW = (B·A)ᵀ = Aᵀ·Bᵀ
+        if self.transposed:  # ΔW = (B·A)ᵀ = Aᵀ·Bᵀ
             left = self._factor(self.right).T[first:last]
             right = self._factor(self.left).T
         else:
@@ -67,9 +67,9 @@ class LowRank(Change):
             return product.reshape(shape)
         return product.reshape(-1)[start - first * columns : stop - first * columns]
 
-    def _shape(self, turned: bool) -> tuple[int, ...]:
+    def _shape(self, transposed: bool) -> tuple[int, ...]:
         outer, inner = self.weights.spec(self.left).shape, self.weights.spec(self.right).shape
-        return (inner[1], outer[0]) if turned else (outer[0], *inner[1:])
+        return (inner[1], outer[0]) if transposed else (outer[0], *inner[1:])
 
     def _factor(self, name: str) -> Tensor:
         """A factor as a float32 matrix."""
@@ -98,8 +98,8 @@ class Decomposed(Change):
     needs_base = True
 
     @property
-    def turned(self) -> bool:
-        return self.low_rank.turned
+    def transposed(self) -> bool:
+        return self.low_rank.transposed
 
     def shape(self, base: tuple[int, ...] | None) -> tuple[int, ...]:
         return self.low_rank.shape(base)
@@ -107,13 +107,13 @@ class Decomposed(Change):
     def orientations(self, base: tuple[int, ...]) -> tuple[bool, ...]:
         return self.low_rank.orientations(base)
 
-    def turn(self, turned: bool) -> Decomposed:
-        return replace(self, low_rank=self.low_rank.turn(turned))
+    def transposed_to(self, transposed: bool) -> Decomposed:
+        return replace(self, low_rank=self.low_rank.transposed_to(transposed))
 
     def read(self, shape: tuple[int, ...], run: Run, base: BaseReader) -> Tensor:
         if not self._gains:  # two threads may both compute it, with the same result
             self._gains.append(self._find_gains(shape, base))
-        axis = int(self.turned)
+        axis = int(self.transposed)
         gains = self._gains[0].view([-1 if dim == axis else 1 for dim in range(len(shape))]).expand(shape)
         before = base(run)
         after = before + self.low_rank.read(shape, run, base)
@@ -123,11 +123,11 @@ class Decomposed(Change):
         """m / ‖W + s·B·A‖ for each output, in one pass over the base's values, in blocks of rows."""
         columns = torch.Size(shape[1:]).numel()
         height = max(1, _BLOCK // max(columns, 1))
-        squares = torch.zeros(shape[1] if self.turned else shape[0], dtype=torch.float64)
+        squares = torch.zeros(shape[1] if self.transposed else shape[0], dtype=torch.float64)
         for first in range(0, shape[0], height):
             run = (first * columns, min(first + height, shape[0]) * columns)
             block = (base(run) + self.low_rank.read(shape, run, base)).view(-1, columns)
-            if self.turned:
+            if self.transposed:
                 squares += block.square().sum(dim=0, dtype=torch.float64)
             else:
                 squares[first : first + len(block)] = block.square().sum(dim=1, dtype=torch.float64)

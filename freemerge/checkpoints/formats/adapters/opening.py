@@ -13,7 +13,7 @@ from torch import Tensor
 from freemerge.checkpoints.checkpoint import Checkpoint, TensorSpec
 from freemerge.checkpoints.formats.adapters.changes import Change, Modules, Rows, Run
 from freemerge.checkpoints.formats.adapters.config import AdapterConfig, read_config
-from freemerge.checkpoints.formats.adapters.layers import is_turned
+from freemerge.checkpoints.formats.adapters.layers import is_transposed
 from freemerge.checkpoints.formats.adapters.parsing import PREFIX, Parser, split_names
 from freemerge.checkpoints.formats.adapters.peft_layers import can_compute, find_modules
 from freemerge.errors import CheckpointError
@@ -147,11 +147,11 @@ class _Adapter:
         changes = self.changes
         shapes = {name: base.spec(name).shape for name in changes if base.has(name)}
         fits = {name: changes[name].orientations(shape) for name, shape in shapes.items()}
-        contradicted = next((name for name, fit in fits.items() if fit and changes[name].turned not in fit), None)
-        turned = {name: change.turned for name, change in changes.items()}
+        contradicted = next((name for name, fit in fits.items() if fit and changes[name].transposed not in fit), None)
+        transposed = {name: change.transposed for name, change in changes.items()}
         for name, fit in fits.items():
             if len(fit) == 1:
-                turned[name] = fit[0]
+                transposed[name] = fit[0]
             elif not fit and changes[name].needs_base:  # other misfits are found when shapes are compared
                 shape = list(changes[name].shape(shapes[name]))
                 raise CheckpointError(
@@ -159,15 +159,15 @@ class _Adapter:
                     f"{list(shapes[name])} as in the base; is this the base that the adapter was trained on?"
                 )
             elif fit and contradicted:
-                told = is_turned(base, name)
+                told = is_transposed(base, name)
                 if told is None:
                     raise CheckpointError(
                         f"{self.config.path}: fan_in_fan_out does not hold for '{contradicted}', so it is unknown "
                         f"whether '{name}', which is square, is transposed; merge the adapter into its base model "
                         "with PEFT first"
                     )
-                turned[name] = told
-        return {name: change.turn(turned[name]) for name, change in changes.items()}
+                transposed[name] = told
+        return {name: change.transposed_to(transposed[name]) for name, change in changes.items()}
 
 
 def _read(checkpoint: Checkpoint, name: str, run: Run) -> Tensor:

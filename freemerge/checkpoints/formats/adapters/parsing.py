@@ -80,7 +80,7 @@ class Parser:
             scaled = Scaled(self.weights, name, self.config.is_feedforward(module), self.config.flag("fan_in_fan_out"))
             if scaled.inputs:
                 return {weight: scaled}
-            return {weight: scaled, bias: replace(scaled, turned=False, optional=True)}
+            return {weight: scaled, bias: replace(scaled, transposed=False, optional=True)}
         if kind.endswith("trainable_tokens_delta"):
             if len(shape) != 2:
                 raise CheckpointError(f"{self.folder}: '{name}' has shape {list(shape)}, expected rows of an embedding")
@@ -128,8 +128,8 @@ class Parser:
     def _pair(self, name: str, stem: str, module: str, embedding: bool) -> Change:
         other = stem + ("lora_embedding_B" if embedding else "lora_B.weight")
         left, _ = self._check_pair(name, other)
-        turned = embedding or (len(left) == 2 and self.config.flag("fan_in_fan_out"))
-        pair = LowRank(self.weights, other, name, self._scale(module, name), self.recent, turned, fixed=embedding)
+        transposed = embedding or (len(left) == 2 and self.config.flag("fan_in_fan_out"))
+        pair = LowRank(self.weights, other, name, self._scale(module, name), self.recent, transposed, fixed=embedding)
         magnitude = next((stem + kind for kind in _MAGNITUDES if self.weights.has(stem + kind)), None)
         if self.config.flag("use_dora") != (magnitude is not None):
             raise CheckpointError(

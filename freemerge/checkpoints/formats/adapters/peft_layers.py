@@ -242,7 +242,7 @@ class _Layers:
         with torch.device("meta"):
             if kind is Layer.EMBEDDING:
                 layer: nn.Module = nn.Embedding(shape[0], shape[1])
-            elif kind is Layer.TURNED:
+            elif kind is Layer.TRANSPOSED:
                 from transformers.pytorch_utils import Conv1D  # PEFT recognizes such layers by this class
 
                 layer = Conv1D(shape[1], shape[0])

@@ -35,7 +35,7 @@ class StackedLowRank(Change):
         config: the adapter's configuration, which gives s.
         target: the name of the parameter.
         recent: cache of the factors that were read last, for the next chunk of their tensor.
-        turned: whether the base stores (E, n, m) rather than (E, m, n).
+        transposed: whether the base stores (E, n, m) rather than (E, m, n).
     """
 
     weights: Checkpoint
@@ -44,7 +44,7 @@ class StackedLowRank(Change):
     config: AdapterConfig
     target: str
     recent: dict[str, Tensor] = field(repr=False)
-    turned: bool = False
+    transposed: bool = False
     needs_base = True
 
     def shape(self, base: tuple[int, ...] | None) -> tuple[int, ...]:
@@ -62,10 +62,10 @@ class StackedLowRank(Change):
         if len(base) != 3 or not base[0] or ranks % base[0]:
             return ()
         sides = (outputs, inputs), (inputs, outputs)
-        return tuple(turned for turned, side in zip((False, True), sides, strict=True) if base[1:] == side)
+        return tuple(transposed for transposed, side in zip((False, True), sides, strict=True) if base[1:] == side)
 
-    def turn(self, turned: bool) -> StackedLowRank:
-        return replace(self, turned=turned)
+    def transposed_to(self, transposed: bool) -> StackedLowRank:
+        return replace(self, transposed=transposed)
 
     def read(self, shape: tuple[int, ...], run: Run, base: BaseReader) -> Tensor:
         experts, height, width = shape if len(shape) == 3 else (1, *shape)
@@ -79,7 +79,7 @@ class StackedLowRank(Change):
         for expert in range(first // height, -(-last // height)):
             top, bottom = max(first, expert * height), min(last, (expert + 1) * height)
             part = slice(top - expert * height, bottom - expert * height)
-            if self.turned:
+            if self.transposed:
                 block = right[expert].T[part] @ left[:, :, expert].T
             else:
                 block = left[part, :, expert] @ right[expert]
@@ -132,9 +132,12 @@ class StackedModule:
             changes = dict(map(self._change, chosen, self.levels))
             fits = [change.orientations(shapes[name]) for name, change in zip(chosen, changes.values(), strict=True)]
             stacked = [len(shapes[name]) == 3 for name in chosen]
-            for turned in self._ways_round(fits, stacked):
+            for transposed in self._ways_round(fits, stacked):
                 ways.append(
-                    {name: change.turn(way) for (name, change), way in zip(changes.items(), turned, strict=True)}
+                    {
+                        name: change.transposed_to(way)
+                        for (name, change), way in zip(changes.items(), transposed, strict=True)
+                    }
                 )
         if len(ways) > 1:
             ways = self._told_by_model(base, ways)
@@ -150,13 +153,13 @@ class StackedModule:
         module = dict(architecture.model.named_modules()).get(self.module) if architecture else None
         if module is None:
             return ways
-        turned = bool(getattr(module, "is_transposed", False))
+        transposed = bool(getattr(module, "is_transposed", False))
         order = [f"{self.module}.{name}" for name, _ in module.named_parameters(recurse=False)]
         return [
             way
             for way in ways
             if list(way) == [name for name in reversed(order) if name in way]
-            and all(change.turned == turned for name, change in way.items() if len(base.spec(name).shape) == 3)
+            and all(change.transposed == transposed for name, change in way.items() if len(base.spec(name).shape) == 3)
         ]
 
     def _change(self, parameter: str, level: tuple[str, str]) -> tuple[str, StackedLowRank]:
@@ -166,9 +169,11 @@ class StackedModule:
     def _ways_round(self, fits: Sequence[tuple[bool, ...]], stacked: Sequence[bool]) -> list[tuple[bool, ...]]:
         """The possible joint orientations of all parameters: a module's experts all have the same one."""
         ways = list(product(*fits))
-        ways = [way for way in ways if len({turned for turned, deep in zip(way, stacked, strict=True) if deep}) < 2]
+        ways = [
+            way for way in ways if len({transposed for transposed, deep in zip(way, stacked, strict=True) if deep}) < 2
+        ]
         # Earlier versions of PEFT always took the first dimension of an expert as its inputs.
-        early = [way for way in ways if all(turned for turned, deep in zip(way, stacked, strict=True) if deep)]
+        early = [way for way in ways if all(transposed for transposed, deep in zip(way, stacked, strict=True) if deep)]
         return early if len(ways) > 1 and early and self._version() < _SWAPPED else ways
 
     def _version(self) -> tuple[int, ...]:

@@ -41,7 +41,7 @@ def pack_factors(stem: str, layer: Layer, shape: tuple[int, ...], left: Tensor, 
     """
     if layer is Layer.EMBEDDING:
         return {stem + "lora_embedding_A": left.T, stem + "lora_embedding_B": right.T}
-    if layer in (Layer.TURNED, Layer.PARAMETER_TURNED):
+    if layer in (Layer.TRANSPOSED, Layer.PARAMETER_TRANSPOSED):
         left, right = right.mT, left.mT
     if layer is Layer.CONVOLUTION:
         left = left.reshape(*left.shape, *(1 for _ in shape[2:]))
@@ -96,7 +96,7 @@ def make_config(
         "lora_alpha": rank,
         "lora_dropout": 0.0,
         "use_rslora": False,
-        "fan_in_fan_out": any(layer is Layer.TURNED for _, layer in targets),
+        "fan_in_fan_out": any(layer is Layer.TRANSPOSED for _, layer in targets),
         "bias": "lora_only" if biases else "none",
         # A single expression matches whole names; PEFT matches the entries of a list with the ends of names.
         "target_modules": "|".join(map(re.escape, modules)) if modules else [],
