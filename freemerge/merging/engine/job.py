@@ -30,6 +30,7 @@ from freemerge.merging.folders.parts import companions_of, describe_parts
 from freemerge.merging.matching.vocabulary import Embeddings
 from freemerge.merging.methods.base import MergeMethod
 from freemerge.merging.methods.per_pattern import with_overrides
+from freemerge.merging.methods.weight_average import WeightAverage
 from freemerge.runtime.processes import Processes
 
 _log = logging.getLogger(__name__)
@@ -129,7 +130,8 @@ def prepare(
         companions = choose_files(found, plan, folder.companions_from) if folder is not None else None
         layout = _read_layout(plan, output) if output is not None and output.is_adapter else None
     method.check([model.label for model in plan.models])
-    if len(models) > 1 and any(map(is_statistic, plan.averaged)):
+    is_copy = len(models) == 1 and isinstance(method, WeightAverage)  # the mean of one model is that model
+    if not is_copy and any(map(is_statistic, plan.averaged)):
         _log.warning(
             "%d statistics of batch norms are averaged; running_mean and running_var that are measured anew on data of "
             "all tasks suit the merged weights better: freemerge.models.reestimate_batch_norm",

@@ -5,7 +5,15 @@ import torch
 from torch import nn
 
 from freemerge.checkpoints import load_checkpoint, save_checkpoint
-from freemerge.merging import MergeError, PerPattern, TaskArithmetic, apply_task_vector, merge, merge_task_vectors
+from freemerge.merging import (
+    MergeError,
+    PerPattern,
+    TaskArithmetic,
+    WeightAverage,
+    apply_task_vector,
+    merge,
+    merge_task_vectors,
+)
 from freemerge.merging.engine.search import Candidates
 from tests.merging.merging_models import METHODS as ALL
 
@@ -107,3 +115,6 @@ def test_scaled_task_vectors_do_not_take_statistics_beyond_the_model():
 def test_reestimating_batch_norm_is_suggested(caplog):
     merge(_normed(0), [_normed(0.1)], TaskArithmetic())
     assert "reestimate_batch_norm" in caplog.text
+    caplog.clear()
+    merge(_normed(0), [_normed(0.1)], WeightAverage())  # a copy of that model
+    assert not caplog.text
