@@ -13,6 +13,23 @@ from freemerge.checkpoints import Checkpoint, open_checkpoint
 from freemerge_callbacks._weights import is_a, part_of
 
 
+def check_weights(trainer: L.Trainer, weights: str, who: str) -> None:
+    """Check the argument `weights` of a callback.
+
+    Args:
+        trainer: the Trainer.
+        weights: the argument.
+        who: name of the callback, for error messages.
+
+    Raises:
+        ValueError: if it is neither "last" nor "best", or no ModelCheckpoint tracks a best checkpoint.
+    """
+    if weights not in ("last", "best"):
+        raise ValueError(f"{who}: `weights` must be 'last' or 'best', got {weights!r}")
+    if weights == "best":
+        best_checkpoint(trainer, who)
+
+
 def best_checkpoint(trainer: L.Trainer, who: str) -> ModelCheckpoint:
     """Find the Trainer's first ModelCheckpoint that tracks a best checkpoint.
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from freemerge.checkpoints import TaskRecord, expand, open_checkpoint
 from freemerge.merging import parse_dtype
 from freemerge_callbacks._base import FitBase, dtypes_of
-from freemerge_callbacks._best import best_checkpoint
+from freemerge_callbacks._best import best_checkpoint, check_weights
 from freemerge_callbacks._weights import is_dev_run, part_weights, refuse_placeholders
 
 
@@ -96,14 +96,11 @@ class FitEndCallback(Callback, ABC):
         if stage != "fit" or is_dev_run(trainer):
             return
         self._began = False
-        if self.weights not in ("last", "best"):
-            raise ValueError(f"{self.who}: `weights` must be 'last' or 'best', got {self.weights!r}")
         parse_dtype(self.dtype)
         if self.base.given is not None:
             open_checkpoint(self.base.given)
         refuse_placeholders(trainer.strategy, self.who)
-        if self.weights == "best":
-            best_checkpoint(trainer, self.who)
+        check_weights(trainer, self.weights, self.who)
         self.check_arguments(trainer)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

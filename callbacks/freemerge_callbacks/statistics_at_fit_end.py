@@ -20,7 +20,7 @@ from freemerge.inputs import batch_size, select, to_device
 from freemerge.merging import GramMatrices, SquaredGradients, draw_log_probability, measurable_layers
 from freemerge_callbacks._adapters import has_adapters, plain_names
 from freemerge_callbacks._batches import BatchFormat
-from freemerge_callbacks._best import best_checkpoint, best_state, completed
+from freemerge_callbacks._best import best_checkpoint, best_state, check_weights, completed
 from freemerge_callbacks._loading import Source, as_in_validation, combined, is_data_module, loaders_of
 from freemerge_callbacks._predicting import Features, arguments, evaluated_part, evaluating, own_names, predictor
 from freemerge_callbacks._ranks import on_rank_zero
@@ -110,8 +110,6 @@ class StatisticsAtFitEnd(Callback):
             raise ValueError(f"{_WHO}: `statistics` must be one of {get_args(_Measured)}, got {self.statistics!r}")
         if self.samples < 1:
             raise ValueError(f"{_WHO}: `samples` must be at least 1, got {self.samples}")
-        if self.weights not in ("last", "best"):
-            raise ValueError(f"{_WHO}: `weights` must be 'last' or 'best', got {self.weights!r}")
         if self.output.suffix != ".safetensors":
             raise ValueError(f"{_WHO}: {self.output}: the output must be a .safetensors file")
         if self.output.exists() and not self.overwrite:
@@ -122,8 +120,7 @@ class StatisticsAtFitEnd(Callback):
                 f"{_WHO}: {type(trainer.strategy).__name__} shards the module, so no rank can compute with it alone; "
                 "measure afterwards, on one device"
             )
-        if self.weights == "best":
-            best_checkpoint(trainer, _WHO)
+        check_weights(trainer, self.weights, _WHO)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Check that the module has the parts, and that they can be measured.

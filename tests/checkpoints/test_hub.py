@@ -14,6 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from freemerge.checkpoints import CheckpointError, open_checkpoint
+from freemerge.checkpoints import hub as hub_module
+from freemerge.merging import MergeError, TaskArithmetic, merge
 from freemerge.models import FreeModel, ModuleBackbone
 
 SERVER = Path(__file__).parent / "hub_server.py"
@@ -171,3 +173,22 @@ def test_a_path_that_exists_is_not_looked_up(tmp_path: Path, monkeypatch) -> Non
     assert open_checkpoint("org/base").tensor("weight").tolist() == [7.0, 7.0]
     with pytest.raises(CheckpointError, match="org/bass: does not exist"):
         open_checkpoint("org/bass")
+
+
+def test_a_merge_asks_the_hub_once_for_each_model_and_calls_it_by_its_id(tmp_path: Path, monkeypatch) -> None:
+    for name, value in (("base", 1.0), ("one", 3.0)):
+        publish(tmp_path / name, value)
+    asked = []
+
+    def download(source: str, repository: str, *_: str | None) -> Path:
+        asked.append(source)
+        return tmp_path / repository.partition("/")[2]
+
+    monkeypatch.setattr(hub_module, "_download", download)
+    monkeypatch.chdir(tmp_path)
+    merged = merge("org/base", ["org/one"], TaskArithmetic(0.5))
+    assert merged["weight"].tolist() == [2.0, 2.0]
+    assert asked == ["org/base", "org/one"]
+    publish(tmp_path / "one", float("nan"))
+    with pytest.raises(MergeError, match="org/one"):
+        merge("org/base", ["org/one"], TaskArithmetic(0.5))

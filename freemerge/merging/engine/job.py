@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from freemerge.checkpoints import Checkpoint, TensorSpec, open_checkpoint
+from freemerge.checkpoints import Checkpoint, TensorSpec, locate, open_checkpoint
 from freemerge.checkpoints.buffers import is_constant, is_statistic
 from freemerge.checkpoints.formats.adapters.layout import Layout, read_layout
 from freemerge.checkpoints.opening import Source
@@ -112,10 +112,17 @@ def prepare(
     """
     sources = [base, *(source for _, source in labelled)]
     method = with_overrides(method, overrides)
+    # Each path is located once, because a name on the Hub is a request; messages call the model as the caller does.
+    places = [locate(source) if isinstance(source, (str, os.PathLike)) else None for source in sources]
+    labels = ["base" if places[0] is None else None, *(label for label, _ in labelled)]
     with _collector_paused():
-        opened = open_checkpoint(base, label=None if isinstance(base, (str, os.PathLike)) else "base")
-        models = [open_checkpoint(source, label=label) for label, source in labelled]
-        found = companions_of(sources, [opened, *models])
+        opened, *models = (
+            open_checkpoint(source, label=label)
+            if place is None
+            else open_checkpoint(place, label=str(source) if label is None else label)
+            for source, place, label in zip(sources, places, labels, strict=True)
+        )
+        found = companions_of(places, [opened, *models])
         folder = output if output is not None and output.is_folder else None
         plan = make_plan(
             opened,

@@ -2,36 +2,34 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
+from pathlib import Path
 
 from freemerge.checkpoints import Checkpoint, open_checkpoint
 from freemerge.checkpoints.companions import Companions, find_companions, top_companions
-from freemerge.checkpoints.hub import locate
-from freemerge.checkpoints.opening import WEIGHT_FILES, Source
+from freemerge.checkpoints.opening import WEIGHT_FILES
 
 _NONE = Companions({}, [], [], [])
 
 
-def companions_of(sources: Sequence[Source], checkpoints: Sequence[Checkpoint]) -> list[Companions]:
+def companions_of(places: Sequence[Path | None], checkpoints: Sequence[Checkpoint]) -> list[Companions]:
     """List the companions of each model that has a configuration.
 
     Args:
-        sources: the models as given; paths may lie inside one another.
+        places: the path of each model, which may lie inside another's; None for a model in memory.
         checkpoints: the same models, opened.
 
     Raises:
         CheckpointError: a folder cannot be read.
     """
-    paths = [locate(source) if isinstance(source, (str, os.PathLike)) else None for source in sources]
-    apart = [path for path in paths if path is not None]
+    apart = [path for path in places if path is not None]
     return [
         _NONE
         if checkpoint.folder is None
         else find_companions(checkpoint.folder, apart)
         if path is None or path.is_dir() or path.name in WEIGHT_FILES
         else top_companions(checkpoint.folder)
-        for path, checkpoint in zip(paths, checkpoints, strict=True)
+        for path, checkpoint in zip(places, checkpoints, strict=True)
     ]
 
 
