@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -25,6 +26,8 @@ class LocalizeAndStitch(TrimmingMethod):
         scale: multiplies the result; 1 in the paper.
         scope: where the density applies: to the whole "model", as in the paper, or to each "tensor" separately.
     """
+
+    linear_in_scale: ClassVar = True
 
     density: float = 0.05
 

@@ -31,7 +31,6 @@ class TrimmingMethod(MergeMethod):
     """
 
     statistics_fields: ClassVar = ("density", "scope")
-    linear_in_scale: ClassVar = True
 
     density: float = 1.0
     scale: float = 1.0
