@@ -24,6 +24,7 @@ OF_CHECKPOINTS = tuple(name for name in COMMANDS if (Path(__file__).parent / f"{
 ABOUT = "Fine-tune one backbone on several tasks, merge them, mend the merge with experts."
 
 _MERGING = "freemerge.merging"
+_METHODS = f"{_MERGING}.methods"
 _METHOD = "MergeMethod"
 _ABSTRACT = {_METHOD, "AngleMethod", "MatrixMethod", "MeasuredMethod", "MethodWrapper"}
 
@@ -57,7 +58,9 @@ def methods() -> dict[str, str]:
     for node in _parsed(_MERGING).body:
         if isinstance(node, ast.ImportFrom) and node.module is not None and node.module.startswith(_MERGING):
             homes |= dict.fromkeys((alias.name for alias in node.names), node.module)
-    modules = {module: _parsed(module) for module in dict.fromkeys(homes.values())}
+    # Also the base classes that are not exported, which stand beside the methods
+    beside = (f"{_METHODS}.{path.stem}" for path in _folder(_METHODS).glob("[!_]*.py"))
+    modules = {module: _parsed(module) for module in dict.fromkeys([*homes.values(), *beside])}
     bases = {
         node.name: {base.id for base in node.bases if isinstance(base, ast.Name)}
         for module in modules.values()
@@ -73,7 +76,11 @@ def methods() -> dict[str, str]:
     }
 
 
+def _folder(module: str) -> Path:
+    return Path(freemerge.__file__).parent.joinpath(*module.split(".")[1:])
+
+
 def _parsed(module: str) -> ast.Module:
-    path = Path(freemerge.__file__).parent.joinpath(*module.split(".")[1:])
+    path = _folder(module)
     path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
     return ast.parse(path.read_text(encoding="utf-8"))
