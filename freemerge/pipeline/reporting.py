@@ -92,7 +92,7 @@ def base_name(tuner: FineTuner) -> str:
     if isinstance(tuner.backbone, LanguageBackbone):
         return "base (zero-shot)"
     heads = {"probe": "probe", "zero_shot": "zero-shot", "prototypes": "prototypes", "linear": "fine-tuned heads"}
-    return f"base ({heads[tuner.head_kind]})"
+    return f"base ({heads[tuner.heads.kind]})"
 
 
 def title(measure: Measure) -> str:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
@@ -13,22 +12,14 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from freemerge.checkpoints import expand
-from freemerge.data import Task, TaskData, TaskMetric, check_templates, load_tokenizer
+from freemerge.data import Task, TaskData, TaskMetric
 from freemerge.inputs import Inputs, batch_size
-from freemerge.models import (
-    Backbone,
-    CosineHead,
-    ImageTextBackbone,
-    LanguageBackbone,
-    extract_features,
-    head_from_state,
-    prototypes,
-)
+from freemerge.models import Backbone, LanguageBackbone, extract_features
 from freemerge.training.adapters import add_adapter, has_adapter, merged_weights, peft_config
+from freemerge.training.heads import HeadKind, HeadMaker
 from freemerge.training.objectives import Objective
 from freemerge.training.optimization import OptimizedModule, Schedule
 
-HeadKind = Literal["probe", "linear", "zero_shot", "prototypes"]
 _OBJECTS = ("backbone", "optimizer", "_instantiator", "_class_path")  # LightningCLI adds the last two
 _TASK = "freemerge_task"
 _NO_TASK = 'FineTuner: there is no head; pass `num_classes`, or the data of one task: datamodule=suite["birds"]'
@@ -87,28 +78,10 @@ class FineTuner(OptimizedModule):
         super().__init__(optimizer, schedule, warmup)
         # Plain data only, because checkpoints are read with weights_only; objects are passed to `load_from_checkpoint`.
         self.save_hyperparameters(ignore=[*_OBJECTS, *(["schedule"] if callable(schedule) else [])])
-        if head not in get_args(HeadKind):
-            raise ValueError(f"FineTuner: head must be one of {', '.join(get_args(HeadKind))}, got {head!r}")
-        if head == "zero_shot" and not backbone.reads_texts:
-            raise ValueError(
-                "FineTuner: a zero-shot head needs a text encoder or an ImageTextBackbone, got "
-                f"{type(backbone).__name__} of {type(backbone.model).__name__}; use 'prototypes' or 'probe'"
-            )
-        if head == "prototypes" and isinstance(backbone, LanguageBackbone):
-            raise ValueError("FineTuner: a LanguageBackbone has its own head; leave `head` out")
-        if logit_scale is not None and not 0 < logit_scale < float("inf"):
-            raise ValueError(f"FineTuner: logit_scale must be above 0, got {logit_scale}")
-        if prototype_samples < 1:
-            raise ValueError(f"FineTuner: prototype_samples must be at least 1, got {prototype_samples}")
         self.backbone = backbone
-        self.head_kind = head
+        self.heads = HeadMaker(backbone, head, templates, logit_scale, prototype_samples)
         self.label_smoothing = label_smoothing
         self.peft = None if peft is None else peft_config(peft)
-        usual = "a photo of a {}." if isinstance(backbone, ImageTextBackbone) else "{}"
-        self.templates = tuple(templates or (usual,))
-        check_templates("FineTuner", self.templates)
-        self.logit_scale = logit_scale
-        self.prototype_samples = prototype_samples
         if gradient_checkpointing:
             backbone.enable_gradient_checkpointing()
         # In the state dict, so that a resumed fit does not refit the probe on a partly fine-tuned backbone.
@@ -138,11 +111,11 @@ class FineTuner(OptimizedModule):
         return tuner
 
     def _set_task(self, task: Task | int) -> None:
-        objective, head = self.objective_of(task), self.frozen_head(task)
+        objective, head = self.objective_of(task), self.heads.frozen(task)
         self._prepare(objective, self.new_head(objective.num_outputs) if head is None else head)
         if head is None:
-            self._own_head().requires_grad_(self.head_kind == "linear")
-        self.head_ready.fill_(head is not None or self.head_kind == "linear")
+            self._own_head().requires_grad_(self.heads.is_trained)
+        self.head_ready.fill_(head is not None or self.heads.is_trained)
 
     def _prepare(self, objective: Objective, head: nn.Module) -> None:
         """Set the task's head and metrics, and add the adapter if one is configured."""
@@ -168,20 +141,13 @@ class FineTuner(OptimizedModule):
         Args:
             num_outputs: classes C; 1 for a regression.
         """
-        if isinstance(self.backbone, LanguageBackbone):
-            return nn.Identity()
-        if self.head_kind in ("zero_shot", "prototypes"):
-            return CosineHead(self.backbone.feature_dim, num_outputs, *self._scale)
-        return self.make_head(num_outputs)
-
-    @property
-    def _scale(self) -> tuple[float, ...]:
-        return () if self.logit_scale is None else (self.logit_scale,)
+        head = self.heads.unfitted(num_outputs)
+        return self.make_head(num_outputs) if head is None else head
 
     @property
     def makes_own_heads(self) -> bool:
         """Whether a subclass overrides `make_head`, so that heads need not be linear layers."""
-        return self.head_kind == "linear" and type(self).make_head is not FineTuner.make_head
+        return self.heads.is_trained and type(self).make_head is not FineTuner.make_head
 
     def objective_of(self, task: Task | int) -> Objective:
         """The loss and metric of a task.
@@ -204,58 +170,12 @@ class FineTuner(OptimizedModule):
                 f"FineTuner: this {who} is for {' and '.join(sorted(wanted))}, but the task is {objective.kind}, which "
                 f"needs a {needed} of that kind"
             )
-        if self.head_kind in ("zero_shot", "prototypes") and objective.kind != "classification":
+        if self.heads.by_cosine and objective.kind != "classification":
             raise ValueError(
-                f"FineTuner: head {self.head_kind!r} needs a classification, and the task is a {objective.kind}; "
+                f"FineTuner: head {self.heads.kind!r} needs a classification, and the task is a {objective.kind}; "
                 "use 'probe'"
             )
         return objective
-
-    def frozen_head(self, task: Task | int) -> nn.Module | None:
-        """The task's head, if it needs no fitting.
-
-        Args:
-            task: the task, or the number of classes of a classification.
-
-        Returns:
-            An identity for a language model, which has its own head; a zero-shot head; or None for other heads.
-
-        Raises:
-            ValueError: if a zero-shot head has no class names.
-        """
-        if isinstance(self.backbone, LanguageBackbone):
-            return nn.Identity()
-        if self.head_kind != "zero_shot":
-            return None
-        if isinstance(task, int):
-            raise ValueError("FineTuner: a zero-shot head needs the class names of a classification task")
-        self.objective_of(task)
-        return self.zero_shot_head(task, task.class_names)
-
-    def zero_shot_head(self, task: Task, class_names: Sequence[str]) -> nn.Module:
-        """A frozen head of some of a task's classes, from their names in the task's prompts.
-
-        Raises:
-            ValueError: if the backbone cannot embed them.
-        """
-        tokenizer = None if task.tokenizer is None else load_tokenizer(task.tokenizer)
-        templates = task.templates or self.templates
-        return self.backbone.class_head(class_names, templates, tokenizer, self.logit_scale)
-
-    def fit_head(self, data: TaskData, device: torch.device) -> nn.Module:
-        """A probe or prototypes from the base's features of a task's training data; the backbone is on `device`.
-
-        Raises:
-            ValueError: if a class of prototypes has no training sample.
-        """
-        objective = self.objective_of(data.task)
-        if self.head_kind == "prototypes":
-            return self._prototype_head(data.drawn_dataloader(), objective.num_outputs, device)
-        return objective.fit_probe(*extract_features(self.backbone, data.train_dataloader(), device))
-
-    def _prototype_head(self, loader: Any, num_classes: int, device: torch.device) -> nn.Module:
-        means = prototypes(self.backbone, loader, num_classes, self.prototype_samples, device)
-        return CosineHead.of(means, *self._scale)
 
     def _own_objective(self) -> Objective:
         if self.objective is None:
@@ -371,22 +291,18 @@ class FineTuner(OptimizedModule):
         task = checkpoint[_TASK]
         metric = TaskMetric(task["kind"], task["metric"])
         objective = Objective(task["kind"], task["num_outputs"], metric, self.label_smoothing)
-        if self.head_kind == "zero_shot":  # its class depends on the backbone's
-            prefix, saved = "head.", checkpoint["state_dict"]
-            state = {name.removeprefix(prefix): saved[name] for name in saved if name.startswith(prefix)}
-            self._prepare(objective, head_from_state(state))
-        else:
-            self._prepare(objective, self.new_head(objective.num_outputs))
-        self._own_head().requires_grad_(self.head_kind == "linear")
+        head = self.heads.saved(checkpoint["state_dict"])
+        self._prepare(objective, self.new_head(objective.num_outputs) if head is None else head)
+        self._own_head().requires_grad_(self.heads.is_trained)
 
     def on_train_start(self) -> None:
         """Fit the head to the base's features of the training data, unless it comes from a checkpoint."""
         if self.head_ready:
             return
         objective, data = self._own_objective(), getattr(self.trainer, "datamodule", None)
-        if self.head_kind == "prototypes":
-            drawn = data.drawn_dataloader() if isinstance(data, TaskData) else self.trainer.train_dataloader
-            head = self._prototype_head(drawn, objective.num_outputs, self.device)
+        if self.heads.kind == "prototypes":
+            loader: Any = data.drawn_dataloader() if isinstance(data, TaskData) else self.trainer.train_dataloader
+            head = self.heads.prototypes(objective, loader, self.device)
         else:
             head = objective.fit_probe(*self._features_for_head())
         self._own_head().load_state_dict(self.trainer.strategy.broadcast(head.state_dict()))

@@ -98,7 +98,7 @@ def test_prototypes_are_means_of_the_bases_features(suite: SourceSuite, encoder:
     torch.testing.assert_close(tuner.head.weight, expected)
     assert float(tuner.head.scale) == 10
     assert tuner.head_ready
-    torch.testing.assert_close(tuner.fit_head(data, torch.device("cpu")).scale, tuner.head.scale)
+    torch.testing.assert_close(tuner.heads.fitted(tuner.objective, data, torch.device("cpu")).scale, tuner.head.scale)
 
 
 def test_samples_are_drawn_from_all_tasks_that_share_a_head_and_alike_each_time(tmp_path) -> None:

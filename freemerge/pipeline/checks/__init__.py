@@ -147,8 +147,8 @@ class _DataChecks:
             task = data.task
             check_labels(task, self.findings, splits)
             self.logged[stage][data.name] = tuner.logged(task)
-            if tuner.head_kind == "zero_shot":
-                tuner.zero_shot_head(task, task.class_names[:1])  # one of them says enough
+            if tuner.heads.kind == "zero_shot":
+                tuner.heads.zero_shot(task, task.class_names[:1])  # one of them says enough
             samples = Samples(data, self.findings)
         except ValueError as error:  # the data cannot be used, or do not suit this model; each error is one line
             self.findings.fault(error if data.name in str(error) else f"task {data.name!r}: {error}")

@@ -78,7 +78,7 @@ def check_finished_models(files: Artifacts, findings: Findings) -> None:
         return
     if files.tuner.peft is not None:
         findings.fault("finetune.models: a finished adapter is given as a model; leave model.peft out")
-    if files.tuner.head_kind == "linear":
+    if files.tuner.heads.is_trained:
         findings.fault(
             "finetune.models: finished models need a head that is made from the base; set model.head to probe"
         )

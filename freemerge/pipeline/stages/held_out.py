@@ -30,9 +30,9 @@ def held_out_heads(files: Artifacts, device: torch.device) -> dict[str, nn.Modul
             continue
         tuner = files.base_tuner()
         data = files.suite.for_task(task)
-        head = tuner.frozen_head(data.task)
+        objective, head = tuner.objective_of(data.task), tuner.heads.frozen(data.task)
         if head is None:
             tuner.backbone.to(device)
-            head = tuner.fit_head(data, device)
+            head = tuner.heads.fitted(objective, data, device)
         heads[task] = head
     return heads
