@@ -17,7 +17,7 @@ import tempfile
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
-from functools import wraps
+from functools import update_wrapper
 from typing import Any, TypeVar
 
 import torch
@@ -87,28 +87,40 @@ def _instantiate(class_type: type[_T], *args: Any, **kwargs: Any) -> _T:
     return class_type(*args, **kwargs)
 
 
+class _Instantiator:
+    """Makes objects of configured classes, and keeps the first error.
+
+    Factories of optimizers hold it, and the strategy `ddp_spawn` pickles these, so it is not a local function.
+    """
+
+    def __init__(self, instantiate: Callable[..., Any], refusals: list[Exception]) -> None:
+        update_wrapper(self, instantiate)  # jsonargparse reads its signature
+        self.instantiate = instantiate
+        self.refusals = refusals
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return self.instantiate(*args, **kwargs)
+        except Exception as error:
+            self.refusals.append(error)
+            raise
+
+
 class _Parser(OneLineErrors, LightningArgumentParser):
     """Lightning's parser with one-line errors.
 
     Attributes:
-        refusal: the first error that a configured class raised. If an option has several types, jsonargparse may report
-            the error of another type instead.
+        refusals: the errors that configured classes raised. If an option has several types, jsonargparse may report
+            the error of another type instead of the first one.
     """
 
-    refusal: Exception | None = None
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.refusals: list[Exception] = []
+        super().__init__(*args, **kwargs)
 
     def add_instantiator(self, instantiator: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
         """Register a function that makes objects of a class."""
-
-        @wraps(instantiator)  # jsonargparse reads its signature
-        def make(*given: Any, **named: Any) -> Any:
-            try:
-                return instantiator(*given, **named)
-            except Exception as error:
-                self.refusal = self.refusal or error
-                raise
-
-        super().add_instantiator(make, *args, **kwargs)
+        super().add_instantiator(_Instantiator(instantiator, self.refusals), *args, **kwargs)
 
 
 class FreemergeCLI(LightningCLI):
@@ -223,9 +235,9 @@ class FreemergeCLI(LightningCLI):
             super().instantiate_classes()
         except ValueError as error:
             assert isinstance(self.parser, _Parser)  # as `__init__` says to Lightning
-            if self.parser.refusal is None or _origin(error) != "jsonargparse":
+            if not self.parser.refusals or _origin(error) != "jsonargparse":
                 raise
-            raise ValueError(innermost(self.parser.refusal)) from error
+            raise ValueError(innermost(self.parser.refusals[0])) from error
         finally:
             trainer.logger = configured
 

@@ -46,10 +46,12 @@ class Fit(NamedTuple):
     Args:
         best: the checkpoint of the best weights; empty if none was written.
         value: the monitored metric at the end of the fit; None if it was not measured.
+        whole: whether the metric is of all the validation data.
     """
 
     best: str
     value: float | None
+    whole: bool
 
 
 class RunContext:
@@ -212,7 +214,8 @@ class RunContext:
         finally:
             end_wandb_run(wandb_run)
         value = trainer.callback_metrics.get(monitor)
-        return Fit(best_of(trainer), last.metrics.get(monitor) if value is None else float(value))
+        whole = not getattr(trainer, "fast_dev_run", False) and trainer.limit_val_batches == 1.0
+        return Fit(best_of(trainer), last.metrics.get(monitor) if value is None else float(value), whole)
 
     def _configuration(self, stage: StageFolder) -> dict[str, Any]:
         """The configuration that loggers record: everything that the fit depends on, without hashes of files."""

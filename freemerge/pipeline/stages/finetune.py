@@ -10,7 +10,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from freemerge.pipeline.context import RunContext
+from freemerge.pipeline.context import Fit, RunContext
 from freemerge.pipeline.ranks import is_first
 from freemerge.pipeline.store.stage_folder import StageFolder
 from freemerge.training import FineTuner
@@ -27,13 +27,12 @@ def finetune(run: RunContext) -> None:
         resume = run.begin(stage)
         run.seed_stage(stage)
         tuner = tuner.for_task(data.task)
-        whole = True  # the metric is of all validation data
         if task in run.settings.finetune.models:
             value: float | None = _take(run, task, stage, tuner, data, resume)
-            advice = "is it a model of this task, with these classes in this order?"
+            whole, advice = True, "is it a model of this task, with these classes in this order?"
         else:
-            value = _fit(run, stage, tuner, data, resume)
-            whole = not getattr(tuner.trainer, "fast_dev_run", False) and tuner.trainer.limit_val_batches == 1.0
+            fit = _fit(run, stage, tuner, data, resume)
+            value, whole = fit.value, fit.whole
             advice = "try a lower learning rate, fewer epochs or finetune.weights best"
         run.write(stage.path / "backbone.safetensors", tuner.weights())
         if tuner.head is not None and (head := tuner.head.state_dict()):
@@ -47,12 +46,12 @@ def finetune(run: RunContext) -> None:
 
 def _fit(
     run: RunContext, stage: StageFolder, tuner: FineTuner, data: L.LightningDataModule, resume: Path | None
-) -> float | None:
-    """Fine-tune the base on a task; returns the monitored metric."""
+) -> Fit:
+    """Fine-tune the base on a task."""
     fit = run.fit(stage, tuner, data, run.settings.finetune.trainer, resume, tuner.monitor, tuner.monitor_mode)
     if run.settings.finetune.weights == "best" and fit.best:
         tuner.load_state_dict(torch.load(fit.best, map_location="cpu", weights_only=True)["state_dict"])
-    return fit.value
+    return fit
 
 
 def _take(
