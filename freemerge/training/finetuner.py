@@ -16,7 +16,7 @@ from freemerge.data import Task, TaskData, TaskMetric
 from freemerge.inputs import Inputs, batch_size
 from freemerge.models import Backbone, LanguageBackbone, extract_features
 from freemerge.training.adapters import add_adapter, has_adapter, merged_weights, peft_config
-from freemerge.training.heads import HeadKind, HeadMaker
+from freemerge.training.heads import HeadKind, HeadMaker, default_template
 from freemerge.training.objectives import Objective
 from freemerge.training.optimization import OptimizedModule, Schedule
 
@@ -79,9 +79,13 @@ class FineTuner(OptimizedModule):
         # Plain data only, because checkpoints are read with weights_only; objects are passed to `load_from_checkpoint`.
         self.save_hyperparameters(ignore=[*_OBJECTS, *(["schedule"] if callable(schedule) else [])])
         self.backbone = backbone
-        self.heads = HeadMaker(backbone, head, templates, logit_scale, prototype_samples)
+        self.head_kind = head
+        self.templates = tuple(templates or (default_template(backbone),))
+        self.logit_scale = logit_scale
+        self.prototype_samples = prototype_samples
         self.label_smoothing = label_smoothing
         self.peft = None if peft is None else peft_config(peft)
+        self.heads.check()
         if gradient_checkpointing:
             backbone.enable_gradient_checkpointing()
         # In the state dict, so that a resumed fit does not refit the probe on a partly fine-tuned backbone.
@@ -109,6 +113,11 @@ class FineTuner(OptimizedModule):
         tuner = copy.deepcopy(self)
         tuner._set_task(task)
         return tuner
+
+    @property
+    def heads(self) -> HeadMaker:
+        """Makes this backbone's heads by the configured options."""
+        return HeadMaker(self.backbone, self.head_kind, self.templates, self.logit_scale, self.prototype_samples)
 
     def _set_task(self, task: Task | int) -> None:
         objective, head = self.objective_of(task), self.heads.frozen(task)

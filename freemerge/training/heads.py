@@ -32,21 +32,19 @@ class HeadMaker:
     Args:
         backbone: the pretrained backbone.
         kind: kind of head; see `FineTuner`.
-        templates: prompts of a zero-shot head for tasks without their own; None: those that suit the backbone.
+        templates: prompts of a zero-shot head for tasks without their own.
         logit_scale: factor of the cosines; None: the usual one.
         samples: number of training samples of each class that prototypes average.
-
-    Raises:
-        ValueError: if an option is invalid, or the head does not suit the backbone.
     """
 
     backbone: Backbone
-    kind: HeadKind = "probe"
-    templates: Sequence[str] | None = None
-    logit_scale: float | None = None
-    samples: int = 16
+    kind: HeadKind
+    templates: Sequence[str]
+    logit_scale: float | None
+    samples: int
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """Raise a ValueError if an option is invalid, or the head does not suit the backbone."""
         if self.kind not in get_args(HeadKind):
             raise ValueError(f"FineTuner: head must be one of {', '.join(get_args(HeadKind))}, got {self.kind!r}")
         if self.kind == "zero_shot" and not self.backbone.reads_texts:
@@ -60,7 +58,7 @@ class HeadMaker:
             raise ValueError(f"FineTuner: logit_scale must be above 0, got {self.logit_scale}")
         if self.samples < 1:
             raise ValueError(f"FineTuner: prototype_samples must be at least 1, got {self.samples}")
-        check_templates("FineTuner", self._templates)
+        check_templates("FineTuner", self.templates)
 
     @property
     def is_trained(self) -> bool:
@@ -109,7 +107,7 @@ class HeadMaker:
             ValueError: if the backbone cannot embed them.
         """
         tokenizer = None if task.tokenizer is None else load_tokenizer(task.tokenizer)
-        return self.backbone.class_head(class_names, task.templates or self._templates, tokenizer, self.logit_scale)
+        return self.backbone.class_head(class_names, task.templates or self.templates, tokenizer, self.logit_scale)
 
     def fitted(self, objective: Objective, data: TaskData, device: torch.device) -> nn.Module:
         """A probe or prototypes from the base's features of a task's training data; the backbone is on `device`.
@@ -137,9 +135,10 @@ class HeadMaker:
         return head_from_state({name.removeprefix(_PREFIX): state[name] for name in state if name.startswith(_PREFIX)})
 
     @property
-    def _templates(self) -> Sequence[str]:
-        return self.templates or ("a photo of a {}." if isinstance(self.backbone, ImageTextBackbone) else "{}",)
-
-    @property
     def _scale(self) -> tuple[float, ...]:
         return () if self.logit_scale is None else (self.logit_scale,)
+
+
+def default_template(backbone: Backbone) -> str:
+    """The prompt of a class where none is configured: CLIP's usual one, or the class name alone for texts."""
+    return "a photo of a {}." if isinstance(backbone, ImageTextBackbone) else "{}"
