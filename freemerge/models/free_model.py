@@ -20,6 +20,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from weakref import WeakKeyDictionary
 
 import torch
@@ -463,7 +464,7 @@ class FreeModel(nn.Module):
 
     # -- files --------------------------------------------------------------------------------------------------------
 
-    def save_pretrained(self, directory):
+    def save_pretrained(self, directory: str | Path) -> Path:
         """Write the model to a folder.
 
         Args:
@@ -483,7 +484,7 @@ class FreeModel(nn.Module):
     @classmethod
     def from_pretrained(
         cls,
-        directory,
+        directory: str | Path,
         backbone: Backbone | None = None,
         *,
         heads: Mapping[str, nn.Module] | None = None,
