@@ -95,7 +95,7 @@ def head(name: str) -> str:
     about, _, source = rest.rpartition(" (") if rest.endswith(")") else (rest, "", "")
     if not rest:
         title, about = name, title
-    source = re.sub(r"arXiv (\d{4}\.\d{5})", r"[arXiv \1](https://arxiv.org/abs/\1)", source.rstrip(")"))
+    source = _linked(source.rstrip(")"))
     heading = title if title == name else f"{title} (`{name}`)"
     lines = [f"# {heading}", "", about[0].upper() + about[1:] + "."]
     return "\n".join(lines + (["", f"Source: {source}."] if source else [])) + "\n"
@@ -108,16 +108,16 @@ def from_class(name: str) -> str:
     lines = [
         "## Definition",
         "",
-        *text.splitlines(),
+        *_linked(text).splitlines(),
         "",
         "v_k are the task vectors (fine-tuned model − base), τ is the result, K the number of models.",
         "",
     ]
     fields = [field for field in dataclasses.fields(kind) if field.init]
     if fields:
-        lines += ["## Parameters", "", "| parameter | type | default | meaning |", "| --- | --- | --- | --- |"]
+        lines += ["## Parameters", "", "| parameter | default | meaning |", "| --- | --- | --- |"]
     for field in fields:
-        lines.append(f"| `{field.name}` | {_type(field)} | {_default(field)} | {_meaning(kind, field.name)} |")
+        lines.append(f"| `{field.name}`: {_type(field)} | {_default(field)} | {_meaning(kind, field.name)} |")
     if fields:
         lines.append("")
     scale = "scale" in {field.name for field in fields}
@@ -150,6 +150,11 @@ def measured(name: str) -> str:
     if not found:
         found = ["The [benchmarks](../benchmarks/README.md) do not cover this method yet."]
     return "\n".join(["## Measured", "", *found]) + "\n"
+
+
+def _linked(text: str) -> str:
+    """A text whose numbers of arXiv are links."""
+    return re.sub(r"arXiv (\d{4}\.\d{5})", r"[arXiv \1](https://arxiv.org/abs/\1)", text)
 
 
 def _docstring(kind: type) -> tuple[str, dict[str, str]]:
