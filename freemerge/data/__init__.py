@@ -6,6 +6,7 @@ from freemerge.data.batches import StackedBatch, collate
 from freemerge.data.errors import DataError, DataWarning, listed
 from freemerge.data.loaders import derive_seed, lengths_of, names_of
 from freemerge.data.mixture import TaskData, TaskMixture
+from freemerge.data.prompts import Prompts, known_prompts, load_prompts
 from freemerge.data.resumable import ResumableLoader, random_state, set_random_state
 from freemerge.data.source_suite import NpzSuite, SourceSuite, TextTableSuite
 from freemerge.data.sources import (
@@ -46,6 +47,7 @@ __all__ = [
     "NpzSuite",
     "PooledSource",
     "Preprocessing",
+    "Prompts",
     "RandomAffine",
     "RandomContrast",
     "RandomFlip",
@@ -67,8 +69,10 @@ __all__ = [
     "check_templates",
     "collate",
     "derive_seed",
+    "known_prompts",
     "lengths_of",
     "listed",
+    "load_prompts",
     "load_tokenizer",
     "metric_for",
     "names_of",
