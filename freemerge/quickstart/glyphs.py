@@ -65,7 +65,10 @@ def font_path(font: str) -> Path:
 
     path = Path(matplotlib.get_data_path(), "fonts", "ttf", f"{FONTS[font]}.ttf")
     if not path.is_file():
-        raise NotShipped(f"matplotlib {matplotlib.__version__} does not ship {path}: reinstall matplotlib ≥ 3.11")
+        raise NotShipped(
+            f"matplotlib {matplotlib.__version__} does not ship {path.name}, one of the quickstart's fonts: "
+            f"pip install 'freemerge[quickstart]' (matplotlib ≥ 3.11)"
+        )
     return path
 
 

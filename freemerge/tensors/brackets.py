@@ -228,10 +228,10 @@ def make_brackets(sample: Tensor, ranks: Sequence[int], total: int) -> list[list
 def _key(values: np.ndarray | np.float32) -> np.ndarray:
     """float32 → int32 in the same order: the bits, with those of negative numbers reversed; −0 and +0 are one."""
     bits = (np.asarray(values, dtype=np.float32) + np.float32(0)).view(np.int32)
-    return bits ^ ((bits >> 31) & np.int32(0x7FFFFFFF))
+    return bits ^ ((bits >> np.int32(31)) & np.int32(0x7FFFFFFF))
 
 
 def _float(key: int) -> float:
     """The inverse of `_key`, which is its own inverse on bits."""
     bits = np.array(key, dtype=np.int32)
-    return float((bits ^ ((bits >> 31) & np.int32(0x7FFFFFFF))).view(np.float32))
+    return float((bits ^ ((bits >> np.int32(31)) & np.int32(0x7FFFFFFF))).view(np.float32))

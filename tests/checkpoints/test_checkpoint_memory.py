@@ -38,10 +38,11 @@ REFUSED = {
     "lazy": (UninitializedParameter, "has no shape yet"),
     "freed": (freed, "has no data"),
     "fake": (fake, "has no data"),
+    "four bits": (
+        lambda: torch.zeros(2, 2, dtype=torch.uint8).view(torch.float4_e2m1fn_x2),
+        "has the dtype torch.float4",
+    ),
 }
-if hasattr(torch, "float4_e2m1fn_x2"):  # torch ≥ 2.8
-    four_bits = torch.zeros(2, 2, dtype=torch.uint8).view(torch.float4_e2m1fn_x2)
-    REFUSED["four bits"] = (lambda: four_bits, "has the dtype torch.float4")
 
 
 @pytest.mark.filterwarnings("ignore")  # torch warns that nested, quantized and CSR tensors may change

@@ -33,9 +33,8 @@ KINDS = {  # how each method's files look
     "HIGGS": {"q.weight": INT16, "q.scales": SCALE, "q.tables": torch.ones(16, 2)},
     "MLX": {"q.weight": INT32, "q.scales": SCALE, "q.biases": SCALE},
     "EXL2": {"q.q_weight": INT32, "q.q_scale": INT32, "q.q_scale_max": torch.ones(4)},
+    "MXFP8": {"e.up_proj": FP8[None], "e.up_proj_scale": torch.ones(1, 4, 1).to(torch.float8_e8m0fnu)},
 }
-if hasattr(torch, "float8_e8m0fnu"):  # torch ≥ 2.7
-    KINDS["MXFP8"] = {"e.up_proj": FP8[None], "e.up_proj_scale": torch.ones(1, 4, 1).to(torch.float8_e8m0fnu)}
 WITHOUT_SCALES = {
     "SpQR": {"q.dense_weights": ONES.long(), "q.row_offsets": torch.arange(4)},
     "Marlin": {"q.B": INT32, "q.s": SCALE},
