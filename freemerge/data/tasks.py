@@ -27,7 +27,8 @@ class Task:
     Inputs are a tensor (…) or a dict of tensors. A label is an int64 scalar for classification, a float32 scalar for
     regression, and int64 tokens (L,) for the two kinds of language modelling, with −100 at positions without a loss.
     For `seq2seq` the labels are the target's tokens, which the inputs contain as `labels` too, for the decoder. For
-    `causal_lm` they are the input tokens at the same positions (the loss shifts them by one).
+    `causal_lm` they are the input tokens at the same positions (the loss shifts them by one); the inputs' `prompt_mask`
+    is 1 at the tokens before the answer, which are all that a router reads.
 
     Args:
         name: the task's name in configurations and reports.

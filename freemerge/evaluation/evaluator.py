@@ -12,7 +12,9 @@ from freemerge.data import TaskMetric
 from freemerge.evaluation.metrics import LabelSpace, MultiTaskMetrics
 from freemerge.evaluation.report import mean_score
 from freemerge.inputs import IGNORED, Inputs, named, select
-from freemerge.models import FreeModel, FreeOutput, LanguageBackbone
+from freemerge.models import FreeAnswers, FreeModel, FreeOutput, LanguageBackbone
+
+_LONGEST = 128  # tokens of a predicted answer
 
 
 class MultiTaskEvaluator(L.LightningModule):
@@ -54,7 +56,6 @@ class MultiTaskEvaluator(L.LightningModule):
         )
         self.metrics = MultiTaskMetrics(self.label_space, metrics)
         self.results: dict[str, float] = {}
-        self._task_model: tuple[str, LanguageBackbone] | None = None
 
     def forward(self, inputs: Inputs, task: str | None = None) -> FreeOutput:
         """Run the model on a batch.
@@ -111,7 +112,7 @@ class MultiTaskEvaluator(L.LightningModule):
 
     def predict_step(
         self, batch: tuple[Inputs, Tensor], batch_idx: int, dataloader_idx: int = 0
-    ) -> FreeOutput | list[list[int]]:
+    ) -> FreeOutput | FreeAnswers:
         """Predict a batch; each sample is routed unless `oracle` is set.
 
         Args:
@@ -120,23 +121,15 @@ class MultiTaskEvaluator(L.LightningModule):
             dataloader_idx: index of the task.
 
         Returns:
-            The model's output, or the tokens of a language model's answers.
+            The model's output, or the answers of a language model.
         """
         inputs, labels = batch
-        task = self.tasks[dataloader_idx]
-        if isinstance(backbone := self.model.backbone, LanguageBackbone):
-            return self._language_model(task, backbone).answer(inputs, _answers(inputs, labels))
-        return self.model(inputs, task=task if self.oracle else None)
-
-    def _language_model(self, task: str, backbone: LanguageBackbone) -> LanguageBackbone:
-        """The backbone with a task's expert. Only that of the latest task is kept."""
-        if task not in self.model.packed_experts:
-            return backbone
-        if self._task_model is None or self._task_model[0] != task:
-            changed = self.model.task_model(task).backbone
-            assert isinstance(changed, LanguageBackbone)  # a copy of `backbone`
-            self._task_model = (task, changed)
-        return self._task_model[1]
+        task = self.tasks[dataloader_idx] if self.oracle else None
+        if not isinstance(backbone := self.model.backbone, LanguageBackbone):
+            return self.model(inputs, task=task)
+        if backbone.kind == "causal_lm":
+            inputs = {"prompt_mask": ~_answers(inputs, labels), **named(inputs)}
+        return self.model.generate(inputs, task=task, max_new_tokens=_LONGEST, do_sample=False, num_beams=1)
 
     def _log_results(self, split: str) -> None:
         computed = self.metrics.compute()

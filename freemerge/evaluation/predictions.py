@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from freemerge.data import Task, load_tokenizer, names_of
-from freemerge.models import FreeModel, FreeOutput
+from freemerge.models import FreeAnswers, FreeModel, FreeOutput
 
 COLUMNS = ("loader", "index", "sample", "routed_task", "class", "probability", "value")
 
@@ -17,7 +17,7 @@ def write_predictions(
     path: Path,
     model: FreeModel,
     tasks: Mapping[str, Task],
-    predictions: Mapping[str, Iterable[FreeOutput | list[list[int]]]],
+    predictions: Mapping[str, Iterable[FreeOutput | FreeAnswers]],
     rank: int = 0,
     world: int = 1,
 ) -> None:
@@ -28,7 +28,7 @@ def write_predictions(
     | loader | the task whose test data contain the sample |
     | index | the sample's index in them |
     | sample | its file, or its row in a table; empty if unknown |
-    | routed_task | the task whose head made the prediction |
+    | routed_task | the task whose head, or expert of a language model, made the prediction |
     | class, probability | the prediction of a classification |
     | value | the number of a regression, or the text of a language model |
 
@@ -52,10 +52,11 @@ def write_predictions(
                 writer.writerow([name, index, samples[index] if samples is not None else "", *row])
 
 
-def _rows(model: FreeModel, task: Task, batch: FreeOutput | list[list[int]]) -> Iterable[tuple[Any, ...]]:
+def _rows(model: FreeModel, task: Task, batch: FreeOutput | FreeAnswers) -> Iterable[tuple[Any, ...]]:
     """Routed task, class, probability and value of each sample of a batch."""
-    if isinstance(batch, list):
-        return [(task.name, "", "", text) for text in _texts(task, batch)]
+    if isinstance(batch, FreeAnswers):
+        texts = _texts(task, batch.token_lists())
+        return [(routed, "", "", text) for routed, text in zip(batch.task_names, texts, strict=True)]
     rows = []
     best = batch.logits.float().softmax(dim=-1).max(dim=-1).values.tolist()
     for routed, label, probability, logits in zip(

@@ -16,7 +16,7 @@ from freemerge.experts.running.mixture import Mixture
 from freemerge.experts.running.replicas import drop_replicas, workspace
 from freemerge.experts.running.switch import ExpertSwitch, attached, write_into
 from freemerge.experts.running.weight_cache import WeightCache
-from freemerge.experts.tied import by_first_names
+from freemerge.experts.tied import by_first_names, names_of_changes
 from freemerge.moved import names_that_moved
 
 __all__ = [
@@ -48,6 +48,7 @@ __all__ = [
     "matrix_shape",
     "mix",
     "mixable",
+    "names_of_changes",
     "run_groups",
     "save_expert",
     "substituted",

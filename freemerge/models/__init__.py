@@ -1,5 +1,6 @@
 """Backbones, routers, and FreeModel, which combines a backbone, experts, a router and heads."""
 
+from freemerge.models.answers import FreeAnswers
 from freemerge.models.backbones.base import Backbone, extract_features, has_builtin_backbone, load_backbone
 from freemerge.models.backbones.encoder import TransformersBackbone
 from freemerge.models.backbones.image_text import ImageTextBackbone
@@ -19,6 +20,7 @@ __all__ = [
     "ConvRouter",
     "CosineHead",
     "EarlyRouter",
+    "FreeAnswers",
     "FreeModel",
     "FreeOutput",
     "ImageTextBackbone",

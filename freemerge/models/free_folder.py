@@ -6,6 +6,8 @@
     router.safetensors               the weights of the router
     freemerge.json                   the description of all parts
 
+A language model's folder also has its tokenizer, chat template and generation configuration.
+
 Loading a folder runs no code from outside freemerge and torch by default. The folder names such classes; the caller
 passes objects of them, or allows the import with `trust_remote_code=True`.
 """
@@ -38,7 +40,8 @@ FORMAT = "freemerge-free-model-4"
 _OLD = "freemerge-free-model-3"  # heads are linear layers, and all classes are freemerge's own
 _PATTERNS = (  # the files of a FREE model
     "backbone.json", "router.safetensors", "experts/*.safetensors", "shared_vectors/*.safetensors",
-    "model*.safetensors", "model.safetensors.index.json",
+    "model*.safetensors", "model.safetensors.index.json", "tokenizer*.json", "chat_template.jinja",
+    "generation_config.json",
 )  # fmt: skip
 
 

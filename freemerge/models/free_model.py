@@ -3,6 +3,7 @@
     model(inputs)              routes each sample and returns the routed tasks and their logits
     model(inputs, task="x")    uses the expert and head of task x for the whole batch
     model(inputs, head="x")    routes each sample to an expert, and uses the head of task x for the whole batch
+    model.generate(prompts)    routes each prompt of a language model, and answers it with its task's expert
 
 - There is one backbone in memory, and the experts are stored in the compact form of their files. Low-rank experts run
   in one pass if the backbone allows it; other experts change one layer at a time while it computes. The changed weights
@@ -17,10 +18,12 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -40,8 +43,10 @@ from freemerge.experts import (
     run_groups,
     write_into,
 )
-from freemerge.inputs import Inputs, batch_size, device_of, select
+from freemerge.inputs import Inputs, batch_size, device_of, join_padded, select
+from freemerge.models.answers import FreeAnswers, Prompts, read_prompts
 from freemerge.models.backbones.base import Backbone
+from freemerge.models.backbones.language import in_order
 from freemerge.models.by_task import TaskModules
 from freemerge.models.expert_state import LAYOUT, StateKeys, experts_from_state, experts_to_state, is_expert_key
 from freemerge.models.routers import Router
@@ -345,29 +350,87 @@ class FreeModel(nn.Module):
             features = self.features(inputs, task) if size else None
             routed = torch.full((size,), index, dtype=torch.long, device=device)
             return FreeOutput(routed, self._logits(features, routed), None, self.tasks)
-        router_logits, abstained = self.route(inputs)
-        probabilities = router_logits.float().softmax(dim=1)
-        routed = probabilities.argmax(dim=1)
-        sixteenths = self._sixteenths(probabilities, routed).masked_fill(abstained[:, None], 0)  # (B, K)
-        features = self._routed_features(inputs, sixteenths.cpu()) if size else None
+        router_logits, abstained, routed, sixteenths = self._choose(inputs)
+        features = self._routed_features(inputs, sixteenths) if size else None
         chosen = routed if head is None else torch.full_like(routed, self.tasks.index(head))
         return FreeOutput(chosen, self._logits(features, chosen), router_logits, self.tasks, abstained)
 
-    def _routed_features(self, inputs: Inputs, sixteenths: Tensor) -> Tensor:
+    @torch.no_grad()
+    def generate(self, prompts: Prompts = None, *, task: str | None = None, **arguments: Any) -> FreeAnswers:
+        """Answer prompts, each with the expert of its own task, which is kept to the answer's end.
+
+        Each prompt is routed once, by the prompt alone. Under greedy decoding in float32 it gets the tokens that
+        `task_model(task)` generates for this prompt alone.
+
+        Args:
+            prompts: texts, tokens (B, L), or inputs by name, as a tokenizer returns them; these may also be keyword
+                arguments: `generate(**tokenizer(texts, …))`. Prompts may be padded on either side.
+            task: name of the task to use for every prompt instead of the router's choice.
+            **arguments: any arguments of transformers' `generate`, such as `max_new_tokens` and `num_beams`.
+
+        Returns:
+            The answers and routed tasks; see `FreeAnswers`.
+
+        Raises:
+            ValueError: if the backbone generates no text, the prompts cannot be read, a task is unknown, or neither
+                `task` is given nor is there a router.
+        """
+        if task is not None:
+            self._check(task)
+        backbone, given = read_prompts(self.backbone, prompts, arguments)
+        size, device, pad = batch_size(given), device_of(given), backbone.pad_token
+        router_logits = abstained = None
+        if task is None:
+            router_logits, abstained, routed, sixteenths = self._choose(given)
+        else:
+            routed = torch.full((size,), self.tasks.index(task), dtype=torch.long, device=device)
+            sixteenths = torch.full((size, 1), _STEPS) * (torch.arange(len(self.tasks)) == self.tasks.index(task))
+        tokens = torch.zeros(0, 0, dtype=torch.long, device=device)
+        if size:
+            own = backbone.prompts(given)
+            parts = backbone.without_padding(own, arguments)
+            call: Callable[..., Tensor] = lambda run, part: run.generate(part, **arguments)  # noqa: E731
+            answers = [
+                self._routed_features(select(own, part), sixteenths[part.cpu()], call, partial(join_padded, value=pad))
+                for part in parts
+            ]
+            tokens = in_order(answers, parts, pad)
+        lengths, texts = backbone.ends_of(tokens, arguments), None
+        found = FreeAnswers(tokens, lengths, routed, router_logits, self.tasks, abstained, texts)
+        if prompts is not None and not isinstance(prompts, (Tensor, Mapping)):
+            decode = backbone.load_tokenizer().decode
+            found.texts = [decode(row, skip_special_tokens=True) for row in found.token_lists()]
+        return found
+
+    def _choose(self, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Route a batch.
+
+        Returns:
+            Task logits (B, K); (B,) bool, True where the router abstains; (B,) int64, the most likely task; and (B, K)
+            int64 on the CPU, the weight of each expert in sixteenths.
+        """
+        router_logits, abstained = self.route(inputs)
+        probabilities = router_logits.float().softmax(dim=1)
+        routed = probabilities.argmax(dim=1)
+        sixteenths = self._sixteenths(probabilities, routed).masked_fill(abstained[:, None], 0)
+        return router_logits, abstained, routed, sixteenths.cpu()
+
+    def _routed_features(self, inputs: Inputs, sixteenths: Tensor, *how: Callable[..., Tensor]) -> Tensor:
         """Features (B, F) of samples with given weights of the experts; samples with equal weights run together.
 
         Args:
             inputs: B ≥ 1 samples.
             sixteenths: (B, K) int64 on the CPU, the weight of each expert in sixteenths.
+            *how: `call` and `join` of `run_groups`, which may compute something else, with any rows per sample.
         """
         rows, group_of = sixteenths.unique(dim=0, return_inverse=True)
         weights = [{self.tasks[k]: count / _STEPS for k, count in enumerate(row) if count} for row in rows.tolist()]
         if len(rows) == 1:
-            return self._grouped_features(inputs, [(weights[0], len(group_of))])
+            return self._grouped_features(inputs, [(weights[0], len(group_of))], *how)
         order, device = group_of.argsort(stable=True), device_of(inputs)  # group by group
         sizes = group_of.bincount().tolist()
-        grouped = self._grouped_features(select(inputs, order.to(device)), list(zip(weights, sizes, strict=True)))
-        return grouped[order.argsort().to(device)]
+        grouped = self._grouped_features(select(inputs, order.to(device)), list(zip(weights, sizes, strict=True)), *how)
+        return grouped.unflatten(0, (len(order), -1))[order.argsort().to(device)].flatten(0, 1)
 
     def route(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """Run the router.
@@ -411,16 +474,19 @@ class FreeModel(nn.Module):
         rounded[:, 0] += _STEPS - rounded.sum(dim=1)  # the weights sum to one
         return weights.scatter_(1, which, rounded)
 
-    def _grouped_features(self, inputs: Inputs, groups: Sequence[tuple[Mapping[str, float], int]]) -> Tensor:
+    def _grouped_features(
+        self, inputs: Inputs, groups: Sequence[tuple[Mapping[str, float], int]], *how: Callable[..., Tensor]
+    ) -> Tensor:
         """Features (B, F) of the backbone with Σ w · expert added to its weights, for each group of samples.
 
         Args:
             inputs: B ≥ 1 samples, ordered by group.
             groups: task → w, and the number of samples.
+            *how: see `_routed_features`.
         """
         chosen = [(self._expert(weights), count) for weights, count in groups]
         one_pass = self._one_pass and not self.training
-        return run_groups(self.backbone, self.backbone.model, inputs, chosen, one_pass, self._cache)
+        return run_groups(self.backbone, self.backbone.model, inputs, chosen, one_pass, self._cache, *how)
 
     def _expert(self, weights: Mapping[str, float]) -> Expert | PackedExpert | Mixture | None:
         """Σ w · expert; the packed expert itself if it is the only one with w = 1; None if no task has an expert."""
@@ -540,3 +606,20 @@ class TaskModel(nn.Module):
             (B, C).
         """
         return self.head(self.backbone(inputs))
+
+    @torch.no_grad()
+    def generate(self, prompts: Prompts = None, **arguments: Any) -> Tensor:
+        """Answer prompts; see `FreeModel.generate`.
+
+        Args:
+            prompts: the prompts.
+            **arguments: any arguments of transformers' `generate`.
+
+        Returns:
+            The tokens of the answers, int64 (B·R, N), padded on the right.
+
+        Raises:
+            ValueError: if the backbone generates no text, or the prompts cannot be read.
+        """
+        backbone, given = read_prompts(self.backbone, prompts, arguments)
+        return backbone.generate(given, **arguments)

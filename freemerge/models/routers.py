@@ -191,7 +191,7 @@ class EarlyRouter(Router):
     The mean, standard deviation and maximum over tokens or positions summarise the output of a submodule, tokens
     (B, N, F) or maps (B, F, H, W); for texts, over the tokens whose `attention_mask` is 1. The texts of a pair are
     summarised separately, because the difference between a question and its answer, or between a premise and its
-    hypothesis, can separate tasks that have the same words.
+    hypothesis, can separate tasks that have the same words. Of a language model's inputs, only the prompt is read.
 
     Args:
         num_tasks: number of tasks K.
@@ -271,8 +271,9 @@ def early_features(inputs: Inputs, backbone: Backbone, point: str, segments: int
         raise ValueError(f"router: the backbone has no submodule {point!r}; it has {near}, …") from error
 
     def stop(module: nn.Module, arguments: Any, output: Any) -> None:
-        raise _Reached(output[0] if isinstance(output, tuple) else output)
+        raise _Reached(output[0] if isinstance(output, tuple) else getattr(output, "last_hidden_state", output))
 
+    inputs = backbone.router_inputs(inputs)
     with workspace(backbone) as own:  # in the backbone itself, the hook would end other threads' passes too
         handle = own[backbone.model].get_submodule(point).register_forward_hook(stop)
         try:
@@ -289,6 +290,8 @@ def early_features(inputs: Inputs, backbone: Backbone, point: str, segments: int
     tokens = _as_tokens(found) if found.dim() == 4 else found
     given: Mapping[str, Any] = inputs if isinstance(inputs, Mapping) else {}
     mask = given.get("attention_mask")  # (B, N)
+    if mask is not None and mask.shape != tokens.shape[:2]:  # the tokens are a decoder's
+        mask = None
     if segments == 1:
         return _statistics(tokens, mask)
     if (segment := given.get("token_type_ids")) is None:

@@ -2,7 +2,7 @@
 
 The expert's support (or rank) is fixed and only its values train, so the optimizer's memory is proportional to the
 expert, and the student's weights are materialised one layer at a time. Training needs no labels: the targets are the
-teacher's features and logits.
+teacher's features and logits; of a language model, its distributions of the tokens of the answers.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import torch
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 
-from freemerge.experts import Encoding, Expert, check_fits, decode_values, encode_values, substituted
-from freemerge.inputs import IGNORED, Inputs, batch_size, named
-from freemerge.models import Backbone
+from freemerge.experts import Encoding, Expert, check_fits, decode_values, encode_values, names_of_changes, substituted
+from freemerge.inputs import Inputs, batch_size, named
+from freemerge.models import Backbone, LanguageBackbone
 from freemerge.training.distillation import Distillation
 from freemerge.training.optimization import OptimizedModule, Schedule
 from freemerge.training.teacher import Teacher
@@ -140,23 +140,36 @@ class ExpertTrainer(OptimizedModule):
             rounded = torch.cat(decode_values(codes, scales, [part.numel() for part in parts]))
         return self.values + (rounded - self.values).detach()
 
-    def _losses(self, inputs: Inputs) -> dict[str, Tensor]:
-        student, teacher = self(inputs), self.teacher(self.backbone, inputs)
-        if student.dim() == 3 and (mask := _token_mask(inputs)) is not None:
-            student, teacher = student[mask], teacher[mask]  # (B, L, V) → (tokens, V)
-        return self.distillation(student, teacher, self.head)
+    def _losses(self, inputs: Inputs, labels: Tensor) -> dict[str, Tensor]:
+        if isinstance(self.backbone, LanguageBackbone):
+            return self._token_losses(self.backbone, inputs, labels)
+        return self.distillation(self(inputs), self.teacher(self.backbone, inputs), self.head)
+
+    def _token_losses(self, backbone: LanguageBackbone, inputs: Inputs, labels: Tensor) -> dict[str, Tensor]:
+        """The losses at the positions of the answers' tokens."""
+        positions = backbone.answer_positions(labels)
+        expert = self.start.with_values(self._rounded_values())
+        with backbone.states_only(positions) as states, substituted(backbone.model, expert.shapes, expert.added):
+            backbone(inputs)
+        live, layer = backbone.model.state_dict(), backbone.output_layer
+        changes = names_of_changes(live, expert.shapes)
+        names = [name for name in (f"{layer}.weight", f"{layer}.bias") if name in live]
+        own = [expert.added(changes[name], live[name]) if name in changes else live[name] for name in names]
+        taught = [self.teacher.weight(backbone, name) for name in names]
+        heads = (lambda part: backbone.logits_of(part, *own)), (lambda part: backbone.logits_of(part, *taught))
+        return self.distillation.of_tokens(states[0], self.teacher(backbone, inputs, positions), heads)
 
     def training_step(self, batch: tuple[Inputs, Tensor], batch_idx: int) -> Tensor:
         """The distillation loss of a batch; logs `train/loss`, `train/features`, `train/logits`, `train/agreement`.
 
         Args:
-            batch: (inputs, labels); the labels are ignored.
+            batch: (inputs, labels); of the labels, only which tokens of a language model have one.
             batch_idx: ignored.
 
         Returns:
             Scalar loss.
         """
-        losses = self._losses(mixup_batch(batch[0], self.mixup) if self.mixup else batch[0])
+        losses = self._losses(mixup_batch(batch[0], self.mixup) if self.mixup else batch[0], batch[1])
         self.log_dict({f"train/{name}": value for name, value in losses.items()}, prog_bar=True)
         return losses["loss"]
 
@@ -164,10 +177,10 @@ class ExpertTrainer(OptimizedModule):
         """Log `val/loss`, `val/features`, `val/logits` and `val/agreement`.
 
         Args:
-            batch: (inputs, labels); the labels are ignored.
+            batch: (inputs, labels); see `training_step`.
             batch_idx: ignored.
         """
-        losses = self._losses(batch[0])
+        losses = self._losses(*batch)
         self.record_outputs(losses["loss"])
         self.log_dict(
             {f"val/{name}": value for name, value in losses.items()},
@@ -198,15 +211,6 @@ class ExpertTrainer(OptimizedModule):
             checkpoint: Lightning's checkpoint.
         """
         self.teacher.load_cached(checkpoint.get("teacher_seen", {}), self.device)
-
-
-def _token_mask(inputs: Inputs) -> Tensor | None:
-    """The positions of a language model's outputs (B, L, V) that are not padding: bool (B, L); None for all."""
-    given = named(inputs)
-    if "labels" in given:  # an encoder-decoder: the outputs belong to the decoder's tokens
-        return given["labels"] != IGNORED
-    mask = given.get("attention_mask")
-    return None if mask is None else mask.bool()
 
 
 def check_mixup(mixup: float, cache_teacher: bool) -> None:

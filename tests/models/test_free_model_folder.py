@@ -7,11 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from transformers import AutoTokenizer
 
 from freemerge.checkpoints import CheckpointError, load_checkpoint
 from freemerge.experts import Expert, emr_experts, extract, extract_low_rank
 from freemerge.models import ConvRouter, EarlyRouter, FreeModel, LanguageBackbone, ModuleBackbone, load_backbone
 from tests import processes
+from tests.configs import tiny_files
+from tests.language_models import expert_of, language_model
 from tests.models.own_parts import OwnBackbone, OwnHead, OwnRouter, OwnViT, ShiftExpert, SilentBackbone
 from tests.tiny import VIT, tiny_backbone
 
@@ -295,3 +298,39 @@ def test_a_language_model_computes_each_sample_as_its_task_model(tmp_path: Path,
     assert load_checkpoint(tmp_path / "m" / "heads.safetensors") == {}
     for task, logits in answers(model, inputs).items():
         torch.testing.assert_close(answers(again, inputs)[task], logits, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["llama", "t5"])
+def test_a_language_models_folder_generates_from_texts(kind: str, tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_files.write_tokenizer(tmp_path / "tokenizer"))
+    tokenizer.chat_template = "{% for message in messages %}{{ message.content }} {% endfor %}"
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    backbone = language_model(kind)
+    backbone.tokenizer = str(tmp_path / "tokenizer")
+    backbone.model.generation_config.max_new_tokens = 5
+    point = "model.embed_tokens" if kind == "llama" else "encoder.block.0"
+    experts = {task: as_stored(expert_of(backbone, seed)) for seed, task in enumerate("ab")}
+    model = FreeModel(backbone, {task: nn.Identity() for task in "ab"}, experts, EarlyRouter(2, point, 16)).eval()
+    texts = ["what is red", "a photo of the good blue"]
+    expected = model.generate(texts, do_sample=False)
+    assert expected.texts == [tokenizer.decode(row, skip_special_tokens=True) for row in expected.token_lists()]
+    ids = tokenizer(texts)["input_ids"]  # they end with [SEP], which a causal model's prompt must not
+    prompts = [row[:-1] if kind == "llama" else row for row in ids]
+    for row, prompt in enumerate(prompts):
+        task = expected.task_names[row]
+        alone = model.task_model(task).generate(torch.tensor([prompt]), do_sample=False)[0].tolist()
+        assert expected.tokens[row].tolist() == alone + [0] * (expected.tokens.shape[1] - len(alone))
+    model.save_pretrained(tmp_path / "m")
+    assert {"generation_config.json", "tokenizer.json", "chat_template.jinja"} <= {
+        path.name for path in (tmp_path / "m").iterdir()
+    }
+    (tmp_path / "tokenizer").rename(tmp_path / "moved")
+    again = FreeModel.from_pretrained(tmp_path / "m")
+    answers = again.generate(texts, do_sample=False)
+    assert (answers.texts, answers.task_names) == (expected.texts, expected.task_names)
+    assert torch.equal(answers.tokens, expected.tokens)
+    chat = again.backbone.load_tokenizer().apply_chat_template([{"role": "user", "content": texts[0]}], tokenize=False)
+    assert chat == f"{texts[0]} "
+    backbone.tokenizer = None
+    model.save_pretrained(tmp_path / "m")
+    assert not (tmp_path / "m" / "tokenizer.json").exists()

@@ -182,12 +182,15 @@ class TextSource(ClassSource):
             )
 
     def _encode_causal(self, tokenizer: Any, texts: list[list[str]], targets: list[str] | None) -> TokenDataset:
-        """Concatenate text, target and end-of-sequence token; only the target and this token have a loss."""
+        """Concatenate text, target and end-of-sequence token; only the target and this token have a loss.
+
+        `prompt_mask` is 1 at the text's tokens, which a router may read; without targets, at all.
+        """
         prompts = ["\n".join(parts) for parts in zip(*texts, strict=True)]
         end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         begun = tokenizer(prompts, truncation=True, max_length=self.max_length)["input_ids"]
         begun = [ids[:-1] if end and ids[-1:] == end else ids for ids in begun]
-        ids, labels = [], []
+        ids, labels, shown = [], [], []
         if targets is None:
             follow: list[list[int]] = [[] for _ in begun]
         else:
@@ -198,7 +201,9 @@ class TextSource(ClassSource):
             whole = [*kept, *asked][: self.max_length]
             ids.append(whole)
             labels.append(whole if targets is None else [IGNORED] * len(kept) + whole[len(kept) :])
-        return TokenDataset({"input_ids": ids, "attention_mask": [[1] * len(row) for row in ids]}, labels)
+            shown.append([1] * len(whole) if targets is None else [1] * len(kept) + [0] * (len(whole) - len(kept)))
+        masks = {"attention_mask": [[1] * len(row) for row in ids], "prompt_mask": shown}
+        return TokenDataset({"input_ids": ids, **masks}, labels)
 
 
 def read_class_names(path: str | Path) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ at a time; sparse experts are then written into its weights and removed again (`
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from weakref import WeakKeyDictionary
 
 import torch
@@ -40,6 +40,8 @@ def run_groups(
     groups: Sequence[Group],
     one_pass: bool = True,
     cache: WeightCache | None = None,
+    call: Callable[[nn.Module, Inputs], Tensor] = lambda run, inputs: run(inputs),
+    join: Callable[[list[Tensor]], Tensor] = torch.cat,
 ) -> Tensor:
     """Run a module on a batch, with each group's expert added to the module's weights.
 
@@ -50,6 +52,9 @@ def run_groups(
         groups: experts and numbers of samples, which sum to B.
         one_pass: whether low-rank experts may run in one pass.
         cache: the cache of packed experts' changed weights; None disables caching.
+        call: how `run`, or its replica, is run on a part of the batch; by default its forward pass. It may pass through
+            the module many times, with any number of rows per sample.
+        join: how the outputs of the groups are concatenated.
 
     Returns:
         The outputs (B, …).
@@ -70,7 +75,7 @@ def run_groups(
         plans = own.plans if own.is_replica else None
         if may and fits_one_pass_unlocked(own[module], own[run], low_rank, inputs, facts.checks, plans):
             with in_one_pass_unlocked(own[module], low_rank, plans):
-                return own[run](inputs)
+                return call(own[run], inputs)
         outputs, start = [], 0
         compared: set[str] = set()
         for expert, count in groups:
@@ -80,10 +85,10 @@ def run_groups(
                 places = places_of(own[module], expert.shapes, own.plans)
                 if (changed := cache.changed(expert, places, compared)) is not None:
                     with bind(places, changed):
-                        outputs.append(own[run](part))
+                        outputs.append(call(own[run], part))
                     continue
-            outputs.append(_run_one(own, run, module, part, expert, facts))
-    return outputs[0] if len(groups) == 1 else torch.cat(outputs)
+            outputs.append(_run_one(own, run, module, part, expert, facts, call))
+    return outputs[0] if len(groups) == 1 else join(outputs)
 
 
 def kind_in(expert: AnyExpert) -> type:
@@ -120,14 +125,15 @@ def _run_one(
     inputs: Inputs,
     expert: Expert | PackedExpert | Mixture | None,
     facts: _Facts,
+    call: Callable[[nn.Module, Inputs], Tensor],
 ) -> Tensor:
     """Run a module on a batch with one expert for all samples."""
     if expert is None:
-        return own[run](inputs)
+        return call(own[run], inputs)
     expert = expert.unpacked() if isinstance(expert, PackedExpert) else expert
     if not own.is_replica and isinstance(expert, SparseExpert):
         with attached(module, expert):
-            return run(inputs)
+            return call(run, inputs)
     overflows, plans = Overflows(), own.plans if own.is_replica else None
 
     def added(name: str, weight: Tensor) -> Tensor:
@@ -137,7 +143,7 @@ def _run_one(
         by_parents = facts.by_parents
         try:
             with substituted_unlocked(own[module], expert.shapes, added, by_parents, plans):
-                outputs = own[run](inputs)
+                outputs = call(own[run], inputs)
             overflows.check()
             return outputs
         except UnusedLayers as error:  # try again, with their tensors exchanged while the parents run

@@ -158,11 +158,13 @@ class _Layer:
     def run_by_groups(self, *args, **kwargs) -> Tensor:
         """Run the layer group by group with changed tensors; returns its outputs (B, …)."""
         outputs, start = [], 0
-        for changes, count in self.groups:
+        times = next((times for value in (*args, *kwargs.values()) if (times := self._times(value))), 1)
+        for changes, samples in self.groups:
+            count = samples * times
             part = slice(start, start + count)
             start += count
-            given = [self._cut(value, part) for value in args]
-            named = {name: self._cut(value, part) for name, value in kwargs.items()}
+            given = [self._cut(value, part, times) for value in args]
+            named = {name: self._cut(value, part, times) for name, value in kwargs.items()}
             with _changed(self.module, self.names, changes):
                 output = self.forward(*given, **named)
             outputs.append(output if len(output) == count else output.expand(count, *output.shape[1:]))
@@ -174,8 +176,9 @@ class _Layer:
         rows = inputs.numel() // inputs.shape[-1]
         if len(self.groups) == 1 and rows * sum(self.body.weight.shape) > self.body.weight.numel():
             return self.run_by_groups(inputs)
-        output, start = self.forward(inputs).contiguous(), 0
-        for changes, count in self.groups:
+        output, start, times = self.forward(inputs).contiguous(), 0, self._times(inputs) or 1
+        for changes, samples in self.groups:
+            count = samples * times
             own, part = (x[start : start + count].flatten(0, -2) for x in (inputs, output))  # (n, I), (n, O)
             start += count
             if changes is not None and self.weight in changes.names:
@@ -185,9 +188,14 @@ class _Layer:
                 part += changes.whole(self.bias)
         return output
 
-    def _cut(self, value: Any, part: slice) -> Any:
-        """The rows of one group, of arguments that have one row per sample."""
-        return value[part] if isinstance(value, Tensor) and value.dim() and len(value) == self.size else value
+    def _times(self, value: Any) -> int:
+        """The rows per sample of an argument: 1, several in a beam search, 0 if its rows are not the samples."""
+        rows = len(value) if isinstance(value, Tensor) and value.dim() else 0
+        return 0 if rows % self.size else rows // self.size
+
+    def _cut(self, value: Any, part: slice, times: int) -> Any:
+        """The rows of one group, of arguments that have `times` rows per sample."""
+        return value[part] if self._times(value) == times else value
 
 
 @contextmanager

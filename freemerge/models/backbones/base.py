@@ -53,6 +53,14 @@ class Backbone(nn.Module):
         """
         return self.model(inputs) if isinstance(inputs, Tensor) else self.model(**named(inputs))
 
+    def router_inputs(self, inputs: Inputs) -> Inputs:
+        """The part of a batch that a router may read: all of it, unless it contains the answer.
+
+        Args:
+            inputs: (B, …), as for `forward`.
+        """
+        return inputs
+
     def weights(self) -> dict[str, Tensor]:
         """The tensors that a merge works on: the model's state dict, detached and without a copy."""
         return {name: tensor.detach() for name, tensor in self.model.state_dict().items()}

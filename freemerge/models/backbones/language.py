@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import lru_cache, partial
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 
-from freemerge.inputs import Inputs, named
+from freemerge.checkpoints import expand_name
+from freemerge.inputs import IGNORED, Inputs, join_padded, named, select, to_device
 from freemerge.models.backbones.hugging_face import Dtype, HuggingFaceBackbone, load_model
+
+_READ_PADDING = {
+    "repetition_penalty": 1.0, "encoder_repetition_penalty": 1.0, "no_repeat_ngram_size": 0,
+    "encoder_no_repeat_ngram_size": 0, "sequence_bias": None, "bad_words_ids": None, "guidance_scale": 1.0,
+    "prompt_lookup_num_tokens": None,
+}  # fmt: skip
+_COUNT_PADDING = ("max_length", "min_length", "logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn",
+                  "assistant_model", "custom_generate")  # fmt: skip
+"""Arguments of transformers' `generate` for which a padded prompt is another one than alone."""
 
 
 class LanguageBackbone(HuggingFaceBackbone):
@@ -24,6 +39,7 @@ class LanguageBackbone(HuggingFaceBackbone):
         dtype: dtype of the weights in fine-tuning and merging, whatever dtype they are stored in.
         auto_class: class of transformers that builds the model; None is AutoModelForSeq2SeqLM or AutoModelForCausalLM,
             depending on the configuration. Models with image inputs need AutoModelForImageTextToText.
+        tokenizer: hub id or folder of the tokenizer, for prompts that are texts; None is that of `pretrained`, if any.
 
     Raises:
         ValueError: if not exactly one of `pretrained` and `config` is given, or no model can be loaded or built.
@@ -35,6 +51,7 @@ class LanguageBackbone(HuggingFaceBackbone):
         config: dict[str, Any] | None = None,
         dtype: Dtype = "float32",
         auto_class: str | None = None,
+        tokenizer: str | None = None,
     ) -> None:
         import transformers
 
@@ -49,6 +66,8 @@ class LanguageBackbone(HuggingFaceBackbone):
         super().__init__(model, feature_dim=vocabulary, pretrained=pretrained is not None)
         self.dtype = dtype
         self.auto_class = auto_class
+        self.tokenizer = expand_name(tokenizer) if tokenizer else find_tokenizer(pretrained)
+        self._needs_tokenizer = tokenizer is not None  # a model on the Hub may have none
 
     @property
     def kind(self) -> str:
@@ -63,60 +82,322 @@ class LanguageBackbone(HuggingFaceBackbone):
         """The logits of a batch.
 
         Args:
-            inputs: by name: `input_ids` (B, L), `attention_mask` (B, L), and `labels` (B, L') of an encoder-decoder.
+            inputs: by name: `input_ids` (B, L), `attention_mask` (B, L), and `labels` (B, L') of an encoder-decoder;
+                without them, its decoder reads its start token only. `prompt_mask` is not used.
 
         Returns:
             (B, L, V), or (B, L', V) for an encoder-decoder.
         """
         given = named(inputs)
         labels = given.pop("labels", None)
-        if self.kind == "seq2seq":
+        given.pop("prompt_mask", None)
+        if self.kind == "seq2seq" and labels is not None:
             given["decoder_input_ids"] = self.model.prepare_decoder_input_ids_from_labels(labels=labels)
+        elif self.kind == "seq2seq":
+            ids = given["input_ids"]
+            given["decoder_input_ids"] = torch.full_like(ids[:, :1], self.model.config.decoder_start_token_id)
         return self.model(**given, use_cache=False).logits
 
+    # -- prompts and answers ------------------------------------------------------------------------------------------
+
+    def answer_positions(self, labels: Tensor) -> Tensor:
+        """The positions whose logits predict a token of the answer.
+
+        Args:
+            labels: int64 (B, L), −100 where no token is to be predicted; see `Task`.
+
+        Returns:
+            (B, L) bool.
+        """
+        asked = labels != IGNORED
+        if self.kind == "seq2seq":
+            return asked
+        return F.pad(asked[:, 1:], (0, 1))  # the logits at position i are of token i + 1
+
+    @contextmanager
+    def states_only(self, positions: Tensor) -> Iterator[list[Tensor]]:
+        """Compute no logits for the duration of a block, only the states from which they would be computed.
+
+        A vocabulary is large: the logits of a batch take more memory than all other activations.
+
+        Args:
+            positions: (B, L) bool, the tokens whose states are kept.
+
+        Yields:
+            A list, to which each forward pass in the block adds the output layer's inputs, (N, D) for N positions.
+        """
+        states: list[Tensor] = []
+
+        def keep(_: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            states.append(arguments[0][positions])
+            return (arguments[0][:, :0], *arguments[1:])  # the layer runs, on no token
+
+        handle = self.model.get_output_embeddings().register_forward_pre_hook(keep)
+        try:
+            yield states
+        finally:
+            handle.remove()
+
+    @property
+    def output_layer(self) -> str:
+        """The name of the model's output layer, which maps states to logits."""
+        layer = self.model.get_output_embeddings()
+        return next(name for name, module in self.model.named_modules() if module is layer)
+
+    def logits_of(self, states: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """The logits of some tokens from their states.
+
+        Args:
+            states: (N, D), of `states_only`.
+            weight: (V, D) of the output layer.
+            bias: (V,) of the output layer, if it has one.
+
+        Returns:
+            (N, V), scaled or capped as the model does it.
+        """
+        config, logits = self.model.config.get_text_config(decoder=True), F.linear(states, weight, bias)
+        if (factor := getattr(config, "logit_scale", None)) is not None:  # Cohere
+            logits = logits * factor
+        if (divisor := getattr(config, "logits_scaling", None)) is not None:  # Granite
+            logits = logits / divisor
+        if (cap := getattr(config, "final_logit_softcapping", None)) is not None:  # Gemma
+            logits = cap * torch.tanh(logits / cap)
+        return logits
+
+    def router_inputs(self, inputs: Inputs) -> Inputs:
+        """The prompts of a batch: the inputs without their answers, padded on the right.
+
+        Args:
+            inputs: by name; see `forward`. `prompt_mask` (B, L) is 1 at the prompts' tokens; without it, the inputs of
+                a causal model are prompts only.
+        """
+        return self.prompts(inputs, left=False)
+
+    def prompts(self, inputs: Inputs, left: bool | None = None) -> dict[str, Tensor]:
+        """The prompts of a batch, without answers.
+
+        Args:
+            inputs: by name; see `router_inputs`.
+            left: whether to pad them on the left; by default where generation needs it: an encoder's on the right, as
+                positions count from there, a causal model's on the left, as its answer follows.
+
+        Returns:
+            `input_ids` (B, P), `attention_mask` (B, P) and the other inputs; P is the length of the longest prompt.
+        """
+        given = named(inputs)
+        given.pop("labels", None)
+        ids = given["input_ids"]
+        shown, kept = given.pop("prompt_mask", None), given.get("attention_mask")
+        mask = torch.ones_like(ids, dtype=torch.bool) if kept is None else kept.bool()
+        if shown is not None:
+            mask = mask & shown.bool()
+        on_left = self.kind == "causal_lm" if left is None else left
+        return _padded(given, mask, self.pad_token, on_left)
+
+    @property
+    def pad_token(self) -> int:
+        """The token that pads prompts and answers; an end-of-sequence token if there is no other."""
+        settings = self.model.generation_config
+        return next((token for token in (settings.pad_token_id, *self._ends) if token is not None), 0)
+
+    @property
+    def _ends(self) -> list[int | None]:
+        ends = self.model.generation_config.eos_token_id
+        return ends if isinstance(ends, list) else [ends]
+
     @torch.no_grad()
+    def generate(self, inputs: Inputs, **arguments: Any) -> Tensor:
+        """Generate answers to a batch of prompts. What a prompt gets does not depend on the others of its batch.
+
+        Args:
+            inputs: by name; see `router_inputs`. Prompts may be padded on either side.
+            **arguments: any arguments of transformers' `generate`.
+
+        Returns:
+            The tokens of the answers, int64 (B·R, N), padded on the right with `pad_token`; R is
+            `num_return_sequences`.
+
+        Raises:
+            ValueError: for `return_dict_in_generate`, as only tokens are returned.
+        """
+        if arguments.get("return_dict_in_generate"):
+            raise ValueError(f"{type(self).__name__}: generate returns tokens only; leave out return_dict_in_generate")
+        prompts = self.prompts(inputs)
+        first = prompts["input_ids"].shape[1] if self.kind == "causal_lm" else 1  # after the decoder's start token
+        parts = self.without_padding(prompts, arguments)
+        if len(parts) > 1:
+            answers = [self.generate(select(prompts, part), **arguments) for part in parts]
+            return in_order(answers, parts, self.pad_token)
+        return self.model.generate(**prompts, **{"pad_token_id": self.pad_token, **arguments})[:, first:]
+
+    def without_padding(self, prompts: Inputs, arguments: Mapping[str, Any]) -> list[Tensor]:
+        """The parts of a batch that have to run one by one, because arguments of `generate` count or read padding too.
+
+        Args:
+            prompts: a result of `prompts`.
+            arguments: those of `generate`, such as `max_length` and `repetition_penalty`.
+
+        Returns:
+            The samples of each part, int64; one part with all samples unless there are such arguments.
+        """
+        lengths = named(prompts)["attention_mask"].sum(dim=1)
+        every = torch.arange(len(lengths), device=lengths.device)
+        asked = arguments.get("generation_config")
+        usual = {**vars(self.model.generation_config), **(vars(asked) if asked is not None else {}), **arguments}
+        lasting = any(usual.get(name) not in (None, neutral) for name, neutral in _READ_PADDING.items())
+        if not lasting and not any(arguments.get(name) or getattr(asked, name, None) for name in _COUNT_PADDING):
+            return [every]
+        return [every[lengths == length] for length in lengths.unique().tolist()]
+
+    def ends_of(self, tokens: Tensor, arguments: Mapping[str, Any]) -> Tensor:
+        """The number of tokens of each answer before its end-of-sequence token.
+
+        Args:
+            tokens: int64 (B, N), a result of `generate`.
+            arguments: those of `generate`, which may name other tokens that end an answer.
+
+        Returns:
+            int64 (B,).
+        """
+        usual = getattr(arguments.get("generation_config"), "eos_token_id", None) or self._ends
+        ends = arguments.get("eos_token_id", usual)
+        every = [*(ends if isinstance(ends, list) else [ends]), self.model.generation_config.pad_token_id]
+        known = [token for token in every if token is not None]
+        ended = torch.isin(tokens, torch.tensor(known, dtype=torch.long, device=tokens.device))
+        return F.pad(ended, (0, 1), value=True).int().argmax(dim=1)
+
     def answer(self, inputs: Inputs, answer_mask: Tensor | None = None, max_new_tokens: int = 128) -> list[list[int]]:
         """Generate answers to a batch of prompts by greedy decoding.
 
         Args:
             inputs: by name: `input_ids` (B, L), `attention_mask` (B, L), ….
             answer_mask: (B, L) bool, for causal models whose inputs contain the answer: True at the answer's tokens,
-                which are removed from the prompt. None if the inputs are prompts only.
+                which are removed from the prompt. None if the inputs are prompts only, or have a `prompt_mask`.
             max_new_tokens: maximum number of tokens of an answer.
 
         Returns:
             The token ids of each answer, up to its end-of-sequence token.
         """
-        given = {name: tensor for name, tensor in named(inputs).items() if name != "labels"}
-        settings = self.model.generation_config
-        ends = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
-        pad = next((token for token in (settings.pad_token_id, *ends) if token is not None), 0)
-        first = 1  # after the decoder's start token
-        if self.kind == "causal_lm":
-            given |= _prompts(given["input_ids"], given.get("attention_mask"), answer_mask, pad)
-            first = given["input_ids"].shape[1]
-        tokens = self.model.generate(
-            **given, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, pad_token_id=pad
-        )
-        answers = []
-        for row in tokens[:, first:].tolist():
-            end = next((place for place, token in enumerate(row) if token in ends), len(row))
-            answers.append(row[:end])
-        return answers
+        given = named(inputs)
+        if answer_mask is not None and self.kind == "causal_lm":
+            given["prompt_mask"] = ~answer_mask
+        tokens = self.generate(given, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1)
+        return [row[:end] for row, end in zip(tokens.tolist(), self.ends_of(tokens, {}).tolist(), strict=True)]
+
+    # -- texts --------------------------------------------------------------------------------------------------------
+
+    def load_tokenizer(self) -> Any:
+        """The model's tokenizer.
+
+        Raises:
+            ValueError: if there is none, or it cannot be loaded.
+        """
+        if self.tokenizer is None:
+            raise ValueError(
+                f"{type(self).__name__}: there is no tokenizer for texts; set `tokenizer` to a hub id or folder, or "
+                "pass input_ids"
+            )
+        return _tokenizer(self.tokenizer, _changed(self.tokenizer))
+
+    def encode(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        """The inputs of prompts, tokenized as text sources do it for training.
+
+        Args:
+            texts: B prompts.
+
+        Returns:
+            `input_ids` and `attention_mask`, int64 (B, L), on the model's device.
+
+        Raises:
+            ValueError: if there is no tokenizer, or a text has no tokens.
+        """
+        tokenizer = self.load_tokenizer()
+        rows = tokenizer(list(texts))["input_ids"]  # without padding, which would change the tokenizer for all threads
+        if self.kind == "causal_lm":  # an end here would end the answer before it begins
+            rows = [row[:-1] if row[-1:] == [tokenizer.eos_token_id] else row for row in rows]
+        if empty := [text for text, row in zip(texts, rows, strict=True) if not row]:
+            raise ValueError(f"{type(self).__name__}: the prompt {empty[0]!r} has no tokens")
+        ids = [torch.tensor(row) for row in rows]
+        pad = partial(pad_sequence, batch_first=True)
+        inputs = {"input_ids": pad(ids), "attention_mask": pad([torch.ones_like(row) for row in ids])}
+        return to_device(inputs, self.model.device)
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Write the model as a Hugging Face folder, with its generation configuration, tokenizer and chat template.
+
+        Args:
+            directory: the folder, created if it is missing.
+
+        Raises:
+            ValueError: if the tokenizer cannot be loaded.
+        """
+        super().save_pretrained(directory)
+        if self.tokenizer is None:
+            return
+        try:
+            self.load_tokenizer().save_pretrained(directory)
+        except ValueError:
+            if self._needs_tokenizer:
+                raise
 
     def recipe(self) -> dict[str, Any]:
         """The constructor arguments that a folder stores; see `Backbone.recipe`."""
         return {"dtype": self.dtype, "auto_class": self.auto_class}
 
 
-def _prompts(ids: Tensor, mask: Tensor | None, answer_mask: Tensor | None, pad: int) -> dict[str, Tensor]:
-    """`input_ids` and `attention_mask` (B, P) of the prompts of a batch, padded on the left as generation requires."""
-    kept = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
-    if answer_mask is not None:
-        kept &= ~answer_mask
-    rows = [row[keep] for row, keep in zip(ids, kept, strict=True)]
-    width = max(1, *(len(row) for row in rows))
-    padded = torch.stack([F.pad(row, (width - len(row), 0), value=pad) for row in rows])
-    lengths = torch.tensor([len(row) for row in rows], device=ids.device)
-    shown = torch.arange(width, device=ids.device) >= width - lengths[:, None]
-    return {"input_ids": padded, "attention_mask": shown.long()}
+def _padded(given: dict[str, Any], mask: Tensor, pad: int, left: bool) -> dict[str, Any]:
+    """Inputs (B, L) of the tokens in a mask (B, L) bool, in order, padded on one side to the longest row's length."""
+    order = (mask if left else ~mask).to(torch.uint8).argsort(dim=1, stable=True)  # the kept tokens on one side
+    width = max(1, int(mask.sum(dim=1).max()))
+    part = slice(-width, None) if left else slice(width)
+    kept = mask.gather(1, order)[:, part]  # (B, P)
+
+    def moved(tensor: Any) -> Any:
+        return tensor.gather(1, order)[:, part] if isinstance(tensor, Tensor) and tensor.shape == mask.shape else tensor
+
+    moved_all = {name: moved(tensor) for name, tensor in given.items()}
+    ids = moved_all["input_ids"].masked_fill(~kept, pad)
+    return {**moved_all, "input_ids": ids, "attention_mask": kept.long()}
+
+
+def in_order(answers: Sequence[Tensor], parts: Sequence[Tensor], pad: int) -> Tensor:
+    """Join the answers to parts of a batch.
+
+    Args:
+        answers: int64 (b·R, N) of each part.
+        parts: int64 (b,), the samples of each part.
+        pad: the padding token.
+
+    Returns:
+        (B·R, N) in the order of the batch.
+    """
+    order = torch.cat(list(parts)).argsort()
+    joined = join_padded(answers, pad)
+    return joined.view(len(order), -1, joined.shape[1])[order].flatten(0, 1)
+
+
+@lru_cache(maxsize=4)
+def _tokenizer(name: str, changed: int) -> Any:
+    """The tokenizer of a hub id or folder, which was changed at a given time."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{name}: the tokenizer cannot be loaded ({reason})") from error
+
+
+def _changed(name: str) -> int:
+    """When a folder's files were changed, in nanoseconds; 0 for a hub id."""
+    files = Path(name).iterdir() if Path(name).is_dir() else ()
+    return max((file.stat().st_mtime_ns for file in files), default=0)
+
+
+def find_tokenizer(pretrained: str | None) -> str | None:
+    """The hub id or folder of a pretrained model, unless it is a folder without a tokenizer's files."""
+    if pretrained is None:
+        return None
+    name = expand_name(pretrained)
+    files = ("tokenizer*", "vocab*", "*.model", "*.tiktoken")
+    return None if Path(name).is_dir() and not any(any(Path(name).glob(file)) for file in files) else name

@@ -12,11 +12,20 @@ import torch
 from torch import Tensor, nn
 
 import freemerge
-from freemerge.checkpoints import hash_tensors, load_checkpoint, locate
+from freemerge.checkpoints import expand_name, hash_tensors, load_checkpoint, locate
 from freemerge.data import TaskSuite
 from freemerge.experts import PackedExpert, class_path, load_expert
 from freemerge.merging import MeasuredMethod, MergeMethod, WeightAverage, collected, merge
-from freemerge.models import Backbone, ConvRouter, EarlyRouter, FreeModel, Router, feature_width, head_from_state
+from freemerge.models import (
+    Backbone,
+    ConvRouter,
+    EarlyRouter,
+    FreeModel,
+    LanguageBackbone,
+    Router,
+    feature_width,
+    head_from_state,
+)
 from freemerge.pipeline.settings import Settings
 from freemerge.pipeline.store.stage_folder import StageFolder, content
 from freemerge.training import FineTuner
@@ -142,7 +151,7 @@ class Artifacts:
         router = self.new_router()
         router.load_state_dict(load_checkpoint(self.router_stage().path / "router.safetensors"))
         names = {task: self.suite.task(task).class_names for task in self.suite.names}
-        backbone, settings = self.backbone(merged), self.settings.router
+        backbone, settings = self._served(merged), self.settings.router
         return FreeModel(
             backbone, self.heads(), experts, router, _given(names), threshold=routing["threshold"], top_n=settings.top_n
         ).eval()
@@ -150,7 +159,15 @@ class Artifacts:
     def merged_model(self) -> FreeModel:
         """The merged backbone with the tasks' heads, without experts and router; callers name each sample's task."""
         names = {task: self.suite.task(task).class_names for task in self.suite.names}
-        return FreeModel(self.backbone(self.free_weights()), self.heads(), class_names=_given(names)).eval()
+        return FreeModel(self._served(self.free_weights()), self.heads(), class_names=_given(names)).eval()
+
+    def _served(self, weights: Mapping[str, Tensor]) -> Backbone:
+        """A backbone to deploy: a language model has the tokenizer of its tasks, which its folder then holds."""
+        backbone = self.backbone(weights)
+        known = [name for task in self.suite.names if (name := self.suite.task(task).tokenizer) is not None]
+        if isinstance(backbone, LanguageBackbone) and known:
+            backbone.tokenizer = expand_name(known[0])
+        return backbone
 
     def new_router(self) -> Router:
         """An untrained router for the suite."""
