@@ -7,6 +7,7 @@ from freemerge.experts.files import check_hash, load_expert, save_expert
 from freemerge.experts.kinds.low_rank import LowRankExpert, matrix_shape
 from freemerge.experts.kinds.masked import MaskedExpert, emr_experts
 from freemerge.experts.kinds.sparse import SparseExpert
+from freemerge.experts.lora import LoraAdapter, as_lora
 from freemerge.experts.mixing import mix, mixable
 from freemerge.experts.packed import PackedExpert
 from freemerge.experts.running.groups import run_groups
@@ -24,12 +25,14 @@ __all__ = [
     "Encoding",
     "Expert",
     "ExpertSwitch",
+    "LoraAdapter",
     "LowRankExpert",
     "MaskedExpert",
     "Mixture",
     "PackedExpert",
     "SparseExpert",
     "WeightCache",
+    "as_lora",
     "attached",
     "by_first_names",
     "check_fits",
