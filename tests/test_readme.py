@@ -18,7 +18,8 @@ def test_readme_has_the_two_commands_first() -> None:
 
 def test_readme_has_no_other_commands_than_the_tutorials() -> None:
     """tests/docs runs the tutorials' commands; .ci/run and tests/configs run the quickstart's configuration."""
-    run = commands("docs/tutorials/finished_checkpoints.md") + commands("docs/tutorials/quickstart.md")
+    pages = ("finished_checkpoints", "language_models", "quickstart")
+    run = [command for page in pages for command in commands(f"docs/tutorials/{page}.md")]
     assert [command for command in commands("README.md") if command not in run] == []
 
 

@@ -75,7 +75,10 @@ def _run(arguments: list[str]) -> int:
 
 def _of_checkpoints(command: str, arguments: list[str]) -> int:
     """Run a command on finished checkpoints; torch, whose import takes seconds, is imported last."""
-    options = import_module(f"freemerge.cli.{command}")
+    name = commands.module_of(command)
+    options = import_module(f"freemerge.cli.{name}")
+    if (first := getattr(options, "FIRST", None)) and arguments and not arguments[0].startswith("-"):
+        arguments = [f"--{first}", *arguments]  # the option's name may be left out
     if {"-h", "--help"} & set(arguments):
         _show(options.described().help)
     if option := options.described().unknown(arguments):
@@ -84,7 +87,7 @@ def _of_checkpoints(command: str, arguments: list[str]) -> int:
         parser = options.build_parser()
         config = parser.parse_args(arguments)
         parser.check_environment()
-        module = options if hasattr(options, "run") else import_module(f"freemerge.cli.run_{command}")
+        module = options if hasattr(options, "run") else import_module(f"freemerge.cli.run_{name}")
         done: int = module.run(config)
         return done
 

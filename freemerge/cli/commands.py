@@ -16,9 +16,16 @@ COMMANDS = {
     "tune": "Search for a merging method's parameters, λ of each task, on validation data.",
     "merge": "Merge finished checkpoints, without any data.",
     "advise": "Compare finished checkpoints, warn of what harms a merge, and name one to begin with.",
+    "export-experts": "Write a FREE model's backbone and its low-rank experts as LoRA adapters.",
 }
 
-OF_CHECKPOINTS = tuple(name for name in COMMANDS if (Path(__file__).parent / f"{name}.py").is_file())
+
+def module_of(command: str) -> str:
+    """The name of a command's module."""
+    return command.replace("-", "_")
+
+
+OF_CHECKPOINTS = tuple(name for name in COMMANDS if (Path(__file__).parent / f"{module_of(name)}.py").is_file())
 """The commands with a module of their own: they work on checkpoints and start without Lightning."""
 
 ABOUT = "Fine-tune one backbone on several tasks, merge them, mend the merge with experts."

@@ -127,9 +127,10 @@ class MultiTaskEvaluator(L.LightningModule):
         task = self.tasks[dataloader_idx] if self.oracle else None
         if not isinstance(backbone := self.model.backbone, LanguageBackbone):
             return self.model(inputs, task=task)
+        given = named(inputs)
         if backbone.kind == "causal_lm":
-            inputs = {"prompt_mask": ~_answers(inputs, labels), **named(inputs)}
-        return self.model.generate(inputs, task=task, max_new_tokens=_LONGEST, do_sample=False, num_beams=1)
+            given = {"prompt_mask": ~_answers(inputs, labels), **given}
+        return self.model.generate(given, task=task, max_new_tokens=_LONGEST, do_sample=False, num_beams=1)
 
     def _log_results(self, split: str) -> None:
         computed = self.metrics.compute()

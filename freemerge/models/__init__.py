@@ -10,6 +10,7 @@ from freemerge.models.batch_norm import batch_norms, reestimate_batch_norm
 from freemerge.models.by_task import TaskModules
 from freemerge.models.class_heads import CosineHead, prototypes
 from freemerge.models.classes import instantiate_and_record
+from freemerge.models.export import export_experts
 from freemerge.models.free_folder import has_experts
 from freemerge.models.free_model import FreeModel, FreeOutput, TaskModel
 from freemerge.models.heads import head_from_state
@@ -33,6 +34,7 @@ __all__ = [
     "TransformersBackbone",
     "batch_norms",
     "choose_thresholds",
+    "export_experts",
     "extract_features",
     "feature_width",
     "has_builtin_backbone",

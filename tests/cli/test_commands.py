@@ -22,7 +22,7 @@ ROOT = Path(__file__).parent.parent.parent
 @pytest.mark.parametrize(
     ("arguments", "code", "out", "error"),
     [
-        (["--help"], 0, "\n  merge     Merge finished checkpoints", ""),
+        (["--help"], 0, "\n  merge           Merge finished checkpoints", ""),
         (["merge", "--help"], 0, "\n  --finetuned FINETUNED …", ""),
         (["merge", "--base", "x", "-h"], 0, "\n  TSVMerge  ", ""),
         (["--version"], 0, f"freemerge {freemerge.__version__}\n", ""),
@@ -77,7 +77,7 @@ def test_commands_have_methods() -> None:
 
 def test_a_module_and_an_entry_are_a_command(monkeypatch, capsys) -> None:
     """As CONTRIBUTING.md says: a module with `build_parser`, `described` and `run`."""
-    assert OF_CHECKPOINTS == ("merge", "advise")
+    assert OF_CHECKPOINTS == ("merge", "advise", "export-experts")
     module = types.ModuleType("freemerge.cli.sizes")
     module.build_parser, module.described = advise.build_parser, advise.described
     module.run = lambda config: print(config.base) or 0

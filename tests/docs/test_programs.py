@@ -17,15 +17,17 @@ from freemerge.checkpoints import load_checkpoint, save_checkpoint
 from freemerge.cli import main
 from freemerge.experts import load_expert
 from freemerge.merging import FRMerging, Gaussian, HighPass, PCBMerging, merge, task_vector
-from freemerge.models import ConvRouter, TransformersBackbone
+from freemerge.models import ConvRouter, EarlyRouter, FreeModel, TransformersBackbone
 from freemerge.tuning import Range, Space
 from tests.configs import tiny_files
 from tests.configs.test_configs import VIT
+from tests.language_models import expert_of, language_model
 from tests.pages import ROOT, block, blocks, commands
 from tests.tiny import tiny_backbone
 
 FINISHED = "docs/tutorials/finished_checkpoints.md"
 OWN_DATA = "docs/tutorials/own_data.md"
+LANGUAGE = "docs/tutorials/language_models.md"
 EXTEND = "docs/how_to/extend.md"
 
 
@@ -180,6 +182,24 @@ def test_the_callback_of_readme(tmp_path, monkeypatch) -> None:
     names = {"L": L}
     exec(block("README.md", "python", "MergeAtFitEnd"), names)
     assert names["trainer"].callbacks.count(names["merge"]) == 1
+
+
+def test_the_programs_on_language_models(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    backbone = language_model("llama")
+    backbone.tokenizer = tiny_files.write_tokenizer(tmp_path / "tokenizer")
+    tasks = ("arithmetic", "code")
+    experts = {task: expert_of(backbone, seed) for seed, task in enumerate(tasks)}
+    router = EarlyRouter(2, "model.layers.0", 16)
+    model = FreeModel(backbone, {task: nn.Identity() for task in tasks}, experts, router)
+    model.save_pretrained("runs/causal_lm_lora/free_model")
+    for page in (LANGUAGE, "README.md"):
+        names = {"FreeModel": FreeModel}
+        exec(block(page, "python", "model.generate("), names)
+        assert names["answers"].tokens.shape[0] in (1, 2)
+    assert names["answers"].task_names == model.eval().generate(["3 + 4 =", "def reverse(values):"]).task_names
+    assert main(next(command for command in commands(LANGUAGE) if command[0] == "export-experts")) == 0
+    assert sorted(path.name for path in Path("adapters/adapters").iterdir()) == list(tasks)
 
 
 @pytest.mark.parametrize("kind", ["methods", "sources", "backbones", "experts"])
