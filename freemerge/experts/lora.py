@@ -59,11 +59,14 @@ def as_lora(model: nn.Module, expert: LowRankExpert) -> LoraAdapter:
     """
     changes = names_of_changes(model.state_dict(), expert.shapes)  # under all names of tied tensors
     layers: dict[str, dict[str, str]] = {}  # layer → its changed tensor → the expert's name
-    for name, own in changes.items():
-        layers.setdefault(name.rpartition(".")[0], {})[name.rpartition(".")[2]] = own
+    for name, stored in changes.items():
+        layers.setdefault(name.rpartition(".")[0], {})[name.rpartition(".")[2]] = stored
     homes: dict[int, str] = {}
     has_bias = any(_takes_factors(model.get_submodule(layer)) and "bias" in own for layer, own in layers.items())
-    ranks, saved, tensors, transposed = {}, [], {}, False
+    ranks: dict[str, int] = {}
+    saved: list[str] = []
+    tensors: dict[str, Tensor] = {}
+    transposed = False
     for layer, own in layers.items():
         module = model.get_submodule(layer)
         if (first := homes.setdefault(id(module), layer)) != layer:

@@ -89,8 +89,8 @@ class Measure:
         """Task → score of its own fine-tuned model."""
         scores: dict[str, float] = {}
         heads = self.files.heads(shared=False)
-        for task, weights in self.files.finetuned_weights().items():
-            scores |= self.shared(weights, heads, {task: loaders[task]})
+        for task in self.files.suite.names:  # one model in memory at a time
+            scores |= self.shared(self.files.finetuned(task), heads, {task: loaders[task]})
         return scores
 
     def free(

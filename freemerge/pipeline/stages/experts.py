@@ -48,12 +48,12 @@ def experts(run: RunContext) -> None:
 
 def _extract_experts(run: RunContext, stage: StageFolder) -> None:
     settings = run.settings.experts
-    merged, finetuned, heads = run.files.free_weights(), run.files.finetuned_weights(), run.files.heads()
+    merged, heads = run.files.free_weights(), run.files.heads()
     run.begin(stage)
     hashes = {"base_hash": hash_tensors(run.files.base_weights()), "merged_hash": hash_tensors(merged)}
-    experts = {
-        task: settings.cut(task_vector(merged, weights), {"task": task, **hashes})
-        for task, weights in finetuned.items()
+    experts = {  # one fine-tuned model in memory at a time
+        task: settings.cut(task_vector(merged, run.files.finetuned(task)), {"task": task, **hashes})
+        for task in run.suite.names
     }
     loaders = run.measure.loaders("val")
     search = []

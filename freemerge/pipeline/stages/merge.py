@@ -16,7 +16,7 @@ def merge_all(run: RunContext) -> None:
     stage = run.files.merge_stage()
     if run.done(stage):
         return
-    base, finetuned = run.files.base_weights(), run.files.finetuned_weights()
+    base, finetuned = run.files.base_weights(), run.files.finetuned_paths()
     heads = run.files.heads()
     run.begin(stage)
     collect_statistics(run)

@@ -87,6 +87,11 @@ class Artifacts:
         own = self.folder / "base.safetensors"
         return own if own.is_file() else self.folder / "pretrain" / "base.safetensors"
 
+    def finetuned_paths(self) -> dict[str, Path]:
+        """Task → file of the backbone of its individual model, for merges that read tensor by tensor."""
+        folders = {task: self._require_folder(self.finetune_stage(task)) for task in self.suite.names}
+        return {task: folder / "backbone.safetensors" for task, folder in folders.items()}
+
     def finetuned_weights(self) -> dict[str, dict[str, Tensor]]:
         """Task → weights of the backbone of its individual model."""
         return {task: self.finetuned(task) for task in self.suite.names}
