@@ -48,7 +48,7 @@ def test_the_pythons_are_those_of_the_package() -> None:
     assert tried == [supported, supported]
 
 
-@pytest.mark.parametrize("path", [path for path in FORMS if path.stem != "config"], ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", FORMS, ids=lambda path: path.stem)
 def test_an_issue_form_asks_for_something(path: Path) -> None:
     form = load(path)
     assert form["name"]
