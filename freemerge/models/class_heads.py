@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -51,10 +52,17 @@ class CosineHead(nn.Module):
         return head
 
     def forward(self, features: Tensor) -> Tensor:
-        return self.scale * F.linear(F.normalize(features, dim=-1), F.normalize(self.weight, dim=-1))
+        # Without autocast: rounded to bfloat16, the logits of classes that are close would be equal.
+        with _without_autocast(features.device.type):
+            directions = F.normalize(self.weight, dim=-1)
+            return self.scale * F.linear(F.normalize(features.to(directions.dtype), dim=-1), directions)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, scale={float(self.scale):g}"
+
+
+def _without_autocast(device: str) -> AbstractContextManager[None]:
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
 # -- zero-shot --------------------------------------------------------------------------------------------------------

@@ -94,8 +94,9 @@ class RunContext:
 
     @cached_property
     def measure(self) -> Measure:
-        """Evaluation on the device that the configured Trainer uses."""
-        return Measure(self.files, self.make_trainer.bare().strategy.root_device)
+        """Evaluation on the device and in the precision of the configured Trainer."""
+        trainer = self.make_trainer.bare()
+        return Measure(self.files, trainer.strategy.root_device, str(trainer.precision))
 
     def done(self, stage: StageFolder) -> bool:
         """Whether a stage is finished already; prints a line if so."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -10,6 +11,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
 from freemerge.evaluation import LabelSpace, Predict, Routing, TaskMetric, evaluate, evaluate_routing
+from freemerge.inputs import Inputs
 from freemerge.models import FreeModel, batch_norms, reestimate_batch_norm
 from freemerge.pipeline.store.artifacts import Artifacts
 from freemerge.tensors.rounding import IN_MEMORY, round_to
@@ -21,12 +23,15 @@ class Measure:
     Args:
         files: the run's files.
         device: where to compute.
+        precision: the Trainer's; with `bf16-mixed` and `16-mixed`, models compute under autocast, as in its own
+            validation.
     """
 
-    def __init__(self, files: Artifacts, device: torch.device) -> None:
+    def __init__(self, files: Artifacts, device: torch.device, precision: str = "32-true") -> None:
         self.files = files
         self.suite = files.suite
         self.device = device
+        self._mixed = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(precision)
 
     def loaders(self, split: str) -> dict[str, Any]:
         """Task → loader of its `val` or `test` data."""
@@ -43,7 +48,15 @@ class Measure:
         tasks = {name: self.suite.task(name) for name in (*self.suite.names, *self.suite.held_out)}
         space = LabelSpace({name: task.num_classes for name, task in tasks.items()})
         metrics = {name: TaskMetric.of(task) for name, task in tasks.items()}
-        return evaluate(predict, loaders, space, self.device, metrics)
+
+        def predict_in_precision(inputs: Inputs, task: str) -> Any:
+            with self._autocast():
+                return predict(inputs, task)
+
+        return evaluate(predict_in_precision, loaders, space, self.device, metrics)
+
+    def _autocast(self) -> AbstractContextManager[None]:
+        return nullcontext() if self._mixed is None else torch.autocast(self.device.type, self._mixed)
 
     def shared(
         self, weights: Mapping[str, Tensor], heads: Mapping[str, nn.Module], loaders: Mapping[str, Any]
@@ -110,4 +123,5 @@ class Measure:
 
     def routing(self, model: FreeModel, loaders: Mapping[str, Any]) -> Routing:
         """Router confusion matrix of a FREE model, with the number of abstentions for each task."""
-        return evaluate_routing(model.eval().to(self.device), loaders, self.device)
+        with self._autocast():
+            return evaluate_routing(model.eval().to(self.device), loaders, self.device)

@@ -42,6 +42,19 @@ def pooled(folder: str, text: str, pooling: str) -> Tensor:
     return {"mean": states.mean(dim=0), "cls": states[0], "pooler": output.pooler_output[0]}[pooling]
 
 
+def test_a_head_by_cosine_keeps_float32_under_autocast() -> None:
+    """Two classes 0.004 apart in their logits: bfloat16 has no value between 19.875 and 20."""
+    head = CosineHead.of(torch.tensor([[1.0, 0.02], [1.0, 0.0]]))
+    features = torch.tensor([[1.0, 0.0]])
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = head(features)
+    assert logits.dtype == torch.float32
+    torch.testing.assert_close(logits, torch.tensor([[20 / (1 + 0.02**2) ** 0.5, 20.0]]))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert head(features.bfloat16()).dtype == torch.float32
+    assert head.to("meta")(features.to("meta")).shape == (1, 2)
+
+
 @pytest.mark.parametrize("pooling", ["mean", "cls", "pooler"])
 def test_a_zero_shot_head_is_the_cosine_with_the_class_names_in_prompts(folder: str, pooling: str) -> None:
     backbone = TransformersBackbone(folder, pooling=pooling)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ import yaml
 from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint, ModelSummary
 from lightning.pytorch.loggers import CSVLogger
 
-from freemerge import FineTuner
+from freemerge import FineTuner, SuiteRun
 from freemerge.checkpoints import load_checkpoint
 from freemerge.cli import main
 from freemerge.models import TransformersBackbone
@@ -19,7 +20,7 @@ from freemerge.pipeline.loggers import make_loggers
 from freemerge.pipeline.settings import FinetuneSettings
 from freemerge.pipeline.trainers import MakeTrainer, best_of
 from freemerge.training import BestCheckpoint, ExpertTrainer, RouterTrainer
-from tests.tiny import tiny_backbone
+from tests.tiny import TinySuite, tiny_backbone
 
 TINY = str(Path(__file__).parent.parent / "tiny.yaml")
 QUIET = {"accelerator": "cpu", "enable_progress_bar": False}
@@ -181,3 +182,27 @@ def test_a_stages_callbacks_need_no_dicts_in_python() -> None:
     assert FinetuneSettings(trainer={"callbacks": [monitor]}).trainer["callbacks"] == [monitor]
     with pytest.raises(ValueError, match=r"finetune\.trainer\.logger: no logger of Lightning's: .*Nothing"):
         FinetuneSettings(trainer={"logger": {"class_path": "Nothing"}})
+
+
+class DtypeHead(torch.nn.Linear):
+    """A head that remembers the dtype of the products that it computed."""
+
+    seen: ClassVar[set[torch.dtype]] = set()
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        logits = super().forward(features)
+        self.seen.add(logits.dtype)
+        return logits.float()
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("32-true", torch.float32), ("bf16-mixed", torch.bfloat16)])
+def test_a_run_evaluates_in_the_precision_of_its_trainer(tmp_path, precision: str, dtype: torch.dtype) -> None:
+    run = SuiteRun(
+        FineTuner(tiny_backbone()), TinySuite(), tmp_path, trainer={"accelerator": "cpu", "precision": precision}
+    )
+    head = DtypeHead(run.tuner.backbone.feature_dim, run.suite.task("bars").num_classes)
+    DtypeHead.seen.clear()
+    loaders = {"bars": run.measure.loaders("test")["bars"]}
+    scores = run.measure.shared(run.tuner.backbone.model.state_dict(), {"bars": head}, loaders)
+    assert DtypeHead.seen == {dtype}
+    assert 0.0 <= scores["bars"] <= 1.0
