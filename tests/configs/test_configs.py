@@ -163,17 +163,17 @@ class Overlays:
         return backbone(BERT) | {"data": {"init_args": data}}
 
     def text_zero_shot(self) -> dict[str, Any]:
-        labels = {"ag_news": 4, "sick": 3, "trec": 6}
-        for task in ("ag_news", "cola", "mrpc", "qnli", "rte", "sick", "sst2", "trec"):
+        written = yaml.safe_load((ROOT / "configs" / "text_zero_shot.yaml").read_text())
+        for task, names in written["data"]["init_args"]["class_names"].items():
             rows = [
-                {**row, "text_a": row["text"], "text_b": "", "label": number // 5 % labels.get(task, 2)}
+                {**row, "text_a": row["text"], "text_b": "", "label": number // 5 % len(names)}
                 for number, row in enumerate(tiny_files.rows(60))
             ]
             columns = ["split", "text_a", "text_b", "label"]
             tiny_files.write_table(self.folder / "tables" / f"{task}.tsv", columns, rows)
         data = {"folder": str(self.folder / "tables"), "tokenizer": self.tokenizer, "batch_size": 8, "train_size": 30}
-        written = yaml.safe_load((ROOT / "configs" / "text_zero_shot.yaml").read_text())["merge"]["methods"]
-        return backbone(BERT) | {"data": {"init_args": data}, "merge": {"scales": [0.5], "methods": written}}
+        methods = written["merge"]["methods"]
+        return backbone(BERT) | {"data": {"init_args": data}, "merge": {"scales": [0.5], "methods": methods}}
 
     def cross_domain(self) -> dict[str, Any]:
         for task in ("books", "films", "tweets", "dialogues"):
