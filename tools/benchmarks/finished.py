@@ -27,7 +27,7 @@ class FinishedRun(FreemergeCLI):
 
     def fit(self, model: Any, datamodule: Any, **_: Any) -> None:
         """Called instead of a fit: build the run that the stages would use."""
-        self.suite_run: SuiteRun = self._suite_run(model, datamodule)
+        self.suite_run: SuiteRun = self._suite_run(model, datamodule, self._get(self.config_init, "run").folder)
 
 
 def be_quiet() -> None:
