@@ -139,8 +139,9 @@ def as_pixels(image: Any, size: int | None, channels: int | None) -> Tensor:
         image = image.convert("RGBA")  # Pillow warns of a palette with transparency that becomes RGB directly
     image = image.convert("L" if grey else "RGB")
     if size is not None and image.size != (size, size):
-        scale = size / min(image.size)
-        width, height = (max(size, round(side * scale)) for side in image.size)
+        width, height = (
+            size * side // min(image.size) for side in image.size
+        )  # rounded down, as models' processors do
         left, top = (width - size) // 2, (height - size) // 2
         image = image.resize((width, height), Image.Resampling.BICUBIC)
         image = image.crop((left, top, left + size, top + size))

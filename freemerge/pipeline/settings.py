@@ -13,7 +13,7 @@ from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 
 from freemerge.experts import Encoding, Expert, extract, extract_low_rank, kind_of
-from freemerge.merging import FRMerging, MergeMethod, PCBMerging, TaskArithmetic, Ties, WeightAverage
+from freemerge.merging import FRMerging, MergeMethod, PCBMerging, TaskArithmetic, Ties, WeightAverage, has_scale
 from freemerge.pipeline.loggers import check_loggers
 from freemerge.training import Schedule, check_mixup
 from freemerge.tuning import Range, Sampler
@@ -94,7 +94,8 @@ class FinetuneSettings:
         trainer: Trainer arguments for this stage, which override those of `trainer`.
         weights: the weights of the task vector: those at the end of the fit (`last`), or those with the best val/acc.
         models: task → its finished fine-tuned model, which is taken instead of a fit: a checkpoint, an adapter, or a
-            model's name on the Hub, as `merge` takes them. Only the head is made here, from the base.
+            model's name on the Hub, as `merge` takes them. Only the head is made here, from the base. Models of tasks
+            that the suite has, but that are not selected, are left alone.
         exclude: patterns of tensors that these models lack, or that are heads; the base's are used.
     """
 
@@ -125,7 +126,7 @@ class MergeSettings:
     Args:
         methods: row of the report → merging method; if not given, plain averaging, task arithmetic, TIES, PCB and FR.
         scales: the grid of scales, the same for every method that has one. Of a method with a scale for each task, what
-            each of them is multiplied by.
+            each of them is multiplied by. Null: each method at the scale that it is configured with, without a search.
         free: the method whose merged backbone carries the experts.
         batch_norm_batches: batches of all tasks' training data on which a merged backbone's batch norm, if it has any,
             is measured again; 0 keeps the merged statistics.
@@ -134,7 +135,7 @@ class MergeSettings:
     """
 
     methods: dict[str, MergeMethod] | None = None
-    scales: list[float] = field(default_factory=lambda: [0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0, 1.4, 2.0])
+    scales: list[float] | None = field(default_factory=lambda: [0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0, 1.4, 2.0])
     free: str = "FR"
     batch_norm_batches: int = 50
     statistics_samples: int = 256
@@ -146,8 +147,8 @@ class MergeSettings:
             raise ValueError(f"merge.batch_norm_batches: must be at least 0, got {self.batch_norm_batches}")
         if self.statistics_samples < 1:
             raise ValueError(f"merge.statistics_samples: must be at least 1, got {self.statistics_samples}")
-        if not self.scales:
-            raise ValueError("merge.scales: give at least one scale")
+        if self.scales is not None and not self.scales:
+            raise ValueError("merge.scales: give at least one scale, or null for those of the methods")
         if self.free not in self.lines:
             raise ValueError(f"merge.free: there is no method {self.free!r}; methods: {', '.join(self.lines)}")
 
@@ -155,6 +156,15 @@ class MergeSettings:
     def lines(self) -> dict[str, MergeMethod]:
         """Row of the report → method: the configured methods, or the default ones."""
         return default_methods() if self.methods is None else self.methods
+
+    def scales_of(self, method: MergeMethod) -> list[float]:
+        """The scales at which to try a method, as `rescaled` takes them; 1 for a method that has none."""
+        if not has_scale(method):
+            return [1.0]
+        if self.scales is not None:
+            return self.scales
+        own: float | list[float] = getattr(method, "scale", 1.0)
+        return [1.0] if isinstance(own, (list, tuple)) else [own]
 
 
 @dataclass

@@ -205,12 +205,12 @@ def test_interpolation_reaches_the_data(run: Path, tmp_path) -> None:
     assert saved["data"]["init_args"]["seed"] == 5
 
 
-@pytest.mark.parametrize("config", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("config", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda path: path.stem)
 def test_every_config_parses_and_says_how_to_run_it(config: Path, capsys, monkeypatch) -> None:
     monkeypatch.chdir(ROOT)
     first = config.read_text().splitlines()[0]
     assert first.startswith("# python -m freemerge ")
-    assert f"--config configs/{config.name}" in first
+    assert f"--config {config.relative_to(ROOT).as_posix()}" in first
     with pytest.raises(SystemExit) as stop:
         main([*first.removeprefix("# python -m freemerge ").split(), "--print_config"])
     assert stop.value.code == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,14 +21,14 @@ def pixels(colour: str, generator: np.random.Generator, side: int = 12) -> np.nd
     return (np.array(COLOURS[colour]) + noise).clip(0, 255).astype(np.uint8)
 
 
-def write_tokenizer(folder: Path) -> str:
-    """A tokenizer of whole words that begins texts with [CLS] and ends them with [SEP]."""
+def write_tokenizer(folder: Path, words: Sequence[str] = WORDS) -> str:
+    """A tokenizer of whole words that begins texts with [CLS] and ends them with [SEP]; `SPECIAL` come first."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
-    tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="[UNK]"))
+    tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    ends = [("[CLS]", WORDS.index("[CLS]")), ("[SEP]", WORDS.index("[SEP]"))]
+    ends = [("[CLS]", words.index("[CLS]")), ("[SEP]", words.index("[SEP]"))]
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=ends
     )

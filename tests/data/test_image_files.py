@@ -219,6 +219,17 @@ def test_every_image_mode_is_converted(tmp_path, mode: str, suffix: str, grey: b
     assert as_pixels(image, 2, 1).shape == (1, 2, 2)
 
 
+@pytest.mark.parametrize("shape", [(375, 500), (500, 375), (223, 300), (28, 28), (251, 1000)])
+def test_pixels_are_those_of_clips_processor(shape: tuple[int, int]) -> None:
+    from transformers import CLIPImageProcessorPil
+
+    coarse = np.random.default_rng(0).integers(0, 256, (shape[0] // 8, shape[1] // 8, 3), dtype=np.uint8)
+    image = Image.fromarray(coarse).resize(shape[::-1], Image.Resampling.BICUBIC)
+    processor = CLIPImageProcessorPil(do_rescale=False, do_normalize=False)
+    expected = torch.as_tensor(processor([image], return_tensors="np")["pixel_values"][0])
+    assert torch.equal(as_pixels(image, 224, 3), expected.to(torch.uint8))
+
+
 def test_bilevel_images_animations_and_transparent_palettes(tmp_path, recwarn) -> None:
     assert as_pixels(save(tmp_path / "a.png", "1"), None, 3).unique().tolist() == [0, 255]
     frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]

@@ -79,6 +79,16 @@ def test_a_folder_a_fit_and_a_model_without_a_tensor_go_together(tmp_path: Path,
         assert torch.equal(tensor, own[name] if name in left_out else weights[name])
 
 
+def test_a_model_of_a_task_that_is_not_selected_is_left_alone(tmp_path: Path, base: Path, capsys) -> None:
+    weights = tiny_backbone(seed=1).weights()
+    save_file(weights, tmp_path / "corners.safetensors")
+    models = {"corners": str(tmp_path / "corners.safetensors"), "bars": "there_is/no_such_model"}
+    arguments = config(tmp_path / "run", base, finetune={"models": models})
+    assert main(["fit", *arguments, "--data.tasks", "[corners]", "--run.stages", "[finetune]"]) == 0
+    kept = load_file(tmp_path / "run" / "finetune" / "corners" / "backbone.safetensors")
+    assert all(torch.equal(kept[name], weights[name]) for name in weights)
+
+
 @pytest.mark.parametrize(
     ("finetune", "model", "message"),
     [

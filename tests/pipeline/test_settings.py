@@ -5,6 +5,7 @@ import torch
 from jsonargparse import ArgumentParser
 
 from freemerge.experts import Expert, LowRankExpert, MaskedExpert
+from freemerge.merging import TaskArithmetic, WeightAverage
 from freemerge.pipeline import ExpertsSettings, MergeSettings, PretrainSettings, RouterSettings, Settings
 from freemerge.pipeline.dependencies import dependencies
 from freemerge.training import FineTuner
@@ -25,6 +26,14 @@ def test_merge_settings_need_scales_and_a_known_method() -> None:
         MergeSettings(scales=[])
     with pytest.raises(ValueError, match="no method 'FRR'; methods: average, task arithmetic, TIES, PCB, FR"):
         MergeSettings(free="FRR")
+
+
+def test_without_a_grid_each_method_has_its_own_scale() -> None:
+    settings = MergeSettings(scales=None)
+    assert settings.scales_of(TaskArithmetic(scale=0.3)) == [0.3]
+    assert settings.scales_of(TaskArithmetic(scale=[0.3, 0.5])) == [1.0]  # the factor of both
+    assert settings.scales_of(WeightAverage()) == [1.0]
+    assert MergeSettings(scales=[0.2, 0.4]).scales_of(TaskArithmetic(scale=0.3)) == [0.2, 0.4]
 
 
 def test_density_is_a_fraction() -> None:

@@ -87,8 +87,10 @@ def check_finished_models(files: Artifacts, findings: Findings) -> None:
         return
     for task, source in settings.models.items():
         if task not in files.suite.names:
-            near = get_close_matches(task, files.suite.names, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"tasks: {', '.join(files.suite.names)}"
+            if task in (known := files.suite.available()):
+                continue  # of a task that is not selected now
+            near = get_close_matches(task, known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"tasks: {', '.join(known)}"
             findings.fault(f"finetune.models: there is no task {task!r}; {hint}")
             continue
         try:
@@ -113,7 +115,7 @@ def check_merge(files: Artifacts, findings: Findings) -> None:
             for task in tasks if any(isinstance(each, AdaMerging) for each in asked.values()) else ():
                 if (kind := files.suite.task(task).kind) != "classification":
                     findings.fault(f"merge.methods: {name}: AdaMerging learns from classes, and {task!r} is {kind}")
-            for scale in settings.scales if has_scale(method) else ():
+            for scale in settings.scales_of(method) if has_scale(method) else ():
                 rescaled(method, scale)
         except ValueError as error:
             findings.fault(f"merge.methods: {name}: {error}")

@@ -56,8 +56,8 @@ def _extract_experts(run: RunContext, stage: StageFolder) -> None:
         for task in run.suite.names
     }
     loaders = run.measure.loaders("val")
-    search = []
-    for scale in run.with_bar(run.settings.merge.scales, "experts: extracted"):
+    search, scales = [], run.settings.merge.scales or [1.0]
+    for scale in run.with_bar(scales, "experts: extracted"):
         scaled = {task: expert.scaled(scale) for task, expert in experts.items()}
         model = FreeModel(run.files.backbone(merged), heads, scaled)
         if (score := run.mean_score(partial(run.measure.free, model, loaders, told="task"))) is None:
@@ -65,7 +65,7 @@ def _extract_experts(run: RunContext, stage: StageFolder) -> None:
             continue
         search.append({"scale": scale, "mean_acc": score})
     if not search:
-        raise NotFiniteError(f"experts compute NaN or infinite values at every scale: {run.settings.merge.scales}")
+        raise NotFiniteError(f"experts compute NaN or infinite values at every scale: {scales}")
     best = max(search, key=lambda candidate: candidate["mean_acc"])
     if is_first():
         for task, expert in experts.items():

@@ -27,7 +27,7 @@ def merge_all(run: RunContext) -> None:
     for name, line in run.settings.merge.lines.items():
         method = run.files.with_statistics(line)
         scalable = has_scale(method)
-        scales = run.settings.merge.scales if scalable else [1.0]
+        scales = run.settings.merge.scales_of(method)
         tried = candidates.over_scales(method, scales) if scalable else [candidates.merge(method)]
         search = []
         for scale, weights in zip(run.with_bar(scales, f"merge: {name}"), tried, strict=True):

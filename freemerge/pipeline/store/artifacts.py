@@ -260,7 +260,8 @@ class Artifacts:
     @cached_property
     def _places(self) -> dict[str, Path]:
         """Finished model, as the settings name it → its local path; each is looked up on the Hub only once."""
-        return {source: locate(source) for source in self.settings.finetune.models.values()}
+        models = self.settings.finetune.models
+        return {source: locate(source) for task, source in models.items() if task in self.suite.names}
 
     def _content_of_model(self, task: str) -> dict[str, str]:
         place = self._places[self.settings.finetune.models[task]]
