@@ -85,13 +85,14 @@ def write_models(folder: Path, tasks: list[str]) -> tuple[str, dict[str, str]]:
     models = {}
     for number, task in enumerate(tasks):
         tower = CLIPVisionModel(base.config.vision_config)
-        tower.load_state_dict(base.vision_model.state_dict())
+        inner = getattr(tower, "vision_model", tower)  # itself, in later versions
+        inner.load_state_dict(base.vision_model.state_dict())
         with torch.no_grad():
             for parameter in tower.parameters():
                 parameter += 0.05 * torch.randn_like(parameter)
         tower.save_pretrained(folder / task)
         if number % 2 == 0:  # as FusionBench's: written by transformers 4
-            state = {f"vision_model.{name}": tensor for name, tensor in tower.state_dict().items()}
+            state = {f"vision_model.{name}": tensor for name, tensor in inner.state_dict().items()}
             save_file(state, folder / task / "model.safetensors", {"format": "pt"})
         models[task] = str(folder / task)
     return str(folder / "base"), models
@@ -125,14 +126,19 @@ def rows(tmp_path: Path) -> dict[str, dict[str, Any]]:
 def accuracy(base: str, tower: str | None, data: str, task: str) -> float:
     """Zero-shot accuracy by transformers alone: its processor's pixels, its towers, embeddings averaged by hand."""
     import datasets
-    from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPModel
+    import transformers
+    from transformers import AutoTokenizer, CLIPModel
+
+    def embedded(output: Any) -> torch.Tensor:  # (N, F), of length 1; earlier versions return the tensor itself
+        return torch.nn.functional.normalize(getattr(output, "pooler_output", output), dim=-1)
 
     model = CLIPModel.from_pretrained(base).eval()
     if tower is not None:
         state = load_file(Path(tower) / "model.safetensors")
         model.vision_model.load_state_dict({name.removeprefix("vision_model."): state[name] for name in state})
     tokenizer, prompts = AutoTokenizer.from_pretrained(base), load_prompts(task)
-    processor = CLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size=SIDE)
+    kind = getattr(transformers, "CLIPImageProcessorPil", transformers.CLIPImageProcessor)
+    processor = kind(size={"shortest_edge": SIDE}, crop_size=SIDE)
     part = datasets.load_from_disk(data)["test"]
     pixels = processor([image.convert("RGB") for image in part["image"]], return_tensors="pt")["pixel_values"]
     with torch.no_grad():
@@ -140,9 +146,9 @@ def accuracy(base: str, tower: str | None, data: str, task: str) -> float:
         for name in prompts.class_names:
             texts = [template.replace("{}", name) for template in prompts.templates]
             tokens = tokenizer(texts, padding=True, truncation=True, max_length=LONGEST, return_tensors="pt")
-            text = torch.nn.functional.normalize(model.get_text_features(**tokens).pooler_output, dim=-1)
+            text = embedded(model.get_text_features(**tokens))
             classes.append(torch.nn.functional.normalize(text.mean(0), dim=0))
-        image = torch.nn.functional.normalize(model.get_image_features(pixels).pooler_output, dim=-1)
+        image = embedded(model.get_image_features(pixels))
         guesses = (image @ torch.stack(classes).T).argmax(1)
     return float((guesses == torch.tensor(part["label"])).float().mean())
 
