@@ -1,7 +1,7 @@
 """Weighted sums of covariances of matrix rows, S = Σ_k w_k W_kᵀW_k, and products with their inverse, B S⁻¹.
 
 A covariance has the square of a matrix's number of columns as its size, which for a wide matrix is several times the
-matrix itself. So at most one is held, with its Cholesky factor.
+matrix itself. So at most one is held, as a triangle (see `panels`).
 """
 
 from __future__ import annotations
@@ -13,78 +13,71 @@ from torch import Tensor
 
 from freemerge.runtime.pages import fresh
 from freemerge.runtime.threads import each, load_linalg
+from freemerge.tensors.panels import Panels, column_parts, gram
 
-_BLOCK = 512  # rows or columns at a time: large enough for a fast product, small enough to skip the symmetric half
+_NEARLY_SQUARE = 1.5  # ratio of columns to rows up to which W (WᵀW) takes less arithmetic than (W Wᵀ) W and WᵀW
+
+
+def add_covariances(matrices: Tensor, weights: Sequence[float], covariance: Panels) -> None:
+    """S += Σ_k w_k W_kᵀ W_k.
+
+    Args:
+        matrices: W, (K, m, n) float32.
+        weights: w, K of them.
+        covariance: S, (n, n).
+    """
+
+    def add(part: slice, panel: Tensor) -> None:
+        for matrix, weight in zip(matrices, weights, strict=True):
+            panel.addmm_(matrix[:, part.start :].T, matrix[:, part], alpha=weight)
+
+    covariance.fill(add)
+
+
+def add_both(matrices: Tensor, weights: Sequence[float], covariance: Panels) -> Tensor:
+    """S += Σ_k w_k W_kᵀ W_k, and B = Σ_k w_k W_k W_kᵀ W_k.
+
+    Args:
+        matrices: W, (K, m, n) float32.
+        weights: w, K of them.
+        covariance: S, (n, n).
+
+    Returns:
+        B, (m, n) float32.
+    """
+    _, rows, columns = matrices.shape
+    products = fresh((rows, columns), matrices.dtype, matrices.device).zero_()
+    narrow = columns <= _NEARLY_SQUARE * rows
+    if not narrow:
+        add_covariances(matrices, weights, covariance)
+    for matrix, weight in zip(matrices, weights, strict=True):
+        own = gram(matrix.T if narrow else matrix)
+        if narrow:
+            covariance.fill(
+                lambda part, panel, own=own, weight=weight: panel.add_(own[part.start :, part], alpha=weight)
+            )
+
+        def add(part: slice, matrix: Tensor = matrix, own: Tensor = own, weight: float = weight) -> None:
+            if narrow:
+                products[part].addmm_(matrix[part], own, alpha=weight)
+            else:
+                products[part].addmm_(own[part], matrix, alpha=weight)
+
+        each(add, column_parts(rows, matrices.device))
+    return products
 
 
 def sum_covariances(matrices: Tensor, weights: Sequence[float]) -> Tensor:
-    """S = Σ_k w_k W_kᵀ W_k.
-
-    Args:
-        matrices: W, (K, m, n) float32.
-        weights: w, K of them.
-
-    Returns:
-        (n, n) float32, symmetric.
-    """
-    columns = matrices.shape[2]
-    total = fresh((columns, columns), matrices.dtype, matrices.device).zero_()
-
-    def add(part: slice) -> None:  # from the diagonal downwards; the upper half follows by symmetry
-        for matrix, weight in zip(matrices, weights, strict=True):
-            total[part.start :, part].addmm_(matrix[:, part.start :].T, matrix[:, part], alpha=weight)
-
-    parts = _parts(columns)
-    each(add, parts)
-    for part in parts:
-        total[part, part.stop :] = total[part.stop :, part].T
-    return total
+    """S, (n, n) float32, as a whole matrix; see `add_covariances`."""
+    covariance = _whole(matrices)
+    add_covariances(matrices, weights, covariance)
+    return covariance.full()
 
 
 def sum_both(matrices: Tensor, weights: Sequence[float]) -> tuple[Tensor, Tensor]:
-    """B and S, see `sum_products` and `sum_covariances`.
-
-    Args:
-        matrices: W, (K, m, n) float32.
-        weights: w, K of them.
-
-    Returns:
-        (m, n) and (n, n) float32.
-    """
-    _, rows, columns = matrices.shape
-    if rows <= columns:
-        return sum_products(matrices, weights), sum_covariances(matrices, weights)
-    products = fresh((rows, columns), matrices.dtype, matrices.device).zero_()
-    total = fresh((columns, columns), matrices.dtype, matrices.device).zero_()
-
-    def add(part: slice) -> None:  # the covariance is smaller than W Wᵀ, and serves for both
-        for matrix, weight in zip(matrices, weights, strict=True):
-            own = matrix.T @ matrix[:, part]
-            products[:, part].addmm_(matrix, own, alpha=weight)
-            total[:, part].add_(own, alpha=weight)
-
-    each(add, _parts(columns))
-    return products, total
-
-
-def sum_products(matrices: Tensor, weights: Sequence[float]) -> Tensor:
-    """B = Σ_k w_k W_k W_kᵀ W_k.
-
-    Args:
-        matrices: W, (K, m, n) float32.
-        weights: w, K of them.
-
-    Returns:
-        (m, n) float32.
-    """
-    total = fresh(matrices.shape[1:], matrices.dtype, matrices.device).zero_()
-
-    def add(part: slice) -> None:
-        for matrix, weight in zip(matrices, weights, strict=True):
-            total[part].addmm_(matrix[part] @ matrix.T, matrix, alpha=weight)
-
-    each(add, _parts(matrices.shape[1]))
-    return total
+    """B and S, (m, n) and (n, n) float32, as whole matrices; see `add_both`."""
+    covariance = _whole(matrices)
+    return add_both(matrices, weights, covariance), covariance.full()
 
 
 def divide(products: Tensor, covariance: Tensor, workspace: Tensor | None = None) -> Tensor:
@@ -126,6 +119,7 @@ def pseudo_inverse(covariance: Tensor) -> Tensor:
     return (directions / values[kept]) @ directions.T
 
 
-def _parts(size: int) -> list[slice]:
-    """Ranges of rows or columns, one for each thread's job."""
-    return [slice(start, min(start + _BLOCK, size)) for start in range(0, size, _BLOCK)]
+def _whole(matrices: Tensor) -> Panels:
+    """Zeros for a covariance of the columns of (K, m, n) that becomes a whole matrix."""
+    columns = matrices.shape[2]
+    return Panels(columns, matrices.device, fresh((columns, columns), matrices.dtype, matrices.device))

@@ -41,7 +41,7 @@ def copies_of_largest(method: MergeMethod, models: int) -> int:
     """
     if method.elementwise and not method.finishes:
         return 0
-    return models * (2 if method.duplicates else 1) + 5
+    return models + 5 + method.extra_copies(models)
 
 
 class Sink(Protocol):

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from freemerge.merging.methods.base import require, require_number
 from freemerge.merging.methods.matrices import MatrixMethod, is_embedding
-from freemerge.tensors.covariances import divide, sum_both
+from freemerge.tensors.covariances import add_both, divide, pseudo_inverse, sum_both, sum_covariances
+from freemerge.tensors.panels import Panels
 from freemerge.tensors.spectra import leading_components, rounding
 
 _RIDGE = {"normalized": 0.1, "released": 1e-2}
@@ -73,15 +74,19 @@ def _merge_normalized(matrices: Tensor, ridge: float) -> Tensor:
     if not any(active):
         return means[0].expand(matrices.shape[1:]).clone()
     ridge /= matrices.shape[2]
-    products, covariance = sum_both(matrices, weights)
+    covariance = Panels(matrices.shape[2], matrices.device)
+    products = add_both(matrices, weights, covariance)
     # v_k C_k = c_k C_k + 1 v̄_k C_k; the second term is the same in all rows.
     row = _mean_products(means, matrices, weights)
     for matrix, mean, own in zip(matrices, means, active, strict=True):
         products.add_(matrix, alpha=own * ridge)
         row.add_(mean, alpha=own * ridge)
     products += row
-    covariance.diagonal().add_(sum(active) * ridge)
-    return divide(products, covariance, workspace=matrices)
+    covariance.add_to_diagonal_(sum(active) * ridge)
+    if covariance.factorize_():
+        return covariance.divide_(products)
+    singular = sum_covariances(matrices, weights)  # because the ridge is 0, or too small to be seen
+    return products @ pseudo_inverse(singular).to(products.dtype)
 
 
 def _merge_released(matrices: Tensor, ridge: float) -> Tensor:

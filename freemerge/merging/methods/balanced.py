@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from freemerge.errors import MergeError
 from freemerge.merging.methods.base import require, require_number, weighted_sum
 from freemerge.merging.methods.matrices import MatrixMethod, is_embedding
-from freemerge.runtime.threads import load_linalg
-from freemerge.tensors.covariances import sum_covariances
+from freemerge.runtime.threads import each
+from freemerge.tensors.covariances import add_covariances
+from freemerge.tensors.panels import Panels, column_parts, gram
 
 _SOLVED = 1e-12  # of the first squared residual: what is left is rounding
 
@@ -59,9 +62,8 @@ class BalancedMerging(MatrixMethod):
         whole = isinstance(self.steps, int) and not isinstance(self.steps, bool) and self.steps > 0
         require(whole, self, f"`steps` must be a positive integer, got {self.steps!r}")
 
-    @property
-    def duplicates(self) -> bool:
-        return True  # for G_k, on the shorter side, and Σ_k A_k on the longer side with its factor
+    def extra_copies(self, models: int) -> int:
+        return 4  # conjugate gradients' matrices, Σ_k A_k as a triangle for l = 4·s, and a few of size (s, s)
 
     def is_merged(self, name: str) -> bool:
         return not is_embedding(name)
@@ -71,18 +73,26 @@ class BalancedMerging(MatrixMethod):
         active = [index for index, norm in enumerate(norms) if norm > 0]  # a model that did not change takes no part
         if not active:
             return torch.zeros_like(matrices[0])
-        vectors = matrices if len(active) == len(matrices) else matrices[active]
+        for place, index in enumerate(active):
+            if place != index:
+                matrices[place] = matrices[index]
+        vectors = matrices[: len(active)]
         tall = vectors.shape[1] > vectors.shape[2]
-        weights = [norms[index] ** -2 for index in active]
-        merged = _System(vectors.mT if tall else vectors, weights, self.ridge).solve(self.steps)
+        system = _System(vectors.mT if tall else vectors, [norms[index] ** -2 for index in active], self.ridge)
+        if not system.factorize_():
+            raise MergeError(
+                f"BalancedMerging: the equations of the tensor '{name}' are singular in float32 with `ridge` "
+                f"{self.ridge:g}; give a larger one"
+            )
+        merged = system.solve(self.steps)
         return merged.T if tall else merged
 
 
 class _System:
     """The equations Σ_k G_k τ A_k = Σ_k G_k v_k A_k of one matrix, with s ≤ l.
 
-    G_k X A_k is computed as (G_k X v_kᵀ) v_k/‖v_k‖² + (ridge/l)·G_k X: two thin products for each task, instead of K
-    matrices of size (l, l).
+    G_k X A_k is computed as (G_k X v_kᵀ) v_k/‖v_k‖² + (ridge/l)·G_k X: thin products for each task, instead of K
+    matrices of size (l, l). G_k is computed again in each step: K of them can be as large as all task vectors.
 
     Args:
         vectors: v_k, (K, s, l) float32.
@@ -94,54 +104,69 @@ class _System:
         models, short, long = vectors.shape
         self.vectors, self.weights = vectors, weights
         self.short_ridge, self.long_ridge = ridge / short, ridge / long
-        self.rows = [(vector @ vector.T).mul_(weight) for vector, weight in zip(vectors, weights, strict=True)]
-        for own in self.rows:
-            own.diagonal().add_(self.short_ridge)  # G_k, (s, s)
-        self.total = sum(self.rows[1:], self.rows[0])  # Σ_k G_k
-        columns = sum_covariances(vectors, weights)
-        columns.diagonal().add_(models * self.long_ridge)  # Σ_k A_k, (l, l)
-        load_linalg(vectors.device)
-        self.factors = torch.linalg.cholesky(self.total), torch.linalg.cholesky(columns)
+        self.rows, self.columns = Panels(short, vectors.device), Panels(long, vectors.device)
+        add_covariances(vectors.mT, weights, self.rows)
+        add_covariances(vectors, weights, self.columns)
+        self.rows.add_to_diagonal_(models * self.short_ridge)
+        self.columns.add_to_diagonal_(models * self.long_ridge)
+        self.total = self.rows.full()  # Σ_k G_k, (s, s)
+        self.parts = column_parts(short, vectors.device)
+
+    def factorize_(self) -> bool:
+        """Factorize Σ_k G_k and Σ_k A_k for the preconditioner; False if one of them is singular."""
+        return self.rows.factorize_() and self.columns.factorize_()
 
     def solve(self, steps: int) -> Tensor:
         """τ, (s, l) float32, after some steps of preconditioned conjugate gradients from the mean of the v_k."""
         merged = weighted_sum(self.vectors, 1 / len(self.vectors))
-        residual = self._residual(merged)
-        direction = torch.zeros_like(merged)
+        residual, direction, other = (torch.zeros_like(merged) for _ in range(3))
+        self._add_residual(merged, residual)
         before = least = 0.0
         for _ in range(steps):
-            other = self._precondition(residual)
+            self._precondition_(other.copy_(residual))
             product = _dot(residual, other)
             if product <= least:  # solved
                 break
             least = least or product * _SOLVED
             direction.mul_(product / before if before else 0.0).add_(other)
             before = product
-            self._apply(direction, other)
+            self._add_product(direction, other.zero_())
             step = product / _dot(direction, other)
             merged.add_(direction, alpha=step)
             residual.sub_(other, alpha=step)
         return merged
 
-    def _precondition(self, matrix: Tensor) -> Tensor:
-        """(Σ_k G_k)⁻¹ X (Σ_k A_k)⁻¹, in new memory."""
-        rows, columns = self.factors
-        return torch.cholesky_solve(torch.cholesky_solve(matrix, rows).T, columns).T.contiguous()
+    def _precondition_(self, matrix: Tensor) -> None:
+        """(Σ_k G_k)⁻¹ X (Σ_k A_k)⁻¹, in place."""
+        self.columns.divide_(matrix)
+        self.rows.divide_(matrix.T)
 
-    def _residual(self, merged: Tensor) -> Tensor:
-        """Σ_k G_k (v_k − τ) A_k."""
-        residual = torch.zeros_like(merged)
-        for vector, weight, own in zip(self.vectors, self.weights, self.rows, strict=True):
-            inner = torch.addmm(own, merged, vector.T, alpha=-weight)  # G_k − τ v_kᵀ/‖v_k‖²
-            inner.diagonal().add_(self.long_ridge - self.short_ridge)
-            residual.addmm_(own @ inner, vector)
-        return residual.addmm_(self.total, merged, alpha=-self.long_ridge)
+    def _add_product(self, matrix: Tensor, out: Tensor) -> None:
+        """Add Σ_k G_k X A_k to `out`."""
+        self._by_rows(lambda part: out[part].addmm_(self.total[part], matrix, alpha=self.long_ridge))
+        for vector, weight in zip(self.vectors, self.weights, strict=True):
+            inner = torch.empty_like(self.total)  # X v_kᵀ/‖v_k‖²
+            self._by_rows(lambda part, v=vector, out=inner: torch.mm(matrix[part], v.T, out=out[part]))
+            self._add_task(vector, weight, inner.mul_(weight), out)
 
-    def _apply(self, matrix: Tensor, out: Tensor) -> None:
-        """Σ_k G_k X A_k."""
-        torch.mm(self.total, matrix, out=out).mul_(self.long_ridge)
-        for vector, weight, own in zip(self.vectors, self.weights, self.rows, strict=True):
-            out.addmm_(own @ (matrix @ vector.T), vector, alpha=weight)
+    def _add_residual(self, merged: Tensor, out: Tensor) -> None:
+        """Add Σ_k G_k (v_k − τ) A_k to `out`."""
+        self._by_rows(lambda part: out[part].addmm_(self.total[part], merged, alpha=-self.long_ridge))
+        for vector, weight in zip(self.vectors, self.weights, strict=True):
+            inner = torch.empty_like(self.total)  # (v_k − τ) v_kᵀ/‖v_k‖² + ridge/l, whose other half is above
+            self._by_rows(lambda part, v=vector, out=inner: torch.mm(v[part] - merged[part], v.T, out=out[part]))
+            inner.mul_(weight).diagonal().add_(self.long_ridge)
+            self._add_task(vector, weight, inner, out)
+
+    def _add_task(self, vector: Tensor, weight: float, inner: Tensor, out: Tensor) -> None:
+        """Add G_k Y v_k to `out`, with Y (s, s)."""
+        own = gram(vector).mul_(weight)
+        own.diagonal().add_(self.short_ridge)  # G_k
+        self._by_rows(lambda part: out[part].addmm_(own[part] @ inner, vector))
+
+    def _by_rows(self, function: Callable[[slice], object]) -> None:
+        """Call a function with ranges of the s rows, in parallel."""
+        each(function, self.parts)
 
 
 def _dot(left: Tensor, right: Tensor) -> float:

@@ -75,6 +75,14 @@ class MergeMethod(ABC):
         """Whether the method needs a second copy of the whole tensors of all models."""
         return False
 
+    def extra_copies(self, models: int) -> int:
+        """The number of float32 copies of a tensor that the method needs besides the K task vectors and the usual five.
+
+        Args:
+            models: K.
+        """
+        return models if self.duplicates else 0
+
     @property
     def passes(self) -> int:
         """The number of passes over the models, with the merge itself. More if the sampled bounds miss a quantile."""

@@ -66,6 +66,9 @@ class Dare(MergeMethod):
     def finishes(self) -> bool:
         return self.method.finishes
 
+    def extra_copies(self, models: int) -> int:
+        return self.method.extra_copies(models)
+
     @property
     def passes(self) -> int:
         return self.method.passes

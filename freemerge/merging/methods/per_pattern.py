@@ -65,6 +65,9 @@ class PerPattern(MergeMethod):
     def finishes(self) -> bool:
         return any(method.finishes for method in self._methods)
 
+    def extra_copies(self, models: int) -> int:
+        return max(method.extra_copies(models) for method in self._methods)
+
     @property
     def passes(self) -> int:
         return max(method.passes for method in self._methods)

@@ -29,6 +29,9 @@ class MethodWrapper(MergeMethod):
         require(isinstance(self.method, MergeMethod), self, f"`method` must be a MergeMethod, got {self.method!r}")
         require_number(self, "scale", self.scale)
 
+    def extra_copies(self, models: int) -> int:
+        return super().extra_copies(models) + self.method.extra_copies(models)
+
     @property
     def passes(self) -> int:
         return self.method.passes

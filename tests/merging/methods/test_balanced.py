@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from freemerge.errors import MergeError
 from freemerge.merging import BalancedMerging, WeightAverage, merge_task_vectors
 
 
@@ -118,3 +119,9 @@ def test_embeddings_are_averaged():
 def test_parameters_are_checked(make, message):
     with pytest.raises(ValueError, match="BalancedMerging: " + message):
         make()
+
+
+def test_equations_that_are_singular_in_float32_are_refused():
+    deltas = [np.ones((40, 50)), 2 * np.ones((40, 50))]
+    with pytest.raises(MergeError, match="the equations of the tensor 'w' are singular in float32 with `ridge` 1e-30"):
+        merged(deltas, BalancedMerging(ridge=1e-30))
