@@ -53,18 +53,19 @@ def add_both(matrices: Tensor, weights: Sequence[float], covariance: Panels) -> 
     for matrix, weight in zip(matrices, weights, strict=True):
         own = gram(matrix.T if narrow else matrix)
         if narrow:
-            covariance.fill(
-                lambda part, panel, own=own, weight=weight: panel.add_(own[part.start :, part], alpha=weight)
-            )
-
-        def add(part: slice, matrix: Tensor = matrix, own: Tensor = own, weight: float = weight) -> None:
-            if narrow:
-                products[part].addmm_(matrix[part], own, alpha=weight)
-            else:
-                products[part].addmm_(own[part], matrix, alpha=weight)
-
-        each(add, column_parts(rows, matrices.device))
+            _add(own, weight, covariance)
+        _add_products(*((matrix, own) if narrow else (own, matrix)), weight, products)
     return products
+
+
+def _add(own: Tensor, weight: float, covariance: Panels) -> None:
+    """S += w C for a whole symmetric matrix."""
+    covariance.fill(lambda part, panel: panel.add_(own[part.start :, part], alpha=weight))
+
+
+def _add_products(left: Tensor, right: Tensor, weight: float, products: Tensor) -> None:
+    """B += w L R, by rows in parallel."""
+    each(lambda part: products[part].addmm_(left[part], right, alpha=weight), column_parts(len(products), left.device))
 
 
 def sum_covariances(matrices: Tensor, weights: Sequence[float]) -> Tensor:

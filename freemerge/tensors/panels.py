@@ -40,7 +40,7 @@ class Panels:
         runs = memory.split([rows * columns for rows, columns in shapes])
         self.panels = [run.view(shape) for run, shape in zip(runs, shapes, strict=True)]  # rows start at the diagonal
 
-    def fill(self, add: Callable[[slice, Tensor], None]) -> None:
+    def fill(self, add: Callable[[slice, Tensor], object]) -> None:
         """Call `add` with the columns of each panel and its memory, (n − first column, columns), in parallel."""
         each(lambda index: add(self.parts[index], self.panels[index]), range(len(self.parts)))
 
@@ -56,10 +56,7 @@ class Panels:
             whole = fresh((self.size, self.size), torch.float32, self.panels[0].device)
             for part, panel in zip(self.parts, self.panels, strict=True):
                 whole[part.start :, part] = panel
-        for part in self.parts:
-            whole[part, part.stop :] = whole[part.stop :, part].T
-            square = whole[part, part]
-            square.copy_(square.tril() + square.tril(-1).T)
+        mirror_(whole)
         return whole
 
     def factorize_(self) -> bool:
@@ -71,19 +68,20 @@ class Panels:
             if bool(failed):
                 return False
             panel[:width] = factor
-            if not len(panel) > width:
-                continue
-            below = panel[width:]
-            each(lambda rows, factor=factor: _divide_(rows, factor.T, upper=True), below.split(4 * _ROWS))
-            first = self.parts[index].stop
-
-            def reduce(later: int, below: Tensor = below, first: int = first) -> None:
-                part = self.parts[later]
-                own = below[part.start - first :]
-                self.panels[later].addmm_(own, own[: part.stop - part.start].T, alpha=-1)
-
-            each(reduce, range(index + 1, len(self.panels)))
+            self._reduce(index, factor)
         return True
+
+    def _reduce(self, index: int, factor: Tensor) -> None:
+        """One step of the factorization: a panel below its factor, and its part in all later ones."""
+        below, first = self.panels[index][len(factor) :], self.parts[index].stop
+
+        def reduce(later: int) -> None:
+            part = self.parts[later]
+            own = below[part.start - first :]
+            self.panels[later].addmm_(own, own[: part.stop - part.start].T, alpha=-1)
+
+        each(lambda rows: _divide_(rows, factor.T, upper=True), below.split(4 * _ROWS))
+        each(reduce, range(index + 1, len(self.panels)))
 
     def divide_(self, products: Tensor) -> Tensor:
         """X S⁻¹ = X L⁻ᵀ L⁻¹, given the factor; (R, n) float32, overwritten by the result."""
@@ -109,11 +107,24 @@ def column_parts(size: int, device: torch.device) -> list[slice]:
 
 
 def gram(matrix: Tensor) -> Tensor:
-    """A Aᵀ of (m, n) float32: (m, m), exactly symmetric."""
+    """A Aᵀ of (m, n) float32 or float64: (m, m), exactly symmetric."""
     rows = len(matrix)
-    panels = Panels(rows, matrix.device, fresh((rows, rows), matrix.dtype, matrix.device))
-    panels.fill(lambda part, panel: torch.mm(matrix[part.start :], matrix[part].T, out=panel))
-    return panels.full()
+    whole = fresh((rows, rows), matrix.dtype, matrix.device)
+
+    def multiply(part: slice) -> None:
+        torch.mm(matrix[part.start :], matrix[part].T, out=whole[part.start :, part])
+
+    each(multiply, column_parts(rows, matrix.device))
+    mirror_(whole)
+    return whole
+
+
+def mirror_(matrix: Tensor) -> None:
+    """Copy the lower triangle of (n, n) to the upper one, in place."""
+    for part in column_parts(len(matrix), matrix.device):
+        matrix[part, part.stop :] = matrix[part.stop :, part].T
+        square = matrix[part, part]
+        square.copy_(square.tril() + square.tril(-1).T)
 
 
 def _divide_(rows: Tensor, triangle: Tensor, upper: bool) -> Tensor:

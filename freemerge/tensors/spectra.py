@@ -10,8 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from freemerge.runtime.threads import load_linalg
+from freemerge.runtime.threads import each, load_linalg
 from freemerge.tensors.chunks import at_a_time
+from freemerge.tensors.panels import column_parts, gram
 
 _COLUMNS = 256  # columns that are processed at a time
 _LEAST = 1e-3  # fraction of the largest eigenvalue of a float32 Gram matrix that stands out from its rounding
@@ -29,15 +30,20 @@ def left_spectrum(matrix: Tensor, tolerance: float) -> tuple[Tensor, Tensor]:
         (m, r) and (r,) float64, largest first; r is 0 for a matrix of zeros.
     """
     load_linalg(matrix.device)
-    gram = torch.zeros(len(matrix), len(matrix), dtype=torch.float64, device=matrix.device)
-    for block in _blocks(matrix):
-        block = block.to(torch.float64)
-        gram.addmm_(block, block.T)
-    squares, directions = torch.linalg.eigh(gram)  # smallest first
-    del gram
+    squares, directions = torch.linalg.eigh(_exact_gram(matrix))  # smallest first
     values = squares.clamp(min=0).sqrt()
     rank = int((values > values[-1] * tolerance).sum())
     return directions[:, len(values) - rank :].flip(1), values[len(values) - rank :].flip(0)
+
+
+def _exact_gram(matrix: Tensor) -> Tensor:
+    """A Aᵀ of (m, n) float32, in float64: (m, m), of which only the lower triangle is computed."""
+    total = torch.zeros(len(matrix), len(matrix), dtype=torch.float64, device=matrix.device)
+    for block in _blocks(matrix):
+        block = block.to(torch.float64)
+        for part in column_parts(len(matrix), matrix.device):
+            total[part.start :, part].addmm_(block[part.start :], block[part].T)
+    return total
 
 
 def leading_components(matrix: Tensor, rank: int, tolerance: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -60,18 +66,41 @@ def leading_components(matrix: Tensor, rank: int, tolerance: float) -> tuple[Ten
         return matrix[:, :0].clone(), matrix[:0, 0].clone(), matrix[:0].clone()
     directions = None
     if 2 * rank <= len(matrix):
-        load_linalg(matrix.device)
-        squares, found = torch.linalg.eigh(matrix @ matrix.T)
-        if float(squares[-rank]) > max(_LEAST, 2 * tolerance**2) * float(squares[-1]):
-            directions = found[:, -rank:]
+        directions = leading_directions(gram(matrix), rank, tolerance)
     if directions is None:
         directions, values = (part[..., :rank].to(matrix.dtype) for part in left_spectrum(matrix, tolerance))
         return directions, values, directions.div(values).T @ matrix
-    rows = directions.T @ matrix
+    return turned(directions, directions.T @ matrix)
+
+
+def turned(directions: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The components U, σ, Vᵀ of D R, the part of a matrix in a few directions, largest first.
+
+    Args:
+        directions: D, (m, r) float32, orthonormal.
+        rows: R, (r, n) float32, r ≤ n.
+    """
     turns, values = left_spectrum(rows, 0.0)
-    turns = turns.to(matrix.dtype)
-    values = values.to(matrix.dtype)
+    turns, values = turns.to(rows.dtype), values.to(rows.dtype)
     return directions @ turns, values, (turns / values).T @ rows
+
+
+def leading_directions(products: Tensor, rank: int, tolerance: float, error: float = 1.0) -> Tensor | None:
+    """The directions of the r largest eigenvalues of a Gram matrix, if float32 determines their subspace.
+
+    Args:
+        products: A Aᵀ, (m, m) float32, of which the lower triangle is read.
+        rank: r, at least 1.
+        tolerance: directions with σ ≤ tolerance · σ_max count as rounding.
+        error: the rounding of the Gram matrix, in multiples of its own: more than 1 if it is a difference.
+
+    Returns:
+        (m, r), in ascending order; None if one of the directions might be affected by rounding.
+    """
+    load_linalg(products.device)
+    squares, found = torch.linalg.eigh(products)
+    least = max(_LEAST * error, 2 * tolerance**2)
+    return found[:, -rank:] if float(squares[-rank]) > least * float(squares[-1]) else None
 
 
 def components(matrix: Tensor, tolerance: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -112,15 +141,56 @@ def to_nearest_isometry_(matrix: Tensor, tolerance: float) -> Tensor:
     if matrix.shape[0] > matrix.shape[1]:
         return to_nearest_isometry_(matrix.T, tolerance)
     directions, values = left_spectrum(matrix, tolerance)
-    whitening = ((directions / values) @ directions.T).to(matrix.dtype)  # (A Aᵀ)^(−1/2), (m, m)
-    for block in _blocks(matrix):
-        block.copy_(whitening @ block)
+    whitening = gram(directions / values.sqrt()).to(matrix.dtype)  # (A Aᵀ)^(−1/2), (m, m)
+    each(lambda block: block.copy_(whitening @ block), _blocks(matrix))
     return values
+
+
+def extend_to_isometry_(rows: Tensor, products: Tensor, tolerance: float) -> None:
+    """Replace rows A = [B; Q], of which those of Q are orthonormal already, by the nearest orthonormal ones, in place.
+
+    A Aᵀ = [B Bᵀ, B Qᵀ; Q Bᵀ, 1] differs from 1 only in the directions of B and those of Q that B touches, at most twice
+    as many as B has rows. So a small eigenproblem determines (A Aᵀ)^(−1/2) A.
+
+    Args:
+        rows: A, (R, n) float32; overwritten.
+        products: [B Bᵀ, B Qᵀ], (rows of B, R) float64. Where B nearly lies in the span of Q, they must be more exact
+            than products of float32 rows.
+        tolerance: directions with σ ≤ tolerance · σ_max are left out.
+    """
+    count = len(products)
+    if count == 0:
+        return
+    load_linalg(rows.device)
+    own, fixed = rows[:count], rows[count:]
+    basis, triangle = torch.linalg.qr(products[:, count:].T)  # B Qᵀ = (basis · triangle)ᵀ
+    identity = torch.eye(len(triangle), dtype=products.dtype, device=products.device)
+    lower = torch.cat([triangle, identity], dim=1)
+    squares, directions = torch.linalg.eigh(torch.cat([torch.cat([products[:, :count], triangle.T], dim=1), lower]))
+    kept = squares.clamp(min=0).sqrt() > tolerance * squares[-1].sqrt()
+    change = gram(directions[:, kept] / squares[kept] ** 0.25)  # what (A Aᵀ)^(−1/2) is more than 1
+    change.diagonal().sub_(1)
+    change, basis = change.to(rows.dtype), basis.to(rows.dtype)
+
+    def extend(columns: slice) -> None:
+        changes = change @ torch.cat([own[:, columns], basis.T @ fixed[:, columns]])
+        own[:, columns] += changes[:count]
+        fixed[:, columns].addmm_(basis, changes[count:])
+
+    each(extend, column_parts(rows.shape[1], rows.device))
+
+
+def exact_products(left: Tensor, right: Tensor) -> Tensor:
+    """A Bᵀ of (a, n) and (b, n) float32, in float64: (a, b)."""
+    total = torch.zeros(len(left), len(right), dtype=torch.float64, device=left.device)
+    for one, other in zip(_blocks(left), _blocks(right), strict=True):
+        total.addmm_(one.to(total.dtype), other.to(total.dtype).T)
+    return total
 
 
 def _blocks(matrix: Tensor) -> tuple[Tensor, ...]:
     """Yield views of a few columns of (m, n) at a time."""
-    return matrix.split(at_a_time(_COLUMNS, matrix.device, len(matrix)), dim=1)
+    return matrix.split(at_a_time(_COLUMNS, matrix.device, matrix.shape[1]), dim=1)
 
 
 def rounding(rows: int, columns: int) -> float:

@@ -4,7 +4,14 @@ import numpy as np
 import pytest
 import torch
 
-from freemerge.tensors.spectra import leading_components, left_spectrum, rounding, to_nearest_isometry_
+from freemerge.tensors.spectra import (
+    exact_products,
+    extend_to_isometry_,
+    leading_components,
+    left_spectrum,
+    rounding,
+    to_nearest_isometry_,
+)
 
 
 def spectral(rows: int, columns: int, values: list[float]) -> torch.Tensor:
@@ -65,3 +72,34 @@ def test_fewer_leading_components_than_requested():
     assert (side.shape, values.shape, rows.shape) == ((9, 2), (2,), (2, 30))
     assert leading_components(matrix, 0, 0.0)[1].shape == (0,)
     assert leading_components(torch.zeros(4, 6), 2, 0.0)[2].shape == (0, 6)
+
+
+@pytest.mark.parametrize(("count", "fixed"), [(3, 20), (8, 5), (4, 0), (0, 6), (6, 24)])
+@pytest.mark.parametrize("apart", [True, False])
+def test_rows_beside_orthonormal_ones_become_the_nearest_isometry(count, fixed, apart):
+    """Whether the rows have directions of their own or nearly lie in the span of the orthonormal ones."""
+    draw = torch.randn(30, 30, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    others = torch.linalg.qr(draw).Q[:fixed]
+    own = torch.randn(count, 30, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    if not apart and fixed > count:
+        own = own @ others.T @ others + 0.03 * own
+    rows = torch.cat([own, others])
+    u, _, vh = torch.linalg.svd(rows, full_matrices=False)
+    found = rows.float()
+    extend_to_isometry_(found, own @ rows.T, rounding(*rows.shape))
+    torch.testing.assert_close(found.double(), u @ vh, atol=3e-5, rtol=0)
+
+
+def test_rows_that_are_only_rounding_beside_orthonormal_ones_are_left_out():
+    rows = torch.eye(4)[:, :3].contiguous()
+    rows[0] = rows[1]  # no direction of its own: both share one, as in the nearest isometry of a singular matrix
+    expected = torch.zeros(3, 3)
+    expected[:2, 1], expected[2, 2] = 0.5**0.5, 1.0
+    rows = rows[:3]
+    extend_to_isometry_(rows, rows[:1].double() @ rows.double().T, rounding(3, 3))
+    torch.testing.assert_close(rows, expected, atol=1e-6, rtol=0)
+
+
+def test_exact_products():
+    left, right = spectral(5, 700, [1.0, 1e-4]), spectral(7, 700, [1e-3])
+    torch.testing.assert_close(exact_products(left, right), left.double() @ right.double().T, atol=1e-18, rtol=1e-12)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -145,18 +146,22 @@ class _System:
         """Add Σ_k G_k X A_k to `out`."""
         self._by_rows(lambda part: out[part].addmm_(self.total[part], matrix, alpha=self.long_ridge))
         for vector, weight in zip(self.vectors, self.weights, strict=True):
-            inner = torch.empty_like(self.total)  # X v_kᵀ/‖v_k‖²
-            self._by_rows(lambda part, v=vector, out=inner: torch.mm(matrix[part], v.T, out=out[part]))
+            inner = self._product(matrix.__getitem__, vector)
             self._add_task(vector, weight, inner.mul_(weight), out)
 
     def _add_residual(self, merged: Tensor, out: Tensor) -> None:
         """Add Σ_k G_k (v_k − τ) A_k to `out`."""
         self._by_rows(lambda part: out[part].addmm_(self.total[part], merged, alpha=-self.long_ridge))
         for vector, weight in zip(self.vectors, self.weights, strict=True):
-            inner = torch.empty_like(self.total)  # (v_k − τ) v_kᵀ/‖v_k‖² + ridge/l, whose other half is above
-            self._by_rows(lambda part, v=vector, out=inner: torch.mm(v[part] - merged[part], v.T, out=out[part]))
-            inner.mul_(weight).diagonal().add_(self.long_ridge)
+            inner = self._product(partial(_difference, vector, merged), vector)
+            inner.mul_(weight).diagonal().add_(self.long_ridge)  # of v_k; that of τ is above
             self._add_task(vector, weight, inner, out)
+
+    def _product(self, rows: Callable[[slice], Tensor], vector: Tensor) -> Tensor:
+        """X v_kᵀ, (s, s), of a matrix whose rows are computed as they are needed."""
+        product = torch.empty_like(self.total)
+        self._by_rows(lambda part: torch.mm(rows(part), vector.T, out=product[part]))
+        return product
 
     def _add_task(self, vector: Tensor, weight: float, inner: Tensor, out: Tensor) -> None:
         """Add G_k Y v_k to `out`, with Y (s, s)."""
@@ -167,6 +172,10 @@ class _System:
     def _by_rows(self, function: Callable[[slice], object]) -> None:
         """Call a function with ranges of the s rows, in parallel."""
         each(function, self.parts)
+
+
+def _difference(left: Tensor, right: Tensor, part: slice) -> Tensor:
+    return left[part] - right[part]
 
 
 def _dot(left: Tensor, right: Tensor) -> float:

@@ -11,7 +11,18 @@ from torch import Tensor
 from freemerge.merging.methods.base import require, require_number, weighted_sum
 from freemerge.merging.methods.matrices import MatrixMethod
 from freemerge.runtime.threads import each
-from freemerge.tensors.spectra import leading_components, left_spectrum, rounding, to_nearest_isometry_
+from freemerge.tensors.panels import gram
+from freemerge.tensors.spectra import (
+    exact_products,
+    extend_to_isometry_,
+    leading_components,
+    leading_directions,
+    left_spectrum,
+    rounding,
+    turned,
+)
+
+_Components = tuple[Tensor, Tensor, Tensor]  # U, σ, Vᵀ, of which U has the shorter side
 
 
 @dataclass(frozen=True)
@@ -60,30 +71,42 @@ def _merge_wide(matrices: Tensor, common: int, own: int) -> Tensor:
     common = min(common, int((values > tolerance * values[:1]).sum()))
     if not len(values):  # the tasks cancel out
         directions = torch.eye(len(total), dtype=torch.float64, device=total.device)
-    directions = directions.to(total.dtype)
-    side, outside = directions[:, :common], directions[:, common:]
-    values = values[:common].to(total.dtype)
-    rows = (side / values).T @ total
+    outside = directions[:, common:].to(total.dtype)
 
-    def find(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def find(matrix: Tensor) -> _Components:
         inner = outside.T @ matrix
         left, spectrum, right = leading_components(inner, min(own, len(inner)), _floor(tolerance, matrix, inner))
         return outside @ left, spectrum, right
 
-    return _joined([*each(find, list(matrices)), (side, values, rows)], total)
+    shared = _Shared(total, directions[:, :common], values[:common])
+    return _joined(each(find, list(matrices)), shared)
 
 
 def _merge_tall(matrices: Tensor, common: int, own: int) -> Tensor:
     """Merge (K, m, n) with m > n, by the transposes: components (n, r), (r,), (r, m)."""
     tolerance = rounding(*matrices.shape[1:])
     total = weighted_sum(matrices, 1.0).T
-    side, values, rows = leading_components(total, common, tolerance)
+    directions, values = left_spectrum(total, tolerance)
+    shared = _Shared(total, directions[:, :common], values[:common])
+    rows = shared.rows
 
-    def find(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        rest = torch.addmm(matrix.T, matrix.T @ rows.T, rows, alpha=-1)
-        return leading_components(rest, own, _floor(tolerance, matrix, rest))
+    def find(matrix: Tensor) -> _Components:
+        """Components of v_kᵀ (1 − U_c U_cᵀ), (n, m), which is formed only if its Gram matrix is not exact enough."""
+        inside = rows @ matrix  # U_cᵀ v_k, (r, n)
+        rest = gram(matrix.T)
+        before = float(rest.diagonal().sum())
+        rest -= gram(inside.T)
+        after = float(rest.diagonal().sum())
+        found = None
+        if 0 < own <= len(rest) // 2 and after > 0:
+            found = leading_directions(rest, own, tolerance, error=max(1.0, before / after))
+        if found is None:
+            outside = torch.addmm(matrix.T, inside.T, rows, alpha=-1)
+            return leading_components(outside, own, _floor(tolerance, matrix, outside))
+        outside = torch.addmm((matrix @ found).T, (inside @ found).T, rows, alpha=-1)  # (t, m)
+        return turned(found, outside)
 
-    return _joined([*each(find, list(matrices)), (side, values, rows)], total).T
+    return _joined(each(find, list(matrices)), shared).T
 
 
 def _floor(tolerance: float, matrix: Tensor, rest: Tensor) -> float:
@@ -92,12 +115,37 @@ def _floor(tolerance: float, matrix: Tensor, rest: Tensor) -> float:
     return tolerance * max(1.0, whole / left) if left else tolerance
 
 
-def _joined(components: list[tuple[Tensor, Tensor, Tensor]], like: Tensor) -> Tensor:
+class _Shared:
+    """The common components of the sum of the task vectors.
+
+    Args:
+        total: the sum, (s, l) float32 with s ≤ l.
+        side: the common directions of the shorter side, (s, r) float64.
+        values: their singular values, (r,) float64.
+    """
+
+    def __init__(self, total: Tensor, side: Tensor, values: Tensor) -> None:
+        self.total, self.side, self.values = total, side, values
+        self.rows = (side / values).to(total.dtype).T @ total  # those of the longer side, (r, l)
+
+    def products(self, short: Tensor, long: Tensor) -> tuple[Tensor, Tensor]:
+        """Products of task-specific directions, (t, s) and (t, l), with themselves and the common ones, in float64."""
+        with_rows = exact_products(long, self.total) @ (self.side / self.values)  # more exact than those with `rows`
+        return (
+            torch.cat([exact_products(short, short), short.to(self.side.dtype) @ self.side], dim=1),
+            torch.cat([exact_products(long, long), with_rows], dim=1),
+        )
+
+
+def _joined(components: list[_Components], shared: _Shared) -> Tensor:
     """Components side by side, orthogonalized, with a flat spectrum."""
     sides, spectra, longs = zip(*components, strict=True)
-    short, spectrum, long = torch.cat(sides, dim=1), torch.cat(spectra), torch.cat(longs)
+    spectrum = torch.cat([*spectra, shared.values.to(shared.total.dtype)])
     if not len(spectrum):
-        return torch.zeros_like(like)
-    for factor in (short, long):
-        to_nearest_isometry_(factor, rounding(*factor.shape))
-    return short.mul_(spectrum.mean()) @ long
+        return torch.zeros_like(shared.total)
+    own, own_rows = torch.cat(sides, dim=1).T, torch.cat(longs)
+    factors = torch.cat([own, shared.side.T.to(own.dtype)]), torch.cat([own_rows, shared.rows])
+    for factor, products in zip(factors, shared.products(own, own_rows), strict=True):
+        extend_to_isometry_(factor, products, rounding(*factor.shape))
+    short, long = factors
+    return short.mul_(spectrum.mean()).T @ long
