@@ -2,6 +2,8 @@
 
     python tools/benchmark_papers.py                        # ViT-B/32, eight models: needs 20 GB of memory
     python tools/benchmark_papers.py --models 4             # half of it
+    python tools/benchmark_papers.py --large                # ViT-L/14, where `import torch` no longer counts: 70 GB
+    python tools/benchmark_papers.py --large --layers 4     # its first layers: the same matrices, 12 GB
     python tools/benchmark_papers.py --small --repeat 1     # tries it out
 
 The other side is a plain implementation of that arithmetic, written for this benchmark
@@ -18,7 +20,7 @@ from pathlib import Path
 
 from benchmark_merge import METHODS, merge_job, python
 from benchmarks.compare import compare
-from benchmarks.models import DEFAULT_FOLDER, small, vit, write_case
+from benchmarks.models import DEFAULT_FOLDER, small, vit, vit_large, write_case
 from benchmarks.processes import Job, confine, median, program, read_into_cache, remove, run_all
 from benchmarks.tables import Results, machine, met, mib
 
@@ -35,6 +37,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--methods", nargs="+", choices=list(PAIRS), default=list(PAIRS))
     parser.add_argument("--models", type=int, default=8)
+    parser.add_argument("--large", action="store_true", help="ViT-L/14 instead of ViT-B/32")
+    parser.add_argument("--layers", type=int, default=24, help="of ViT-L/14")
     parser.add_argument("--repeat", type=int, default=3, help="runs of every line; the median counts")
     parser.add_argument("--cores", type=int, default=2)
     parser.add_argument("--small", action="store_true", help="tiny models of the same names")
@@ -43,7 +47,7 @@ def main() -> None:
     arguments = parser.parse_args()
     confine(arguments.cores)
 
-    case = vit(arguments.models)
+    case = vit_large(arguments.models, layers=arguments.layers) if arguments.large else vit(arguments.models)
     case = small(case) if arguments.small else case
     inputs = write_case(case, arguments.folder)
     read_into_cache(inputs.files)

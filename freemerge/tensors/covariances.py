@@ -54,7 +54,8 @@ def add_both(matrices: Tensor, weights: Sequence[float], covariance: Panels) -> 
         own = gram(matrix.T if narrow else matrix)
         if narrow:
             _add(own, weight, covariance)
-        _add_products(*((matrix, own) if narrow else (own, matrix)), weight, products)
+        left, right = (matrix, own) if narrow else (own, matrix)
+        _add_products(left, right, weight, products)
     return products
 
 

@@ -75,12 +75,19 @@ class Inputs(NamedTuple):
         return sum(path.stat().st_size for path in self.files)
 
 
-def vit(models: int = 8, *, layers: int = 12, width: int = 768) -> Case:
+def vit_large(models: int = 8, *, layers: int = 24) -> Case:
+    """The vision tower of CLIP ViT-L/14 (303 M parameters), or its first layers."""
+    case = vit(models, layers=layers, width=1024, patch=14, positions=257)
+    depth = "" if layers == 24 else f", the first {layers} of its 24 layers"
+    return replace(case, name=f"vit-l-{layers}-{models}", title=f"CLIP ViT-L/14's vision tower{depth}, float32")
+
+
+def vit(models: int = 8, *, layers: int = 12, width: int = 768, patch: int = 32, positions: int = 50) -> Case:
     """The vision tower of CLIP ViT-B/32 (88 M parameters) in float32, one file per model."""
     shapes: dict[str, tuple[int, ...]] = {
         "embeddings.class_embedding": (width,),
-        "embeddings.patch_embedding.weight": (width, 3, 32, 32),
-        "embeddings.position_embedding.weight": (50, width),
+        "embeddings.patch_embedding.weight": (width, 3, patch, patch),
+        "embeddings.position_embedding.weight": (positions, width),
         "pre_layrnorm.weight": (width,),
         "pre_layrnorm.bias": (width,),
     }

@@ -133,25 +133,25 @@ class PCBMerging(MergeMethod):
             scan(lambda deltas: see(deltas.abs_()))
 
         def scores(see: Callable[[Tensor], None]) -> None:
-            scan(lambda deltas: see(self._scores(deltas, low, high)))
+            scan(lambda deltas: see(self._scores(deltas, _clamped(deltas, low, high), low, high)))
 
         low, high = order_statistics(magnitudes, clamp, shape, sample.abs(), gather).split(1, dim=1)
-        sample = self._scores(sample, low, high)  # overwrites an array of the same size
+        sample = self._scores(sample, _clamped(sample, low, high), low, high)  # overwrites an array of the same size
         range_ = order_statistics(scores, take, shape, sample, gather)
         return PCBStatistics(low, high, *range_.split(1, dim=1))
 
     def _balanced(self, values: Tensor, statistics: PCBStatistics) -> Tensor:
         """Σ_k λ_k·c_k·w_k / Σ_k w_k: (K, n) → (n,)."""
         low, high, threshold, maximum = (bound.to(values.device) for bound in statistics)
-        scores = self._scores(values, low, high)
+        clamped = _clamped(values, low, high)
+        scores = self._scores(values, clamped, low, high)
         spread = maximum - threshold
         level = (spread <= 0) & (scores >= threshold) & (scores > 0) if bool((spread <= 0).any()) else None
         weights = scores.sub_(threshold).clamp_(min=0).div_(torch.where(spread > 0, spread, 1.0))
         if level is not None:
             weights.masked_fill_(level, 1.0)
         total = weights.sum(0).clamp_(min=1e-12)
-        clamped = _clamped(values, low, high).mul_(values.sign_())
-        return weighted_sum(clamped.mul_(weights), self.scale).div_(total)
+        return weighted_sum(clamped.mul_(values.sign_()).mul_(weights), self.scale).div_(total)
 
     def _filtered(self, deltas: Tensor) -> Tensor:
         """(K, *shape) → (K, n), through the filter if there is one, which works in place."""
@@ -159,12 +159,12 @@ class PCBMerging(MergeMethod):
             each(self.filter.apply_, list(deltas))
         return flat(deltas)
 
-    def _scores(self, values: Tensor, low: Tensor, high: Tensor) -> Tensor:
-        """(K, n) task vectors and (K, 1) bounds → (K, n) scores."""
+    def _scores(self, values: Tensor, clamped: Tensor, low: Tensor, high: Tensor) -> Tensor:
+        """Task vectors and their clamped magnitudes, (K, n), and bounds, (K, 1) → (K, n) scores in new memory."""
         low, high = low.to(values.device), high.to(values.device)
         spread = high - low
         agreement = _tanh_(values * values.sum(0)) if self.inter == "sum" else None
-        normalized = _clamped(values, low, high).sub_(low).div_(torch.where(spread > 0, spread, 1.0))
+        normalized = (clamped - low).div_(torch.where(spread > 0, spread, 1.0))
         if agreement is None:
             signed = values.sign().mul_(normalized)
             if self.inter == "normalized":
@@ -176,6 +176,7 @@ class PCBMerging(MergeMethod):
 
 def _clamped(values: Tensor, low: Tensor, high: Tensor) -> Tensor:
     """Magnitudes of (K, n) clamped to the rows' bounds, (K, 1); in new memory."""
+    low, high = low.to(values.device), high.to(values.device)
     magnitudes = values.abs()  # in two steps: `clamp_` with tensor bounds takes six times as long
     torch.maximum(magnitudes, low, out=magnitudes)
     return torch.minimum(magnitudes, high, out=magnitudes)
