@@ -12,34 +12,48 @@ from __future__ import annotations
 
 import posixpath
 import re
+from collections.abc import Mapping
 from typing import Any
-
-from mkdocs.structure.files import File, Files
 
 _LINK = re.compile(r"(?<!!)\[((?:[^\[\]]|\[[^\]]*\])*)\]\((?!\w+:|#)([^)#\s]+)(#[^)\s]*)?\)")
 _CODE = re.compile(r"(^```.*?^```$)", re.MULTILINE | re.DOTALL)
 
 
-def on_files(files: Files, config: Any) -> Files:
+def on_files(files: Any, config: Any) -> Any:
     """Add the pages from outside of docs/."""
+    from mkdocs.structure.files import File
+
+    folder = posixpath.dirname(config["config_file_path"])
     for path, page in config["extra"]["pages"].items():
-        folder = posixpath.dirname(config["config_file_path"])
         files.append(File.generated(config, page, abs_src_path=posixpath.join(folder, path)))
     return files
 
 
-def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
-    """Rewrite the links of a page that lead out of docs/, outside of code blocks."""
-    pages = config["extra"]["pages"]
-    place = {site: path for path, site in pages.items()}.get(page.file.src_uri, f"docs/{page.file.src_uri}")
+def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
+    """Rewrite the links of a page."""
+    return rewrite_links(markdown, page.file.src_uri, config["extra"]["pages"], config["extra"]["source"])
+
+
+def rewrite_links(markdown: str, page: str, pages: Mapping[str, str], source: str) -> str:
+    """Rewrite the links that lead out of docs/, outside of code blocks.
+
+    Args:
+        markdown: the page's text.
+        page: its place in the site.
+        pages: path in the repository → place in the site, of the pages from outside of docs/.
+        source: where other files of the repository are; without it, the text of a link to one stays alone.
+
+    Returns:
+        The text with links that are relative to the page's place in the site.
+    """
+    place = {site: path for path, site in pages.items()}.get(page, f"docs/{page}")
 
     def rewrite(match: re.Match[str]) -> str:
         text, link, anchor = match[1], match[2], match[3] or ""
         path = posixpath.normpath(posixpath.join(posixpath.dirname(place), link))
         target = pages.get(path, path.removeprefix("docs/") if path.startswith("docs/") else None)
         if target is not None:
-            return f"[{text}]({posixpath.relpath(target, posixpath.dirname(page.file.src_uri))}{anchor})"
-        source = config["extra"]["source"]
+            return f"[{text}]({posixpath.relpath(target, posixpath.dirname(page) or '.')}{anchor})"
         return f"[{text}]({source}/{path}{anchor})" if source else text
 
     parts = _CODE.split(markdown)
