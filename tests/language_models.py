@@ -19,6 +19,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "gemma2": {"model_type": "gemma2", **GROUPED, "final_logit_softcapping": 0.1},
     "cohere": {"model_type": "cohere", **GROUPED, "logit_scale": 0.3},
     "granite": {"model_type": "granite", **GROUPED, "logits_scaling": 3.0},
+    "mamba": {"model_type": "mamba", **VOCABULARY, "hidden_size": 16, "num_hidden_layers": 2, "state_size": 4},
     "t5": {
         "model_type": "t5", **VOCABULARY, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2,
         "num_decoder_layers": 2, "num_heads": 2, "decoder_start_token_id": 0,

@@ -5,13 +5,14 @@ other changes of an expert are stored where PEFT has a place for them:
 
     weight of a linear, convolutional or embedding layer   factors; a whole change has those of full rank
     bias of such a layer                                   `lora_bias`, which is added to the layer's output
-    other layers, such as norms                            `modules_to_save`, the changed layer itself
+    other layers, if changed as a whole, such as norms     `modules_to_save`, the changed layer itself
 
 The keys and shapes are those of PEFT's `adapter_model.safetensors`.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -82,6 +83,8 @@ def as_lora(model: nn.Module, expert: LowRankExpert) -> LoraAdapter:
             if has_bias:
                 change = expert.whole[own["bias"]] if "bias" in own else torch.zeros(_outputs(module))
                 tensors[f"{_KEY}{layer}.lora_B.bias"] = change.to(_dtype(module))
+        elif factored := [name for name, stored in own.items() if stored in expert.left and not _embeds(module)]:
+            raise _no_place(f"{layer}.{factored[0]}".lstrip("."), f"is of a {type(module).__name__}, no linear layer")
         elif not any(module.children()) and layer:
             saved.append(layer)
             for name, value in module.state_dict().items():
@@ -90,7 +93,8 @@ def as_lora(model: nn.Module, expert: LowRankExpert) -> LoraAdapter:
             raise _no_place(f"{layer}.{next(iter(own))}".lstrip("."), "belongs to a layer with other layers inside")
     return LoraAdapter(
         _config(ranks, saved, has_bias, transposed),
-        {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
+        # copies: the factors of tied layers are one tensor, which PEFT reads under each name
+        {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()},
     )
 
 
@@ -164,7 +168,8 @@ def _dtype(module: nn.Module) -> torch.dtype:
 
 def _no_place(name: str, why: str) -> ValueError:
     """The error for a change that PEFT cannot express."""
+    pattern = re.sub(r"\.\d+\.", ".*.", name)  # of all layers
     return ValueError(
         f"tensor {name!r} {why}, so this expert cannot be a LoRA adapter; serve it with FreeModel, or leave the tensor "
-        f"out of the experts (experts.arguments: {{exclude: ['{name}']}}) and train them again"
+        f"out of the experts (experts.arguments: {{exclude: ['{pattern}']}}) and train them again"
     )

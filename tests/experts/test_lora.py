@@ -67,6 +67,7 @@ def chosen(backbone: LanguageBackbone, seed: int, *parts: str) -> dict[str, Tens
         ("gpt2", ("c_attn.weight", "wte", "wpe")),  # the head is tied to the embedding
         ("gpt2", ("c_attn", "wpe")),  # a bias beside an embedding
         ("t5", ("SelfAttention.q", "EncDecAttention.v", "wo", "layer_norm", "relative_attention_bias")),
+        ("t5", ("SelfAttention.q", "shared")),  # one tensor of three layers and, with another scale, of the head
         ("bart", ("q_proj", "fc1", "layer_norm")),
     ],
 )
@@ -123,10 +124,18 @@ def test_what_peft_cannot_say_is_refused_by_name() -> None:
         ValueError, match=r"tensor 'scale' belongs to a layer with other layers inside.*exclude: \['scale'\]"
     ):
         as_lora(own, expert)
+    grouped = nn.Sequential(nn.Conv2d(8, 8, 1, groups=2))
+    expert = extract_low_rank({"0.weight": torch.randn(8, 4, 1, 1)}, rank=1)
+    with pytest.raises(ValueError, match=r"tensor '0.weight' is of a Conv2d, no linear layer"):
+        as_lora(grouped, expert)
     attention = nn.Sequential(nn.MultiheadAttention(4, 2))
     expert = extract_low_rank({"0.out_proj.weight": torch.randn(4, 4)}, rank=1)
     with pytest.raises(ValueError, match=r"tensor '0.out_proj.weight' is read by nn.MultiheadAttention itself"):
         as_lora(attention, expert)
+    mamba = language_model("mamba")
+    expert = extract_low_rank(chosen(mamba, 0, "A_log"), rank=1)
+    with pytest.raises(ValueError, match=r"is of a MambaMixer.*exclude: \['backbone.layers.\*.mixer.A_log'\]"):
+        as_lora(mamba.model, expert)
     layer = nn.Linear(3, 3)
     twice = nn.ModuleDict({"one": layer, "two": layer})
     expert = extract_low_rank({"one.weight": torch.randn(3, 3)}, rank=1)

@@ -15,7 +15,7 @@ from tests.tiny import tiny_backbone
 PROMPTS = [[10, 5, 6, 7], [11, 8], [12, 9, 5], [10, 7, 8, 9, 6, 5], [11, 5, 9]]
 TASKS = ("a", "b", "plain")  # the last one has no expert
 OWN = [0, 1, 2, 0, 1]  # the first token names the task
-KINDS = ("llama", "gpt2", "t5", "bart")
+KINDS = ("llama", "gpt2", "mamba", "t5", "bart")
 
 
 class FirstToken(Router):

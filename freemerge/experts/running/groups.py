@@ -21,7 +21,7 @@ from freemerge.experts.kinds.sparse import SparseExpert
 from freemerge.experts.packed import PackedExpert
 from freemerge.experts.running.layerwise import UnusedLayers, substituted_unlocked
 from freemerge.experts.running.mixture import Mixture
-from freemerge.experts.running.one_pass import BatchChecks, fits_one_pass_unlocked, in_one_pass_unlocked
+from freemerge.experts.running.one_pass import BatchChecks, SharedState, fits_one_pass_unlocked, in_one_pass_unlocked
 from freemerge.experts.running.replicas import Workspace, workspace
 from freemerge.experts.running.switch import Overflows, attached
 from freemerge.experts.running.weight_cache import WeightCache, bind, places_of
@@ -33,6 +33,12 @@ Group = tuple[AnyExpert | None, int]
 """An expert, or None for the unchanged weights, and the number of samples that use it."""
 
 
+def _forward(run: nn.Module, inputs: Inputs) -> Tensor:
+    """A forward pass."""
+    outputs: Tensor = run(inputs)
+    return outputs
+
+
 def run_groups(
     run: nn.Module,
     module: nn.Module,
@@ -40,7 +46,7 @@ def run_groups(
     groups: Sequence[Group],
     one_pass: bool = True,
     cache: WeightCache | None = None,
-    call: Callable[[nn.Module, Inputs], Tensor] = lambda run, inputs: run(inputs),
+    call: Callable[[nn.Module, Inputs], Tensor] = _forward,
     join: Callable[[list[Tensor]], Tensor] = torch.cat,
 ) -> Tensor:
     """Run a module on a batch, with each group's expert added to the module's weights.
@@ -68,14 +74,17 @@ def run_groups(
             _check_whole(module)
         facts = _facts.setdefault(module, _Facts())
         kinds = {kind_in(expert) for expert, _ in groups if expert is not None}
-        may = one_pass and kinds == {LowRankExpert}
+        may = one_pass and kinds == {LowRankExpert} and not (facts.shares_state and call is not _forward)
         low_rank = [
             (one, count) for one, count in groups if one is None or isinstance(one, (LowRankExpert, PackedExpert))
         ]
         plans = own.plans if own.is_replica else None
         if may and fits_one_pass_unlocked(own[module], own[run], low_rank, inputs, facts.checks, plans):
-            with in_one_pass_unlocked(own[module], low_rank, plans):
-                return call(own[run], inputs)
+            try:
+                with in_one_pass_unlocked(own[module], low_rank, plans):
+                    return call(own[run], inputs)
+            except SharedState:  # a recurrent layer's state, say, whose forward pass alone can be split
+                facts.shares_state = True
         outputs, start = [], 0
         compared: set[str] = set()
         for expert, count in groups:
@@ -113,6 +122,7 @@ class _Facts:
     def __init__(self) -> None:
         self.checks: BatchChecks = {}
         self.by_parents: frozenset[str] = frozenset()  # layers whose tensors are used by their parent modules
+        self.shares_state = False  # whether generation passes a state of the whole batch to a layer that experts change
 
 
 _facts: WeakKeyDictionary[nn.Module, _Facts] = WeakKeyDictionary()

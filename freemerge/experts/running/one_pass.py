@@ -27,6 +27,8 @@ from freemerge.experts.tied import layers_that_change
 from freemerge.inputs import Inputs, batch_size, device_of, select
 
 _SMALL = 1 << 18  # values: 1 MiB in float32
+_SPLIT = (Tensor, int, float, str, NoneType)
+"""What a layer's arguments may be if it runs group by group."""
 
 Groups = Sequence[tuple[LowRankExpert | PackedExpert | None, int]]
 """An expert, or None for the unchanged weights, and its number of samples, in the order of the batch."""
@@ -136,6 +138,10 @@ def _follows(two: list[int], three: list[int], shared: bool) -> bool:
     return len(two) == len(three) and allowed.issuperset(zip(two, three, strict=True))
 
 
+class SharedState(RuntimeError):
+    """A layer that runs group by group was given an object that cannot be split, such as a cache of earlier tokens."""
+
+
 class _Layer:
     """Runs one layer that experts change.
 
@@ -157,8 +163,11 @@ class _Layer:
 
     def run_by_groups(self, *args, **kwargs) -> Tensor:
         """Run the layer group by group with changed tensors; returns its outputs (B, …)."""
+        values = (*args, *kwargs.values())
+        if len(self.groups) > 1 and not all(isinstance(value, _SPLIT) for value in values):
+            raise SharedState
         outputs, start = [], 0
-        times = next((times for value in (*args, *kwargs.values()) if (times := self._times(value))), 1)
+        times = next((times for value in values if (times := self._times(value))), 1)
         for changes, samples in self.groups:
             count = samples * times
             part = slice(start, start + count)
@@ -356,7 +365,7 @@ def _rows(
             for value in (*args, *kwargs.values(), output):
                 if isinstance(value, Tensor) and value.dim():
                     seen.setdefault(owner, []).append(len(value))
-                elif not isinstance(value, (Tensor, int, float, str, NoneType)):
+                elif not isinstance(value, _SPLIT):
                     seen.setdefault(owner, []).append(-1)
 
         return hook
