@@ -31,6 +31,6 @@ def run(config: jsonargparse.Namespace) -> int:
         return 2
     for task, facts in json.loads((folder / "adapters.json").read_text(encoding="utf-8"))["adapters"].items():
         kept = "" if facts["only_factors"] else ", for PEFT: not only linear layers"
-        print(f"{task}: rank {facts['rank']}, {facts['bytes'] / 1e6:.1f} MB{kept}")
+        print(f"{task}: rank {facts['rank']}, {facts['bytes']:,} bytes{kept}")
     print(f"{config.output}: backbone/, adapters/, adapters.json and README.md, which says how to serve them")
     return 0

@@ -125,7 +125,7 @@ def _readme(model: FreeModel, adapters: Mapping[str, Mapping[str, Any]]) -> str:
     lines = [
         "# A merged backbone with a LoRA adapter per task",
         "",
-        "Written by `python -m freemerge export-experts`. `adapters.json` lists the adapters.",
+        "Written by `python -m freemerge export-experts`. `adapters.json` lists the adapters. In this folder:",
         "",
         "```python",
         "from peft import PeftModel",
