@@ -151,6 +151,15 @@ def test_answers_in_the_data_are_not_read() -> None:
     )
 
 
+def test_padding_is_known_without_a_mask() -> None:
+    model = model_of("gpt2")
+    inputs = padded(PROMPTS, True)
+    expected = model.generate(inputs, max_new_tokens=6, do_sample=False)
+    answers = model.generate(inputs["input_ids"], max_new_tokens=6, do_sample=False)
+    assert answers.tokens.equal(expected.tokens)
+    assert answers.task.equal(expected.task)
+
+
 def test_lengths_are_those_before_the_end() -> None:
     backbone = language_model("llama")
     tokens = torch.tensor([[5, 2, 0], [2, 0, 0], [5, 6, 7], [5, 0, 0]])

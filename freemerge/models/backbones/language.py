@@ -188,7 +188,11 @@ class LanguageBackbone(HuggingFaceBackbone):
         given.pop("labels", None)
         ids = given["input_ids"]
         shown, kept = given.pop("prompt_mask", None), given.get("attention_mask")
-        mask = torch.ones_like(ids, dtype=torch.bool) if kept is None else kept.bool()
+        if kept is not None:
+            mask = kept.bool()
+        else:  # as transformers reads tokens without a mask
+            pad = self.model.generation_config.pad_token_id
+            mask = torch.ones_like(ids, dtype=torch.bool) if pad is None or pad in self._ends else ids != pad
         if shown is not None:
             mask = mask & shown.bool()
         on_left = self.kind == "causal_lm" if left is None else left
