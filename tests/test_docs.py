@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from tests.pages import BENCHMARKS, GUIDES, ROOT, blocks, name_of
+from tools import write_method_pages
 
 PAGES = sorted(
     {*ROOT.glob("docs/**/*.md"), *(ROOT / name for name in ("BENCHMARKS.md", "CONTRIBUTING.md", "README.md"))}
@@ -73,3 +74,11 @@ def test_every_program_imports_names_that_exist(page: Path, text: str) -> None:
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("freemerge"):
             module = importlib.import_module(node.module or "")
             assert [alias.name for alias in node.names if not hasattr(module, alias.name)] == []
+
+
+def test_the_pages_of_methods_are_up_to_date() -> None:
+    """With the docstrings of the classes and the tables of the benchmarks."""
+    pages = {name: ROOT / "docs" / "methods" / f"{name}.md" for name in write_method_pages.methods()}
+    texts = {name: page.read_text(encoding="utf-8") if page.is_file() else "" for name, page in pages.items()}
+    stale = [name for name, text in texts.items() if text != write_method_pages.write_page(name, text or None)]
+    assert stale == [], "run `python tools/write_method_pages.py`"

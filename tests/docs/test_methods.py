@@ -1,4 +1,4 @@
-"""Every merging method has a page, up to date with the class and the benchmarks."""
+"""Every merging method has a page; tests/test_docs.py checks that its generated parts are up to date."""
 
 from __future__ import annotations
 
@@ -19,10 +19,8 @@ def test_every_method_has_a_page_and_a_row() -> None:
 
 
 @pytest.mark.parametrize("name", tool.methods())
-def test_the_page_is_up_to_date(name: str) -> None:
-    text = (FOLDER / f"{name}.md").read_text(encoding="utf-8")
-    assert text == tool.write_page(name, text), "run `python tools/write_method_pages.py`"
-    assert "\n## When to use it\n" in text
+def test_a_page_says_when_to_use_the_method(name: str) -> None:
+    assert "\n## When to use it\n" in (FOLDER / f"{name}.md").read_text(encoding="utf-8")
 
 
 def test_a_page_states_the_numbers_of_the_benchmarks() -> None:
