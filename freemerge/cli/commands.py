@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from functools import cache
 from pathlib import Path
 
 import freemerge
@@ -56,6 +57,7 @@ def overview() -> str:
     return parser.format_help()
 
 
+@cache
 def methods() -> dict[str, str]:
     """Class name of each merging method → its description, the first line of its module.
 
