@@ -21,6 +21,7 @@ from functools import update_wrapper
 from typing import Any, TypeVar
 
 import torch
+import yaml
 from jsonargparse import Namespace, set_parsing_settings
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.accelerators import CPUAccelerator
@@ -241,6 +242,15 @@ class FreemergeCLI(LightningCLI):
         finally:
             trainer.logger = configured
 
+    def _dump_config(self) -> None:
+        """Describe the configuration for the modules' hyperparameters; Lightning's own method checks it once more."""
+        if hasattr(self, "config_dump"):
+            return
+        text = self.parser.dump(
+            self.config, skip_link_targets=False, skip_none=False, format="yaml", skip_validation=True
+        )
+        self.config_dump = yaml.safe_load(text)[self.config.subcommand]
+
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
         """Pass the Trainer a copy of the callbacks: Lightning adds its default callbacks to the list that it gets."""
         given = config.get("callbacks") or []
@@ -259,7 +269,7 @@ class FreemergeCLI(LightningCLI):
             return
         path = expand(settings.folder) / "config.yaml"
         assert self.subcommand is not None  # it is `fit`
-        text = self._parser(self.subcommand).dump(self.config[self.subcommand], skip_none=False)
+        text = self._parser(self.subcommand).dump(self.config[self.subcommand], skip_none=False, skip_validation=True)
         text = f"# python -m freemerge fit --config {path}\n{text}"
         self._suite_run(model, datamodule, settings.folder, ckpt_path, text).run(settings.stages)
 

@@ -25,10 +25,11 @@ from freemerge.pipeline.loggers import LogConfiguration, active_wandb_run, end_w
 from freemerge.pipeline.measure import Measure
 from freemerge.pipeline.progress import Progress
 from freemerge.pipeline.ranks import is_first
-from freemerge.pipeline.settings import STAGES, Settings, check_trainer
+from freemerge.pipeline.settings import STAGES, Settings
 from freemerge.pipeline.store.artifacts import Artifacts
 from freemerge.pipeline.store.replacing import difference
 from freemerge.pipeline.store.stage_folder import StageFolder, from_rank_zero
+from freemerge.pipeline.trainer_arguments import check_trainer
 from freemerge.pipeline.trainers import MakeTrainer, best_of
 from freemerge.training import (
     BestCheckpoint,

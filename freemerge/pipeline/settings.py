@@ -5,47 +5,19 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from difflib import get_close_matches
-from typing import TYPE_CHECKING, Any, Literal, TypedDict, get_type_hints
+from typing import Any, Literal
 
-import lightning as L
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 
 from freemerge.experts import Encoding, Expert, extract, extract_low_rank, kind_of
 from freemerge.merging import FRMerging, MergeMethod, PCBMerging, TaskArithmetic, Ties, WeightAverage, has_scale
-from freemerge.pipeline.loggers import check_loggers
+from freemerge.pipeline.trainer_arguments import TrainerArguments, check_trainer
 from freemerge.training import Schedule, check_mixup
 from freemerge.tuning import Range, Sampler
 
 Stage = Literal["pretrain", "finetune", "merge", "experts", "router", "evaluate"]
 STAGES: tuple[Stage, ...] = ("pretrain", "finetune", "merge", "experts", "router", "evaluate")
-
-TrainerArguments = dict[str, Any]
-if not TYPE_CHECKING:  # the parser checks and instantiates callbacks, profilers, … as those of `trainer`
-    _HINTS = {name: hint for name, hint in get_type_hints(L.Trainer.__init__).items() if name != "return"}
-    _HINTS["logger"] = bool | str | dict[str, Any] | list[str | dict[str, Any]] | None  # each fit makes its own
-    TrainerArguments = TypedDict("TrainerArguments", _HINTS, total=False)
-
-
-def check_trainer(where: str, overrides: dict[str, Any]) -> None:
-    """Check the Trainer arguments of a stage.
-
-    Args:
-        where: the stage, for the message.
-        overrides: the arguments.
-
-    Raises:
-        ValueError: the Trainer has no such argument, or `logger` is not the configuration of a logger.
-    """
-    known = inspect.signature(L.Trainer.__init__).parameters
-    check_loggers(f"{where}.trainer.logger", overrides.get("logger"))
-    for key in overrides:
-        if key not in known:
-            near = get_close_matches(key, known, n=1)
-            raise ValueError(
-                f"{where}.trainer: Trainer has no argument {key!r}" + (f"; did you mean {near[0]!r}?" if near else "")
-            )
 
 
 @dataclass
