@@ -26,23 +26,11 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 
-_LARGE = [
-    "lightning.pytorch.cli",
-    "peft",
-    "torchvision",
-    "torch.distributed.checkpoint",
-    "torch.distributed.run",
-    "matplotlib.pyplot",
-    "sklearn.linear_model",
-    "transformers.models.vit.modeling_vit",
-    "transformers.models.bert.modeling_bert",
-]
-
 
 def forkserver() -> Any:
     """The context of processes that begin with the large packages imported."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_LARGE)
+    context.set_forkserver_preload(["tests.large_packages"])
     return context
 
 
