@@ -80,7 +80,7 @@ class OneLineErrors(ArgumentParser):
         self._problems = Problems(command or self, arguments[1:] if command else arguments)
         if isinstance(command, OneLineErrors):
             command._problems = self._problems
-        with _fresh_arguments():
+        with _fresh_arguments(), _interpolations_in_one_line(arguments[0] if command else ""):
             return super().parse_args(arguments, *more, **kwargs)
 
     def parse_path(self, cfg_path: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Namespace:
@@ -116,6 +116,28 @@ class OneLineErrors(ArgumentParser):
         if not self.exit_on_error:
             super().error(message, ex)
         fail(self._problems.explain(ex or message) if self._problems else innermost(ex or message))
+
+
+@contextmanager
+def _interpolations_in_one_line(command: str) -> Iterator[None]:
+    """Inside the block, a `${…}` that cannot be resolved ends the program with one line that names its key.
+
+    Args:
+        command: the subcommand, which is the first part of every key; empty if there is none.
+    """
+    try:
+        yield
+    except Exception as error:
+        errors = sys.modules.get("omegaconf.errors")  # imported by jsonargparse, where interpolation is on
+        if errors is None or not isinstance(error, errors.OmegaConfBaseException):
+            raise
+        key = str(getattr(error, "full_key", None) or "").removeprefix(f"{command}.")
+        reason = str(error).partition("\n")[0]
+        if missing := re.search(r"\(resolved to '(.+)'\)", reason):
+            reason = f"${{…}} refers to {missing[1].removeprefix(f'{command}.')!r}, which is not in the configuration"
+        elif isinstance(error, errors.GrammarParseError):
+            reason = "${…} has a syntax error, or refers to itself"
+        fail(f"{key}: {reason}")
 
 
 @contextmanager

@@ -198,6 +198,29 @@ def test_several_configs_layer_and_the_command_line_wins(capsys) -> None:
     assert config["data"]["class_path"] == "tests.tiny.TinySuite"
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("run: {folder: '${nope}'}", "run.folder: ${…} refers to 'nope', which is not in the configuration"),
+        (
+            "run: {folder: 'runs/${run.name}'}",
+            "run.folder: ${…} refers to 'run.name', which is not in the configuration",
+        ),
+        ("run: {folder: '${run.folder}'}", "run.folder: ${…} has a syntax error, or refers to itself"),
+        ("run: {folder: '${nope'}", "run.folder: ${…} has a syntax error, or refers to itself"),
+        ("run: {folder: '${nope:1}'}", "run.folder: Unsupported interpolation type nope"),
+        ("data: suite.yaml", "data.init_args.seed: ${…} refers to 'data.seed_everything', which"),
+    ],
+)
+def test_an_interpolation_that_leads_nowhere_is_one_line(tmp_path, capsys, text: str, message: str) -> None:
+    (tmp_path / "suite.yaml").write_text("class_path: tests.tiny.TinySuite\ninit_args: {seed: '${seed_everything}'}")
+    (tmp_path / "bad.yaml").write_text(text)
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", "--config", TINY, "--config", str(tmp_path / "bad.yaml"), "--print_config"])
+    assert stop.value.code == 2
+    assert _one_line(capsys).startswith(f"error: {message}")
+
+
 def test_interpolation_reaches_the_data(run: Path, tmp_path) -> None:
     arguments = ["fit", "--config", TINY, "--run.folder", str(tmp_path), "--seed_everything", "5"]
     assert main([*arguments, "--run.stages", "[pretrain]"]) == 0
