@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
@@ -75,13 +76,14 @@ def class_embeddings(
 
     Args:
         embed: N texts → embeddings (N, F).
-        class_names: C names; underscores are read as spaces.
+        class_names: C names; underscores are read as spaces, unless they stand between two spaces.
         templates: T prompts with one `{}` each.
 
     Returns:
         (C, F) float32.
     """
-    prompts = [template.replace("{}", name.replace("_", " ")) for name in class_names for template in templates]
+    readable = [re.sub("(?<! )_|_(?! )", " ", name) for name in class_names]
+    prompts = [template.replace("{}", name) for name in readable for template in templates]
     parts = [embed(prompts[at : at + _PROMPTS_AT_ONCE]) for at in range(0, len(prompts), _PROMPTS_AT_ONCE)]
     each = F.normalize(torch.cat(parts).float(), dim=-1)  # (C · T, F)
     return F.normalize(each.unflatten(0, (len(class_names), len(templates))).mean(dim=1), dim=-1)

@@ -14,6 +14,7 @@ from freemerge.models import (
     head_from_state,
     prototypes,
 )
+from freemerge.models.class_heads import class_embeddings
 from tests.configs import tiny_files
 from tests.configs.test_configs import BERT, VIT
 
@@ -53,6 +54,17 @@ def test_a_head_by_cosine_keeps_float32_under_autocast() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         assert head(features.bfloat16()).dtype == torch.float32
     assert head.to("meta")(features.to("meta")).shape == (1, 2)
+
+
+def test_underscores_are_spaces_unless_they_stand_between_two() -> None:
+    seen: list[str] = []
+
+    def embed(texts: list[str]) -> torch.Tensor:
+        seen.extend(texts)
+        return torch.ones(len(texts), 2)
+
+    class_embeddings(embed, ["hot_dog", "a _ b", "_x_"], ["the {}!"])
+    assert seen == ["the hot dog!", "the a _ b!", "the  x !"]
 
 
 @pytest.mark.parametrize("pooling", ["mean", "cls", "pooler"])
