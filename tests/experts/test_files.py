@@ -1,8 +1,6 @@
 """Expert files: exact positions, values within half a quantization step, small files, and refusals."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from freemerge.checkpoints import CheckpointError, hash_tensors, save_checkpoint
 from freemerge.experts import Expert, emr_experts, extract, extract_low_rank, load_expert, save_expert
 from freemerge.experts.codec import decode_positions, decode_values, deflate, encode_positions, encode_values, inflate
+from tests import processes
 from tests.models.own_parts import ShiftExpert
 
 
@@ -176,7 +175,8 @@ def test_a_file_of_a_user_made_kind_is_imported_only_if_allowed(tmp_path: Path) 
         "assert 'tests.models.own_parts' not in sys.modules\n"
         "print(load_expert(sys.argv[1], trust_remote_code=True).dense()['w'].tolist())"
     )
-    run = subprocess.run([sys.executable, "-c", script, str(path)], capture_output=True, text=True, check=True)
+    run = processes.run("-c", script, path)
+    assert run.returncode == 0, run.stderr
     said, loaded = run.stdout.strip().splitlines()
     assert f"{path}: unknown kind of expert 'shift'; import tests.models.own_parts first" in said
     assert loaded == str([[0.5] * 3] * 2)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import torch
@@ -14,6 +12,7 @@ from freemerge.cli import main
 from freemerge.data import Task
 from freemerge.models import Backbone, TransformersBackbone
 from freemerge.quickstart import QuickstartSuite
+from tests import processes
 
 ROOT = Path(__file__).parent.parent.parent
 BASE = "freemerge.quickstart:base"
@@ -52,8 +51,9 @@ def test_the_recipe_and_its_tool_make_such_a_folder(tmp_path: Path, monkeypatch,
              "--pretrain.trainer.limit_val_batches", "1"]  # fmt: skip
     arguments = ["fit", "--config", "configs/quickstart_base.yaml", "--run.folder", str(tmp_path / "run")]
     assert main([*arguments, *short, "--trainer.enable_progress_bar", "false"]) == 0
-    tool = [sys.executable, "tools/pack_quickstart_base.py", str(tmp_path / "run"), "--output", str(tmp_path / "base")]
-    subprocess.run(tool, check=True, capture_output=True)
+    tool = ROOT / "tools" / "pack_quickstart_base.py"
+    packed = processes.run(tool, tmp_path / "run", "--output", tmp_path / "base")
+    assert packed.returncode == 0, packed.stderr
     made = TransformersBackbone(pretrained=str(tmp_path / "base"), pooling="mean").weights()
     trained = load_checkpoint(tmp_path / "run" / "base.safetensors")
     shipped = TransformersBackbone(pretrained=BASE, pooling="mean").weights()

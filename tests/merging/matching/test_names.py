@@ -12,6 +12,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from freemerge.merging import MergeError, TaskArithmetic, merge
+from tests import processes
 
 TEXT = {
     "vocab_size": 13, "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
@@ -224,9 +225,8 @@ def test_the_command_reports_tensors_left_out(tmp_path):
         "--output",
         "o.safetensors",
     ]
-    done = subprocess.run(
-        [sys.executable, "-m", "freemerge", "merge", *argv], capture_output=True, text=True, cwd=tmp_path, check=True
-    )
+    done = processes.run("-m", "freemerge", "merge", *argv, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
     assert done.stderr.splitlines() == ["note: x.pt: left out, as the base has no such tensors: head.weight, head.bias"]
 
 
