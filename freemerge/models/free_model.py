@@ -46,7 +46,7 @@ from freemerge.experts import (
 from freemerge.inputs import Inputs, batch_size, device_of, join_padded, select
 from freemerge.models.answers import FreeAnswers, Prompts, read_prompts
 from freemerge.models.backbones.base import Backbone
-from freemerge.models.backbones.language import in_order
+from freemerge.models.backbones.prompts import in_order
 from freemerge.models.by_task import TaskModules
 from freemerge.models.expert_state import LAYOUT, StateKeys, experts_from_state, experts_to_state, is_expert_key
 from freemerge.models.routers import Router

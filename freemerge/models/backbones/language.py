@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +14,10 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from freemerge.checkpoints import expand_name
-from freemerge.inputs import IGNORED, Inputs, join_padded, named, select, to_device
+from freemerge.inputs import IGNORED, Inputs, named, select, to_device
 from freemerge.models.backbones.hugging_face import Dtype, HuggingFaceBackbone, load_model
-
-_READ_PADDING = {
-    "repetition_penalty": 1.0, "encoder_repetition_penalty": 1.0, "no_repeat_ngram_size": 0,
-    "encoder_no_repeat_ngram_size": 0, "sequence_bias": None, "bad_words_ids": None, "guidance_scale": 1.0,
-    "prompt_lookup_num_tokens": None,
-}  # fmt: skip
-_COUNT_PADDING = ("max_length", "min_length", "logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn",
-                  "assistant_model", "custom_generate")  # fmt: skip
-"""Arguments of transformers' `generate` for which a padded prompt is another one than alone."""
+from freemerge.models.backbones.prompts import in_order, padded, reads_padding
+from freemerge.models.backbones.tokenizers import find_tokenizer, load_tokenizer
 
 
 class LanguageBackbone(HuggingFaceBackbone):
@@ -196,7 +189,7 @@ class LanguageBackbone(HuggingFaceBackbone):
         if shown is not None:
             mask = mask & shown.bool()
         on_left = self.kind == "causal_lm" if left is None else left
-        return _padded(given, mask, self.pad_token, on_left)
+        return padded(given, mask, self.pad_token, on_left)
 
     @property
     def pad_token(self) -> int:
@@ -246,10 +239,7 @@ class LanguageBackbone(HuggingFaceBackbone):
         """
         lengths = named(prompts)["attention_mask"].sum(dim=1)
         every = torch.arange(len(lengths), device=lengths.device)
-        asked = arguments.get("generation_config")
-        usual = {**vars(self.model.generation_config), **(vars(asked) if asked is not None else {}), **arguments}
-        lasting = any(usual.get(name) not in (None, neutral) for name, neutral in _READ_PADDING.items())
-        if not lasting and not any(arguments.get(name) or getattr(asked, name, None) for name in _COUNT_PADDING):
+        if not reads_padding(arguments, self.model.generation_config):
             return [every]
         return [every[lengths == length] for length in lengths.unique().tolist()]
 
@@ -301,7 +291,7 @@ class LanguageBackbone(HuggingFaceBackbone):
                 f"{type(self).__name__}: there is no tokenizer for texts; set `tokenizer` to a hub id or folder, or "
                 "pass input_ids"
             )
-        return _tokenizer(self.tokenizer, _changed(self.tokenizer))
+        return load_tokenizer(self.tokenizer)
 
     def encode(self, texts: Sequence[str]) -> dict[str, Tensor]:
         """The inputs of prompts, tokenized as text sources do it for training.
@@ -347,61 +337,3 @@ class LanguageBackbone(HuggingFaceBackbone):
     def recipe(self) -> dict[str, Any]:
         """The constructor arguments that a folder stores; see `Backbone.recipe`."""
         return {"dtype": self.dtype, "auto_class": self.auto_class}
-
-
-def _padded(given: dict[str, Any], mask: Tensor, pad: int, left: bool) -> dict[str, Any]:
-    """Inputs (B, L) of the tokens in a mask (B, L) bool, in order, padded on one side to the longest row's length."""
-    order = (mask if left else ~mask).to(torch.uint8).argsort(dim=1, stable=True)  # the kept tokens on one side
-    width = max(1, int(mask.sum(dim=1).max()))
-    part = slice(-width, None) if left else slice(width)
-    kept = mask.gather(1, order)[:, part]  # (B, P)
-
-    def moved(tensor: Any) -> Any:
-        return tensor.gather(1, order)[:, part] if isinstance(tensor, Tensor) and tensor.shape == mask.shape else tensor
-
-    moved_all = {name: moved(tensor) for name, tensor in given.items()}
-    ids = moved_all["input_ids"].masked_fill(~kept, pad)
-    return {**moved_all, "input_ids": ids, "attention_mask": kept.long()}
-
-
-def in_order(answers: Sequence[Tensor], parts: Sequence[Tensor], pad: int) -> Tensor:
-    """Join the answers to parts of a batch.
-
-    Args:
-        answers: int64 (b·R, N) of each part.
-        parts: int64 (b,), the samples of each part.
-        pad: the padding token.
-
-    Returns:
-        (B·R, N) in the order of the batch.
-    """
-    order = torch.cat(list(parts)).argsort()
-    joined = join_padded(answers, pad)
-    return joined.view(len(order), -1, joined.shape[1])[order].flatten(0, 1)
-
-
-@lru_cache(maxsize=4)
-def _tokenizer(name: str, changed: int) -> Any:
-    """The tokenizer of a hub id or folder, which was changed at a given time."""
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{name}: the tokenizer cannot be loaded ({reason})") from error
-
-
-def _changed(name: str) -> int:
-    """When a folder's files were changed, in nanoseconds; 0 for a hub id."""
-    files = Path(name).iterdir() if Path(name).is_dir() else ()
-    return max((file.stat().st_mtime_ns for file in files), default=0)
-
-
-def find_tokenizer(pretrained: str | None) -> str | None:
-    """The hub id or folder of a pretrained model, unless it is a folder without a tokenizer's files."""
-    if pretrained is None:
-        return None
-    name = expand_name(pretrained)
-    files = ("tokenizer*", "vocab*", "*.model", "*.tiktoken")
-    return None if Path(name).is_dir() and not any(any(Path(name).glob(file)) for file in files) else name

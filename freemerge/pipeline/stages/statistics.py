@@ -75,14 +75,14 @@ def _measured(run: RunContext, method: MeasuredMethod) -> Iterator[tuple[str, di
 def _learned(run: RunContext, method: AdaMerging) -> Iterator[tuple[str, dict[str, Tensor]]]:
     """Yield each task with its coefficients; all coefficients are learned together."""
     device, tasks = run.measure.device, run.suite.names
-    start, finetuned = run.files.base_weights(), run.files.finetuned_weights()
-    begun = run.measure.with_own_statistics(merge(start, finetuned, TaskArithmetic(method.initial)))
+    start = run.files.base_weights()
+    begun = run.measure.with_own_statistics(merge(start, run.files.finetuned_paths(), TaskArithmetic(method.initial)))
     backbone = run.files.backbone(begun).eval().to(device)
     names = [name for name, value in backbone.model.named_parameters() if value.is_floating_point()]
     heads = {task: head.eval().to(device) for task, head in run.files.heads().items()}
     vectors = {}
     for task in tasks:
-        vector = task_vector(start, finetuned[task])
+        vector = task_vector(start, run.files.finetuned(task))
         vectors[task] = {name: vector[name].to(device) for name in names}
 
     def predict(task: str, weights: Any, inputs: Inputs) -> Tensor:

@@ -24,7 +24,7 @@ from rich.console import Console
 from torch import Tensor
 
 import freemerge
-from freemerge.checkpoints import expand, hash_tensors, save_checkpoint
+from freemerge.checkpoints import expand, hash_tensors, load_checkpoint, save_checkpoint
 from freemerge.evaluation import Report, Row, comparable, mean_score
 from freemerge.merging import Candidates, MeasuredMethod, MergeMethod, describe_method, get_field, rescaled
 from freemerge.pipeline.measure import Measure
@@ -99,13 +99,13 @@ class Tuning:
 
     def _inputs(self) -> dict[str, Any]:
         """What the search depends on, without the budget, so that a larger budget continues the search."""
-        weights = {"base": self.base, **self.finetuned}
+        hashes = {task: hash_tensors(load_checkpoint(path)) for task, path in self.finetuned.items()}
         return {
             "method": describe_method(self._configured),
             "space": {path: vars(bounds) for path, bounds in self.space.ranges.items()},
             "sampler": self.settings.sampler,
             "goal": self.settings.goal,
-            "models": {name: hash_tensors(tensors) for name, tensors in weights.items()},
+            "models": {"base": hash_tensors(self.base), **hashes},
             "heads": {task: hash_tensors(head.state_dict()) for task, head in self.heads.items()},
         }
 
@@ -183,7 +183,7 @@ class Tuning:
 
     @cached_property
     def candidates(self) -> Candidates:
-        """The fine-tuned models in memory, which every trial merges."""
+        """The fine-tuned models, which every trial merges; their task vectors stay in memory if there is room."""
         return Candidates(self.base, self.finetuned)
 
     def _try(self, search: Search, others: Others | None) -> None:
@@ -221,8 +221,8 @@ class Tuning:
         """Task → score of its own fine-tuned model, with the head that it was fine-tuned with."""
         scores: dict[str, float] = {}
         heads = self.files.heads(shared=False, run=self.models)
-        for task, weights in self.finetuned.items():
-            scores |= self.measure.shared(weights, heads, {task: loaders[task]})
+        for task, path in self.finetuned.items():  # one model in memory at a time
+            scores |= self.measure.shared(load_checkpoint(path), heads, {task: loaders[task]})
         return scores
 
     def _value(self, scores: Mapping[str, float], individual: Mapping[str, float]) -> float:

@@ -100,18 +100,18 @@ class Artifacts:
         """The weights of the backbone of one task's individual model."""
         return load_checkpoint(self._require_folder(self.finetune_stage(task)) / "backbone.safetensors")
 
-    def finished(self, run: Path | None = None) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
-        """The base, and task → its individual model's backbone.
+    def finished(self, run: Path | None = None) -> tuple[dict[str, Tensor], dict[str, Path]]:
+        """The base, and task → the file of its individual model's backbone.
 
         Args:
             run: a run folder whose files to take as they are; None for this run's own, by their keys.
         """
         if run is None:
-            return self.base_weights(), self.finetuned_weights()
+            return self.base_weights(), self.finetuned_paths()
         base = run / "base.safetensors"
         return (
             load_checkpoint(base) if base.exists() else self.tuner.backbone.weights(),
-            {task: load_checkpoint(run / "finetune" / task / "backbone.safetensors") for task in self.suite.names},
+            {task: run / "finetune" / task / "backbone.safetensors" for task in self.suite.names},
         )
 
     def heads(self, shared: bool = True, run: Path | None = None) -> dict[str, nn.Module]:
