@@ -8,6 +8,7 @@ from freemerge.checkpoints.hub import locate
 from freemerge.checkpoints.memory import find_tied
 from freemerge.checkpoints.opening import load_checkpoint, open_checkpoint
 from freemerge.checkpoints.places import expand, expand_name
+from freemerge.checkpoints.publishing import check_repository, push_folder
 from freemerge.checkpoints.writing.folder import check_folder, read_origin
 from freemerge.checkpoints.writing.saving import save_checkpoint
 from freemerge.errors import CheckpointError
@@ -18,6 +19,7 @@ __all__ = [
     "TaskRecord",
     "TensorSpec",
     "check_folder",
+    "check_repository",
     "expand",
     "expand_name",
     "find_prefix",
@@ -27,6 +29,7 @@ __all__ = [
     "load_checkpoint",
     "locate",
     "open_checkpoint",
+    "push_folder",
     "read_origin",
     "read_record",
     "save_checkpoint",

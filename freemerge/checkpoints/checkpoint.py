@@ -45,6 +45,7 @@ class Checkpoint(Mapping[str, Tensor]):
         metadata: the file's own metadata, for formats that have it.
         buffers: names of tensors that are buffers of a module, not its parameters.
         alone: names of an adapter's tensors that change only one module and no other that shares its weight.
+        layers: for a stack of other models' layers, the number that each layer had; see `stacking`.
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class Checkpoint(Mapping[str, Tensor]):
         metadata: Mapping[str, str] | None = None,
         buffers: Iterable[str] = (),
         alone: Iterable[str] = (),
+        layers: Iterable[int] | None = None,
     ) -> None:
         self.label = label
         self.tied = dict(tied or {})
@@ -74,6 +76,7 @@ class Checkpoint(Mapping[str, Tensor]):
         self.metadata = dict(metadata or {})
         self.buffers = frozenset(buffers)
         self.alone = frozenset(alone)
+        self.layers = None if layers is None else tuple(layers)
         self._specs = dict(specs)
         self._read = read
         self._bind = bind

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import NamedTuple
 
 from freemerge.checkpoints.places import expand, packaged, snapshot
 from freemerge.errors import CheckpointError
@@ -36,21 +37,56 @@ def locate(source: str | os.PathLike[str]) -> Path:
         CheckpointError: the Hub has no such model, revision or subfolder, or it cannot be reached and the cache does
             not hold the model.
     """
-    path = expand(source)
+    if (named := find_id(source)) is not None:
+        return _download(*named)
     if isinstance(source, str) and (inside := packaged(source)) is not None:
         return inside
-    if path.exists() or not isinstance(source, str) or (named := _ID.fullmatch(source)) is None:
-        return snapshot(path)
-    if Path(source.partition("/")[0]).exists() or source.endswith(_ENDINGS):
-        return path
-    return _download(source, named["repository"], named["revision"], named["subfolder"])
+    return snapshot(expand(source))
+
+
+class HubId(NamedTuple):
+    """The name of a model on the Hub."""
+
+    text: str  # as the user wrote it
+    repository: str
+    revision: str | None
+    subfolder: str | None
+
+
+def find_id(source: str | os.PathLike[str]) -> HubId | None:
+    """The name on the Hub that a source is; None for paths, and for what looks like one."""
+    if not isinstance(source, str) or packaged(source) is not None or expand(source).exists():
+        return None
+    named = _ID.fullmatch(source)
+    if named is None or Path(source.partition("/")[0]).exists() or source.endswith(_ENDINGS):
+        return None
+    return HubId(source, named["repository"], named["revision"], named["subfolder"])
 
 
 def _download(source: str, repository: str, revision: str | None, subfolder: str | None) -> Path:
+    folder, _ = download(HubId(source, repository, revision, subfolder))
+    return folder if subfolder is None else folder / subfolder
+
+
+def download(named: HubId, wanted_too: Callable[[str], bool] = lambda _: True) -> tuple[Path, list[str]]:
+    """Download a model into the Hub's cache, unless it is there.
+
+    Args:
+        named: its name.
+        wanted_too: whether to download a file that is needed; by default all are.
+
+    Returns:
+        The folder of the whole repository, and the names of all files that are needed; none if the Hub was not reached.
+
+    Raises:
+        CheckpointError: see `locate`.
+    """
     from huggingface_hub import HfApi, constants, snapshot_download
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
+    source, repository, revision, subfolder = named
     folder = _cached(Path(constants.HF_HUB_CACHE), repository, revision)
+    wanted: list[str] = []
     try:
         if constants.HF_HUB_OFFLINE:
             raise ConnectionError("HF_HUB_OFFLINE is set")
@@ -59,7 +95,8 @@ def _download(source: str, repository: str, revision: str | None, subfolder: str
         if not wanted:
             where = f"folder {subfolder!r} with weights" if subfolder else "weights in a format that is read here"
             raise CheckpointError(f"{source}: the model on the Hub has no {where}; it has {_few(files)}")
-        folder = Path(snapshot_download(repository, revision=revision, allow_patterns=wanted))
+        chosen = [name for name in wanted if wanted_too(name)]
+        folder = Path(snapshot_download(repository, revision=revision, allow_patterns=chosen))
     except GatedRepoError as error:
         raise CheckpointError(
             f"{source}: access to this model on the Hub must be granted; ask for it on the model's page, then log in "
@@ -83,7 +120,7 @@ def _download(source: str, repository: str, revision: str | None, subfolder: str
             ) from error
     if subfolder is not None and not (folder / subfolder).exists():
         raise CheckpointError(f"{source}: the cached model has no folder {subfolder!r}")
-    return folder if subfolder is None else folder / subfolder
+    return folder, wanted
 
 
 def _cached(cache: Path, repository: str, revision: str | None) -> Path | None:

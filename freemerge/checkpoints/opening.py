@@ -17,6 +17,7 @@ from freemerge.checkpoints.formats.task_files import open_task_file
 from freemerge.checkpoints.formats.torch_files import open_torch
 from freemerge.checkpoints.hub import locate
 from freemerge.checkpoints.memory import from_tensors
+from freemerge.checkpoints.stacking import open_stack, parse_stack
 from freemerge.errors import CheckpointError
 
 Source = Mapping[str, Tensor] | nn.Module | str | os.PathLike[str]
@@ -41,7 +42,8 @@ def open_checkpoint(source: Source, *, label: str | None = None, prefix: str | N
             `models--org--name` of its cache or an id of the Hub (`org/name`, `org/name@revision`), the folder of
             a distributed checkpoint (`.metadata` and `.distcp` files, as Lightning's ModelParallelStrategy and FSDP
             write it), or that of a LoRA, DoRA or (IA)³ adapter, whose tensors are then differences to a base (see
-            `Checkpoint.deltas` and `Checkpoint.on`).
+            `Checkpoint.deltas` and `Checkpoint.on`). `a[0:16]+b[8:24]` is a model of the layers 0 to 15 of one and 8
+            to 23 of the other, see `stacking`.
         label: the model's name in messages; by default its path, or its class.
         prefix: take only the tensors whose names start with it, and strip it (`backbone.model.`).
             `Checkpoint.relative_to` finds it.
@@ -83,6 +85,8 @@ def _open(source: Source, label: str | None) -> Checkpoint:
         return from_tensors(tensors, label or type(source).__name__, buffers)
     if isinstance(source, Mapping):
         return from_tensors(source, label or "state dict")
+    if isinstance(source, str) and (pieces := parse_stack(source)) is not None:
+        return open_stack(label or source, pieces, open_checkpoint)
     if isinstance(source, (str, os.PathLike)):
         path = locate(source)
         found, folder = _open_path(path, label or str(source)), path if path.is_dir() else path.parent

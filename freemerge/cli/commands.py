@@ -18,6 +18,7 @@ COMMANDS = {
     "merge": "Merge finished checkpoints, without any data.",
     "advise": "Compare finished checkpoints, warn of what harms a merge, and name one to begin with.",
     "export-experts": "Write a FREE model's backbone and its low-rank experts as LoRA adapters.",
+    "doctor": "Print versions, devices and optional packages, for reports of problems.",
 }
 
 
@@ -27,7 +28,7 @@ def module_of(command: str) -> str:
 
 
 OF_CHECKPOINTS = tuple(name for name in COMMANDS if (Path(__file__).parent / f"{module_of(name)}.py").is_file())
-"""The commands with a module of their own: they work on checkpoints and start without Lightning."""
+"""The commands with a module of their own: they start without Lightning, as most work on checkpoints."""
 
 ABOUT = "Fine-tune one backbone on several tasks, merge them, mend the merge with experts."
 

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal
 
+import yaml
+
+from freemerge.cli import mergekit
 from freemerge.cli.commands import methods, version
 from freemerge.cli.help_cache import CommandHelp
 from freemerge.cli.options import command_help
 from freemerge.cli.parsing import ENV_PREFIX, OneLineErrors
+from freemerge.cli.printing import print_error
 
 _EPILOG = """methods:
 {methods}
@@ -21,6 +29,30 @@ on several GPUs or machines, which share the tensors and write the same files:
   torchrun --nproc-per-node 4 -m freemerge merge --device cuda …
 
 files and options override environment variables: FREEMERGE_MERGE__DTYPE=bfloat16 sets --dtype."""
+
+
+class MergeParser(OneLineErrors):
+    """The parser of `merge`, which also understands mergekit's configuration files."""
+
+    def read_options(self, path: Path) -> str:
+        """The text of a configuration file, one of mergekit translated."""
+        text = super().read_options(path)
+        table = yaml.safe_load(text)
+        if not mergekit.is_of_mergekit(table):
+            return text
+        try:
+            options, notes = mergekit.translate(table)
+        except ExceptionGroup as problems:
+            for problem in problems.exceptions:
+                print_error(f"{path}: {problem}")
+            sys.exit(2)
+        for note in notes:
+            if note not in self._told:
+                print(f"note: {path}: {note}", file=sys.stderr)
+        self._told = notes
+        return json.dumps(options)
+
+    _told: Sequence[str] = ()
 
 
 def build_parser() -> OneLineErrors:
@@ -44,7 +76,7 @@ def described() -> CommandHelp:
 
 def _make_parser(method: type) -> OneLineErrors:
     lines = [f"  {name:<16}{about}" for name, about in methods().items()]
-    parser = OneLineErrors(
+    parser = MergeParser(
         prog="python -m freemerge merge",
         usage="python -m freemerge merge [--config FILE] --base … --finetuned … --method … --output … [options]",
         description="Merge fine-tuned models of one base into one model.",
@@ -52,7 +84,9 @@ def _make_parser(method: type) -> OneLineErrors:
         env_prefix=f"{ENV_PREFIX}_MERGE_",
     )
     parser.add_argument(
-        "--config", action="config", help="A YAML file with any of the options below; the last value wins."
+        "--config",
+        action="config",
+        help="A YAML file with any of the options below, or one of mergekit's; the last value wins.",
     )
     add_models(parser)
     how = parser.add_argument_group("merging")
@@ -95,6 +129,19 @@ def _make_parser(method: type) -> OneLineErrors:
         "gets. Default: the base's.",
     )
     result.add_argument(
+        "--chat_template_from",
+        type=str | None,
+        default=None,
+        help="The model whose chat template the folder gets, or a .jinja file.",
+    )
+    result.add_argument(
+        "--trust_remote_code", type=bool, default=False, help="Take the Python code of the model's folder along."
+    )
+    result.add_argument(
+        "--push_to_hub", type=str | None, default=None, help="Upload the written folder as this model, org/name."
+    )
+    result.add_argument("--private", type=bool, default=False, help="A new model on the Hub is private.")
+    result.add_argument(
         "--dry_run", type=bool, default=False, help="Check everything and print the plan, without merging."
     )
     add_device(result)
@@ -105,7 +152,10 @@ def add_models(parser: OneLineErrors) -> None:
     """Add the options that name the base and the fine-tuned models."""
     models = parser.add_argument_group("models")
     models.add_argument(
-        "--base", type=str, required=True, help="The pretrained model: a file or a Hugging Face folder."
+        "--base",
+        type=str,
+        required=True,
+        help="The pretrained model: a file or a Hugging Face folder; a[0:16]+b[8:24] stacks layers of models.",
     )
     models.add_argument(
         "--finetuned",

@@ -81,7 +81,8 @@ def given_values(arguments: Sequence[str], parser: ArgumentParser, folder: Path)
             path = folder / Path(text).expanduser()
             if not path.is_file():
                 raise ValueError(f"config: there is no file {text}")
-            _merge(values, yaml.safe_load(read_configuration(path)))
+            read = getattr(parser, "read_options", read_configuration)
+            _merge(values, yaml.safe_load(read(path)))
         else:
             _set(values, option.removesuffix("+").split("."), _parsed(text))
     return values

@@ -89,7 +89,7 @@ class OneLineErrors(ArgumentParser):
             return super().parse_path(cfg_path, *args, **kwargs)
         path = Path(cfg_path).expanduser()
         try:
-            text = read_configuration(path)
+            text = self.read_options(path)
         except ValueError as error:
             fail(str(error))
         for key, value in (yaml.safe_load(text) or {}).items():
@@ -97,6 +97,14 @@ class OneLineErrors(ArgumentParser):
                 fail(f"{path}: {key}: expected a mapping of its options, got '{'null' if value is None else value}'")
         with change_to_path_dir(jsonargparse.Path(path, mode="fr")):
             return self.parse_string(text, path.name, *args, **kwargs)
+
+    def read_options(self, path: Path) -> str:
+        """The text of a configuration file, in the words of this parser's options.
+
+        Raises:
+            ValueError: see `read_configuration`.
+        """
+        return read_configuration(path)
 
     def check_environment(self, subcommand: str | None = None) -> None:
         """Exit with an error if an environment variable with this parser's prefix names no option.

@@ -14,6 +14,7 @@ from typing import Any, get_type_hints
 import jsonargparse
 import torch
 
+from freemerge.checkpoints import CheckpointError, check_repository, push_folder
 from freemerge.cli.merge import build_parser
 from freemerge.cli.parsing import ENV_PREFIX, OneLineErrors, instantiate
 from freemerge.cli.printing import print_error
@@ -35,6 +36,8 @@ def run(config: jsonargparse.Namespace) -> int:
     rank, shared = _join()
     parser = build_parser()
     try:
+        if config.push_to_hub is not None:
+            _check_push(config)
         method = config.method
         if not isinstance(method, MergeMethod):
             method = instantiate(parser, jsonargparse.Namespace(method=method)).method
@@ -66,6 +69,25 @@ def run(config: jsonargparse.Namespace) -> int:
             torch.distributed.destroy_process_group()
     if rank == 0:
         print(path if config.dry_run else f"merged into {path}" + _truncation(path, config.output_format))
+        if config.push_to_hub is not None and not config.dry_run:
+            return _push(path, config)
+    return 0
+
+
+def _check_push(config: jsonargparse.Namespace) -> None:
+    """Refuse, before the merge, an upload that cannot succeed."""
+    if config.output.endswith(".safetensors"):
+        raise CheckpointError("push_to_hub: uploads a folder; give --output a path without the ending .safetensors")
+    check_repository(config.push_to_hub)
+
+
+def _push(path: Path, config: jsonargparse.Namespace) -> int:
+    """Upload the written folder; the exit code."""
+    try:
+        print(f"uploaded to {push_folder(path, config.push_to_hub, private=config.private)}")
+    except CheckpointError as error:
+        print_error(f"{error}; the merged folder is {path}")
+        return 2
     return 0
 
 

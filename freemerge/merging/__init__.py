@@ -40,6 +40,7 @@ from freemerge.merging.methods.measured import MeasuredMethod, Statistics, colle
 from freemerge.merging.methods.model_stock import ModelStock
 from freemerge.merging.methods.multi_slerp import MultiSlerp
 from freemerge.merging.methods.nearswap import NearSwap
+from freemerge.merging.methods.over_layers import OverLayers
 from freemerge.merging.methods.parameters import get_field, replace_fields
 from freemerge.merging.methods.pcb import PCBMerging
 from freemerge.merging.methods.per_pattern import PerPattern
@@ -53,6 +54,7 @@ from freemerge.merging.methods.ties import Ties
 from freemerge.merging.methods.tsv import TSVMerge
 from freemerge.merging.methods.weight_average import WeightAverage
 from freemerge.merging.methods.weight_slerp import WeightSlerp
+from freemerge.merging.methods.whole_weights import WholeWeights
 from freemerge.merging.methods.wrapper import MethodWrapper
 from freemerge.merging.methods.wudi import WUDIMerging
 from freemerge.merging.task_vectors import Vectors
@@ -98,6 +100,7 @@ __all__ = [
     "MultiSlerp",
     "NearSwap",
     "NyquistDisc",
+    "OverLayers",
     "PCBMerging",
     "PerPattern",
     "Plan",
@@ -114,6 +117,7 @@ __all__ = [
     "WUDIMerging",
     "WeightAverage",
     "WeightSlerp",
+    "WholeWeights",
     "advise",
     "apply_task_vector",
     "collected",

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from freemerge.checkpoints.opening import Source
+from freemerge.checkpoints.remote_headers import RemoteHeaders
 from freemerge.merging.engine.combiner import Combiner
 from freemerge.merging.engine.estimate import Estimate, estimate
 from freemerge.merging.engine.executor import Executor, Memory
@@ -45,6 +46,8 @@ class _Writing(TypedDict, total=False):
     shard_size: int | str
     hash_inputs: bool
     companions_from: str | None
+    chat_template_from: str | None
+    trust_remote_code: bool
     distributed: bool
 
 
@@ -173,6 +176,8 @@ def merge_to(
     shard_size: int | str = "5GB",
     hash_inputs: bool = True,
     companions_from: str | None = None,
+    chat_template_from: str | None = None,
+    trust_remote_code: bool = False,
     distributed: bool = False,
     **options: Unpack[_Selecting],
 ) -> Path:
@@ -198,6 +203,10 @@ def merge_to(
         companions_from: the model whose files a folder takes: the name or path of a fine-tuned model, for its
             configuration, tokenizer and chat template, with the base's where it has none; "base"; or None for the
             base's files, with a `MergeWarning` about what all fine-tuned models have in common but the base has not.
+        chat_template_from: the model whose chat template a folder takes: name or path of one of the models, another
+            model's folder or name on the Hub, or a `.jinja` file; None for that of the other files.
+        trust_remote_code: take the Python code of a folder along; otherwise it is left out, with a `MergeWarning`. It
+            is never run here.
         distributed: share the work with all processes of torch.distributed's default group. Each must make this same
             call, reach the inputs, and see the same output folder; the files are the same as from one process.
         options: the other options of `merge`.
@@ -220,6 +229,8 @@ def merge_to(
         shard_size=shard_size,
         hash_inputs=hash_inputs,
         companions_from=companions_from,
+        chat_template_from=chat_template_from,
+        trust_remote_code=trust_remote_code,
         distributed=distributed,
     )
     assert target is not None
@@ -248,6 +259,8 @@ def plan_merge(
 ) -> Estimate:
     """Check a merge as far as possible without reading values, and report what it would do.
 
+    Of models of the Hub that are not in the cache, only small files and the headers of weights are downloaded.
+
     Args:
         base: see `merge`, also for all other options listed here.
         finetuned: the fine-tuned models.
@@ -264,21 +277,23 @@ def plan_merge(
     """
     labelled = label_sources(finetuned)
     target = make_output(output, [base, *(source for _, source in labelled)], **writing)
-    job = prepare(
-        base,
-        labelled,
-        method,
-        target,
-        overrides=overrides,
-        include=include,
-        exclude=exclude,
-        dtype=dtype,
-        embeddings=embeddings,
-        device=device,
-        progress=progress,
-        distributed=writing.get("distributed", False),
-    )
-    try:
-        return estimate(job.reader, job.method, plan_files(job, target), job.meter.total)
-    finally:
-        job.processes.close()
+    with RemoteHeaders() as remote:
+        job = prepare(
+            base,
+            labelled,
+            method,
+            target,
+            overrides=overrides,
+            include=include,
+            exclude=exclude,
+            dtype=dtype,
+            embeddings=embeddings,
+            device=device,
+            progress=progress,
+            distributed=writing.get("distributed", False),
+            locate=remote.locate,
+        )
+        try:
+            return estimate(job.reader, job.method, plan_files(job, target), job.meter.total)
+        finally:
+            job.processes.close()

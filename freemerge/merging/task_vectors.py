@@ -61,6 +61,8 @@ class Vectors:
         self._processes = processes or Processes()
         self._chunk = chunk
         self._read_base = read_base
+        self.names = tuple(self.shapes)
+        """The names of the whole model's merged tensors, also where these are a `subset`."""
 
     @property
     def numel(self) -> int:
@@ -270,7 +272,9 @@ class Vectors:
         read: Callable[[str], Tensor],
         read_chunk: Callable[[Chunk], Tensor] | None,
     ) -> Vectors:
-        return Vectors(self.labels, shapes, read, read_chunk, self._processes, self._chunk, self._read_base)
+        changed = Vectors(self.labels, shapes, read, read_chunk, self._processes, self._chunk, self._read_base)
+        changed.names = self.names
+        return changed
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         return read_ahead(lambda name: (name, self._read(name)), self.shapes, depth=1)

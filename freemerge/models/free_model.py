@@ -547,6 +547,24 @@ class FreeModel(nn.Module):
         with exclusive(self.backbone.model).shared():
             return save_free_model(self, directory)
 
+    def push_to_hub(self, repository: str, *, private: bool = False) -> str:
+        """Upload the model to the Hugging Face Hub, with a model card.
+
+        Args:
+            repository: the model's name there, `org/name`; created if it is missing.
+            private: whether a new model is private.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            ValueError: if a part of the model cannot be saved.
+            CheckpointError: if the upload fails; the message says why.
+        """
+        from freemerge.models.free_card import push_free_model
+
+        return push_free_model(self, repository, private)
+
     @classmethod
     def from_pretrained(
         cls,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import re
@@ -19,9 +20,10 @@ def commit(repository: str, revision: str) -> str:
 
 
 class Hub(BaseHTTPRequestHandler):
-    """Answers huggingface_hub's requests about models: information, lists of files, files.
+    """Answers huggingface_hub's requests about models: information, lists of files, files, uploads.
 
-    DIRECTORY/org/name/REVISION/ holds the files. Each request is one line of DIRECTORY/requests.txt.
+    DIRECTORY/org/name/REVISION/ holds the files. Each request is one line of DIRECTORY/requests.txt. Uploads need the
+    token `hf_right`.
     """
 
     root: Path
@@ -31,6 +33,43 @@ class Hub(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         self._answer(body=True)
+
+    def do_POST(self) -> None:
+        path = unquote(urlsplit(self.path).path)
+        sent = self.rfile.read(int(self.headers["Content-Length"]))
+        with (self.root / "requests.txt").open("a") as file:
+            file.write(f"POST {path}\n")
+        if self.headers["Authorization"] != "Bearer hf_right":
+            self._refuse(401, "InvalidToken")
+        elif path == "/api/repos/create":
+            table = json.loads(sent)
+            repository = "/".join(filter(None, (table.get("organization"), table["name"])))
+            (self.root / repository / "main").mkdir(parents=True)
+            (self.root / repository / "private.txt").write_text(
+                str(table.get("visibility") == "private" or table.get("private"))
+            )
+            self._send_json({"url": f"http://{self.headers['Host']}/{repository}", "name": repository})
+        elif path == "/api/validate-yaml":
+            self._send_json({"errors": [], "warnings": []})
+        elif found := re.fullmatch(rf"/api/models/{MODEL}/preupload/main", path):
+            names = [each["path"] for each in json.loads(sent)["files"]]
+            self._send_json(
+                {"files": [{"path": name, "uploadMode": "regular", "shouldIgnore": False} for name in names]}
+            )
+        elif found := re.fullmatch(rf"/api/models/{MODEL}/commit/main", path):
+            for line in map(json.loads, sent.splitlines()):
+                if line["key"] == "file":
+                    place = self.root / found["repository"] / "main" / line["value"]["path"]
+                    place.parent.mkdir(parents=True, exist_ok=True)
+                    place.write_bytes(base64.b64decode(line["value"]["content"]))
+            sha = commit(found["repository"], "main")
+            address = f"http://{self.headers['Host']}/{found['repository']}/commit/{sha}"
+            self._send_json({"commitUrl": address, "commitOid": sha})
+        else:
+            self._refuse(404, "RepoNotFound")
+
+    def _send_json(self, table: object) -> None:
+        self._send(json.dumps(table).encode(), {"Content-Type": "application/json"}, True)
 
     def log_message(self, *_: object) -> None:
         pass
@@ -88,7 +127,12 @@ class Hub(BaseHTTPRequestHandler):
         self.end_headers()
 
     def _send(self, content: bytes, marks: dict[str, str], body: bool) -> None:
-        self.send_response(200)
+        part = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+        if part:
+            content = content[int(part[1]) : int(part[2]) + 1]
+            with (self.root / "requests.txt").open("a") as file:
+                file.write(f"sent {len(content)} bytes\n")
+        self.send_response(206 if part else 200)
         for name, value in {**marks, "Content-Length": str(len(content))}.items():
             self.send_header(name, value)
         self.end_headers()

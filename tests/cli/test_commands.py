@@ -77,7 +77,7 @@ def test_commands_have_methods() -> None:
 
 def test_a_module_and_an_entry_are_a_command(monkeypatch, capsys) -> None:
     """As CONTRIBUTING.md says: a module with `build_parser`, `described` and `run`."""
-    assert OF_CHECKPOINTS == ("merge", "advise", "export-experts")
+    assert OF_CHECKPOINTS == ("merge", "advise", "export-experts", "doctor")
     module = types.ModuleType("freemerge.cli.sizes")
     module.build_parser, module.described = advise.build_parser, advise.described
     module.run = lambda config: print(config.base) or 0

@@ -30,6 +30,7 @@ def files(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     shutil.copytree(ROOT / "configs", "configs")
     shutil.copy("configs/merge.yaml", "merge.yaml")
+    Path("their.yaml").write_text(block("docs/how_to/from_mergekit.md", "yaml", "# their.yaml"))
     Path("my.yaml").write_text(block("docs/tutorials/own_data.md", "yaml", "# my.yaml"))
 
 

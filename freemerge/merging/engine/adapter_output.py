@@ -28,7 +28,7 @@ from freemerge.checkpoints.formats.adapters.parsing import PREFIX
 from freemerge.checkpoints.formats.adapters.writing import make_config, pack_factors, stems, write_adapter_folder
 from freemerge.checkpoints.vocabulary import ties_embeddings
 from freemerge.errors import MergeError
-from freemerge.merging.engine.record import make_adapter_card
+from freemerge.merging.engine.card import make_adapter_card
 from freemerge.merging.matching.vocabulary import is_embedding
 from freemerge.merging.task_vectors import Vectors
 from freemerge.tensors.differences import working_dtype

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from freemerge.checkpoints import Checkpoint, TensorSpec, locate, open_checkpoin
 from freemerge.checkpoints.buffers import is_constant, is_statistic
 from freemerge.checkpoints.formats.adapters.layout import Layout, read_layout
 from freemerge.checkpoints.opening import Source
+from freemerge.checkpoints.stacking import parse_stack
 from freemerge.errors import MergeError, MergeWarning
 from freemerge.merging.checks.bases import check_bases
 from freemerge.merging.engine.meter import Meter
@@ -101,8 +103,11 @@ def prepare(
     device: torch.device | str | None = None,
     progress: Callable[[int, int], None] | None = None,
     distributed: bool = False,
+    locate: Callable[[str | os.PathLike[str]], Path] = locate,
 ) -> Job:
     """Open and check the inputs, and plan the merge; see `merge` for the arguments.
+
+    `locate` finds the path of a model.
 
     The caller closes the job's processes.
 
@@ -113,8 +118,8 @@ def prepare(
     sources = [base, *(source for _, source in labelled)]
     method = with_overrides(method, overrides)
     # Each path is located once, because a name on the Hub is a request; messages call the model as the caller does.
-    places = [locate(source) if isinstance(source, (str, os.PathLike)) else None for source in sources]
-    labels = ["base" if places[0] is None else None, *(label for label, _ in labelled)]
+    places = [_locate(source, locate) for source in sources]
+    labels = ["base" if places[0] is None and not isinstance(base, str) else None, *(label for label, _ in labelled)]
     with _collector_paused():
         opened, *models = (
             open_checkpoint(source, label=label)
@@ -134,7 +139,11 @@ def prepare(
             parse_device(device),
             [each.modules for each in found] if folder is not None else None,
         )
-        companions = choose_files(found, plan, folder.companions_from) if folder is not None else None
+        companions = (
+            choose_files(found, plan, folder.companions_from, folder.chat_template_from, folder.trust_remote_code)
+            if folder is not None
+            else None
+        )
         layout = _read_layout(plan, output) if output is not None and output.is_adapter else None
     method.check([model.label for model in plan.models])
     is_copy = len(models) == 1 and isinstance(method, WeightAverage)  # the mean of one model is that model
@@ -158,6 +167,13 @@ def prepare(
         processes.close()
         raise
     return Job(method, reader, meter, processes, include, exclude, companions, layout)
+
+
+def _locate(source: Source, locate: Callable[[str | os.PathLike[str]], Path]) -> Path | None:
+    """The path of a model that has one: one in memory and a stack of layers have none."""
+    if isinstance(source, str):
+        return locate(source) if parse_stack(source) is None else None
+    return locate(source) if isinstance(source, os.PathLike) else None
 
 
 def _read_layout(plan: Plan, output: Output) -> Layout:

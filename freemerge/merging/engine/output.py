@@ -10,6 +10,7 @@ from typing import Literal
 
 from freemerge.checkpoints.opening import WEIGHT_FILES, Source
 from freemerge.checkpoints.places import expand, landing
+from freemerge.checkpoints.stacking import parse_stack
 from freemerge.checkpoints.writing.folder import check_folder, parse_size
 from freemerge.errors import MergeError
 
@@ -29,6 +30,8 @@ class Output:
         shard_bytes: maximum size of a weight file in a folder.
         hash_inputs: record hashes of all inputs.
         companions_from: whose files a folder takes.
+        chat_template_from: whose chat template.
+        trust_remote_code: take custom code along.
     """
 
     path: Path
@@ -39,6 +42,8 @@ class Output:
     shard_bytes: int
     hash_inputs: bool
     companions_from: str | None
+    chat_template_from: str | None
+    trust_remote_code: bool
 
     @property
     def is_file(self) -> bool:
@@ -67,6 +72,8 @@ def make_output(
     shard_size: int | str = "5GB",
     hash_inputs: bool = True,
     companions_from: str | None = None,
+    chat_template_from: str | None = None,
+    trust_remote_code: bool = False,
     distributed: bool = False,
 ) -> Output | None:
     """Check the output options of `merge_to`; None if nothing is written.
@@ -88,9 +95,11 @@ def make_output(
     shard_bytes = parse_size(shard_size)
     made = None
     if path is not None:
-        made = Output(path, output_format, rank, overwrite, resume, shard_bytes, hash_inputs, companions_from)
-    if companions_from is not None and (made is None or not made.is_folder):
-        raise MergeError("companions_from is of a model's folder; give output= a path without the ending .safetensors")
+        files = (companions_from, chat_template_from, trust_remote_code)
+        made = Output(path, output_format, rank, overwrite, resume, shard_bytes, hash_inputs, *files)
+    for name, given in (("companions_from", companions_from), ("chat_template_from", chat_template_from)):
+        if given is not None and (made is None or not made.is_folder):
+            raise MergeError(f"{name} is of a model's folder; give output= a path without the ending .safetensors")
     return made
 
 
@@ -111,7 +120,9 @@ def _check_format(output_format: OutputFormat, rank: int | None, output: Path | 
 
 def _check_output(output: Path, overwrite: bool, sources: Sequence[Source]) -> Path:
     place = landing(output).resolve()
-    paths = [expand(source).resolve() for source in sources if isinstance(source, (str, os.PathLike))]
+    named = [source for source in sources if isinstance(source, (str, os.PathLike))]
+    stacks = {str(source): [piece.model for piece in parse_stack(str(source)) or ()] for source in named}
+    paths = [expand(path).resolve() for source, inner in stacks.items() for path in inner or [source]]
     if any(path in place.parents and path.is_dir() for path in paths):
         raise MergeError(f"{output}: lies in the folder of an input, which it would change; choose another output")
     for path in paths:  # its weights may be replaced

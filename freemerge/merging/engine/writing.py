@@ -15,11 +15,11 @@ from freemerge.checkpoints.places import landing
 from freemerge.checkpoints.writing.draft import Draft
 from freemerge.checkpoints.writing.folder import make_index, plan_shards
 from freemerge.merging.engine.adapter_output import by_target, cut, write_adapter
+from freemerge.merging.engine.card import make_files
 from freemerge.merging.engine.combiner import Combiner
 from freemerge.merging.engine.executor import Executor
 from freemerge.merging.engine.job import Job
 from freemerge.merging.engine.output import Output
-from freemerge.merging.engine.record import make_files
 from freemerge.tensors.differences import add
 
 

@@ -14,10 +14,10 @@ from typing import Any
 
 from freemerge.checkpoints.companions import Companions
 from freemerge.checkpoints.json_files import find_object
+from freemerge.merging.folders.template import TEMPLATES, read_template
 
 _TOKENIZER = "tokenizer_config.json"
 _ADDED = ("tokenizer.json", "added_tokens.json", _TOKENIZER)
-_TEMPLATES = ("chat_template.jinja", "chat_template.json")
 _TEMPLATE = "chat template"  # the pseudo-file of a chat template, wherever it is stored
 _SHOWN = 10  # differences in one message
 _LONGEST = 60  # characters of a value in a message
@@ -92,17 +92,9 @@ def _read_traits(companions: Companions) -> dict[str, dict[str, Any]]:
         traits[_TOKENIZER] = {
             key: value.get("content") if isinstance(value, dict) else value for key, value in tokens.items()
         }
-    if found is not None or any(name in companions.files for name in _TEMPLATES):
-        traits["template"] = {_TEMPLATE: _read_template(companions, found or {})}
+    if found is not None or any(name in companions.files for name in TEMPLATES):
+        traits["template"] = {_TEMPLATE: read_template(companions.files, found or {})}
     return {name: table for name, table in traits.items() if table}
-
-
-def _read_template(companions: Companions, tokenizer: Mapping[str, Any]) -> Any:
-    if _TEMPLATES[0] in companions.files:
-        with companions.files[_TEMPLATES[0]].open("rb") as file:
-            return file.read(1 << 20).decode(errors="replace")
-    table = find_object(companions.files[_TEMPLATES[1]]) if _TEMPLATES[1] in companions.files else None
-    return (table or tokenizer).get("chat_template")
 
 
 def _flat(table: Mapping[str, Any], above: str = "") -> dict[str, Any]:
@@ -169,7 +161,7 @@ def _shared_files(base: Companions, models: Sequence[Companions]) -> Iterator[st
     companions = [model for model in models if model.files]
     first = companions[0].files if companions else {}
     parts = tuple(f"{module}/" for model in companions for module in model.modules if module not in base.modules)
-    known = ("config.json", "generation_config.json", *_ADDED, *_TEMPLATES)  # compared by their contents
+    known = ("config.json", "generation_config.json", *_ADDED, *TEMPLATES)  # compared by their contents
     for name, path in first.items():
         if name in base.files or name in known or name.startswith(parts):
             continue

@@ -5,16 +5,20 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from freemerge.checkpoints import CheckpointError
 from freemerge.checkpoints.companions import Companions
 from freemerge.checkpoints.json_files import find_object, read_object
+from freemerge.checkpoints.stacking import with_layers
 from freemerge.checkpoints.tied_tensors import obeys_untying, separate
 from freemerge.errors import MergeError
 from freemerge.merging.engine.plan import Plan
 from freemerge.merging.folders.agreement import describe_differences, differing_weights
 from freemerge.merging.folders.configuration import to_json, with_dtype, with_weights_of
+from freemerge.merging.folders.licences import Licence, describe_licences, read_licence
+from freemerge.merging.folders.template import find_template, with_template
 
 _TOKENIZER_CONFIG = "tokenizer_config.json"
 _VOCABULARY = re.compile(
@@ -35,20 +39,29 @@ class Files(NamedTuple):
     modules: list[str]  # subfolders with their own weights
     left_out: list[str]  # files and folders of the base that are left out
     origin: str  # the model that the files come from: "base", or a fine-tuned model's name
-    note: str | None = None  # differences between the base and the fine-tuned models
+    note: str | None = None  # differences between the base and the fine-tuned models, and what is left out
+    licences: Mapping[str, Licence] = MappingProxyType({})  # "base" and labels of models → licence, where it is known
 
     def record(self) -> dict[str, Any]:
         """Their entry in `freemerge.json`."""
+        licences = {label: _entry(licence) for label, licence in self.licences.items()}
         return {
             "from": self.origin,
             "copied": sorted(self.copied),
             "modules": self.modules,
             "left_out": self.left_out,
             "note": self.note,
+            **({"licences": licences} if licences else {}),
         }
 
 
-def choose_files(companions: Sequence[Companions], plan: Plan, origin: str | None = None) -> Files:
+def choose_files(
+    companions: Sequence[Companions],
+    plan: Plan,
+    origin: str | None = None,
+    template: str | None = None,
+    trust_remote_code: bool = False,
+) -> Files:
     """Choose the files of the result: the base's, or a fine-tuned model's with the base's where it has none.
 
     Args:
@@ -56,6 +69,8 @@ def choose_files(companions: Sequence[Companions], plan: Plan, origin: str | Non
         plan: the merge.
         origin: name, path or last part of the path of the fine-tuned model whose files to take; "base" for the base's
             without a warning; None for the base's with a warning about differences.
+        template: the origin of another chat template, see `find_template`; None for the files'.
+        trust_remote_code: take Python code along; otherwise it is left out, with a warning.
 
     Raises:
         MergeError: there is no such model, its files do not fit the result, or an unmerged weight file beside the
@@ -78,15 +93,37 @@ def choose_files(companions: Sequence[Companions], plan: Plan, origin: str | Non
                 f"companions_from={found[0]!r} that model's"
             )
     files = base.files if label is None else _replaced(base, named[label], label, plan)
-    made = {}
+    made: dict[str, bytes] = {}
     untied = bool(plan.untied) and "config.json" in files and obeys_untying(files["config.json"].parent)
-    if "config.json" in files and (label is not None or plan.dtype is not None or untied):
+    order = plan.base.layers
+    if "config.json" in files and (label is not None or plan.dtype is not None or untied or order is not None):
         config = read_object(files["config.json"])
         if label is not None and "config.json" in base.files:
             config = with_weights_of(config, read_object(base.files["config.json"]))
         config = separate(config) if untied else config
+        config = config if order is None else with_layers(config, order)
         made["config.json"] = to_json(config if plan.dtype is None else with_dtype(config, plan.dtype))
-    return Files(files, made, base.modules, base.left_out, label or "base", note)
+    left_out = base.left_out
+    if template is not None:
+        files, made = with_template(files, made, find_template(template, {"base": base, **named}))
+    code = [name for name in files if name.endswith(".py")]
+    if code and not trust_remote_code:
+        files = {name: path for name, path in files.items() if name not in code}
+        left_out = [*left_out, *code]
+        said = f"custom code is left out: {', '.join(code)}; trust_remote_code=True takes it along"
+        note = f"{note}; {said}" if note else said
+    own, *others_own = (read_licence(checkpoint.folder) for checkpoint in (plan.base, *plan.models))
+    licences = dict(zip(named, others_own, strict=True))
+    if said_of_licences := describe_licences(own, licences):
+        note = f"{note}; {said_of_licences}" if note else said_of_licences
+    known = {label: each for label, each in {"base": own, **licences}.items() if each is not None}
+    return Files(files, made, base.modules, left_out, label or "base", note, known)
+
+
+def _entry(licence: Licence) -> dict[str, str]:
+    """A licence in the words of a model card."""
+    keys = {"license": licence.identifier, "license_name": licence.name, "license_link": licence.link}
+    return {key: value for key, value in keys.items() if value is not None}
 
 
 def _find_label(named: Mapping[str, Companions], origin: str) -> str:

@@ -21,6 +21,8 @@ from freemerge.errors import MergeError
 from freemerge.merging.task_vectors import Vectors
 from freemerge.runtime.pages import fresh
 
+# Parameters that may have one value per model
+_PER_MODEL = ("scale", "coefficients", "density", "drop", "epsilon", "bottom", "top")
 # A method that still has one of the old names would merge without its statistics.
 _RENAMED = {"survey": "collect_statistics", "survey_fields": "statistics_fields", "combine_run": "combine_chunk"}
 
@@ -96,7 +98,7 @@ class MergeMethod(ABC):
         """
         if not labels:
             raise MergeError("there is no fine-tuned model to merge; name at least one")
-        for field in ("scale", "coefficients"):
+        for field in _PER_MODEL:
             values = getattr(self, field, None)
             if isinstance(values, (list, tuple)) and len(values) != len(labels):
                 raise MergeError(
@@ -204,6 +206,11 @@ def require_number(method: object, name: str, value: object) -> None:
     numbers = all(isinstance(number, (int, float)) and not isinstance(number, bool) for number in values)
     finite = numbers and bool(torch.isfinite(torch.tensor(values, dtype=torch.float64)).all())
     require(finite and len(values) > 0, method, f"`{name}` must be a finite number, got {value!r}")
+
+
+def each_of(value: float | Sequence[float], models: int) -> list[float]:
+    """A parameter's value for each model: the given ones, or the single one K times."""
+    return [float(number) for number in value] if isinstance(value, (list, tuple)) else [float(value)] * models  # type: ignore[arg-type]
 
 
 def require_scope(method: object, scope: object) -> None:

@@ -5,11 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+import torch
 from torch import Tensor
 
-from freemerge.merging.methods.base import MergeMethod, require, require_number, require_scope, weighted_sum
+from freemerge.merging.methods.base import (
+    MergeMethod,
+    each_of,
+    require,
+    require_number,
+    require_scope,
+    weighted_sum,
+)
 from freemerge.merging.methods.magnitudes import model_magnitudes, tensor_magnitudes
-from freemerge.merging.methods.ties import elected_mean_
+from freemerge.merging.methods.ties import elected_mean_, elected_sum_
 from freemerge.merging.task_vectors import Vectors
 from freemerge.tensors.differences import flat
 
@@ -22,33 +30,33 @@ class Breadcrumbs(MergeMethod):
     stay). The defaults are the paper's β = 85 %, γ = 99.3 %, α = 0.3. Two passes.
 
     Args:
-        bottom: fraction of the smallest entries to remove, in [0, 1).
-        top: fraction of the largest entries to remove, in [0, 1 − bottom).
+        bottom: fraction of the smallest entries to remove, in [0, 1), one for all models or one per model.
+        top: fraction of the largest entries to remove, in [0, 1 − bottom), the same.
         scale: λ, one number for all models or one per model.
         scope: where the fractions apply: to each "tensor" separately, as in the paper, or to the whole "model".
-        elect: instead of the sum, TIES' election: of λ_k · m_k ⊙ v_k the mean of the entries whose sign is the sum's
-            (mergekit's `breadcrumbs_ties`).
+        elect: true for TIES' election: of λ_k · m_k ⊙ v_k the mean of the entries whose sign is the sum's; "sum" for
+            their sum, as in mergekit's `breadcrumbs_ties`.
     """
 
     statistics_fields: ClassVar = ("bottom", "top", "scope")
     linear_in_scale: ClassVar = True
 
-    bottom: float = 0.85
-    top: float = 0.007
+    bottom: float | list[float] = 0.85
+    top: float | list[float] = 0.007
     scale: float | list[float] = 0.3
     scope: Literal["model", "tensor"] = "tensor"
-    elect: bool = False
+    elect: bool | Literal["sum"] = False
 
     def __post_init__(self) -> None:
         for name in ("bottom", "top", "scale"):
             require_number(self, name, getattr(self, name))
-        require(0 <= self.bottom < 1, self, f"`bottom` must lie in [0, 1), got {self.bottom}")
-        require(
-            0 <= self.top < 1 - self.bottom, self, f"`top` must lie in [0, {1 - self.bottom:g}), as `bottom` is "
-            f"{self.bottom}; got {self.top}"
-        )  # fmt: skip
+        for bottom, top in self._pairs(max(len(each_of(self.bottom, 1)), len(each_of(self.top, 1)))):
+            require(0 <= bottom < 1, self, f"`bottom` must lie in [0, 1), got {bottom}")
+            inside = 0 <= top < 1 - bottom
+            require(inside, self, f"`top` must lie in [0, {1 - bottom:g}), as `bottom` is {bottom}; got {top}")
         require_scope(self, self.scope)
-        require(isinstance(self.elect, bool), self, f"`elect` must be true or false, got {self.elect!r}")
+        valid = isinstance(self.elect, bool) or self.elect == "sum"
+        require(valid, self, f"`elect` must be true, false or 'sum', got {self.elect!r}")
 
     @property
     def elementwise(self) -> bool:
@@ -62,9 +70,18 @@ class Breadcrumbs(MergeMethod):
         """The smallest and the largest magnitude that each model keeps, (K, 2) float32; by name with scope "tensor"."""
         if vectors.numel == 0:
             return None
+        pairs = self._pairs(len(vectors.labels))
+        different = list(dict.fromkeys(pairs))
+        # Columns 2i and 2i + 1 are of the i-th pair of fractions.
+        columns = torch.tensor([[2 * different.index(pair), 2 * different.index(pair) + 1] for pair in pairs])
+
+        def ranks(total: int) -> list[int]:
+            return [rank for pair in different for rank in _ranks(total, *pair)]
+
         if self.scope == "tensor":
-            return tensor_magnitudes(vectors, self._ranks)
-        return model_magnitudes(vectors, self._ranks(vectors.numel))
+            found = tensor_magnitudes(vectors, ranks)
+            return {name: magnitudes.gather(1, columns) for name, magnitudes in found.items()}
+        return model_magnitudes(vectors, ranks(vectors.numel)).gather(1, columns)
 
     def combine(self, name: str, deltas: Tensor, statistics: Tensor | dict[str, Tensor] | None) -> Tensor:
         values = flat(deltas)
@@ -77,13 +94,19 @@ class Breadcrumbs(MergeMethod):
             row.masked_fill_((sizes < low) | (sizes > high), 0.0)
         if not self.elect:
             return weighted_sum(values, self.scale).reshape(deltas.shape[1:])
+        merge = elected_sum_ if self.elect == "sum" else elected_mean_
         if isinstance(self.scale, (list, tuple)):
             for row, scale in zip(values, self.scale, strict=True):
                 row.mul_(scale)
-            return elected_mean_(values).reshape(deltas.shape[1:])
-        return elected_mean_(values).mul_(self.scale).reshape(deltas.shape[1:])
+            return merge(values).reshape(deltas.shape[1:])
+        return merge(values).mul_(self.scale).reshape(deltas.shape[1:])
 
-    def _ranks(self, total: int) -> list[int]:
-        """Zero-based ascending ranks of the smallest and the largest magnitude that is kept."""
-        first = int(total * self.bottom)
-        return [first, max(total - 1 - int(total * self.top), first)]
+    def _pairs(self, models: int) -> list[tuple[float, float]]:
+        """`bottom` and `top` of each model."""
+        return list(zip(each_of(self.bottom, models), each_of(self.top, models), strict=False))
+
+
+def _ranks(total: int, bottom: float, top: float) -> list[int]:
+    """Zero-based ascending ranks of the smallest and the largest magnitude that is kept."""
+    first = int(total * bottom)
+    return [first, max(total - 1 - int(total * top), first)]

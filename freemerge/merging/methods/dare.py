@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from freemerge.merging.methods.base import MergeMethod, require, require_number
+from freemerge.merging.methods.base import MergeMethod, each_of, require, require_number
 from freemerge.merging.task_vectors import Vectors
 from freemerge.tensors.chunks import Chunk
 
@@ -34,7 +34,7 @@ class Dare(MergeMethod):
 
     Args:
         method: merges the thinned task vectors.
-        drop: probability of dropping an entry, in [0, 1).
+        drop: probability of dropping an entry, in [0, 1), one for all models or one per model.
         scale: multiplies the result.
         seed: seed of the masks.
     """
@@ -43,13 +43,14 @@ class Dare(MergeMethod):
     linear_in_scale: ClassVar = True
 
     method: MergeMethod
-    drop: float = 0.9
+    drop: float | list[float] = 0.9
     scale: float = 1.0
     seed: int = 0
 
     def __post_init__(self) -> None:
         require_number(self, "drop", self.drop)
-        require(0 <= self.drop < 1, self, f"`drop` must lie in [0, 1), got {self.drop}")
+        inside = all(0 <= drop < 1 for drop in each_of(self.drop, 1))
+        require(inside, self, f"`drop` must lie in [0, 1), got {self.drop}")
         require(isinstance(self.method, MergeMethod), self, f"`method` must be a MergeMethod, got {self.method!r}")
         require_number(self, "scale", self.scale)
         require(isinstance(self.seed, int), self, f"`seed` must be an integer, got {self.seed!r}")
@@ -97,14 +98,14 @@ class Dare(MergeMethod):
 
     def _thin(self, name: str, start: int, deltas: Tensor, labels: Sequence[str]) -> Tensor:
         """Thin (K, *shape), or (K, n) from position `start` on, in place."""
-        for delta, label in zip(deltas, labels, strict=True):
-            kept = draw_mask(f"{self.seed}|{len(label)}|{label}|{name}", start, delta.numel(), 1 - self.drop)
+        for delta, label, drop in zip(deltas, labels, each_of(self.drop, len(labels)), strict=True):
+            kept = draw_mask(f"{self.seed}|{len(label)}|{label}|{name}", start, delta.numel(), 1 - drop)
             kept = kept.view(delta.shape)
             if delta.device.type == "cpu":
                 np.multiply(delta.numpy(), kept.numpy(), out=delta.numpy())  # torch would convert the mask first
             else:
                 delta.mul_(kept.to(delta.device))
-            delta.div_(1 - self.drop)
+            delta.div_(1 - drop)
         return deltas
 
 

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from freemerge.merging.methods.base import MergeMethod, require, require_number
+from freemerge.merging.methods.base import MergeMethod, each_of, require, require_number
 from freemerge.merging.methods.dare import DareStatistics, draw_uniform
 from freemerge.merging.methods.ties import Ties
 from freemerge.merging.methods.wrapper import MethodWrapper
@@ -31,8 +31,8 @@ class Della(MethodWrapper):
         method: merges the thinned task vectors; by default TIES' election and mean without its trimming, as in the
             paper.
         scale: λ, multiplies the result.
-        drop: p, the mean probability of dropping an entry, in [0, 1).
-        epsilon: ε, the width of the probabilities; p ± ε/2 must lie in [0, 1).
+        drop: p, the mean probability of dropping an entry, in [0, 1), one for all models or one per model.
+        epsilon: ε, the width of the probabilities, the same; p ± ε/2 must lie in [0, 1).
         seed: seed of the random numbers.
     """
 
@@ -41,17 +41,18 @@ class Della(MethodWrapper):
 
     method: MergeMethod = field(default_factory=lambda: Ties(density=1.0))
     scale: float = 1.0
-    drop: float = 0.7
-    epsilon: float = 0.2
+    drop: float | list[float] = 0.7
+    epsilon: float | list[float] = 0.2
     seed: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require_number(self, "drop", self.drop)
         require_number(self, "epsilon", self.epsilon)
-        require(self.epsilon >= 0, self, f"`epsilon` must be at least 0, got {self.epsilon}")
-        inside = self.drop - self.epsilon / 2 >= 0 and self.drop + self.epsilon / 2 < 1
-        require(inside, self, f"`drop` ± `epsilon`/2 must lie in [0, 1), got {self.drop} ± {self.epsilon / 2:g}")
+        for drop, epsilon in self._pairs(max(len(each_of(self.drop, 1)), len(each_of(self.epsilon, 1)))):
+            require(epsilon >= 0, self, f"`epsilon` must be at least 0, got {epsilon}")
+            inside = drop - epsilon / 2 >= 0 and drop + epsilon / 2 < 1
+            require(inside, self, f"`drop` ± `epsilon`/2 must lie in [0, 1), got {drop} ± {epsilon / 2:g}")
         require(isinstance(self.seed, int), self, f"`seed` must be an integer, got {self.seed!r}")
 
     def collect_statistics(self, vectors: Vectors) -> DareStatistics:
@@ -68,19 +69,25 @@ class Della(MethodWrapper):
         if deltas[0].numel() == 0:
             return deltas
         rows = deltas.shape[1] if deltas.dim() > 2 else 1
-        for delta, label in zip(deltas.view(len(deltas), rows, -1), labels, strict=True):
+        pairs = self._pairs(len(labels))
+        for delta, label, pair in zip(deltas.view(len(deltas), rows, -1), labels, pairs, strict=True):
             text = f"della|{self.seed}|{len(label)}|{label}|{name}"
             columns = delta.shape[1]
             step = max(1, _BLOCK // columns)
             for start in range(0, rows, step):
                 block = delta[start : start + step]
                 draws = draw_uniform(text, start * columns, block.numel()).view(block.shape).to(block.device)
-                self._thin_rows_(block, draws)
+                _thin_rows_(block, draws, *pair)
         return deltas
 
-    def _thin_rows_(self, rows: Tensor, draws: Tensor) -> None:
-        """Thin (R, n) float32 in place, by (R, n) float64 random numbers in [0, 1)."""
-        order = rows.abs().argsort(dim=1, descending=True, stable=True)
-        steps = torch.arange(rows.shape[1], dtype=torch.float64, device=rows.device) * (self.epsilon / rows.shape[1])
-        drop = torch.empty_like(draws).scatter_(1, order, (self.drop - self.epsilon / 2 + steps).expand(rows.shape))
-        rows.div_(1 - drop).masked_fill_(draws < drop, 0.0)
+    def _pairs(self, models: int) -> list[tuple[float, float]]:
+        """p and ε of each model."""
+        return list(zip(each_of(self.drop, models), each_of(self.epsilon, models), strict=False))
+
+
+def _thin_rows_(rows: Tensor, draws: Tensor, mean: float, width: float) -> None:
+    """Thin (R, n) float32 in place, by (R, n) float64 random numbers in [0, 1)."""
+    order = rows.abs().argsort(dim=1, descending=True, stable=True)
+    steps = torch.arange(rows.shape[1], dtype=torch.float64, device=rows.device) * (width / rows.shape[1])
+    drop = torch.empty_like(draws).scatter_(1, order, (mean - width / 2 + steps).expand(rows.shape))
+    rows.div_(1 - drop).masked_fill_(draws < drop, 0.0)

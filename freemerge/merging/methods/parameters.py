@@ -1,9 +1,9 @@
-"""Access to the parameters of a method and its parts by dotted path: `scale`, `filter.cutoff`, `method.density`."""
+"""Access to the parameters of a method and its parts by dotted path: `scale`, `filter.cutoff`, `scale.0` of a list."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any, ClassVar, Protocol, TypeVar
 
@@ -24,12 +24,14 @@ def get_field(part: object, path: str) -> Any:
 
     Args:
         part: a method, or a part of one such as a filter.
-        path: `scale`, or `filter.cutoff` for a part's own.
+        path: `scale`, `filter.cutoff` for a part's own, or `scale.0` for one value of a list.
 
     Raises:
         MergeError: there is no such parameter.
     """
     name, _, rest = path.partition(".")
+    if isinstance(part, (list, tuple)):
+        return part[_index(part, name)]
     _require_field(part, name)
     value = getattr(part, name)
     return get_field(value, rest) if rest else value
@@ -50,8 +52,20 @@ def replace_fields(part: _Part, values: Mapping[str, Any]) -> _Part:
     for path, value in values.items():
         name, _, rest = path.partition(".")
         _require_field(part, name)
-        own[name] = replace_fields(own.get(name, getattr(part, name)), {rest: value}) if rest else value
+        old = own.get(name, getattr(part, name))
+        if rest and isinstance(old, (list, tuple)):
+            index = _index(old, rest)
+            own[name] = [*old[:index], value, *old[index + 1 :]]
+        else:
+            own[name] = replace_fields(old, {rest: value}) if rest else value
     return dataclasses.replace(part, **own) if own else part
+
+
+def _index(values: Sequence[Any], text: str) -> int:
+    """The position in a list that a path names."""
+    if not text.isdecimal() or int(text) >= len(values):
+        raise MergeError(f"there is no value '{text}' in the list {list(values)}; the first is 0")
+    return int(text)
 
 
 def _require_field(part: object, name: str) -> None:

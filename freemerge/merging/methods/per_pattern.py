@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -9,7 +10,7 @@ from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor
 
-from freemerge.errors import MergeError
+from freemerge.errors import MergeError, MergeWarning
 from freemerge.merging.methods.base import MergeMethod, require, require_number
 from freemerge.merging.methods.parameters import replace_fields
 from freemerge.merging.task_vectors import Vectors
@@ -34,6 +35,7 @@ class PerPattern(MergeMethod):
         overrides: pattern → method. Globs, or regular expressions after `re:`, for whole names; the first match is
             used.
         scale: multiplies the result.
+        optional: allow patterns that match no tensor; otherwise they are an error, as they are usually misspelt.
     """
 
     statistics_fields: ClassVar = ("default", "overrides")
@@ -42,11 +44,13 @@ class PerPattern(MergeMethod):
     default: MergeMethod
     overrides: dict[str, MergeMethod] = field(default_factory=dict)
     scale: float = 1.0
+    optional: bool = False
 
     def __post_init__(self) -> None:
         for method in (self.default, *self.overrides.values()):
             require(isinstance(method, MergeMethod), self, f"expected a MergeMethod, got {method!r}")
         require_number(self, "scale", self.scale)
+        require(isinstance(self.optional, bool), self, f"`optional` must be true or false, got {self.optional!r}")
         compile_patterns(list(self.overrides), "overrides")
 
     @cached_property
@@ -87,20 +91,13 @@ class PerPattern(MergeMethod):
         for name in vectors.shapes:
             own[self._index(name)].append(name)
         for pattern, names in zip(self.overrides, own, strict=False):
-            if vectors.shapes and not names:
+            if vectors.shapes and not names and not self.optional:
                 raise MergeError(
                     f"overrides: the pattern '{pattern}' matches no tensor that is left by earlier patterns"
                 )
-        shared: dict[Hashable, set[str]] = {}
-        keys = [method.statistics_key for method in self._methods]
-        for key, names in zip(keys, own, strict=True):
-            shared.setdefault(key, set()).update(names)
-        found: dict[Hashable, Any] = {}
-        for key, method in zip(keys, self._methods, strict=True):
-            if key not in found:
-                seen = shared[key]
-                found[key] = method.collect_statistics(vectors.subset(name for name in vectors.shapes if name in seen))
-        return PatternStatistics(tuple(found[key] for key in keys))
+            if not names and not pattern.startswith("re:") and not _matches(pattern, vectors.names):
+                warnings.warn(f"overrides: the pattern '{pattern}' matches no tensor", MergeWarning, stacklevel=2)
+        return PatternStatistics(tuple(collect_each(list(zip(self._methods, own, strict=True)), vectors)))
 
     def combine(self, name: str, deltas: Tensor, statistics: PatternStatistics) -> Tensor:
         index = self._index(name)
@@ -116,8 +113,40 @@ class PerPattern(MergeMethod):
 
     def _index(self, name: str) -> int:
         """The index in `_methods` of the method that merges a tensor."""
-        matches = (index for index, pattern in enumerate(self._patterns) if pattern.fullmatch(name))
-        return next(matches, len(self._patterns))
+        found = self._indices.get(name)
+        if found is None:  # matched once for each tensor, not for each of its chunks
+            matches = (index for index, pattern in enumerate(self._patterns) if pattern.fullmatch(name))
+            found = self._indices[name] = next(matches, len(self._patterns))
+        return found
+
+    @cached_property
+    def _indices(self) -> dict[str, int]:
+        return {}
+
+
+def _matches(pattern: str, names: Sequence[str]) -> bool:
+    (compiled,) = compile_patterns([pattern], "overrides").values()
+    return any(compiled.fullmatch(name) for name in names)
+
+
+def collect_each(groups: Sequence[tuple[MergeMethod, Sequence[str]]], vectors: Vectors) -> list[Any]:
+    """The statistics of several methods, each over its own tensors.
+
+    Args:
+        groups: methods, each with the names of its tensors. Methods with equal `statistics_key` share statistics over
+            the tensors of all of them.
+        vectors: the task vectors.
+    """
+    shared: dict[Hashable, set[str]] = {}
+    keys = [method.statistics_key for method, _ in groups]
+    for key, (_, names) in zip(keys, groups, strict=True):
+        shared.setdefault(key, set()).update(names)
+    found: dict[Hashable, Any] = {}
+    for key, (method, _) in zip(keys, groups, strict=True):
+        if key not in found:
+            seen = shared[key]
+            found[key] = method.collect_statistics(vectors.subset(name for name in vectors.shapes if name in seen))
+    return [found[key] for key in keys]
 
 
 def with_overrides(method: MergeMethod, overrides: Sequence[Mapping[str, Any]] | None) -> MergeMethod:

@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from freemerge.merging.methods.base import MergeMethod, require, require_number, require_scope
+from freemerge.merging.methods.base import MergeMethod, each_of, require, require_number, require_scope
 from freemerge.merging.methods.magnitudes import model_magnitudes, tensor_magnitudes
 from freemerge.merging.task_vectors import Vectors
 from freemerge.tensors.differences import flat
@@ -25,20 +25,21 @@ class TrimmingMethod(MergeMethod):
     the sampled bounds miss t_k.
 
     Args:
-        density: fraction of the entries to keep, in (0, 1].
+        density: fraction of the entries to keep, in (0, 1], one for all models or one per model.
         scale: multiplies the result.
         scope: where the density applies: to the whole "model", or to each "tensor" separately.
     """
 
     statistics_fields: ClassVar = ("density", "scope")
 
-    density: float = 1.0
+    density: float | list[float] = 1.0
     scale: float = 1.0
     scope: Literal["model", "tensor"] = "model"
 
     def __post_init__(self) -> None:
         require_number(self, "density", self.density)
-        require(0 < self.density <= 1, self, f"`density` must lie in (0, 1], got {self.density}")
+        inside = all(0 < density <= 1 for density in self._densities)
+        require(inside, self, f"`density` must lie in (0, 1], got {self.density}")
         require_number(self, "scale", self.scale)
         require_scope(self, self.scope)
 
@@ -52,15 +53,16 @@ class TrimmingMethod(MergeMethod):
 
     @property
     def passes(self) -> int:
-        return 2 if self.density < 1 else 1
+        return 2 if min(self._densities) < 1 else 1
 
     def collect_statistics(self, vectors: Vectors) -> Tensor | dict[str, Tensor] | None:
         """Find t_k, (K, 1) float32, over the whole model or, by name, for each tensor; None if nothing is trimmed."""
-        if self.density == 1 or vectors.numel == 0:
+        if min(self._densities) == 1 or vectors.numel == 0:
             return None
         if self.scope == "tensor":
-            return tensor_magnitudes(vectors, lambda size: [self._rank(size)])
-        return model_magnitudes(vectors, [self._rank(vectors.numel)])
+            found = tensor_magnitudes(vectors, self._ranks)
+            return {name: self._own(magnitudes) for name, magnitudes in found.items()}
+        return self._own(model_magnitudes(vectors, self._ranks(vectors.numel)))
 
     def combine(self, name: str, deltas: Tensor, statistics: Tensor | dict[str, Tensor] | None) -> Tensor:
         values = flat(deltas)
@@ -70,9 +72,20 @@ class TrimmingMethod(MergeMethod):
             trim_(values, (statistics[name] if isinstance(statistics, dict) else statistics)[:, 0])
         return self.merge_trimmed_(values).mul_(self.scale).reshape(deltas.shape[1:])
 
-    def _rank(self, total: int) -> int:
-        """Zero-based ascending rank of the smallest magnitude that is kept."""
-        return total - max(1, int(total * self.density))
+    @property
+    def _densities(self) -> list[float]:
+        """The different densities."""
+        return list(dict.fromkeys(each_of(self.density, 1)))
+
+    def _ranks(self, total: int) -> list[int]:
+        """Zero-based ascending rank of the smallest magnitude that is kept, for each of the densities."""
+        return [total - max(1, int(total * density)) for density in self._densities]
+
+    def _own(self, magnitudes: Tensor) -> Tensor:
+        """Of (K, R) magnitudes for all densities those of each model's own density, (K, 1)."""
+        densities = self._densities
+        columns = [densities.index(density) for density in each_of(self.density, len(magnitudes))]
+        return magnitudes.gather(1, torch.tensor(columns)[:, None])
 
 
 def trim_(values: Tensor, thresholds: Tensor) -> None:

@@ -182,3 +182,70 @@ def test_the_command_reports_differences_and_takes_companions(tmp_path, capsys):
     assert run(build_parser().parse_args([*arguments, "--companions_from", "a"])) == 0
     assert capsys.readouterr().err == ""
     assert (tmp_path / "o" / "chat_template.jinja").read_text() == "new"
+
+
+CARD = "---\nlicense: {}\ntags:\n- x\n---\n# A model\n"
+
+
+def test_the_licence_is_the_bases_and_others_are_reported(tmp_path):
+    base = write(tmp_path / "base", {"README.md": CARD.format("apache-2.0")})
+    same = write(tmp_path / "same", {"README.md": CARD.format("Apache-2.0 # as the base")})
+    assert note_of(tmp_path, base, {"a": same, "b": write(tmp_path / "unknown")}) is None
+    card = (tmp_path / "o" / "README.md").read_text()
+    assert card.startswith('---\nlibrary_name: transformers\nlicense: "apache-2.0"\ntags:\n')
+    own = "---\nlicense: other\nlicense_name: 'llama3'\nlicense_link: LICENSE\n---\n"
+    other = write(tmp_path / "other", {"README.md": own})
+    assert note_of(tmp_path, base, {"a": same, "b": other}) == (
+        "licences differ (the base: apache-2.0; b: llama3); the model card names the base's, check what the others "
+        "demand"
+    )
+    assert note_of(tmp_path, other, {"a": other}) is None
+    card = (tmp_path / "o" / "README.md").read_text()
+    assert 'license: "other"\nlicense_name: "llama3"\nlicense_link: "LICENSE"\n' in card
+
+
+def test_custom_code_comes_along_only_if_it_is_trusted(tmp_path):
+    base = write(tmp_path / "base", {"modeling_own.py": "print(1)", "tokenizer.json": "{}"})
+    note = note_of(tmp_path, base, [write(tmp_path / "a")])
+    assert note == "custom code is left out: modeling_own.py; trust_remote_code=True takes it along"
+    record = json.loads((tmp_path / "o" / "freemerge.json").read_text())
+    assert record["files"]["copied"] == ["config.json", "tokenizer.json"]
+    assert "modeling_own.py" in record["files"]["left_out"]
+    assert "left out: modeling_own.py." in (tmp_path / "o" / "README.md").read_text()
+    assert note_of(tmp_path, base, [tmp_path / "a"], trust_remote_code=True) is None
+    assert (tmp_path / "o" / "modeling_own.py").read_text() == "print(1)"
+
+
+def test_a_chat_template_of_a_model_or_a_file(tmp_path):
+    tokenizer = {"eos_token": "</s>", "chat_template": "old"}
+    base = write(tmp_path / "base", {"tokenizer_config.json": tokenizer, "chat_template.json": {"chat_template": "x"}})
+    chat = write(tmp_path / "chat", {"chat_template.jinja": "{{ new }}"})
+    far = write(tmp_path / "far", {"tokenizer_config.json": {"chat_template": "far"}})
+    (tmp_path / "own.jinja").write_text("{{ own }}")
+    for origin, text in (("chat", "{{ new }}"), (str(far), "far"), (str(tmp_path / "own.jinja"), "{{ own }}")):
+        note_of(tmp_path, base, [chat], chat_template_from=origin)
+        assert (tmp_path / "o" / "chat_template.jinja").read_text() == text
+        assert json.loads((tmp_path / "o" / "tokenizer_config.json").read_text()) == {"eos_token": "</s>"}
+        assert not (tmp_path / "o" / "chat_template.json").exists()
+    named = [{"name": "default", "template": "a"}, {"name": "tools", "template": "b"}]
+    several = write(tmp_path / "several", {"tokenizer_config.json": {"chat_template": named}})
+    note_of(tmp_path, base, [several], chat_template_from="several")
+    assert json.loads((tmp_path / "o" / "tokenizer_config.json").read_text())["chat_template"] == named
+    assert not (tmp_path / "o" / "chat_template.jinja").exists()
+
+
+@pytest.mark.parametrize(
+    ("origin", "message"),
+    [
+        ("plain", "chat_template_from: plain has no chat template"),
+        ("nowhere", r"chat_template_from: there is no model 'nowhere'; name one of 'base', 'plain', a folder"),
+        ("nowhere.jinja", r"chat_template_from: nowhere.jinja cannot be read"),
+        ("org/nowhere", r"chat_template_from: org/nowhere: there is no such path"),
+    ],
+)
+def test_templates_that_are_not_there(tmp_path, origin, message):
+    base, plain = write(tmp_path / "base"), write(tmp_path / "plain")
+    with pytest.raises(MergeError, match=message):
+        merge(base, {"plain": plain}, WeightAverage(), output=tmp_path / "o", chat_template_from=origin)
+    with pytest.raises(MergeError, match="chat_template_from is of a model's folder"):
+        merge(base, [plain], WeightAverage(), output=tmp_path / "o.safetensors", chat_template_from="base")
