@@ -253,7 +253,7 @@ def test_without_a_name_on_the_hub_the_base_is_a_path(tmp_path, monkeypatch):
 
 
 def test_a_model_without_a_task_of_peft(tmp_path):
-    _, paths = make(tmp_path, "vit", changed=lambda name: "q_proj.weight" in name)
+    _, paths = make(tmp_path, "vit", changed=lambda name: name.endswith(("q_proj.weight", "query.weight")))
     adapter = merge(tmp_path / "base", paths, WeightAverage(), output=tmp_path / "a", output_format="lora", rank=8)
     loaded = AutoPeftModel.from_pretrained(adapter).merge_and_unload()
     tuned = transformers.ViTForImageClassification.from_pretrained(paths[0]).state_dict()
@@ -280,6 +280,7 @@ def test_the_written_adapter_reads_back(tmp_path):
 
 
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+VIT_LAYERS = ["q_proj", "fc1", "query", "intermediate.dense"]  # the last two are the first two in transformers 5.0
 ADAPTERS = {
     "stacked experts": ("mixtral", LoraConfig(r=2, target_modules=["q_proj"], target_parameters=EXPERTS)),
     "stacked experts that are square": (
@@ -289,9 +290,9 @@ ADAPTERS = {
         "qwen3 moe", LoraConfig(r=2, target_modules=["q_proj"], target_parameters=[*EXPERTS, "mlp.gate.weight"])
     ),
     "dora and a head": (
-        "vit", LoraConfig(r=2, target_modules=["q_proj", "fc1"], use_dora=True, modules_to_save=["classifier"])
+        "vit", LoraConfig(r=2, target_modules=VIT_LAYERS, use_dora=True, modules_to_save=["classifier"])
     ),
-    "oft": ("vit", OFTConfig(oft_block_size=4, target_modules=["q_proj", "fc1"])),
+    "oft": ("vit", OFTConfig(oft_block_size=4, target_modules=VIT_LAYERS)),
     "lokr": ("llava", LoKrConfig(r=2, target_modules=["q_proj", "linear_1"])),
     "adalora": (
         "gpt-neox", AdaLoraConfig(init_r=2, total_step=10, target_modules=["lm_head", "query_key_value"])
