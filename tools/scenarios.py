@@ -1,11 +1,12 @@
 """Scenarios of the merging papers on the fine-tuned models of finished runs, such as one run per seed.
 
-    python tools/scenarios.py methods runs/text_zero_shot/seed0 runs/text_zero_shot/seed1 --markdown
+    python tools/scenarios.py methods runs/text_zero_shot/seed0 runs/text_zero_shot/seed1 --cost
     python tools/scenarios.py tasks runs/text_zero_shot/seed0 --picture tasks.png
 
 - `methods`: every method of the runs' `merge.methods` on all tasks. Picture: validation accuracy against λ.
 - `tasks`: the same methods on 2, 3, … of the tasks. Picture: normalized accuracy against the number of tasks.
 - `fr`, `pcb`: FR- and PCB-Merging with other filters and coefficients, ratios and scores.
+- `others`: further methods that need no data.
 
 λ is chosen on validation data, by one search for all methods (`benchmarks/searched.py`). Results are kept in each run's
 `scenarios.json`, so that an interrupted scenario resumes.
@@ -21,10 +22,32 @@ from typing import Any
 
 from benchmarks.finished import be_quiet
 from benchmarks.searched import Bench, Case
-from benchmarks.tables import Results
+from benchmarks.tables import Results, mib
 
 from freemerge.evaluation import Report, Row
-from freemerge.merging import FRMerging, Gaussian, HighPass, MergeMethod, NyquistDisc, PCBMerging, has_scale
+from freemerge.merging import (
+    SCE,
+    SVC,
+    ACEMerging,
+    Breadcrumbs,
+    Consensus,
+    Dare,
+    Della,
+    EMRMerging,
+    FRMerging,
+    Gaussian,
+    HighPass,
+    KarcherMean,
+    MergeMethod,
+    ModelStock,
+    NyquistDisc,
+    PCBMerging,
+    TaskArithmetic,
+    Ties,
+    TSVMerge,
+    get_field,
+    has_scale,
+)
 
 FR: Mapping[str, MergeMethod] = {
     "disc 0.7, align (default)": FRMerging(),
@@ -47,6 +70,23 @@ PCB: Mapping[str, MergeMethod] = {
     "inter pairwise": PCBMerging(inter="pairwise"),
     "ranked per tensor": PCBMerging(scope="tensor"),
     "after FR's filter": PCBMerging(filter=NyquistDisc()),
+}
+
+OTHERS: Mapping[str, MergeMethod] = {
+    "Breadcrumbs": Breadcrumbs(),
+    "DARE, task arithmetic": Dare(TaskArithmetic()),
+    "DARE, TIES": Dare(Ties()),
+    "DELLA": Della(),
+    "Consensus, task arithmetic": Consensus(),
+    "Consensus, TIES": Consensus(Ties()),
+    "SCE": SCE(),
+    "SVC, task arithmetic": SVC(TaskArithmetic()),
+    "SVC, TSV-M": SVC(TSVMerge()),
+    "Karcher mean": KarcherMean(),
+    "Model Stock": ModelStock(),
+    "EMR, the shared model": EMRMerging(),
+    "TSV-M, aligned": TSVMerge(align=True),
+    "ACE, aligned": ACEMerging(align=True),
 }
 
 
@@ -80,37 +120,61 @@ class Scenario:
             made.append(Report("", rows, metrics=bench.run.measure.metrics))
         return made
 
-    def table(self) -> Results:
-        """λ and scores of every line on all tasks, averaged over the runs, and the CPU seconds of the merge."""
-        columns = ("", "λ", *self.tasks, "average", "normalized", "worst drop", "CPU s")
+    def table(self, cost: bool = False) -> Results:
+        """λ and scores of every line on all tasks, averaged over the runs.
+
+        Args:
+            cost: whether to add what a merge costs, measured on the first run's models.
+        """
+        columns = ("", "default λ", "λ", *self.tasks, "by run", "average", "±", "normalized", "worst drop", "CPU s")
         title = f"{len(self.tasks)} tasks, test accuracy (%), mean over {len(self.benches)} runs"
-        table = Results(title, columns)
+        table = Results(title, columns + (("process s", "peak MiB") if cost else ()))
         reports = self.reports()
         for row in reports[0].rows:
             rows = [report.row(row.name) for report in reports]
-            scores = {task: mean(each.scores[task] for each in rows) for task in self.tasks}
             averages = [report.average(each) for report, each in zip(reports, rows, strict=True)]
             normalized = [report.normalized(each) for report, each in zip(reports, rows, strict=True)]
-            drops = {
-                task: mean(
-                    each.scores[task] - report.row("individual").scores[task]
-                    for report, each in zip(reports, rows, strict=True)
-                )
-                for task in self.tasks
-            }
+            drops = {task: self._drop(reports, row.name, task) for task in self.tasks}
             worst = min(drops, key=drops.__getitem__)
-            results = self.results(row.name, self.tasks) if row.name in self.methods else []
-            table.add(
-                row.name,
-                " / ".join(f"{each['scale']:g}" for each in results if each["scale"] is not None),
-                *(f"{100 * score:.1f}" for score in scores.values()),
-                percent(averages),
-                percent(normalized),
+            cells = [
+                *self._scales(row.name),
+                *(f"{100 * mean(each.scores[task] for each in rows):.1f}" for task in self.tasks),
+                " / ".join(f"{100 * average:.1f}" for average in averages),
+                f"{100 * mean(averages):.1f}",
+                f"{100 * statistics.stdev(averages):.1f}" if len(averages) > 1 else "",
+                f"{100 * mean(normalized):.1f}",
                 f"{100 * drops[worst]:.1f} {worst}" if drops[worst] < 0 else "none",
-                f"{mean(each['seconds'] for each in results):.1f}" if results else "",
-            )
-        table.notes.append("λ of each run; ± is the standard deviation over the runs.")
+                self._seconds(row.name),
+            ]
+            table.add(row.name, *cells, *(self._cost(row.name) if cost else ()))
+        table.notes.append("λ of each run; ±: standard deviation over the runs; CPU s: of the merge in memory.")
+        if cost:
+            table.notes.append("Process s, peak MiB: CPU time and memory of a process that merges files, one thread.")
         return table
+
+    def _scales(self, line: str) -> tuple[str, str]:
+        """The cells of the default λ, and of those chosen on each run."""
+        if line not in self.methods or not has_scale(self.methods[line]):
+            return "", ""
+        chosen = " / ".join(f"{result['scale']:g}" for result in self.results(line, self.tasks))
+        return f"{get_field(self.methods[line], 'scale'):g}", chosen
+
+    def _seconds(self, line: str) -> str:
+        """The cell of the CPU seconds of a merge, the mean over the runs."""
+        found = [result["seconds"] for result in self.results(line, self.tasks)] if line in self.methods else []
+        return f"{mean(found):.1f}" if found else ""
+
+    def _cost(self, line: str) -> tuple[str, str]:
+        """The cells of CPU seconds and peak memory."""
+        if line not in self.methods:
+            return "", ""
+        cost = self.benches[0].cost(self.methods[line])
+        return f"{cost['cpu']:.1f}", mib(cost["peak"])
+
+    @staticmethod
+    def _drop(reports: Sequence[Report], line: str, task: str) -> float:
+        """How far a line is above the individual model of a task, on average; negative for a drop."""
+        return mean(each.row(line).scores[task] - each.row("individual").scores[task] for each in reports)
 
     def subsets(self, size: int) -> list[tuple[str, ...]]:
         """Two sets of consecutive tasks, which begin with the first and with the middle one; one set of all tasks."""
@@ -153,18 +217,12 @@ def mean(values: Any) -> float:
     return statistics.fmean(values)
 
 
-def percent(values: Sequence[float]) -> str:
-    """Mean and standard deviation in percent."""
-    spread = f" ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{100 * mean(values):.1f}{spread}"
-
-
-def show_methods(scenario: Scenario, markdown: bool, picture: Path | None) -> None:
+def show_methods(scenario: Scenario, markdown: bool, picture: Path | None, cost: bool) -> None:
     """Print the table of all lines; draw validation accuracy against λ."""
-    scenario.table().show(markdown)
+    scenario.table(cost).show(markdown)
     if picture is None:
         return
-    curves = {}
+    curves: dict[str, dict[float, float]] = {}
     for line, method in scenario.methods.items():
         searches = [result["search"] for result in scenario.results(line, scenario.tasks)]
         common = set.intersection(*(set(search) for search in searches))  # the scales that were tried in every run
@@ -173,7 +231,7 @@ def show_methods(scenario: Scenario, markdown: bool, picture: Path | None) -> No
     draw(picture, curves, "scale λ", "validation accuracy (%)", log=True)
 
 
-def show_tasks(scenario: Scenario, markdown: bool, picture: Path | None) -> None:
+def show_tasks(scenario: Scenario, markdown: bool, picture: Path | None, cost: bool) -> None:
     """Print and draw normalized accuracy against the number of tasks."""
     found = scenario.by_number()
     sizes = list(found["base"])
@@ -215,6 +273,7 @@ SCENARIOS: Mapping[str, tuple[Mapping[str, MergeMethod] | None, Callable[..., No
     "tasks": (None, show_tasks),
     "fr": (FR, show_methods),
     "pcb": (PCB, show_methods),
+    "others": (OTHERS, show_methods),
 }
 
 
@@ -225,6 +284,7 @@ def main() -> None:
     parser.add_argument("runs", type=Path, nargs="+", help="folders of runs with fine-tuned models of the same tasks")
     parser.add_argument("--lines", nargs="+", help="only these lines of the table")
     parser.add_argument("--picture", type=Path, help="draw to this file")
+    parser.add_argument("--cost", action="store_true", help="measure each merge as a process of its own, too")
     parser.add_argument("--markdown", action="store_true", help="print Markdown")
     arguments = parser.parse_args()
     be_quiet()
@@ -234,7 +294,7 @@ def main() -> None:
     if unknown := set(arguments.lines or ()) - set(methods):
         parser.error(f"there is no line {min(unknown)!r}; lines: {', '.join(methods)}")
     chosen = {line: methods[line] for line in arguments.lines or methods}
-    show(Scenario(benches, chosen), arguments.markdown, arguments.picture)
+    show(Scenario(benches, chosen), arguments.markdown, arguments.picture, arguments.cost)
 
 
 if __name__ == "__main__":

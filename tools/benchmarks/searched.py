@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from benchmarks.finished import FinishedRun
-from freemerge.evaluation import mean_score
+from benchmarks.processes import Job, program, read_into_cache, run_once
+from freemerge.checkpoints import save_checkpoint
 from freemerge.merging import Candidates, MergeMethod, describe_method, has_scale
 
 RATIO = 2**0.5
@@ -85,7 +87,11 @@ class Bench:
         self.folder = folder
         self.run = FinishedRun(folder).suite_run
         self.path = folder / "scenarios.json"
-        self.results: list[dict[str, Any]] = json.loads(self.path.read_text()) if self.path.exists() else []
+
+    @property
+    def results(self) -> list[dict[str, Any]]:
+        """All results so far, also those that another scenario added meanwhile."""
+        return json.loads(self.path.read_text()) if self.path.exists() else []
 
     @cached_property
     def loaders(self) -> dict[str, dict[str, Any]]:
@@ -121,7 +127,7 @@ class Bench:
 
         Returns:
             `scale`: the chosen one, None for a method without; `search`: scale → mean validation score; `test`: task →
-            score at that scale; `seconds`: CPU seconds of the merge at scale 1 and of its statistics.
+            score at that scale; `seconds`: CPU time of the first merge in memory, with its statistics.
         """
         said = {"method": describe_method(case.method), "tasks": list(case.tasks)}
         if (known := self._known(said)) is not None:
@@ -135,23 +141,41 @@ class Bench:
             seconds = time.process_time() - started
             test = self.scores(weights, "test", case.tasks)
             return self._keep(said | {"scale": None, "search": {}, "test": test, "seconds": seconds})
-        seconds = None
         for weights in candidates.over_scales(case.method, search):
-            seconds = time.process_time() - started if seconds is None else seconds
+            if not search.scores:
+                seconds = time.process_time() - started
             if search.current not in search.scores:
-                score = self.scores(weights, "val", case.tasks)
-                search.scores[search.current] = mean_score(score, self.run.measure.metrics)
-        found = {"scale": search.current, "search": search.scores, "seconds": seconds}
-        return self._keep(said | found | {"test": self.scores(weights, "test", case.tasks)})
+                # No score: the merge computes NaN, as with too large a scale.
+                score = self.run.mean_score(partial(self.scores, weights, "val", case.tasks))
+                search.scores[search.current] = score or 0.0
+        test = self.scores(weights, "test", case.tasks)
+        return self._keep(said | {"scale": search.current, "search": search.scores, "test": test, "seconds": seconds})
+
+    def cost(self, method: MergeMethod) -> dict[str, Any]:
+        """What a merge of all models costs, as a whole process with one thread that reads and writes files.
+
+        Returns:
+            `wall` and `cpu`: seconds; `peak`: bytes, with `import torch`.
+        """
+        said = {"cost": describe_method(method)}
+        if (known := self._known(said)) is not None:
+            return known
+        with tempfile.TemporaryDirectory() as folder:
+            base, output = Path(folder, "base.safetensors"), Path(folder, "merged.safetensors")
+            save_checkpoint(base, self.models[0])
+            models = [self.folder / "finetune" / task / "backbone.safetensors" for task in self.run.suite.names]
+            read_into_cache([base, *models])
+            job = {"base": str(base), "models": [*map(str, models)], "method": repr(method), "output": str(output)}
+            command = program("merge_models", json.dumps(job | {"options": {"hash_inputs": False}}))
+            used = run_once(Job(command, environment={"OMP_NUM_THREADS": "1"}))
+        return self._keep(said | {"wall": used.wall, "cpu": used.cpu, "peak": used.peak})
 
     def _known(self, said: Mapping[str, Any]) -> dict[str, Any] | None:
         return next((each for each in self.results if said.items() <= each.items()), None)
 
     def _keep(self, result: dict[str, Any]) -> dict[str, Any]:
         """Add a result to the file, atomically; it is as a later call reads it."""
-        result = json.loads(json.dumps(result))
-        self.results.append(result)
         temporary = self.path.with_name(f".{self.path.name}.partial")
-        temporary.write_text(json.dumps(self.results, indent=1) + "\n")
+        temporary.write_text(json.dumps([*self.results, result], indent=1) + "\n")
         os.replace(temporary, self.path)
-        return result
+        return self.results[-1]
