@@ -28,7 +28,7 @@ def test_json_has_everything(files, capsys):
     )
     found = json.loads(capsys.readouterr().out)
     assert found == json.loads(json.dumps(advise(files["base"], {"x": files["a"], "y": files["b"]}).as_dict()))
-    assert found["method"]["class_path"] == "freemerge.merging.PCBMerging"
+    assert found["method"]["class_path"] == "freemerge.merging.BalancedMerging"
 
 
 def test_tables_and_warnings(files, capsys):
@@ -40,7 +40,7 @@ def test_tables_and_warnings(files, capsys):
     assert ["x", f"{relations.norms[0]:.4g}", f"{relations.relative_norms[0]:.4f}"] in [row[:3] for row in rows]
     assert ["x", "z", f"{relations.cosines[0][2]:.3f}"] in [row[:3] for row in rows]
     assert "warning: x and y are nearly the same model" in out
-    assert "begin with: --method PCBMerging --method.scale 1\n" in out
+    assert "begin with: --method BalancedMerging --method.scale 1\n" in out
 
 
 def test_errors_are_one_line(files, capsys):

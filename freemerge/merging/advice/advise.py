@@ -11,7 +11,7 @@ import torch
 
 from freemerge.checkpoints import Checkpoint
 from freemerge.checkpoints.opening import Source
-from freemerge.merging.advice.measured import LINES, best_line
+from freemerge.merging.advice.measured import LINES, REFERENCE, best_line
 from freemerge.merging.advice.relations import Relations, measure
 from freemerge.merging.engine.job import label_sources, prepare
 from freemerge.merging.engine.plan import Plan
@@ -212,8 +212,10 @@ def suggest(relations: Relations) -> tuple[MergeMethod, str]:
     if len(relations.labels) == 1:
         return TaskArithmetic(1.0), "there is one model, and at scale 1 the result is that model"
     line, tables = best_line()
-    gains = "; ".join(f"{table.averages[line] - table.base:+.1f} points, “{table.title}”" for table in tables)
+    gains = "; ".join(
+        f"{table.averages[line] - table.averages[REFERENCE]:+.1f} points, “{table.title}”" for table in tables
+    )
     return LINES[line](), (
-        f"of the methods measured on several suites, {line} gained most over the base (docs/benchmarks: {gains}). The "
-        "scale is the default of its paper; the tables chose theirs on validation data, so try smaller ones too"
+        f"of the methods measured on several suites, {line} gained most over {REFERENCE} (docs/benchmarks: {gains}). "
+        "The scale is its default; the tables chose theirs on validation data, so try smaller ones too"
     )
