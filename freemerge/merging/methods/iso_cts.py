@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -19,9 +20,11 @@ from freemerge.tensors.spectra import (
     leading_directions,
     left_spectrum,
     rounding,
+    to_nearest_isometry_,
     turned,
 )
 
+_LEAST = 0.03  # fraction of the largest singular value
 _Components = tuple[Tensor, Tensor, Tensor]  # U, σ, Vᵀ, of which U has the shorter side
 
 
@@ -79,7 +82,8 @@ def _merge_wide(matrices: Tensor, common: int, own: int) -> Tensor:
         return outside @ left, spectrum, right
 
     shared = _Shared(total, directions[:, :common], values[:common])
-    return _joined(each(find, list(matrices)), shared)
+    del total  # as large as a task vector; it is computed again where it is needed
+    return _joined(each(find, list(matrices)), shared, lambda: weighted_sum(matrices, 1.0))
 
 
 def _merge_tall(matrices: Tensor, common: int, own: int) -> Tensor:
@@ -88,6 +92,7 @@ def _merge_tall(matrices: Tensor, common: int, own: int) -> Tensor:
     total = weighted_sum(matrices, 1.0).T
     directions, values = left_spectrum(total, tolerance)
     shared = _Shared(total, directions[:, :common], values[:common])
+    del total
     rows = shared.rows
 
     def find(matrix: Tensor) -> _Components:
@@ -106,7 +111,7 @@ def _merge_tall(matrices: Tensor, common: int, own: int) -> Tensor:
         outside = torch.addmm((matrix @ found).T, (inside @ found).T, rows, alpha=-1)  # (t, m)
         return turned(found, outside)
 
-    return _joined(each(find, list(matrices)), shared).T
+    return _joined(each(find, list(matrices)), shared, lambda: weighted_sum(matrices, 1.0).T).T
 
 
 def _floor(tolerance: float, matrix: Tensor, rest: Tensor) -> float:
@@ -125,27 +130,35 @@ class _Shared:
     """
 
     def __init__(self, total: Tensor, side: Tensor, values: Tensor) -> None:
-        self.total, self.side, self.values = total, side, values
+        self.side, self.values = side, values
         self.rows = (side / values).to(total.dtype).T @ total  # those of the longer side, (r, l)
 
-    def products(self, short: Tensor, long: Tensor) -> tuple[Tensor, Tensor]:
+    @property
+    def exact(self) -> bool:
+        """Whether the rows are orthonormal up to float32 rounding, which grows with σ_1/σ_r."""
+        return len(self.values) == 0 or float(self.values[-1]) > _LEAST * float(self.values[0])
+
+    def products(self, short: Tensor, long: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
         """Products of task-specific directions, (t, s) and (t, l), with themselves and the common ones, in float64."""
-        with_rows = exact_products(long, self.total) @ (self.side / self.values)  # more exact than those with `rows`
+        with_rows = exact_products(long, total) @ (self.side / self.values)  # more exact than those with `rows`
         return (
             torch.cat([exact_products(short, short), short.to(self.side.dtype) @ self.side], dim=1),
             torch.cat([exact_products(long, long), with_rows], dim=1),
         )
 
 
-def _joined(components: list[_Components], shared: _Shared) -> Tensor:
-    """Components side by side, orthogonalized, with a flat spectrum."""
+def _joined(components: list[_Components], shared: _Shared, total: Callable[[], Tensor]) -> Tensor:
+    """Components side by side, orthogonalized, with a flat spectrum; `total` computes the sum of the task vectors."""
     sides, spectra, longs = zip(*components, strict=True)
-    spectrum = torch.cat([*spectra, shared.values.to(shared.total.dtype)])
+    spectrum = torch.cat([*spectra, shared.values.to(shared.rows.dtype)])
     if not len(spectrum):
-        return torch.zeros_like(shared.total)
+        return torch.zeros_like(total())
     own, own_rows = torch.cat(sides, dim=1).T, torch.cat(longs)
-    factors = torch.cat([own, shared.side.T.to(own.dtype)]), torch.cat([own_rows, shared.rows])
-    for factor, products in zip(factors, shared.products(own, own_rows), strict=True):
-        extend_to_isometry_(factor, products, rounding(*factor.shape))
-    short, long = factors
+    short, long = torch.cat([own, shared.side.T.to(own.dtype)]), torch.cat([own_rows, shared.rows])
+    short_products, long_products = shared.products(own, own_rows, total())
+    extend_to_isometry_(short, short_products, rounding(*short.shape))
+    if shared.exact:
+        extend_to_isometry_(long, long_products, rounding(*long.shape))
+    else:
+        to_nearest_isometry_(long, rounding(*long.shape))
     return short.mul_(spectrum.mean()).T @ long

@@ -48,3 +48,21 @@ def test_silent_and_low_rank_tasks():
     one = torch.outer(torch.arange(1.0, 9), torch.ones(8))
     merged = merge_task_vectors([{"w": one}, {"w": torch.zeros(8, 8)}], IsoCTS())["w"]
     torch.testing.assert_close(merged, one, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(40, 20), (20, 40), (24, 24)])
+@pytest.mark.parametrize("least", [1e-2, 1e-4])
+def test_with_singular_values_of_several_orders(shape, least):
+    """Weak common directions are orthonormal, too; tasks share most of their directions."""
+    values = np.geomspace(1, least, min(shape))
+
+    def draw(seed):
+        generator = np.random.default_rng(seed)
+        left, right = (np.linalg.qr(generator.standard_normal((size, len(values))))[0] for size in shape)
+        return left * values @ right.T
+
+    deltas = [draw(9) + 0.3 * draw(seed) for seed in range(3)]
+    vectors = [{"w": torch.from_numpy(delta).float()} for delta in deltas]
+    expected = released([vector["w"].double().numpy() for vector in vectors])
+    merged = merge_task_vectors(vectors, IsoCTS())["w"]
+    np.testing.assert_allclose(merged.numpy(), expected, atol=5e-5 * np.abs(expected).max())
