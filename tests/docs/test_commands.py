@@ -37,7 +37,7 @@ def files(tmp_path, monkeypatch) -> None:
 @pytest.mark.usefixtures("files")
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: " ".join(command)[:60])
 def test_every_command_parses(command: tuple[str, ...], capsys) -> None:
-    shows = {"--help", "--version", "--method.help"} & set(command)
+    shows = {"--help", "--version", "--method.help", "doctor"} & set(command)
     with pytest.raises(SystemExit) as stop:
         raise SystemExit(main([*command, *([] if shows or command[0] == "advise" else ["--print_config"])]))
     errors = capsys.readouterr().err
