@@ -61,7 +61,7 @@ def test_integers_stay_integers_and_lists_start_at_their_values() -> None:
     ("method", "ranges", "message"),
     [
         (Ties(), {"densty": Range(0, 1)}, "Ties has no parameter 'densty'; did you mean 'density'"),
-        (Ties(), {"density": Range(0, 1, per_task=True)}, "tune.space: density of Ties is not a list of numbers"),
+        (Ties(), {"scale": Range(0, 1, per_task=True)}, "tune.space: scale of Ties is not a list of numbers"),
         (Ties(), {"scope": Range(0, 1)}, "tune.space: scope of Ties is not a number"),
         (FRMerging(), {"coefficients": Range(0, 1)}, "tune.space: coefficients of FRMerging is not a number"),
         (FRMerging(), {"filter.cutoff": Range(0, 1)}, "NyquistDisc has no parameter 'cutoff'; it has radius"),
