@@ -312,6 +312,7 @@ def test_a_language_models_folder_generates_from_texts(kind: str, tmp_path: Path
     experts = {task: as_stored(expert_of(backbone, seed)) for seed, task in enumerate("ab")}
     model = FreeModel(backbone, {task: nn.Identity() for task in "ab"}, experts, EarlyRouter(2, point, 16)).eval()
     texts = ["what is red", "a photo of the good blue"]
+    assert model.generate([]).texts == []
     expected = model.generate(texts, do_sample=False)
     assert expected.texts == [tokenizer.decode(row, skip_special_tokens=True) for row in expected.token_lists()]
     ids = tokenizer(texts)["input_ids"]  # they end with [SEP], which a causal model's prompt must not

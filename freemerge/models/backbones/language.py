@@ -306,6 +306,9 @@ class LanguageBackbone(HuggingFaceBackbone):
             ValueError: if there is no tokenizer, or a text has no tokens.
         """
         tokenizer = self.load_tokenizer()
+        if not texts:
+            nothing = torch.zeros(0, 0, dtype=torch.long, device=self.model.device)
+            return {"input_ids": nothing, "attention_mask": nothing}
         rows = tokenizer(list(texts))["input_ids"]  # without padding, which would change the tokenizer for all threads
         if self.kind == "causal_lm":  # an end here would end the answer before it begins
             rows = [row[:-1] if row[-1:] == [tokenizer.eos_token_id] else row for row in rows]
