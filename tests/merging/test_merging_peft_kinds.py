@@ -66,12 +66,15 @@ CASES = {
     "shira": (Net, peft.ShiraConfig(r=2, target_modules=LINEAR)),
     "vblora": (Net, peft.VBLoRAConfig(num_vectors=8, vector_length=4, r=2, topk=2, target_modules=LINEAR)),
     "waveft": (Net, peft.WaveFTConfig(n_frequency=10, target_modules=LINEAR)),
-    "gralora": (Net, peft.GraloraConfig(r=4, gralora_k=2, target_modules=LINEAR)),
-    "hira": (Net, peft.HiraConfig(r=4, target_modules=LINEAR)),
-    "a variant of LoRA": (
-        Net, peft.LoraConfig(r=2, target_modules=LINEAR, velora_config=peft.VeloraConfig(num_groups=2))
-    ),
 }  # fmt: skip
+# Kinds that PEFT 0.18, the oldest supported version, does not have.
+if hasattr(peft, "GraloraConfig"):
+    CASES["gralora"] = (Net, peft.GraloraConfig(r=4, gralora_k=2, target_modules=LINEAR))
+if hasattr(peft, "HiraConfig"):
+    CASES["hira"] = (Net, peft.HiraConfig(r=4, target_modules=LINEAR))
+if hasattr(peft, "VeloraConfig"):
+    velora = peft.VeloraConfig(num_groups=2)
+    CASES["a variant of LoRA"] = (Net, peft.LoraConfig(r=2, target_modules=LINEAR, velora_config=velora))
 
 
 def write(folder, build, config, seed=0):
