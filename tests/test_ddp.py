@@ -70,10 +70,10 @@ def run_together(arguments: list[str], told: list[dict[str, str]]) -> list[tuple
     return printed
 
 
-def test_the_slurm_script_of_readme_runs_on_two_nodes(tmp_path) -> None:
+def test_the_slurm_script_of_the_documentation_runs_on_two_nodes(tmp_path) -> None:
     """The script's own command, twice, on two processes that act as nodes."""
-    readme = (ROOT / "README.md").read_text()
-    script = next(block for block in re.findall(r"```bash\n(.*?)```", readme, flags=re.DOTALL) if "#SBATCH" in block)
+    page = (ROOT / "docs" / "tutorials" / "several_devices.md").read_text()
+    script = next(block for block in re.findall(r"```bash\n(.*?)```", page, flags=re.DOTALL) if "#SBATCH" in block)
     options = dict(re.findall(r"#SBATCH --([\w-]+)=(\S+)", script))
     command = shlex.split(script.replace("\\\n", " ").splitlines()[-1])
     assert command[:4] == ["srun", "python", "-m", "freemerge"]
