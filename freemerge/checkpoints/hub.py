@@ -90,7 +90,9 @@ def download(named: HubId, wanted_too: Callable[[str], bool] = lambda _: True) -
     try:
         if constants.HF_HUB_OFFLINE:
             raise ConnectionError("HF_HUB_OFFLINE is set")
-        files = HfApi().list_repo_files(repository, revision=revision)
+        # Not `list_repo_files`, which tries again for 23 s where there is no connection
+        info = HfApi().model_info(repository, revision=revision, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+        files = [file.rfilename for file in info.siblings or ()]
         wanted = _needed(files, subfolder)
         if not wanted:
             where = f"folder {subfolder!r} with weights" if subfolder else "weights in a format that is read here"
