@@ -1,7 +1,6 @@
 """The command line, `python -m freemerge`: for a suite `fit`, `test`, …, for finished checkpoints `merge` and `advise`.
 
 - `commands`, `help_cache`: answer help, version and unknown options before large packages are imported.
-- `importing`: import large packages faster.
 - `names`: suggest the right name for a wrong one.
 - `suite`: Lightning's CLI, which runs a suite's pipeline.
 - `merge`, `run_merge`: the merge of finished checkpoints, which starts without Lightning and transformers.
@@ -20,9 +19,9 @@ from typing import Any
 
 from freemerge.cli import commands, help_cache
 from freemerge.cli.ending import ended_by_sigterm, run_to_end
-from freemerge.cli.importing import without_collections
 from freemerge.cli.names import closest, unknown_option
 from freemerge.cli.printing import escape_what_cannot_be_printed, fail
+from freemerge.runtime.collector import without_collections
 
 _OF_SUITES = ("FreemergeCLI", "quieten")  # loaded when they are first used: `merge` starts without Lightning
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +31,7 @@ from freemerge.merging.matching.vocabulary import Embeddings
 from freemerge.merging.methods.base import MergeMethod
 from freemerge.merging.methods.per_pattern import with_overrides
 from freemerge.merging.methods.weight_average import WeightAverage
+from freemerge.runtime.collector import without_collections
 from freemerge.runtime.processes import Processes
 
 _log = logging.getLogger(__name__)
@@ -120,7 +119,7 @@ def prepare(
     # Each path is located once, because a name on the Hub is a request; messages call the model as the caller does.
     places = [_locate(source, locate) for source in sources]
     labels = ["base" if places[0] is None and not isinstance(base, str) else None, *(label for label, _ in labelled)]
-    with _collector_paused():
+    with without_collections():
         opened, *models = (
             open_checkpoint(source, label=label)
             if place is None
@@ -201,18 +200,6 @@ def _say_left_out(plan: Plan) -> None:
 
 def _is_trained(name: str, spec: TensorSpec) -> bool:
     return spec.dtype.is_floating_point and not is_constant(name, spec)
-
-
-@contextmanager
-def _collector_paused() -> Iterator[None]:
-    """Pause garbage collection, which would traverse large tables of tensors repeatedly without freeing anything."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:

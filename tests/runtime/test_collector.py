@@ -1,10 +1,10 @@
-"""Imports without collections leave the collector as it was."""
+"""The garbage collector is paused within a block, and afterwards as it was."""
 
 import gc
 
 import pytest
 
-from freemerge.cli.importing import without_collections
+from freemerge.runtime.collector import without_collections
 
 
 @pytest.mark.parametrize("before", [True, False])
