@@ -81,10 +81,11 @@ def _of_checkpoints(command: str, arguments: list[str]) -> int:
     options = import_module(f"freemerge.cli.{name}")
     if (first := getattr(options, "FIRST", None)) and arguments and not arguments[0].startswith("-"):
         arguments = [f"--{first}", *arguments]  # the option's name may be left out
+    described = options.described()
     if {"-h", "--help"} & set(arguments):
-        _show(options.described().help)
-    if option := options.described().unknown(arguments):
-        fail(unknown_option(option, options.described().keys))
+        _show(described.help)
+    if option := described.unknown(arguments):
+        fail(unknown_option(option, described.keys))
     with ended_by_sigterm():
         parser = options.build_parser()
         config = parser.parse_args(arguments)

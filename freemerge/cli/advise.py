@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from freemerge.cli.commands import COMMANDS, version
+from freemerge.cli.commands import version
 from freemerge.cli.help_cache import CommandHelp
 from freemerge.cli.merge import add_device, add_models, add_selection
 from freemerge.cli.options import command_help
-from freemerge.cli.parsing import ENV_PREFIX, OneLineErrors
+from freemerge.cli.parsing import OneLineErrors, add_config, command_parser
 
 _EPILOG = """example:
   python -m freemerge advise --base base.safetensors --finetuned a.safetensors b.safetensors
@@ -17,16 +17,8 @@ matrices. The method it names is the one that gained most in the tables of docs/
 
 def build_parser() -> OneLineErrors:
     """Build the parser of `advise`; pass the result of its `parse_args` to `run_advise.run`."""
-    parser = OneLineErrors(
-        prog="python -m freemerge advise",
-        usage="python -m freemerge advise [--config FILE] --base … --finetuned … [options]",
-        description=COMMANDS["advise"],
-        epilog=_EPILOG,
-        env_prefix=f"{ENV_PREFIX}_ADVISE_",
-    )
-    parser.add_argument(
-        "--config", action="config", help="A YAML file with any of the options below; the last value wins."
-    )
+    parser = command_parser("advise", "[--config FILE] --base … --finetuned … [options]", _EPILOG)
+    add_config(parser)
     add_models(parser)
     how = parser.add_argument_group("comparison")
     add_selection(how, "compare", "to leave out")
@@ -37,6 +29,4 @@ def build_parser() -> OneLineErrors:
 
 def described() -> CommandHelp:
     """The help and the options of `advise`, without importing torch."""
-    parser = build_parser()
-    parser.add_argument("--version", action="version", version=version(), help="Show freemerge's version and exit.")
-    return command_help(parser)
+    return command_help(build_parser(), version())

@@ -10,10 +10,10 @@ from importlib.metadata import PackageNotFoundError, requires
 from importlib.metadata import version as version_of
 from typing import Any
 
-from freemerge.cli.commands import COMMANDS, version
+from freemerge.cli.commands import version
 from freemerge.cli.help_cache import CommandHelp
 from freemerge.cli.options import command_help
-from freemerge.cli.parsing import ENV_PREFIX, OneLineErrors
+from freemerge.cli.parsing import OneLineErrors, command_parser
 
 _REQUIREMENT = re.compile(r"([\w.-]+)(?:\[[^]]*\])?\s*([^;]*?)\s*(?:;(.*))?")
 _NOT_FOR_USERS = ("test", "docs", "bench")  # extras of development
@@ -21,19 +21,12 @@ _NOT_FOR_USERS = ("test", "docs", "bench")  # extras of development
 
 def build_parser() -> OneLineErrors:
     """Build the parser of `doctor`, which has no options; pass the result of its `parse_args` to `run`."""
-    return OneLineErrors(
-        prog="python -m freemerge doctor",
-        usage="python -m freemerge doctor",
-        description=COMMANDS["doctor"],
-        env_prefix=f"{ENV_PREFIX}_DOCTOR_",
-    )
+    return command_parser("doctor")
 
 
 def described() -> CommandHelp:
     """The help and the options of `doctor`."""
-    parser = build_parser()
-    parser.add_argument("--version", action="version", version=version(), help="Show freemerge's version and exit.")
-    return command_help(parser)
+    return command_help(build_parser(), version())
 
 
 def run(config: Any) -> int:

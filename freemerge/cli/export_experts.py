@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from freemerge.cli.commands import COMMANDS, version
+from freemerge.cli.commands import version
 from freemerge.cli.help_cache import CommandHelp
 from freemerge.cli.options import command_help
-from freemerge.cli.parsing import ENV_PREFIX, OneLineErrors
+from freemerge.cli.parsing import OneLineErrors, add_config, command_parser
 
 FIRST = "model"
 """The option of the first argument, if it is no option itself."""
@@ -20,16 +20,8 @@ error that names the tensor."""
 
 def build_parser() -> OneLineErrors:
     """Build the parser of `export-experts`; pass the result of its `parse_args` to `run_export_experts.run`."""
-    parser = OneLineErrors(
-        prog="python -m freemerge export-experts",
-        usage="python -m freemerge export-experts FREE_MODEL --output FOLDER [options]",
-        description=COMMANDS["export-experts"],
-        epilog=_EPILOG,
-        env_prefix=f"{ENV_PREFIX}_EXPORT_EXPERTS_",
-    )
-    parser.add_argument(
-        "--config", action="config", help="A YAML file with any of the options below; the last value wins."
-    )
+    parser = command_parser("export-experts", "FREE_MODEL --output FOLDER [options]", _EPILOG)
+    add_config(parser)
     parser.add_argument(
         "--model", type=str, required=True, help="The FREE model: a folder, or a model's name on the Hub. The option's "
         "name may be left out."
@@ -46,6 +38,4 @@ def build_parser() -> OneLineErrors:
 
 def described() -> CommandHelp:
     """The help and the options of `export-experts`, without importing torch."""
-    parser = build_parser()
-    parser.add_argument("--version", action="version", version=version(), help="Show freemerge's version and exit.")
-    return command_help(parser)
+    return command_help(build_parser(), version())

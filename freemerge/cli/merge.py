@@ -14,7 +14,7 @@ from freemerge.cli import mergekit
 from freemerge.cli.commands import methods, version
 from freemerge.cli.help_cache import CommandHelp
 from freemerge.cli.options import command_help
-from freemerge.cli.parsing import ENV_PREFIX, OneLineErrors
+from freemerge.cli.parsing import OneLineErrors, add_config, command_parser
 from freemerge.cli.printing import print_error
 
 _EPILOG = """methods:
@@ -70,24 +70,16 @@ def described() -> CommandHelp:
     """The help and the options of `merge`, without importing torch."""
     parser = _make_parser(str)
     parser.add_argument("--method.help", metavar="CLASS", help="Explain the parameters of a method and exit.")
-    parser.add_argument("--version", action="version", version=version(), help="Show freemerge's version and exit.")
-    return command_help(parser)
+    return command_help(parser, version())
 
 
 def _make_parser(method: type) -> OneLineErrors:
     lines = [f"  {name:<16}{about}" for name, about in methods().items()]
-    parser = MergeParser(
-        prog="python -m freemerge merge",
-        usage="python -m freemerge merge [--config FILE] --base … --finetuned … --method … --output … [options]",
-        description="Merge fine-tuned models of one base into one model.",
-        epilog=_EPILOG.format(methods="\n".join(lines)),
-        env_prefix=f"{ENV_PREFIX}_MERGE_",
-    )
-    parser.add_argument(
-        "--config",
-        action="config",
-        help="A YAML file with any of the options below, or one of mergekit's; the last value wins.",
-    )
+    epilog = _EPILOG.format(methods="\n".join(lines))
+    usage = "[--config FILE] --base … --finetuned … --method … --output … [options]"
+    parser = command_parser("merge", usage, epilog, MergeParser)
+    parser.description = "Merge fine-tuned models of one base into one model."
+    add_config(parser, ", or one of mergekit's")
     add_models(parser)
     how = parser.add_argument_group("merging")
     how.add_argument("--method", type=method, required=True, help="How to merge; see below.")

@@ -28,8 +28,15 @@ def options(parser: ArgumentParser) -> list[str]:
     return list(keys)
 
 
-def command_help(parser: ArgumentParser) -> CommandHelp:
-    """The help and the options of a parser without subcommands."""
+def command_help(parser: ArgumentParser, version: str | None = None) -> CommandHelp:
+    """The help and the options of a parser without subcommands.
+
+    Args:
+        parser: the parser.
+        version: adds the option `--version`, which prints this; None adds nothing.
+    """
+    if version is not None:
+        parser.add_argument("--version", action="version", version=version, help="Show freemerge's version and exit.")
     names = {name.strip("-+") for action in parser._actions for name in action.option_strings}
     return CommandHelp(parser.format_help(), options(parser), sorted(names))
 

@@ -21,6 +21,7 @@ from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace, _typeh
 from jsonargparse._paths import change_to_path_dir
 
 from freemerge.cli.arguments import kind_of, spell_out
+from freemerge.cli.commands import COMMANDS, module_of
 from freemerge.cli.names import closest
 from freemerge.cli.options import groups, options, subcommands
 from freemerge.cli.printing import fail
@@ -124,6 +125,38 @@ class OneLineErrors(ArgumentParser):
         if not self.exit_on_error:
             super().error(message, ex)
         fail(self._problems.explain(ex or message) if self._problems else innermost(ex or message))
+
+
+def command_parser(
+    command: str, arguments: str = "", epilog: str | None = None, kind: type[OneLineErrors] = OneLineErrors
+) -> OneLineErrors:
+    """The parser of a command with a module of its own, without options.
+
+    Args:
+        command: its name.
+        arguments: the arguments, as the usage shows them.
+        epilog: what its help ends with.
+        kind: class of the parser.
+    """
+    prog = f"python -m freemerge {command}"
+    return kind(
+        prog=prog,
+        usage=f"{prog} {arguments}".rstrip(),
+        description=COMMANDS[command],
+        epilog=epilog,
+        env_prefix=f"{ENV_PREFIX}_{module_of(command).upper()}_",
+    )
+
+
+def add_config(parser: OneLineErrors, also: str = "") -> None:
+    """Add the option of configuration files.
+
+    Args:
+        parser: the parser.
+        also: what else the files may be, for the help.
+    """
+    about = f"A YAML file with any of the options below{also}; the last value wins."
+    parser.add_argument("--config", action="config", help=about)
 
 
 @contextmanager
