@@ -17,8 +17,8 @@ from freemerge.checkpoints import CheckpointError, open_checkpoint
 from freemerge.checkpoints import hub as hub_module
 from freemerge.merging import MergeError, TaskArithmetic, merge
 from freemerge.models import FreeModel, ModuleBackbone
+from tests.checkpoints.hub_server import serving
 
-SERVER = Path(__file__).parent / "hub_server.py"
 ASK = """
 import json, sys, torch
 from freemerge.checkpoints import CheckpointError, load_checkpoint
@@ -55,12 +55,8 @@ def hub(tmp_path_factory) -> Iterator[tuple[Path, str]]:
     publish(root / "org/many/main/large", 5.0)
     (root / "org/words/main").mkdir(parents=True)
     (root / "org/words/main/README.md").write_text("words")
-    server = subprocess.Popen([sys.executable, str(SERVER), str(root)], stdout=subprocess.PIPE, text=True)
-    assert server.stdout is not None
-    yield root, server.stdout.readline().strip()
-    server.kill()
-    server.wait()
-    server.stdout.close()
+    with serving(root) as address:
+        yield root, address
 
 
 def environment(address: str, cache: Path, **more: str) -> dict[str, str]:

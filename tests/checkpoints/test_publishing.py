@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,12 +21,8 @@ from tests.checkpoints import hub_server
 def server(tmp_path_factory) -> Iterator[tuple[Path, str]]:
     """The server's directory and its address."""
     root = tmp_path_factory.mktemp("hub")
-    process = subprocess.Popen([sys.executable, hub_server.__file__, str(root)], stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    yield root, process.stdout.readline().strip()
-    process.kill()
-    process.wait()
-    process.stdout.close()
+    with hub_server.serving(root) as address:
+        yield root, address
 
 
 @pytest.fixture

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -35,12 +33,8 @@ def server(tmp_path_factory) -> Iterator[tuple[Path, str]]:
         save_file(tensors, folder / "model.safetensors")
         (folder / "config.json").write_text(json.dumps({"model_type": "own"}))
     (root / "org" / "damaged" / "main" / "model.safetensors").write_bytes(b"\xff" * 100)
-    process = subprocess.Popen([sys.executable, hub_server.__file__, str(root)], stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    yield root, process.stdout.readline().strip()
-    process.kill()
-    process.wait()
-    process.stdout.close()
+    with hub_server.serving(root) as address:
+        yield root, address
 
 
 @pytest.fixture
