@@ -13,7 +13,7 @@ The keys and shapes are those of PEFT's `adapter_model.safetensors`.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,6 +62,7 @@ def as_lora(model: nn.Module, expert: LowRankExpert) -> LoraAdapter:
     layers: dict[str, dict[str, str]] = {}  # layer → its changed tensor → the expert's name
     for name, stored in changes.items():
         layers.setdefault(name.rpartition(".")[0], {})[name.rpartition(".")[2]] = stored
+    every = [name for name, _ in model.named_modules()]
     homes: dict[int, str] = {}
     has_bias = any(_takes_factors(model.get_submodule(layer)) and "bias" in own for layer, own in layers.items())
     ranks: dict[str, int] = {}
@@ -86,27 +87,36 @@ def as_lora(model: nn.Module, expert: LowRankExpert) -> LoraAdapter:
         elif factored := [name for name, stored in own.items() if stored in expert.left and not _embeds(module)]:
             raise _no_place(f"{layer}.{factored[0]}".lstrip("."), f"is of a {type(module).__name__}, no linear layer")
         elif not any(module.children()) and layer:
+            if twins := [other for other in every if other.endswith(layer) and other != layer]:
+                why = f"is of a layer whose name ends like {twins[0]!r}, and PEFT would take both"
+                raise _no_place(f"{layer}.{next(iter(own))}", why)
             saved.append(layer)
             for name, value in module.state_dict().items():
                 tensors[f"{_KEY}{layer}.{name}"] = expert.added(own[name], value) if name in own else value
         else:
             raise _no_place(f"{layer}.{next(iter(own))}".lstrip("."), "belongs to a layer with other layers inside")
     return LoraAdapter(
-        _config(ranks, saved, has_bias, transposed),
+        _config(ranks, saved, every, has_bias, transposed),
         # copies: the factors of tied layers are one tensor, which PEFT reads under each name
         {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()},
     )
 
 
-def _config(ranks: Mapping[str, int], saved: list[str], has_bias: bool, transposed: bool) -> dict[str, Any]:
+def _config(
+    ranks: Mapping[str, int], saved: list[str], every: Sequence[str], has_bias: bool, transposed: bool
+) -> dict[str, Any]:
     """The content of `adapter_config.json`; α = r in every layer."""
     rank = max(ranks.values(), default=1)
-    others = {layer: own for layer, own in ranks.items() if own != rank}
+    # PEFT compares these names with the ends of the model's, unless one expression stands for all of them. Ranks are
+    # those of the first end that fits, so the longest names come first.
+    ambiguous = any(other.endswith(f".{layer}") for layer in ranks for other in every)
+    others = {layer: own for layer, own in ranks.items() if own != rank or ambiguous}
+    others = dict(sorted(others.items(), key=lambda each: -len(each[0]))) if ambiguous else others
     return {
         "peft_type": "LORA",
         "r": rank,
         "lora_alpha": rank,
-        "target_modules": list(ranks),
+        "target_modules": "|".join(map(re.escape, ranks)) if ambiguous else list(ranks),
         "rank_pattern": others,
         "alpha_pattern": dict(others),
         "modules_to_save": saved or None,

@@ -97,6 +97,37 @@ def test_whole_changes_of_weights_and_biases_alone(tmp_path: Path) -> None:
     check(backbone, {"a": LowRankExpert({}, {}, change, shapes)}, tmp_path)
 
 
+class Nested(nn.Module):
+    """Layers whose names are the ends of others' names."""
+
+    def __init__(self, inner: nn.Module | None = None) -> None:
+        super().__init__()
+        self.fc, self.norm, self.block = nn.Linear(4, 4), nn.LayerNorm(4), inner or nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(self.norm(self.fc(x)))
+
+
+@pytest.mark.parametrize("ranks", [{"fc": 1}, {"block.fc": 1}, {"fc": 3, "block.fc": 1}, {"fc": 1, "block.fc": 3}])
+def test_layers_whose_names_end_like_others(ranks: dict[str, int], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, x = Nested(Nested()), torch.randn(3, 4)
+    left = {f"{layer}.weight": torch.randn(4, rank) for layer, rank in ranks.items()}
+    right = {f"{layer}.weight": torch.randn(rank, 4) for layer, rank in ranks.items()}
+    expert = LowRankExpert(left, right, {}, dict.fromkeys(left, (4, 4)))
+    write(tmp_path / "a", model, expert)
+    adapted = PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / "a").eval()
+    changed = copy.deepcopy(model)
+    write_into(dict(changed.state_dict()), expert)
+    torch.testing.assert_close(adapted(x), changed(x), rtol=1e-4, atol=1e-5)
+
+
+def test_a_whole_layer_whose_name_ends_like_another_is_refused_by_name() -> None:
+    expert = LowRankExpert({}, {}, {"norm.weight": torch.ones(4)}, {"norm.weight": (4,)})
+    with pytest.raises(ValueError, match=r"tensor 'norm.weight' is of a layer whose name ends like 'block.norm'"):
+        as_lora(Nested(Nested()), expert)
+
+
 def test_only_linear_layers_are_served_by_every_server() -> None:
     llama, gpt2 = language_model("llama"), language_model("gpt2")
     assert as_lora(llama.model, extract_low_rank(chosen(llama, 0, "q_proj"), rank=2)).only_factors
