@@ -253,8 +253,8 @@ class LanguageBackbone(HuggingFaceBackbone):
         Returns:
             int64 (B,).
         """
-        usual = getattr(arguments.get("generation_config"), "eos_token_id", None) or self._ends
-        ends = arguments.get("eos_token_id", usual)
+        asked = getattr(arguments.get("generation_config"), "eos_token_id", None)
+        ends = arguments.get("eos_token_id", self._ends if asked is None else asked)
         every = [*(ends if isinstance(ends, list) else [ends]), self.model.generation_config.pad_token_id]
         known = [token for token in every if token is not None]
         ended = torch.isin(tokens, torch.tensor(known, dtype=torch.long, device=tokens.device))

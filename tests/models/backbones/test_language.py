@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
 from freemerge.models import EarlyRouter
 from freemerge.models.routers import early_features
@@ -83,3 +84,12 @@ def test_a_decoders_point_reads_no_answer() -> None:
     found = early_features(inputs, backbone, "decoder.block.1")
     torch.testing.assert_close(early_features({**inputs, "labels": IDS + 9}, backbone, "decoder.block.1"), found)
     assert not torch.allclose(found[0], found[1])  # the decoder has read the prompts
+
+
+def test_answers_end_at_the_tokens_that_the_arguments_name() -> None:
+    backbone, tokens = language_model("llama"), torch.tensor([[3, 5, 0, 0], [3, 4, 6, 5]])
+    backbone.model.generation_config.eos_token_id, backbone.model.generation_config.pad_token_id = 5, None
+    assert backbone.ends_of(tokens, {}).tolist() == [1, 3]
+    assert backbone.ends_of(tokens, {"generation_config": GenerationConfig(eos_token_id=0)}).tolist() == [2, 4]
+    assert backbone.ends_of(tokens, {"generation_config": GenerationConfig()}).tolist() == [1, 3]
+    assert backbone.ends_of(tokens, {"eos_token_id": [4, 0]}).tolist() == [2, 1]
