@@ -55,9 +55,8 @@ class Consensus(MethodWrapper):
     def elementwise(self) -> bool:
         return self.method.elementwise and not self.method.finishes
 
-    @property
-    def duplicates(self) -> bool:
-        return True
+    def extra_copies(self, models: int) -> int:
+        return models + super().extra_copies(models)  # a second copy of all task vectors
 
     def check(self, labels: Sequence[str]) -> None:
         super().check(labels)

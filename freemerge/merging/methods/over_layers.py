@@ -58,21 +58,19 @@ class OverLayers(MergeMethod):
             require(valid, self, f"`layers` must be the first layer and the one after the last, got {self.layers}")
         require_number(self, "end", self.end)
         require(0 <= self.end <= 1, self, f"`end` must lie in [0, 1], got {self.end}")
-        knots = {index / max(len(values) - 1, 1) for values in self.values.values() for index in range(len(values))}
-        for depth in sorted({*knots, 0.0, 1.0}, reverse=True):  # refuses values that the method refuses
+        for depth in sorted(self._knots, reverse=True):  # refuses values that the method refuses
             self._at(depth)
 
     @property
     def elementwise(self) -> bool:
         return self.method.elementwise and not self.method.finishes  # `finish` does not know the tensor's depth
 
-    @property
-    def duplicates(self) -> bool:
-        return self.method.duplicates
+    def extra_copies(self, models: int) -> int:
+        return max(self._at(depth).extra_copies(models) for depth in self._knots)
 
     @property
     def passes(self) -> int:
-        return max(self._at(depth / 8).passes for depth in range(9))
+        return max(self._at(depth).passes for depth in self._knots)
 
     def check(self, labels: Sequence[str]) -> None:
         super().check(labels)
@@ -101,6 +99,12 @@ class OverLayers(MergeMethod):
             values = {path: _interpolate(values, depth) for path, values in self.values.items()}
             self._methods[depth] = replace_fields(self.method, values)
         return self._methods[depth]
+
+    @cached_property
+    def _knots(self) -> set[float]:
+        """The depths at which a value is given, and the first and the last."""
+        given = {index / max(len(values) - 1, 1) for values in self.values.values() for index in range(len(values))}
+        return {*given, 0.0, 1.0}
 
     @cached_property
     def _methods(self) -> dict[float, MergeMethod]:

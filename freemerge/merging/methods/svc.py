@@ -47,9 +47,8 @@ class SVC(MethodWrapper):
         require(self.alpha > 0, self, f"`alpha` must be positive, got {self.alpha}")
         require(self.form in ("paper", "released"), self, f'`form` must be "paper" or "released", got {self.form!r}')
 
-    @property
-    def duplicates(self) -> bool:
-        return True
+    def extra_copies(self, models: int) -> int:
+        return models + super().extra_copies(models)  # a second copy of all task vectors
 
     def combine(self, name: str, deltas: Tensor, statistics: Any) -> Tensor:
         merged = self.method.combine(name, deltas.clone(), statistics)

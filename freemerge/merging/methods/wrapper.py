@@ -30,7 +30,7 @@ class MethodWrapper(MergeMethod):
         require_number(self, "scale", self.scale)
 
     def extra_copies(self, models: int) -> int:
-        return super().extra_copies(models) + self.method.extra_copies(models)
+        return self.method.extra_copies(models)
 
     @property
     def passes(self) -> int:

@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from freemerge.merging import (
+    SVC,
+    BalancedMerging,
     Dare,
     KarcherMean,
     MergeError,
@@ -43,6 +45,13 @@ def test_a_part_of_the_layers():
     vector = {f"h.{index}.w": torch.ones(2) for index in range(6)}
     merged = merge_task_vectors([vector], OverLayers(TaskArithmetic(), {"scale": [1.0, 2.0]}, [2, 5]))
     assert [float(merged[f"h.{index}.w"][0]) for index in range(6)] == [1.0, 1.0, 1.0, 1.5, 2.0, 2.0]
+
+
+def test_memory_and_passes_are_those_of_the_most_demanding_depth():
+    assert OverLayers(BalancedMerging(), {"scale": [1.0, 2.0]}).extra_copies(3) == 4
+    assert OverLayers(SVC(TaskArithmetic()), {"scale": [1.0, 2.0]}).extra_copies(3) == 3
+    assert OverLayers(Ties(density=1.0), {"density": [1.0, 0.2, *[1.0] * 15]}).passes == 2
+    assert OverLayers(Ties(density=1.0), {"density": [1.0, 1.0]}).passes == 1
 
 
 def test_the_depth_after_the_layers():
