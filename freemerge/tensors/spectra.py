@@ -11,10 +11,8 @@ import torch
 from torch import Tensor
 
 from freemerge.runtime.threads import each, load_linalg
-from freemerge.tensors.chunks import at_a_time
 from freemerge.tensors.panels import column_parts, gram
 
-_COLUMNS = 256  # columns that are processed at a time
 _LEAST = 1e-3  # fraction of the largest eigenvalue of a float32 Gram matrix that stands out from its rounding
 
 
@@ -188,9 +186,9 @@ def exact_products(left: Tensor, right: Tensor) -> Tensor:
     return total
 
 
-def _blocks(matrix: Tensor) -> tuple[Tensor, ...]:
-    """Yield views of a few columns of (m, n) at a time."""
-    return matrix.split(at_a_time(_COLUMNS, matrix.device, matrix.shape[1]), dim=1)
+def _blocks(matrix: Tensor) -> list[Tensor]:
+    """Views of a few columns of (m, n) each."""
+    return [matrix[:, columns] for columns in column_parts(matrix.shape[1], matrix.device)]
 
 
 def rounding(rows: int, columns: int) -> float:

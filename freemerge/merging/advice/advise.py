@@ -212,9 +212,7 @@ def suggest(relations: Relations) -> tuple[MergeMethod, str]:
     if len(relations.labels) == 1:
         return TaskArithmetic(1.0), "there is one model, and at scale 1 the result is that model"
     line, tables = best_line()
-    gains = "; ".join(
-        f"{table.averages[line] - table.averages[REFERENCE]:+.1f} points, “{table.title}”" for table in tables
-    )
+    gains = "; ".join(f"{table.gain(line):+.1f} points, “{table.title}”" for table in tables)
     return LINES[line](), (
         f"of the methods measured on several suites, {line} gained most over {REFERENCE} (docs/benchmarks: {gains}). "
         "The scale is its default; the tables chose theirs on validation data, so try smaller ones too"

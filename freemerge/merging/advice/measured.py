@@ -20,6 +20,9 @@ from freemerge.merging.methods.ties import Ties
 from freemerge.merging.methods.tsv import TSVMerge
 from freemerge.merging.methods.weight_average import WeightAverage
 
+REFERENCE = "task arithmetic"
+"""The line with which the others are compared."""
+
 
 class Measured(NamedTuple):
     """One table of accuracies.
@@ -33,6 +36,10 @@ class Measured(NamedTuple):
     title: str
     base: float
     averages: Mapping[str, float]
+
+    def gain(self, line: str) -> float:
+        """The points of a merge over task arithmetic, which every table has; not every table has every line."""
+        return self.averages[line] - self.averages[REFERENCE]
 
 
 LINES: Mapping[str, type[MergeMethod]] = {
@@ -85,10 +92,6 @@ TABLES = (
 )
 
 
-REFERENCE = "task arithmetic"
-"""The line that every table has, with which the others are compared: not every table has every line."""
-
-
 def best_line(least: int = 2) -> tuple[str, list[Measured]]:
     """The method whose merges gained most over task arithmetic, on average over the tables that have it.
 
@@ -100,7 +103,7 @@ def best_line(least: int = 2) -> tuple[str, list[Measured]]:
     """
     found = {line: [table for table in TABLES if line in table.averages] for line in LINES}
     gains = {
-        line: sum(table.averages[line] - table.averages[REFERENCE] for table in tables) / len(tables)
+        line: sum(table.gain(line) for table in tables) / len(tables)
         for line, tables in found.items()
         if len(tables) >= least
     }

@@ -23,8 +23,13 @@ from freemerge.runtime.pages import fresh
 
 # Parameters that may have one value per model
 _PER_MODEL = ("scale", "coefficients", "density", "drop", "epsilon", "bottom", "top")
-# A method that still has one of the old names would merge without its statistics.
-_RENAMED = {"survey": "collect_statistics", "survey_fields": "statistics_fields", "combine_run": "combine_chunk"}
+# A method that still has one of the old names would merge without its statistics, or with too little memory.
+_RENAMED = {
+    "survey": "collect_statistics",
+    "survey_fields": "statistics_fields",
+    "combine_run": "combine_chunk",
+    "duplicates": "extra_copies",
+}
 
 
 class MergeMethod(ABC):
@@ -72,18 +77,13 @@ class MergeMethod(ABC):
         """Whether an elementwise method's chunks, joined to a whole tensor, still have to be passed to `finish`."""
         return False
 
-    @property
-    def duplicates(self) -> bool:
-        """Whether the method needs a second copy of the whole tensors of all models."""
-        return False
-
     def extra_copies(self, models: int) -> int:
         """The number of float32 copies of a tensor that the method needs besides the K task vectors and the usual five.
 
         Args:
             models: K.
         """
-        return models if self.duplicates else 0
+        return 0
 
     @property
     def passes(self) -> int:
@@ -211,6 +211,14 @@ def require_number(method: object, name: str, value: object) -> None:
 def each_of(value: float | Sequence[float], models: int) -> list[float]:
     """A parameter's value for each model: the given ones, or the single one K times."""
     return [float(number) for number in value] if isinstance(value, (list, tuple)) else [float(value)] * models  # type: ignore[arg-type]
+
+
+def pairs_of(
+    first: float | Sequence[float], second: float | Sequence[float], models: int | None = None
+) -> list[tuple[float, float]]:
+    """Two parameters' values for each model; without the number of models, for as many as have values of their own."""
+    models = models or max(len(each_of(first, 1)), len(each_of(second, 1)))
+    return list(zip(each_of(first, models), each_of(second, models), strict=False))
 
 
 def require_scope(method: object, scope: object) -> None:

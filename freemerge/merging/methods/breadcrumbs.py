@@ -5,18 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-import torch
 from torch import Tensor
 
 from freemerge.merging.methods.base import (
     MergeMethod,
-    each_of,
+    pairs_of,
     require,
     require_number,
     require_scope,
     weighted_sum,
 )
-from freemerge.merging.methods.magnitudes import model_magnitudes, tensor_magnitudes
+from freemerge.merging.methods.magnitudes import own_magnitudes
 from freemerge.merging.methods.ties import elected_mean_, elected_sum_
 from freemerge.merging.task_vectors import Vectors
 from freemerge.tensors.differences import flat
@@ -50,7 +49,7 @@ class Breadcrumbs(MergeMethod):
     def __post_init__(self) -> None:
         for name in ("bottom", "top", "scale"):
             require_number(self, name, getattr(self, name))
-        for bottom, top in self._pairs(max(len(each_of(self.bottom, 1)), len(each_of(self.top, 1)))):
+        for bottom, top in pairs_of(self.bottom, self.top):
             require(0 <= bottom < 1, self, f"`bottom` must lie in [0, 1), got {bottom}")
             inside = 0 <= top < 1 - bottom
             require(inside, self, f"`top` must lie in [0, {1 - bottom:g}), as `bottom` is {bottom}; got {top}")
@@ -70,18 +69,8 @@ class Breadcrumbs(MergeMethod):
         """The smallest and the largest magnitude that each model keeps, (K, 2) float32; by name with scope "tensor"."""
         if vectors.numel == 0:
             return None
-        pairs = self._pairs(len(vectors.labels))
-        different = list(dict.fromkeys(pairs))
-        # Columns 2i and 2i + 1 are of the i-th pair of fractions.
-        columns = torch.tensor([[2 * different.index(pair), 2 * different.index(pair) + 1] for pair in pairs])
-
-        def ranks(total: int) -> list[int]:
-            return [rank for pair in different for rank in _ranks(total, *pair)]
-
-        if self.scope == "tensor":
-            found = tensor_magnitudes(vectors, ranks)
-            return {name: magnitudes.gather(1, columns) for name, magnitudes in found.items()}
-        return model_magnitudes(vectors, ranks(vectors.numel)).gather(1, columns)
+        pairs = pairs_of(self.bottom, self.top, len(vectors.labels))
+        return own_magnitudes(vectors, self.scope, pairs, _ranks)
 
     def combine(self, name: str, deltas: Tensor, statistics: Tensor | dict[str, Tensor] | None) -> Tensor:
         values = flat(deltas)
@@ -101,12 +90,9 @@ class Breadcrumbs(MergeMethod):
             return merge(values).reshape(deltas.shape[1:])
         return merge(values).mul_(self.scale).reshape(deltas.shape[1:])
 
-    def _pairs(self, models: int) -> list[tuple[float, float]]:
-        """`bottom` and `top` of each model."""
-        return list(zip(each_of(self.bottom, models), each_of(self.top, models), strict=False))
 
-
-def _ranks(total: int, bottom: float, top: float) -> list[int]:
+def _ranks(total: int, fractions: tuple[float, float]) -> list[int]:
     """Zero-based ascending ranks of the smallest and the largest magnitude that is kept."""
+    bottom, top = fractions
     first = int(total * bottom)
     return [first, max(total - 1 - int(total * top), first)]

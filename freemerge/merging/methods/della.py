@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from freemerge.merging.methods.base import MergeMethod, each_of, require, require_number
+from freemerge.merging.methods.base import MergeMethod, pairs_of, require, require_number
 from freemerge.merging.methods.dare import DareStatistics, draw_uniform
 from freemerge.merging.methods.ties import Ties
 from freemerge.merging.methods.wrapper import MethodWrapper
@@ -49,7 +49,7 @@ class Della(MethodWrapper):
         super().__post_init__()
         require_number(self, "drop", self.drop)
         require_number(self, "epsilon", self.epsilon)
-        for drop, epsilon in self._pairs(max(len(each_of(self.drop, 1)), len(each_of(self.epsilon, 1)))):
+        for drop, epsilon in pairs_of(self.drop, self.epsilon):
             require(epsilon >= 0, self, f"`epsilon` must be at least 0, got {epsilon}")
             inside = drop - epsilon / 2 >= 0 and drop + epsilon / 2 < 1
             require(inside, self, f"`drop` ± `epsilon`/2 must lie in [0, 1), got {drop} ± {epsilon / 2:g}")
@@ -69,7 +69,7 @@ class Della(MethodWrapper):
         if deltas[0].numel() == 0:
             return deltas
         rows = deltas.shape[1] if deltas.dim() > 2 else 1
-        pairs = self._pairs(len(labels))
+        pairs = pairs_of(self.drop, self.epsilon, len(labels))
         for delta, label, pair in zip(deltas.view(len(deltas), rows, -1), labels, pairs, strict=True):
             text = f"della|{self.seed}|{len(label)}|{label}|{name}"
             columns = delta.shape[1]
@@ -79,10 +79,6 @@ class Della(MethodWrapper):
                 draws = draw_uniform(text, start * columns, block.numel()).view(block.shape).to(block.device)
                 _thin_rows_(block, draws, *pair)
         return deltas
-
-    def _pairs(self, models: int) -> list[tuple[float, float]]:
-        """p and ε of each model."""
-        return list(zip(each_of(self.drop, models), each_of(self.epsilon, models), strict=False))
 
 
 def _thin_rows_(rows: Tensor, draws: Tensor, mean: float, width: float) -> None:

@@ -90,12 +90,12 @@ class PerPattern(MergeMethod):
         own: list[list[str]] = [[] for _ in self._methods]
         for name in vectors.shapes:
             own[self._index(name)].append(name)
-        for pattern, names in zip(self.overrides, own, strict=False):
+        for pattern, compiled, names in zip(self.overrides, self._patterns, own, strict=False):
             if vectors.shapes and not names and not self.optional:
                 raise MergeError(
                     f"overrides: the pattern '{pattern}' matches no tensor that is left by earlier patterns"
                 )
-            if not names and not pattern.startswith("re:") and not _matches(pattern, vectors.names):
+            if not names and not pattern.startswith("re:") and not any(map(compiled.fullmatch, vectors.names)):
                 warnings.warn(f"overrides: the pattern '{pattern}' matches no tensor", MergeWarning, stacklevel=2)
         return PatternStatistics(tuple(collect_each(list(zip(self._methods, own, strict=True)), vectors)))
 
@@ -122,11 +122,6 @@ class PerPattern(MergeMethod):
     @cached_property
     def _indices(self) -> dict[str, int]:
         return {}
-
-
-def _matches(pattern: str, names: Sequence[str]) -> bool:
-    (compiled,) = compile_patterns([pattern], "overrides").values()
-    return any(compiled.fullmatch(name) for name in names)
 
 
 def collect_each(groups: Sequence[tuple[MergeMethod, Sequence[str]]], vectors: Vectors) -> list[Any]:

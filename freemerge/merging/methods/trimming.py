@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from freemerge.merging.methods.base import MergeMethod, each_of, require, require_number, require_scope
-from freemerge.merging.methods.magnitudes import model_magnitudes, tensor_magnitudes
+from freemerge.merging.methods.magnitudes import own_magnitudes
 from freemerge.merging.task_vectors import Vectors
 from freemerge.tensors.differences import flat
 
@@ -38,7 +38,7 @@ class TrimmingMethod(MergeMethod):
 
     def __post_init__(self) -> None:
         require_number(self, "density", self.density)
-        inside = all(0 < density <= 1 for density in self._densities)
+        inside = all(0 < density <= 1 for density in each_of(self.density, 1))
         require(inside, self, f"`density` must lie in (0, 1], got {self.density}")
         require_number(self, "scale", self.scale)
         require_scope(self, self.scope)
@@ -53,16 +53,13 @@ class TrimmingMethod(MergeMethod):
 
     @property
     def passes(self) -> int:
-        return 2 if min(self._densities) < 1 else 1
+        return 2 if min(each_of(self.density, 1)) < 1 else 1
 
     def collect_statistics(self, vectors: Vectors) -> Tensor | dict[str, Tensor] | None:
         """Find t_k, (K, 1) float32, over the whole model or, by name, for each tensor; None if nothing is trimmed."""
-        if min(self._densities) == 1 or vectors.numel == 0:
+        if min(each_of(self.density, 1)) == 1 or vectors.numel == 0:
             return None
-        if self.scope == "tensor":
-            found = tensor_magnitudes(vectors, self._ranks)
-            return {name: self._own(magnitudes) for name, magnitudes in found.items()}
-        return self._own(model_magnitudes(vectors, self._ranks(vectors.numel)))
+        return own_magnitudes(vectors, self.scope, each_of(self.density, len(vectors.labels)), _ranks)
 
     def combine(self, name: str, deltas: Tensor, statistics: Tensor | dict[str, Tensor] | None) -> Tensor:
         values = flat(deltas)
@@ -72,20 +69,10 @@ class TrimmingMethod(MergeMethod):
             trim_(values, (statistics[name] if isinstance(statistics, dict) else statistics)[:, 0])
         return self.merge_trimmed_(values).mul_(self.scale).reshape(deltas.shape[1:])
 
-    @property
-    def _densities(self) -> list[float]:
-        """The different densities."""
-        return list(dict.fromkeys(each_of(self.density, 1)))
 
-    def _ranks(self, total: int) -> list[int]:
-        """Zero-based ascending rank of the smallest magnitude that is kept, for each of the densities."""
-        return [total - max(1, int(total * density)) for density in self._densities]
-
-    def _own(self, magnitudes: Tensor) -> Tensor:
-        """Of (K, R) magnitudes for all densities those of each model's own density, (K, 1)."""
-        densities = self._densities
-        columns = [densities.index(density) for density in each_of(self.density, len(magnitudes))]
-        return magnitudes.gather(1, torch.tensor(columns)[:, None])
+def _ranks(total: int, density: float) -> list[int]:
+    """Zero-based ascending rank of the smallest magnitude that is kept."""
+    return [total - max(1, int(total * density))]
 
 
 def trim_(values: Tensor, thresholds: Tensor) -> None:
